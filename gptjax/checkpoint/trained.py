@@ -1,0 +1,51 @@
+"""A trained model out of its workdir."""
+
+import dataclasses
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+import jax
+
+from gptjax import config as configs
+from gptjax.checkpoint.checkpoints import Checkpoints
+from gptjax.config import Config, MeshConfig, UserError
+from gptjax.model import Blueprint, Parameters, blueprint
+from gptjax.sharding import make_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+  """Parameters of one checkpoint, placed on this process's devices, which may be others than those that trained them."""
+
+  config: Config
+  blueprint: Blueprint
+  mesh: Mesh
+  parameters: Parameters
+  step: int
+
+
+def load_trained(workdir: Path, step: str = 'latest') -> Trained:
+  """Restores the parameters of a run, whole on every device.
+
+  Args:
+    workdir: of the run.
+    step: 'latest', 'best' or a number.
+
+  Raises:
+    UserError: no run in the folder, or no such checkpoint.
+  """
+  file = workdir / 'config.json'
+  if not file.exists():
+    raise UserError('--workdir', str(workdir), 'a folder that gptjax.train made, with its config.json')
+  config = configs.from_json(file.read_text(), str(file))
+  plan = blueprint(config.model, config.data.context)
+  mesh = make_mesh(MeshConfig(model=config.mesh.model if jax.device_count() % config.mesh.model == 0 else 1))
+  checkpoints = Checkpoints(workdir / 'checkpoints')
+  try:
+    number = checkpoints.resolve(step)
+    shardings = plan.shardings(0, mesh)
+    abstract = {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=shardings[name]) for name, s in plan.shapes.items()}
+    return Trained(config, plan, mesh, checkpoints.restore_parameters(number, abstract), number)
+  finally:
+    checkpoints.close()

@@ -1,0 +1,25 @@
+"""The one exception for what a user got wrong."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+
+
+class UserError(ValueError):
+  """A mistake in a config, a flag or an input file; binaries print it as one `error:` line and exit with 2.
+
+  Args:
+    field: what was wrong: a config field ('model.heads'), a flag ('--workdir') or a file with its place.
+    value: what was given; strings are quoted.
+    accepted: what would have been accepted.
+    names: names to look for the nearest match in, where the mistake may be a misspelling; a mapping gives the text that
+      is suggested for each.
+    given: what to compare with the names, where it is not the value.
+  """
+
+  def __init__(
+      self, field: str, value: object, accepted: str, names: Iterable[str] | Mapping[str, str] = (), given: str = ''):
+    text = f'{field}: {value!r}, accepted: {accepted}'
+    nearest = difflib.get_close_matches(given or str(value), list(names), n=1, cutoff=0.5)
+    if nearest:
+      text += f'; did you mean {names[nearest[0]] if isinstance(names, Mapping) else nearest[0]}?'
+    super().__init__(' '.join(text.split()))

@@ -1,0 +1,288 @@
+"""What a run is: frozen dataclasses, each field with its meaning, unit and default, checked once all values are in."""
+
+import dataclasses
+import math
+import re
+from typing import Literal
+
+from gptjax.config.errors import UserError
+
+Duration = int | str
+"""A length of training: steps (2000), or text with a unit: '2000 steps', '1.5e6 tokens', '3 epochs'."""
+
+_DURATION = re.compile(
+    r'\s*([0-9]+(?:_[0-9]+)*\.?[0-9]*(?:e[+]?[0-9]+)?)\s*(steps?|tokens?|epochs?)?\s*', re.IGNORECASE)
+
+
+def duration_in_steps(field: str, value: Duration, *, batch_size: int, context: int, rows_per_epoch: int) -> int:
+  """Turns a Duration into optimizer steps, rounded up.
+
+  A token here is a position of a row, so a step is batch_size * context of them; an epoch is rows_per_epoch rows.
+  """
+  match = _DURATION.fullmatch(str(value))
+  if not match or math.isinf(float(match[1])):
+    raise UserError(field, value, "a count of steps (2000), or one with its unit: '1.5e6 tokens', '3 epochs'")
+  amount = float(match[1])
+  unit = (match[2] or 'steps').lower().rstrip('s')
+  steps = {'step': amount, 'token': amount / (batch_size * context), 'epoch': amount * rows_per_epoch / batch_size}[unit]
+  if unit == 'step' and steps != int(steps):
+    raise UserError(field, value, 'a whole number of steps')
+  return math.ceil(steps - 1e-9)
+
+
+def _at_least(prefix: str, config: object, lowest: float, *names: str) -> None:
+  for name in names:
+    value = getattr(config, name)
+    if value < lowest:
+      raise UserError(f'{prefix}{name}', value, f'{lowest} or more')
+
+
+def _fraction(prefix: str, config: object, *names: str) -> None:
+  for name in names:
+    value = getattr(config, name)
+    if not 0 <= value < 1:
+      raise UserError(f'{prefix}{name}', value, 'at least 0 and below 1')
+
+
+def _divisors(n: int) -> str:
+  return ', '.join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """The transformer: GPT-2's style or the modern one, a choice a field."""
+
+  layers: int = 4
+  """transformer blocks"""
+  width: int = 128
+  """size of the residual stream, in features"""
+  heads: int = 4
+  """query heads; must divide width"""
+  kv_heads: int = 0
+  """key/value heads, each shared by heads/kv_heads query heads; 0: as many as heads"""
+  mlp_width: int = 0
+  """hidden size of the feed-forward layer, in features; 0: 4 * width"""
+  vocab_size: int = 0
+  """token ids the model can read and predict; 0: as many as the tokenizer has"""
+  vocab_multiple: int = 8
+  """the embedding table is padded to a multiple of this many rows; padded ids are never predicted"""
+  positions: Literal['learned', 'rope'] = 'learned'
+  """learned: a table over positions (GPT-2); rope: rotary embeddings (arXiv:2104.09864)"""
+  rope_theta: float = 10000.0
+  """base of the rotary wavelengths"""
+  norm: Literal['layernorm', 'rmsnorm'] = 'layernorm'
+  """layernorm (arXiv:1607.06450) or rmsnorm (arXiv:1910.07467)"""
+  mlp: Literal['gelu', 'swiglu'] = 'gelu'
+  """gelu: two matrices, tanh approximation (GPT-2); swiglu: three, gated (arXiv:2002.05202)"""
+  qk_norm: bool = False
+  """normalize queries and keys per head (arXiv:2302.05442)"""
+  bias: bool = True
+  """biases in linear layers and layernorms"""
+  tied: bool = True
+  """one table for the embedding and the output head"""
+  dropout: float = 0.0
+  """probability that a feature is dropped after embeddings, attention weights, attention and feed-forward"""
+  scan: bool = False
+  """run the layers as one scan over stacked parameters: compiles in constant time, slower on CPU"""
+  remat: Literal['none', 'dots', 'full'] = 'none'
+  """what the backward pass recomputes: none, everything but matrix products (dots), whole blocks (full)"""
+  attention: Literal['auto', 'blocks', 'xla'] = 'auto'
+  """blocks: causal blocks that skip the masked part; xla: the full square; auto: blocks on CPU, xla elsewhere"""
+  compute_dtype: Literal['float32', 'bfloat16'] = 'float32'
+  """precision of matrix products and activations; parameters, norms, softmax and loss stay float32"""
+
+  def __post_init__(self):
+    _at_least('model.', self, 1, 'layers', 'width', 'heads', 'vocab_multiple')
+    _at_least('model.', self, 0, 'kv_heads', 'mlp_width', 'vocab_size')
+    _fraction('model.', self, 'dropout')
+    if self.width % self.heads:
+      raise UserError('model.heads', self.heads, f'a divisor of model.width={self.width}: {_divisors(self.width)}')
+    if self.kv_heads and self.heads % self.kv_heads:
+      raise UserError('model.kv_heads', self.kv_heads, f'a divisor of model.heads={self.heads}: {_divisors(self.heads)}')
+    if self.positions == 'rope' and self.head_width % 2:
+      raise UserError('model.heads', self.heads, f'an even model.width/model.heads for rope, not {self.head_width}')
+    if self.rope_theta <= 0:
+      raise UserError('model.rope_theta', self.rope_theta, 'a number above 0')
+
+  @property
+  def head_width(self) -> int:
+    """Features of one attention head."""
+    return self.width // self.heads
+
+  @property
+  def key_heads(self) -> int:
+    """Key/value heads, with 0 resolved."""
+    return self.kv_heads or self.heads
+
+  @property
+  def hidden_width(self) -> int:
+    """Feed-forward features, with 0 resolved."""
+    return self.mlp_width or 4 * self.width
+
+  @property
+  def table_rows(self) -> int:
+    """Rows of the embedding table: vocab_size rounded up to vocab_multiple."""
+    return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+  """How text becomes ids."""
+
+  kind: Literal['bpe', 'unigram', 'chars', 'bytes'] = 'bpe'
+  """bpe, unigram: SentencePiece trained on the training documents; chars: one id a character; bytes: one a byte"""
+  vocab_size: int = 4096
+  """ids of a SentencePiece tokenizer, its 4 special ids and 256 bytes included; chars and bytes set their own"""
+
+  def __post_init__(self):
+    if self.kind in ('bpe', 'unigram'):
+      _at_least('data.tokenizer.', self, 300, 'vocab_size')
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where rows of tokens come from."""
+
+  files: str = ''
+  """text files to train on: a path, a folder or a glob; empty: the embedded corpus, Python's standard library"""
+  context: int = 256
+  """tokens a row"""
+  valid_fraction: float = 0.1
+  """share held out: whole documents, or the end of a single file"""
+  isolate_documents: bool = True
+  """attention and positions restart at each document inside a row"""
+  tokenizer: TokenizerConfig = TokenizerConfig()
+  """the tokenizer"""
+
+  def __post_init__(self):
+    _at_least('data.', self, 1, 'context')
+    if not 0 < self.valid_fraction < 1:
+      raise UserError('data.valid_fraction', self.valid_fraction, 'above 0 and below 1')
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """How gradients change parameters."""
+
+  name: Literal['adamw', 'muon'] = 'adamw'
+  """adamw (arXiv:1711.05101), or muon (arXiv:2502.16982) for matrices inside blocks and adamw for the rest"""
+  peak_lr: float = 1e-3
+  """highest learning rate of adamw's parameters"""
+  muon_lr: float = 0.02
+  """highest learning rate of muon's matrices; follows the same schedule"""
+  schedule: Literal['cosine', 'linear', 'wsd', 'constant'] = 'cosine'
+  """how the rate falls after warmup; wsd stays at the peak and falls linearly over the last `decay`"""
+  warmup: Duration = 100
+  """duration of the linear rise to the peak"""
+  decay: Duration = 0
+  """duration of the fall at the end, for wsd only"""
+  final_fraction: float = 0.1
+  """rate at the last step, as a share of the peak"""
+  b1: float = 0.9
+  """adamw: decay of the first moment, per step"""
+  b2: float = 0.95
+  """adamw: decay of the second moment, per step"""
+  eps: float = 1e-8
+  """adamw: added to the root of the second moment"""
+  momentum: float = 0.95
+  """muon: decay of the momentum, per step"""
+  weight_decay: float = 0.1
+  """decoupled decay of matrices and embeddings, times the learning rate; norms and biases never decay"""
+  clip: float = 1.0
+  """largest global norm of the gradient; 0: no clipping"""
+
+  def __post_init__(self):
+    _at_least('optimizer.', self, 0, 'peak_lr', 'muon_lr', 'weight_decay', 'clip', 'eps')
+    _fraction('optimizer.', self, 'b1', 'b2', 'momentum')
+    if not 0 <= self.final_fraction <= 1:
+      raise UserError('optimizer.final_fraction', self.final_fraction, '0 to 1')
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """How devices are arranged."""
+
+  data: int = -1
+  """devices that share the batch; -1: all that model leaves"""
+  model: int = 1
+  """devices that share each matrix (tensor parallelism)"""
+
+  def __post_init__(self):
+    _at_least('mesh.', self, 1, 'model')
+    if self.data != -1:
+      _at_least('mesh.', self, 1, 'data')
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """Scores and samples while training."""
+
+  every: Duration = 250
+  """duration between validations; 0: only at the end"""
+  rows: int = 0
+  """validation rows scored while training, evenly spaced; 0: all. The final score is always over all"""
+  sample_tokens: int = 200
+  """tokens of the sample printed with each validation; 0: none"""
+  prompt: str = ''
+  """text the sample continues"""
+
+  def __post_init__(self):
+    _at_least('eval.', self, 0, 'rows', 'sample_tokens')
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  """What a run keeps on disk."""
+
+  every: Duration = 1000
+  """duration between checkpoints; 0: only at the end"""
+  keep: int = 2
+  """latest checkpoints kept"""
+  keep_best: bool = False
+  """also keep the checkpoint with the lowest validation loss"""
+
+  def __post_init__(self):
+    _at_least('checkpoint.', self, 1, 'keep')
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """A training run."""
+
+  model: ModelConfig = ModelConfig()
+  """the transformer"""
+  data: DataConfig = DataConfig()
+  """documents, tokenizer, rows"""
+  optimizer: OptimizerConfig = OptimizerConfig()
+  """optimizer and learning rate"""
+  mesh: MeshConfig = MeshConfig()
+  """devices"""
+  eval: EvalConfig = EvalConfig()
+  """validation and samples"""
+  checkpoint: CheckpointConfig = CheckpointConfig()
+  """checkpoints"""
+  steps: Duration = 1000
+  """duration of training"""
+  batch_size: int = 16
+  """sequences a step, over all devices"""
+  microbatches: int = 1
+  """parts the batch is run in, one after another, to save memory (gradient accumulation)"""
+  z_loss: float = 0.0
+  """weight of the squared log-normalizer in the training loss (arXiv:2204.02311, section 5)"""
+  zero_stage: int = 0
+  """what the data axis shares out (arXiv:1910.02054): 0 nothing, 3 parameters, gradients and optimizer state"""
+  seed: int = 0
+  """of initialization, data order and dropout"""
+
+  def __post_init__(self):
+    _at_least('', self, 1, 'batch_size', 'microbatches')
+    _at_least('', self, 0, 'z_loss', 'seed')
+    if self.zero_stage not in (0, 3):
+      raise UserError('zero_stage', self.zero_stage, '0 or 3')
+    if self.batch_size % self.microbatches:
+      raise UserError('microbatches', self.microbatches, f'a divisor of batch_size={self.batch_size}: {_divisors(self.batch_size)}')
+    for field, value in (('steps', self.steps), ('eval.every', self.eval.every), ('checkpoint.every', self.checkpoint.every),
+                         ('optimizer.warmup', self.optimizer.warmup), ('optimizer.decay', self.optimizer.decay)):
+      duration_in_steps(field, value, batch_size=self.batch_size, context=self.data.context, rows_per_epoch=self.batch_size)
+    if self.optimizer.schedule != 'wsd' and self.optimizer.decay:
+      raise UserError('optimizer.decay', self.optimizer.decay, f"0 unless optimizer.schedule is 'wsd', and it is '{self.optimizer.schedule}'")

@@ -1,0 +1,55 @@
+"""What a workdir keeps of its data, so that a model can be scored and sampled where the data is not."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+from gptjax.config import UserError
+from gptjax.data.prepare import Prepared
+from gptjax.data.store import TokenStore
+from gptjax.data.tokenizers import Tokenizer, load_tokenizer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HeldOut:
+  """Tokenizer and validation documents of a run."""
+
+  tokenizer: Tokenizer
+  valid: TokenStore
+  valid_text: Path
+
+
+def export(prepared: Prepared, directory: Path) -> None:
+  """Copies the tokenizer and the validation documents into a run's folder; it appears there whole or not at all.
+
+  Raises:
+    UserError: the folder holds those of other data.
+  """
+  identity = directory / 'identity.json'
+  if identity.exists():
+    was = json.loads(identity.read_text())['fingerprint']
+    if was != prepared.fingerprint:
+      raise UserError('data', prepared.fingerprint, f'{was}, the fingerprint of the documents, split and tokenizer that '
+                      f'{directory} was made from; another --workdir for other data')
+    return
+  partial = directory.with_suffix('.partial')
+  shutil.rmtree(partial, ignore_errors=True)
+  for name in ('tokenizer', 'valid'):
+    shutil.copytree(prepared.directory / name, partial / name)
+  shutil.copy(prepared.valid_text, partial / prepared.valid_text.name)
+  (partial / identity.name).write_text(json.dumps({'fingerprint': prepared.fingerprint, 'valid_text': prepared.valid_text.name}))
+  partial.rename(directory)
+
+
+def open_held_out(directory: Path) -> HeldOut:
+  """Opens what `export` wrote.
+
+  Raises:
+    UserError: nothing was exported there.
+  """
+  identity = directory / 'identity.json'
+  if not identity.exists():
+    raise UserError('--workdir', str(directory.parent), 'a folder that gptjax.train made')
+  text = json.loads(identity.read_text())['valid_text']
+  return HeldOut(load_tokenizer(directory / 'tokenizer'), TokenStore.open(directory / 'valid'), directory / text)

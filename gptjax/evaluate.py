@@ -1,0 +1,46 @@
+"""Scores a trained model on its held-out documents: python -m gptjax.evaluate --workdir=DIR"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from absl import flags
+
+from gptjax import config as configs
+from gptjax.start import start
+
+_WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a run', required=True)
+_STEP = flags.DEFINE_string('step', 'latest', 'checkpoint to score: latest, best (lowest validation loss), or a step')
+
+
+def main(_) -> None:
+  start()
+  import jax
+  from rich.progress import Progress
+  from rich.console import Console
+  from gptjax import checkpoint, data, evaluation, training
+
+  workdir = Path(_WORKDIR.value).expanduser()
+  trained = checkpoint.load_trained(workdir, _STEP.value)
+  held_out = data.open_held_out(workdir / 'data')
+  config = trained.config
+  rows = data.EvalRows(held_out.valid, config.data.context)
+  devices = trained.mesh.shape['data']
+  with jax.set_mesh(trained.mesh), Progress(console=Console(stderr=True), transient=True) as bar:
+    scorer = evaluation.Scorer(trained.blueprint, training.next_token(), rows, trained.mesh, count=0,
+                               batch_size=-(-config.batch_size // config.microbatches // devices) * devices,
+                               isolate_documents=config.data.isolate_documents)
+    task = bar.add_task('rows', total=rows.count)
+    score = scorer(trained.parameters, lambda count: bar.advance(task, count))
+  result = {**dataclasses.asdict(score), 'step': trained.step}
+  record = result | {'yardsticks': data.compression_yardsticks(held_out)}
+  partial = workdir / 'evaluation.partial'
+  partial.write_text(json.dumps(record, indent=2) + '\n')
+  partial.rename(workdir / 'evaluation.json')
+  for name, bits in record['yardsticks'].items():
+    print(f'{name} of the same documents: {bits:.4f} bits per byte')
+  print(json.dumps(result))
+
+
+if __name__ == '__main__':
+  configs.run(main, needs_config=False)

@@ -1,0 +1,15 @@
+"""The model room: Flax NNX modules of the transformer, its parameters as plain data, and what it costs.
+
+Modules know logical axes ('embed', 'heads', 'mlp', 'vocab'), never how many devices there are. Nothing here imports data,
+training or checkpoints.
+"""
+
+from gptjax.model.accounting import activation_bytes, flops_per_token, parameter_count
+from gptjax.model.attention import Cache, Place, attention_backend
+from gptjax.model.parameters import Blueprint, Parameters, blueprint, split
+from gptjax.model.transformer import Block, Transformer, empty_cache
+
+__all__ = [
+  'Block', 'Blueprint', 'Cache', 'Parameters', 'Place', 'Transformer', 'activation_bytes', 'attention_backend', 'blueprint',
+  'empty_cache', 'flops_per_token', 'parameter_count', 'split',
+]

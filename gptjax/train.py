@@ -1,0 +1,44 @@
+"""Trains a model: python -m gptjax.train --config=configs/NAME.py --workdir=DIR [--config.FIELD=VALUE ...]"""
+
+import re
+from pathlib import Path
+
+from absl import flags
+
+from gptjax import config as configs
+from gptjax.start import start
+
+_WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the run; one that holds a run is resumed')
+_LOG_EVERY = flags.DEFINE_integer('log_every', 10, 'steps between logged lines', lower_bound=1)
+_STOP_AT = flags.DEFINE_integer('stop_at', 0, 'save and end after this step, with the schedule as it is; 0: the last', lower_bound=0)
+_PROFILE = flags.DEFINE_string('profile_steps', None, 'first and last step of a profiler trace, as 10:13')
+_PRINT = flags.DEFINE_bool('print_config', False, 'print the config with all overrides in, and end')
+
+
+def main(config: configs.Config) -> None:
+  if _PRINT.value:
+    print(configs.describe(config))
+    return
+  if not _WORKDIR.value:
+    raise configs.UserError('--workdir', _WORKDIR.value, 'a folder for the run')
+  workdir = Path(_WORKDIR.value).expanduser()
+  if workdir.exists() and not workdir.is_dir():
+    raise configs.UserError('--workdir', str(workdir), 'a folder, not a file')
+  profile_steps = _steps(_PROFILE.value)
+  cache = start()
+  from gptjax import training
+  training.train(config, training.Options(
+    workdir, cache, log_every=_LOG_EVERY.value, stop_at=_STOP_AT.value, profile_steps=profile_steps))
+
+
+def _steps(text: str | None) -> tuple[int, int] | None:
+  if text is None:
+    return None
+  match = re.fullmatch(r'(\d+):(\d+)', text)
+  if not match or not 1 <= int(match[1]) <= int(match[2]):
+    raise configs.UserError('--profile_steps', text, 'FIRST:LAST with 1 <= FIRST <= LAST, as 10:13')
+  return int(match[1]), int(match[2])
+
+
+if __name__ == '__main__':
+  configs.run(main)

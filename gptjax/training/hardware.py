@@ -1,0 +1,50 @@
+"""What the machine can do, and what the compiler did."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+
+PEAK_FLOPS = {
+  'TPU v4': 275e12, 'TPU v5 lite': 197e12, 'TPU v5e': 197e12, 'TPU v5': 459e12, 'TPU v5p': 459e12, 'TPU v6 lite': 918e12,
+  'TPU v6e': 918e12, 'NVIDIA A100': 312e12, 'NVIDIA H100': 989e12, 'NVIDIA H200': 989e12, 'NVIDIA B200': 2250e12,
+}
+"""Dense bfloat16 FLOP/s of one device by the start of its name, from the vendors' data sheets."""
+
+
+def peak_flops(devices: list[jax.Device], dtype: str) -> tuple[float, str]:
+  """FLOP/s that MFU divides by, of all devices together, and where the figure comes from.
+
+  For devices in the table the data sheet's bfloat16 figure, whatever `dtype`; for others a square matrix product timed now
+  (virtual CPU devices share one machine, so it counts once).
+  """
+  kind = devices[0].device_kind
+  known = max((name for name in PEAK_FLOPS if kind.startswith(name)), key=len, default=None)
+  if known:
+    return PEAK_FLOPS[known] * len(devices), f'{known} bfloat16 data sheet'
+  size = 2048
+  x = jax.device_put(jnp.ones((size, size), dtype), devices[0])
+  product = jax.jit(jnp.matmul)
+  product(x, x).block_until_ready()
+  times = []
+  for _ in range(5):
+    start = time.perf_counter()
+    product(x, x).block_until_ready()
+    times.append(time.perf_counter() - start)
+  count = 1 if devices[0].platform == 'cpu' else len(devices)
+  return 2 * size**3 / min(times) * count, f'measured {size} x {size} {dtype} matrix product'
+
+
+class CompileCounter:
+  """Counts the programs that XLA compiles, or loads from the persistent cache, while it lives."""
+
+  def __init__(self):
+    self.count = 0
+    jax.monitoring.register_event_duration_secs_listener(self._heard)
+
+  def _heard(self, event: str, duration: float, **_) -> None:
+    self.count += event == '/jax/core/compile/backend_compile_duration'
+
+  def close(self) -> None:
+    """Stops counting."""
+    jax.monitoring.unregister_event_duration_listener(self._heard)

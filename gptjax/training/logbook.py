@@ -1,0 +1,105 @@
+"""Where a run writes what happens: metrics.jsonl, TensorBoard, samples.jsonl and the terminal."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+
+class Logbook:
+  """The records of a run in its workdir; lines after `step` left by an earlier process are cut off.
+
+  Args:
+    workdir: of the run.
+    step: updates done so far.
+    steps: updates in all.
+  """
+
+  def __init__(self, workdir: Path, step: int, steps: int):
+    self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+    self._files = {name: _cut(workdir / name, step).open('a') for name in ('metrics.jsonl', 'samples.jsonl')}
+    self._board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1 if step else None)
+    self._steps = steps
+    self._bar = Progress(
+      TextColumn('[bold]step'), MofNCompleteColumn(), BarColumn(), TextColumn('{task.fields[figures]}'), TimeRemainingColumn(),
+      console=self.console, disable=not self.console.is_terminal)
+    self._task = self._bar.add_task('train', total=steps, completed=step, figures='')
+    self._started = time.monotonic()
+    self._first = step
+    self._bar.start()
+
+  def header(self, facts: dict[str, Any]) -> None:
+    """Prints what this run is, a line a fact."""
+    width = max(map(len, facts))
+    for name, value in facts.items():
+      self.console.print(f'{name:>{width}}  {value}', markup=False)
+
+  def step(self, step: int, metrics: dict[str, float]) -> None:
+    """Records the metrics of a training step."""
+    self._write('metrics.jsonl', {'step': step, **metrics})
+    self._scalars(step, {f'train/{name}': value for name, value in metrics.items()})
+    figures = f'loss {metrics["loss"]:.4f}  {metrics["tokens_per_second"]:,.0f} tokens/s  MFU {metrics["mfu"]:.1%}'
+    self._bar.update(self._task, figures=figures)
+    if not self.console.is_terminal:
+      left = (self._steps - step) * (time.monotonic() - self._started) / max(step - self._first, 1)
+      self.console.print(f'step {step}/{self._steps}  {figures}  {_clock(left)} left', markup=False)
+
+  def advance(self, step: int) -> None:
+    """Moves the progress bar."""
+    self._bar.update(self._task, completed=step)
+
+  def validation(self, step: int, name: str, score: Any) -> None:
+    """Records a Score of the validation set `name`."""
+    figures = {'loss': score.loss, 'perplexity': score.perplexity, 'bits_per_byte': score.bits_per_byte}
+    metrics = {f'eval/{name}/{figure}': value for figure, value in figures.items()}
+    self._write('metrics.jsonl', {'step': step, **metrics})
+    self._scalars(step, metrics)
+    self.console.print(f'step {step}  {name}: ' + '  '.join(f'{figure} {value:.4f}' for figure, value in figures.items()),
+                       markup=False)
+
+  def sample(self, step: int, prompt: str, text: str) -> None:
+    """Records a sample."""
+    self._write('samples.jsonl', {'step': step, 'prompt': prompt, 'text': text})
+    self._board.add_text('sample', f'    {prompt + text}'.replace('\n', '\n    '), step)
+    self.console.print(f'step {step}  sample: {prompt + text}', markup=False)
+
+  def say(self, line: str) -> None:
+    """Prints a line above the progress bar."""
+    self.console.print(line, markup=False)
+
+  def close(self) -> None:
+    """Flushes everything; the bar leaves the terminal as it found it."""
+    self._bar.stop()
+    self._board.close()
+    for file in self._files.values():
+      file.close()
+
+  def _write(self, name: str, record: dict[str, Any]) -> None:
+    # JSON has no NaN: a diverged run's lines say null, which every reader understands.
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    self._files[name].write(json.dumps(clean) + '\n')
+    self._files[name].flush()
+
+  def _scalars(self, step: int, metrics: dict[str, float]) -> None:
+    for name, value in metrics.items():
+      self._board.add_scalar(name, value, step)
+
+
+def _cut(path: Path, step: int) -> Path:
+  """Drops the lines of a JSONL file that are of a later step, or that a killed process left unfinished."""
+  if path.exists():
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith('\n')]
+    kept = ''.join(line for line in lines if json.loads(line)['step'] <= step)
+    partial = path.with_suffix('.partial')
+    partial.write_text(kept)
+    partial.rename(path)
+  return path
+
+
+def _clock(seconds: float) -> str:
+  return f'{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}'

@@ -1,0 +1,86 @@
+"""Learning rate and optimizers: AdamW and Muon from optax, told which parameter plays which role."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax import contrib
+from jax.sharding import PartitionSpec
+
+from gptjax.config import OptimizerConfig
+
+
+def schedule(config: OptimizerConfig, peak: float, *, steps: int, warmup: int, decay: int) -> optax.Schedule:
+  """The learning rate of each update, a function of the updates done before it.
+
+  It rises linearly over `warmup` updates, reaches `peak` at the next, and falls by config.schedule towards
+  peak * final_fraction at `steps`; wsd (arXiv:2405.18392) only over the last `decay` updates.
+  """
+  low = config.final_fraction
+
+  def rate(count):
+    count = jnp.asarray(count, jnp.float32)
+    start = steps - decay if config.schedule == 'wsd' else warmup
+    done = jnp.clip((count - start) / max(steps - start, 1), 0, 1)
+    fall = {'constant': 1.0, 'cosine': low + (1 - low) * 0.5 * (1 + jnp.cos(jnp.pi * done))}.get(
+      config.schedule, 1 - (1 - low) * done)
+    return peak * jnp.minimum((count + 1) / (warmup + 1), 1) * fall
+
+  return rate
+
+
+def decays(name: str) -> bool:
+  """Whether weight decay applies: to matrices and embedding tables, never to biases and gains."""
+  return name.endswith(('kernel', 'table'))
+
+
+def orthogonalized(name: str) -> bool:
+  """Whether Muon handles a parameter: the matrices inside blocks; embeddings, head, biases and gains stay with AdamW."""
+  return name.startswith('blocks/') and name.endswith('kernel')
+
+
+def make_optimizer(config: OptimizerConfig, **durations: int) -> optax.GradientTransformation:
+  """Clipping by global norm (arXiv:1211.5063), then AdamW or Muon; `durations` are those of `schedule`."""
+  adamw = optax.adamw(schedule(config, config.peak_lr, **durations), config.b1, config.b2, config.eps,
+                      weight_decay=config.weight_decay, mask=_by_name(decays))
+  if config.name == 'adamw':
+    rest = adamw
+  else:
+    muon = optax.chain(
+      _whole_matrices(contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=_matrix_axes)),
+      optax.stateless(_scale_by_shape),
+      optax.add_decayed_weights(config.weight_decay),
+      optax.scale_by_learning_rate(schedule(config, config.muon_lr, **durations)))
+    rest = optax.partition({True: muon, False: adamw}, _by_name(orthogonalized))
+  return optax.chain(optax.clip_by_global_norm(config.clip), rest) if config.clip else rest
+
+
+def _by_name(role):
+  return lambda parameters: {name: role(name) for name in parameters}
+
+
+def _matrix_axes(parameters):
+  # Stacked layers come as [L, in, out]: the first axis counts matrices.
+  axes = lambda x: contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1)
+  return jax.tree.map(axes, parameters)
+
+
+def _scale_by_shape(updates, parameters=None):
+  # An orthogonal matrix maps to vectors of equal length; this keeps the change of each output the same for every shape.
+  del parameters
+  return jax.tree.map(lambda x: x * max(1, x.shape[-1] / x.shape[-2]) ** 0.5, updates)
+
+
+def _whole_matrices(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
+  """Runs a transformation on whole matrices and puts what it returns back where it lay.
+
+  Orthogonalizing needs all of a matrix, and optax's products do not say how sharded operands combine.
+  """
+  gather = lambda tree: jax.tree.map(lambda x: jax.reshard(x, PartitionSpec(*(None,) * x.ndim)), tree)
+  back = lambda tree, like: jax.tree.map(lambda x, old: jax.reshard(x, jax.typeof(old).sharding.spec), tree, like)
+
+  def update(updates, state, parameters=None):
+    del parameters  # Muon's direction depends on gradients alone
+    new, new_state = transformation.update(gather(updates), gather(state))
+    return back(new, updates), back(new_state, state)
+
+  return optax.GradientTransformation(transformation.init, update)

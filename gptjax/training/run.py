@@ -1,0 +1,113 @@
+"""A run, resolved: everything the loop needs, built once from config, data and devices."""
+
+import dataclasses
+import subprocess
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from gptjax import config as configs
+from gptjax.checkpoint import Progress
+from gptjax.config import Config, UserError, duration_in_steps
+from gptjax.data import EvalRows, TrainRows, Prepared
+from gptjax.model import Blueprint, attention_backend, blueprint, flops_per_token, parameter_count
+from gptjax.sharding import check_sizes, make_mesh
+from gptjax.training.objective import Objective, next_token
+from gptjax.training.optimizer import make_optimizer, schedule
+from gptjax.training.step import TrainState, abstract, initializer, train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What training does, with every duration in steps."""
+
+  config: Config
+  """with the vocabulary's size filled in"""
+  mesh: Mesh
+  blueprint: Blueprint
+  objective: Objective
+  initialize: Callable[[], TrainState]
+  step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+  rows: TrainRows
+  valid: EvalRows
+  steps: int
+  eval_every: int
+  checkpoint_every: int
+
+  @property
+  def abstract_state(self) -> TrainState:
+    """Shapes, dtypes and shardings of the train state."""
+    return abstract(self.initialize, self.mesh)
+
+
+def resolve(config: Config, data: Prepared) -> Run:
+  """Builds a Run; to be called, like all that uses it, under `jax.set_mesh(make_mesh(config.mesh))`.
+
+  Raises:
+    UserError: sizes that the mesh does not divide, a vocabulary too small for the tokenizer.
+  """
+  config = with_vocabulary(config, data.tokenizer.vocab_size)
+  mesh = make_mesh(config.mesh)
+  check_sizes(config, mesh)
+  rows = TrainRows(data.train, config.data.context, config.seed)
+  in_steps = lambda field, value: duration_in_steps(
+    field, value, batch_size=config.batch_size, context=config.data.context, rows_per_epoch=rows.rows_per_epoch)
+  opt = config.optimizer
+  steps = in_steps('steps', config.steps)
+  durations = {'steps': steps, 'warmup': in_steps('optimizer.warmup', opt.warmup),
+               'decay': in_steps('optimizer.decay', opt.decay)}
+  plan = blueprint(config.model, config.data.context)
+  optimizer = make_optimizer(opt, **durations)
+  objective = next_token(config.z_loss)
+  return Run(
+    config=config, mesh=mesh, blueprint=plan, objective=objective, rows=rows, steps=steps,
+    initialize=initializer(plan, optimizer, config.zero_stage, mesh, config.seed),
+    step=train_step(plan, objective, optimizer, schedule(opt, opt.peak_lr, **durations),
+                    microbatches=config.microbatches, seed=config.seed),
+    valid=EvalRows(data.valid, config.data.context),
+    eval_every=in_steps('eval.every', config.eval.every),
+    checkpoint_every=in_steps('checkpoint.every', config.checkpoint.every))
+
+
+def with_vocabulary(config: Config, tokens: int) -> Config:
+  """The config with model.vocab_size filled in from a tokenizer of so many ids."""
+  if config.model.vocab_size and config.model.vocab_size < tokens:
+    raise UserError('model.vocab_size', config.model.vocab_size, f'0, or at least the {tokens} ids of the tokenizer')
+  return configs.override(config, {'model.vocab_size': config.model.vocab_size or tokens})
+
+
+def header(run: Run, data: Prepared, progress: Progress, peak: tuple[float, str]) -> dict[str, Any]:
+  """The facts of a run that its figures depend on."""
+  config, mesh = run.config, run.mesh
+  devices = mesh.devices.flatten()
+  tokens = config.batch_size * config.data.context
+  model = config.model
+  return {
+    'device': f'{len(devices)} of {jax.device_count()} {devices[0].device_kind}, {jax.process_count()} process(es)',
+    'mesh': ' x '.join(f'{name} {size}' for name, size in mesh.shape.items()) + f', ZeRO stage {config.zero_stage}',
+    'data': data.description,
+    'parameters': parameter_count(model, config.data.context),
+    'tokens a step': tokens,
+    'steps': f'{run.steps:,}, {run.steps * config.batch_size / run.rows.rows_per_epoch:.2f} epochs',
+    'FLOPs a token': flops_per_token(model, config.data.context),
+    'peak FLOP/s': f'{peak[0]:.3g}, {peak[1]}',
+    'attention': attention_backend(model),
+    'precision': f'{model.compute_dtype} compute, float32 parameters',
+    'versions': ', '.join(f'{name} {metadata.version(name)}' for name in ('jax', 'flax', 'optax', 'orbax-checkpoint')),
+    'commit': _commit(),
+    'restored': f'step {progress.step}, {progress.tokens:,} tokens' if progress.step else 'nothing, fresh parameters',
+  }
+
+
+def _commit() -> str:
+  folder = Path(__file__).parent
+  git = lambda *args: subprocess.run(['git', '-C', folder, *args], capture_output=True, text=True, check=True).stdout.strip()
+  try:
+    return git('rev-parse', '--short', 'HEAD') + (' with changes' if git('status', '--porcelain') else '')
+  except (OSError, subprocess.CalledProcessError):
+    return 'unknown: not a git checkout'

@@ -1,0 +1,459 @@
+"""From a command line to a Config: overrides, recipes, help, JSON, and one line for every mistake."""
+
+import contextlib
+import dataclasses
+import pathlib
+import shlex
+import subprocess
+import sys
+import typing
+from unittest import mock
+
+import pytest
+from absl import app, flags
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptjax.config import (
+    Config, Duration, ModelConfig, UserError, describe, differences, flatten, from_json, load, override, run, to_json)
+from gptjax.config.flags import _FIELDS
+
+TEXTS = [name for name, hint in _FIELDS.items() if hint is str]
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@dataclasses.dataclass
+class Outcome:
+  """What a command line came to."""
+
+  status: object
+  config: Config | None
+  given: dict[str, object]
+  out: str = ''
+  err: str = ''
+
+  @property
+  def error(self) -> str:
+    """The one line on stderr, after checking that there is one."""
+    assert (self.status, self.config, self.out) == (2, None, '')
+    assert self.err.startswith('error: ') and self.err.count('\n') == 1
+    return self.err.removeprefix('error: ').rstrip('\n')
+
+
+@contextlib.contextmanager
+def a_binary():
+  """A binary's flags instead of those that other imports have left in this process."""
+  own = flags.FlagValues()
+  train = {'flag_values': own, 'module_name': 'gptjax.train'}
+  flags.DEFINE_string('workdir', 'runs', 'the folder of the run', **train)
+  flags.DEFINE_integer('log_every', 10, 'steps between lines', lower_bound=1, **train)
+  flags.DEFINE_boolean('print_config', False, 'print the config and stop', **train)
+  flags.DEFINE_enum('backend', 'cpu', ['cpu', 'gpu'], 'where it runs', **train)
+  flags.DEFINE_integer('from_a_library', 0, 'not ours', flag_values=own, module_name='absl.logging')
+  flags.register_validator('workdir', lambda value: value != '/', 'not the root', flag_values=own)
+
+  def run_once(main, flags_parser):  # absl's own keeps state for the life of the process
+    sys.exit(main(flags_parser(sys.argv)))
+
+  with mock.patch.object(flags, 'FLAGS', own), mock.patch.object(app, 'run', run_once):
+    yield own
+
+
+def outcome(*args, needs_config=True, main=lambda config: None):
+  """Runs main as a binary with these arguments."""
+  seen = Outcome(None, None, {})
+  with a_binary() as own, mock.patch.object(sys, 'argv', ['train.py', *args]):
+
+    def noting(config):
+      seen.config, seen.given = config, own.flag_values_dict()
+      return main(config)
+
+    with pytest.raises(SystemExit) as stop:
+      run(noting, needs_config=needs_config)
+  seen.status = stop.value.code
+  return seen
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+  """Runs a command line in a folder that has configs/base.py and configs/wide.py."""
+  monkeypatch.chdir(tmp_path)
+  pathlib.Path('configs').mkdir()
+  recipe = 'from gptjax.config import *\ndef get_config():\n  return Config(model=ModelConfig(width={}))\n'
+  pathlib.Path('configs/base.py').write_text(recipe.format(128))
+  pathlib.Path('configs/wide.py').write_text(recipe.format(512))
+
+  def once(*args, **kwargs):
+    seen = outcome(*args, **kwargs)
+    seen.out, seen.err = capsys.readouterr()
+    return seen
+
+  return once
+
+
+# Overrides
+
+
+@pytest.mark.parametrize('args, changed', [
+    ([], {}),
+    (['--config.model.layers=12'], {'model.layers': 12}),
+    (['--config.model.layers', '12'], {'model.layers': 12}),
+    (['-config.model.layers=1_2'], {'model.layers': 12}),
+    (['--config.mesh.data', '-1', '--config.mesh.model=2'], {'mesh.model': 2}),
+    (['--config.model.layers=3', '--config.model.layers=5'], {'model.layers': 5}),
+    (['--config.optimizer.peak_lr=3e-4'], {'optimizer.peak_lr': 3e-4}),
+    (['--config.optimizer.clip=2'], {'optimizer.clip': 2.0}),
+    (['--config.data.files=a=b.txt'], {'data.files': 'a=b.txt'}),
+    (['--config.data.files', 'x y.txt'], {'data.files': 'x y.txt'}),
+    (['--config.eval.prompt=--\n1'], {'eval.prompt': '--\n1'}),
+    (['--config.eval.prompt=12'], {'eval.prompt': '12'}),
+    (['--config.data.tokenizer.kind=chars'], {'data.tokenizer.kind': 'chars'}),
+    (['--config.steps=20'], {'steps': 20}),
+    (['--config.steps', '3 epochs'], {'steps': '3 epochs'}),
+    (['--config.model.qk_norm'], {'model.qk_norm': True}),
+    (['--config.model.qk_norm', '--config.seed=1'], {'model.qk_norm': True, 'seed': 1}),
+    (['--config.model.bias', 'no', '--config.seed=1'], {'model.bias': False, 'seed': 1}),
+    *(([f'--config.model.bias={no}'], {'model.bias': False}) for no in ('false', 'False', '0', 'no')),
+    *(([f'--config.model.scan={yes}'], {'model.scan': True}) for yes in ('true', 'TRUE', '1', 'yes')),
+])
+def test_a_field_is_overridden_by_its_dotted_name(command, args, changed):
+  seen = command('--config=configs/base.py', *args)
+  assert (seen.status, seen.err) == (None, '')
+  assert {name: value for name, (_, value) in differences(Config(), seen.config).items()} == changed
+  assert all(type(flatten(seen.config)[name]) is type(value) for name, value in changed.items())
+
+
+def test_config_and_other_flags_mix_in_any_order(command):
+  seen = command('--log_every', '3', '--config.seed=4', '--config', 'configs/wide.py', '--print_config', '--workdir=w')
+  assert (seen.config.seed, seen.config.model.width) == (4, 512)
+  assert (seen.given['log_every'], seen.given['print_config'], seen.given['workdir']) == (3, True, 'w')
+
+
+def test_flags_may_come_from_a_file(command):
+  pathlib.Path('flags.txt').write_text('--config=configs/wide.py\n--config.seed=4\n--log_every=3\n')
+  seen = command('--flagfile=flags.txt', '--config.seed=5')
+  assert (seen.config.seed, seen.config.model.width, seen.given['log_every']) == (5, 512, 3)
+
+
+def test_all_overrides_are_in_before_any_is_checked(command):
+  # 3 heads do not divide a width of 128, and 4 heads cannot share 3 key/value heads.
+  recipe = '--config=configs/base.py'
+  seen = command(recipe, '--config.model.heads=3', '--config.model.width=96', '--config.model.kv_heads=3')
+  assert (seen.config.model.width, seen.config.model.heads, seen.config.model.kv_heads) == (96, 3, 3)
+  assert command(recipe, '--config.model.heads=3').error.startswith('model.heads: 3, accepted: a divisor')
+  seen = command(recipe, '--config.optimizer.decay=10', '--config.optimizer.schedule=wsd')
+  assert seen.config.optimizer.decay == 10
+
+
+@pytest.mark.parametrize('arg, error', [
+    ('--config.model.layer=3', "--config.model.layer: '3', accepted: layers, *; did you mean --config.model.layers?"),
+    ('--config.width=3', "--config.width: '3', accepted: model, *, seed; did you mean --config.model.width?"),
+    ('--config.kv_heads=3', "--config.kv_heads: '3', accepted: model, *; did you mean --config.model.kv_heads?"),
+    ('--config.lr=3', "--config.lr: '3', accepted: model, *; did you mean --config.optimizer.peak_lr?"),
+    ('--config.model.context=3', "--config.model.context: '3', *; did you mean --config.data.context?"),
+    ('--config.model.layers.x=3', "--config.model.layers.x: '3', accepted: layers, *, compute_dtype; did you mean *"),
+    ('--config.zzzzzz=3', "--config.zzzzzz: '3', accepted: model, *, seed"),
+    ('--config.=3', "--config.: '3', accepted: model, *, seed"),
+    ('--config.model=3', "--config.model: '3', accepted: only its fields, since it is a group: layers, *"),
+    ('--config.data.tokenizer=3', "--config.data.tokenizer: '3', accepted: only its fields, *: kind, vocab_size"),
+    ('--config.model.layers=many', "--config.model.layers: 'many', accepted: an integer"),
+    ('--config.model.layers=1.0', "--config.model.layers: '1.0', accepted: an integer"),
+    ('--config.model.layers=', "--config.model.layers: '', accepted: an integer"),
+    ('--config.model.layers', '--config.model.layers: None, accepted: an integer'),
+    ('--config.model.dropout=low', "--config.model.dropout: 'low', accepted: a number"),
+    ('--config.optimizer.clip=nan', '--config.optimizer.clip: nan, accepted: a number'),
+    ('--config.optimizer.clip=inf', '--config.optimizer.clip: inf, accepted: a number'),
+    ('--config.model.bias=maybe', "--config.model.bias: 'maybe', accepted: true or false"),
+    ('--config.data.files', '--config.data.files: None, accepted: text'),
+    ('--config.model.norm=rms', "--config.model.norm: 'rms', accepted: layernorm, rmsnorm; did you mean rmsnorm?"),
+    ('--config.steps=soon', "steps: 'soon', accepted: a count of steps (2000), or one with its unit: *"),
+    ('--config.steps=1e999', "steps: '1e999', accepted: a count of steps *"),
+    ('--config', "--config: '', accepted: configs/base.py, configs/wide.py"),
+    ('--log_evry=3', "--log_evry: '3', accepted: --config, *, --log_every, *; see --help; did you mean --log_every?"),
+    ('--layers=3', "--layers: '3', accepted: --config, *; did you mean --config.model.layers?"),
+    ('--confg=x', "--confg: 'x', accepted: --config, *; did you mean --config?"),
+    ('--cofig.seed=1', "--cofig.seed: '1', accepted: --config, *; did you mean --config.seed?"),
+    ('--log_every=a: b', "--log_every: 'a: b', accepted: a positive integer"),
+    ('--log_every=0', "--log_every: '0', accepted: a positive integer"),
+    ('--backend=gpus', "--backend: 'gpus', accepted: cpu, gpu; did you mean gpu?"),
+    ('--print_config=3', "--print_config: '3', accepted: true or false"),
+    ('--noprint_config=3', "flags: '--noprint_config=3 does not take an argument', accepted: see --help"),
+    ('--workdir', '--workdir: None, accepted: a value after it'),
+    ('--workdir=/', "--workdir: '/', accepted: not the root"),
+    ('--flagfile=none.txt', 'flags: *none.txt*, accepted: see --help'),
+    ('more', "argument: 'more', accepted: only flags, --NAME=VALUE; see --help"),
+])
+def test_a_mistake_is_one_line_that_names_field_value_accepted_and_nearest(command, arg, error):
+  line = command('--config=configs/base.py', arg).error
+  start, *parts = error.split('*')
+  assert line.startswith(start) and line.endswith(parts[-1] if parts else start), line
+  assert all(part in line for part in parts), line
+
+
+def test_a_flag_is_not_taken_for_the_value_of_the_flag_before_it(command):
+  error = command('--config=configs/base.py', '--config.data.files', '--log_every=3').error
+  assert error == '--config.data.files: None, accepted: text'
+
+
+# Recipes
+
+
+@pytest.mark.parametrize('path, error', [
+    ('configs/bas.py', "'configs/bas.py', accepted: configs/base.py, configs/wide.py; did you mean configs/base.py?"),
+    ('base', "'base', accepted: configs/base.py, configs/wide.py; did you mean configs/base.py?"),
+    ('configs', "'configs', accepted: configs/base.py, configs/wide.py"),
+    ('zzz.py', "'zzz.py', accepted: configs/base.py, configs/wide.py"),
+])
+def test_a_recipe_that_is_not_there(command, path, error):
+  assert command(f'--config={path}').error == f'--config: {error}'
+
+
+def test_the_recipe_must_be_given(command):
+  assert command('--config.seed=3').error == "--config: '', accepted: configs/base.py, configs/wide.py"
+
+
+@pytest.mark.parametrize('text, error', [
+    ('x = 1', "r.py: 'no get_config', accepted: a recipe, a Python file with get_config() -> Config"),
+    ('def get_config():\n  return 3', "r.py: get_config(): 'int', accepted: a gptjax.config.Config"),
+    ('def get_config():\n  x = 1\n  return x / 0', "r.py:3: ZeroDivisionError('division by zero'), accepted: *"),
+    ('def get_config(\n', 'r.py:1: SyntaxError(*), accepted: *'),
+    ('import nowhere_to_be_found', "r.py:1: ModuleNotFoundError(*nowhere_to_be_found*), accepted: *"),
+    ('from gptjax.config import *\ndef get_config():\n  return Config(\n      no=3)', 'r.py:3: TypeError(*no*), *'),
+    ('from gptjax.config import *\ndef get_config():\n  return ModelConfig(heads=3)', 'model.heads: 3, accepted: *'),
+    ('from gptjax.config import *\ndef get_config():\n  return Config(model=ModelConfig(mlp="gelo"))',
+     "r.py: model.mlp: 'gelo', accepted: gelu, swiglu; did you mean gelu?"),
+    ('from gptjax.config import *\ndef get_config():\n  return Config(model=ModelConfig(layers=2.5))',
+     'r.py: model.layers: 2.5, accepted: an integer'),
+])
+def test_a_recipe_that_fails_is_named_with_its_line(command, text, error):
+  pathlib.Path('r.py').write_text(text)
+  line = command('--config=r.py').error
+  start, *parts = error.split('*')
+  assert line.startswith(start), line
+  assert all(part in line for part in parts), line
+
+
+def test_a_recipe_is_read_anew_and_leaves_nothing_behind(tmp_path):
+  path = tmp_path / 'r.py'
+  for seed in (1, 2):
+    path.write_text(f'from gptjax.config import Config\ndef get_config():\n  return Config(seed={seed})\n')
+    assert load(str(path)).seed == seed
+  assert list(tmp_path.iterdir()) == [path]
+
+
+# What main may do
+
+
+def test_main_may_raise_a_user_error_or_return_a_status(command):
+  def fails(config):
+    raise UserError('--stop_at', 3, 'a step\nafter 10')
+
+  seen = command('--config=configs/base.py', main=fails)
+  seen.config = None
+  assert seen.error == '--stop_at: 3, accepted: a step after 10'
+  assert command('--config=configs/base.py', main=lambda config: 7).status == 7
+
+
+def test_an_interrupt_is_130_without_a_word(command):
+  def interrupted(config):
+    raise KeyboardInterrupt
+
+  seen = command('--config=configs/base.py', main=interrupted)
+  assert (seen.status, seen.out, seen.err) == (130, '', '')
+
+
+def test_a_defect_keeps_its_traceback(command):
+  def breaks(config):
+    raise ValueError('a defect')
+
+  argv = mock.patch.object(sys, 'argv', ['train.py', '--config=configs/base.py'])
+  with a_binary(), argv, pytest.raises(ValueError, match='a defect'):
+    run(breaks)
+
+
+def test_a_binary_without_a_recipe_takes_only_its_own_flags(command):
+  seen = command('--workdir=w', needs_config=False)
+  assert (seen.status, seen.config, seen.given['workdir']) == (None, None, 'w')
+  error = command('--config=configs/base.py', needs_config=False).error
+  assert error.startswith("--config: 'configs/base.py', accepted: --workdir, --log_every, ")
+  assert '--config.FIELD' not in error
+  assert '--config' not in command('--help', needs_config=False).out
+
+
+# Help
+
+
+@pytest.mark.parametrize('flag', ['--help', '-h', '-help'])
+def test_help_shows_own_flags_then_every_field_with_its_default(command, flag):
+  seen = command(flag)
+  assert (seen.status, seen.err) == (0, '')
+  lines = [line.split() for line in seen.out.splitlines()]
+  shown = [line[0] for line in lines if line and line[0].startswith('--')]
+  own = ['--config', '--workdir=runs', '--log_every=10', '--print_config=false', '--backend=cpu', '--help']
+  assert shown[:len(own)] == own
+  fields = [f'--config.{line.replace(" = ", "=")}' for line in describe(Config()).splitlines()]
+  assert sorted(shown[len(own):]) == sorted(fields)
+  assert ['--config.model.layers=4', 'transformer', 'blocks'] in lines
+  assert '[layernorm|rmsnorm]' in seen.out
+
+
+@pytest.mark.parametrize('width', [50, 80, 110])
+def test_help_wraps_to_the_terminal_in_one_column(command, monkeypatch, width):
+  monkeypatch.setenv('COLUMNS', str(width))
+  lines = command('--help').out.splitlines()
+  assert max(map(len, lines)) <= width
+  texts = [line for line in lines if line.startswith('   ')]
+  assert len({len(line) - len(line.lstrip()) for line in texts}) == 1
+
+
+def test_help_shows_the_defaults_of_a_recipe_and_overlooks_other_mistakes(command):
+  seen = command('--config=configs/wide.py', '--config.nothing=1', '--help', '--nor_this')
+  assert seen.status == 0 and '--config.model.width=512 ' in seen.out
+  assert command('--config=configs/wid.py', '--help').error.endswith('did you mean configs/wide.py?')
+
+
+# Names, values and text
+
+
+def test_flatten_and_differences_name_fields_by_dots():
+  other = Config(seed=3, model=ModelConfig(layers=12))
+  assert flatten(other)['model.layers'] == 12
+  assert list(flatten(other)) == list(_FIELDS)
+  assert differences(Config(), other) == {'model.layers': (4, 12), 'seed': (0, 3)}
+
+
+def test_describe_marks_what_differs_from_the_default():
+  lines = describe(override(Config(), {'model.layers': 12, 'eval.prompt': 'a\nb', 'steps': '3 epochs'})).splitlines()
+  assert len(lines) == len(_FIELDS)
+  assert {'model.layers = 12  # default 4', r"eval.prompt = 'a\nb'  # default ''", "steps = '3 epochs'  # default 1000",
+          'model.bias = true', 'model.width = 128'} <= set(lines)
+
+
+@pytest.mark.parametrize('values, error', [
+    ({'model.layer': 3}, 'model.layer: 3, accepted: layers, *; did you mean model.layers?'),
+    ({'model.layers': '3'}, "model.layers: '3', accepted: an integer"),
+    ({'model.layers': True}, 'model.layers: True, accepted: an integer'),
+    ({'model.bias': 1}, 'model.bias: 1, accepted: true or false'),
+    ({'steps': 1.5}, 'steps: 1.5, accepted: a count of steps *'),
+    ({'model': ModelConfig()}, 'model: *, accepted: only its fields, *'),
+])
+def test_override_checks_names_and_types(values, error):
+  with pytest.raises(UserError) as caught:
+    override(Config(), values)
+  assert all(part in str(caught.value) for part in error.split('*'))
+
+
+@pytest.mark.parametrize('edit, error', [
+    (('"layers"', '"layer"'), 'run.json: model.layer: 4, accepted: layers, *; did you mean model.layers?'),
+    (('"seed": 0', '"zero_stage": 0'), 'run.json: seed: None, accepted: an integer; the field is missing'),
+    (('"layers": 4', '"layers": "4"'), "run.json: model.layers: '4', accepted: an integer"),
+    (('"clip": 1.0', '"clip": NaN'), 'run.json: optimizer.clip: nan, accepted: a number'),
+    (('"layers": 4,', '"layers" 4,'), 'run.json:3: *layers*, accepted: JSON (*)'),
+    ((to_json(Config()), '[]'), 'run.json: [], accepted: an object of config fields'),
+    ((to_json(Config()), ''), "run.json:1: '', accepted: JSON (*)"),
+])
+def test_json_that_is_no_config_is_named_by_its_file(edit, error):
+  with pytest.raises(UserError) as caught:
+    from_json(to_json(Config()).replace(*edit), 'run.json')
+  start, *parts = error.split('*')
+  assert str(caught.value).startswith(start), str(caught.value)
+  assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+def _values(hint):
+  if typing.get_origin(hint) is typing.Literal:
+    return st.sampled_from(typing.get_args(hint))
+  counts = st.integers(1, 10**9)
+  return {
+      bool: st.booleans(), int: counts, float: st.floats(0, 1, exclude_min=True, exclude_max=True), str: st.text(),
+      Duration: counts | st.builds('{}{}'.format, counts, st.sampled_from([' steps', ' tokens', 'epochs'])),
+  }[hint]
+
+
+@st.composite
+def configs(draw):
+  """Any valid config: by type, and where fields depend on each other, as they do."""
+  values = {name: draw(_values(hint)) for name, hint in _FIELDS.items()}
+  kv_heads, group, pairs, microbatches = (draw(st.integers(1, 8)) for _ in range(4))
+  values |= {
+      'model.kv_heads': draw(st.sampled_from([0, kv_heads])), 'model.heads': kv_heads * group,
+      'model.width': kv_heads * group * 2 * pairs, 'data.tokenizer.vocab_size': draw(st.integers(300, 10**6)),
+      'mesh.data': draw(st.just(-1) | st.integers(1, 64)), 'zero_stage': draw(st.sampled_from([0, 3])),
+      'microbatches': microbatches, 'batch_size': microbatches * draw(st.integers(1, 64)),
+  }
+  if values['optimizer.schedule'] != 'wsd':
+    values['optimizer.decay'] = 0
+  return override(Config(), values)
+
+
+@given(configs())
+@settings(max_examples=60, deadline=None)
+def test_json_gives_back_the_same_config(config):
+  assert from_json(to_json(config)) == config
+
+
+@pytest.fixture(scope='module')
+def recipe(tmp_path_factory):
+  path = tmp_path_factory.mktemp('recipes') / 'base.py'
+  path.write_text('from gptjax.config import Config as get_config\n')
+  return str(path)
+
+
+@given(config=configs())
+@settings(max_examples=60, deadline=None)
+def test_every_field_takes_its_own_value_as_text(recipe, config):
+  args = [f'--config.{name}={value}' for name, value in flatten(config).items()]
+  assert outcome(f'--config={recipe}', *args).config == config
+
+
+@given(config=configs())
+@settings(max_examples=60, deadline=None)
+def test_a_printed_line_can_be_pasted_behind_config(recipe, config):
+  config = override(config, {name: ''.join(filter(str.isprintable, flatten(config)[name])) for name in TEXTS})
+  args = [arg for line in describe(config).splitlines()
+          for arg in shlex.split(f'--config.{line.replace(" = ", "=", 1)}', comments=True)]
+  assert outcome(f'--config={recipe}', *args).config == config
+
+
+# The real thing: a process
+
+
+def process(tmp_path, *args, main='print(config.model.layers)'):
+  """Runs a program made with run()."""
+  program = tmp_path / 'program.py'
+  program.write_text(
+      'from absl import flags\nfrom gptjax import config as room\n'
+      "flags.DEFINE_string('workdir', None, 'the folder of the run', required=True)\n"
+      f"def main(config):\n  {main}\nif __name__ == '__main__':\n  room.run(main)\n")
+  (tmp_path / 'tiny.py').write_text('from gptjax.config import *\ndef get_config():\n  return Config()\n')
+  return subprocess.run([sys.executable, program, *args], cwd=tmp_path, capture_output=True, text=True, check=False,
+                        env={'PYTHONPATH': str(ROOT)})
+
+
+@pytest.mark.parametrize('args, error', [
+    (['--config=tiny.py', '--workdir=w', '--config.model.heads=3'], 'error: model.heads: 3, accepted: a divisor of '),
+    (['--config=tiny.py', '--workdr=w'], "error: --workdr: 'w', accepted: --config, --config.FIELD, --workdir; see "),
+    (['--config=tiny.py'], 'error: --workdir: None, accepted: a value: the folder of the run'),
+])
+def test_a_process_says_one_line_and_exits_with_2(tmp_path, args, error):
+  done = process(tmp_path, *args)
+  assert (done.returncode, done.stdout) == (2, '')
+  assert done.stderr.startswith(error) and done.stderr.count('\n') == 1 and 'Traceback' not in done.stderr
+
+
+def test_a_process_runs_with_absl_flags_and_without_jax(tmp_path):
+  done = process(tmp_path, '--config=tiny.py', '--workdir=w', '--config.model.layers=7', '--verbosity=1',
+                 main='import sys; print(config.model.layers, "jax" in sys.modules, flags.FLAGS.verbosity)')
+  assert (done.returncode, done.stdout, done.stderr) == (0, '7 False 1\n', '')
+
+
+def test_a_process_shows_help_though_a_required_flag_is_missing(tmp_path):
+  done = process(tmp_path, '--help')
+  assert (done.returncode, done.stderr) == (0, '')
+  assert done.stdout.startswith('usage: python ') and '  --workdir ' in done.stdout
+  assert '--config.model.layers=4' in done.stdout and '--verbosity' not in done.stdout
+
+
+def test_a_process_with_a_defect_ends_with_a_traceback(tmp_path):
+  done = process(tmp_path, '--config=tiny.py', '--workdir=w', main='raise RuntimeError("a defect")')
+  assert done.returncode == 1 and 'Traceback' in done.stderr and done.stderr.endswith('RuntimeError: a defect\n')

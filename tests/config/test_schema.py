@@ -1,0 +1,85 @@
+"""The schema refuses what cannot run, says what can, and explains every field."""
+
+import dataclasses
+
+import pytest
+
+from gptjax.config import (
+    CheckpointConfig, Config, DataConfig, EvalConfig, MeshConfig, ModelConfig, OptimizerConfig, TokenizerConfig,
+    UserError, duration_in_steps)
+from gptjax.config.flags import docstrings
+
+GROUPS = [
+    Config, ModelConfig, DataConfig, TokenizerConfig, OptimizerConfig, MeshConfig, EvalConfig, CheckpointConfig]
+
+
+def in_steps(value):
+  return duration_in_steps('steps', value, batch_size=8, context=64, rows_per_epoch=100)
+
+
+@pytest.mark.parametrize('value, steps', [
+    (0, 0), (2000, 2000), ('2000', 2000), ('2_000 steps', 2000), ('1 step', 1), ('1.5e3 steps', 1500),
+    ('512 tokens', 1), ('513 tokens', 2), ('1e6tokens', 1954), ('1 epoch', 13), ('3 epochs', 38), ('2 Epochs', 25),
+])
+def test_durations_become_steps_rounded_up(value, steps):
+  assert in_steps(value) == steps
+
+
+@pytest.mark.parametrize('value', ['', 'soon', '-1', '1.5', '1.5 steps', '3 hours', '1_', '1e400', '9' * 5000, 'nan'])
+def test_what_is_no_duration_is_refused_by_name(value):
+  with pytest.raises(UserError, match='^steps: .*accepted: '):
+    in_steps(value)
+
+
+@pytest.mark.parametrize('group, values, message', [
+    (ModelConfig, {'layers': 0}, 'model.layers: 0, accepted: 1 or more'),
+    (ModelConfig, {'width': 12, 'heads': 5}, 'model.heads: 5, accepted: a divisor of model.width=12: 1, 2, 3, 4, 6'),
+    (ModelConfig, {'heads': 4, 'kv_heads': 3}, 'model.kv_heads: 3, accepted: a divisor of model.heads=4: 1, 2, 4'),
+    (ModelConfig, {'width': 12, 'heads': 4, 'positions': 'rope'}, 'model.heads: 4, accepted: an even '),
+    (ModelConfig, {'dropout': 1.0}, 'model.dropout: 1.0, accepted: at least 0 and below 1'),
+    (ModelConfig, {'rope_theta': 0.0}, 'model.rope_theta: 0.0, accepted: a number above 0'),
+    (TokenizerConfig, {'vocab_size': 10}, 'data.tokenizer.vocab_size: 10, accepted: 300 or more'),
+    (DataConfig, {'context': 0}, 'data.context: 0, accepted: 1 or more'),
+    (DataConfig, {'valid_fraction': 0.0}, 'data.valid_fraction: 0.0, accepted: above 0 and below 1'),
+    (OptimizerConfig, {'peak_lr': -1.0}, 'optimizer.peak_lr: -1.0, accepted: 0 or more'),
+    (OptimizerConfig, {'b2': 1.0}, 'optimizer.b2: 1.0, accepted: at least 0 and below 1'),
+    (OptimizerConfig, {'final_fraction': 2.0}, 'optimizer.final_fraction: 2.0, accepted: 0 to 1'),
+    (MeshConfig, {'data': 0}, 'mesh.data: 0, accepted: 1 or more'),
+    (MeshConfig, {'model': 0}, 'mesh.model: 0, accepted: 1 or more'),
+    (EvalConfig, {'rows': -1}, 'eval.rows: -1, accepted: 0 or more'),
+    (CheckpointConfig, {'keep': 0}, 'checkpoint.keep: 0, accepted: 1 or more'),
+    (Config, {'batch_size': 0}, 'batch_size: 0, accepted: 1 or more'),
+    (Config, {'batch_size': 6, 'microbatches': 4}, 'microbatches: 4, accepted: a divisor of batch_size=6: 1, 2, 3, 6'),
+    (Config, {'zero_stage': 7}, 'zero_stage: 7, accepted: '),
+    (Config, {'steps': 'soon'}, "steps: 'soon', accepted: a count of steps"),
+    (Config, {'eval': EvalConfig(every='often')}, "eval.every: 'often', accepted: a count of steps"),
+    (Config, {'optimizer': OptimizerConfig(decay=10)}, 'optimizer.decay: 10, accepted: 0 unless '),
+])
+def test_a_group_refuses_what_cannot_run(group, values, message):
+  with pytest.raises(UserError) as caught:
+    group(**values)
+  assert str(caught.value).startswith(message)
+
+
+def test_zeros_are_resolved():
+  model = ModelConfig(width=96, heads=6, vocab_size=65, vocab_multiple=16)
+  assert (model.head_width, model.key_heads, model.hidden_width, model.table_rows) == (16, 6, 384, 80)
+  assert ModelConfig(kv_heads=2, mlp_width=100).key_heads == 2
+  assert ModelConfig(mlp_width=100).hidden_width == 100
+
+
+@pytest.mark.parametrize('group', GROUPS)
+def test_every_field_is_frozen_and_has_its_line_of_help(group):
+  fields = [field.name for field in dataclasses.fields(group)]
+  lines = docstrings(group)
+  assert list(lines) == fields
+  assert all(line and '\n' not in line for line in lines.values())
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    setattr(group(), fields[0], None)
+
+
+def test_an_error_is_one_line_and_suggests_the_nearest_name():
+  error = UserError('data.files', 'a\nb', 'one of\n  these', ['abb', 'zzz'], given='abbb')
+  assert str(error) == r"data.files: 'a\nb', accepted: one of these; did you mean abb?"
+  assert str(UserError('x', 1, 'y', {'abb': '--abb'}, 'ab')).endswith('did you mean --abb?')
+  assert 'did you mean' not in str(UserError('x', 'far', 'y', ['off']))
