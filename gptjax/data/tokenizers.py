@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import sentencepiece
@@ -158,7 +157,7 @@ class SentencePieceTokenizer(Tokenizer):
     words: the regular expression that cuts text into words.
   """
 
-  def __init__(self, kind: Literal['bpe', 'unigram'], model: bytes, words: str = WORDS):
+  def __init__(self, kind: str, model: bytes, words: str = WORDS):
     self.kind = kind
     self.model = model
     self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -197,7 +196,7 @@ def train_tokenizer(config: TokenizerConfig, documents: Sequence[Document]) -> T
     case 'bytes':
       return ByteTokenizer()
     case 'chars':
-      characters = set()
+      characters: set[str] = set()
       for document in documents:
         characters.update(document.text)
       return CharTokenizer(''.join(characters))
@@ -207,7 +206,7 @@ def train_tokenizer(config: TokenizerConfig, documents: Sequence[Document]) -> T
 
 def _train_sentencepiece(config: TokenizerConfig, documents: Sequence[Document]) -> Tokenizer:
   announce(f'training the {config.kind} tokenizer with {config.vocab_size:,} ids')
-  counts = collections.Counter()
+  counts: collections.Counter[str] = collections.Counter()
   for text in _sample(documents):
     counts.update(map(re.Match.group, re.finditer(WORDS, text)))
   # A line a word, with its count: each byte's character once, so that it becomes a piece whatever the documents.
@@ -219,10 +218,9 @@ def _train_sentencepiece(config: TokenizerConfig, documents: Sequence[Document])
         sentence_iterator=lines, input_format='tsv', model_writer=model, model_type=config.kind,
         vocab_size=config.vocab_size, pad_id=Tokenizer.pad_id, bos_id=Tokenizer.bos_id, eos_id=Tokenizer.eos_id,
         unk_id=Tokenizer.unk_id, character_coverage=1.0, normalization_rule_name='identity', add_dummy_prefix=False,
-        remove_extra_whitespaces=False, split_by_unicode_script=False, split_by_number=False, split_by_whitespace=False,
-        max_sentencepiece_length=32, seed_sentencepiece_size=25 * config.vocab_size,
-        num_threads=1,  # unigram's result depends on it
-        minloglevel=2)
+        split_by_unicode_script=False, split_by_whitespace=False, max_sentencepiece_length=32,
+        seed_sentencepiece_size=25 * config.vocab_size, minloglevel=2,
+        num_threads=8)  # a number of ours, not the machine's: unigram's result depends on it
   except RuntimeError as error:
     highest = re.search(r'Vocabulary size too high .* <= (\d+)', str(error))
     if not highest:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -90,6 +91,7 @@ class _Loop:
     self.peak = peak_flops(list(run.mesh.devices.flatten()), config.model.compute_dtype)
     self.flops = flops_per_token(config.model, config.data.context)
     self.compiles = 0
+    self.tracing = False
     self.pending = None
 
   def go(self, changed: list[str]) -> None:
@@ -104,9 +106,9 @@ class _Loop:
         self.book.say(f'nothing to do: step {self.progress.step} of {last} is done')
       self._restart_clock()
       while self.progress.step < last:
-        self._profile(before=self.progress.step + 1)
+        self._profile(starting=self.progress.step + 1)
         self._step(counter)
-        self._profile(after=self.progress.step)
+        self._profile(done=self.progress.step if self.progress.step < last else sys.maxsize)
         self._after_step(last)
     finally:
       counter.close()
@@ -147,8 +149,10 @@ class _Loop:
   def _after_step(self, last: int) -> None:
     run, step = self.run, self.progress.step
     final = step == run.steps
-    validate = final or bool(run.eval_every) and step % run.eval_every == 0
     save = step == last or bool(run.checkpoint_every) and step % run.checkpoint_every == 0
+    # Which checkpoint is best can only be told of those that were validated; stop_at adds no line to the metrics.
+    due = bool(run.eval_every) and step % run.eval_every == 0
+    validate = final or due or save and step != last and run.config.checkpoint.keep_best
     if not (validate or save):
       return
     self._read_pending()
@@ -174,14 +178,18 @@ class _Loop:
     return ''.join(self.generator.text(self.state.parameters, self.data.tokenizer, prompt, tokens,
                                        jax.random.key(self.run.config.seed)))
 
-  def _profile(self, before: int | None = None, after: int | None = None) -> None:
+  def _profile(self, *, starting: int = 0, done: int = 0) -> None:
+    """Traces from the start of the first step asked for to the end of the last, or of the run."""
     if self.options.profile_steps is None:
       return
     first, last = self.options.profile_steps
-    if before == first:
+    folder = self.options.workdir / 'profile'
+    if starting == first:
       self._read_pending()
-      jax.profiler.start_trace(self.options.workdir / 'profile')
-    if after == last:
+      jax.profiler.start_trace(folder)
+      self.tracing = True
+    if self.tracing and done >= last:
       self._read_pending()
       jax.profiler.stop_trace()
-      self.book.say(f'trace of steps {first} to {last} in {self.options.workdir / "profile"}')
+      self.tracing = False
+      self.book.say(f'trace from step {first} in {folder}')

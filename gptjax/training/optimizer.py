@@ -51,7 +51,8 @@ def make_optimizer(config: OptimizerConfig, **durations: int) -> optax.GradientT
       optax.add_decayed_weights(config.weight_decay),
       optax.scale_by_learning_rate(schedule(config, config.muon_lr, **durations)))
     rest = optax.partition({True: muon, False: adamw}, _by_name(orthogonalized))
-  return optax.chain(optax.clip_by_global_norm(config.clip), rest) if config.clip else rest
+  clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()  # a resumed run may switch it
+  return optax.chain(clip, rest)
 
 
 def _by_name(role):

@@ -52,6 +52,7 @@ def resolve(config: Config, data: Prepared) -> Run:
     UserError: sizes that the mesh does not divide, a vocabulary too small for the tokenizer.
   """
   config = with_vocabulary(config, data.tokenizer.vocab_size)
+  data.tokenizer.encode(config.eval.prompt, 'eval.prompt')  # a prompt that cannot be sampled from is told before training
   mesh = make_mesh(config.mesh)
   check_sizes(config, mesh)
   rows = TrainRows(data.train, config.data.context, config.seed)

@@ -1,8 +1,11 @@
 """Data is prepared once, found again by what determines it, and never found half-done."""
 
+import argparse
 import dataclasses
 import gzip
+import importlib
 import io
+import itertools
 import lzma
 import sys
 import threading
@@ -11,11 +14,10 @@ import pytest
 
 from gptjax.config import DataConfig, TokenizerConfig, UserError
 from gptjax.data import compression_yardsticks, prepare, read_files
-from gptjax.data import prepare as prepare_function
 from gptjax.data.progress import progress
 from gptjax.data.stdlib_corpus import stdlib_sources
 
-module = sys.modules[prepare_function.__module__]
+module = importlib.import_module('gptjax.data.prepare')  # gptjax.data.prepare is the function
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def built_once(monkeypatch):
 
 def texts(prepared, store):
   stream, bounds = store.tokens.tolist(), [*store.starts.tolist(), len(store.tokens)]
-  return [prepared.tokenizer.decode(stream[start:stop]) for start, stop in zip(bounds, bounds[1:], strict=False)]
+  return [prepared.tokenizer.decode(stream[start:stop]) for start, stop in itertools.pairwise(bounds)]
 
 
 @pytest.mark.parametrize('tokenizer', [
@@ -52,7 +54,9 @@ def test_all_documents_are_in_one_of_the_stores(config, cache, tokenizer):
   prepared = prepare(dataclasses.replace(config, tokenizer=tokenizer), cache)
   everything = [document.text for document in read_files(config.files)]
   train, valid = texts(prepared, prepared.train), texts(prepared, prepared.valid)
-  assert sorted(train + valid) == sorted(everything) and train and valid
+  assert sorted(train + valid) == sorted(everything)
+  assert train
+  assert valid
   assert prepared.valid_text.read_bytes() == ''.join(valid).encode()
   assert prepared.valid.bytes == len(prepared.valid_text.read_bytes())
   assert prepared.directory == cache / 'data' / prepared.fingerprint
@@ -63,9 +67,11 @@ def test_all_documents_are_in_one_of_the_stores(config, cache, tokenizer):
 def test_the_second_time_nothing_is_built(config, cache, built_once, capfd):
   first = prepare(config, cache)
   out, err = capfd.readouterr()
-  assert out == '' and err
+  assert out == ''
+  assert err
   second = prepare(config, cache)
-  assert len(built_once) == 1 and capfd.readouterr() == ('', '')
+  assert len(built_once) == 1
+  assert capfd.readouterr() == ('', '')
   assert (second.fingerprint, second.description) == (first.fingerprint, first.description)
   assert (second.train.tokens == first.train.tokens).all()
 
@@ -100,7 +106,9 @@ def test_a_killed_run_leaves_nothing_that_is_trusted(config, cache, monkeypatch)
   left, = (path for path in (cache / 'data').iterdir() if path.is_dir())
   (left / 'rubbish').touch()
   prepared = prepare(config, cache)
-  assert texts(prepared, prepared.valid) and not (prepared.directory / 'rubbish').exists() and not left.exists()
+  assert texts(prepared, prepared.valid)
+  assert not (prepared.directory / 'rubbish').exists()
+  assert not left.exists()
 
 
 def test_two_at_once_build_once(config, cache, built_once):
@@ -110,7 +118,9 @@ def test_two_at_once_build_once(config, cache, built_once):
     thread.start()
   for thread in threads:
     thread.join()
-  assert len(built_once) == 1 and len({result.fingerprint for result in results}) == 1 and len(results) == 3
+  assert len(built_once) == 1
+  assert len({result.fingerprint for result in results}) == 1
+  assert len(results) == 3
 
 
 def test_mistakes_in_the_files_leave_no_data(config, cache, tmp_path):
@@ -126,13 +136,14 @@ def test_the_embedded_corpus_needs_its_dataset_once(cache, monkeypatch, tmp_path
   monkeypatch.setattr(module, 'stdlib_sources', lambda: stdlib_sources(tmp_path))
   config = DataConfig(tokenizer=TokenizerConfig(kind='bytes'))
   first = prepare(config, cache)
-  assert first.train.documents + first.valid.documents == 4 and (cache / 'tfds').is_dir()
+  assert first.train.documents + first.valid.documents == 4
+  assert (cache / 'tfds').is_dir()
   monkeypatch.delattr(module, 'stdlib_documents')
   assert prepare(config, cache).fingerprint == first.fingerprint
 
 
 def test_yardsticks_are_what_the_compressors_need(config, cache):
-  prepared = prepare(config, cache)
+  prepared = prepare(dataclasses.replace(config, files=argparse.__file__), cache)
   text = prepared.valid_text.read_bytes()
   compressed = {'gzip -9': gzip.compress(text, 9), 'xz -9': lzma.compress(text, preset=9)}
   assert compression_yardsticks(prepared) == {name: 8 * len(data) / len(text) for name, data in compressed.items()}

@@ -16,9 +16,12 @@ def test_each_document_is_there_between_bos_and_eos(tmp_path):
   tokenizer = ByteTokenizer()
   written = write_store(tmp_path, tokenizer, DOCUMENTS, 'writing')
   for store in (written, TokenStore.open(tmp_path)):
-    assert store.documents == 3 and store.starts.dtype == np.int64 and store.tokens.dtype == np.uint16
+    assert store.documents == 3
+    assert store.starts.dtype == np.int64
+    assert store.tokens.dtype == np.uint16
     assert store.bytes == sum(len(document.text.encode()) for document in DOCUMENTS)
-    assert store.targets == store.bytes + 3 and store.vocab_size == 260
+    assert store.targets == store.bytes + 3
+    assert store.vocab_size == 260
     for document, stream in zip(DOCUMENTS, np.split(store.tokens, store.starts[1:]), strict=True):
       assert (stream[0], stream[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
       assert tokenizer.decode(stream[1:-1]) == document.text
@@ -28,7 +31,8 @@ def test_each_document_is_there_between_bos_and_eos(tmp_path):
 def test_tokens_stay_on_disk(tmp_path):
   store = write_store(tmp_path, ByteTokenizer(), DOCUMENTS, 'writing')
   for array in (store.tokens, store.starts):
-    assert isinstance(array.base, np.memmap) and not array.flags.writeable
+    assert isinstance(array.base, np.memmap)
+    assert not array.flags.writeable
 
 
 def test_ids_that_need_more_than_16_bits_have_them(tmp_path):
@@ -36,13 +40,14 @@ def test_ids_that_need_more_than_16_bits_have_them(tmp_path):
   for size, dtype in ((2**16 - 4, np.uint16), (2**16 - 3, np.uint32)):
     tokenizer = CharTokenizer(characters[:size])
     store = write_store(tmp_path / str(size), tokenizer, [Document('a', characters[:size])], 'writing')
-    assert store.tokens.dtype == dtype and (store.tokens[1:-1] == np.arange(4, 4 + size)).all()
+    assert store.tokens.dtype == dtype
+    assert (store.tokens[1:-1] == np.arange(4, 4 + size)).all()
 
 
 def test_text_the_tokenizer_lacks_is_named_with_its_document(tmp_path):
-  with pytest.raises(UserError, match="^b, character 2: 'ö'"):
+  with pytest.raises(UserError, match=r"^b, character 2: 'ö'"):
     write_store(tmp_path, CharTokenizer('enozw\r\n'), DOCUMENTS, 'writing')
-  with pytest.raises(UserError, match='^token store: '):
+  with pytest.raises(UserError, match=r'^token store: '):
     TokenStore.open(tmp_path)
 
 
@@ -56,7 +61,7 @@ def test_a_broken_store_is_an_error_and_can_be_written_again(tmp_path):
 
   with pytest.raises(KeyboardInterrupt):
     write_store(tmp_path, Killed(), DOCUMENTS, 'writing')
-  with pytest.raises(UserError, match=f'^token store: {str(tmp_path)!r}'):
+  with pytest.raises(UserError, match=rf'^token store: {str(tmp_path)!r}'):
     TokenStore.open(tmp_path)
   assert write_store(tmp_path, ByteTokenizer(), DOCUMENTS, 'writing').documents == 3
 
@@ -65,5 +70,5 @@ def test_a_broken_store_is_an_error_and_can_be_written_again(tmp_path):
 def test_a_truncated_file_is_noticed(tmp_path, name):
   write_store(tmp_path, ByteTokenizer(), DOCUMENTS, 'writing')
   (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-2])
-  with pytest.raises(UserError, match='^token store: '):
+  with pytest.raises(UserError, match=r'^token store: '):
     TokenStore.open(tmp_path)

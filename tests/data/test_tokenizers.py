@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from gptjax.config import TokenizerConfig, UserError
 from gptjax.data import Document, TextStream, load_tokenizer, tokenizers, train_tokenizer
@@ -40,7 +39,8 @@ def trained():
 def test_any_text_comes_back_exactly(trained, kind, text):
   tokenizer = trained[kind]
   ids = tokenizer.encode(text)
-  assert ids.dtype == np.int32 and ids.ndim == 1
+  assert ids.dtype == np.int32
+  assert ids.ndim == 1
   assert tokenizer.decode(ids) == text
   assert not len(ids) or 4 <= ids.min() <= ids.max() < tokenizer.vocab_size
 
@@ -57,7 +57,8 @@ def test_odd_text_in_the_training_documents_changes_nothing(kind):
   tokenizer = train_tokenizer(TokenizerConfig(kind=kind, vocab_size=512), documents)
   for text in ODD:
     ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text and ids.min() >= 4
+    assert tokenizer.decode(ids) == text
+    assert ids.min() >= 4
 
 
 @pytest.mark.parametrize('kind', [*KINDS, 'chars'])
@@ -75,7 +76,7 @@ def test_every_byte_has_an_id_and_no_two_ids_are_alike(trained, kind):
   assert {bytes([byte]) for byte in range(256)} <= set(pieces)
 
 
-@pytest.mark.parametrize('kind, size', [('bpe', 512), ('unigram', 512), ('bytes', 260), ('chars', None)])
+@pytest.mark.parametrize(('kind', 'size'), [('bpe', 512), ('unigram', 512), ('bytes', 260), ('chars', None)])
 def test_vocabulary_has_the_size_asked_for(trained, kind, size):
   characters = {character for document in code_documents() for character in document.text}
   assert trained[kind].vocab_size == (size or 4 + len(characters))
@@ -107,16 +108,16 @@ def test_a_saved_tokenizer_comes_back(trained, kind, tmp_path):
 
 
 def test_a_folder_without_tokenizer_is_named(tmp_path):
-  with pytest.raises(UserError, match=f'{tmp_path}.*tokenizer.json'):
+  with pytest.raises(UserError, match=rf'{tmp_path}.*tokenizer.json'):
     load_tokenizer(tmp_path)
 
 
 def test_an_unseen_character_is_named_with_its_place():
   tokenizer = train_tokenizer(TokenizerConfig(kind='chars'), [Document('a', 'abc'), Document('b', 'cd')])
   assert tokenizer.encode('dcba').tolist() == [7, 6, 5, 4]
-  with pytest.raises(UserError, match="^story.txt, character 2: 'é', accepted: one of the 4 characters"):
+  with pytest.raises(UserError, match=r"^story.txt, character 2: 'é', accepted: one of the 4 characters"):
     tokenizer.encode('abé', 'story.txt')
-  with pytest.raises(UserError, match='^text, character 0: '):
+  with pytest.raises(UserError, match=r'^text, character 0: '):
     tokenizer.encode('\U0010ffff')
 
 
@@ -129,7 +130,7 @@ def test_a_lone_surrogate_is_named_with_its_place(trained, kind):
 @pytest.mark.parametrize('kind', ['bpe', 'unigram'])
 def test_more_ids_than_the_documents_have_is_an_error_that_says_how_many(kind):
   documents = [Document('a', 'to be or not to be, that is the question\n' * 5)]
-  with pytest.raises(UserError, match='^data.tokenizer.vocab_size: 4096, accepted: at most ([0-9]+) ') as error:
+  with pytest.raises(UserError, match=r'^data.tokenizer.vocab_size: 4096, accepted: at most ([0-9]+) ') as error:
     train_tokenizer(TokenizerConfig(kind=kind), documents)
   most = int(str(error.value).split('at most ')[1].split()[0])
   assert tokenizers.SentencePieceTokenizer(kind, _train(kind, most, documents).model).vocab_size == most
@@ -164,5 +165,6 @@ def test_a_stream_holds_half_a_character_back():
   tokenizer = tokenizers.ByteTokenizer()
   stream = TextStream(tokenizer)
   assert [stream.push([i]) for i in tokenizer.encode('a日b')] == ['a', '', '', '日', 'b']
-  assert stream.push(tokenizer.encode('日')[:2]) == '' and stream.finish() == '\ufffd'
+  assert stream.push(tokenizer.encode('日')[:2]) == ''
+  assert stream.finish() == '\ufffd'
   assert tokenizer.decode(tokenizer.encode('日')[:2]) == '\ufffd'

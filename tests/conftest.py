@@ -1,0 +1,87 @@
+"""What every room's tests share: eight virtual CPU devices, array shapes that are checked, meshes, tiny random models."""
+
+import functools
+import pathlib
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+WITHOUT_JAX = ('config', 'data', 'tools')
+"""Rooms whose tests start without JAX, which takes seconds to import."""
+
+STYLES = {
+    'gpt2': dict(positions='learned', norm='layernorm', mlp='gelu', bias=True, tied=True),
+    'modern': dict(positions='rope', norm='rmsnorm', mlp='swiglu', bias=False, tied=False, kv_heads=2, qk_norm=True,
+                   mlp_width=48),
+}
+
+
+def pytest_pycollect_makemodule(module_path):
+  """Sets JAX up before the first test module that may use it is imported."""
+  if module_path.parent.name not in WITHOUT_JAX:
+    _set_up_jax()
+
+
+@functools.cache
+def _set_up_jax():
+  import jax
+  import jaxtyping
+
+  # Annotated types and shapes hold at run time. The config room, where an int may stand for a float, checks itself.
+  rooms = [folder.name for folder in (ROOT / 'gptjax').iterdir() if folder.is_dir() and folder.name not in ('config', 'data')]
+  jaxtyping.install_import_hook([f'gptjax.{room}' for room in rooms], 'beartype.beartype')
+  jax.config.update('jax_platforms', 'cpu')
+  jax.config.update('jax_num_cpu_devices', 8)
+  # Most of a test's time is its compile, so programs are kept from run to run.
+  jax.config.update('jax_compilation_cache_dir', str(ROOT / '.jax_cache'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+
+
+@pytest.fixture(params=['1x1', '8x1', '4x2'])
+def mesh(request):
+  """The mesh that the test runs under, data x model; other sizes through parametrize('mesh', ..., indirect=True)."""
+  import jax
+  from gptjax.config import MeshConfig
+  from gptjax.sharding import make_mesh
+
+  mesh = make_mesh(MeshConfig(*map(int, request.param.split('x'))))
+  with jax.set_mesh(mesh):
+    yield mesh
+
+
+@pytest.fixture
+def one_device():
+  """A mesh of one device, in force during the test."""
+  import jax
+  from gptjax.config import MeshConfig
+  from gptjax.sharding import make_mesh
+
+  mesh = make_mesh(MeshConfig(1, 1))
+  with jax.set_mesh(mesh):
+    yield mesh
+
+
+@pytest.fixture(params=STYLES)
+def style(request):
+  """A tiny ModelConfig of each style; 50 ids in a table of 64 rows."""
+  from gptjax.config import ModelConfig
+
+  return ModelConfig(layers=2, width=32, heads=4, vocab_size=50, vocab_multiple=32, **STYLES[request.param])
+
+
+@pytest.fixture
+def random_parameters():
+  """A function (blueprint, zero_stage=0, seed=0): parameters on the mesh in force, biases and gains random too."""
+  import jax
+
+  def make(blueprint, zero_stage=0, seed=0):
+    rng = np.random.default_rng(seed)
+    values = {}
+    for name, shape in blueprint.shapes.items():
+      noise = rng.standard_normal(shape.shape, np.float32)
+      values[name] = 1 + 0.2 * noise if name.endswith('gain') else 0.2 * noise
+    return jax.device_put(values, blueprint.shardings(zero_stage, jax.sharding.get_mesh()))
+
+  return make

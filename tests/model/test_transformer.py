@@ -1,0 +1,206 @@
+"""What a transformer must be, whatever its style: causal, blind to other documents, the same however it is run."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.model import Place, blueprint, empty_cache
+from gptjax.training import next_token
+
+pytestmark = pytest.mark.usefixtures('one_device')
+
+
+def ids(seed, *shape):
+  return np.random.default_rng(seed).integers(0, 50, shape, np.int32)
+
+
+def loss_and_gradients(plan, parameters, tokens, key=None):
+  """Of the mean next-token loss, as numpy."""
+  batch = {'tokens': jnp.asarray(tokens[:, :-1]), 'targets': jnp.asarray(tokens[:, 1:])}
+  batch['mask'] = jnp.ones(batch['targets'].shape)
+
+  @jax.jit
+  @jax.value_and_grad
+  def loss(parameters, batch, key):
+    total, count, _ = next_token()(plan.merge(parameters), batch, key)
+    return total / count
+
+  return jax.tree.map(np.asarray, loss(parameters, batch, key))
+
+
+def assert_close(a, b, rtol=1e-5, atol=1e-6):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_allclose(x, y, rtol, atol)
+
+
+def stacked(parameters):
+  """Parameters of an unrolled model as its scan has them."""
+  layers, rest = {}, {}
+  for name, value in parameters.items():
+    if name.startswith('blocks/'):
+      _, index, part = name.split('/', 2)
+      layers.setdefault(part, {})[int(index)] = value
+    else:
+      rest[name] = value
+  return rest | {f'blocks/{part}': jnp.stack([each[i] for i in range(len(each))]) for part, each in layers.items()}
+
+
+@pytest.mark.parametrize('attention', ['blocks', 'xla'])
+def test_a_position_depends_on_itself_and_the_past_alone(style, attention, random_parameters):
+  # The gradient of each position's logits by each position's input vector: exactly zero where the input is later.
+  length = 70  # more than one block of queries
+  plan = blueprint(dataclasses.replace(style, attention=attention, vocab_size=length), length)
+  parameters = random_parameters(plan)
+  # Every input vector is a row of its own: of the positions' table, or of the tokens' where each token occurs once.
+  table = 'positions/table' if style.positions == 'learned' else 'tokens/table'
+  tokens = np.random.default_rng(1).permutation(length).astype(np.int32)
+  rows = np.arange(length) if style.positions == 'learned' else tokens
+
+  direction = np.random.default_rng(2).standard_normal(plan.config.table_rows, np.float32)
+  direction[length:] = 0  # padded ids
+
+  @jax.jit
+  def gradient(parameters, tokens, at):
+    dot = lambda vectors: jnp.sum(plan.merge(parameters | {table: vectors})(tokens[None]) * at[:, None] * direction)
+    return jnp.abs(jax.grad(dot)(parameters[table])).max(-1)
+
+  seen = np.stack([gradient(parameters, tokens, at)[rows] for at in np.eye(length, dtype=np.float32)])
+  np.testing.assert_array_equal(seen > 0, np.tri(length, dtype=bool))
+
+
+def test_a_document_gets_the_logits_it_gets_alone(style, random_parameters):
+  first, second = 50, 40
+  plan = blueprint(style, first + second)
+  parameters = random_parameters(plan)
+  logits = jax.jit(lambda parameters, tokens, place: plan.merge(parameters)(tokens, place))
+  positions = jnp.concatenate([jnp.arange(first), jnp.arange(second)])[None]
+  segments = jnp.repeat(jnp.array([1, 2]), jnp.array([first, second]), total_repeat_length=first + second)[None]
+  place = Place(positions, segments)
+  tokens = ids(2, 1, first + second)
+  together = logits(parameters, tokens, place)
+
+  alone = [logits(parameters, part, None) for part in (tokens[:, :first], tokens[:, first:])]
+  np.testing.assert_allclose(together, np.concatenate(alone, 1), 1e-5, 1e-5)
+  # To the last bit: what stands in the other document changes nothing.
+  for here, there in ((slice(first, None), slice(None, first)), (slice(None, first), slice(first, None))):
+    other = tokens.copy()
+    other[:, there] = ids(3, *other[:, there].shape)
+    np.testing.assert_array_equal(logits(parameters, other, place)[:, here], together[:, here])
+
+
+def test_without_segments_the_earlier_document_is_seen(style, random_parameters):
+  plan = blueprint(style, 8)
+  parameters = random_parameters(plan)
+  logits = jax.jit(lambda parameters, tokens: plan.merge(parameters)(tokens))
+  tokens = ids(4, 1, 8)
+  assert np.abs(logits(parameters, tokens) - logits(parameters, np.roll(tokens, 1)))[0, -1].max() > 1e-2
+
+
+@pytest.mark.parametrize('length', [64, 70, 130])
+def test_attention_in_blocks_equals_the_full_square(style, length, random_parameters):
+  def run(attention):
+    plan = blueprint(dataclasses.replace(style, attention=attention, layers=1), length)
+    return loss_and_gradients(plan, random_parameters(plan), ids(5, 2, length + 1))
+  assert_close(run('blocks'), run('xla'))
+
+
+@pytest.mark.parametrize('scan', [False, True])
+@pytest.mark.parametrize('parts', [(9,) + (1,) * 11, (7, 6, 7)], ids=['token by token', 'in chunks'])
+def test_reading_with_a_cache_gives_the_logits_of_the_whole(style, parts, scan, random_parameters):
+  batch, length = 2, sum(parts)
+  config = dataclasses.replace(style, scan=scan)
+  plan = blueprint(config, length)
+  parameters = random_parameters(plan)
+  tokens = ids(6, batch, length)
+
+  @jax.jit
+  def read(parameters, tokens, filled, cache):
+    model = plan.merge(parameters)
+    positions = jnp.broadcast_to(filled + jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden, cache = model.hidden(tokens, Place(positions, filled=filled), cache)
+    return model.logits(hidden).reshape(*tokens.shape, -1), cache
+
+  cache, filled, pieces = empty_cache(config, batch, length + 3), 0, []
+  for size in parts:
+    logits, cache = read(parameters, tokens[:, filled:filled + size], jnp.int32(filled), cache)
+    pieces.append(logits)
+    filled += size
+  whole = jax.jit(lambda parameters, tokens: plan.merge(parameters)(tokens))(parameters, tokens)
+  np.testing.assert_allclose(np.concatenate(pieces, 1), whole, 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize('dropout', [0.0, 0.2])
+def test_a_scan_equals_unrolled_layers(style, dropout, random_parameters):
+  style = dataclasses.replace(style, layers=3, dropout=dropout)
+  key = jax.random.key(1) if dropout else None
+  tokens = ids(7, 2, 17)
+  unrolled, scanned = (blueprint(dataclasses.replace(style, scan=scan), 16) for scan in (False, True))
+  parameters = random_parameters(unrolled)
+  loss, gradients = loss_and_gradients(unrolled, parameters, tokens, key)
+  assert_close(loss_and_gradients(scanned, stacked(parameters), tokens, key), (loss, stacked(gradients)))
+  assert scanned.axes['blocks/mlp/up/kernel'] == ('layers', 'embed', 'mlp')
+
+
+@pytest.mark.parametrize('scan', [False, True])
+def test_what_is_recomputed_changes_no_gradient(style, scan, random_parameters):
+  def run(remat):
+    plan = blueprint(dataclasses.replace(style, remat=remat, scan=scan, dropout=0.1), 16)
+    return loss_and_gradients(plan, random_parameters(plan), ids(8, 2, 17), jax.random.key(2))
+  none = run('none')
+  assert_close(run('dots'), none)
+  assert_close(run('full'), none)
+
+
+def test_shared_key_heads_equal_repeated_ones(style, random_parameters):
+  grouped = blueprint(dataclasses.replace(style, kv_heads=2), 16)
+  repeated = blueprint(dataclasses.replace(style, kv_heads=4), 16)
+  parameters = random_parameters(grouped)
+  tokens = ids(9, 2, 16)
+
+  def repeat(name, value):
+    if '/attention/k/' not in name and '/attention/v/' not in name:
+      return value
+    heads = value.reshape(*value.shape[:-1], 2, style.head_width)
+    return jnp.repeat(heads, 2, axis=-2).reshape(*value.shape[:-1], -1)
+
+  logits = jax.jit(grouped.merge(parameters).__call__)(tokens)
+  more = {name: repeat(name, value) for name, value in parameters.items()}
+  np.testing.assert_allclose(jax.jit(repeated.merge(more).__call__)(tokens), logits, 1e-5, 1e-5)
+
+
+def test_padded_ids_are_never_predicted_and_never_learned(style, random_parameters):
+  plan = blueprint(style, 16)
+  parameters = random_parameters(plan)
+  assert parameters['tokens/table'].shape[0] == 64 > style.vocab_size
+  probabilities = jax.nn.softmax(jax.jit(plan.merge(parameters).__call__)(ids(10, 2, 16)))
+  assert (probabilities[..., style.vocab_size:] == 0).all()
+  np.testing.assert_allclose(probabilities[..., :style.vocab_size].sum(-1), 1, 1e-5)
+  gradients = loss_and_gradients(plan, parameters, ids(11, 2, 17))[1]
+  head = gradients['tokens/table'] if style.tied else gradients['head/kernel'].T
+  assert (head[style.vocab_size:] == 0).all() and (head[:style.vocab_size] != 0).any(1).all()
+
+
+def test_bfloat16_computes_close_to_float32_and_keeps_float32_parameters(style, random_parameters):
+  def run(dtype):
+    plan = blueprint(dataclasses.replace(style, compute_dtype=dtype), 16)
+    parameters = random_parameters(plan)
+    tokens = ids(12, 4, 17)
+    hidden = jax.eval_shape(lambda p: plan.merge(p).hidden(tokens)[0], parameters)
+    logits = jax.eval_shape(lambda p: plan.merge(p)(tokens), parameters)
+    return hidden.dtype, logits.dtype, parameters, loss_and_gradients(plan, parameters, tokens)
+
+  full_type, _, _, (full, full_gradients) = run('float32')
+  half_type, logits_type, parameters, (half, half_gradients) = run('bfloat16')
+  assert (full_type, half_type, logits_type) == (jnp.float32, jnp.bfloat16, jnp.float32)
+  assert {x.dtype for x in jax.tree.leaves((parameters, half_gradients))} == {np.dtype('float32')}
+  assert half != full  # it did compute in another precision
+  np.testing.assert_allclose(half, full, 1e-2)
+  for name, gradient in full_gradients.items():
+    if name.endswith('attention/k/bias'):
+      continue  # zero but for rounding: the same added to all keys changes no weight of the softmax
+    difference = np.linalg.norm(half_gradients[name] - gradient) / np.linalg.norm(gradient)
+    assert difference < 0.1, name

@@ -1,0 +1,99 @@
+"""The smallest batches, steps and runs; what the tests of training, checkpoints, evaluation and commands share."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import random
+
+import jax
+import numpy as np
+import optax
+
+from gptjax import config as configs
+from gptjax.config import Config, DataConfig, EvalConfig, ModelConfig, OptimizerConfig, TokenizerConfig
+from gptjax.model import blueprint
+from gptjax.sharding import place
+from gptjax.training import Options, initializer, make_optimizer, next_token, schedule, train, train_step
+
+DURATIONS = {'steps': 100, 'warmup': 2, 'decay': 0}
+WALL_CLOCK = ('tokens_per_second', 'mfu')
+"""Fields of metrics.jsonl that two equal runs need not share."""
+
+
+def batch(rows=8, context=16, vocab=50, seed=0):
+  """Random rows of several documents each; some rows have few targets that count, others many."""
+  rng = np.random.default_rng(seed)
+  begins = rng.random((rows, context)) < 0.15
+  begins[:, 0] = True
+  here = np.arange(context, dtype=np.int32)
+  share = rng.permutation(np.linspace(0.1, 0.9, rows))[:, None]
+  return {
+    'tokens': rng.integers(4, vocab, (rows, context), np.int32),
+    'targets': rng.integers(4, vocab, (rows, context), np.int32),
+    'positions': here - np.maximum.accumulate(np.where(begins, here, 0), axis=1),
+    'segments': np.cumsum(begins, axis=1, dtype=np.int32),
+    'mask': (rng.random((rows, context)) < share).astype(np.float32),
+  }
+
+
+def put(rows):
+  """A batch on the mesh in force."""
+  return place(jax.sharding.get_mesh(), rows, 'batch', None)
+
+
+def trainer(model, optimizer=None, *, context=16, zero_stage=0, microbatches=1, seed=0, z_loss=0.0):
+  """(fresh state, train step) on the mesh in force; `optimizer` is a config or one of optax's.
+
+  The initial parameters are those of seed 0, whatever `seed`.
+  """
+  if optimizer is None or isinstance(optimizer, OptimizerConfig):
+    settings = optimizer or OptimizerConfig()
+    optimizer = make_optimizer(settings, **DURATIONS)
+    rate = schedule(settings, settings.peak_lr, **DURATIONS)
+  else:
+    rate = optax.constant_schedule(0.0)
+  plan = blueprint(model, context)
+  state = initializer(plan, optimizer, zero_stage, jax.sharding.get_mesh(), 0)()
+  return state, train_step(plan, next_token(z_loss), optimizer, rate, microbatches=microbatches, seed=seed)
+
+
+def write_text(path, sentences=300, seed=0):
+  """Writes some sentences of small words, a line each; returns the path."""
+  rng = random.Random(seed)
+  words = 'a lazy dog and the quick brown fox jump over old warm stoves while small cats sleep'.split()
+  path.write_text(''.join(' '.join(rng.choices(words, k=8)) + '.\n' for _ in range(sentences)))
+  return path
+
+
+def config(text, **values):
+  """The config of a run of 8 steps on a text file; `values` are dotted names with __ for the dot."""
+  base = Config(
+    model=ModelConfig(layers=1, heads=2, width=16),
+    data=DataConfig(files=str(text), context=16, tokenizer=TokenizerConfig(kind='chars')),
+    optimizer=OptimizerConfig(peak_lr=1e-2, warmup=2), mesh=configs.MeshConfig(data=1),
+    eval=EvalConfig(every=4, rows=8, sample_tokens=0), steps=8, batch_size=4)
+  return configs.override(base, {name.replace('__', '.'): value for name, value in values.items()})
+
+
+def options(workdir, cache, **values):
+  """Options that log every step."""
+  return dataclasses.replace(Options(pathlib.Path(workdir), pathlib.Path(cache), log_every=1), **values)
+
+
+def run(settings, workdir, cache, **values):
+  """Trains, and returns the records of metrics.jsonl."""
+  train(settings, options(workdir, cache, **values))
+  return records(workdir)
+
+
+def records(workdir, name='metrics.jsonl'):
+  """A JSONL file's records without what depends on the clock."""
+  lines = [json.loads(line) for line in (pathlib.Path(workdir) / name).read_text().splitlines()]
+  return [{name: value for name, value in line.items() if name not in WALL_CLOCK} for line in lines]
+
+
+def files_below(folder):
+  """Paths of all files and folders below a folder, relative to it."""
+  return sorted(os.path.relpath(os.path.join(root, name), folder)
+                for root, folders, files in os.walk(folder) for name in (*folders, *files))

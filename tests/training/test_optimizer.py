@@ -1,0 +1,175 @@
+"""Learning rates follow their formulas; decay, Muon and clipping touch the parameters they are meant for, as published."""
+
+import math
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from gptjax.config import ModelConfig, OptimizerConfig
+from gptjax.model import blueprint
+from gptjax.training import make_optimizer, schedule
+from gptjax.training.optimizer import decays, orthogonalized
+
+STEPS, WARMUP, DECAY, PEAK, LOW = 50, 7, 20, 6e-4, 0.1
+CONSTANT = {'schedule': 'constant', 'clip': 0.0}
+NOW = {'steps': 10, 'warmup': 0, 'decay': 0}
+
+
+def nanogpt(it):
+  """get_lr of nanoGPT's train.py."""
+  if it < WARMUP:
+    return PEAK * (it + 1) / (WARMUP + 1)
+  if it > STEPS:
+    return PEAK * LOW
+  ratio = (it - WARMUP) / (STEPS - WARMUP)
+  return PEAK * LOW + 0.5 * (1.0 + math.cos(math.pi * ratio)) * (PEAK - PEAK * LOW)
+
+
+def rise(it):
+  return min((it + 1) / (WARMUP + 1), 1)
+
+
+def falling(it, start):
+  return 1 - (1 - LOW) * min(max((it - start) / (STEPS - start), 0), 1)
+
+
+FORMULAS = {
+  'cosine': nanogpt,
+  'linear': lambda it: PEAK * rise(it) * falling(it, WARMUP),
+  'wsd': lambda it: PEAK * rise(it) * falling(it, STEPS - DECAY),
+  'constant': lambda it: PEAK * rise(it),
+}
+
+
+@pytest.mark.parametrize('name', FORMULAS)
+def test_a_schedule_follows_its_formula(name):
+  config = OptimizerConfig(schedule=name, final_fraction=LOW, decay=DECAY if name == 'wsd' else 0)
+  rate = schedule(config, PEAK, steps=STEPS, warmup=WARMUP, decay=DECAY)
+  got = [float(rate(it)) for it in range(STEPS + 10)]
+  np.testing.assert_allclose(got, [FORMULAS[name](it) for it in range(STEPS + 10)], rtol=1e-6, err_msg=name)
+  assert max(got) == np.float32(PEAK) == np.float32(got[WARMUP])
+  end = PEAK if name == 'constant' else PEAK * LOW
+  np.testing.assert_allclose(got[STEPS:], end, rtol=1e-6)
+
+
+@pytest.mark.parametrize('name', FORMULAS)
+def test_a_warmup_longer_than_the_run_only_rises(name):
+  config = OptimizerConfig(schedule=name, final_fraction=LOW)
+  rate = schedule(config, PEAK, steps=5, warmup=20, decay=0)
+  np.testing.assert_allclose([float(rate(it)) for it in range(5)], [PEAK * (it + 1) / 21 for it in range(5)], rtol=1e-6)
+
+
+def models(**values):
+  base = {'layers': 2, 'width': 16, 'heads': 2, 'vocab_size': 20} | values
+  return [ModelConfig(**base), ModelConfig(**base, scan=True),
+          ModelConfig(**base, mlp='swiglu', positions='rope', norm='rmsnorm', qk_norm=True, tied=False, bias=False)]
+
+
+def some(plan, seed):
+  """Random values for all parameters of a blueprint."""
+  rng = np.random.default_rng(seed)
+  return {name: jax.numpy.asarray(rng.standard_normal(s.shape, np.float32)) for name, s in plan.shapes.items()}
+
+
+@pytest.mark.parametrize('model', models())
+def test_roles_follow_from_what_a_parameter_is(model):
+  plan = blueprint(model, 8)
+  for name, axes in plan.axes.items():
+    matrix = len(set(axes) - {'layers'}) == 2
+    assert decays(name) == matrix, name
+    inside = name.split('/')[0] == 'blocks'
+    assert orthogonalized(name) == (matrix and inside), name
+  assert {decays(name) for name in plan.axes} == {True, False}
+
+
+@pytest.mark.parametrize('model', models())
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_only_matrices_and_embeddings_decay(model, optimizer, one_device):
+  plan = blueprint(model, 8)
+  config = OptimizerConfig(**CONSTANT, name=optimizer, peak_lr=0.5, muon_lr=0.25, weight_decay=0.1)
+  transformation = make_optimizer(config, **NOW)
+  parameters = some(plan, 0)
+  still = jax.tree.map(np.zeros_like, parameters)
+  updates, _ = jax.jit(transformation.update)(still, transformation.init(parameters), parameters)
+  for name, update in updates.items():
+    rate = 0.25 if optimizer == 'muon' and orthogonalized(name) else 0.5
+    share = rate * 0.1 if decays(name) else 0.0
+    np.testing.assert_allclose(update, -share * parameters[name], rtol=1e-6, atol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize('model', models())
+def test_each_learning_rate_moves_its_own_parameters(model, one_device):
+  plan = blueprint(model, 8)
+  parameters, gradients = some(plan, 0), some(plan, 1)
+  for rates, moved in (({'peak_lr': 0.0}, True), ({'muon_lr': 0.0}, False)):
+    transformation = make_optimizer(OptimizerConfig(**CONSTANT, name='muon', **rates), **NOW)
+    updates, _ = jax.jit(transformation.update)(gradients, transformation.init(parameters), parameters)
+    for name, update in updates.items():
+      assert np.abs(update).max() > 0 if orthogonalized(name) == moved else not np.any(update), name
+
+
+def newton_schulz(x):
+  """Five quintic iterations towards the nearest orthogonal matrix, in float64 (Keller Jordan's coefficients)."""
+  x = x / np.linalg.norm(x)
+  for _ in range(5):
+    gram = x @ x.T
+    x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+  return x
+
+
+def muon(gradients, parameter, *, beta, rate, decay):
+  """The change of a matrix [in, out] by each of the gradients in turn, in float64."""
+  changes, momentum = [], 0.0
+  for t, gradient in enumerate(gradients, 1):
+    momentum = beta * momentum + (1 - beta) * gradient
+    ahead = beta * momentum / (1 - beta**(t + 1)) + (1 - beta) * gradient / (1 - beta**t)  # Nesterov, without bias
+    stretch = math.sqrt(max(1, parameter.shape[1] / parameter.shape[0]))
+    changes.append(-rate * (stretch * newton_schulz(ahead) + decay * parameter))
+    parameter = parameter + changes[-1]
+  return changes
+
+
+@pytest.mark.parametrize('scan', [False, True])
+def test_muon_is_newton_schulz_of_the_momentum_of_each_matrix(scan, one_device):
+  model = ModelConfig(layers=3, width=16, heads=2, mlp_width=40, vocab_size=20, scan=scan)
+  plan = blueprint(model, 8)
+  config = OptimizerConfig(**CONSTANT, name='muon', muon_lr=0.03, weight_decay=0.2, momentum=0.9)
+  transformation = make_optimizer(config, **NOW)
+  before, gradients = some(plan, 0), [some(plan, seed) for seed in (1, 2, 3)]
+  parameters, state = before, transformation.init(before)
+  changes = []
+  for gradient in gradients:
+    updates, state = jax.jit(transformation.update)(gradient, state, parameters)
+    parameters = optax.apply_updates(parameters, updates)
+    changes.append(updates)
+  matrices = [name for name in before if orthogonalized(name)]
+  assert len(matrices) == (6 if scan else 18)
+  for name in matrices:
+    layers = range(3) if scan else [...]  # stacked layers are as many matrices
+    for layer in layers:
+      exact = lambda tree: np.float64(tree[name][layer])
+      expected = muon([exact(g) for g in gradients], exact(before), beta=0.9, rate=0.03, decay=0.2)
+      for got, want in zip(changes, expected, strict=True):
+        np.testing.assert_allclose(got[name][layer], want, atol=2e-5 * np.abs(want).max(), err_msg=f'{name} {layer}')
+
+
+@pytest.mark.parametrize('clip, length', [(0.5, 0.5), (1e3, None), (0.0, None)])
+def test_the_gradient_is_clipped_to_a_global_norm(clip, length, one_device):
+  plan = blueprint(models()[0], 8)
+  transformation = make_optimizer(OptimizerConfig(clip=clip, b1=0.9), **NOW)
+  parameters, gradients = some(plan, 0), some(plan, 1)
+  _, state = jax.jit(transformation.update)(gradients, transformation.init(parameters), parameters)
+  taken = jax.tree.map(lambda moment: np.asarray(moment) / (1 - 0.9), optax.tree.get(state, 'mu'))
+  norm = math.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in gradients.values()))
+  assert norm > 10
+  for name, gradient in gradients.items():
+    np.testing.assert_allclose(taken[name], gradient * (length or norm) / norm, rtol=2e-5, err_msg=name)
+
+
+def test_clipping_on_and_off_keep_the_same_state(one_device):
+  # A resumed run may switch it.
+  parameters = some(blueprint(models()[0], 8), 0)
+  on, off = (make_optimizer(OptimizerConfig(clip=clip), **NOW).init(parameters) for clip in (1.0, 0.0))
+  assert jax.tree.structure(on) == jax.tree.structure(off)

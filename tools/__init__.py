@@ -1,0 +1,1 @@
+"""What a person runs around training: the benchmark, the bars, the report."""
