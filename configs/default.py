@@ -1,7 +1,6 @@
 """The default job: a small modern GPT on the standard library's sources, in minutes on 2 cores."""
 
-from gptjax.config import (
-  CheckpointConfig, Config, DataConfig, EvalConfig, ModelConfig, OptimizerConfig, TokenizerConfig)
+from gptjax.config import CheckpointConfig, Config, DataConfig, EvalConfig, ModelConfig, OptimizerConfig, TokenizerConfig
 
 
 def get_config() -> Config:

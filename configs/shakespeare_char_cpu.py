@@ -4,8 +4,7 @@ Give the text: --config.data.files=PATH/input.txt (1,115,394 characters; the fir
 Expected: 1.88 nats per character over the whole validation split (nanoGPT itself: 1.898, 1.903, 1.913 over 3 seeds).
 """
 
-from gptjax.config import (
-  CheckpointConfig, Config, DataConfig, EvalConfig, ModelConfig, OptimizerConfig, TokenizerConfig)
+from gptjax.config import CheckpointConfig, Config, DataConfig, EvalConfig, ModelConfig, OptimizerConfig, TokenizerConfig
 
 
 def get_config() -> Config:

@@ -3,8 +3,7 @@
 Give the text: --config.data.files=PATH/input.txt (1,115,394 characters; the first 90 % train).
 """
 
-from gptjax.config import (
-  CheckpointConfig, Config, DataConfig, EvalConfig, ModelConfig, OptimizerConfig, TokenizerConfig)
+from gptjax.config import CheckpointConfig, Config, DataConfig, EvalConfig, ModelConfig, OptimizerConfig, TokenizerConfig
 
 
 def get_config() -> Config:

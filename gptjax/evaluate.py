@@ -16,8 +16,9 @@ _STEP = flags.DEFINE_string('step', 'latest', 'checkpoint to score: latest, best
 def main(_) -> None:
   start()
   import jax
-  from rich.progress import Progress
   from rich.console import Console
+  from rich.progress import Progress
+
   from gptjax import checkpoint, data, evaluation, training
 
   workdir = Path(_WORKDIR.value).expanduser()

@@ -21,6 +21,7 @@ _SEED = flags.DEFINE_integer('seed', 0, 'of the draws', lower_bound=0)
 def main(_) -> None:
   start()
   import jax
+
   from gptjax import checkpoint, data, inference
 
   sampling = inference.Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)

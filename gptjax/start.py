@@ -4,7 +4,8 @@ from pathlib import Path
 
 from absl import flags, logging
 
-CPU_DEVICES = flags.DEFINE_integer('cpu_devices', 0, 'virtual CPU devices to run on; 0: the devices of the machine', lower_bound=0)
+CPU_DEVICES = flags.DEFINE_integer(
+  'cpu_devices', 0, 'virtual CPU devices to run on; 0: the devices of the machine', lower_bound=0)
 CACHE_DIR = flags.DEFINE_string('cache_dir', '~/.cache/gptjax', 'folder of prepared data and compiled programs')
 
 

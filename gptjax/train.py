@@ -10,7 +10,8 @@ from gptjax.start import start
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the run; one that holds a run is resumed')
 _LOG_EVERY = flags.DEFINE_integer('log_every', 10, 'steps between logged lines', lower_bound=1)
-_STOP_AT = flags.DEFINE_integer('stop_at', 0, 'save and end after this step, with the schedule as it is; 0: the last', lower_bound=0)
+_STOP_AT = flags.DEFINE_integer(
+  'stop_at', 0, 'save and end after this step, with the schedule as it is; 0: the last', lower_bound=0)
 _PROFILE = flags.DEFINE_string('profile_steps', None, 'first and last step of a profiler trace, as 10:13')
 _PRINT = flags.DEFINE_bool('print_config', False, 'print the config with all overrides in, and end')
 

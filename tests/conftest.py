@@ -34,7 +34,8 @@ def _set_up_jax():
   jaxtyping.install_import_hook([f'gptjax.{room}' for room in rooms], 'beartype.beartype')
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_num_cpu_devices', 8)
-  # Most of a test's time is its compile, so programs are kept from run to run.
+  # Most of a test's time is its compile: made quickly, and kept from run to run.
+  jax.config.update('jax_disable_most_optimizations', True)
   jax.config.update('jax_compilation_cache_dir', str(ROOT / '.jax_cache'))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 

@@ -62,6 +62,7 @@ def batches(shape: Shape) -> Iterator[np.ndarray]:
 def our_step(shape: Shape) -> Callable[[np.ndarray], float]:
   """gptjax: the step that gptjax.train runs."""
   import jax
+
   from gptjax import model, sharding, training
 
   jax.set_mesh(mesh := sharding.make_mesh(configs.MeshConfig()))

@@ -28,7 +28,7 @@ _SCORES = ('loss', 'perplexity', 'bits_per_byte', 'tokens', 'step')
 # matplotlib knows no CSS variables: each of these colours stands for one, and is replaced by it in the SVG.
 _COLORS = {name: f'#0a0b{n:02x}' for n, name in enumerate(
     ('ink', 'muted', 'line', 'bad', 'train', 'set0', 'set1', 'set2', 'set3'))}
-_STYLE = {
+_STYLE: Any = {
     'axes.edgecolor': _COLORS['muted'], 'axes.grid': True, 'axes.grid.axis': 'y', 'axes.labelcolor': _COLORS['muted'],
     'axes.linewidth': 0.6, 'axes.spines.left': False, 'axes.spines.right': False, 'axes.spines.top': False,
     'font.size': 9, 'grid.color': _COLORS['line'], 'grid.linewidth': 0.6, 'svg.fonttype': 'none',
@@ -49,14 +49,13 @@ dl { grid-template-columns: repeat(auto-fit, minmax(7rem, 1fr)); gap: .9rem; mar
   border: solid var(--line); border-width: 1px 0 }
 dd { font-size: 1.2rem; font-weight: 600 }
 dt, figcaption, th, summary, .samples { color: var(--muted); font-size: .85rem; font-weight: 400 }
-figcaption * { margin-right: .6em } figcaption b { color: var(--ink) }
+figcaption * { display: inline-block; margin-right: .6em } figcaption b { color: var(--ink) }
 svg { display: block; width: 100%; height: auto } svg text { font-family: system-ui, sans-serif !important }
 .wide, .narrow { margin-bottom: 1.6rem } .narrow { display: none }
 @media (max-width: 40rem) { .narrow { display: block } .wide { display: none } .verdict { font-size: 1.3rem } }
-table { width: 100%; border-collapse: collapse; font-size: .9rem }
+table { width: 100%; border-collapse: collapse; font-size: .9em } td:first-child { color: var(--muted); min-width: 5em }
 th, td { padding: .32rem .9rem .32rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
-td:first-child { color: var(--muted); min-width: 6rem }
-.bars * { white-space: nowrap; vertical-align: middle } .bars td:nth-child(3) { width: 100% }
+.bars * { white-space: nowrap; vertical-align: middle } .bars td:nth-child(3) { width: 99% }
 i { display: block; height: .9rem; border-radius: 2px; background: var(--muted); opacity: .4 }
 .model td { color: var(--ink) !important; font-weight: 600 } .model i { background: var(--train); opacity: 1 }
 pre { margin: .3rem 0 1.3rem; padding: .8rem 1rem; overflow-y: auto; background: var(--shade); border-radius: 4px;
@@ -132,7 +131,7 @@ def _curve(ax: axes.Axes, steps: np.ndarray, values: np.ndarray, *, smoothed: bo
   plot(values, linewidth=1.5, label=label)
 
 
-def _tick(value: float, _: int) -> str:
+def _tick(value: float, _: float) -> str:
   return f'{value:g}' if abs(value) < 1000 else ticker.EngFormatter(sep=' ')(value)
 
 
@@ -140,7 +139,8 @@ def _figure(name: str, note: str, unit: str, draw: Callable[[axes.Axes], None],
             inches: tuple[float, float] = (3.7, 2.2), *, zero: bool = False, kind: str = '') -> str:
   """Returns a picture over steps; its vertical axis starts at zero or, where values span a lot, is logarithmic."""
   with matplotlib.rc_context(_STYLE | {'svg.hashsalt': kind + name}):  # ids: the same each time, in one picture only
-    ax = figure.Figure(figsize=inches, layout='constrained').add_subplot(xlabel='step', ylabel=unit)
+    sheet = figure.Figure(figsize=inches, layout='constrained')
+    ax = sheet.add_subplot(xlabel='step', ylabel=unit)
     draw(ax)
     (low, high), last, steps = ax.dataLim.intervaly, max(ax.dataLim.x1, 1), (1, 2, 5, 10)
     log = not zero and 0 < low < high / 20
@@ -150,9 +150,9 @@ def _figure(name: str, note: str, unit: str, draw: Callable[[axes.Axes], None],
     ax.xaxis.set_major_locator(ticker.MaxNLocator(5, steps=steps, integer=True))
     for axis in (ax.xaxis, ax.yaxis):
       axis.set_major_formatter(_tick)
-    ax.figure.savefig(out := io.StringIO(), format='svg', transparent=True)
+    sheet.savefig(out := io.StringIO(), format='svg', transparent=True)
     keys = ''.join(f'<span style="color: {line.get_color()}">\u25cf {html.escape(label)}</span> '
-                   for line, label in zip(*ax.get_legend_handles_labels()))
+                   for line in ax.get_lines() if re.match('[^_]', label := str(line.get_label())))
   svg = re.sub(r'.*?<svg[^>]*(viewBox="[^"]*")[^>]*>\s*<metadata>.*?</metadata>',
                rf'<svg \1 role="img" aria-label="{name}, {unit}">', out.getvalue(), count=1, flags=re.DOTALL)
   text = f'<figure class="{kind}"><figcaption><b>{name}</b> {keys}<span>{note}</span></figcaption>{svg}</figure>'
@@ -174,8 +174,9 @@ def _pictures(config: Config, rows: Sequence[Row], yardsticks: Mapping[str, floa
     scores(ax, 'loss')
     xy = np.concatenate([np.empty((0, 2)), *(line.get_xydata() for line in ax.get_lines())])
     late = xy[np.isfinite(xy[:, 1]) & (xy[:, 0] > 0.02 * steps.max(initial=0)), 1]
-    if len(steps) >= 100 and np.ptp(late):  # the first fall would take most of the height
-      ax.set_ylim(late.min() - 0.05 * np.ptp(late), late.max() + 0.05 * np.ptp(late))
+    if len(late) >= 100 and np.ptp(late):  # the first fall would take most of the height
+      low, margin = late.min(), 0.05 * np.ptp(late)
+      ax.set_ylim(low - min(margin, abs(low) / 2), late.max() + margin)
     for first in steps[~np.isfinite(values)][:1]:
       ax.axvline(first, color=_COLORS['bad'], linestyle=':', label='not finite from here')
 
@@ -183,7 +184,7 @@ def _pictures(config: Config, rows: Sequence[Row], yardsticks: Mapping[str, floa
     scores(ax, 'bits_per_byte')
     for value, name in sorted((value, name) for name, value in yardsticks.items() if math.isfinite(value)):
       ax.axhline(value, color=_COLORS['muted'], linestyle='--', linewidth=0.8)
-      ax.annotate(name, (1, value), (0, 2), xycoords=ax.get_yaxis_transform(), textcoords='offset points', ha='right')
+      ax.text(1, value, f'{name}\n', transform=ax.get_yaxis_transform(), ha='right', va='center', in_layout=False)
 
   def metric(name: str, *, smoothed: bool = True) -> Callable[[axes.Axes], None]:
     return lambda ax: _curve(ax, *series(rows, name), smoothed=smoothed)
@@ -231,7 +232,7 @@ def verdict(evaluation: Row, yardsticks: Mapping[str, float], rows: Iterable[Row
   elif bad.size:
     text += f', but {bad.size:,} of {steps.size:,} training losses are not finite, the first at step {bad[0]:,.0f}'
   elif step < steps[-1]:
-    text += f', and training has gone on to step {steps[-1]:,.0f} since'
+    text += f', while training stands at step {steps[-1]:,.0f}'
   return text + '.'
 
 
@@ -246,7 +247,7 @@ def _scores(evaluation: Row, yardsticks: Mapping[str, float], rows: Sequence[Row
       found[name] = form.format(np.nanmedian(values)).replace('%', ' %')
   tiles = ''.join(f'<div><dt>{name}</dt><dd>{_shown(value)}</dd></div>' for name, value in found.items())
   longest = max((value for value in (score, *yardsticks.values()) if math.isfinite(value)), default=1)
-  bars = '<tr><th></th><th>bits per byte</th><th></th><th>the model is</th></tr>'
+  bars = '<tr><th></th><th colspan="2">bits per byte</th><th>the model is</th></tr>'
   for name, value in [('this model', score), *yardsticks.items()]:
     kind, words = ('', _against(score, value)) if name in yardsticks else ('model', '')
     bar = f'<i style="width: {100 * value / longest:.1f}%"></i>' if 0 < value <= longest else ''
@@ -280,8 +281,8 @@ def page(workdir: pathlib.Path) -> str:
 
 def main(_: None) -> None:
   """Writes the report of --workdir."""
-  workdir = pathlib.Path(flags.FLAGS.workdir)
-  out = pathlib.Path(flags.FLAGS.out or workdir / 'report.html')
+  workdir = pathlib.Path(flags.FLAGS.workdir).expanduser()
+  out = pathlib.Path(flags.FLAGS.out or workdir / 'report.html').expanduser()
   data = page(workdir).encode(errors='replace')
   try:
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:  # the page appears whole, or not at all

@@ -5,6 +5,7 @@ import errno
 from pathlib import Path
 from typing import Any
 
+import jax
 from orbax.checkpoint import v1 as ocp
 
 from gptjax.config import CheckpointConfig, UserError
@@ -98,7 +99,7 @@ class Checkpoints:
     loaded = self._load(step, {'state': state, 'progress': None})
     return loaded['state'], Progress(**loaded['progress'])
 
-  def restore_parameters(self, step: int, parameters: Parameters) -> Parameters:
+  def restore_parameters(self, step: int, parameters: dict[str, jax.ShapeDtypeStruct]) -> Parameters:
     """Loads only the parameters of a TrainState, and neither reads nor allocates its optimizer state."""
     return self._load(step, {'state': {'parameters': parameters}})['state']['parameters']
 

@@ -3,9 +3,8 @@
 import dataclasses
 from pathlib import Path
 
-from jax.sharding import Mesh
-
 import jax
+from jax.sharding import Mesh
 
 from gptjax import config as configs
 from gptjax.checkpoint.checkpoints import Checkpoints

@@ -3,8 +3,17 @@
 from gptjax.config.errors import UserError
 from gptjax.config.flags import describe, differences, flatten, from_json, load, override, run, to_json
 from gptjax.config.schema import (
-    CheckpointConfig, Config, DataConfig, Duration, EvalConfig, MeshConfig, ModelConfig, OptimizerConfig,
-    TokenizerConfig, duration_in_steps)
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    Duration,
+    EvalConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TokenizerConfig,
+    duration_in_steps,
+)
 
 __all__ = [
     'CheckpointConfig', 'Config', 'DataConfig', 'Duration', 'EvalConfig', 'MeshConfig', 'ModelConfig',

@@ -11,6 +11,7 @@ import functools
 import inspect
 import json
 import math
+import os
 import pathlib
 import re
 import shlex
@@ -237,6 +238,9 @@ def run(main: Callable[[Any], int | None], *, needs_config: bool = True) -> None
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(2)
+  except BrokenPipeError:
+    # Whoever read our output, such as head, has what they wanted; Python must not try to flush the rest at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except KeyboardInterrupt:
     sys.exit(130)  # 128 + SIGINT, as a shell reports it
 

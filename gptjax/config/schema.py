@@ -280,9 +280,11 @@ class Config:
     if self.zero_stage not in (0, 3):
       raise UserError('zero_stage', self.zero_stage, '0 or 3')
     if self.batch_size % self.microbatches:
-      raise UserError('microbatches', self.microbatches, f'a divisor of batch_size={self.batch_size}: {_divisors(self.batch_size)}')
+      accepted = f'a divisor of batch_size={self.batch_size}: {_divisors(self.batch_size)}'
+      raise UserError('microbatches', self.microbatches, accepted)
     for field, value in (('steps', self.steps), ('eval.every', self.eval.every), ('checkpoint.every', self.checkpoint.every),
                          ('optimizer.warmup', self.optimizer.warmup), ('optimizer.decay', self.optimizer.decay)):
       duration_in_steps(field, value, batch_size=self.batch_size, context=self.data.context, rows_per_epoch=self.batch_size)
     if self.optimizer.schedule != 'wsd' and self.optimizer.decay:
-      raise UserError('optimizer.decay', self.optimizer.decay, f"0 unless optimizer.schedule is 'wsd', and it is '{self.optimizer.schedule}'")
+      raise UserError('optimizer.decay', self.optimizer.decay,
+                      f"0 unless optimizer.schedule is 'wsd', and it is '{self.optimizer.schedule}'")

@@ -5,8 +5,8 @@ run is then a pure function of (store, context, seed, i). numpy only: nothing in
 """
 
 from gptjax.data.documents import Document, read_files, split_documents
-from gptjax.data.held_out import HeldOut, export, open_held_out
-from gptjax.data.prepare import Prepared, compression_yardsticks, prepare
+from gptjax.data.held_out import HeldOut, compression_yardsticks, export, open_held_out
+from gptjax.data.prepare import Prepared, prepare
 from gptjax.data.rows import Batch, EvalRows, TrainRows
 from gptjax.data.store import TokenStore, write_store
 from gptjax.data.tokenizers import TextStream, Tokenizer, load_tokenizer, train_tokenizer

@@ -5,10 +5,8 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import lzma
 import platform
 import shutil
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,21 +113,3 @@ def _locked(path: Path) -> Iterator[None]:
       announce(f'waiting for another process that prepares the same data ({path})')
       fcntl.flock(file, fcntl.LOCK_EX)
     yield
-
-
-def compression_yardsticks(prepared: Prepared) -> dict[str, float]:
-  """Bits per byte that general compressors need for the concatenated validation documents.
-
-  Returns:
-    'gzip -9' and 'xz -9'; a trained model should need fewer.
-  """
-  compressors = {'gzip -9': zlib.compressobj(9, wbits=31), 'xz -9': lzma.LZMACompressor(preset=9)}
-  return {name: 8 * _compressed(prepared.valid_text, compressor) / prepared.valid.bytes
-          for name, compressor in compressors.items()}
-
-
-def _compressed(path: Path, compressor) -> int:
-  """Bytes of a file once compressed."""
-  with path.open('rb') as file:
-    blocks = iter(lambda: file.read(2**20), b'')
-    return sum(len(compressor.compress(block)) for block in blocks) + len(compressor.flush())

@@ -104,7 +104,7 @@ class Attention(nnx.Module):
     heads = lambda y: jax.lax.reshape(y, (b, t, y.shape[1] // self.config.head_width, self.config.head_width),
                                       out_sharding=spec('batch', None, 'heads', None))
     q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
-    if self.config.qk_norm:
+    if self.q_norm is not None and self.k_norm is not None:
       q, k = self.q_norm(q), self.k_norm(k)
     if self.config.positions == 'rope':
       q, k = (rotate(y, place.positions, self.config.rope_theta) for y in (q, k))
@@ -112,6 +112,7 @@ class Attention(nnx.Module):
       rows = BLOCK if attention_backend(self.config) == 'blocks' else t
       y = causal_attention(q, k, v, place.segments, self.config.dropout, key, rows)
     else:
+      assert place.filled is not None, 'a cache needs place.filled'
       start = (0, place.filled, 0, 0)
       cache = Cache(jax.lax.dynamic_update_slice(cache.keys, k, start), jax.lax.dynamic_update_slice(cache.values, v, start))
       mask = (place.filled + jnp.arange(t))[:, None] >= jnp.arange(cache.keys.shape[1])

@@ -60,6 +60,7 @@ class Transformer(nnx.Module):
     self.config = config
     self.tokens = Embedding(config.table_rows, 'vocab', config, rngs)
     self.positions = Embedding(context, 'positions', config, rngs) if config.positions == 'learned' else None
+    self.blocks: Block | nnx.List
     if config.scan:
       self.blocks = Block(config, rngs, stack=(config.layers,))
     else:
@@ -104,7 +105,7 @@ class Transformer(nnx.Module):
       return jax.lax.scan(layer, x, (jnp.arange(self.config.layers), state, cache))
     caches = []
     for index, block in enumerate(self.blocks):
-      part = None if cache is None else jax.tree.map(lambda c: c[index], cache)
+      part = None if cache is None else Cache(cache.keys[index], cache.values[index])
       x, part = layer(x, (index, nnx.split(block)[1], part))
       caches.append(part)
     return x, None if cache is None else jax.tree.map(lambda *parts: jnp.stack(parts), *caches)

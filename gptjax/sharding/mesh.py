@@ -19,9 +19,11 @@ def make_mesh(config: MeshConfig) -> Mesh:
     raise UserError('mesh.model', config.model, f'a divisor of the {count} devices: {accepted}')
   data = count // config.model if config.data == -1 else config.data
   if data * config.model > count:
-    raise UserError('mesh.data', config.data, f'-1 or at most {count // config.model} with {count} devices and mesh.model={config.model}')
+    accepted = f'-1 or at most {count // config.model} with {count} devices and mesh.model={config.model}'
+    raise UserError('mesh.data', config.data, accepted)
   if data * config.model < count and jax.process_count() > 1:
-    raise UserError('mesh.data', config.data, f'all {count} devices when several processes join: mesh.data={count // config.model}')
+    accepted = f'all {count} devices when several processes join: mesh.data={count // config.model}'
+    raise UserError('mesh.data', config.data, accepted)
   return jax.make_mesh((data, config.model), ('data', 'model'), axis_types=(AxisType.Explicit,) * 2,
                        devices=devices[:data * config.model])
 
@@ -34,7 +36,8 @@ def check_sizes(config: Config, mesh: Mesh) -> None:
     part = ' / microbatches' if config.microbatches > 1 else ''
     raise UserError('batch_size', config.batch_size, f'batch_size{part} a multiple of mesh.data={data}')
   m: ModelConfig = config.model
-  for field, given, size in (('model.heads', m.heads, m.heads), ('model.kv_heads', m.kv_heads, m.key_heads),
-                             ('model.mlp_width', m.mlp_width, m.hidden_width), ('model.vocab_multiple', m.vocab_multiple, m.table_rows)):
+  for field, given, size in (
+      ('model.heads', m.heads, m.heads), ('model.kv_heads', m.kv_heads, m.key_heads),
+      ('model.mlp_width', m.mlp_width, m.hidden_width), ('model.vocab_multiple', m.vocab_multiple, m.table_rows)):
     if size % model:
       raise UserError(field, given, f'{size} to be a multiple of mesh.model={model}')

@@ -5,7 +5,6 @@ import math
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-
 RULES: dict[str | None, str | None] = {
   'batch': 'data',  # sequences, or sequences and positions flattened to one axis
   'vocab': 'model',

@@ -42,7 +42,7 @@ class CompileCounter:
     self.count = 0
     jax.monitoring.register_event_duration_secs_listener(self._heard)
 
-  def _heard(self, event: str, duration: float, **_) -> None:
+  def _heard(self, event: str, duration_secs: float, **_: str | int) -> None:
     self.count += event == '/jax/core/compile/backend_compile_duration'
 
   def close(self) -> None:

@@ -18,8 +18,7 @@ from gptjax.model import flops_per_token
 from gptjax.sharding import make_mesh, place
 from gptjax.training.hardware import CompileCounter, peak_flops
 from gptjax.training.logbook import Logbook
-from gptjax.training.run import Run, header, resolve, with_vocabulary
-from gptjax.training.step import TrainState
+from gptjax.training.run import Run, header, resolve
 
 MAY_CHANGE = ('steps', 'batch_size', 'microbatches', 'zero_stage', 'z_loss', 'mesh.', 'eval.', 'checkpoint.', 'optimizer.',
               'model.attention', 'model.remat', 'model.dropout', 'model.compute_dtype', 'data.files')
@@ -92,7 +91,8 @@ class _Loop:
     self.flops = flops_per_token(config.model, config.data.context)
     self.compiles = 0
     self.tracing = False
-    self.pending = None
+    self.pending: tuple[Progress, dict[str, jax.Array]] | None = None
+    self.clock = (0.0, 0)  # seconds and tokens at the last logged step
 
   def go(self, changed: list[str]) -> None:
     """Runs to the last step, or to stop_at."""

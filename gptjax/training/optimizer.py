@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 import optax
-from optax import contrib
 from jax.sharding import PartitionSpec
+from optax import contrib
 
 from gptjax.config import OptimizerConfig
 

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import optax
 from jax.sharding import Mesh
 
 from gptjax import config as configs
 from gptjax.checkpoint import Progress
 from gptjax.config import Config, UserError, duration_in_steps
-from gptjax.data import EvalRows, TrainRows, Prepared
+from gptjax.data import EvalRows, Prepared, TrainRows
 from gptjax.model import Blueprint, attention_backend, blueprint, flops_per_token, parameter_count
 from gptjax.sharding import check_sizes, make_mesh
 from gptjax.training.objective import Objective, next_token

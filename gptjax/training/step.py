@@ -9,7 +9,6 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gptjax.model import Blueprint, Parameters
-from gptjax.sharding import spec
 from gptjax.training.objective import Batch, Objective
 
 

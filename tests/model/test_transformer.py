@@ -68,7 +68,7 @@ def test_a_position_depends_on_itself_and_the_past_alone(style, attention, rando
     dot = lambda vectors: jnp.sum(plan.merge(parameters | {table: vectors})(tokens[None]) * at[:, None] * direction)
     return jnp.abs(jax.grad(dot)(parameters[table])).max(-1)
 
-  seen = np.stack([gradient(parameters, tokens, at)[rows] for at in np.eye(length, dtype=np.float32)])
+  seen = np.stack([np.asarray(gradient(parameters, tokens, at))[rows] for at in np.eye(length, dtype=np.float32)])
   np.testing.assert_array_equal(seen > 0, np.tri(length, dtype=bool))
 
 
@@ -100,12 +100,11 @@ def test_without_segments_the_earlier_document_is_seen(style, random_parameters)
   assert np.abs(logits(parameters, tokens) - logits(parameters, np.roll(tokens, 1)))[0, -1].max() > 1e-2
 
 
-@pytest.mark.parametrize('length', [64, 70, 130])
-def test_attention_in_blocks_equals_the_full_square(style, length, random_parameters):
+def test_attention_in_blocks_gives_the_logits_of_the_full_square(style, random_parameters):
   def run(attention):
-    plan = blueprint(dataclasses.replace(style, attention=attention, layers=1), length)
-    return loss_and_gradients(plan, random_parameters(plan), ids(5, 2, length + 1))
-  assert_close(run('blocks'), run('xla'))
+    plan = blueprint(dataclasses.replace(style, attention=attention), 70)
+    return jax.jit(plan.merge(random_parameters(plan)).__call__)(ids(5, 2, 70))
+  np.testing.assert_allclose(run('blocks'), run('xla'), 1e-5, 1e-5)
 
 
 @pytest.mark.parametrize('scan', [False, True])
@@ -133,11 +132,9 @@ def test_reading_with_a_cache_gives_the_logits_of_the_whole(style, parts, scan, 
   np.testing.assert_allclose(np.concatenate(pieces, 1), whole, 1e-5, 1e-5)
 
 
-@pytest.mark.parametrize('dropout', [0.0, 0.2])
-def test_a_scan_equals_unrolled_layers(style, dropout, random_parameters):
-  style = dataclasses.replace(style, layers=3, dropout=dropout)
-  key = jax.random.key(1) if dropout else None
-  tokens = ids(7, 2, 17)
+def test_a_scan_equals_unrolled_layers_dropout_included(style, random_parameters):
+  style = dataclasses.replace(style, dropout=0.2)
+  tokens, key = ids(7, 2, 17), jax.random.key(1)
   unrolled, scanned = (blueprint(dataclasses.replace(style, scan=scan), 16) for scan in (False, True))
   parameters = random_parameters(unrolled)
   loss, gradients = loss_and_gradients(unrolled, parameters, tokens, key)
@@ -145,11 +142,12 @@ def test_a_scan_equals_unrolled_layers(style, dropout, random_parameters):
   assert scanned.axes['blocks/mlp/up/kernel'] == ('layers', 'embed', 'mlp')
 
 
+@pytest.mark.parametrize('style', ['modern'], indirect=True)
 @pytest.mark.parametrize('scan', [False, True])
 def test_what_is_recomputed_changes_no_gradient(style, scan, random_parameters):
   def run(remat):
-    plan = blueprint(dataclasses.replace(style, remat=remat, scan=scan, dropout=0.1), 16)
-    return loss_and_gradients(plan, random_parameters(plan), ids(8, 2, 17), jax.random.key(2))
+    plan = blueprint(dataclasses.replace(style, remat=remat, scan=scan, dropout=0.2), 16)
+    return loss_and_gradients(plan, random_parameters(plan), ids(7, 2, 17), jax.random.key(1))
   none = run('none')
   assert_close(run('dots'), none)
   assert_close(run('full'), none)
@@ -164,8 +162,8 @@ def test_shared_key_heads_equal_repeated_ones(style, random_parameters):
   def repeat(name, value):
     if '/attention/k/' not in name and '/attention/v/' not in name:
       return value
-    heads = value.reshape(*value.shape[:-1], 2, style.head_width)
-    return jnp.repeat(heads, 2, axis=-2).reshape(*value.shape[:-1], -1)
+    heads = np.asarray(value).reshape(*value.shape[:-1], 2, style.head_width)
+    return jnp.asarray(np.repeat(heads, 2, axis=-2).reshape(*value.shape[:-1], -1))
 
   logits = jax.jit(grouped.merge(parameters).__call__)(tokens)
   more = {name: repeat(name, value) for name, value in parameters.items()}
@@ -179,7 +177,7 @@ def test_padded_ids_are_never_predicted_and_never_learned(style, random_paramete
   probabilities = jax.nn.softmax(jax.jit(plan.merge(parameters).__call__)(ids(10, 2, 16)))
   assert (probabilities[..., style.vocab_size:] == 0).all()
   np.testing.assert_allclose(probabilities[..., :style.vocab_size].sum(-1), 1, 1e-5)
-  gradients = loss_and_gradients(plan, parameters, ids(11, 2, 17))[1]
+  gradients = loss_and_gradients(plan, parameters, ids(7, 2, 17))[1]
   head = gradients['tokens/table'] if style.tied else gradients['head/kernel'].T
   assert (head[style.vocab_size:] == 0).all() and (head[:style.vocab_size] != 0).any(1).all()
 
@@ -188,7 +186,7 @@ def test_bfloat16_computes_close_to_float32_and_keeps_float32_parameters(style, 
   def run(dtype):
     plan = blueprint(dataclasses.replace(style, compute_dtype=dtype), 16)
     parameters = random_parameters(plan)
-    tokens = ids(12, 4, 17)
+    tokens = jnp.asarray(ids(7, 2, 17))
     hidden = jax.eval_shape(lambda p: plan.merge(p).hidden(tokens)[0], parameters)
     logits = jax.eval_shape(lambda p: plan.merge(p)(tokens), parameters)
     return hidden.dtype, logits.dtype, parameters, loss_and_gradients(plan, parameters, tokens)

@@ -3,6 +3,7 @@
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -61,21 +62,15 @@ def test_a_warmup_longer_than_the_run_only_rises(name):
   np.testing.assert_allclose([float(rate(it)) for it in range(5)], [PEAK * (it + 1) / 21 for it in range(5)], rtol=1e-6)
 
 
-def models(**values):
-  base = {'layers': 2, 'width': 16, 'heads': 2, 'vocab_size': 20} | values
-  return [ModelConfig(**base), ModelConfig(**base, scan=True),
-          ModelConfig(**base, mlp='swiglu', positions='rope', norm='rmsnorm', qk_norm=True, tied=False, bias=False)]
+MODEL = {'layers': 2, 'width': 16, 'heads': 2, 'vocab_size': 20}
+STYLES = [
+  MODEL, MODEL | {'scan': True},
+  MODEL | {'mlp': 'swiglu', 'positions': 'rope', 'norm': 'rmsnorm', 'qk_norm': True, 'tied': False, 'bias': False}]
 
 
-def some(plan, seed):
-  """Random values for all parameters of a blueprint."""
-  rng = np.random.default_rng(seed)
-  return {name: jax.numpy.asarray(rng.standard_normal(s.shape, np.float32)) for name, s in plan.shapes.items()}
-
-
-@pytest.mark.parametrize('model', models())
-def test_roles_follow_from_what_a_parameter_is(model):
-  plan = blueprint(model, 8)
+@pytest.mark.parametrize('values', STYLES)
+def test_roles_follow_from_what_a_parameter_is(values):
+  plan = blueprint(ModelConfig(**values), 8)
   for name, axes in plan.axes.items():
     matrix = len(set(axes) - {'layers'}) == 2
     assert decays(name) == matrix, name
@@ -84,30 +79,41 @@ def test_roles_follow_from_what_a_parameter_is(model):
   assert {decays(name) for name in plan.axes} == {True, False}
 
 
-@pytest.mark.parametrize('model', models())
-@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
-def test_only_matrices_and_embeddings_decay(model, optimizer, one_device):
-  plan = blueprint(model, 8)
-  config = OptimizerConfig(**CONSTANT, name=optimizer, peak_lr=0.5, muon_lr=0.25, weight_decay=0.1)
+SHAPES = {
+  'tokens/table': (20, 16), 'positions/table': (8, 16), 'head/kernel': (16, 24), 'norm/gain': (16,), 'norm/bias': (16,),
+  'blocks/0/mlp/up/kernel': (16, 40), 'blocks/0/mlp/up/bias': (40,), 'blocks/0/mlp_norm/gain': (16,),
+  'blocks/1/mlp/down/kernel': (40, 16)}
+"""One parameter of every role; the optimizers go by names."""
+
+
+def some(seed, shapes=SHAPES):
+  """Random values of the parameters."""
+  rng = np.random.default_rng(seed)
+  return {name: jnp.asarray(rng.standard_normal(shape, np.float32)) for name, shape in shapes.items()}
+
+
+def first_update(config, gradients, parameters):
+  """The updates and the state after the first of the optimizer's steps."""
   transformation = make_optimizer(config, **NOW)
-  parameters = some(plan, 0)
-  still = jax.tree.map(np.zeros_like, parameters)
-  updates, _ = jax.jit(transformation.update)(still, transformation.init(parameters), parameters)
+  return jax.jit(transformation.update)(gradients, transformation.init(parameters), parameters)
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_only_matrices_and_embeddings_decay(optimizer, one_device):
+  config = OptimizerConfig(**CONSTANT, name=optimizer, peak_lr=0.5, muon_lr=0.25, weight_decay=0.1)
+  parameters = some(0)
+  updates, _ = first_update(config, jax.tree.map(jnp.zeros_like, parameters), parameters)
   for name, update in updates.items():
     rate = 0.25 if optimizer == 'muon' and orthogonalized(name) else 0.5
     share = rate * 0.1 if decays(name) else 0.0
     np.testing.assert_allclose(update, -share * parameters[name], rtol=1e-6, atol=1e-9, err_msg=name)
 
 
-@pytest.mark.parametrize('model', models())
-def test_each_learning_rate_moves_its_own_parameters(model, one_device):
-  plan = blueprint(model, 8)
-  parameters, gradients = some(plan, 0), some(plan, 1)
-  for rates, moved in (({'peak_lr': 0.0}, True), ({'muon_lr': 0.0}, False)):
-    transformation = make_optimizer(OptimizerConfig(**CONSTANT, name='muon', **rates), **NOW)
-    updates, _ = jax.jit(transformation.update)(gradients, transformation.init(parameters), parameters)
+def test_each_learning_rate_moves_its_own_parameters(one_device):
+  for rate, in_blocks in (('muon_lr', False), ('peak_lr', True)):
+    updates, _ = first_update(OptimizerConfig(**CONSTANT, name='muon', **{rate: 0.0}), some(1), some(0))
     for name, update in updates.items():
-      assert np.abs(update).max() > 0 if orthogonalized(name) == moved else not np.any(update), name
+      assert np.any(update) == (orthogonalized(name) == in_blocks), name
 
 
 def newton_schulz(x):
@@ -131,36 +137,29 @@ def muon(gradients, parameter, *, beta, rate, decay):
   return changes
 
 
-@pytest.mark.parametrize('scan', [False, True])
-def test_muon_is_newton_schulz_of_the_momentum_of_each_matrix(scan, one_device):
-  model = ModelConfig(layers=3, width=16, heads=2, mlp_width=40, vocab_size=20, scan=scan)
-  plan = blueprint(model, 8)
+@pytest.mark.parametrize('shape', [(16, 40), (40, 16), (16, 16), (3, 16, 40)])
+def test_muon_is_newton_schulz_of_the_momentum_of_each_matrix(shape, one_device):
   config = OptimizerConfig(**CONSTANT, name='muon', muon_lr=0.03, weight_decay=0.2, momentum=0.9)
   transformation = make_optimizer(config, **NOW)
-  before, gradients = some(plan, 0), [some(plan, seed) for seed in (1, 2, 3)]
-  parameters, state = before, transformation.init(before)
-  changes = []
+  update = jax.jit(transformation.update)
+  name = 'blocks/mlp/up/kernel'
+  before, *gradients = (some(seed, {name: shape}) for seed in range(4))
+  parameters, state, changes = before, transformation.init(before), []
   for gradient in gradients:
-    updates, state = jax.jit(transformation.update)(gradient, state, parameters)
+    updates, state = update(gradient, state, parameters)
     parameters = optax.apply_updates(parameters, updates)
-    changes.append(updates)
-  matrices = [name for name in before if orthogonalized(name)]
-  assert len(matrices) == (6 if scan else 18)
-  for name in matrices:
-    layers = range(3) if scan else [...]  # stacked layers are as many matrices
-    for layer in layers:
-      exact = lambda tree: np.float64(tree[name][layer])
-      expected = muon([exact(g) for g in gradients], exact(before), beta=0.9, rate=0.03, decay=0.2)
-      for got, want in zip(changes, expected, strict=True):
-        np.testing.assert_allclose(got[name][layer], want, atol=2e-5 * np.abs(want).max(), err_msg=f'{name} {layer}')
+    changes.append(updates[name])
+  for layer in range(shape[0]) if len(shape) == 3 else [...]:  # stacked layers are as many matrices
+    exact = lambda tree: np.float64(tree[name][layer])
+    expected = muon([exact(g) for g in gradients], exact(before), beta=0.9, rate=0.03, decay=0.2)
+    for got, want in zip(changes, expected, strict=True):
+      np.testing.assert_allclose(got[layer], want, atol=2e-5 * np.abs(want).max())
 
 
 @pytest.mark.parametrize('clip, length', [(0.5, 0.5), (1e3, None), (0.0, None)])
 def test_the_gradient_is_clipped_to_a_global_norm(clip, length, one_device):
-  plan = blueprint(models()[0], 8)
-  transformation = make_optimizer(OptimizerConfig(clip=clip, b1=0.9), **NOW)
-  parameters, gradients = some(plan, 0), some(plan, 1)
-  _, state = jax.jit(transformation.update)(gradients, transformation.init(parameters), parameters)
+  gradients = some(1)
+  _, state = first_update(OptimizerConfig(clip=clip, b1=0.9), gradients, some(0))
   taken = jax.tree.map(lambda moment: np.asarray(moment) / (1 - 0.9), optax.tree.get(state, 'mu'))
   norm = math.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in gradients.values()))
   assert norm > 10
@@ -170,6 +169,5 @@ def test_the_gradient_is_clipped_to_a_global_norm(clip, length, one_device):
 
 def test_clipping_on_and_off_keep_the_same_state(one_device):
   # A resumed run may switch it.
-  parameters = some(blueprint(models()[0], 8), 0)
-  on, off = (make_optimizer(OptimizerConfig(clip=clip), **NOW).init(parameters) for clip in (1.0, 0.0))
+  on, off = (make_optimizer(OptimizerConfig(clip=clip), **NOW).init(some(0)) for clip in (1.0, 0.0))
   assert jax.tree.structure(on) == jax.tree.structure(off)

@@ -1,0 +1,237 @@
+"""The report of a run: whole, self-contained, safe to open whatever the run holds, and honest about what went wrong."""
+
+import html.parser
+import json
+import math
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from gptjax.config import Config, UserError, override, to_json
+from tools.report import page, series, smooth, verdict
+
+ROOT = pathlib.Path(__file__).parents[2]
+EVIL = '</pre></style><script>alert(1)</script><img src=https://example.com/x onerror=alert(1)>"\'&$\\frac{'
+SCORE = {'loss': 2.25, 'perplexity': 9.49, 'bits_per_byte': 1.43, 'tokens': 1_203_456, 'step': 200}
+YARDSTICKS = {'gzip -9': 1.98, 'xz -9': 1.6}
+VOID = {'meta', 'link', 'img', 'br', 'hr', 'input'}
+
+
+def training_line(step: int, loss: float | None = None) -> dict[str, object]:
+  return {'step': step, 'loss': 2 + 6 / step if loss is None else loss, 'grad_norm': 1.0, 'learning_rate': 1e-3,
+          'tokens': 4096 * step, 'tokens_per_second': 61_000.0, 'mfu': 0.412}
+
+
+def validation_line(step: int, name: str = 'valid') -> dict[str, object]:
+  scores = {'loss': 2.2, 'perplexity': 9.0, 'bits_per_byte': 1.45}
+  return {'step': step} | {f'eval/{name}/{metric}': value for metric, value in scores.items()}
+
+
+def write_lines(path: pathlib.Path, rows: list[dict[str, object]]) -> None:
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+
+
+@pytest.fixture
+def workdir(tmp_path: pathlib.Path) -> pathlib.Path:
+  """A run of 200 steps with one validation set and eight samples."""
+  folder = tmp_path / 'small-run'
+  folder.mkdir()
+  config = override(Config(), {'model.width': 192, 'eval.prompt': 'def f('})
+  (folder / 'config.json').write_text(to_json(config))
+  (folder / 'run.json').write_text(json.dumps({'device': '8 x TPU v5e', 'parameters': 1_234_567, 'restored': None}))
+  (folder / 'evaluation.json').write_text(json.dumps(SCORE | {'yardsticks': YARDSTICKS}))
+  rows = [*map(training_line, range(1, 201)), validation_line(100), validation_line(200)]
+  write_lines(folder / 'metrics.jsonl', rows)
+  write_lines(folder / 'samples.jsonl', [
+      {'step': 25 * n, 'prompt': 'def f(', 'text': f'sample{n} <b> & "x"'} for n in range(1, 9)])
+  return folder
+
+
+class Page(html.parser.HTMLParser):
+  """What a browser would see: the text, the tags with their attributes, and whether they are balanced."""
+
+  def __init__(self, text: str):
+    super().__init__()
+    self.text, self.tags, self.attributes = '', [], []
+    self._open: list[str] = []
+    self.feed(text)
+    self.close()
+    assert not self._open
+
+  def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    self.tags.append(tag)
+    self.attributes += attrs
+    self._open += [tag] * (tag not in VOID)
+
+  def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    self.tags.append(tag)
+    self.attributes += attrs
+
+  def handle_endtag(self, tag: str) -> None:
+    assert self._open.pop() == tag
+
+  def handle_data(self, data: str) -> None:
+    self.text += data
+
+
+def assert_self_contained(text: str, found: Page) -> None:
+  """Nothing runs, and nothing is loaded from anywhere."""
+  assert not {'script', 'img', 'link', 'iframe', 'object', 'embed', 'image', 'base', 'form'}.intersection(found.tags)
+  for name, value in found.attributes:
+    assert not name.startswith('on') and name not in ('src', 'srcset', 'data', 'action')
+    assert not name.endswith('href') or (value or '').startswith('#')
+  assert not re.search(r'url\((?!#)|@import', text)
+
+
+def run_command(*flags: str) -> subprocess.CompletedProcess[str]:
+  return subprocess.run([sys.executable, '-m', 'tools.report', *flags], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_page_holds_every_part(workdir: pathlib.Path):
+  text = page(workdir)
+  found = Page(text)
+  assert 'Validation 1.43 bits per byte at step 200, 28 % below gzip -9 and 11 % below xz -9.' in found.text
+  for part in ('small-run', '9.49', '1,203,456', '61,000', '41.2 %',  # final figures
+               'gzip -9', '1.980', '28 % below', 'xz -9', '1.600', '11 % below',  # yardsticks
+               'training', 'valid', 'nats per token', 'bits per byte', 'tokens per second', 'step',  # pictures
+               '8 x TPU v5e', '1,234,567', 'null',  # header
+               'model.width', '192', '128', 'optimizer.peak_lr = 0.001'):  # config
+    assert part in found.text
+  assert '<mark>model.width = 192  # default 128</mark>' in text and '<mark>model.layers' not in text
+  assert re.search('<details>.*model.layers = 4.*</details>', text, re.DOTALL)
+  assert [value for name, value in found.attributes if name == 'aria-label'] == [
+      'Loss, nats per token', 'Loss, nats per token', 'Validation, bits per byte', 'Learning rate, rate',
+      'Gradient norm, global L2 norm', 'Speed, tokens per second']
+  widths = [float(width) for width in re.findall(r'<i style="width: ([\d.]+)%', text)]
+  assert widths == pytest.approx([100 * value / 1.98 for value in (1.43, 1.98, 1.6)], abs=0.1)
+  assert re.findall(r'sample(\d) <b> & "x"', found.text) == ['8', '7', '6', '5', '4']  # newest first, a handful
+
+
+def test_page_loads_nothing_and_follows_from_its_files_alone(workdir: pathlib.Path):
+  text = page(workdir)
+  assert_self_contained(text, Page(text))
+  assert not re.search('https?://', text)
+  assert page(workdir) == text
+  ids = re.findall(r' id="([^"]*)"', text)
+  assert len(set(ids)) == len(ids)
+
+
+def test_whatever_a_run_holds_is_shown_as_text(workdir: pathlib.Path):
+  (workdir / 'config.json').write_text(to_json(override(Config(), {'eval.prompt': f'prompt {EVIL}'})))
+  (workdir / 'run.json').write_text(json.dumps({f'key {EVIL}': f'value {EVIL}', 'nested': [EVIL], 'half': '\ud800'}))
+  (workdir / 'evaluation.json').write_text(json.dumps(SCORE | {'yardsticks': {f'yardstick {EVIL}': 2.0}}))
+  write_lines(workdir / 'metrics.jsonl', [training_line(1), validation_line(1, f'set {EVIL}')])
+  write_lines(workdir / 'samples.jsonl', [{'step': 1, 'prompt': f'start {EVIL}', 'text': f'end {EVIL}'}])
+  text = page(workdir)
+  found = Page(text)
+  assert_self_contained(text, found)
+  for place in ('prompt', 'key', 'value', 'yardstick', 'set', 'start', 'end'):
+    assert f'{place} {EVIL}' in found.text
+
+
+def test_optional_parts_may_be_absent(workdir: pathlib.Path):
+  (workdir / 'samples.jsonl').unlink()
+  (workdir / 'evaluation.json').write_text(json.dumps(SCORE))
+  write_lines(workdir / 'metrics.jsonl', [{'step': 1, 'loss': 8.0}])
+  text = page(workdir)
+  assert 'Validation 1.43 bits per byte at step 200.' in Page(text).text
+  assert 'gzip' not in text and 'MFU' not in text
+
+
+@pytest.mark.parametrize('rows', [
+    [],
+    [training_line(0, 8.0)],
+    [training_line(step, math.nan) for step in range(300)],
+    [training_line(step, math.inf if step == 150 else 3e38 if step > 200 else 2.0) for step in range(300)]
+    + [{'step': 300, 'eval/valid/loss': math.inf, 'eval/valid/bits_per_byte': None}],
+], ids=['empty', 'one point', 'all nan', 'inf, null and huge'])
+@pytest.mark.filterwarnings('error')
+def test_broken_runs_have_a_report_too(workdir: pathlib.Path, rows: list[dict[str, object]]):
+  scores = {'loss': math.nan, 'perplexity': math.inf, 'bits_per_byte': None}
+  yardsticks = YARDSTICKS | {'xz -9': math.nan}
+  (workdir / 'evaluation.json').write_text(json.dumps(SCORE | scores | {'yardsticks': yardsticks}))
+  write_lines(workdir / 'metrics.jsonl', rows)
+  assert 'The validation loss is not finite at step 200' in Page(page(workdir)).text
+
+
+@pytest.mark.parametrize(('change', 'yardsticks', 'rows', 'sentence'), [
+    ({}, {}, [training_line(200)], 'Validation 1.43 bits per byte at step 200.'),
+    ({}, {'zip': 1.3}, [training_line(200)], 'Validation 1.43 bits per byte at step 200, 10 % above zip.'),
+    ({}, {'zip': 1.431}, [training_line(200)], 'Validation 1.43 bits per byte at step 200, level with zip.'),
+    ({}, {'zip': 0.0}, [training_line(200)], 'Validation 1.43 bits per byte at step 200.'),
+    ({}, {}, [], 'Validation 1.43 bits per byte at step 200, but metrics.jsonl holds no training step.'),
+    ({}, {}, [training_line(5000)],
+     'Validation 1.43 bits per byte at step 200, while training stands at step 5,000.'),
+    ({}, {}, [training_line(1), training_line(2, math.nan), training_line(3, math.inf)],
+     'Validation 1.43 bits per byte at step 200, but 2 of 3 training losses are not finite, the first at step 2.'),
+    ({'bits_per_byte': math.nan}, YARDSTICKS, [training_line(200)], 'The validation loss is not finite at step 200.'),
+])
+def test_verdict(change: dict[str, float], yardsticks: dict[str, float], rows: list[dict[str, object]], sentence: str):
+  assert verdict(SCORE | change, yardsticks, rows) == sentence
+
+
+@pytest.mark.parametrize(('name', 'command'), [
+    ('config.json', 'gptjax.train'), ('metrics.jsonl', 'gptjax.train'), ('run.json', 'gptjax.train'),
+    ('evaluation.json', 'gptjax.evaluate')])
+def test_a_missing_file_is_named_with_the_command_that_writes_it(workdir: pathlib.Path, name: str, command: str):
+  (workdir / name).unlink()
+  with pytest.raises(UserError, match=f'{re.escape(str(workdir / name))}.*python -m {command} .*--workdir={workdir}'):
+    page(workdir)
+
+
+@pytest.mark.parametrize(('name', 'text', 'place'), [
+    ('metrics.jsonl', '{"step": 1}\n{"st\n{"step": 2}\n', 'metrics.jsonl:2'),
+    ('metrics.jsonl', '{"loss": 2.0}\n', 'metrics.jsonl:1: step'),
+    ('samples.jsonl', '7\n', 'samples.jsonl:1'),
+    ('run.json', '"text"', 'run.json'),
+    ('evaluation.json', '{"loss": 2.0}', 'evaluation.json:1: perplexity'),
+    ('config.json', '{', 'config.json'),
+])
+def test_a_damaged_file_is_named_with_the_place(workdir: pathlib.Path, name: str, text: str, place: str):
+  (workdir / name).write_text(text)
+  with pytest.raises(UserError, match=re.escape(str(workdir / place))):
+    page(workdir)
+
+
+def test_a_line_that_is_still_being_written_is_left_out(workdir: pathlib.Path):
+  with (workdir / 'metrics.jsonl').open('a') as file:
+    file.write('{"step": 201, "lo')
+  assert 'while training stands' not in page(workdir)
+
+
+def test_steps_that_ran_again_replace_the_first_ones():
+  rows = [training_line(step, float(step)) for step in range(6)] + [training_line(step, -1.0) for step in (3, 4)]
+  steps, losses = series(rows, 'loss')
+  assert steps.tolist() == [0, 1, 2, 3, 4] and losses.tolist() == [0, 1, 2, -1, -1]
+  assert series([], 'loss')[0].shape == (0,)
+
+
+def test_smoothing_keeps_levels_and_the_start_and_takes_out_noise():
+  noise = np.random.default_rng(0).normal(size=2000)
+  assert np.allclose(smooth(np.full(500, 3.0)), 3.0)
+  assert smooth(noise)[0] == noise[0]
+  assert np.allclose(smooth(np.arange(300.0))[:290], np.arange(290.0))  # a window that lags would not
+  assert smooth(noise)[100:].std() < 0.3 * noise.std()
+
+
+def test_command_line(workdir: pathlib.Path):
+  done = run_command(f'--workdir={workdir}')
+  report = workdir / 'report.html'
+  assert (done.returncode, done.stdout, done.stderr) == (0, f'{report}\n', '')
+  written = report.read_text(encoding='utf-8')
+  assert written == page(workdir)
+
+  (workdir / 'taken').mkdir()
+  before = sorted(workdir.rglob('*'))
+  refused = run_command(f'--workdir={workdir}', f'--out={workdir / "taken"}')  # fails once all is rendered
+  (workdir / 'evaluation.json').rename(workdir.parent / 'elsewhere.json')
+  missing = run_command(f'--workdir={workdir}')
+  (workdir.parent / 'elsewhere.json').rename(workdir / 'evaluation.json')
+  for done, named in ((refused, f'--out: {str(workdir / "taken")!r}'), (missing, str(workdir / 'evaluation.json'))):
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr.startswith(f'error: {named}') and done.stderr.count('\n') == 1
+  assert sorted(workdir.rglob('*')) == before and report.read_text(encoding='utf-8') == written
