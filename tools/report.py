@@ -53,9 +53,9 @@ figcaption * { display: inline-block; margin-right: .6em } figcaption b { color:
 svg { display: block; width: 100%; height: auto } svg text { font-family: system-ui, sans-serif !important }
 .wide, .narrow { margin-bottom: 1.6rem } .narrow { display: none }
 @media (max-width: 40rem) { .narrow { display: block } .wide { display: none } .verdict { font-size: 1.3rem } }
-table { width: 100%; border-collapse: collapse; font-size: .9em } td:first-child { color: var(--muted); min-width: 5em }
+table { width: 100%; border-collapse: collapse; font-size: .9em } td:first-child { color: var(--muted); min-width: 7em }
 th, td { padding: .32rem .9rem .32rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
-.bars * { white-space: nowrap; vertical-align: middle } .bars td:nth-child(3) { width: 99% }
+.bars * { min-width: 0 !important; white-space: nowrap; vertical-align: middle } .bars td:nth-child(3) { width: 99% }
 i { display: block; height: .9rem; border-radius: 2px; background: var(--muted); opacity: .4 }
 .model td { color: var(--ink) !important; font-weight: 600 } .model i { background: var(--train); opacity: 1 }
 pre { margin: .3rem 0 1.3rem; padding: .8rem 1rem; overflow-y: auto; background: var(--shade); border-radius: 4px;

@@ -1,0 +1,109 @@
+"""Attention against plain numpy, in blocks and in one square, and what rotary positions and dropout promise."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.config import ModelConfig
+from gptjax.model import Place, attention_backend, blueprint
+from gptjax.model.attention import BLOCK, causal_attention, rotate
+
+pytestmark = pytest.mark.usefixtures('one_device')
+
+
+def draw(seed, *shape):
+  return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def plain_attention(q, k, v, segments):
+  """One head, one query after the other, in float64."""
+  q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+  out = np.zeros_like(q)
+  group = q.shape[2] // k.shape[2]
+  for b, t, h in np.ndindex(q.shape[:3]):
+    seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
+    scores = k[b, seen, h // group] @ q[b, t, h] / math.sqrt(q.shape[3])
+    weights = np.exp(scores - scores.max())
+    out[b, t, h] = weights @ v[b, seen, h // group] / weights.sum()
+  return out
+
+
+@pytest.mark.parametrize('length', [BLOCK - 1, BLOCK, 2 * BLOCK + 2])
+@pytest.mark.parametrize('key_heads', [1, 2, 4])
+def test_blocks_equal_the_square_and_the_formula(length, key_heads):
+  q, k, v = draw(0, 2, length, 4, 8), draw(1, 2, length, key_heads, 8), draw(2, 2, length, key_heads, 8)
+  segments = np.sort(np.random.default_rng(3).integers(0, 3, (2, length)), 1)
+  weights = draw(4, *q.shape)
+
+  @jax.jit
+  def run(q, k, v, segments):
+    def attended(rows):
+      def total(q, k, v):
+        out = causal_attention(q, k, v, segments, 0.0, None, rows)
+        return jnp.sum(out * weights), out
+      return jax.grad(total, (0, 1, 2), has_aux=True)(q, k, v)
+    return attended(BLOCK), attended(length)
+
+  (gradients, out), (square_gradients, square) = run(q, k, v, segments)
+  np.testing.assert_allclose(out, plain_attention(q, k, v, segments), 1e-4, 1e-5)
+  np.testing.assert_allclose(out, square, 1e-5, 1e-6)
+  for gradient, expected in zip(gradients, square_gradients, strict=True):
+    np.testing.assert_allclose(gradient, expected, 1e-4, 1e-5)
+
+
+def test_the_backend_that_runs_is_the_one_asked_for(monkeypatch):
+  assert attention_backend(ModelConfig(attention='xla')) == 'xla'
+  assert attention_backend(ModelConfig(attention='blocks')) == 'blocks'
+  assert attention_backend(ModelConfig()) == 'blocks'
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
+  assert attention_backend(ModelConfig()) == 'xla'
+
+
+def test_rotary_turns_pairs_of_features_by_position_times_frequency():
+  x, positions, theta = draw(5, 2, 7, 3, 8), np.random.default_rng(6).integers(0, 50, (2, 7)), 100.0
+  frequency = theta ** -(np.arange(4) / 4)
+  turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * positions[:, :, None, None] * frequency)
+  expected = np.concatenate([turned.real, turned.imag], -1)
+  np.testing.assert_allclose(rotate(jnp.asarray(x), jnp.asarray(positions), theta), expected, 1e-4, 1e-5)
+
+
+def test_rotary_scores_depend_on_the_distance_alone():
+  q, k = (jnp.asarray(draw(seed, 1, 1, 1, 16)) for seed in (7, 8))
+
+  def score(here, there):
+    turn = lambda x, position: rotate(x, jnp.full((1, 1), position), 10000.0)
+    return jnp.sum(turn(q, here) * turn(k, there))
+
+  for distance in (0, 1, 10):
+    near = score(distance, 0)
+    np.testing.assert_allclose(score(distance + 200, 200), near, 1e-3, 1e-4)
+    assert abs(score(distance + 1, 0) - near) > 1e-2
+
+
+def test_moving_a_text_changes_logits_with_learned_positions_alone(style, random_parameters):
+  plan = blueprint(style, 32)
+  logits = jax.jit(plan.merge(random_parameters(plan)).__call__)
+  tokens = jnp.asarray(np.random.default_rng(9).integers(0, 50, (1, 16)))
+  here, moved = logits(tokens, Place(jnp.arange(16)[None])), logits(tokens, Place(jnp.arange(16)[None] + 16))
+  difference = np.abs(here - moved).max()
+  assert difference < 1e-4 if style.positions == 'rope' else difference > 0.1
+
+
+def test_dropped_attention_weights_differ_by_row_head_and_block_and_average_out():
+  length, heads, rows, rate = 72, 4, 24, 0.5
+  zeros = jnp.zeros((2, length, heads, length))
+  values = jnp.broadcast_to(jnp.eye(length)[None, :, None], zeros.shape)  # so that what comes out are the weights
+  run = jax.jit(lambda key: causal_attention(zeros, zeros, values, None, rate, key, rows))
+  weights = np.asarray(run(jax.random.key(0)))
+  uniform = (np.tri(length) / np.arange(1, length + 1)[:, None])[None, :, None]
+  np.testing.assert_allclose(weights, np.where(weights > 0, uniform / (1 - rate), 0), 1e-5)
+  kept = (weights > 0)[:, rows:, :, :rows]  # what the later blocks keep of keys that all of them see
+  assert abs(kept.mean() - (1 - rate)) < 0.02
+  assert len({row.tobytes() for row in np.concatenate(np.concatenate(kept))}) == 2 * (length - rows) * heads
+  np.testing.assert_array_equal(run(jax.random.key(0)), weights)
+  assert (np.asarray(run(jax.random.key(1))) != weights).any()
+  mean = np.mean([run(jax.random.key(seed)) for seed in range(100)], 0)
+  np.testing.assert_allclose(mean.sum(-1).mean((0, 2)), 1, atol=0.15)

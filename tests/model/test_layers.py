@@ -1,0 +1,114 @@
+"""The small modules against their formulas in numpy, and dropout: its rate, its keys, its masks."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from gptjax.config import ModelConfig
+from gptjax.model import blueprint
+from gptjax.model.layers import Embedding, Linear, Norm, dropout
+
+SMALL = ModelConfig(width=16, heads=2)
+
+
+@pytest.mark.usefixtures('one_device')
+@pytest.mark.parametrize('kind, bias', [('layernorm', True), ('layernorm', False), ('rmsnorm', True), ('rmsnorm', False)])
+def test_norm_equals_its_formula(kind, bias):
+  rng = np.random.default_rng(0)
+  x = 5 * rng.standard_normal((3, 4, 16)) + 2
+  gain, offset = rng.standard_normal((2, 16))
+  norm = Norm(16, 'embed', dataclasses.replace(SMALL, norm=kind, bias=bias), nnx.Rngs(0))
+  assert (norm.bias is not None) == (bias and kind == 'layernorm')  # rmsnorm has none (arXiv:1910.07467)
+  norm.gain[...] = jnp.asarray(gain, jnp.float32)
+  if norm.bias is not None:
+    norm.bias[...] = jnp.asarray(offset, jnp.float32)
+  centered = x - x.mean(-1, keepdims=True) if kind == 'layernorm' else x
+  expected = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-5) * gain + (offset if norm.bias is not None else 0)
+  np.testing.assert_allclose(norm(jnp.asarray(x, jnp.float32)), expected, 1e-4, 1e-5)
+
+
+@pytest.mark.usefixtures('one_device')
+def test_norms_compute_in_float32_whatever_the_precision():
+  # Beside 3000, bfloat16 holds no 0.5: a mean taken in it would lose the differences between features.
+  x = (3000 + 8 * np.random.default_rng(1).standard_normal((4, 16))).astype(np.float32)
+  half = jnp.asarray(x, jnp.bfloat16)
+  norm = Norm(16, 'embed', dataclasses.replace(SMALL, compute_dtype='bfloat16'), nnx.Rngs(0))
+  rounded = np.asarray(half, np.float64)
+  expected = (rounded - rounded.mean(-1, keepdims=True)) / np.sqrt(rounded.var(-1, keepdims=True) + 1e-5)
+  assert norm(half).dtype == jnp.bfloat16
+  np.testing.assert_allclose(np.asarray(norm(half), np.float64), expected, 1e-2, 1e-2)
+
+
+@pytest.mark.usefixtures('one_device')
+def test_linear_and_embedding_equal_their_formulas():
+  rng = np.random.default_rng(2)
+  x, ids = rng.standard_normal((5, 16), np.float32), rng.integers(0, 20, 5)
+  linear = Linear((16, 24), ('embed', 'mlp'), 0.5, SMALL, nnx.Rngs(1))
+  linear.bias[...] = jnp.arange(24.0)
+  np.testing.assert_allclose(linear(jnp.asarray(x)), x @ np.asarray(linear.kernel[...]) + np.arange(24), 1e-5, 1e-5)
+  table = Embedding(20, 'vocab', SMALL, nnx.Rngs(2))
+  np.testing.assert_array_equal(table(jnp.asarray(ids)), np.asarray(table.table[...])[ids])
+
+
+@pytest.mark.usefixtures('one_device')
+def test_fresh_parameters_have_gpt2s_spread(style):
+  # Radford et al. 2019, section 2.3: 0.02, and on the residual stream 0.02 / sqrt(additions to it, two a layer).
+  plan = blueprint(dataclasses.replace(style, width=64, layers=8, scan=True), 64)
+  for name, value in jax.jit(plan.initialize)(jax.random.key(0)).items():
+    if name.endswith(('kernel', 'table')):
+      expected = 0.02 / 4 if '/out/' in name or '/down/' in name else 0.02
+      np.testing.assert_allclose(np.std(value), expected, 0.05, err_msg=name)
+      layers = np.asarray(value).reshape(8, -1) if name.startswith('blocks/') else np.asarray(value)[None]
+      assert len({layer.tobytes() for layer in layers}) == len(layers), f'{name}: layers start equal'
+    else:
+      assert (value == (1 if name.endswith('gain') else 0)).all(), name
+
+
+@pytest.mark.parametrize('mesh', ['8x1'], indirect=True)
+@pytest.mark.parametrize('rate', [0.1, 0.5])
+def test_dropout_keeps_its_share_and_the_mean(mesh, rate):
+  x = jnp.ones((64, 256))
+  dropped = np.asarray(jax.jit(lambda key: dropout(x, rate, key))(jax.random.key(0)))
+  assert set(np.unique(dropped)) == {np.float32(0), np.float32(1) / np.float32(1 - rate)}
+  assert abs((dropped == 0).mean() - rate) < 0.02
+  assert len({row.tobytes() for row in dropped}) == 64  # no two rows, and so no two devices, share a mask
+
+
+@pytest.mark.usefixtures('one_device')
+def test_no_key_or_no_rate_drops_nothing():
+  x = jnp.ones((4, 4))
+  assert dropout(x, 0.5, None) is x
+  assert dropout(x, 0.0, jax.random.key(0)) is x
+
+
+@pytest.mark.usefixtures('one_device')
+@pytest.mark.parametrize('scan', [False, True])
+def test_every_place_of_every_layer_has_a_mask_of_its_own(scan):
+  # All parameters are zero but one that adds 1 everywhere: a feature is zero at the end just where it was dropped.
+  config = ModelConfig(layers=3, width=32, heads=4, vocab_size=8, norm='rmsnorm', dropout=0.5, scan=scan)
+  plan = blueprint(config, 64)
+  zeros = {name: np.full(s.shape, name == 'norm/gain', np.float32) for name, s in plan.shapes.items()}
+  places = [('tokens/table', None)]
+  for part in ('attention/out/bias', 'mlp/down/bias'):
+    places += [(f'blocks/{part}', i) if scan else (f'blocks/{i}/{part}', None) for i in range(3)]
+
+  @jax.jit
+  def kept(parameters, key):
+    return plan.merge(parameters).hidden(jnp.zeros((2, 64), jnp.int32), key=key)[0] != 0
+
+  def masks(key):
+    for name, layer in places:
+      value = np.zeros_like(zeros[name])
+      value[... if layer is None else layer] = 1
+      yield np.asarray(kept(jax.tree.map(jnp.asarray, zeros | {name: value}), key))
+
+  first, again, other = (list(masks(jax.random.key(seed))) for seed in (0, 0, 1))
+  assert len({mask.tobytes() for mask in first + other}) == 2 * len(places)
+  for mask, repeated in zip(first, again, strict=True):
+    assert abs(mask.mean() - 0.5) < 0.05
+    np.testing.assert_array_equal(mask, repeated)
+  assert all(mask.all() for mask in masks(None))

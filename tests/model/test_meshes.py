@@ -1,0 +1,90 @@
+"""One model on every mesh: the same logits, loss, gradients and dropout, whatever the devices hold."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.config import MeshConfig
+from gptjax.model import Place, blueprint
+from gptjax.sharding import make_mesh, place
+from gptjax.training import next_token
+
+
+@pytest.fixture(scope='module')
+def reference():
+  """Results of one device by style, kept for the module."""
+  return {}
+
+
+def run(config, mesh, zero_stage, random_parameters):
+  """Logits without dropout, loss and gradients with it, and the gradients' shardings."""
+  plan = blueprint(config, 16)
+  rng = np.random.default_rng(1)
+  text = rng.integers(0, 50, (8, 17), np.int32)
+  segments = np.sort(rng.integers(1, 4, (8, 16)), 1).astype(np.int32)
+  starts = (segments[:, :, None] > segments[:, None]).sum(-1, dtype=np.int32)
+  batch = place(mesh, {
+      'tokens': text[:, :-1], 'targets': text[:, 1:], 'segments': segments, 'positions': np.arange(16, dtype=np.int32) - starts,
+      'mask': rng.integers(0, 2, (8, 16)).astype(np.float32)}, 'batch', None)
+  parameters = random_parameters(plan, zero_stage)
+
+  @jax.jit
+  def everything(parameters, batch, key):
+    def loss(parameters):
+      total, count, _ = next_token(z_loss=1e-3)(plan.merge(parameters), batch, key)
+      return total / count
+    logits = plan.merge(parameters)(batch['tokens'], Place(batch['positions'], batch['segments']))
+    return logits, *jax.value_and_grad(loss)(parameters)
+
+  logits, loss, gradients = everything(parameters, batch, jax.random.key(2))
+  stored = plan.shardings(zero_stage, mesh)
+  assert all(gradients[name].sharding.is_equivalent_to(stored[name], gradients[name].ndim) for name in gradients)
+  return jax.tree.map(np.asarray, (logits, loss, gradients))
+
+
+@pytest.mark.parametrize('mesh', ['8x1', '4x2', '2x2'], indirect=True)
+@pytest.mark.parametrize('zero_stage', [0, 3])
+def test_logits_loss_and_gradients_are_those_of_one_device(style, zero_stage, mesh, random_parameters, reference):
+  # The modern style also runs as a scan with blocks recomputed, so that stacked parameters are covered.
+  modern = dict(scan=True, remat='full') if style.positions == 'rope' else {}
+  config = dataclasses.replace(style, dropout=0.1, **modern)
+  if style not in reference:
+    with jax.set_mesh(one := make_mesh(MeshConfig(1, 1))):
+      reference[style] = run(config, one, 0, random_parameters)
+  expected_logits, expected_loss, expected = reference[style]
+  logits, loss, gradients = run(config, mesh, zero_stage, random_parameters)
+  np.testing.assert_allclose(logits[..., :50], expected_logits[..., :50], 1e-5, 1e-5)
+  np.testing.assert_allclose(loss, expected_loss, 1e-6)
+  for name, gradient in gradients.items():
+    np.testing.assert_allclose(gradient, expected[name], 1e-4, 1e-6, err_msg=name)
+
+
+def test_fresh_parameters_are_the_same_on_every_mesh(style, mesh, reference):
+  plan = blueprint(style, 16)
+  initialize = lambda: jax.tree.map(jax.reshard, plan.initialize(jax.random.key(5)), plan.shardings(3, mesh))
+  parameters = jax.tree.map(np.asarray, jax.jit(initialize)())
+  expected = reference.setdefault(('fresh', style), parameters)
+  assert all((parameters[name] == expected[name]).all() for name in expected)
+
+
+def test_a_mask_is_the_same_on_every_mesh(mesh, reference):
+  from gptjax.model.layers import dropout
+  spread = place(mesh, np.ones((64, 32), np.float32), 'batch', 'mlp')
+  dropped = np.asarray(jax.jit(lambda x, key: dropout(x, 0.3, key))(spread, jax.random.key(3)))
+  np.testing.assert_array_equal(dropped, reference.setdefault('mask', dropped))
+
+
+def test_blueprint_names_every_parameter_and_gives_back_what_it_merges(style, one_device, random_parameters):
+  for scan in (False, True):
+    plan = blueprint(dataclasses.replace(style, scan=scan), 16)
+    parameters = random_parameters(plan)
+    assert plan.axes.keys() == plan.shapes.keys() == parameters.keys()
+    assert all(len(plan.axes[name]) == shape.ndim for name, shape in plan.shapes.items())
+    from gptjax.model import split
+    again = split(plan.merge(parameters))
+    assert all(again[name] is parameters[name] or (again[name] == parameters[name]).all() for name in parameters)
+    assert again.keys() == parameters.keys()
+    assert {s.dtype for s in plan.shapes.values()} == {jnp.dtype('float32')}
