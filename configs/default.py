@@ -15,7 +15,7 @@ def get_config() -> Config:
     optimizer=OptimizerConfig(
       name='muon', muon_lr=0.02, peak_lr=5e-3, schedule='linear', final_fraction=0.0, warmup=50,
       b1=0.9, b2=0.95, weight_decay=0.1, clip=1.0),
-    steps=800,
+    steps=700,
     batch_size=8,
-    eval=EvalConfig(every=200, rows=64, prompt='def '),
-    checkpoint=CheckpointConfig(every=400))
+    eval=EvalConfig(every=175, rows=64, prompt='def '),
+    checkpoint=CheckpointConfig(every=350))

@@ -3,12 +3,12 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gptjax.config import MeshConfig
 from gptjax.model import Place, blueprint
+from gptjax.model.layers import dropout
 from gptjax.sharding import make_mesh, place
 from gptjax.training import next_token
 
@@ -45,7 +45,7 @@ def run(config, mesh, zero_stage, random_parameters):
   return jax.tree.map(np.asarray, (logits, loss, gradients))
 
 
-@pytest.mark.parametrize('mesh', ['8x1', '4x2', '2x2'], indirect=True)
+@pytest.mark.parametrize('mesh', ['8x1', '4x2'], indirect=True)
 @pytest.mark.parametrize('zero_stage', [0, 3])
 def test_logits_loss_and_gradients_are_those_of_one_device(style, zero_stage, mesh, random_parameters, reference):
   # The modern style also runs as a scan with blocks recomputed, so that stacked parameters are covered.
@@ -62,29 +62,30 @@ def test_logits_loss_and_gradients_are_those_of_one_device(style, zero_stage, me
     np.testing.assert_allclose(gradient, expected[name], 1e-4, 1e-6, err_msg=name)
 
 
-def test_fresh_parameters_are_the_same_on_every_mesh(style, mesh, reference):
+def on_every_mesh(make):
+  """Results of make(mesh) on meshes of 1 x 1, 8 x 1 and 4 x 2 devices, as numpy."""
+  for sizes in ((1, 1), (8, 1), (4, 2)):
+    with jax.set_mesh(mesh := make_mesh(MeshConfig(*sizes))):
+      yield jax.tree.map(np.asarray, make(mesh))
+
+
+@pytest.mark.parametrize('style', ['modern'], indirect=True)
+def test_fresh_parameters_are_the_same_on_every_mesh(style):
   plan = blueprint(style, 16)
-  initialize = lambda: jax.tree.map(jax.reshard, plan.initialize(jax.random.key(5)), plan.shardings(3, mesh))
-  parameters = jax.tree.map(np.asarray, jax.jit(initialize)())
-  expected = reference.setdefault(('fresh', style), parameters)
-  assert all((parameters[name] == expected[name]).all() for name in expected)
+
+  def fresh(mesh):
+    shardings = plan.shardings(3, mesh)
+    return jax.jit(lambda: jax.tree.map(jax.reshard, plan.initialize(jax.random.key(5)), shardings))()
+
+  first, *others = on_every_mesh(fresh)
+  for parameters in others:
+    assert all((parameters[name] == first[name]).all() for name in first)
 
 
-def test_a_mask_is_the_same_on_every_mesh(mesh, reference):
-  from gptjax.model.layers import dropout
-  spread = place(mesh, np.ones((64, 32), np.float32), 'batch', 'mlp')
-  dropped = np.asarray(jax.jit(lambda x, key: dropout(x, 0.3, key))(spread, jax.random.key(3)))
-  np.testing.assert_array_equal(dropped, reference.setdefault('mask', dropped))
+def test_a_dropout_mask_is_the_same_on_every_mesh():
+  def dropped(mesh):
+    x = place(mesh, np.ones((64, 32), np.float32), 'batch', 'mlp')
+    return jax.jit(lambda x: dropout(x, 0.3, jax.random.key(3)))(x)
 
-
-def test_blueprint_names_every_parameter_and_gives_back_what_it_merges(style, one_device, random_parameters):
-  for scan in (False, True):
-    plan = blueprint(dataclasses.replace(style, scan=scan), 16)
-    parameters = random_parameters(plan)
-    assert plan.axes.keys() == plan.shapes.keys() == parameters.keys()
-    assert all(len(plan.axes[name]) == shape.ndim for name, shape in plan.shapes.items())
-    from gptjax.model import split
-    again = split(plan.merge(parameters))
-    assert all(again[name] is parameters[name] or (again[name] == parameters[name]).all() for name in parameters)
-    assert again.keys() == parameters.keys()
-    assert {s.dtype for s in plan.shapes.values()} == {jnp.dtype('float32')}
+  first, *others = on_every_mesh(dropped)
+  assert all((other == first).all() for other in others)
