@@ -17,5 +17,5 @@ def get_config() -> Config:
       b1=0.9, b2=0.95, weight_decay=0.1, clip=1.0),
     steps=700,
     batch_size=8,
-    eval=EvalConfig(every=175, rows=64, prompt='def '),
+    eval=EvalConfig(every=175, rows=64, prompt='def'),  # no space at its end: a space belongs to the next token
     checkpoint=CheckpointConfig(every=350))

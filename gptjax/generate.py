@@ -15,7 +15,7 @@ _MAX_TOKENS = flags.DEFINE_integer('max_tokens', 200, 'most tokens to add; fewer
 _TEMPERATURE = flags.DEFINE_float('temperature', 0.8, 'divides the logits; 0: always the likeliest token')
 _TOP_K = flags.DEFINE_integer('top_k', 0, 'draw only from this many likeliest tokens; 0: from all')
 _TOP_P = flags.DEFINE_float('top_p', 1.0, 'draw only from the likeliest tokens that together have this probability; 1: from all')
-_SEED = flags.DEFINE_integer('seed', 0, 'of the draws', lower_bound=0)
+_SEED = flags.DEFINE_integer('seed', 0, 'of the draws', lower_bound=0, upper_bound=2**32 - 1)
 
 
 def main(_) -> None:
@@ -29,8 +29,10 @@ def main(_) -> None:
   trained = checkpoint.load_trained(workdir, _STEP.value)
   tokenizer = data.open_held_out(workdir / 'data').tokenizer
   with jax.set_mesh(trained.mesh):
-    forbidden = (tokenizer.pad_id, tokenizer.bos_id, tokenizer.unk_id)
-    generator = inference.Generator(trained.blueprint, trained.mesh, sampling, forbidden)
+    tokenizer.encode(_PROMPT.value, '--prompt')  # what is wrong with it is told before it is printed
+    print(trained.description, file=sys.stderr)
+    never_drawn = inference.never_drawn(tokenizer, trained.config.model)
+    generator = inference.Generator(trained.blueprint, trained.mesh, sampling, never_drawn)
     print(_PROMPT.value, end='', flush=True)
     for piece in generator.text(trained.parameters, tokenizer, _PROMPT.value, _MAX_TOKENS.value, jax.random.key(_SEED.value)):
       sys.stdout.write(piece)

@@ -50,7 +50,7 @@ def bar(function: Callable[[Path], Result]) -> Callable[[Path], Result]:
 
 
 def python(*args: str, **environment: str) -> subprocess.CompletedProcess:
-  """Runs a module of this project to its end; its output goes to the terminal as well as into the result's stdout."""
+  """Runs a module of this project to its end; its stdout is kept, its stderr goes to the terminal."""
   done = subprocess.run([sys.executable, '-m', *args], stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
   if done.returncode:
     raise RuntimeError(f'{" ".join(args)} ended with status {done.returncode}')

@@ -220,6 +220,7 @@ def main(_) -> None:
       metadata.version(package)
     except metadata.PackageNotFoundError:
       raise configs.UserError(package, None, 'pip install -r requirements-parity.txt') from None
+  Path(_OUT.value or '.').parent.mkdir(exist_ok=True)  # not after minutes of timing
   results = []
   for name in _SHAPES.value:
     results.append(compare(name, _ROUNDS.value))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import math
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,8 @@ class Checkpoints:
       loss: validation loss at this step, by which the best checkpoint is kept; None: not validated.
     """
     self.wait()
-    metrics = None if loss is None else {'loss': loss}
+    # Not a number would count as the best of all.
+    metrics = {'loss': loss} if loss is not None and math.isfinite(loss) else None
     try:
       self._pending = self._checkpointer.save_checkpointables_async(
         progress.step, {'state': state, 'progress': dataclasses.asdict(progress)}, metrics=metrics, force=True)
@@ -113,8 +115,13 @@ class Checkpoints:
 
   def close(self) -> None:
     """Waits and lets go of the folder."""
-    self.wait()
-    self._checkpointer.close()
+    try:
+      self.wait()
+    finally:
+      try:
+        self._checkpointer.close()
+      except Exception as error:  # Orbax tells a failed save once more
+        raise self._explained(error) from error
 
   def _explained(self, error: Exception) -> Exception:
     full = getattr(error, 'errno', None) == errno.ENOSPC or 'RESOURCE_EXHAUSTED' in str(error)

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from gptjax import config as configs
 from gptjax.checkpoint.checkpoints import Checkpoints
 from gptjax.config import Config, MeshConfig, UserError
-from gptjax.model import Blueprint, Parameters, blueprint
+from gptjax.model import Blueprint, Parameters, attention_backend, blueprint
 from gptjax.sharding import make_mesh
 
 
@@ -23,9 +23,18 @@ class Trained:
   parameters: Parameters
   step: int
 
+  @property
+  def description(self) -> str:
+    """One line: what was restored and how it is computed."""
+    devices = self.mesh.devices.flatten()
+    mesh = ' x '.join(f'{name} {size}' for name, size in self.mesh.shape.items())
+    model = self.config.model
+    return (f'restored step {self.step}; {len(devices)} {devices[0].device_kind}, mesh {mesh}; '
+            f'attention {attention_backend(model)}, {model.compute_dtype}')
+
 
 def load_trained(workdir: Path, step: str = 'latest') -> Trained:
-  """Restores the parameters of a run, whole on every device.
+  """Restores the parameters of a run onto all devices, each with a whole copy or, where they divide, a part over `model`.
 
   Args:
     workdir: of the run.

@@ -241,6 +241,10 @@ def run(main: Callable[[Any], int | None], *, needs_config: bool = True) -> None
   except BrokenPipeError:
     # Whoever read our output, such as head, has what they wanted; Python must not try to flush the rest at exit.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  except OSError as error:
+    print(f'error: {error.filename or "system"}: {error.strerror or error}, accepted: a place that can be read and written',
+          file=sys.stderr)
+    sys.exit(2)
   except KeyboardInterrupt:
     sys.exit(130)  # 128 + SIGINT, as a shell reports it
 

@@ -85,7 +85,7 @@ class ModelConfig:
   scan: bool = False
   """run the layers as one scan over stacked parameters: compiles in constant time, slower on CPU"""
   remat: Literal['none', 'dots', 'full'] = 'none'
-  """what the backward pass recomputes: none, everything but matrix products (dots), whole blocks (full)"""
+  """what the backward pass recomputes: none, all but products with weights (dots), whole blocks (full)"""
   attention: Literal['auto', 'blocks', 'xla'] = 'auto'
   """blocks: causal blocks that skip the masked part; xla: the full square; auto: blocks on CPU, xla elsewhere"""
   compute_dtype: Literal['float32', 'bfloat16'] = 'float32'
@@ -165,11 +165,11 @@ class OptimizerConfig:
   """How gradients change parameters."""
 
   name: Literal['adamw', 'muon'] = 'adamw'
-  """adamw (arXiv:1711.05101), or muon (arXiv:2502.16982) for matrices inside blocks and adamw for the rest"""
+  """adamw (arXiv:1711.05101), or muon for matrices inside blocks and adamw for the rest"""
   peak_lr: float = 1e-3
   """highest learning rate of adamw's parameters"""
   muon_lr: float = 0.02
-  """highest learning rate of muon's matrices; follows the same schedule"""
+  """highest learning rate of muon's matrices, before their factor max(1, output/input)^0.5; the schedule is the same"""
   schedule: Literal['cosine', 'linear', 'wsd', 'constant'] = 'cosine'
   """how the rate falls after warmup; wsd stays at the peak and falls linearly over the last `decay`"""
   warmup: Duration = 100
@@ -177,7 +177,7 @@ class OptimizerConfig:
   decay: Duration = 0
   """duration of the fall at the end, for wsd only"""
   final_fraction: float = 0.1
-  """rate at the last step, as a share of the peak"""
+  """what the rate falls to by the end, as a share of the peak; constant does not fall"""
   b1: float = 0.9
   """adamw: decay of the first moment, per step"""
   b2: float = 0.95
@@ -274,6 +274,11 @@ class Config:
   seed: int = 0
   """of initialization, data order and dropout"""
 
+  @property
+  def sequences(self) -> int:
+    """Sequences that run at once: batch_size over microbatches."""
+    return self.batch_size // self.microbatches
+
   def __post_init__(self):
     _at_least('', self, 1, 'batch_size', 'microbatches')
     _at_least('', self, 0, 'z_loss', 'seed')
@@ -285,6 +290,13 @@ class Config:
     for field, value in (('steps', self.steps), ('eval.every', self.eval.every), ('checkpoint.every', self.checkpoint.every),
                          ('optimizer.warmup', self.optimizer.warmup), ('optimizer.decay', self.optimizer.decay)):
       duration_in_steps(field, value, batch_size=self.batch_size, context=self.data.context, rows_per_epoch=self.batch_size)
-    if self.optimizer.schedule != 'wsd' and self.optimizer.decay:
+    wsd = self.optimizer.schedule == 'wsd'
+    if wsd and not self.optimizer.decay:
+      raise UserError('optimizer.decay', self.optimizer.decay, "a duration above 0 when optimizer.schedule is 'wsd'")
+    if self.checkpoint.keep_best and self.eval.rows:
+      raise UserError('eval.rows', self.eval.rows, '0 with checkpoint.keep_best: scores of other rows do not compare')
+    if self.seed >= 2**32:
+      raise UserError('seed', self.seed, 'below 2**32')
+    if not wsd and self.optimizer.decay:
       raise UserError('optimizer.decay', self.optimizer.decay,
                       f"0 unless optimizer.schedule is 'wsd', and it is '{self.optimizer.schedule}'")

@@ -11,6 +11,7 @@ from gptjax.config import UserError
 from gptjax.data.prepare import Prepared
 from gptjax.data.store import TokenStore
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
+from gptjax.files import read_json
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,7 +31,7 @@ def export(prepared: Prepared, directory: Path) -> None:
   """
   identity = directory / 'identity.json'
   if identity.exists():
-    was = json.loads(identity.read_text())['fingerprint']
+    was = read_json(identity)['fingerprint']
     if was != prepared.fingerprint:
       raise UserError('data', prepared.fingerprint, f'{was}, the fingerprint of the documents, split and tokenizer that '
                       f'{directory} was made from; another --workdir for other data')
@@ -53,7 +54,7 @@ def open_held_out(directory: Path) -> HeldOut:
   identity = directory / 'identity.json'
   if not identity.exists():
     raise UserError('--workdir', str(directory.parent), 'a folder that gptjax.train made')
-  text = json.loads(identity.read_text())['valid_text']
+  text = read_json(identity)['valid_text']
   return HeldOut(load_tokenizer(directory / 'tokenizer'), TokenStore.open(directory / 'valid'), directory / text)
 
 

@@ -12,6 +12,7 @@ from gptjax.config import UserError
 from gptjax.data.documents import Document
 from gptjax.data.progress import progress
 from gptjax.data.tokenizers import Tokenizer
+from gptjax.files import write_whole
 
 _MANIFEST = 'manifest.json'
 _TOKENS = 'tokens.bin'
@@ -107,7 +108,5 @@ def write_store(directory: Path, tokenizer: Tokenizer, documents: Sequence[Docum
       'length': length, 'dtype': dtype.str, 'bytes': text_bytes, 'vocab_size': tokenizer.vocab_size,
       'pad_id': tokenizer.pad_id, 'bos_id': tokenizer.bos_id, 'eos_id': tokenizer.eos_id, 'sha256': digest.hexdigest(),
   }
-  partial = directory / f'{_MANIFEST}.partial'
-  partial.write_text(json.dumps(manifest, indent=2) + '\n')
-  partial.rename(directory / _MANIFEST)
+  write_whole(directory / _MANIFEST, json.dumps(manifest, indent=2) + '\n')
   return TokenStore.open(directory)

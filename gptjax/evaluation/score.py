@@ -35,15 +35,13 @@ class Scorer:
     objective: (model, batch, key) -> (_, count of targets, {'loss': summed loss in nats, ...}).
     rows: the validation rows.
     mesh: where the parameters lie.
-    count: how many of them, evenly spaced; 0: all.
     batch_size: rows a batch; the last batch is filled up with padding.
     isolate_documents: whether attention and positions restart at each document.
   """
 
-  def __init__(self, blueprint: Blueprint, objective: Callable, rows: EvalRows, mesh: Mesh, *, count: int, batch_size: int,
+  def __init__(self, blueprint: Blueprint, objective: Callable, rows: EvalRows, mesh: Mesh, *, batch_size: int,
                isolate_documents: bool):
     self._rows, self._mesh, self._batch_size = rows, mesh, batch_size
-    self._indices = np.arange(rows.count) if not 0 < count < rows.count else np.arange(count) * rows.count // count
     self._isolate = isolate_documents
 
     def sums(parameters, batch):
@@ -52,11 +50,19 @@ class Scorer:
 
     self._sums = jax.jit(sums)
 
-  def __call__(self, parameters: Parameters, advance: Callable[[int], None] = lambda rows: None) -> Score:
-    """The score of these parameters; `advance` is told of every batch's rows."""
+  def __call__(self, parameters: Parameters, *, count: int = 0, advance: Callable[[int], None] = lambda rows: None) -> Score:
+    """The score of these parameters.
+
+    Args:
+      parameters: of the model.
+      count: rows to score, evenly spaced; 0: all.
+      advance: told of every batch's rows.
+    """
+    rows = self._rows.count
+    indices = np.arange(rows) if not 0 < count < rows else np.arange(count) * rows // count
     loss, tokens, sums = 0.0, 0, []
-    for start in range(0, len(self._indices), self._batch_size):
-      chosen = self._indices[start:start + self._batch_size]
+    for start in range(0, len(indices), self._batch_size):
+      chosen = indices[start:start + self._batch_size]
       # Rows beyond the last are all padding and count nothing.
       filled = np.concatenate([chosen, np.full(self._batch_size - len(chosen), self._rows.count)])
       batch = model_inputs(self._rows.batch(filled), self._isolate)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from gptjax.config import UserError
+from gptjax.config import ModelConfig, UserError
 from gptjax.data import TextStream, Tokenizer
 from gptjax.model import Blueprint, Cache, Parameters, Place, empty_cache
 from gptjax.sharding import spec
@@ -29,8 +30,8 @@ class Sampling:
   """only the likeliest tokens that together have this probability (arXiv:1904.09751); 1: all"""
 
   def __post_init__(self):
-    if self.temperature < 0:
-      raise UserError('--temperature', self.temperature, '0 or more')
+    if not 0 <= self.temperature < math.inf:
+      raise UserError('--temperature', self.temperature, 'a number from 0 on')
     if self.top_k < 0:
       raise UserError('--top_k', self.top_k, '0 or more')
     if not 0 < self.top_p <= 1:
@@ -59,6 +60,11 @@ class _Read(NamedTuple):
 
   layers: Cache
   filled: Int[Array, '']
+
+
+def never_drawn(tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, ...]:
+  """Ids that no text continues with: padding, bos, unknown, and those that the model has beyond the tokenizer's."""
+  return (tokenizer.pad_id, tokenizer.bos_id, tokenizer.unk_id, *range(tokenizer.vocab_size, config.table_rows))
 
 
 class Generator:

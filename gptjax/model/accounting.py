@@ -46,6 +46,6 @@ def activation_bytes(config: ModelConfig, context: int, sequences: int) -> int:
     return sum(math.prod(r.shape) * r.dtype.itemsize for r in jax.tree.leaves(residuals))
 
   one_device = AbstractMesh((1, 1), ('data', 'model'), axis_types=(AxisType.Explicit,) * 2)
-  with use_abstract_mesh(one_device):
+  with jax.set_mesh(None), use_abstract_mesh(one_device):  # a mesh in force may not be replaced by one of another size
     # What does not grow with the rows is no activation: weights, and masks shared by all rows.
     return sequences * (kept(2) - kept(1))

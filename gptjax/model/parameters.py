@@ -38,9 +38,11 @@ class Blueprint:
     return {name: NamedSharding(mesh, stored_spec(self.axes[name], shape.shape, zero_stage, mesh))
             for name, shape in self.shapes.items()}
 
-  def initialize(self, key: jax.Array) -> Parameters:
-    """Fresh parameters; to be traced under jit with the shardings they shall have."""
-    return split(Transformer(self.config, self.context, nnx.Rngs(params=key)))
+  def initialize(self, key: jax.Array, shardings: dict[str, NamedSharding]) -> Parameters:
+    """Fresh parameters with these shardings, the same ones on every mesh; to be traced under jit."""
+    draw = lambda key: split(Transformer(self.config, self.context, nnx.Rngs(params=key)))
+    # Explicit axes would draw every parameter whole and cut it afterwards; Auto axes draw on each device its own part.
+    return jax.sharding.auto_axes(draw, out_sharding=shardings)(key)
 
   def merge(self, parameters: Parameters) -> Transformer:
     """The module with these values; free of cost inside a traced function."""

@@ -31,8 +31,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
 def check_sizes(config: Config, mesh: Mesh) -> None:
   """Raises a UserError for a size of the config that the mesh does not divide."""
   data, model = mesh.shape['data'], mesh.shape['model']
-  sequences = config.batch_size // config.microbatches
-  if sequences % data:
+  if config.sequences % data:
     part = ' / microbatches' if config.microbatches > 1 else ''
     raise UserError('batch_size', config.batch_size, f'batch_size{part} a multiple of mesh.data={data}')
   m: ModelConfig = config.model

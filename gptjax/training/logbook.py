@@ -1,7 +1,6 @@
 """Where a run writes what happens: metrics.jsonl, TensorBoard, samples.jsonl and the terminal."""
 
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
+
+from gptjax.files import json_line, write_whole
 
 
 class Logbook:
@@ -23,7 +24,7 @@ class Logbook:
   def __init__(self, workdir: Path, step: int, steps: int):
     self.console = Console(stderr=True, highlight=False, soft_wrap=True)
     self._files = {name: _cut(workdir / name, step).open('a') for name in ('metrics.jsonl', 'samples.jsonl')}
-    self._board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1 if step else None)
+    self._board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1)
     self._steps = steps
     self._bar = Progress(
       TextColumn('[bold]step'), MofNCompleteColumn(), BarColumn(), TextColumn('{task.fields[figures]}'), TimeRemainingColumn(),
@@ -80,9 +81,7 @@ class Logbook:
       file.close()
 
   def _write(self, name: str, record: dict[str, Any]) -> None:
-    # JSON has no NaN: a diverged run's lines say null, which every reader understands.
-    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    self._files[name].write(json.dumps(clean) + '\n')
+    self._files[name].write(json_line(record) + '\n')
     self._files[name].flush()
 
   def _scalars(self, step: int, metrics: dict[str, float]) -> None:
@@ -95,9 +94,7 @@ def _cut(path: Path, step: int) -> Path:
   if path.exists():
     lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith('\n')]
     kept = ''.join(line for line in lines if json.loads(line)['step'] <= step)
-    partial = path.with_suffix('.partial')
-    partial.write_text(kept)
-    partial.rename(path)
+    write_whole(path, kept)
   return path
 
 

@@ -1,8 +1,9 @@
 """The training loop: one compiled step, dispatched before the metrics of the step before are read."""
 
+import contextlib
 import dataclasses
+import functools
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -12,13 +13,15 @@ from gptjax import config as configs
 from gptjax.checkpoint import Checkpoints, Progress
 from gptjax.config import Config, UserError
 from gptjax.data import Prepared, export, prepare
-from gptjax.evaluation import Score, Scorer, model_inputs
-from gptjax.inference import Generator, Sampling
+from gptjax.evaluation import Scorer, model_inputs
+from gptjax.files import write_whole
+from gptjax.inference import Generator, Sampling, never_drawn
 from gptjax.model import flops_per_token
 from gptjax.sharding import make_mesh, place
 from gptjax.training.hardware import CompileCounter, peak_flops
 from gptjax.training.logbook import Logbook
 from gptjax.training.run import Run, header, resolve
+from gptjax.training.step import TrainState
 
 MAY_CHANGE = ('steps', 'batch_size', 'microbatches', 'zero_stage', 'z_loss', 'mesh.', 'eval.', 'checkpoint.', 'optimizer.',
               'model.attention', 'model.remat', 'model.dropout', 'model.compute_dtype', 'data.files')
@@ -43,76 +46,82 @@ def train(config: Config, options: Options) -> None:
   """Trains, or goes on where the workdir's latest checkpoint stands."""
   data = prepare(config.data, options.cache_dir)
   mesh = make_mesh(config.mesh)
-  with jax.set_mesh(mesh):
-    run = resolve(config, data)
+  with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+    run = resolve(config, data, mesh)
     changed = _claim(options.workdir, run.config, data)
-    checkpoints = Checkpoints(options.workdir / 'checkpoints', config.checkpoint)
-    try:
-      _Loop(run, data, checkpoints, options).go(changed)
-    finally:
-      checkpoints.close()
+    checkpoints = stack.enter_context(contextlib.closing(Checkpoints(options.workdir / 'checkpoints', config.checkpoint)))
+    steps = checkpoints.steps()
+    if steps:
+      state, progress = checkpoints.restore(steps[-1], run.abstract_state)
+    else:
+      state, progress = run.initialize(), Progress()
+    last = min(run.steps, options.stop_at or run.steps)
+    _check_profile(options.profile_steps, progress.step, last)
+    peak = peak_flops(list(mesh.devices.flatten()), run.config.model.compute_dtype)
+    book = stack.enter_context(contextlib.closing(Logbook(options.workdir, progress.step, run.steps)))
+    facts = header(run, data, progress, peak)
+    book.header(facts | ({'changed': '; '.join(changed)} if changed else {}))
+    if progress.step >= last:
+      book.say(f'nothing to do: step {progress.step} of {last} is done')
+      return
+    write_whole(options.workdir / 'run.json', json.dumps(facts, indent=2) + '\n')
+    _Loop(run, data, checkpoints, book, options, peak[0]).go(state, progress, last)
 
 
 def _claim(workdir: Path, config: Config, data: Prepared) -> list[str]:
   """Makes the workdir self-contained, or checks that it is of this run; returns what changed since it started."""
   file = workdir / 'config.json'
-  changed = []
-  if file.exists():
-    old = configs.from_json(file.read_text(), str(file))
-    for name, (was, now) in configs.differences(old, config).items():
-      if not name.startswith(MAY_CHANGE) or name == 'optimizer.name':
-        raise UserError(name, now, f'{was!r}, with which this workdir was started; another --workdir for another run')
-      changed.append(f'{name} {was} -> {now}')
+  different = configs.differences(configs.from_json(file.read_text(), str(file)), config) if file.exists() else {}
+  vocabulary = different.pop('model.vocab_size', None)
+  for name, (was, now) in different.items():
+    if not name.startswith(MAY_CHANGE) or name == 'optimizer.name':
+      raise _another_run(name, was, now)
   export(data, workdir / 'data')
-  partial = file.with_suffix('.partial')
-  partial.write_text(configs.to_json(config))
-  partial.rename(file)
-  return changed
+  if vocabulary:  # last, because it follows from tokenizer and text, and their errors say more
+    raise _another_run('model.vocab_size', *vocabulary)
+  write_whole(file, configs.to_json(config))
+  return [f'{name} {was} -> {now}' for name, (was, now) in different.items()]
+
+
+def _another_run(name: str, was: object, now: object) -> UserError:
+  return UserError(name, now, f'{was!r}, with which this workdir was started; another --workdir for another run')
+
+
+def _check_profile(steps: tuple[int, int] | None, done: int, last: int) -> None:
+  if steps and not done < steps[0] <= last:
+    accepted = f'a first step from {done + 1} to {last}, which this process runs' if done < last else f'no trace: step {done} is done'
+    raise UserError('--profile_steps', f'{steps[0]}:{steps[1]}', accepted)
 
 
 class _Loop:
   """One process's part of a run."""
 
-  def __init__(self, run: Run, data: Prepared, checkpoints: Checkpoints, options: Options):
-    self.run, self.data, self.checkpoints, self.options = run, data, checkpoints, options
-    steps = checkpoints.steps()
-    if steps:
-      self.state, self.progress = checkpoints.restore(steps[-1], run.abstract_state)
-    else:
-      self.state, self.progress = run.initialize(), Progress()
-    self.book = Logbook(options.workdir, self.progress.step, run.steps)
+  def __init__(self, run: Run, data: Prepared, checkpoints: Checkpoints, book: Logbook, options: Options, peak: float):
+    self.run, self.data, self.checkpoints, self.book, self.options, self.peak = run, data, checkpoints, book, options, peak
     config = run.config
-    scorer = lambda count: Scorer(run.blueprint, run.objective, run.valid, run.mesh, count=count,
-                                  batch_size=config.batch_size // config.microbatches,
-                                  isolate_documents=config.data.isolate_documents)
-    self.score_all = scorer(0)
-    self.score_some = scorer(config.eval.rows) if config.eval.rows else self.score_all
-    self.peak = peak_flops(list(run.mesh.devices.flatten()), config.model.compute_dtype)
+    self.score = Scorer(run.blueprint, run.objective, run.valid, run.mesh, batch_size=config.sequences,
+                        isolate_documents=config.data.isolate_documents)
     self.flops = flops_per_token(config.model, config.data.context)
     self.compiles = 0
     self.tracing = False
-    self.pending: tuple[Progress, dict[str, jax.Array]] | None = None
     self.clock = (0.0, 0)  # seconds and tokens at the last logged step
+    self.pending: tuple[Progress, dict[str, jax.Array]] | None = None
 
-  def go(self, changed: list[str]) -> None:
-    """Runs to the last step, or to stop_at."""
-    facts = header(self.run, self.data, self.progress, self.peak)
-    (self.options.workdir / 'run.json').write_text(json.dumps(facts, indent=2) + '\n')
-    self.book.header(facts | ({'changed': '; '.join(changed)} if changed else {}))
+  def go(self, state: TrainState, progress: Progress, last: int) -> None:
+    """Runs to step `last`."""
+    self.state, self.progress = state, progress
     counter = CompileCounter()
+    self._restart_clock()
     try:
-      last = min(self.run.steps, self.options.stop_at or self.run.steps)
-      if self.progress.step >= last:
-        self.book.say(f'nothing to do: step {self.progress.step} of {last} is done')
-      self._restart_clock()
       while self.progress.step < last:
-        self._profile(starting=self.progress.step + 1)
+        self._start_trace(self.progress.step + 1)
         self._step(counter)
-        self._profile(done=self.progress.step if self.progress.step < last else sys.maxsize)
+        self._stop_trace(last)
         self._after_step(last)
     finally:
       counter.close()
-      self.book.close()
+      if self.tracing:
+        jax.profiler.stop_trace()
 
   def _step(self, counter: CompileCounter) -> None:
     run, done = self.run, self.progress
@@ -122,7 +131,7 @@ class _Loop:
     before = counter.count
     self.state, metrics = run.step(self.state, place(run.mesh, batch, 'batch', None))
     self.compiles += counter.count - before
-    assert self.compiles <= 1, f'the step was compiled {self.compiles} times'
+    assert self.compiles == 1, f'the step was compiled {self.compiles} times'
     self._read_pending()
     self.pending = (self.progress, metrics)
 
@@ -133,15 +142,14 @@ class _Loop:
     (progress, metrics), self.pending = self.pending, None
     step = progress.step
     self.book.advance(step)
-    if step % self.options.log_every and step != self.run.steps and step != 1:
+    if step % self.options.log_every and step not in (1, self.run.steps):
       jax.block_until_ready(metrics['loss'])  # never more than one step ahead of the devices
       return
     values = {name: float(value) for name, value in jax.device_get(metrics).items() if name != 'targets'}
     now = time.perf_counter()
     speed = (progress.tokens - self.clock[1]) / (now - self.clock[0])
     self.clock = (now, progress.tokens)
-    self.book.step(step, values | {'tokens': progress.tokens, 'tokens_per_second': speed,
-                                   'mfu': speed * self.flops / self.peak[0]})
+    self.book.step(step, values | {'tokens': progress.tokens, 'tokens_per_second': speed, 'mfu': speed * self.flops / self.peak})
 
   def _restart_clock(self) -> None:
     self.clock = (time.perf_counter(), self.progress.tokens)
@@ -149,10 +157,11 @@ class _Loop:
   def _after_step(self, last: int) -> None:
     run, step = self.run, self.progress.step
     final = step == run.steps
-    save = step == last or bool(run.checkpoint_every) and step % run.checkpoint_every == 0
+    due = lambda every: bool(every) and step % every == 0
+    scheduled = due(run.checkpoint_every)
+    save = scheduled or step == last
     # Which checkpoint is best can only be told of those that were validated; stop_at adds no line to the metrics.
-    due = bool(run.eval_every) and step % run.eval_every == 0
-    validate = final or due or save and step != last and run.config.checkpoint.keep_best
+    validate = final or due(run.eval_every) or (scheduled and run.config.checkpoint.keep_best)
     if not (validate or save):
       return
     self._read_pending()
@@ -162,34 +171,30 @@ class _Loop:
     self._restart_clock()
 
   def _validate(self, final: bool) -> float:
-    step = self.progress.step
-    score: Score = (self.score_all if final else self.score_some)(self.state.parameters)
+    settings, step = self.run.config.eval, self.progress.step
+    score = self.score(self.state.parameters, count=0 if final else settings.rows)
     self.book.validation(step, 'valid', score)
-    settings = self.run.config.eval
     if settings.sample_tokens:
-      self.book.sample(step, settings.prompt, self._sample(settings.prompt, settings.sample_tokens))
+      pieces = self.generator.text(self.state.parameters, self.data.tokenizer, settings.prompt, settings.sample_tokens,
+                                   jax.random.key(self.run.config.seed))
+      self.book.sample(step, settings.prompt, ''.join(pieces))
     return score.loss
 
-  def _sample(self, prompt: str, tokens: int) -> str:
-    if not hasattr(self, 'generator'):
-      tokenizer = self.data.tokenizer
-      forbidden = (tokenizer.pad_id, tokenizer.bos_id, tokenizer.unk_id)
-      self.generator = Generator(self.run.blueprint, self.run.mesh, Sampling(), forbidden)
-    return ''.join(self.generator.text(self.state.parameters, self.data.tokenizer, prompt, tokens,
-                                       jax.random.key(self.run.config.seed)))
+  @functools.cached_property
+  def generator(self) -> Generator:
+    """For samples."""
+    return Generator(self.run.blueprint, self.run.mesh, Sampling(), never_drawn(self.data.tokenizer, self.run.config.model))
 
-  def _profile(self, *, starting: int = 0, done: int = 0) -> None:
-    """Traces from the start of the first step asked for to the end of the last, or of the run."""
-    if self.options.profile_steps is None:
-      return
-    first, last = self.options.profile_steps
-    folder = self.options.workdir / 'profile'
-    if starting == first:
+  def _start_trace(self, step: int) -> None:
+    if self.options.profile_steps and step == self.options.profile_steps[0]:
       self._read_pending()
-      jax.profiler.start_trace(folder)
+      jax.profiler.start_trace(self.options.workdir / 'profile')
       self.tracing = True
-    if self.tracing and done >= last:
+
+  def _stop_trace(self, last: int) -> None:
+    if self.tracing and self.options.profile_steps and self.progress.step >= min(self.options.profile_steps[1], last):
       self._read_pending()
       jax.profiler.stop_trace()
       self.tracing = False
-      self.book.say(f'trace from step {first} in {folder}')
+      self.book.say(f'trace up to step {self.progress.step} in {self.options.workdir / "profile"}')
+      self._restart_clock()

@@ -15,7 +15,7 @@ from gptjax.checkpoint import Progress
 from gptjax.config import Config, UserError, duration_in_steps
 from gptjax.data import EvalRows, Prepared, TrainRows
 from gptjax.model import Blueprint, attention_backend, blueprint, flops_per_token, parameter_count
-from gptjax.sharding import check_sizes, make_mesh
+from gptjax.sharding import check_sizes
 from gptjax.training.objective import Objective, next_token
 from gptjax.training.optimizer import make_optimizer, schedule
 from gptjax.training.step import TrainState, abstract, initializer, train_step
@@ -44,15 +44,14 @@ class Run:
     return abstract(self.initialize, self.mesh)
 
 
-def resolve(config: Config, data: Prepared) -> Run:
-  """Builds a Run; to be called, like all that uses it, under `jax.set_mesh(make_mesh(config.mesh))`.
+def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
+  """Builds a Run; to be called, like all that uses it, under `jax.set_mesh(mesh)`.
 
   Raises:
-    UserError: sizes that the mesh does not divide, a vocabulary too small for the tokenizer.
+    UserError: sizes that the mesh does not divide, a vocabulary too small for the tokenizer, durations that do not fit.
   """
   config = with_vocabulary(config, data.tokenizer.vocab_size)
   data.tokenizer.encode(config.eval.prompt, 'eval.prompt')  # a prompt that cannot be sampled from is told before training
-  mesh = make_mesh(config.mesh)
   check_sizes(config, mesh)
   rows = TrainRows(data.train, config.data.context, config.seed)
   in_steps = lambda field, value: duration_in_steps(
@@ -61,6 +60,10 @@ def resolve(config: Config, data: Prepared) -> Run:
   steps = in_steps('steps', config.steps)
   durations = {'steps': steps, 'warmup': in_steps('optimizer.warmup', opt.warmup),
                'decay': in_steps('optimizer.decay', opt.decay)}
+  if steps < 1:
+    raise UserError('steps', config.steps, '1 step or more')
+  if durations['decay'] > steps:
+    raise UserError('optimizer.decay', opt.decay, f'at most the {steps} steps of the run')
   plan = blueprint(config.model, config.data.context)
   optimizer = make_optimizer(opt, **durations)
   objective = next_token(config.z_loss)
@@ -110,4 +113,4 @@ def _commit() -> str:
   try:
     return git('rev-parse', '--short', 'HEAD') + (' with changes' if git('status', '--porcelain') else '')
   except (OSError, subprocess.CalledProcessError):
-    return 'unknown: not a git checkout'
+    return 'unknown: git does not tell'

@@ -27,7 +27,7 @@ def initializer(blueprint: Blueprint, optimizer: optax.GradientTransformation, z
   shardings = blueprint.shardings(zero_stage, mesh)
 
   def initialize():
-    parameters = jax.tree.map(jax.reshard, blueprint.initialize(jax.random.key(seed)), shardings)
+    parameters = blueprint.initialize(jax.random.key(seed), shardings)
     return TrainState(jnp.zeros((), jnp.int32), parameters, optimizer.init(parameters))
 
   return jax.jit(initialize)

@@ -74,8 +74,7 @@ def test_fresh_parameters_are_the_same_on_every_mesh(style):
   plan = blueprint(style, 16)
 
   def fresh(mesh):
-    shardings = plan.shardings(3, mesh)
-    return jax.jit(lambda: jax.tree.map(jax.reshard, plan.initialize(jax.random.key(5)), shardings))()
+    return jax.jit(lambda key: plan.initialize(key, plan.shardings(3, mesh)))(jax.random.key(5))
 
   first, *others = on_every_mesh(fresh)
   for parameters in others:

@@ -1,0 +1,86 @@
+"""Draws against the distribution written down in plain numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.config import UserError
+from gptjax.inference import Sampling, sample
+
+pytestmark = pytest.mark.usefixtures('one_device')
+
+LOGITS = np.array([1.2, -0.4, 2.0, 0.3, -1.6, 1.9, -1.1, 0.9], np.float32)
+
+
+def distribution(logits, sampling):
+  """Probability of each id: tempered, cut to the top k, then to the smallest set of likeliest ids that reaches top_p."""
+  order = np.argsort(-logits)
+  kept = order[:sampling.top_k or None]
+  weights = np.exp((logits[kept] - logits.max()) / sampling.temperature)
+  weights /= weights.sum()
+  count = 1
+  while count < len(kept) and weights[:count].sum() < sampling.top_p:
+    count += 1
+  probabilities = np.zeros(len(logits))
+  probabilities[kept[:count]] = weights[:count] / weights[:count].sum()
+  return probabilities
+
+
+def draws(logits, sampling, key, count=20_000):
+  rows = jnp.broadcast_to(jnp.asarray(logits), (count, len(logits)))
+  return np.asarray(jax.jit(lambda rows, key: sample(rows, sampling, key))(rows, key))
+
+
+@pytest.mark.parametrize('sampling', [
+    Sampling(1.0), Sampling(0.5), Sampling(3.0), Sampling(1.0, top_k=1), Sampling(1.0, top_k=3), Sampling(0.7, top_k=7),
+    Sampling(1.0, top_k=8), Sampling(1.0, top_k=100), Sampling(1.0, top_p=0.9), Sampling(1.0, top_p=0.5),
+    Sampling(2.0, top_p=0.8), Sampling(1.0, top_p=0.01), Sampling(1.0, top_k=3, top_p=0.8), Sampling(1.5, top_k=5, top_p=0.95),
+], ids=str)
+def test_draws_follow_the_distribution_that_was_asked_for(sampling):
+  probabilities = distribution(LOGITS, sampling)
+  frequencies = np.bincount(draws(LOGITS, sampling, jax.random.key(0)), minlength=8) / 20_000
+  np.testing.assert_array_equal(frequencies > 0, probabilities > 0)
+  error = 5 * np.sqrt(probabilities * (1 - probabilities) / 20_000)
+  assert (np.abs(frequencies - probabilities) <= error).all()
+
+
+@pytest.mark.parametrize('sampling', [Sampling(1.0), Sampling(1.0, top_k=3), Sampling(1.0, top_p=0.9), Sampling(0.0)], ids=str)
+def test_an_id_of_no_probability_is_never_drawn(sampling):
+  logits = LOGITS.copy()
+  logits[[2, 5]] = -np.inf  # the two likeliest
+  assert not np.isin(draws(logits, sampling, jax.random.key(1)), [2, 5]).any()
+
+
+def test_top_k_and_top_p_hold_for_each_row_by_itself():
+  rows = np.stack([np.roll(LOGITS, shift) for shift in range(8)])
+  best = np.argsort(-rows, -1)[:, :2]
+  for sampling in (Sampling(1.0, top_k=2), Sampling(1.0, top_p=0.5)):
+    drawn = [np.asarray(sample(jnp.asarray(rows), sampling, jax.random.key(seed))) for seed in range(30)]
+    assert all((best == each[:, None]).any(1).all() for each in drawn)
+    assert len({each.tobytes() for each in drawn}) > 20
+
+
+@pytest.mark.parametrize('sampling', [Sampling(0.0), Sampling(0.0, top_k=3), Sampling(0.0, top_p=0.1)], ids=str)
+def test_temperature_0_takes_the_likeliest(sampling):
+  logits = np.random.default_rng(2).standard_normal((50, 30), np.float32)
+  for seed in (0, 1):
+    np.testing.assert_array_equal(sample(jnp.asarray(logits), sampling, jax.random.key(seed)), logits.argmax(-1))
+
+
+def test_a_key_gives_its_draws_again_and_another_key_others():
+  one, again, other = (draws(LOGITS, Sampling(), jax.random.key(seed), 100) for seed in (3, 3, 4))
+  np.testing.assert_array_equal(one, again)
+  assert (one != other).any()
+
+
+@pytest.mark.parametrize('values, message', [
+    ({'temperature': -0.1}, '--temperature: -0.1, accepted: 0 or more'),
+    ({'top_k': -1}, '--top_k: -1, accepted: 0 or more'),
+    ({'top_p': 0.0}, '--top_p: 0.0, accepted: above 0 and at most 1'),
+    ({'top_p': 1.1}, '--top_p: 1.1, accepted: above 0 and at most 1'),
+])
+def test_impossible_settings_are_refused(values, message):
+  with pytest.raises(UserError) as caught:
+    Sampling(**values)
+  assert str(caught.value) == message

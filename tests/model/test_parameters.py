@@ -1,0 +1,53 @@
+"""The blueprint names every parameter, and what it takes apart it puts together."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.model import blueprint, split
+
+
+@pytest.mark.parametrize('scan', [False, True])
+@pytest.mark.usefixtures('one_device')
+def test_a_blueprint_gives_back_what_it_merges(style, scan, random_parameters):
+  plan = blueprint(dataclasses.replace(style, scan=scan), 16)
+  parameters = random_parameters(plan)
+  again = split(plan.merge(parameters))
+  assert again.keys() == parameters.keys()
+  assert all((again[name] == parameters[name]).all() for name in parameters)
+
+
+@pytest.mark.parametrize('scan', [False, True])
+def test_a_blueprint_knows_the_axes_of_every_parameter_without_a_mesh(style, scan):
+  plan = blueprint(dataclasses.replace(style, scan=scan), 16)
+  assert {shape.dtype for shape in plan.shapes.values()} == {jnp.dtype('float32')}
+  sizes = {'layers': 2, 'embed': 32, 'vocab': 64, 'positions': 16, 'head_width': 8, 'mlp': style.hidden_width}
+  for name, axes in plan.axes.items():
+    expected = tuple(sizes.get(axis, 8 * (style.key_heads if '/k/' in name or '/v/' in name else 4)) for axis in axes)
+    assert plan.shapes[name].shape == expected, name
+    assert ('layers' in axes) == (scan and name.startswith('blocks/'))
+
+
+def test_a_style_has_the_parameters_of_its_parts_and_no_others(style):
+  names = {name.split('/', 2)[-1] if name.startswith('blocks/') else name for name in blueprint(style, 16).shapes}
+  matrices = {f'attention/{part}' for part in ('q', 'k', 'v', 'out')} | {'mlp/up', 'mlp/down'}
+  norms = {'norm', 'attention_norm', 'mlp_norm'}
+  if style.positions == 'learned':
+    expected = {f'{part}/{kind}' for part in matrices for kind in ('kernel', 'bias')} | {'tokens/table', 'positions/table'}
+    expected |= {f'{part}/{kind}' for part in norms for kind in ('gain', 'bias')}
+  else:
+    expected = {f'{part}/kernel' for part in matrices | {'mlp/gate', 'head'}} | {'tokens/table'}
+    expected |= {f'{part}/gain' for part in norms | {'attention/q_norm', 'attention/k_norm'}}
+  assert names == expected
+
+
+def test_the_same_seed_gives_the_same_parameters_and_another_gives_others(style, one_device):
+  plan = blueprint(dataclasses.replace(style, layers=1), 4)
+  draw = jax.jit(lambda seed: plan.initialize(jax.random.key(seed), plan.shardings(0, one_device)))
+  one, again, other = draw(0), draw(0), draw(1)
+  for name in one:
+    np.testing.assert_array_equal(one[name], again[name])
+    assert (one[name] != other[name]).any() == name.endswith(('kernel', 'table'))

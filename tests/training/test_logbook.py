@@ -1,0 +1,118 @@
+"""metrics.jsonl and samples.jsonl: one JSON object a line, cut back to where a run goes on."""
+
+import json
+
+import pytest
+from tensorboardX.proto import event_pb2
+
+from gptjax.evaluation import Score
+from gptjax.training.logbook import Logbook
+
+METRICS = {'loss': 2.5, 'tokens_per_second': 1e4, 'mfu': 0.25}
+
+
+@pytest.fixture
+def open_book(tmp_path):
+  """A function (step): the logbook of a run of 10 steps that goes on after `step`."""
+  books = []
+
+  def make(step=0):
+    books.append(Logbook(tmp_path, step, 10))
+    return books[-1]
+
+  yield make
+  for book in books:
+    book.close()
+
+
+def lines(folder, name='metrics.jsonl'):
+  # A number that is not finite would be no JSON: NaN is refused here.
+  return [json.loads(line, parse_constant=pytest.fail) for line in (folder / name).read_text().splitlines()]
+
+
+def test_lines_are_written_at_once_and_in_order(tmp_path, open_book):
+  book = open_book()
+  book.step(1, METRICS)
+  book.validation(1, 'valid', Score(loss=2.0, perplexity=7.4, bits_per_byte=1.5, tokens=10))
+  book.sample(1, 'to ', 'be\n"or" \u2028 not')
+  book.step(2, METRICS | {'loss': 2.25})
+  assert lines(tmp_path) == [
+    {'step': 1, **METRICS}, {'step': 1, 'eval/valid/loss': 2.0, 'eval/valid/perplexity': 7.4, 'eval/valid/bits_per_byte': 1.5},
+    {'step': 2, **METRICS, 'loss': 2.25}]
+  assert lines(tmp_path, 'samples.jsonl') == [{'step': 1, 'prompt': 'to ', 'text': 'be\n"or" \u2028 not'}]
+
+
+def test_what_came_after_the_step_is_cut_off(tmp_path, open_book):
+  book = open_book()
+  for step in range(1, 7):
+    book.step(step, METRICS)
+    book.sample(step, '', f'\u2028\x0c{step}')
+  book.close()
+  again = open_book(4)
+  assert [line['step'] for line in lines(tmp_path)] == [line['step'] for line in lines(tmp_path, 'samples.jsonl')] == [1, 2, 3, 4]
+  again.step(5, METRICS)
+  assert [line['step'] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
+  assert not list(tmp_path.glob('*.partial'))
+
+
+@pytest.mark.parametrize('rest', ['{"step": 3, "lo', '{', '{"step": 3}'])
+def test_an_unfinished_last_line_is_dropped(rest, tmp_path, open_book):
+  whole = '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": null}\n'
+  (tmp_path / 'metrics.jsonl').write_text(whole + rest)
+  open_book(3).step(4, METRICS)
+  assert (tmp_path / 'metrics.jsonl').read_text().startswith(whole + '{"step": 4, ')
+
+
+def test_a_run_from_the_start_begins_anew(tmp_path, open_book):
+  (tmp_path / 'metrics.jsonl').write_text('{"step": 1}\n')
+  open_book(0)
+  assert (tmp_path / 'metrics.jsonl').read_text() == ''
+
+
+def test_what_is_not_finite_is_null(tmp_path, open_book):
+  nan, inf = float('nan'), float('inf')
+  book = open_book()
+  book.step(1, METRICS | {'loss': nan, 'grad_norm': inf})
+  book.validation(1, 'valid', Score(nan, nan, -inf, 5))
+  first, second = lines(tmp_path)
+  assert first['loss'] is None and first['grad_norm'] is None and first['mfu'] == 0.25
+  assert second == {'step': 1, 'eval/valid/loss': None, 'eval/valid/perplexity': None, 'eval/valid/bits_per_byte': None}
+
+
+def events(folder):
+  """TensorBoard's records below a folder: a length, its checksum, the event, its checksum."""
+  for file in sorted((folder / 'tensorboard').iterdir()):
+    data = file.read_bytes()
+    while data:
+      size = int.from_bytes(data[:8], 'little')
+      yield event_pb2.Event.FromString(data[12:12 + size])
+      data = data[16 + size:]
+
+
+@pytest.mark.parametrize('checkpoint', [0, 2])
+def test_tensorboard_gets_the_same_figures_and_is_told_what_to_forget(checkpoint, tmp_path, open_book):
+  book = open_book()
+  for step in (1, 2, 3):
+    book.step(step, METRICS)
+  book.close()
+  file, = (tmp_path / 'tensorboard').iterdir()
+  file.rename(file.with_name('events.out.tfevents.0'))  # named by the second, and the next comes within it
+  again = open_book(checkpoint)
+  again.step(3, METRICS)
+  again.close()
+  found = [(event.step, value.simple_value) for event in events(tmp_path) for value in event.summary.value
+           if value.tag == 'train/loss']
+  assert found == [(1, 2.5), (2, 2.5), (3, 2.5), (3, 2.5)]
+  starts = [event.step for event in events(tmp_path) if event.HasField('session_log')]
+  assert starts[-1] == checkpoint + 1  # TensorBoard drops what earlier processes wrote from this step on
+
+
+def test_the_terminal_has_a_line_a_step_on_stderr(open_book, capsys):
+  book = open_book()
+  book.header({'mesh': 'data 1 x model 1', 'steps': 10})
+  book.step(5, METRICS)
+  book.say('[bold] is no markup')
+  captured = capsys.readouterr()
+  assert captured.out == ''
+  assert captured.err.startswith(' mesh  data 1 x model 1\nsteps  10\nstep 5/10  loss 2.5000  10,000 tokens/s  MFU 25.0%  0:00:0')
+  assert captured.err.endswith('[bold] is no markup\n')

@@ -1,0 +1,122 @@
+"""One run from start to end: what it writes, how often it compiles, and that mistakes leave nothing behind."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from tiny import config, files_below, options, records, run, write_text
+
+from gptjax import config as configs
+from gptjax.checkpoint import Checkpoints
+from gptjax.config import UserError
+from gptjax.data import TrainRows, prepare
+from gptjax.training import loop, train
+
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory):
+  return tmp_path_factory.mktemp('cache')
+
+
+@pytest.fixture(scope='module')
+def text(cache):
+  return write_text(cache / 'text.txt')
+
+
+@pytest.fixture(autouse=True)
+def known_peak(monkeypatch):
+  monkeypatch.setattr(loop, 'peak_flops', lambda devices, dtype: (1e12, 'assumed'))  # to measure takes a second
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+  """Names of the programs compiled so far, with the step at which each was, in order."""
+  found, now = [], [0]
+  heard = lambda event, _, fun_name='', **rest: found.append((now[0], fun_name)) if 'backend_compile' in event else None
+  jax.monitoring.register_event_duration_secs_listener(heard)
+  start = loop._Loop._step
+  monkeypatch.setattr(loop._Loop, '_step', lambda self, counter: (now.__setitem__(0, now[0] + 1), start(self, counter)))
+  yield found
+  jax.monitoring.unregister_event_duration_listener(heard)
+
+
+def test_a_run_compiles_its_step_once_and_nothing_later(tmp_path, text, cache, compiled):
+  run(config(text, mesh__data=2, optimizer__name='muon', model__dropout=0.1, steps=13, eval__every=3, eval__sample_tokens=20,
+             checkpoint__every=2, checkpoint__keep_best=True), tmp_path, cache)
+  assert [name for _, name in compiled].count('jit(step)') == 1
+  # By step 6 all has been done at least once, but for the final score, over all rows.
+  assert [name for step, name in compiled if step > 6] == ['jit(sums)']
+
+
+def test_a_run_writes_all_it_promises(tmp_path, text, cache, capsys):
+  settings = config(text, mesh__data=2, steps=10, eval__every=4, eval__sample_tokens=6, eval__prompt='the', checkpoint__every=3)
+  lines = run(settings, tmp_path, cache, log_every=3)
+  assert [(line['step'], 'loss' in line) for line in lines] == [
+    (1, True), (3, True), (4, False), (6, True), (8, False), (9, True), (10, True), (10, False)]
+  data = prepare(settings.data, cache)
+  seen = np.cumsum([TrainRows(data.train, 16, 0).batch(4 * i, 4)['mask'].sum() for i in range(10)])
+  steps = [line for line in lines if 'loss' in line]
+  assert [line['tokens'] for line in steps] == [seen[line['step'] - 1] for line in steps]
+  assert {*steps[0]} == {'step', 'loss', 'grad_norm', 'learning_rate', 'tokens'}
+  assert {*lines[-1]} == {'step', 'eval/valid/loss', 'eval/valid/perplexity', 'eval/valid/bits_per_byte'}
+  assert steps[-1]['loss'] < steps[0]['loss'] and lines[-1]['eval/valid/loss'] < lines[2]['eval/valid/loss']
+  raw = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+  assert all(line['tokens_per_second'] > 0 and line['mfu'] > 0 for line in raw if 'loss' in line)
+
+  samples = records(tmp_path, 'samples.jsonl')
+  assert [(line['step'], line['prompt']) for line in samples] == [(4, 'the'), (8, 'the'), (10, 'the')]
+  assert all(0 < len(line['text']) <= 6 and {*line['text']} <= {*text.read_text()} for line in samples)
+  assert Checkpoints(tmp_path / 'checkpoints').steps() == [9, 10]
+  kept = configs.from_json((tmp_path / 'config.json').read_text())
+  assert kept == configs.override(settings, {'model.vocab_size': data.tokenizer.vocab_size})
+  header = json.loads((tmp_path / 'run.json').read_text())
+  assert header['mesh'] == 'data 2 x model 1, ZeRO stage 0' and header['device'].startswith('2 of 8 cpu')
+  captured = capsys.readouterr()
+  assert captured.out == '' and all(f'{name}  {value}' in captured.err for name, value in header.items())
+  assert {path.split('/')[0] for path in files_below(tmp_path)} == {
+    'checkpoints', 'config.json', 'data', 'metrics.jsonl', 'run.json', 'samples.jsonl', 'tensorboard'}
+
+
+def test_a_run_that_is_done_does_nothing(tmp_path, text, cache, capsys):
+  settings = config(text, steps=2)
+  lines = run(settings, tmp_path, cache)
+  capsys.readouterr()
+  assert run(settings, tmp_path, cache) == lines
+  assert 'nothing to do: step 2 of 2 is done' in capsys.readouterr().err
+  assert run(configs.override(settings, {'steps': 3}), tmp_path, cache)[:2] == lines[:2]
+
+
+@pytest.mark.parametrize('asked, expected', [((3, 99), True), ((5, 6), False)])
+def test_a_trace_ends_with_the_run_at_the_latest(asked, expected, tmp_path, text, cache):
+  run(config(text, steps=4), tmp_path, cache, profile_steps=asked)
+  assert any(path.endswith('.xplane.pb') for path in files_below(tmp_path)) == expected
+  jax.profiler.start_trace(tmp_path / 'other')  # which would fail if one were still going on
+  jax.profiler.stop_trace()
+
+
+def test_a_run_that_diverges_says_so_and_keeps_the_best(tmp_path, text, cache):
+  # At such a rate the second validation is of parameters that are no numbers.
+  settings = config(text, steps=6, eval__every=2, checkpoint__every=2, checkpoint__keep=1, checkpoint__keep_best=True)
+  run(settings, tmp_path, cache, stop_at=2)
+  lines = run(configs.override(settings, {'optimizer.peak_lr': 1e30}), tmp_path, cache)
+  losses = [line['eval/valid/loss'] for line in lines if 'eval/valid/loss' in line]
+  assert losses[0] > 0 and losses[1:] == [None, None]
+  checkpoints = Checkpoints(tmp_path / 'checkpoints')
+  assert checkpoints.steps() == [2, 6] and checkpoints.resolve('best') == 2
+
+
+@pytest.mark.parametrize('values, message', [
+  ({'batch_size': 6, 'mesh__data': 4}, 'batch_size: 6, accepted: '),
+  ({'batch_size': 8, 'microbatches': 2, 'mesh__data': 8}, 'batch_size: 8, accepted: '),
+  ({'mesh__data': 16}, 'mesh.data: 16, accepted: '),
+  ({'mesh__data': -1, 'mesh__model': 3}, 'mesh.model: 3, accepted: '),
+  ({'mesh__data': -1, 'mesh__model': 4}, 'model.heads: 2, accepted: '),
+  ({'model__vocab_size': 5}, 'model.vocab_size: 5, accepted: '),
+  ({'data__files': 'nowhere.txt'}, "data.files: 'nowhere.txt', accepted: "),
+  ({'eval__prompt': 'Ä'}, "eval.prompt, character 0: 'Ä', accepted: "),
+])
+def test_a_mistake_leaves_no_workdir(values, message, tmp_path, text, cache):
+  with pytest.raises(UserError) as caught:
+    train(config(text, **values), options(tmp_path / 'run', cache))
+  assert str(caught.value).startswith(message) and not (tmp_path / 'run').exists()

@@ -1,0 +1,182 @@
+"""A run that was stopped or killed goes on as if nothing had been; one that is not the same run does not go on."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+from tiny import config, options, records, run, write_text
+
+from gptjax import config as configs
+from gptjax.config import UserError
+from gptjax.training import loop, train
+
+TESTS = pathlib.Path(__file__).parents[1]
+SETTINGS = {
+  'model__dropout': 0.2, 'optimizer__name': 'muon', 'microbatches': 2, 'mesh__data': 2, 'zero_stage': 3, 'model__width': 32,
+  'eval__every': 2, 'eval__sample_tokens': 8, 'checkpoint__every': 3}
+
+
+@pytest.fixture(autouse=True, scope='module')
+def known_peak():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop, 'peak_flops', lambda devices, dtype: (1e12, 'assumed'))  # to measure takes a second
+    yield
+
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory):
+  return tmp_path_factory.mktemp('cache')
+
+
+@pytest.fixture(scope='module')
+def settings(cache):
+  return config(write_text(cache / 'text.txt'), **SETTINGS)
+
+
+@pytest.fixture(scope='module')
+def straight(settings, cache):
+  """The workdir of a run of 8 steps without a break."""
+  run(settings, cache / 'straight', cache)
+  return cache / 'straight'
+
+
+@pytest.fixture(scope='module')
+def halfway(settings, cache):
+  """The workdir of the same run, stopped after step 4."""
+  run(settings, cache / 'halfway', cache, stop_at=4)
+  return cache / 'halfway'
+
+
+@pytest.fixture
+def stopped(halfway, tmp_path):
+  """A copy of `halfway` for a test of its own."""
+  return copy(halfway, tmp_path / 'run')
+
+
+def copy(source, target):
+  subprocess.run(['cp', '-r', source, target], check=True)
+  return target
+
+
+def arrays(workdir, step):
+  """All leaves of a checkpoint."""
+  loaded = ocp.load(workdir / 'checkpoints' / str(step))
+  return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(loaded)}
+
+
+def assert_same_run(workdir, straight):
+  for name in ('metrics.jsonl', 'samples.jsonl'):
+    assert records(workdir, name) == records(straight, name)
+  ours, theirs = arrays(workdir, 8), arrays(straight, 8)
+  assert ours.keys() == theirs.keys() and len(ours) > 30
+  assert all((ours[name] == theirs[name]).all() for name in ours)
+
+
+def test_a_stopped_run_goes_on_bit_by_bit(settings, stopped, straight, cache):
+  lines = records(straight)
+  assert len(lines) == 8 + 4
+  assert records(stopped) == [line for line in lines if line['step'] <= 4]
+  run(settings, stopped, cache)
+  assert_same_run(stopped, straight)
+
+
+KILLED = """
+import json, os, pathlib, signal, sys, time
+import conftest
+conftest._set_up_jax()
+from tiny import config, run
+from gptjax.training import logbook, loop
+loop.peak_flops = lambda devices, dtype: (1e12, 'assumed')
+workdir = pathlib.Path(sys.argv[2])
+write = logbook.Logbook._write
+
+def write_until_killed(self, name, record):
+  if record['step'] < 6:
+    return write(self, name, record)
+  while not (workdir / 'checkpoints' / '3').exists():
+    time.sleep(0.01)
+  self._files[name].write(json.dumps(record)[:30])
+  self._files[name].flush()
+  os.kill(os.getpid(), signal.SIGKILL)
+
+logbook.Logbook._write = write_until_killed
+run(config(sys.argv[1], **json.loads(sys.argv[4])), workdir, sys.argv[3])
+"""
+
+
+def test_a_killed_run_goes_on_bit_by_bit(settings, straight, tmp_path, cache):
+  # Killed in the middle of a line of step 6; the last checkpoint is of step 3.
+  workdir = tmp_path / 'run'
+  # The same settings of JAX: with other checks of types the program, and so the last bit, would be another.
+  killed = subprocess.run([sys.executable, '-c', KILLED, settings.data.files, workdir, cache, json.dumps(SETTINGS)],
+                          capture_output=True, text=True, env=os.environ | {'PYTHONPATH': f'{TESTS}:{TESTS.parent}'})
+  assert killed.returncode == -signal.SIGKILL, killed.stderr
+  left = (workdir / 'metrics.jsonl').read_text().splitlines(keepends=True)
+  assert '"step": 5' in left[-2] and not left[-1].endswith('\n')
+  run(settings, workdir, cache)
+  assert_same_run(workdir, straight)
+
+
+def test_what_does_not_make_another_run_may_change(settings, stopped, tmp_path, cache, capsys):
+  other = tmp_path / 'elsewhere' / 'text.txt'
+  other.parent.mkdir()
+  other.write_bytes(pathlib.Path(settings.data.files).read_bytes())
+  values = {
+    'steps': 9, 'batch_size': 8, 'microbatches': 1, 'zero_stage': 0, 'z_loss': 0.01, 'mesh.data': 4, 'mesh.model': 2,
+    'eval.every': 5, 'eval.rows': 4, 'eval.sample_tokens': 0, 'checkpoint.every': 2, 'checkpoint.keep': 1,
+    'checkpoint.keep_best': True, 'optimizer.peak_lr': 2e-3, 'optimizer.muon_lr': 0.01, 'optimizer.schedule': 'wsd',
+    'optimizer.warmup': 1, 'optimizer.decay': 2, 'optimizer.final_fraction': 0.0, 'optimizer.b1': 0.8, 'optimizer.b2': 0.9,
+    'optimizer.eps': 1e-7, 'optimizer.momentum': 0.9, 'optimizer.weight_decay': 0.0, 'optimizer.clip': 0.0,
+    'model.dropout': 0.0, 'model.attention': 'xla', 'model.remat': 'full', 'data.files': str(other)}
+  changed = configs.override(settings, values)
+  before = records(stopped)
+  lines = run(changed, stopped, cache)
+  assert lines[:len(before)] == before
+  assert [line['step'] for line in lines[len(before):]] == [5, 5, 6, 6, 7, 8, 8, 9, 9]
+  tokens = [line['tokens'] for line in lines if 'tokens' in line]
+  assert tokens[4] - tokens[3] > 1.5 * (tokens[3] - tokens[2])  # rows go on where they were, twice as many a step
+  kept = configs.from_json((stopped / 'config.json').read_text())
+  assert {name for name, _ in configs.differences(kept, changed).items()} == {'model.vocab_size'}
+  announced, = (line for line in capsys.readouterr().err.splitlines() if ' changed  ' in line)
+  for name, (was, now) in configs.differences(settings, changed).items():
+    assert f'{name} {was} -> {now}' in announced
+
+
+@pytest.mark.parametrize('values, field', [
+  ({'seed': 1}, 'seed'), ({'model.layers': 2}, 'model.layers'), ({'model.scan': True}, 'model.scan'),
+  ({'model.vocab_size': 64}, 'model.vocab_size'), ({'data.context': 8}, 'data.context'),
+  ({'data.valid_fraction': 0.2}, 'data.valid_fraction'), ({'data.isolate_documents': False}, 'data.isolate_documents'),
+  ({'data.tokenizer.kind': 'bytes'}, 'data.tokenizer.kind'), ({'optimizer.name': 'adamw'}, 'optimizer.name'),
+])
+def test_another_run_needs_another_workdir(values, field, settings, halfway, cache):
+  before = {path: path.read_bytes() for path in halfway.rglob('*') if path.is_file()}
+  (name, value), = values.items()
+  was = configs.flatten(configs.from_json((halfway / 'config.json').read_text()))[name]
+  with pytest.raises(UserError) as caught:
+    train(configs.override(settings, values | {'steps': 9}), options(halfway, cache))
+  assert str(caught.value).startswith(f'{field}: {value!r}, accepted: {was!r}, ')
+  assert {path: path.read_bytes() for path in halfway.rglob('*') if path.is_file()} == before
+
+
+@pytest.mark.parametrize('end', ['one more line.\n', 'Ä'])
+def test_changed_data_is_an_error(end, settings, halfway, tmp_path, cache):
+  changed = tmp_path / 'text.txt'
+  changed.write_text(pathlib.Path(settings.data.files).read_text() + end)
+  before = (halfway / 'config.json').read_bytes()
+  with pytest.raises(UserError, match=r'^data: .*another --workdir for other data'):
+    train(configs.override(settings, {'data.files': str(changed)}), options(halfway, cache))
+  assert (halfway / 'config.json').read_bytes() == before
+
+
+@pytest.mark.parametrize('values', [{'mesh.data': 1, 'zero_stage': 0}, {'mesh.model': 2}])
+def test_a_run_goes_on_elsewhere(values, settings, stopped, straight, cache):
+  lines = run(configs.override(settings, values), stopped, cache)
+  for ours, theirs in zip(lines, records(straight), strict=True):
+    np.testing.assert_allclose([*ours.values()], [*theirs.values()], rtol=1e-4, err_msg=f'{ours}\n{theirs}')
