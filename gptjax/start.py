@@ -11,7 +11,7 @@ CACHE_DIR = flags.DEFINE_string('cache_dir', '~/.cache/gptjax', 'folder of prepa
 
 def start() -> Path:
   """Sets JAX up before its backend starts; returns the cache folder."""
-  logging.set_verbosity(logging.WARNING)  # libraries say a lot at start that is no news
+  logging.set_verbosity(logging.FATAL)  # what libraries log of a failure, they also raise
   cache = Path(CACHE_DIR.value).expanduser()
   import jax  # only now: --help and mistakes in flags should not wait for it
   if CPU_DEVICES.value:

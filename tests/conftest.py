@@ -12,9 +12,9 @@ WITHOUT_JAX = ('config', 'data', 'tools')
 """Rooms whose tests start without JAX, which takes seconds to import."""
 
 STYLES = {
-    'gpt2': dict(positions='learned', norm='layernorm', mlp='gelu', bias=True, tied=True),
-    'modern': dict(positions='rope', norm='rmsnorm', mlp='swiglu', bias=False, tied=False, kv_heads=2, qk_norm=True,
-                   mlp_width=48),
+    'gpt2': {'positions': 'learned', 'norm': 'layernorm', 'mlp': 'gelu', 'bias': True, 'tied': True},
+    'modern': {'positions': 'rope', 'norm': 'rmsnorm', 'mlp': 'swiglu', 'bias': False, 'tied': False, 'kv_heads': 2, 'qk_norm': True,
+                   'mlp_width': 48},
 }
 
 
@@ -44,6 +44,7 @@ def _set_up_jax():
 def mesh(request):
   """The mesh that the test runs under, data x model; other sizes through parametrize('mesh', ..., indirect=True)."""
   import jax
+
   from gptjax.config import MeshConfig
   from gptjax.sharding import make_mesh
 
@@ -56,6 +57,7 @@ def mesh(request):
 def one_device():
   """A mesh of one device, in force during the test."""
   import jax
+
   from gptjax.config import MeshConfig
   from gptjax.sharding import make_mesh
 

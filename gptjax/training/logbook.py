@@ -7,7 +7,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from gptjax.files import json_line, write_whole
 
@@ -24,7 +27,7 @@ class Logbook:
   def __init__(self, workdir: Path, step: int, steps: int):
     self.console = Console(stderr=True, highlight=False, soft_wrap=True)
     self._files = {name: _cut(workdir / name, step).open('a') for name in ('metrics.jsonl', 'samples.jsonl')}
-    self._board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1)
+    self._board = _Board(workdir / 'tensorboard', step + 1)
     self._steps = steps
     self._bar = Progress(
       TextColumn('[bold]step'), MofNCompleteColumn(), BarColumn(), TextColumn('{task.fields[figures]}'), TimeRemainingColumn(),
@@ -43,7 +46,7 @@ class Logbook:
   def step(self, step: int, metrics: dict[str, float]) -> None:
     """Records the metrics of a training step."""
     self._write('metrics.jsonl', {'step': step, **metrics})
-    self._scalars(step, {f'train/{name}': value for name, value in metrics.items()})
+    self._board.scalars(step, {f'train/{name}': value for name, value in metrics.items()})
     figures = f'loss {metrics["loss"]:.4f}  {metrics["tokens_per_second"]:,.0f} tokens/s  MFU {metrics["mfu"]:.1%}'
     self._bar.update(self._task, figures=figures)
     if not self.console.is_terminal:
@@ -59,14 +62,15 @@ class Logbook:
     figures = {'loss': score.loss, 'perplexity': score.perplexity, 'bits_per_byte': score.bits_per_byte}
     metrics = {f'eval/{name}/{figure}': value for figure, value in figures.items()}
     self._write('metrics.jsonl', {'step': step, **metrics})
-    self._scalars(step, metrics)
+    self._board.scalars(step, metrics)
+    self._board.flush()
     self.console.print(f'step {step}  {name}: ' + '  '.join(f'{figure} {value:.4f}' for figure, value in figures.items()),
                        markup=False)
 
   def sample(self, step: int, prompt: str, text: str) -> None:
     """Records a sample."""
     self._write('samples.jsonl', {'step': step, 'prompt': prompt, 'text': text})
-    self._board.add_text('sample', f'    {prompt + text}'.replace('\n', '\n    '), step)
+    self._board.text(step, 'sample', prompt + text)
     self.console.print(f'step {step}  sample: {prompt + text}', markup=False)
 
   def say(self, line: str) -> None:
@@ -84,9 +88,30 @@ class Logbook:
     self._files[name].write(json_line(record) + '\n')
     self._files[name].flush()
 
-  def _scalars(self, step: int, metrics: dict[str, float]) -> None:
-    for name, value in metrics.items():
-      self._board.add_scalar(name, value, step)
+
+class _Board:
+  """TensorBoard's file, written as the figures come: tensorboardX's own thread dies on a full disk, and the run then hangs.
+
+  Args:
+    folder: made if missing.
+    first: step from which on TensorBoard shall forget what earlier processes wrote.
+  """
+
+  def __init__(self, folder: Path, first: int):
+    folder.mkdir(parents=True, exist_ok=True)
+    self._writer = EventsWriter(str(folder / 'events'))
+    self._add(first, session_log=SessionLog(status=SessionLog.START))
+    self.flush, self.close = self._writer.flush, self._writer.close
+
+  def scalars(self, step: int, figures: dict[str, float]) -> None:
+    self._add(step, summary=Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in figures.items()]))
+
+  def text(self, step: int, name: str, text: str) -> None:
+    indented = f'    {text}'.replace('\n', '\n    ')  # Markdown's way to leave it as it is
+    self._add(step, summary=summary.text(name, indented))
+
+  def _add(self, step: int, **content: Any) -> None:
+    self._writer.write_event(Event(step=step, wall_time=time.time(), **content))
 
 
 def _cut(path: Path, step: int) -> Path:

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.config import MeshConfig, TokenizerConfig
+from gptjax.config import MeshConfig, ModelConfig, TokenizerConfig, UserError
 from gptjax.data import train_tokenizer
-from gptjax.inference import Generator, Sampling
+from gptjax.data.tokenizers import CharTokenizer
+from gptjax.inference import Generator, Sampling, never_drawn
 from gptjax.model import blueprint
 from gptjax.sharding import make_mesh
 from gptjax.training.hardware import CompileCounter
@@ -78,6 +79,12 @@ def test_forbidden_and_padded_ids_never_appear(style, one_device, random_paramet
   assert set(wild) == set(range(style.vocab_size)) - set(forbidden)  # and all others do
 
 
+def test_ids_no_text_continues_with_are_all_special_ones_but_eos_and_all_the_tokenizer_has_not():
+  tokenizer = train_tokenizer(TokenizerConfig(kind='bytes'), [])
+  config = ModelConfig(vocab_size=262, vocab_multiple=8)
+  assert set(range(264)) - set(never_drawn(tokenizer, config)) == {tokenizer.eos_id, *range(4, 260)}
+
+
 def test_draws_repeat_with_their_key(style, one_device, random_parameters):
   plan = blueprint(style, 12)
   parameters = random_parameters(plan)
@@ -113,7 +120,6 @@ def test_prompts_of_every_length_share_two_programs(style, one_device, random_pa
 @pytest.fixture
 def byte_model(one_device, random_parameters):
   """A tokenizer of bytes, a random model for it and a generator; bytes of text hardly ever form whole characters."""
-  from gptjax.config import ModelConfig
   tokenizer = train_tokenizer(TokenizerConfig(kind='bytes'), [])
   plan = blueprint(ModelConfig(layers=1, width=16, heads=2, vocab_size=tokenizer.vocab_size), 64)
   parameters = random_parameters(plan)
@@ -134,8 +140,6 @@ def test_pieces_of_text_join_to_the_decoded_ids_and_end_before_eos(byte_model, s
 
 
 def test_a_prompt_the_tokenizer_cannot_encode_is_named(one_device, random_parameters, style):
-  from gptjax.config import UserError
-  from gptjax.data.tokenizers import CharTokenizer
   tokenizer = CharTokenizer('abc')
   plan = blueprint(style, 4)
   generator = Generator(plan, one_device, GREEDY)

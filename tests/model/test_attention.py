@@ -10,12 +10,18 @@ import pytest
 from gptjax.config import ModelConfig
 from gptjax.model import Place, attention_backend, blueprint
 from gptjax.model.attention import BLOCK, causal_attention, rotate
+from gptjax.sharding import place
 
 pytestmark = pytest.mark.usefixtures('one_device')
 
 
 def draw(seed, *shape):
   return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def as_heads(*arrays):
+  """Arrays [B, T, H, C] as they lie in a model."""
+  return tuple(place(jax.sharding.get_mesh(), array, 'batch', None, 'heads', None) for array in arrays)
 
 
 def plain_attention(q, k, v, segments):
@@ -47,7 +53,7 @@ def test_blocks_equal_the_square_and_the_formula(length, key_heads):
       return jax.grad(total, (0, 1, 2), has_aux=True)(q, k, v)
     return attended(BLOCK), attended(length)
 
-  (gradients, out), (square_gradients, square) = run(q, k, v, segments)
+  (gradients, out), (square_gradients, square) = run(*as_heads(q, k, v), segments)
   np.testing.assert_allclose(out, plain_attention(q, k, v, segments), 1e-4, 1e-5)
   np.testing.assert_allclose(out, square, 1e-5, 1e-6)
   for gradient, expected in zip(gradients, square_gradients, strict=True):
@@ -94,8 +100,9 @@ def test_moving_a_text_changes_logits_with_learned_positions_alone(style, random
 
 def test_dropped_attention_weights_differ_by_row_head_and_block_and_average_out():
   length, heads, rows, rate = 72, 4, 24, 0.5
-  zeros = jnp.zeros((2, length, heads, length))
-  values = jnp.broadcast_to(jnp.eye(length)[None, :, None], zeros.shape)  # so that what comes out are the weights
+  shape = (2, length, heads, length)
+  values = np.broadcast_to(np.eye(length, dtype=np.float32)[None, :, None], shape)  # what comes out are the weights
+  zeros, values = as_heads(np.zeros(shape, np.float32), values)
   run = jax.jit(lambda key: causal_attention(zeros, zeros, values, None, rate, key, rows))
   weights = np.asarray(run(jax.random.key(0)))
   uniform = (np.tri(length) / np.arange(1, length + 1)[:, None])[None, :, None]

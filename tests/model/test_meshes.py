@@ -49,7 +49,7 @@ def run(config, mesh, zero_stage, random_parameters):
 @pytest.mark.parametrize('zero_stage', [0, 3])
 def test_logits_loss_and_gradients_are_those_of_one_device(style, zero_stage, mesh, random_parameters, reference):
   # The modern style also runs as a scan with blocks recomputed, so that stacked parameters are covered.
-  modern = dict(scan=True, remat='full') if style.positions == 'rope' else {}
+  modern = {'scan': True, 'remat': 'full'} if style.positions == 'rope' else {}
   config = dataclasses.replace(style, dropout=0.1, **modern)
   if style not in reference:
     with jax.set_mesh(one := make_mesh(MeshConfig(1, 1))):

@@ -112,7 +112,7 @@ def test_logits_loss_and_every_gradient_are_those_of_transformers(attention, one
 def test_steps_of_adamw_are_those_of_pytorch(clip, zero_stage, microbatches, mesh):
   # eps well above rounding: the gradient of the keys' biases is zero but for rounding, which Adam would blow up.
   config = OptimizerConfig(peak_lr=1e-2, schedule='constant', b1=0.8, b2=0.9, eps=1e-4, weight_decay=0.3, clip=clip)
-  model, durations = reference(), dict(steps=3, warmup=0, decay=0)
+  model, durations = reference(), {'steps': 3, 'warmup': 0, 'decay': 0}
   groups = [{'params': [p for p in model.parameters() if p.ndim > 1], 'weight_decay': config.weight_decay},
             {'params': [p for p in model.parameters() if p.ndim == 1], 'weight_decay': 0.0}]
   adamw = torch.optim.AdamW(groups, lr=config.peak_lr, betas=(config.b1, config.b2), eps=config.eps)

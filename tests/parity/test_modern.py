@@ -12,12 +12,12 @@ torch = pytest.importorskip('torch', reason=HOW)
 transformers = pytest.importorskip('transformers', reason=HOW)
 
 CONTEXT = 80  # above one block of queries
-MODEL = dict(layers=2, width=32, heads=4, kv_heads=2, mlp_width=48, vocab_size=50, vocab_multiple=1, positions='rope',
-             rope_theta=500.0, norm='rmsnorm', mlp='swiglu', bias=False)
-REFERENCE = dict(
-    num_hidden_layers=2, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, head_dim=8,
-    vocab_size=50, max_position_embeddings=CONTEXT, rms_norm_eps=1e-5, attn_implementation='eager', pad_token_id=None,
-    rope_parameters={'rope_type': 'default', 'rope_theta': 500.0})
+MODEL = {'layers': 2, 'width': 32, 'heads': 4, 'kv_heads': 2, 'mlp_width': 48, 'vocab_size': 50, 'vocab_multiple': 1, 'positions': 'rope',
+             'rope_theta': 500.0, 'norm': 'rmsnorm', 'mlp': 'swiglu', 'bias': False}
+REFERENCE = {
+    'num_hidden_layers': 2, 'hidden_size': 32, 'num_attention_heads': 4, 'num_key_value_heads': 2, 'intermediate_size': 48, 'head_dim': 8,
+    'vocab_size': 50, 'max_position_embeddings': CONTEXT, 'rms_norm_eps': 1e-5, 'attn_implementation': 'eager', 'pad_token_id': None,
+    'rope_parameters': {'rope_type': 'default', 'rope_theta': 500.0}}
 PARTS = {
     'input_layernorm': 'attention_norm/gain', 'post_attention_layernorm': 'mlp_norm/gain',
     'self_attn.q_norm': 'attention/q_norm/gain', 'self_attn.k_norm': 'attention/k_norm/gain',

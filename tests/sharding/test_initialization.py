@@ -9,6 +9,7 @@ from gptjax.config import ModelConfig, OptimizerConfig
 from gptjax.model import blueprint
 from gptjax.training import abstract, initializer, make_optimizer
 
+
 @pytest.mark.parametrize('scan', [False, True])
 @pytest.mark.parametrize('mesh', ['8x1', '4x2'], indirect=True)
 def test_nothing_whole_is_made_under_stage_3(mesh, scan):

@@ -39,7 +39,7 @@ def test_several_processes_leave_no_device_out(monkeypatch):
   assert make_mesh(MeshConfig(4, 2)).size == 8
 
 
-MODEL = dict(width=32, heads=4, vocab_size=64)
+MODEL = {'width': 32, 'heads': 4, 'vocab_size': 64}
 
 
 @pytest.mark.parametrize('model, rest, message', [

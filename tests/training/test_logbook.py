@@ -14,15 +14,7 @@ METRICS = {'loss': 2.5, 'tokens_per_second': 1e4, 'mfu': 0.25}
 @pytest.fixture
 def open_book(tmp_path):
   """A function (step): the logbook of a run of 10 steps that goes on after `step`."""
-  books = []
-
-  def make(step=0):
-    books.append(Logbook(tmp_path, step, 10))
-    return books[-1]
-
-  yield make
-  for book in books:
-    book.close()
+  return lambda step=0: Logbook(tmp_path, step, 10)
 
 
 def lines(folder, name='metrics.jsonl'):
@@ -99,10 +91,13 @@ def test_tensorboard_gets_the_same_figures_and_is_told_what_to_forget(checkpoint
   file.rename(file.with_name('events.out.tfevents.0'))  # named by the second, and the next comes within it
   again = open_book(checkpoint)
   again.step(3, METRICS)
+  again.sample(3, 'to ', 'be\nor')
   again.close()
   found = [(event.step, value.simple_value) for event in events(tmp_path) for value in event.summary.value
            if value.tag == 'train/loss']
   assert found == [(1, 2.5), (2, 2.5), (3, 2.5), (3, 2.5)]
+  text, = (value for event in events(tmp_path) for value in event.summary.value if value.tag.startswith('sample'))
+  assert text.metadata.plugin_data.plugin_name == 'text' and text.tensor.string_val == [b'    to be\n    or']
   starts = [event.step for event in events(tmp_path) if event.HasField('session_log')]
   assert starts[-1] == checkpoint + 1  # TensorBoard drops what earlier processes wrote from this step on
 
