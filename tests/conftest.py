@@ -1,4 +1,4 @@
-"""What every room's tests share: eight virtual CPU devices, array shapes that are checked, meshes, tiny random models."""
+"""What every room's tests share: eight virtual CPU devices, checked shapes, meshes, tiny random models."""
 
 import functools
 import pathlib
@@ -13,8 +13,8 @@ WITHOUT_JAX = ('config', 'data', 'tools')
 
 STYLES = {
     'gpt2': {'positions': 'learned', 'norm': 'layernorm', 'mlp': 'gelu', 'bias': True, 'tied': True},
-    'modern': {'positions': 'rope', 'norm': 'rmsnorm', 'mlp': 'swiglu', 'bias': False, 'tied': False, 'kv_heads': 2, 'qk_norm': True,
-                   'mlp_width': 48},
+    'modern': {'positions': 'rope', 'norm': 'rmsnorm', 'mlp': 'swiglu', 'bias': False, 'tied': False,
+               'kv_heads': 2, 'qk_norm': True, 'mlp_width': 48},
 }
 
 
@@ -30,7 +30,7 @@ def _set_up_jax():
   import jaxtyping
 
   # Annotated types and shapes hold at run time. The config room, where an int may stand for a float, checks itself.
-  rooms = [folder.name for folder in (ROOT / 'gptjax').iterdir() if folder.is_dir() and folder.name not in ('config', 'data')]
+  rooms = {folder.name for folder in (ROOT / 'gptjax').iterdir() if folder.is_dir()} - {'config', 'data'}
   jaxtyping.install_import_hook([f'gptjax.{room}' for room in rooms], 'beartype.beartype')
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_num_cpu_devices', 8)

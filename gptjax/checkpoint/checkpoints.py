@@ -29,7 +29,7 @@ class Checkpoints:
   """The checkpoints of one folder; saving goes on in the background.
 
   Args:
-    directory: made at the first save.
+    directory: made if missing.
     config: retention; None: for reading only.
   """
 
@@ -103,7 +103,11 @@ class Checkpoints:
 
   def restore_parameters(self, step: int, parameters: dict[str, jax.ShapeDtypeStruct]) -> Parameters:
     """Loads only the parameters of a TrainState, and neither reads nor allocates its optimizer state."""
-    return self._load(step, {'state': {'parameters': parameters}})['state']['parameters']
+    loaded = self._load(step, {'state': {'parameters': parameters}})['state']['parameters']
+    for name, value in loaded.items():
+      if isinstance(value, jax.ShapeDtypeStruct):  # Orbax leaves what it did not find as it was asked for
+        raise self._unfit(step, f'it has no {name}')
+    return loaded
 
   def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
     try:
@@ -111,7 +115,10 @@ class Checkpoints:
     except Exception as error:
       # Orbax wraps every failure in one about handlers; the cause is what a person can act on.
       reason = ' '.join(str(error.__cause__ or error).split())[:300]
-      raise UserError('checkpoint', str(self._directory / str(step)), f'a checkpoint that fits this config; {reason}') from error
+      raise self._unfit(step, reason) from error
+
+  def _unfit(self, step: int, reason: str) -> UserError:
+    return UserError('checkpoint', str(self._directory / str(step)), f'a checkpoint that fits this config; {reason}')
 
   def close(self) -> None:
     """Waits and lets go of the folder."""

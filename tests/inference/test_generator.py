@@ -48,7 +48,7 @@ def recomputed(plan, parameters, prompt, count, forbidden=()):
 
 
 @pytest.mark.parametrize('scan', [False, True])
-def test_greedy_text_is_that_of_full_forward_passes_below_and_beyond_the_context(style, scan, one_device, random_parameters):
+def test_greedy_text_is_that_of_full_forward_passes_even_beyond_the_context(style, scan, one_device, random_parameters):
   plan = blueprint(dataclasses.replace(style, scan=scan), 12)
   parameters = random_parameters(plan)
   generator = Generator(plan, one_device, GREEDY)

@@ -14,7 +14,7 @@ LOGITS = np.array([1.2, -0.4, 2.0, 0.3, -1.6, 1.9, -1.1, 0.9], np.float32)
 
 
 def distribution(logits, sampling):
-  """Probability of each id: tempered, cut to the top k, then to the smallest set of likeliest ids that reaches top_p."""
+  """Probability of each id: tempered, cut to the top k, then to the fewest likeliest ids that reach top_p."""
   order = np.argsort(-logits)
   kept = order[:sampling.top_k or None]
   weights = np.exp((logits[kept] - logits.max()) / sampling.temperature)
@@ -35,7 +35,8 @@ def draws(logits, sampling, key, count=20_000):
 @pytest.mark.parametrize('sampling', [
     Sampling(1.0), Sampling(0.5), Sampling(3.0), Sampling(1.0, top_k=1), Sampling(1.0, top_k=3), Sampling(0.7, top_k=7),
     Sampling(1.0, top_k=8), Sampling(1.0, top_k=100), Sampling(1.0, top_p=0.9), Sampling(1.0, top_p=0.5),
-    Sampling(2.0, top_p=0.8), Sampling(1.0, top_p=0.01), Sampling(1.0, top_k=3, top_p=0.8), Sampling(1.5, top_k=5, top_p=0.95),
+    Sampling(2.0, top_p=0.8), Sampling(1.0, top_p=0.01), Sampling(1.0, top_k=3, top_p=0.8),
+    Sampling(1.5, top_k=5, top_p=0.95),
 ], ids=str)
 def test_draws_follow_the_distribution_that_was_asked_for(sampling):
   probabilities = distribution(LOGITS, sampling)
@@ -45,7 +46,8 @@ def test_draws_follow_the_distribution_that_was_asked_for(sampling):
   assert (np.abs(frequencies - probabilities) <= error).all()
 
 
-@pytest.mark.parametrize('sampling', [Sampling(1.0), Sampling(1.0, top_k=3), Sampling(1.0, top_p=0.9), Sampling(0.0)], ids=str)
+@pytest.mark.parametrize(
+    'sampling', [Sampling(1.0), Sampling(1.0, top_k=3), Sampling(1.0, top_p=0.9), Sampling(0.0)], ids=str)
 def test_an_id_of_no_probability_is_never_drawn(sampling):
   logits = LOGITS.copy()
   logits[[2, 5]] = -np.inf  # the two likeliest

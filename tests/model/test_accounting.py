@@ -10,46 +10,37 @@ import pytest
 from gptjax.config import ModelConfig
 from gptjax.model import activation_bytes, blueprint, flops_per_token, parameter_count
 
-SMALL = ModelConfig(layers=12, width=768, heads=12, vocab_size=50257, vocab_multiple=1)
+SMALL = ModelConfig(layers=12, width=768, heads=12, vocab_size=50257, vocab_multiple=1, scan=True)
 """GPT-2 small."""
 
 
 def test_gpt2_small_has_its_published_count():
   assert parameter_count(SMALL, 1024) == 124_439_808
   assert parameter_count(dataclasses.replace(SMALL, bias=False), 1024) == 124_337_664
-  assert parameter_count(dataclasses.replace(SMALL, scan=True), 1024) == 124_439_808
+  assert parameter_count(dataclasses.replace(SMALL, scan=False), 1024) == 124_439_808
 
 
 def test_an_untied_head_counts_once_more_and_rotary_positions_nothing():
-  table = 50257 * 768
-  assert parameter_count(dataclasses.replace(SMALL, tied=False), 1024) == 124_439_808 + table
+  assert parameter_count(dataclasses.replace(SMALL, tied=False), 1024) == 124_439_808 + 50257 * 768
   assert parameter_count(dataclasses.replace(SMALL, positions='rope'), 1024) == 124_439_808 - 1024 * 768
 
 
-def test_flops_of_gpt2_small_are_nanogpts():
+@pytest.mark.parametrize('changes', [{}, {'bias': False}, {'tied': False}, {'scan': False}], ids=str)
+def test_flops_of_gpt2_small_are_nanogpts(changes):
   # karpathy/nanoGPT, transformer_sizing.ipynb: forward and backward of one row, the full square of attention.
-  assert flops_per_token(dataclasses.replace(SMALL, bias=False), 1024, causal=False) * 1024 == 874_944_921_600
-  assert flops_per_token(SMALL, 1024, causal=False) * 1024 == 874_944_921_600
-  assert flops_per_token(dataclasses.replace(SMALL, scan=True, tied=False), 1024, causal=False) * 1024 == 874_944_921_600
+  assert flops_per_token(dataclasses.replace(SMALL, **changes), 1024, causal=False) * 1024 == 874_944_921_600
 
 
-def products(jaxpr) -> int:
-  """FLOPs of all matrix products of a program, those of the programs inside it included."""
-  total = 0
-  for equation in jaxpr.eqns:
-    if equation.primitive.name == 'dot_general':
-      (contracted, _), _ = equation.params['dimension_numbers']
-      left = equation.invars[0].aval.shape
-      total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
-    for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr')):
-      inner = getattr(inner, 'jaxpr', inner)
-      total += products(inner) if hasattr(inner, 'eqns') else 0
-  return total
+def flops(product) -> int:
+  """FLOPs of one matrix product, by the shapes of its operands and result."""
+  (contracted, _), _ = product.params['dimension_numbers']
+  left = product.invars[0].aval.shape
+  return 2 * math.prod(product.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
 
 
 @pytest.mark.usefixtures('one_device')
 @pytest.mark.parametrize('causal', [True, False])
-def test_flops_are_those_of_the_traced_program(style, causal, monkeypatch):
+def test_flops_are_those_of_the_traced_program(style, causal, monkeypatch, matrix_products):
   # In blocks of one query attention computes what is needed and no more.
   monkeypatch.setattr('gptjax.model.attention.BLOCK', 1)
   context = 12
@@ -57,7 +48,8 @@ def test_flops_are_those_of_the_traced_program(style, causal, monkeypatch):
   plan = blueprint(config, context)
   loss = lambda parameters, tokens: plan.merge(parameters)(tokens).sum()
   traced = jax.make_jaxpr(jax.grad(loss))(plan.shapes, jax.ShapeDtypeStruct((3, context), jnp.int32))
-  assert products(traced.jaxpr) == flops_per_token(config, context, causal=causal) * 3 * context
+  total = sum(map(flops, matrix_products(traced.jaxpr)))
+  assert total == flops_per_token(config, context, causal=causal) * 3 * context
 
 
 def test_causal_flops_count_each_key_a_token_sees(style):
@@ -76,14 +68,15 @@ def test_causal_flops_count_each_key_a_token_sees(style):
 def test_activations_grow_with_sequences_and_layers_and_shrink_by_recomputing(style):
   # No mesh is in force here.
   size = lambda sequences=1, **changes: activation_bytes(dataclasses.replace(style, **changes), 24, sequences)
-  assert size(6) == 6 * size(1) > 0
-  assert 0.9 < size(scan=True) / size() < 1.1
-  for scan in (False, True):
-    kept = {remat: [size(scan=scan, remat=remat, layers=layers) for layers in (2, 4)] for remat in ('none', 'dots', 'full')}
-    assert kept['full'][0] < kept['dots'][0] < kept['none'][0]
-    # With whole blocks recomputed a layer leaves its input and nothing else.
-    assert kept['full'][1] - kept['full'][0] == 2 * 24 * style.width * 4
-  assert size(compute_dtype='bfloat16') < 0.8 * size()
+  none, stacked = size(), size(scan=True)
+  assert size(6) == 6 * none > 0
+  assert 0.9 < stacked / none < 1.1
+  assert size(compute_dtype='bfloat16') < 0.8 * none
+  assert size(remat='full') < size(remat='dots') < none
+  assert size(remat='full', scan=True) < size(remat='dots', scan=True) < stacked
+  for scan in (False, True):  # with whole blocks recomputed a layer leaves its input and nothing else
+    one, three = (size(remat='full', scan=scan, layers=layers) for layers in (1, 3))
+    assert three - one == 2 * 24 * style.width * 4
 
 
 @pytest.mark.parametrize('mesh', ['4x2'], indirect=True)

@@ -27,7 +27,8 @@ def run(config, mesh, zero_stage, random_parameters):
   segments = np.sort(rng.integers(1, 4, (8, 16)), 1).astype(np.int32)
   starts = (segments[:, :, None] > segments[:, None]).sum(-1, dtype=np.int32)
   batch = place(mesh, {
-      'tokens': text[:, :-1], 'targets': text[:, 1:], 'segments': segments, 'positions': np.arange(16, dtype=np.int32) - starts,
+      'tokens': text[:, :-1], 'targets': text[:, 1:], 'segments': segments,
+      'positions': np.arange(16, dtype=np.int32) - starts,
       'mask': rng.integers(0, 2, (8, 16)).astype(np.float32)}, 'batch', None)
   parameters = random_parameters(plan, zero_stage)
 

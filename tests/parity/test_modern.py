@@ -1,5 +1,7 @@
 """The modern style against transformers: Llama (rope, rmsnorm, swiglu, grouped queries) and Qwen3 (qk_norm too)."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -12,11 +14,13 @@ torch = pytest.importorskip('torch', reason=HOW)
 transformers = pytest.importorskip('transformers', reason=HOW)
 
 CONTEXT = 80  # above one block of queries
-MODEL = {'layers': 2, 'width': 32, 'heads': 4, 'kv_heads': 2, 'mlp_width': 48, 'vocab_size': 50, 'vocab_multiple': 1, 'positions': 'rope',
-             'rope_theta': 500.0, 'norm': 'rmsnorm', 'mlp': 'swiglu', 'bias': False}
+CONFIG = ModelConfig(
+    layers=2, width=32, heads=4, kv_heads=2, mlp_width=48, vocab_size=50, vocab_multiple=1, positions='rope',
+    rope_theta=500.0, norm='rmsnorm', mlp='swiglu', bias=False)
 REFERENCE = {
-    'num_hidden_layers': 2, 'hidden_size': 32, 'num_attention_heads': 4, 'num_key_value_heads': 2, 'intermediate_size': 48, 'head_dim': 8,
-    'vocab_size': 50, 'max_position_embeddings': CONTEXT, 'rms_norm_eps': 1e-5, 'attn_implementation': 'eager', 'pad_token_id': None,
+    'num_hidden_layers': 2, 'hidden_size': 32, 'num_attention_heads': 4, 'num_key_value_heads': 2, 'head_dim': 8,
+    'intermediate_size': 48, 'vocab_size': 50, 'max_position_embeddings': CONTEXT, 'rms_norm_eps': 1e-5,
+    'attn_implementation': 'eager', 'pad_token_id': None,
     'rope_parameters': {'rope_type': 'default', 'rope_theta': 500.0}}
 PARTS = {
     'input_layernorm': 'attention_norm/gain', 'post_attention_layernorm': 'mlp_norm/gain',
@@ -43,7 +47,10 @@ def renamed(values):
   return out
 
 
-@pytest.mark.parametrize('name, qk_norm, tied', [('Llama', False, False), ('Llama', False, True), ('Qwen3', True, False)])
+STYLES = [('Llama', False, False), ('Llama', False, True), ('Qwen3', True, False)]
+
+
+@pytest.mark.parametrize('name, qk_norm, tied', STYLES)
 def test_logits_and_every_gradient_are_those_of_transformers(name, qk_norm, tied, one_device):
   torch.manual_seed(0)
   config = getattr(transformers, f'{name}Config')(**REFERENCE, tie_word_embeddings=tied)
@@ -56,7 +63,7 @@ def test_logits_and_every_gradient_are_those_of_transformers(name, qk_norm, tied
   expected = model(torch.from_numpy(tokens.astype(np.int64))).logits
   (expected * torch.from_numpy(direction)).sum().backward()
 
-  plan = blueprint(ModelConfig(**MODEL, qk_norm=qk_norm, tied=tied), CONTEXT)
+  plan = blueprint(dataclasses.replace(CONFIG, qk_norm=qk_norm, tied=tied), CONTEXT)
   parameters = renamed({name: p.detach().numpy() for name, p in model.named_parameters()})
   assert parameters.keys() == plan.shapes.keys()
 

@@ -49,7 +49,8 @@ MODEL = {'width': 32, 'heads': 4, 'vocab_size': 64}
     ({'width': 9, 'heads': 3}, {}, 'model.heads: 3, accepted: 3 to be a multiple of mesh.model=2'),
     ({'kv_heads': 1}, {}, 'model.kv_heads: 1, accepted: 1 to be a multiple of mesh.model=2'),
     ({'mlp_width': 33}, {}, 'model.mlp_width: 33, accepted: 33 to be a multiple of mesh.model=2'),
-    ({'vocab_size': 65, 'vocab_multiple': 5}, {}, 'model.vocab_multiple: 5, accepted: 65 to be a multiple of mesh.model=2'),
+    ({'vocab_size': 65, 'vocab_multiple': 5}, {},
+     'model.vocab_multiple: 5, accepted: 65 to be a multiple of mesh.model=2'),
 ])
 def test_sizes_that_the_mesh_does_not_divide_are_refused(model, rest, message):
   config = Config(model=ModelConfig(**MODEL | model), **{'batch_size': 8} | rest)

@@ -54,7 +54,8 @@ def test_stage_3_shares_out_the_largest_free_axis_that_divides(axes, shape, expe
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(['layers', 'vocab', 'heads', 'mlp', 'embed', 'positions', 'head_width']),
-                          st.integers(1, 512)), min_size=1, max_size=3, unique_by=lambda pair: RULES[pair[0]] or pair[0]),
+                          st.integers(1, 512)),
+                min_size=1, max_size=3, unique_by=lambda pair: RULES[pair[0]] or pair[0]),
        st.sampled_from([1, 2, 3, 4]))
 def test_stage_3_adds_data_at_most_once_and_only_where_it_may(pairs, data):
   axes, shape = zip(*pairs, strict=True)

@@ -1,6 +1,9 @@
 """metrics.jsonl and samples.jsonl: one JSON object a line, cut back to where a run goes on."""
 
+import contextlib
 import json
+import os
+import subprocess
 
 import pytest
 from tensorboardX.proto import event_pb2
@@ -100,6 +103,22 @@ def test_tensorboard_gets_the_same_figures_and_is_told_what_to_forget(checkpoint
   assert text.metadata.plugin_data.plugin_name == 'text' and text.tensor.string_val == [b'    to be\n    or']
   starts = [event.step for event in events(tmp_path) if event.HasField('session_log')]
   assert starts[-1] == checkpoint + 1  # TensorBoard drops what earlier processes wrote from this step on
+
+
+def test_a_full_disk_is_an_error_and_no_hang(tmp_path):
+  disk = tmp_path / 'disk'
+  disk.mkdir()
+  if os.getuid() or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=64k', 'none', disk], capture_output=True).returncode:
+    pytest.skip('only root may mount a small disk')
+  try:
+    book = Logbook(disk, 0, 1000)
+    with pytest.raises(OSError, match='No space left'):  # noqa: PT012
+      for step in range(1000):
+        book.step(step, METRICS)
+    with contextlib.suppress(OSError):
+      book.close()
+  finally:
+    subprocess.run(['umount', '--lazy', disk], check=True)
 
 
 def test_the_terminal_has_a_line_a_step_on_stderr(open_book, capsys):

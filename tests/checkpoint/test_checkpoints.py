@@ -1,0 +1,164 @@
+"""Checkpoints come back bit by bit, on whatever mesh; the right ones are kept; what does not fit is told in one line."""
+
+import dataclasses
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import SingleDeviceSharding
+from tiny import DURATIONS
+
+from gptjax.checkpoint import Checkpoints, Progress
+from gptjax.config import CheckpointConfig, MeshConfig, ModelConfig, OptimizerConfig, UserError
+from gptjax.model import blueprint
+from gptjax.sharding import make_mesh
+from gptjax.training import TrainState, abstract, initializer, make_optimizer
+
+# What Orbax was still reading when it failed.
+pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+
+MODEL = ModelConfig(layers=2, width=32, heads=4, vocab_size=50, scan=True)
+SMALL = {'x': jax.ShapeDtypeStruct((3,), np.float32, sharding=SingleDeviceSharding(jax.devices()[0]))}
+PROGRESS = Progress(step=7, rows=2**40, tokens=2**62 + 1)
+LAYOUTS = [((8, 1), 3), ((4, 2), 0), ((4, 2), 3), ((1, 1), 0), ((2, 4), 3)]
+
+
+def description(model=MODEL, optimizer='muon', devices=(1, 1), zero_stage=0):
+  """The abstract train state of a run."""
+  mesh = make_mesh(MeshConfig(*devices))
+  with jax.set_mesh(mesh):
+    tools = make_optimizer(OptimizerConfig(name=optimizer), **DURATIONS)
+    return abstract(initializer(blueprint(model, 16), tools, zero_stage, mesh, 0), mesh)
+
+
+def fill(described, seed=0):
+  """Arrays of these shapes, dtypes and shardings, no value twice."""
+  rng = np.random.default_rng(seed)
+  draw = lambda s: jax.device_put(rng.permuted(np.arange(s.size)).reshape(s.shape).astype(s.dtype) + rng.random(), s.sharding)
+  return jax.tree.map(lambda s: draw(s).astype(s.dtype), described)
+
+
+def saved(folder, steps=(1,), config=None, losses=None):
+  """Checkpoints of small states, open for writing."""
+  checkpoints = Checkpoints(folder, config or CheckpointConfig(keep=100))
+  for step in steps:
+    checkpoints.save(Progress(step), {'x': np.full(3, step, np.float32)}, (losses or {}).get(step))
+  checkpoints.wait()
+  return checkpoints
+
+
+@pytest.mark.parametrize('source', LAYOUTS[:2])
+def test_a_train_state_comes_back_bit_by_bit_on_any_mesh(source, tmp_path):
+  state = fill(description(devices=source[0], zero_stage=source[1]))
+  checkpoints = Checkpoints(tmp_path / 'checkpoints', CheckpointConfig())
+  checkpoints.save(PROGRESS, state, 1.0)
+  checkpoints.close()
+  for devices, zero_stage in LAYOUTS:
+    target = description(devices=devices, zero_stage=zero_stage)
+    checkpoints = Checkpoints(tmp_path / 'checkpoints', CheckpointConfig())
+    restored, progress = checkpoints.restore(7, target)
+    assert progress == PROGRESS and isinstance(restored, TrainState)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    for (path, got), want, like in zip(jax.tree.leaves_with_path(restored), *map(jax.tree.leaves, (state, target))):
+      assert np.array(got).tobytes() == np.array(want).tobytes() and got.dtype == want.dtype, path
+      assert got.sharding == like.sharding, path
+    # On to the next mesh from here, as a run would that moves from one machine to another.
+    shutil.rmtree(tmp_path / 'checkpoints')
+    checkpoints = Checkpoints(tmp_path / 'checkpoints', CheckpointConfig())
+    checkpoints.save(PROGRESS, restored, None)
+    checkpoints.close()
+
+
+def test_a_restored_state_can_be_given_up(tmp_path):
+  checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+  target = description(devices=(4, 2), zero_stage=3)
+  checkpoints.save(Progress(1), fill(target), None)
+  checkpoints.wait()
+  state, _ = checkpoints.restore(1, target)
+  shardings = jax.tree.map(lambda s: s.sharding, target)
+  jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0, out_shardings=shardings)(state)
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize('keep_best, losses, kept', [
+  (False, {step: float(step) for step in range(1, 7)}, [5, 6]),
+  (True, {1: 3.0, 2: 1.0, 3: 2.0, 4: 4.0, 5: 5.0, 6: 6.0}, [2, 5, 6]),
+  (True, {1: 3.0, 4: 2.0}, [4, 5, 6]),  # of the others nothing is known
+  (True, {2: 3.0, 3: float('nan'), 5: float('-inf')}, [2, 5, 6]),
+  (True, {}, [5, 6]),
+])
+def test_the_latest_are_kept_and_the_best(keep_best, losses, kept, tmp_path):
+  config = CheckpointConfig(keep=2, keep_best=keep_best)
+  checkpoints = saved(tmp_path, range(1, 4), config, losses)
+  checkpoints.close()
+  checkpoints = saved(tmp_path, range(4, 7), config, losses)  # a resumed run forgets nothing
+  checkpoints.close()
+  again = Checkpoints(tmp_path)
+  assert again.steps() == kept
+  for step in kept:
+    assert again.restore(step, SMALL)[0]['x'].tolist() == [step] * 3
+  again.close()
+
+
+def test_a_checkpoint_is_found_by_name_or_number(tmp_path):
+  checkpoints = saved(tmp_path, (2, 10, 4), losses={2: 2.0, 4: 1.0, 10: 3.0})
+  assert checkpoints.steps() == [2, 4, 10]
+  assert [checkpoints.resolve(name) for name in ('latest', 'best', '2', '10')] == [10, 4, 2, 10]
+  for name in ('3', '-2', '2.0', '', 'newest'):
+    with pytest.raises(UserError) as caught:
+      checkpoints.resolve(name)
+    assert str(caught.value) == f'--step: {name!r}, accepted: latest, best, 2, 4, 10'
+
+
+def test_best_needs_a_validation(tmp_path):
+  with pytest.raises(UserError, match="^--step: 'best', accepted: latest, 1$"):
+    saved(tmp_path).resolve('best')
+
+
+def test_a_folder_without_checkpoints_is_told(tmp_path):
+  checkpoints = Checkpoints(tmp_path / 'run' / 'checkpoints')
+  assert checkpoints.steps() == []
+  for name in ('latest', 'best', '1'):
+    with pytest.raises(UserError, match=r"^--workdir: '.*run', accepted: a folder with checkpoints"):
+      checkpoints.resolve(name)
+
+
+def test_parameters_come_back_alone(tmp_path):
+  target = description()
+  state = fill(target)
+  checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+  checkpoints.save(Progress(1), state, None)
+  checkpoints.close()
+  before = len(jax.live_arrays())
+  reader = Checkpoints(tmp_path)
+  parameters = reader.restore_parameters(1, target.parameters)
+  reader.close()
+  assert len(jax.live_arrays()) == before + len(parameters)  # no optimizer state was allocated
+  assert parameters.keys() == state.parameters.keys()
+  assert all((np.array(parameters[name]) == np.array(state.parameters[name])).all() for name in parameters)
+
+
+@pytest.mark.parametrize('model, optimizer', [
+  (dataclasses.replace(MODEL, width=64), 'muon'), (dataclasses.replace(MODEL, layers=3), 'muon'),
+  (dataclasses.replace(MODEL, scan=False), 'muon'), (dataclasses.replace(MODEL, tied=False), 'muon'),
+  (dataclasses.replace(MODEL, bias=False), 'muon'), (MODEL, 'adamw')])
+def test_a_checkpoint_of_another_config_is_one_line(model, optimizer, tmp_path):
+  checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+  checkpoints.save(Progress(1), fill(description()), None)
+  checkpoints.wait()
+  with pytest.raises(UserError, match=r"^checkpoint: '.*/1', accepted: a checkpoint that fits this config; ") as caught:
+    checkpoints.restore(1, description(model, optimizer))
+  assert '\n' not in str(caught.value) and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize('lost', ['state', 'progress', 'state/manifest.ocdbt', 'state/_METADATA'])
+def test_a_damaged_checkpoint_is_one_line_and_harms_no_other(lost, tmp_path):
+  saved(tmp_path, (1, 2)).close()
+  path = tmp_path / '2' / lost
+  shutil.rmtree(path) if path.is_dir() else path.unlink()
+  checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+  with pytest.raises(UserError, match=r"^checkpoint: '.*/2', ") as caught:
+    checkpoints.restore(2, SMALL)
+  assert '\n' not in str(caught.value)
+  assert checkpoints.restore(1, SMALL)[1].step == 1

@@ -1,0 +1,103 @@
+"""Whatever ends a save before its time, the checkpoints that were there stay, and saving goes on."""
+
+import multiprocessing
+import os
+import random
+import subprocess
+import time
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from gptjax.checkpoint import Checkpoints, Progress
+from gptjax.config import CheckpointConfig, UserError
+
+SIZE = 2**21  # float32 each of four arrays: a save takes long enough to be killed in
+
+
+def described():
+  one = SingleDeviceSharding(jax.devices()[0])
+  return {str(i): jax.ShapeDtypeStruct((SIZE,), np.float32, sharding=one) for i in range(4)}
+
+
+def state(step):
+  return {str(i): jax.device_put(np.arange(SIZE, dtype=np.float32) * (step + i / 8)) for i in range(4)}
+
+
+def assert_good(checkpoints, step):
+  restored, progress = checkpoints.restore(step, described())
+  assert progress.step == step
+  assert all((restored[name] == value).all() for name, value in state(step).items())
+
+
+def save_on_and_on(folder, committed):
+  """What a run does: goes on from the latest checkpoint, and saves; tells of each step that is on disk."""
+  jax.config.update('jax_platforms', 'cpu')
+  checkpoints = Checkpoints(folder, CheckpointConfig(keep=2))
+  step = max(checkpoints.steps(), default=0)
+  if step:
+    assert_good(checkpoints, step)
+  while True:
+    step += 1
+    checkpoints.save(Progress(step), state(step), None)
+    checkpoints.wait()
+    committed.send(step)
+
+
+def test_a_kill_while_saving_loses_nothing_that_was_saved(tmp_path):
+  processes = multiprocessing.get_context('forkserver')
+  processes.set_forkserver_preload(['gptjax.checkpoint'])
+  dice, interrupted, committed = random.Random(0), 0, 0
+  for _ in range(5):
+    receiver, sender = processes.Pipe(duplex=False)
+    process = processes.Process(target=save_on_and_on, args=(tmp_path, sender))
+    process.start()
+    sender.close()
+    seen = [receiver.recv(), receiver.recv()]  # raises EOFError where the process could not go on
+    assert seen[0] > committed
+    while not list(tmp_path.glob('*-tmp')):
+      time.sleep(0.0005)
+    time.sleep(dice.uniform(0, 0.03))
+    process.kill()
+    process.join()
+    while receiver.poll():
+      try:
+        seen.append(receiver.recv())
+      except EOFError:
+        break
+    committed = seen[-1]
+    interrupted += bool(list(tmp_path.glob('*-tmp')))
+    reader = Checkpoints(tmp_path)
+    assert reader.steps()[-1] in (committed, committed + 1)  # it may be on disk before it is told
+    for step in reader.steps()[-2:]:
+      assert_good(reader, step)
+    reader.close()
+  assert interrupted >= 2, 'the kills came too late to test anything'
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A folder on a file system of 80 MiB."""
+  folder = tmp_path / 'disk'
+  folder.mkdir()
+  if os.getuid() or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=80m', 'none', folder], capture_output=True).returncode:
+    pytest.skip('only root may mount a small disk')
+  yield folder
+  subprocess.run(['umount', '--lazy', folder], check=True)
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing_that_was_saved(small_disk):
+  checkpoints = Checkpoints(small_disk / 'checkpoints', CheckpointConfig(keep=5))
+  for step in (1, 2):
+    checkpoints.save(Progress(step), state(step), None)
+  checkpoints.save(Progress(3), state(3), None)
+  with pytest.raises(UserError, match=r"^checkpoint: '.*', accepted: a disk with space left$"):
+    checkpoints.wait()
+  with pytest.raises(UserError, match=r"^checkpoint: '.*', accepted: a disk with space left$"):
+    checkpoints.close()
+  resumed = Checkpoints(small_disk / 'checkpoints', CheckpointConfig(keep=1))
+  assert resumed.steps() == [1, 2]
+  for step in (1, 2):
+    assert_good(resumed, step)

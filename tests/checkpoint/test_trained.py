@@ -1,0 +1,75 @@
+"""A trained model comes out of its workdir alone, onto whatever devices there are."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from gptjax import config as configs
+from gptjax.checkpoint import Checkpoints, Progress, load_trained
+from gptjax.config import CheckpointConfig, Config, DataConfig, MeshConfig, ModelConfig, UserError
+from gptjax.model import blueprint
+
+# What Orbax was still reading when it failed.
+pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+
+MODEL = ModelConfig(layers=1, width=32, heads=4, vocab_size=50)
+
+
+@pytest.fixture
+def workdir(tmp_path):
+  """A function (mesh.model): a run's folder with checkpoints of steps 3 and 5, the earlier the better."""
+  def make(model_axis):
+    config = Config(model=MODEL, data=DataConfig(context=16), mesh=MeshConfig(model=model_axis), zero_stage=3)
+    (tmp_path / 'config.json').write_text(configs.to_json(config))
+    checkpoints = Checkpoints(tmp_path / 'checkpoints', CheckpointConfig(keep=2))
+    for step, loss in ((3, 1.0), (5, 2.0)):
+      state = {'parameters': parameters(step), 'optimizer': {'mu': np.zeros(1000)}, 'step': np.array(step)}
+      checkpoints.save(Progress(step), state, loss)
+    checkpoints.close()
+    return tmp_path
+  return make
+
+
+def parameters(seed):
+  rng = np.random.default_rng(seed)
+  return {name: rng.standard_normal(s.shape, np.float32) for name, s in blueprint(MODEL, 16).shapes.items()}
+
+
+@pytest.mark.parametrize('model_axis, expected', [(1, 1), (2, 2), (3, 1)])
+def test_parameters_lie_on_all_devices(workdir, model_axis, expected):
+  trained = load_trained(workdir(model_axis))
+  assert trained.step == 5 and dict(trained.mesh.shape) == {'data': 8 // expected, 'model': expected}
+  assert trained.config.model == trained.blueprint.config == MODEL and trained.blueprint.context == 16
+  assert all((np.array(trained.parameters[name]) == value).all() for name, value in parameters(5).items())
+  # Heads over `model`; over `data`, which training shared them out on, each device has all.
+  assert trained.parameters['blocks/0/attention/q/kernel'].sharding.spec == PartitionSpec(None, 'model')
+  assert f'restored step 5; 8 cpu, mesh data {8 // expected} x model {expected}' in trained.description
+
+
+def test_a_step_is_chosen_by_name_or_number(workdir):
+  folder = workdir(1)
+  assert [load_trained(folder, step).step for step in ('latest', 'best', '3')] == [5, 3, 3]
+  with pytest.raises(UserError, match="^--step: '4', accepted: latest, best, 3, 5"):
+    load_trained(folder, '4')
+
+
+def test_a_folder_that_is_no_run_is_told_and_left_alone(workdir, tmp_path):
+  with pytest.raises(UserError, match=r"^--workdir: '.*nothing', accepted: a folder that gptjax.train made"):
+    load_trained(tmp_path / 'nothing')
+  assert not list(tmp_path.iterdir())
+  (tmp_path / 'config.json').write_text(configs.to_json(Config(model=MODEL)))
+  with pytest.raises(UserError, match='^--workdir: .*, accepted: a folder with checkpoints'):
+    load_trained(tmp_path)
+
+
+def test_parameters_of_another_config_are_one_line(workdir):
+  folder = workdir(1)
+  config = configs.from_json((folder / 'config.json').read_text())
+  for model in (dataclasses.replace(MODEL, width=64), dataclasses.replace(MODEL, layers=2)):
+    (folder / 'config.json').write_text(configs.to_json(dataclasses.replace(config, model=model)))
+    with pytest.raises(UserError, match=r"^checkpoint: '.*/5', accepted: a checkpoint that fits this config; ") as caught:
+      load_trained(folder)
+    assert '\n' not in str(caught.value)

@@ -1,0 +1,155 @@
+"""The commands, as a user types them: train, evaluate, generate, and what they say to a mistake."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from tiny import files_below, write_text
+
+from gptjax import config as configs
+from gptjax.checkpoint import load_trained
+
+RECIPE = """
+from gptjax.config import *
+
+def get_config():
+  return Config(
+    model=ModelConfig(layers=1, heads=2, width=16),
+    data=DataConfig(files={text!r}, context=16, tokenizer=TokenizerConfig(kind='chars')),
+    optimizer=OptimizerConfig(warmup=2), eval=EvalConfig(every=3, sample_tokens=5), steps=6, batch_size=4)
+"""
+
+
+def command(name, *flags):
+  return [sys.executable, '-m', f'gptjax.{name}', *map(str, flags)]
+
+
+def call(name, *flags):
+  return subprocess.run(command(name, *flags), capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+  """A folder with a text, a recipe and a cache."""
+  folder = tmp_path_factory.mktemp('home')
+  text = write_text(folder / 'text.txt')
+  (folder / 'recipe.py').write_text(RECIPE.format(text=str(text)))
+  (folder / 'cache').mkdir()
+  (ROOT / '.jax_cache').mkdir(exist_ok=True)
+  (folder / 'cache' / 'compiled').symlink_to(ROOT / '.jax_cache')
+  return folder
+
+
+@pytest.fixture(scope='module')
+def trained(home):
+  """The workdir of a run on two virtual devices, and what the command wrote."""
+  done = call('train', f'--config={home}/recipe.py', f'--workdir={home}/run', f'--cache_dir={home}/cache', '--cpu_devices=2',
+              '--log_every=2', '--profile_steps=2:3', '--config.optimizer.peak_lr=3e-3')
+  assert done.returncode == 0, done.stderr
+  return home / 'run', done
+
+
+def lines_of(workdir):
+  return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+def test_train_makes_a_run(trained):
+  workdir, done = trained
+  assert done.stdout == '' and 'Traceback' not in done.stderr
+  assert [line['step'] for line in lines_of(workdir)] == [1, 2, 3, 4, 6, 6]
+  config = configs.from_json((workdir / 'config.json').read_text())
+  assert config.optimizer.peak_lr == 3e-3 and config.model.width == 16
+  assert 'data 2 x model 1' in json.loads((workdir / 'run.json').read_text())['mesh']
+  assert any(path.endswith('.xplane.pb') for path in files_below(workdir / 'profile'))
+
+
+def test_evaluate_ends_with_one_json_object(trained, home):
+  workdir, _ = trained
+  before = set(files_below(workdir))
+  done = call('evaluate', f'--workdir={workdir}', f'--cache_dir={home}/cache')  # on one device
+  assert done.returncode == 0 and 'Traceback' not in done.stderr
+  score = json.loads(done.stdout.splitlines()[-1])
+  assert {*score} == {'loss', 'perplexity', 'bits_per_byte', 'tokens', 'step'} and score['step'] == 6
+  final = lines_of(workdir)[-1]
+  for name in ('loss', 'perplexity', 'bits_per_byte'):
+    np.testing.assert_allclose(score[name], final[f'eval/valid/{name}'], rtol=1e-5)
+  kept = json.loads((workdir / 'evaluation.json').read_text())
+  assert score.items() <= kept.items() and {*kept['yardsticks']} == {'gzip -9', 'xz -9'}
+  assert set(files_below(workdir)) - before == {'evaluation.json'}
+
+
+def test_generate_streams_the_same_text_for_the_same_seed(trained, home):
+  workdir, _ = trained
+  flags = (f'--workdir={workdir}', f'--cache_dir={home}/cache', '--prompt=the cat', '--max_tokens=300')
+  with subprocess.Popen(command('generate', *flags, '--seed=1'), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT) as process:
+    first = os.read(process.stdout.fileno(), 12)
+    assert process.poll() is None  # text came, and more is to come
+    streamed = (first + process.stdout.read()).decode()
+  again, other = (call('generate', *flags, f'--seed={seed}') for seed in (1, 2))
+  assert streamed == again.stdout and streamed != other.stdout
+  for text in (streamed, other.stdout):
+    assert text.startswith('the cat') and text.endswith('\n') and len(text) <= len('the cat') + 300 + 1
+
+
+def test_print_config_and_help_start_nothing(home):
+  shown = call('train', f'--config={home}/recipe.py', '--config.steps=3 epochs', '--print_config')
+  fields = dict(line.partition('  #')[0].split(' = ', 1) for line in shown.stdout.splitlines())
+  assert shown.returncode == 0 and shown.stderr == '' and {*fields} == {*configs.flatten(configs.Config())}
+  assert (fields['steps'], fields['model.width'], fields['seed']) == ("'3 epochs'", '16', '0')
+  told = call('train', f'--config={home}/recipe.py', '--help')
+  assert told.returncode == 0 and told.stderr == ''
+  for flag in ('--config.model.width=16', '--workdir', '--stop_at', '--profile_steps', '--cpu_devices', '--cache_dir'):
+    assert f'  {flag}' in told.stdout
+  assert '--config' not in call('evaluate', '--help').stdout
+
+
+@pytest.mark.parametrize('flags, message', [
+  (['--config=configs/defautl.py'], "--config: 'configs/defautl.py', accepted: "),
+  (['--config.model.widht=8'], "--config.model.widht: '8', accepted: "),
+  (['--config.batch_size=many'], "--config.batch_size: 'many', accepted: an integer"),
+  (['--config.zero_stage=1'], 'zero_stage: 1, accepted: 0 or 3'),
+  (['--config.batch_size=4', '--cpu_devices=8'], 'batch_size: 4, accepted: batch_size a multiple of mesh.data=8'),
+  (['--config.data.files=nowhere/text.txt'], "data.files: 'nowhere/text.txt', accepted: "),
+  (['--profile_steps=3:2'], "--profile_steps: '3:2', accepted: "),
+  (['--stop_at=-1'], "--stop_at: '-1', accepted: "),
+  (['steps=3'], "argument: 'steps=3', accepted: "),
+])
+def test_a_mistake_in_training_is_one_line_and_leaves_nothing(flags, message, home, tmp_path):
+  done = call('train', f'--config={home}/recipe.py', f'--workdir={tmp_path}/run', f'--cache_dir={tmp_path}/cache', *flags)
+  told = [line for line in done.stderr.splitlines() if not line.startswith('tokenizing for ')]
+  assert len(told) == 1 and told[0].startswith(f'error: {message}'), done.stderr
+  assert (done.returncode, done.stdout) == (2, '') and not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('name, flags, message', [
+  ('evaluate', [], '--workdir: None, accepted: '),
+  ('evaluate', ['--workdir={home}/nothing'], "--workdir: '{home}/nothing', accepted: "),
+  ('evaluate', ['--workdir={home}/run', '--step=99'], "--step: '99', accepted: latest, best, 6"),
+  ('generate', ['--workdir={home}/run', '--prompt=the Ä'], "--prompt, character 4: 'Ä', accepted: "),
+])
+def test_a_mistake_with_a_trained_model_is_one_line(name, flags, message, trained, home):
+  before = files_below(home)
+  done = call(name, f'--cache_dir={home}/cache', *(flag.format(home=home) for flag in flags))
+  told = [line for line in done.stderr.splitlines() if not line.startswith('restored ')]
+  assert len(told) == 1 and told[0].startswith('error: ' + message.format(home=home)), done.stderr
+  assert done.returncode == 2 and files_below(home) == before
+
+
+def test_a_full_disk_ends_a_run_with_one_line(home, tmp_path):
+  disk = tmp_path / 'disk'
+  disk.mkdir()
+  if os.getuid() or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=600k', 'none', disk], capture_output=True).returncode:
+    pytest.skip('only root may mount a small disk')
+  try:
+    done = call('train', f'--config={home}/recipe.py', f'--workdir={disk}/run', f'--cache_dir={home}/cache', '--config.steps=40',
+                '--config.eval.every=0', '--config.checkpoint.every=1', '--config.checkpoint.keep=60')
+    assert done.returncode == 2 and 'Traceback' not in done.stderr
+    assert [line for line in done.stderr.splitlines() if 'rror' in line] == [done.stderr.splitlines()[-1]]
+    assert 'space left' in done.stderr.splitlines()[-1]
+    assert load_trained(disk / 'run').step >= 1
+  finally:
+    subprocess.run(['umount', '--lazy', disk], check=True)
