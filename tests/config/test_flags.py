@@ -381,8 +381,9 @@ def configs(draw):
       'mesh.data': draw(st.just(-1) | st.integers(1, 64)), 'zero_stage': draw(st.sampled_from([0, 3])),
       'microbatches': microbatches, 'batch_size': microbatches * draw(st.integers(1, 64)),
   }
-  if values['optimizer.schedule'] != 'wsd':
-    values['optimizer.decay'] = 0
+  values['optimizer.decay'] = draw(st.integers(1, 10**6)) if values['optimizer.schedule'] == 'wsd' else 0
+  if values['checkpoint.keep_best']:
+    values['eval.rows'] = 0
   return override(Config(), values)
 
 

@@ -1,8 +1,10 @@
 """One model on every mesh: the same logits, loss, gradients and dropout, whatever the devices hold."""
 
 import dataclasses
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -82,10 +84,30 @@ def test_fresh_parameters_are_the_same_on_every_mesh(style):
     assert all((parameters[name] == first[name]).all() for name in first)
 
 
-def test_a_dropout_mask_is_the_same_on_every_mesh():
+def test_a_dropout_mask_is_the_same_on_every_mesh_and_each_device_draws_its_part():
+  run = jax.jit(lambda x: dropout(x, 0.3, jax.random.key(3)))
+
   def dropped(mesh):
-    x = place(mesh, np.ones((64, 32), np.float32), 'batch', 'mlp')
-    return jax.jit(lambda x: dropout(x, 0.3, jax.random.key(3)))(x)
+    x = place(mesh, np.ones((1024, 64), np.float32), 'batch', 'mlp')
+    memory = run.lower(x).compile().memory_analysis()  # of one device
+    assert memory.temp_size_in_bytes < 2 * x.nbytes / mesh.size
+    return run(x)
 
   first, *others = on_every_mesh(dropped)
   assert all((other == first).all() for other in others)
+
+
+COLLECTIVE = re.compile(r'= (.*?) (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(-start)?\(')
+
+
+@pytest.mark.parametrize('mesh', ['8x1'], indirect=True)
+def test_under_stage_3_devices_exchange_parameters_and_gradients_never_activations(style, mesh, random_parameters):
+  plan = blueprint(dataclasses.replace(style, mlp_width=80), 28)
+  parameters = random_parameters(plan, zero_stage=3)
+  tokens = place(mesh, np.zeros((16, 28), np.int32), 'batch', None)
+  loss = lambda parameters, tokens: jnp.sum(plan.merge(parameters).hidden(tokens)[0])
+  program = jax.jit(jax.grad(loss)).lower(parameters, tokens).compile().as_text()
+  results = [match[1] for match in COLLECTIVE.finditer(program)]
+  exchanged = {tuple(map(int, sizes.split(','))) for result in results for sizes in re.findall(r'\w\[([\d,]+)\]', result)}
+  shapes = {shape.shape for shape in plan.shapes.values()}
+  assert exchanged and exchanged <= shapes | {shape[::-1] for shape in shapes}

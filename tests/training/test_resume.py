@@ -18,6 +18,8 @@ from gptjax.config import UserError
 from gptjax.training import loop, train
 
 TESTS = pathlib.Path(__file__).parents[1]
+pytestmark = pytest.mark.filterwarnings('ignore:Sharding info not provided')
+
 SETTINGS = {
   'model__dropout': 0.2, 'optimizer__name': 'muon', 'microbatches': 2, 'mesh__data': 2, 'zero_stage': 3, 'model__width': 32,
   'eval__every': 2, 'eval__sample_tokens': 8, 'checkpoint__every': 3}
@@ -130,7 +132,7 @@ def test_what_does_not_make_another_run_may_change(settings, stopped, tmp_path, 
   other.write_bytes(pathlib.Path(settings.data.files).read_bytes())
   values = {
     'steps': 9, 'batch_size': 8, 'microbatches': 1, 'zero_stage': 0, 'z_loss': 0.01, 'mesh.data': 4, 'mesh.model': 2,
-    'eval.every': 5, 'eval.rows': 4, 'eval.sample_tokens': 0, 'checkpoint.every': 2, 'checkpoint.keep': 1,
+    'eval.every': 5, 'eval.rows': 0, 'eval.sample_tokens': 0, 'checkpoint.every': 2, 'checkpoint.keep': 1,
     'checkpoint.keep_best': True, 'optimizer.peak_lr': 2e-3, 'optimizer.muon_lr': 0.01, 'optimizer.schedule': 'wsd',
     'optimizer.warmup': 1, 'optimizer.decay': 2, 'optimizer.final_fraction': 0.0, 'optimizer.b1': 0.8, 'optimizer.b2': 0.9,
     'optimizer.eps': 1e-7, 'optimizer.momentum': 0.9, 'optimizer.weight_decay': 0.0, 'optimizer.clip': 0.0,

@@ -117,7 +117,6 @@ def test_each_microbatch_has_a_dropout_of_its_own(one_device):
   assert abs(whole - half) > 1e-4
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 def test_the_first_steps_have_the_known_figures(optimizer, style, one_device):
   state, step = trainer(style, OptimizerConfig(name=optimizer, peak_lr=1e-2, warmup=0))
