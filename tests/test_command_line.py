@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,9 @@ from tiny import files_below, write_text
 
 from gptjax import config as configs
 from gptjax.checkpoint import load_trained
+
+CACHE = ROOT / '.jax_cache' / 'commands'
+"""Compiled programs are found again only where the cache lies in the same place."""
 
 RECIPE = """
 from gptjax.config import *
@@ -34,20 +38,18 @@ def call(name, *flags):
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):
-  """A folder with a text, a recipe and a cache."""
+  """A folder with a text and a recipe."""
   folder = tmp_path_factory.mktemp('home')
   text = write_text(folder / 'text.txt')
   (folder / 'recipe.py').write_text(RECIPE.format(text=str(text)))
-  (folder / 'cache').mkdir()
-  (ROOT / '.jax_cache').mkdir(exist_ok=True)
-  (folder / 'cache' / 'compiled').symlink_to(ROOT / '.jax_cache')
+  shutil.rmtree(CACHE / 'data', ignore_errors=True)
   return folder
 
 
 @pytest.fixture(scope='module')
 def trained(home):
   """The workdir of a run on two virtual devices, and what the command wrote."""
-  done = call('train', f'--config={home}/recipe.py', f'--workdir={home}/run', f'--cache_dir={home}/cache', '--cpu_devices=2',
+  done = call('train', f'--config={home}/recipe.py', f'--workdir={home}/run', f'--cache_dir={CACHE}', '--cpu_devices=2',
               '--log_every=2', '--profile_steps=2:3', '--config.optimizer.peak_lr=3e-3')
   assert done.returncode == 0, done.stderr
   return home / 'run', done
@@ -70,7 +72,7 @@ def test_train_makes_a_run(trained):
 def test_evaluate_ends_with_one_json_object(trained, home):
   workdir, _ = trained
   before = set(files_below(workdir))
-  done = call('evaluate', f'--workdir={workdir}', f'--cache_dir={home}/cache')  # on one device
+  done = call('evaluate', f'--workdir={workdir}', f'--cache_dir={CACHE}')  # on one device
   assert done.returncode == 0 and 'Traceback' not in done.stderr
   score = json.loads(done.stdout.splitlines()[-1])
   assert {*score} == {'loss', 'perplexity', 'bits_per_byte', 'tokens', 'step'} and score['step'] == 6
@@ -84,7 +86,7 @@ def test_evaluate_ends_with_one_json_object(trained, home):
 
 def test_generate_streams_the_same_text_for_the_same_seed(trained, home):
   workdir, _ = trained
-  flags = (f'--workdir={workdir}', f'--cache_dir={home}/cache', '--prompt=the cat', '--max_tokens=300')
+  flags = (f'--workdir={workdir}', f'--cache_dir={CACHE}', '--prompt=the cat', '--max_tokens=300')
   with subprocess.Popen(command('generate', *flags, '--seed=1'), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT) as process:
     first = os.read(process.stdout.fileno(), 12)
     assert process.poll() is None  # text came, and more is to come
@@ -133,7 +135,7 @@ def test_a_mistake_in_training_is_one_line_and_leaves_nothing(flags, message, ho
 ])
 def test_a_mistake_with_a_trained_model_is_one_line(name, flags, message, trained, home):
   before = files_below(home)
-  done = call(name, f'--cache_dir={home}/cache', *(flag.format(home=home) for flag in flags))
+  done = call(name, f'--cache_dir={CACHE}', *(flag.format(home=home) for flag in flags))
   told = [line for line in done.stderr.splitlines() if not line.startswith('restored ')]
   assert len(told) == 1 and told[0].startswith('error: ' + message.format(home=home)), done.stderr
   assert done.returncode == 2 and files_below(home) == before
@@ -145,7 +147,7 @@ def test_a_full_disk_ends_a_run_with_one_line(home, tmp_path):
   if os.getuid() or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=600k', 'none', disk], capture_output=True).returncode:
     pytest.skip('only root may mount a small disk')
   try:
-    done = call('train', f'--config={home}/recipe.py', f'--workdir={disk}/run', f'--cache_dir={home}/cache', '--config.steps=40',
+    done = call('train', f'--config={home}/recipe.py', f'--workdir={disk}/run', f'--cache_dir={CACHE}', '--config.steps=40',
                 '--config.eval.every=0', '--config.checkpoint.every=1', '--config.checkpoint.keep=60')
     assert done.returncode == 2 and 'Traceback' not in done.stderr
     assert [line for line in done.stderr.splitlines() if 'rror' in line] == [done.stderr.splitlines()[-1]]
