@@ -1,14 +1,17 @@
 """The smallest batches, steps and runs; what the tests of training, checkpoints, evaluation and commands share."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import random
+import subprocess
 
 import jax
 import numpy as np
 import optax
+import pytest
 
 from gptjax import config as configs
 from gptjax.config import Config, DataConfig, EvalConfig, ModelConfig, OptimizerConfig, TokenizerConfig
@@ -97,3 +100,16 @@ def files_below(folder):
   """Paths of all files and folders below a folder, relative to it."""
   return sorted(os.path.relpath(os.path.join(root, name), folder)
                 for root, folders, files in os.walk(folder) for name in (*folders, *files))
+
+
+@contextlib.contextmanager
+def small_disk(folder, size):
+  """Mounts a file system of a few bytes on a new folder; skips the test where that is not allowed."""
+  folder.mkdir()
+  mount = ['mount', '-t', 'tmpfs', '-o', f'size={size}', 'none', folder]
+  if os.getuid() or subprocess.run(mount, capture_output=True).returncode:
+    pytest.skip('only root may mount a small disk')
+  try:
+    yield folder
+  finally:
+    subprocess.run(['umount', '--lazy', folder], check=True)

@@ -1,5 +1,6 @@
 """Where a run writes what happens: metrics.jsonl, TensorBoard, samples.jsonl and the terminal."""
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -8,9 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import RecordWriter
 
 from gptjax.files import json_line, write_whole
 
@@ -80,9 +81,9 @@ class Logbook:
   def close(self) -> None:
     """Flushes everything; the bar leaves the terminal as it found it."""
     self._bar.stop()
-    self._board.close()
-    for file in self._files.values():
-      file.close()
+    with contextlib.ExitStack() as stack:  # each, even where another finds the disk full
+      for file in (self._board, *self._files.values()):
+        stack.callback(file.close)
 
   def _write(self, name: str, record: dict[str, Any]) -> None:
     self._files[name].write(json_line(record) + '\n')
@@ -99,9 +100,10 @@ class _Board:
 
   def __init__(self, folder: Path, first: int):
     folder.mkdir(parents=True, exist_ok=True)
-    self._writer = EventsWriter(str(folder / 'events'))
+    self._file = RecordWriter(str(folder / f'events.out.tfevents.{time.time():.6f}'))
+    self.flush, self.close = self._file.flush, self._file.close
+    self._add(0, file_version='brain.Event:2')
     self._add(first, session_log=SessionLog(status=SessionLog.START))
-    self.flush, self.close = self._writer.flush, self._writer.close
 
   def scalars(self, step: int, figures: dict[str, float]) -> None:
     self._add(step, summary=Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in figures.items()]))
@@ -111,7 +113,7 @@ class _Board:
     self._add(step, summary=summary.text(name, indented))
 
   def _add(self, step: int, **content: Any) -> None:
-    self._writer.write_event(Event(step=step, wall_time=time.time(), **content))
+    self._file.write(Event(step=step, wall_time=time.time(), **content).SerializeToString())
 
 
 def _cut(path: Path, step: int) -> Path:

@@ -1,4 +1,4 @@
-"""Checkpoints come back bit by bit, on whatever mesh; the right ones are kept; what does not fit is told in one line."""
+"""Checkpoints come back bit by bit, on whatever mesh; the right ones are kept; what does not fit is one line."""
 
 import dataclasses
 import shutil
@@ -35,8 +35,8 @@ def description(model=MODEL, optimizer='muon', devices=(1, 1), zero_stage=0):
 def fill(described, seed=0):
   """Arrays of these shapes, dtypes and shardings, no value twice."""
   rng = np.random.default_rng(seed)
-  draw = lambda s: jax.device_put(rng.permuted(np.arange(s.size)).reshape(s.shape).astype(s.dtype) + rng.random(), s.sharding)
-  return jax.tree.map(lambda s: draw(s).astype(s.dtype), described)
+  draw = lambda s: (rng.permuted(np.arange(s.size)).reshape(s.shape) + rng.random()).astype(s.dtype)
+  return jax.tree.map(lambda s: jax.device_put(draw(s), s.sharding), described)
 
 
 def saved(folder, steps=(1,), config=None, losses=None):

@@ -1,15 +1,14 @@
 """Whatever ends a save before its time, the checkpoints that were there stay, and saving goes on."""
 
 import multiprocessing
-import os
 import random
-import subprocess
 import time
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
+from tiny import small_disk
 
 from gptjax.checkpoint import Checkpoints, Progress
 from gptjax.config import CheckpointConfig, UserError
@@ -77,27 +76,17 @@ def test_a_kill_while_saving_loses_nothing_that_was_saved(tmp_path):
   assert interrupted >= 2, 'the kills came too late to test anything'
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-  """A folder on a file system of 80 MiB."""
-  folder = tmp_path / 'disk'
-  folder.mkdir()
-  if os.getuid() or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=80m', 'none', folder], capture_output=True).returncode:
-    pytest.skip('only root may mount a small disk')
-  yield folder
-  subprocess.run(['umount', '--lazy', folder], check=True)
-
-
-def test_a_full_disk_is_one_line_and_loses_nothing_that_was_saved(small_disk):
-  checkpoints = Checkpoints(small_disk / 'checkpoints', CheckpointConfig(keep=5))
-  for step in (1, 2):
-    checkpoints.save(Progress(step), state(step), None)
-  checkpoints.save(Progress(3), state(3), None)
-  with pytest.raises(UserError, match=r"^checkpoint: '.*', accepted: a disk with space left$"):
-    checkpoints.wait()
-  with pytest.raises(UserError, match=r"^checkpoint: '.*', accepted: a disk with space left$"):
-    checkpoints.close()
-  resumed = Checkpoints(small_disk / 'checkpoints', CheckpointConfig(keep=1))
-  assert resumed.steps() == [1, 2]
-  for step in (1, 2):
-    assert_good(resumed, step)
+def test_a_full_disk_is_one_line_and_loses_nothing_that_was_saved(tmp_path):
+  with small_disk(tmp_path / 'disk', '80m') as disk:
+    checkpoints = Checkpoints(disk / 'checkpoints', CheckpointConfig(keep=5))
+    for step in (1, 2):
+      checkpoints.save(Progress(step), state(step), None)
+    checkpoints.save(Progress(3), state(3), None)
+    for end in (checkpoints.wait, checkpoints.close):
+      with pytest.raises(UserError, match=r"^checkpoint: '.*', accepted: a disk with space left$"):
+        end()
+    resumed = Checkpoints(disk / 'checkpoints', CheckpointConfig(keep=5))
+    assert resumed.steps() == [1, 2]
+    for step in (1, 2):
+      assert_good(resumed, step)
+    resumed.close()

@@ -22,7 +22,8 @@ def store():
   rng = np.random.default_rng(0)
   stream = np.concatenate([[1, *rng.integers(4, 50, length), 2] for length in LENGTHS]).astype(np.uint16)
   starts = np.cumsum([0, *(length + 2 for length in LENGTHS[:-1])])
-  return TokenStore(pathlib.Path(), stream, starts, bytes=3 * sum(LENGTHS), vocab_size=50, pad_id=0, bos_id=1, eos_id=2, sha256='')
+  return TokenStore(pathlib.Path(), stream, starts, bytes=3 * sum(LENGTHS), vocab_size=50, pad_id=0, bos_id=1, eos_id=2,
+                    sha256='')
 
 
 def rows_of(tokens):
@@ -57,12 +58,16 @@ def plain(model, random_parameters, one_device):
     counted = tokens[1:] != 1
     return -log_probabilities[np.arange(len(counted)), tokens[1:]][counted].sum(), counted.sum()
 
-  return lambda row, isolate: np.sum([nats(piece) for piece in (pieces_of(row) if isolate else [row]) if len(piece) > 1], axis=0)
+  def total(row, isolate):
+    pieces = pieces_of(row) if isolate else [row]
+    return np.sum([nats(piece) for piece in pieces if len(piece) > 1], axis=0)
+
+  return total
 
 
 def score(model, parameters, *, isolate, batch_size, **asked):
-  scorer = Scorer(model, next_token(z_loss=0.1), EvalRows(store(), CONTEXT), jax.sharding.get_mesh(), batch_size=batch_size,
-                  isolate_documents=isolate)
+  scorer = Scorer(model, next_token(z_loss=0.1), EvalRows(store(), CONTEXT), jax.sharding.get_mesh(),
+                  batch_size=batch_size, isolate_documents=isolate)
   return scorer(parameters, **asked)
 
 
@@ -91,7 +96,7 @@ def test_isolation_matters_here(model, random_parameters, one_device):
 
 
 @pytest.mark.parametrize('count', [1, 4, 8, 9, 100])
-def test_a_part_of_the_rows_is_evenly_spaced_and_stands_for_its_part_of_the_bytes(model, plain, random_parameters, count):
+def test_a_part_of_the_rows_is_evenly_spaced_and_stands_for_its_bytes(model, plain, random_parameters, count):
   held = store()
   rows = rows_of(held.tokens)
   assert len(rows) == 9

@@ -59,7 +59,7 @@ def test_greedy_text_is_that_of_full_forward_passes_even_beyond_the_context(styl
     assert len(set(drawn)) > 3  # no text that would agree by accident
 
 
-@pytest.mark.parametrize('context', [1, 2, 5])
+@pytest.mark.parametrize('context', [1, 5])
 @pytest.mark.parametrize('style', ['modern'], indirect=True)
 def test_a_context_of_any_size_will_do(style, context, one_device, random_parameters):
   plan = blueprint(style, context)
@@ -93,14 +93,14 @@ def test_draws_repeat_with_their_key(style, one_device, random_parameters):
   assert one == again != other
 
 
-def test_the_text_is_the_same_on_every_mesh(style, random_parameters):
+def test_the_text_is_the_same_on_one_device_and_spread_over_eight(style, random_parameters):
   plan = blueprint(style, 12)
   texts = []
-  for sizes in ((1, 1), (8, 1), (4, 2)):
+  for sizes in ((1, 1), (4, 2)):
     with jax.set_mesh(mesh := make_mesh(MeshConfig(*sizes))):
       parameters = random_parameters(plan, zero_stage=0 if sizes == (1, 1) else 3)
       texts.append(take(Generator(plan, mesh, Sampling(temperature=1.0)), parameters, [1, 2, 3], 30))
-  assert all(text == texts[0] for text in texts)
+  assert texts[0] == texts[1]
 
 
 def test_prompts_of_every_length_share_two_programs(style, one_device, random_parameters):

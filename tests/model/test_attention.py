@@ -37,8 +37,7 @@ def plain_attention(q, k, v, segments):
   return out
 
 
-@pytest.mark.parametrize('length', [BLOCK - 1, BLOCK, 2 * BLOCK + 2])
-@pytest.mark.parametrize('key_heads', [1, 2, 4])
+@pytest.mark.parametrize('length, key_heads', [(BLOCK - 1, 1), (BLOCK, 4), (2 * BLOCK + 2, 2)])
 def test_blocks_equal_the_square_and_the_formula(length, key_heads):
   q, k, v = draw(0, 2, length, 4, 8), draw(1, 2, length, key_heads, 8), draw(2, 2, length, key_heads, 8)
   segments = np.sort(np.random.default_rng(3).integers(0, 3, (2, length)), 1)

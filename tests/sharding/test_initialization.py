@@ -10,21 +10,21 @@ from gptjax.model import blueprint
 from gptjax.training import abstract, initializer, make_optimizer
 
 
-@pytest.mark.parametrize('scan', [False, True])
-@pytest.mark.parametrize('mesh', ['8x1', '4x2'], indirect=True)
+@pytest.mark.parametrize('mesh, scan', [('8x1', False), ('8x1', True), ('4x2', True)], indirect=['mesh'])
 def test_nothing_whole_is_made_under_stage_3(mesh, scan):
-  plan = blueprint(ModelConfig(layers=4, width=128, heads=4, vocab_size=4096, scan=scan), 128)
+  plan = blueprint(ModelConfig(layers=2, width=128, heads=4, vocab_size=4096, scan=scan), 128)
   optimizer = make_optimizer(OptimizerConfig(), steps=10, warmup=0, decay=0)
   initialize = initializer(plan, optimizer, 3, mesh, seed=0)
   memory = initialize.lower().compile().memory_analysis()  # of one device
   model = sum(4 * math.prod(shape.shape) for shape in plan.shapes.values())
-  assert model > 5e6
+  assert model > 3e6
   # Parameters and AdamW's two moments, an eighth of each; small parameters are whole.
   assert memory.output_size_in_bytes < 1.1 * 3 * model / 8
   # Largest while it works: an eighth of the embedding table, a few times over (random bits, uniform, normal).
   assert memory.temp_size_in_bytes < 0.3 * model
 
 
+@pytest.mark.parametrize('mesh', ['4x2'], indirect=True)
 def test_the_abstract_state_is_that_of_the_state_that_is_made(style, mesh):
   plan = blueprint(style, 16)
   initialize = initializer(plan, make_optimizer(OptimizerConfig(), steps=10, warmup=0, decay=0), 3, mesh, seed=0)

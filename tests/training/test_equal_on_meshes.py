@@ -31,7 +31,10 @@ def follow(model, optimizer, devices, zero_stage):
     return np.array(figures, np.float64), held / sum(leaf.size for leaf in arrays)
 
 
-@pytest.mark.parametrize('style, optimizer, tolerance', [('gpt2', 'adamw', 1e-5), ('modern', 'muon', 1e-4)], indirect=['style'])
+CASES = [('gpt2', 'adamw', 1e-5), ('modern', 'muon', 1e-4)]
+
+
+@pytest.mark.parametrize('style, optimizer, tolerance', CASES, indirect=['style'])
 def test_losses_are_those_of_one_device(style, optimizer, tolerance):
   modern = style.mlp == 'swiglu'
   model = dataclasses.replace(style, dropout=0.1, scan=modern, layers=2 if modern else 1)

@@ -15,7 +15,8 @@ def devices(kind, count):
 
 
 @pytest.mark.parametrize('kind, name, each', [
-  ('TPU v4', 'TPU v4', 275e12), ('TPU v5 lite', 'TPU v5 lite', 197e12), ('TPU v5', 'TPU v5', 459e12), ('TPU v5p', 'TPU v5p', 459e12),
+  ('TPU v4', 'TPU v4', 275e12), ('TPU v5 lite', 'TPU v5 lite', 197e12), ('TPU v5', 'TPU v5', 459e12),
+  ('TPU v5p', 'TPU v5p', 459e12),
   ('TPU v6 lite', 'TPU v6 lite', 918e12), ('NVIDIA A100-SXM4-80GB', 'NVIDIA A100', 312e12),
   ('NVIDIA H100 80GB HBM3', 'NVIDIA H100', 989e12), ('NVIDIA H200', 'NVIDIA H200', 989e12),
 ])

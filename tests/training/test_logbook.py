@@ -2,11 +2,10 @@
 
 import contextlib
 import json
-import os
-import subprocess
 
 import pytest
 from tensorboardX.proto import event_pb2
+from tiny import small_disk
 
 from gptjax.evaluation import Score
 from gptjax.training.logbook import Logbook
@@ -32,7 +31,8 @@ def test_lines_are_written_at_once_and_in_order(tmp_path, open_book):
   book.sample(1, 'to ', 'be\n"or" \u2028 not')
   book.step(2, METRICS | {'loss': 2.25})
   assert lines(tmp_path) == [
-    {'step': 1, **METRICS}, {'step': 1, 'eval/valid/loss': 2.0, 'eval/valid/perplexity': 7.4, 'eval/valid/bits_per_byte': 1.5},
+    {'step': 1, **METRICS},
+    {'step': 1, 'eval/valid/loss': 2.0, 'eval/valid/perplexity': 7.4, 'eval/valid/bits_per_byte': 1.5},
     {'step': 2, **METRICS, 'loss': 2.25}]
   assert lines(tmp_path, 'samples.jsonl') == [{'step': 1, 'prompt': 'to ', 'text': 'be\n"or" \u2028 not'}]
 
@@ -44,7 +44,8 @@ def test_what_came_after_the_step_is_cut_off(tmp_path, open_book):
     book.sample(step, '', f'\u2028\x0c{step}')
   book.close()
   again = open_book(4)
-  assert [line['step'] for line in lines(tmp_path)] == [line['step'] for line in lines(tmp_path, 'samples.jsonl')] == [1, 2, 3, 4]
+  for name in ('metrics.jsonl', 'samples.jsonl'):
+    assert [line['step'] for line in lines(tmp_path, name)] == [1, 2, 3, 4]
   again.step(5, METRICS)
   assert [line['step'] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
   assert not list(tmp_path.glob('*.partial'))
@@ -90,8 +91,6 @@ def test_tensorboard_gets_the_same_figures_and_is_told_what_to_forget(checkpoint
   for step in (1, 2, 3):
     book.step(step, METRICS)
   book.close()
-  file, = (tmp_path / 'tensorboard').iterdir()
-  file.rename(file.with_name('events.out.tfevents.0'))  # named by the second, and the next comes within it
   again = open_book(checkpoint)
   again.step(3, METRICS)
   again.sample(3, 'to ', 'be\nor')
@@ -106,19 +105,13 @@ def test_tensorboard_gets_the_same_figures_and_is_told_what_to_forget(checkpoint
 
 
 def test_a_full_disk_is_an_error_and_no_hang(tmp_path):
-  disk = tmp_path / 'disk'
-  disk.mkdir()
-  if os.getuid() or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=64k', 'none', disk], capture_output=True).returncode:
-    pytest.skip('only root may mount a small disk')
-  try:
+  with small_disk(tmp_path / 'disk', '64k') as disk:
     book = Logbook(disk, 0, 1000)
     with pytest.raises(OSError, match='No space left'):  # noqa: PT012
       for step in range(1000):
         book.step(step, METRICS)
     with contextlib.suppress(OSError):
       book.close()
-  finally:
-    subprocess.run(['umount', '--lazy', disk], check=True)
 
 
 def test_the_terminal_has_a_line_a_step_on_stderr(open_book, capsys):
@@ -128,5 +121,6 @@ def test_the_terminal_has_a_line_a_step_on_stderr(open_book, capsys):
   book.say('[bold] is no markup')
   captured = capsys.readouterr()
   assert captured.out == ''
-  assert captured.err.startswith(' mesh  data 1 x model 1\nsteps  10\nstep 5/10  loss 2.5000  10,000 tokens/s  MFU 25.0%  0:00:0')
+  start = ' mesh  data 1 x model 1\nsteps  10\nstep 5/10  loss 2.5000  10,000 tokens/s  MFU 25.0%  0:00:0'
+  assert captured.err.startswith(start)
   assert captured.err.endswith('[bold] is no markup\n')

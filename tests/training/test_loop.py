@@ -42,14 +42,16 @@ def compiled(monkeypatch):
 
 
 def test_a_run_compiles_its_step_once_and_nothing_later(tmp_path, text, cache, compiled):
-  run(config(text, mesh__data=2, optimizer__name='muon', model__dropout=0.1, steps=13, eval__every=3, eval__sample_tokens=20,
-             checkpoint__every=2), tmp_path, cache)
+  settings = config(text, mesh__data=2, optimizer__name='muon', model__dropout=0.1, steps=13, eval__every=3,
+                    eval__sample_tokens=20, checkpoint__every=2)
+  run(settings, tmp_path, cache)
   assert [name for _, name in compiled].count('jit(step)') == 1
   assert not [name for step, name in compiled if step > 3]  # by then all has been done once
 
 
 def test_a_run_writes_all_it_promises(tmp_path, text, cache, capsys):
-  settings = config(text, mesh__data=2, steps=10, eval__every=4, eval__sample_tokens=6, eval__prompt='the', checkpoint__every=3)
+  settings = config(text, mesh__data=2, steps=10, eval__every=4, eval__sample_tokens=6, eval__prompt='the',
+                    checkpoint__every=3)
   lines = run(settings, tmp_path, cache, log_every=3)
   assert [(line['step'], 'loss' in line) for line in lines] == [
     (1, True), (3, True), (4, False), (6, True), (8, False), (9, True), (10, True), (10, False)]
@@ -97,7 +99,8 @@ def test_a_trace_ends_with_the_run_at_the_latest(tmp_path, text, cache):
 
 def test_a_run_that_diverges_says_so_and_keeps_the_best(tmp_path, text, cache):
   # At such a rate the second validation is of parameters that are no numbers.
-  settings = config(text, steps=6, eval__every=2, eval__rows=0, checkpoint__every=2, checkpoint__keep=1, checkpoint__keep_best=True)
+  settings = config(text, steps=6, eval__every=2, eval__rows=0, checkpoint__every=2, checkpoint__keep=1,
+                    checkpoint__keep_best=True)
   run(settings, tmp_path, cache, stop_at=2)
   lines = run(configs.override(settings, {'optimizer.peak_lr': 1e30}), tmp_path, cache)
   losses = [line['eval/valid/loss'] for line in lines if 'eval/valid/loss' in line]

@@ -54,7 +54,8 @@ def objective(z_loss):
 @pytest.mark.parametrize('scale', [0.1, 30.0, 1e4])
 def test_cross_entropy_is_the_negative_log_probability(scale, mesh):
   targets = examples()['targets'].ravel()
-  losses, normalizer = jax.jit(cross_entropy)(place(mesh, logits(scale), 'batch', 'vocab'), place(mesh, targets, 'batch'))
+  placed = place(mesh, logits(scale), 'batch', 'vocab'), place(mesh, targets, 'batch')
+  losses, normalizer = jax.jit(cross_entropy)(*placed)
   expected = reference(logits(scale), targets)
   np.testing.assert_allclose(losses, expected[0], rtol=1e-6, atol=1e-6 * scale)
   np.testing.assert_allclose(normalizer, expected[1], rtol=1e-6)

@@ -1,4 +1,4 @@
-"""Learning rates follow their formulas; decay, Muon and clipping touch the parameters they are meant for, as published."""
+"""Learning rates follow their formulas; decay, Muon and clipping touch the parameters meant, as published."""
 
 import math
 

@@ -72,7 +72,8 @@ def test_microbatches_change_nothing(shallow, mesh):
     results[microbatches] = host((state.parameters, metrics))
   for microbatches in (2, 4):
     for (path, got), want in zip(jax.tree.leaves_with_path(results[microbatches]), jax.tree.leaves(results[1])):
-      np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-7, err_msg=f'{microbatches} {jax.tree_util.keystr(path)}')
+      message = f'{microbatches} {jax.tree_util.keystr(path)}'
+      np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-7, err_msg=message)
 
 
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
