@@ -120,7 +120,7 @@ def test_under_stage_3_devices_exchange_parameters_and_gradients_never_activatio
   tokens = place(mesh, np.zeros((16, 28), np.int32), 'batch', None)
   loss = lambda parameters, tokens: jnp.sum(plan.merge(parameters).hidden(tokens)[0])
   program = jax.jit(jax.grad(loss)).lower(parameters, tokens).compile().as_text()
-  results = [match[1] for match in COLLECTIVE.finditer(program)]
-  exchanged = {tuple(map(int, sizes.split(','))) for result in results for sizes in re.findall(r'\w\[([\d,]+)\]', result)}
+  results = ' '.join(match[1] for match in COLLECTIVE.finditer(program))
+  exchanged = {tuple(map(int, sizes.split(','))) for sizes in re.findall(r'\w\[([\d,]+)\]', results)}
   shapes = {shape.shape for shape in plan.shapes.values()}
   assert exchanged and exchanged <= shapes | {shape[::-1] for shape in shapes}

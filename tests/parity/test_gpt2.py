@@ -107,7 +107,8 @@ def test_logits_loss_and_every_gradient_are_those_of_transformers(attention, one
     np.testing.assert_allclose(gradient, theirs[name], 1e-4, 1e-4 * scale + 1e-7, err_msg=name)
 
 
-@pytest.mark.parametrize('mesh, zero_stage, microbatches, clip', [('1x1', 0, 1, 1e6), ('4x2', 3, 2, 0.5)], indirect=['mesh'])
+@pytest.mark.parametrize(
+    'mesh, zero_stage, microbatches, clip', [('1x1', 0, 1, 1e6), ('4x2', 3, 2, 0.5)], indirect=['mesh'])
 def test_steps_of_adamw_are_those_of_pytorch(mesh, zero_stage, microbatches, clip):
   # eps well above rounding: the gradient of the keys' biases is zero but for rounding, which Adam would blow up.
   config = OptimizerConfig(peak_lr=1e-2, schedule='constant', b1=0.8, b2=0.9, eps=1e-4, weight_decay=0.3, clip=clip)

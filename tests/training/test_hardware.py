@@ -24,7 +24,8 @@ def test_known_devices_count_by_their_data_sheet(kind, name, each):
   assert peak_flops(devices(kind, 4), 'float32') == (4 * each, f'{name} bfloat16 data sheet')
 
 
-def test_other_devices_are_measured(monkeypatch):
+@pytest.mark.parametrize('mesh', ['4x2'], indirect=True)  # a run's mesh must not be in the way
+def test_other_devices_are_measured(mesh, monkeypatch):
   peak, source = peak_flops(jax.devices()[:1], 'bfloat16')
   assert 1e8 < peak < 1e15 and source == 'measured 2048 x 2048 bfloat16 matrix product'
   # With a clock that moves half a second a look, virtual CPU devices are still one machine.
