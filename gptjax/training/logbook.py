@@ -82,8 +82,8 @@ class Logbook:
     """Flushes everything; the bar leaves the terminal as it found it."""
     self._bar.stop()
     with contextlib.ExitStack() as stack:  # each, even where another finds the disk full
-      for file in (self._board, *self._files.values()):
-        stack.callback(file.close)
+      for close in (self._board.close, *(file.close for file in self._files.values())):
+        stack.callback(close)
 
   def _write(self, name: str, record: dict[str, Any]) -> None:
     self._files[name].write(json_line(record) + '\n')
