@@ -25,7 +25,7 @@ help:  ## what can be made
 	$(RUN) pip install --quiet --disable-pip-version-check -r requirements-parity.txt
 	@touch $@
 
-train: .venv/runtime  ## the default job: prepare, train, evaluate, sample, report (about 6 minutes on 2 cores)
+train: .venv/runtime  ## the default job: prepare, train, evaluate, sample, report (about 7 minutes on 2 cores)
 	$(RUN) gptjax.train --config=configs/default.py --workdir=$(WORKDIR)
 	$(RUN) gptjax.evaluate --workdir=$(WORKDIR)
 	$(RUN) gptjax.generate --workdir=$(WORKDIR) --prompt='def read_lines(path):'
