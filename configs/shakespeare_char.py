@@ -1,6 +1,6 @@
 """nanoGPT's GPU recipe: a GPT-2 of 10.7M parameters on Tiny Shakespeare by characters.
 
-Give the text: --config.data.files=PATH/input.txt (1,115,394 characters; the first 90 % train).
+Give the text: --config.data.source.path=PATH/input.txt (1,115,394 characters; the first 90 % train).
 Expected on a GPU: best validation loss at most 1.48 nats per character (nanoGPT publishes 1.4697 on sampled batches); it
 overfits after that, so the best checkpoint is kept: evaluate it with --step=best.
 """
@@ -14,7 +14,7 @@ def get_config() -> Config:
       layers=6, heads=6, width=384, bias=False,
       dropout=0.2),  # 10 times more parameters than characters: it would memorize the text
     data=DataConfig(
-      files='input.txt',
+      source=SourceConfig('input.txt'),
       context=256,
       isolate_documents=False,  # the text is one document
       tokenizer=TokenizerConfig(kind='chars')),

@@ -1,17 +1,17 @@
 """nanoGPT's CPU recipe: a GPT-2 of 0.8M parameters on Tiny Shakespeare by characters, in about a minute on 2 cores.
 
-Give the text: --config.data.files=PATH/input.txt (1,115,394 characters; the first 90 % train).
+Give the text: --config.data.source.path=PATH/input.txt (1,115,394 characters; the first 90 % train).
 Expected: 1.90 nats per character over the whole validation split (nanoGPT itself: 1.898, 1.903, 1.913 over 3 seeds).
 """
 
-from gptjax.config import CheckpointConfig, Config, DataConfig, EvalConfig, ModelConfig, OptimizerConfig, TokenizerConfig
+from gptjax.config import CheckpointConfig, Config, DataConfig, EvalConfig, ModelConfig, OptimizerConfig, SourceConfig, TokenizerConfig
 
 
 def get_config() -> Config:
   return Config(
     model=ModelConfig(layers=4, heads=4, width=128, bias=False),
     data=DataConfig(
-      files='input.txt',
+      source=SourceConfig('input.txt'),
       context=64,
       isolate_documents=False,  # the text is one document
       tokenizer=TokenizerConfig(kind='chars')),

@@ -1,11 +1,12 @@
 """The modern recipe at nanoGPT's size: the same 1,536,000 tokens, no more than its 804,096 parameters, on 2 cores.
 
-Give the text: --config.data.files=PATH/input.txt (1,115,394 characters; the first 90 % train).
+Give the text: --config.data.source.path=PATH/input.txt (1,115,394 characters; the first 90 % train).
 Expected: 1.542 nats per character over the whole validation split, in 2 to 3 minutes (nanoGPT's recipe: 1.90).
 """
 
 from gptjax.config import (
-  CheckpointConfig, Config, DataConfig, EvalConfig, ModelConfig, OptimizerConfig, TokenizerConfig)
+  CheckpointConfig, Config, DataConfig, EvalConfig, ModelConfig, OptimizerConfig, SourceConfig,
+  TokenizerConfig)
 
 
 def get_config() -> Config:
@@ -15,7 +16,7 @@ def get_config() -> Config:
       mlp_width=336,  # three matrices of it weigh as much as two of 4 * width
       positions='rope', norm='rmsnorm', mlp='swiglu', qk_norm=True, bias=False),
     data=DataConfig(
-      files='input.txt',
+      source=SourceConfig('input.txt'),
       context=256,  # rotary positions cost no parameters, and longer rows tell more about each character
       isolate_documents=False,  # the text is one document
       tokenizer=TokenizerConfig(kind='chars')),

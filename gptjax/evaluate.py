@@ -27,21 +27,28 @@ def main(_) -> None:
   print(trained.description, file=sys.stderr)
   held_out = data.open_held_out(workdir / 'data')
   config = trained.config
-  rows = data.EvalRows(held_out.valid, config.data.context)
+  sets = {name: data.EvalRows(store, config.data.context, config.data.isolate_documents) for name, store in held_out.valid.items()}
   devices = trained.mesh.shape['data']
   console = Console(stderr=True)
   with jax.set_mesh(trained.mesh), Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-    scorer = evaluation.Scorer(trained.blueprint, training.next_token(), rows, trained.mesh,
-                               batch_size=-(-config.sequences // devices) * devices,
-                               isolate_documents=config.data.isolate_documents)
-    task = bar.add_task('rows', total=rows.count)
-    score = scorer(trained.parameters, advance=lambda count: bar.advance(task, count))
-  result = {**dataclasses.asdict(score), 'step': trained.step}
-  yardsticks = data.compression_yardsticks(held_out)
+    scorer = evaluation.Scorer(trained.blueprint, training.next_token(), trained.mesh, -(-config.sequences // devices) * devices)
+    task = bar.add_task('rows', total=sum(rows.count for rows in sets.values()))
+    scores = scorer.sets(trained.parameters, sets, held_out.tags, advance=lambda count: bar.advance(task, count))
+  result = {**dataclasses.asdict(scores.overall), 'step': trained.step}
+  if len(sets) > 1:
+    _print(scores.named())
+    result |= {group: {name: dataclasses.asdict(score) for name, score in getattr(scores, group).items()} for group in ('sets', 'tags')}
+  yardsticks = data.compression_yardsticks(held_out.tokenizer, held_out.valid)
   write_whole(workdir / 'evaluation.json', json_line(result | {'yardsticks': yardsticks}) + '\n')
   for name, bits in yardsticks.items():
     print(f'{name} of the same documents: {bits:.4f} bits per byte')
   print(json_line(result))
+
+
+def _print(scores: dict) -> None:
+  print(f'{"set":<24}{"loss":>10}{"perplexity":>14}{"bits/byte":>12}{"tokens":>14}')
+  for name, score in scores.items():
+    print(f'{name:<24}{score.loss:>10.4f}{score.perplexity:>14.3f}{score.bits_per_byte:>12.4f}{score.tokens:>14,}')
 
 
 if __name__ == '__main__':

@@ -1,7 +1,13 @@
 """Files that are whole or not there, and JSON that every reader understands."""
 
+import contextlib
+import fcntl
 import json
 import math
+import os
+import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +39,52 @@ def read_json(path: Path) -> Any:
     raise UserError(str(path), None, 'a JSON file; there is none') from None
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
     raise UserError(str(path), str(error), 'a whole JSON file') from None
+
+
+@contextlib.contextmanager
+def building(directory: Path) -> Iterator[Path | None]:
+  """A folder that appears whole or not at all: the body fills another beside it, which then takes its place.
+
+  Yields the folder to fill, or None where `directory` is there already. One process at a time; others wait. A killed
+  process, or one that found the disk full, leaves what it had to be found there by the next; a body that raises a UserError
+  leaves nothing.
+  """
+  if directory.exists():
+    yield None
+    return
+  directory.parent.mkdir(parents=True, exist_ok=True)
+  with locked(directory.with_name(f'{directory.name}.lock')):
+    if directory.exists():  # another process was faster
+      yield None
+      return
+    folder = directory.with_name(f'{directory.name}.building')
+    folder.mkdir(exist_ok=True)
+    try:
+      yield folder
+    except UserError:
+      shutil.rmtree(folder)
+      raise
+    folder.rename(directory)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+  """Holds a lock file while the body runs; waits for whoever has it. The system frees the lock of a killed process."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  while True:
+    file = path.open('w')
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      print(f'waiting for another process that prepares the same ({path})', file=sys.stderr, flush=True)
+      fcntl.flock(file, fcntl.LOCK_EX)
+    # Whoever had it removed its file at the end: a lock counts only on the file that is there now.
+    with contextlib.suppress(FileNotFoundError):
+      if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+        break
+    file.close()
+  try:
+    yield
+  finally:
+    path.unlink(missing_ok=True)
+    file.close()

@@ -25,7 +25,7 @@ from gptjax.config import *
 def get_config():
   return Config(
     model=ModelConfig(layers=1, heads=2, width=16),
-    data=DataConfig(files={text!r}, context=16, tokenizer=TokenizerConfig(kind='chars')),
+    data=DataConfig(source=SourceConfig({text!r}), context=16, tokenizer=TokenizerConfig(kind='chars')),
     optimizer=OptimizerConfig(warmup=2), eval=EvalConfig(every=3, sample_tokens=5), steps=6, batch_size=4)
 """
 
@@ -77,7 +77,7 @@ def test_evaluate_ends_with_one_json_object(trained, home):
   done = call('evaluate', f'--workdir={workdir}', f'--cache_dir={CACHE}')  # on one device
   assert done.returncode == 0 and 'Traceback' not in done.stderr
   score = json.loads(done.stdout.splitlines()[-1])
-  assert {*score} == {'loss', 'perplexity', 'bits_per_byte', 'tokens', 'step'} and score['step'] == 6
+  assert {*score} == {'loss', 'perplexity', 'bits_per_byte', 'tokens', 'bytes', 'step'} and score['step'] == 6
   final = lines_of(workdir)[-1]
   for name in ('loss', 'perplexity', 'bits_per_byte'):
     np.testing.assert_allclose(score[name], final[f'eval/valid/{name}'], rtol=1e-5)
@@ -119,7 +119,7 @@ def test_print_config_and_help_start_nothing(home):
   (['--config.batch_size=many'], "--config.batch_size: 'many', accepted: an integer"),
   (['--config.zero_stage=1'], 'zero_stage: 1, accepted: 0 or 3'),
   (['--config.batch_size=4', '--cpu_devices=8'], 'batch_size: 4, accepted: batch_size a multiple of mesh.data=8'),
-  (['--config.data.files=nowhere/text.txt'], "data.files: 'nowhere/text.txt', accepted: "),
+  (['--config.data.source.path=nowhere/text.txt'], "data.source.path: 'nowhere/text.txt', accepted: "),
   (['--profile_steps=3:2'], "--profile_steps: '3:2', accepted: "),
   (['--stop_at=-1'], "--stop_at: '-1', accepted: "),
   (['steps=3'], "argument: 'steps=3', accepted: "),

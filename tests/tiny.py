@@ -14,13 +14,13 @@ import optax
 import pytest
 
 from gptjax import config as configs
-from gptjax.config import Config, DataConfig, EvalConfig, ModelConfig, OptimizerConfig, TokenizerConfig
+from gptjax.config import Config, DataConfig, EvalConfig, ModelConfig, OptimizerConfig, SourceConfig, TokenizerConfig
 from gptjax.model import blueprint
 from gptjax.sharding import place
 from gptjax.training import Options, initializer, make_optimizer, next_token, schedule, train, train_step
 
 DURATIONS = {'steps': 100, 'warmup': 2, 'decay': 0}
-WALL_CLOCK = ('tokens_per_second', 'mfu')
+WALL_CLOCK = ('tokens_per_second', 'mfu', 'data_wait')
 """Fields of metrics.jsonl that two equal runs need not share."""
 
 
@@ -73,7 +73,7 @@ def config(text, **values):
   """The config of a run of 8 steps on a text file; `values` are dotted names with __ for the dot."""
   base = Config(
     model=ModelConfig(layers=1, heads=2, width=16),
-    data=DataConfig(files=str(text), context=16, tokenizer=TokenizerConfig(kind='chars')),
+    data=DataConfig(source=SourceConfig(str(text)), context=16, tokenizer=TokenizerConfig(kind='chars')),
     optimizer=OptimizerConfig(peak_lr=1e-2, warmup=2), mesh=configs.MeshConfig(data=1),
     eval=EvalConfig(every=4, rows=8, sample_tokens=0), steps=8, batch_size=4)
   return configs.override(base, {name.replace('__', '.'): value for name, value in values.items()})

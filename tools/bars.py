@@ -26,7 +26,7 @@ _ONLY = flags.DEFINE_list('only', [], 'bars to run; empty: all')
 _SHAKESPEARE = flags.DEFINE_string('shakespeare', '', 'Tiny Shakespeare, a file of 1,115,394 characters')
 _OUT = Path('docs/bars.md')
 
-CLOCK = {'tokens_per_second', 'mfu'}
+CLOCK = {'tokens_per_second', 'mfu', 'data_wait'}
 """Fields of metrics.jsonl that depend on the clock."""
 
 
@@ -72,7 +72,7 @@ def shakespeare() -> str:
   """The flag that names Tiny Shakespeare."""
   if not Path(_SHAKESPEARE.value).is_file():
     raise configs.UserError('--shakespeare', _SHAKESPEARE.value, 'the path of Tiny Shakespeare, input.txt')
-  return f'--config.data.files={_SHAKESPEARE.value}'
+  return f'--config.data.source.path={_SHAKESPEARE.value}'
 
 
 @bar
@@ -117,7 +117,7 @@ def shakespeare_char_cpu(folder: Path) -> Result:
   return Result("nanoGPT's CPU recipe, 3 seeds: mean at most 1.915 nats per character, each at most 1.925, at most 120 s each",
                 f'{", ".join(f"{x:.4f}" for x in losses)}, mean {mean:.4f}; {", ".join(f"{x:.0f} s" for x in seconds)}',
                 mean <= 1.915 and max(losses) <= 1.925 and max(seconds) <= 120,
-                'python -m gptjax.train --config=configs/shakespeare_char_cpu.py --config.data.files=input.txt --config.seed=0')
+                'python -m gptjax.train --config=configs/shakespeare_char_cpu.py --config.data.source.path=input.txt --config.seed=0')
 
 
 @bar
@@ -133,7 +133,7 @@ def shakespeare_char_modern(folder: Path) -> Result:
                 f'{loss:.4f}; {facts["parameters"]:,} parameters, {tokens:,} tokens, {seconds:.0f} s',
                 loss <= 1.60 and facts['parameters'] <= 804_096 and seconds <= 180
                 and int(config.steps) * config.batch_size * config.data.context <= 1_536_000,
-                'python -m gptjax.train --config=configs/shakespeare_char_modern.py --config.data.files=input.txt')
+                'python -m gptjax.train --config=configs/shakespeare_char_modern.py --config.data.source.path=input.txt')
 
 
 @bar
@@ -142,7 +142,7 @@ def shakespeare_char(folder: Path) -> Result:
   losses = [line['loss'] for line in lines if 'loss' in line]
   return Result("nanoGPT's GPU recipe: 20 steps run on CPU (its bar of 1.48 needs a GPU)",
                 f'{len(losses)} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}', len(losses) == 20 and losses[-1] < losses[0] - 0.5,
-                'python -m gptjax.train --config=configs/shakespeare_char.py --config.data.files=input.txt --stop_at=20')
+                'python -m gptjax.train --config=configs/shakespeare_char.py --config.data.source.path=input.txt --stop_at=20')
 
 
 @bar

@@ -1,9 +1,10 @@
 """The config room: typed, frozen dataclasses that say what a run is, and the flags and errors around them."""
 
 from gptjax.config.errors import UserError
-from gptjax.config.flags import describe, differences, flatten, from_json, load, override, run, to_json
+from gptjax.config.flags import checked, describe, differences, docstrings, flatten, from_json, load, override, run, to_json
 from gptjax.config.schema import (
     CheckpointConfig,
+    Component,
     Config,
     DataConfig,
     Duration,
@@ -11,12 +12,16 @@ from gptjax.config.schema import (
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
+    Phase,
+    SourceConfig,
     TokenizerConfig,
+    ValidationSet,
     duration_in_steps,
+    in_unit_of_steps,
 )
 
 __all__ = [
-    'CheckpointConfig', 'Config', 'DataConfig', 'Duration', 'EvalConfig', 'MeshConfig', 'ModelConfig',
-    'OptimizerConfig', 'TokenizerConfig', 'UserError', 'describe', 'differences', 'duration_in_steps', 'flatten',
-    'from_json', 'load', 'override', 'run', 'to_json',
+    'CheckpointConfig', 'Component', 'Config', 'DataConfig', 'Duration', 'EvalConfig', 'MeshConfig', 'ModelConfig',
+    'OptimizerConfig', 'Phase', 'SourceConfig', 'TokenizerConfig', 'UserError', 'ValidationSet', 'checked', 'describe', 'differences',
+    'docstrings', 'duration_in_steps', 'flatten', 'from_json', 'in_unit_of_steps', 'load', 'override', 'run', 'to_json',
 ]

@@ -23,3 +23,12 @@ class UserError(ValueError):
     if nearest:
       text += f'; did you mean {names[nearest[0]] if isinstance(names, Mapping) else nearest[0]}?'
     super().__init__(' '.join(text.split()))
+
+  def __reduce__(self):
+    return _again, (str(self),)  # so that a worker process can raise it
+
+
+def _again(text: str) -> UserError:
+  error = UserError.__new__(UserError)
+  error.args = (text,)
+  return error

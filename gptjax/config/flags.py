@@ -29,8 +29,8 @@ from absl import app, flags
 from gptjax.config.errors import UserError
 from gptjax.config.schema import Config, Duration
 
-Value = int | float | str
-"""What a field can hold; bool is an int."""
+Value = int | float | str | tuple
+"""What a field can hold; bool is an int, and a tuple is of dataclasses or of values again."""
 
 _BOOLEANS = {'true': True, '1': True, 'yes': True, 'false': False, '0': False, 'no': False}
 _CONFIG_FLAG = re.compile(r'--?config(?:\.([^=]*))?(?:=(.*))?', re.DOTALL)
@@ -54,9 +54,13 @@ def _flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
   return flat
 
 
-def flatten(config: Config) -> dict[str, Value]:
+def flatten(config: Any, prefix: str = '') -> dict[str, Value]:
   """Returns dotted names to values, in the order of the schema."""
-  return _flatten(dataclasses.asdict(config))
+  flat: dict[str, Any] = {}
+  for field in dataclasses.fields(config):
+    name, value = prefix + field.name, getattr(config, field.name)
+    flat |= flatten(value, f'{name}.') if dataclasses.is_dataclass(value) else {name: value}
+  return flat
 
 
 def differences(a: Config, b: Config) -> dict[str, tuple[Value, Value]]:
@@ -79,9 +83,39 @@ def override(config: Config, values: Mapping[str, object], where: str = '') -> C
   for name, value in values.items():
     if name not in _FIELDS:
       raise _unknown(name, value, where)
-    if not _accepts(_FIELDS[name], value):
-      raise UserError(where + name, value, _accepted(_FIELDS[name]), map(str, _choices(_FIELDS[name])))
-  return _rebuild(config, values)
+  return _rebuild(config, {name: checked(_FIELDS[name], value, where + name) for name, value in values.items()})
+
+
+def checked(hint: Any, value: Any, name: str) -> Any:
+  """Returns the value as its hint has it: what JSON has as lists and objects becomes tuples and dataclasses.
+
+  Raises:
+    UserError: a value of another type; the error calls it `name`.
+  """
+  if item := _item(hint):
+    if not isinstance(value, (list, tuple)):
+      raise UserError(name, value, _accepted(hint))
+    return tuple(checked(item, one, f'{name}[{index}]') for index, one in enumerate(value))
+  if dataclasses.is_dataclass(hint):
+    return _checked_object(hint, value, name)
+  if not _accepts(hint, value):
+    raise UserError(name, value, _accepted(hint), map(str, _choices(hint)))
+  return value
+
+
+def _checked_object(hint: Any, value: Any, name: str) -> Any:
+  hints = typing.get_type_hints(hint)
+  if isinstance(value, hint):
+    value = {field: getattr(value, field) for field in hints}
+  if not isinstance(value, dict):
+    raise UserError(name, value, f'an object with {", ".join(hints)}')
+  for field in value:
+    if field not in hints:
+      raise UserError(f'{name}.{field}', value[field], ', '.join(hints), list(hints), field)
+  for field in dataclasses.fields(hint):
+    if field.default is dataclasses.MISSING and field.name not in value:
+      raise UserError(f'{name}.{field.name}', None, f'{_accepted(hints[field.name])}; the field is missing')
+  return hint(**{field: checked(hints[field], one, f'{name}.{field}') for field, one in value.items()})
 
 
 def _rebuild(group: Any, values: Mapping[str, object], prefix: str = '') -> Any:
@@ -116,6 +150,11 @@ def _choices(hint: Any) -> tuple[Any, ...]:
   return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
 
 
+def _item(hint: Any) -> Any:
+  """Returns the type of the items of a tuple[type, ...], else None."""
+  return typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
+
+
 def _accepts(hint: Any, value: object) -> bool:
   if _choices(hint):
     return value in _choices(hint)
@@ -129,6 +168,8 @@ def _accepts(hint: Any, value: object) -> bool:
 def _accepted(hint: Any) -> str:
   if _choices(hint):
     return ', '.join(map(str, _choices(hint)))
+  if item := _item(hint):
+    return f'a JSON list of objects with {", ".join(typing.get_type_hints(item))}' if dataclasses.is_dataclass(item) else 'a JSON list'
   words = {int: 'an integer', float: 'a number', bool: 'true or false', str: 'text'}
   return words.get(hint, "a count of steps (2000), or one with its unit: '1.5e6 tokens', '3 epochs'")
 
@@ -142,7 +183,7 @@ def _parse(hint: Any, text: str | None) -> object:
   if hint is bool:
     return _BOOLEANS.get(text.lower(), text)
   try:
-    return int(text) if hint == Duration else hint(text)
+    return json.loads(text) if _item(hint) else int(text) if hint == Duration else hint(text)
   except ValueError:
     return text
 
@@ -176,6 +217,8 @@ def from_json(text: str, file: str = 'config.json') -> Config:
 def _shown(value: object) -> str:
   """Returns the value as one would type it after `--config.FIELD=` in a shell, where that fits on one line."""
   text = str(value).lower() if isinstance(value, bool) else str(value)
+  if isinstance(value, tuple):
+    text = json.dumps([one if isinstance(one, (int, float, str)) else dataclasses.asdict(one) for one in value])
   return shlex.quote(text) if text.isprintable() else repr(text)
 
 
@@ -223,15 +266,15 @@ def _no_recipe(path: str) -> UserError:
   return UserError('--config', path, accepted, there, pathlib.Path(path).stem)
 
 
-def run(main: Callable[[Any], int | None], *, needs_config: bool = True) -> None:
+def run(main: Callable[[Any], int | None], *, needs_config: bool | None = True) -> None:
   """Parses the command line, calls main(config) and exits with the status it returns (None: 0).
 
   Flags that are not `--config...` are absl's: define them with absl.flags and read them in main. A UserError, here or
   in main, and any mistake in a flag prints one line on stderr, beginning with `error: `, and exits with 2.
 
   Args:
-    main: gets the recipe's Config with the overrides in, or None without needs_config.
-    needs_config: whether the binary takes `--config.FIELD=VALUE` and must be given `--config=RECIPE`.
+    main: gets the recipe's Config with the overrides in, or None where there is no recipe.
+    needs_config: whether the binary takes `--config.FIELD=VALUE` and must be given `--config=RECIPE`; None: it may be given.
   """
   try:
     app.run(main, flags_parser=functools.partial(_parse_command_line, needs_config=needs_config))
@@ -249,27 +292,27 @@ def run(main: Callable[[Any], int | None], *, needs_config: bool = True) -> None
     sys.exit(130)  # 128 + SIGINT, as a shell reports it
 
 
-def _parse_command_line(argv: Sequence[str], *, needs_config: bool) -> Config | None:
+def _parse_command_line(argv: Sequence[str], *, needs_config: bool | None) -> Config | None:
   recipe: str | None = None
   texts: dict[str, str | None] = {}
   try:
     args = flags.FLAGS.read_flags_from_files(argv[1:])
-    if needs_config:
+    if needs_config is not False:
       recipe, texts, args = _split(args)
     if _HELP_FLAGS.intersection(args):
-      print(_help((load(recipe) if recipe else Config()) if needs_config else None))
+      print(_help((load(recipe) if recipe else Config()) if needs_config is not False else None))
       sys.exit(0)
     positional = flags.FLAGS([argv[0], *args])[1:]
   except UserError:
     raise
   except (flags.Error, ValueError) as error:
-    raise _as_user_error(error, needs_config) from error
+    raise _as_user_error(error, needs_config is not False) from error
   if positional:
     raise UserError('argument', positional[0], 'only flags, --NAME=VALUE; see --help')
-  if not needs_config:
-    return None
   if recipe is None:
-    raise _no_recipe('')
+    if needs_config or texts:
+      raise _no_recipe('')
+    return None
   values = {name: _parse(_FIELDS.get(name), text) for name, text in texts.items()}
   return override(load(recipe), values, where='--config.')
 
@@ -302,7 +345,7 @@ def _split(args: Sequence[str]) -> tuple[str | None, dict[str, str | None], list
 def _own_flags() -> list[flags.Flag]:
   """The flags that the running binary and gptjax define, without those of absl and other libraries."""
   modules = flags.FLAGS.flags_by_module_dict().items()
-  own = [found for module, found in modules if module == sys.argv[0] or module.partition('.')[0] == 'gptjax']
+  own = [found for module, found in modules if module == sys.argv[0] or module.partition('.')[0] in ('gptjax', 'tools')]
   return [flag for found in own for flag in found]
 
 

@@ -30,6 +30,12 @@ def duration_in_steps(field: str, value: Duration, *, batch_size: int, context: 
   return math.ceil(steps - 1e-9)
 
 
+def in_unit_of_steps(value: Duration) -> bool:
+  """Whether a Duration is given in steps, and so depends on the batch size."""
+  match = _DURATION.fullmatch(str(value))
+  return match is not None and (match[2] or 'steps').lower().startswith('step')
+
+
 def _at_least(prefix: str, config: object, lowest: float, *names: str) -> None:
   for name in names:
     value = getattr(config, name)
@@ -126,13 +132,36 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SourceConfig:
+  """Where documents come from."""
+
+  path: str = ''
+  """text, .jsonl or .parquet files (also .gz, .zst): a path, folder or glob, here or on s3:// or gs://; or tfds:NAME or \
+hf:NAME; empty: the embedded corpus, Python's standard library"""
+  split: str = 'train'
+  """split of a tfds: or hf: dataset"""
+  text: str = 'text'
+  """field that holds a record's text, or a template over fields: '{question}\\n{answer}'"""
+  separator: str = ''
+  """what divides a text file into documents, as '\\n\\n'; empty: a file is a document"""
+  skip: float = 0.0
+  """largest share of malformed records that is left out and counted; more is an error"""
+
+  def __post_init__(self):
+    if not 0 <= self.skip <= 1:
+      raise UserError('source.skip', self.skip, '0 to 1')
+
+
+@dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
   """How text becomes ids."""
 
   kind: Literal['bpe', 'unigram', 'chars', 'bytes'] = 'bpe'
   """bpe, unigram: SentencePiece trained on the training documents; chars: one id a character; bytes: one a byte"""
   vocab_size: int = 4096
-  """ids of a SentencePiece tokenizer, its 4 special ids and 256 bytes included; chars and bytes set their own"""
+  """ids of a SentencePiece tokenizer, its 3 special ids and 256 bytes included; chars and bytes set their own"""
+  path: str = ''
+  """folder of a tokenizer to take instead: tools.train_tokenizer's, or GPT-2's encoder.json and vocab.bpe; empty: train one"""
 
   def __post_init__(self):
     if self.kind in ('bpe', 'unigram'):
@@ -140,24 +169,106 @@ class TokenizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
-  """Where rows of tokens come from."""
+class Component:
+  """One store of a mixture."""
 
-  files: str = ''
-  """text files to train on: a path, a folder or a glob; empty: the embedded corpus, Python's standard library"""
+  store: str
+  """folder or URL of a token store that tools.prepare_data made"""
+  weight: float = 0.0
+  """share of the rows, relative to the others'; 0 in all components: as many as its tokens"""
+  epochs: float = 0.0
+  """most passes over it; once they are done its share goes to the others; 0: no limit"""
+
+  def __post_init__(self):
+    _at_least('data.train: ', self, 0, 'weight', 'epochs')
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+  """Weights of a mixture from some point on."""
+
+  start: Duration
+  """when they begin: a duration from the start of training"""
+  weights: tuple[float, ...]
+  """one for each component, in their order"""
+
+  def __post_init__(self):
+    duration_in_steps('data.phases: start', self.start, batch_size=1, context=1, rows_per_epoch=1)
+    if not self.weights or min(self.weights) < 0 or not max(self.weights):
+      raise UserError('data.phases: weights', list(self.weights), '0 or more for each component, and one above 0')
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationSet:
+  """A named set of held-out documents."""
+
+  name: str
+  """what its scores are called: letters, digits, - and _"""
+  store: str
+  """folder or URL of a token store that tools.prepare_data made"""
+  tags: tuple[str, ...] = ()
+  """groups it counts in; each is scored as a whole too"""
+
+  def __post_init__(self):
+    for name in (self.name, *self.tags):
+      if not re.fullmatch(r'[\w-]+', name):
+        raise UserError('data.valid', name, 'names and tags of letters, digits, - and _')
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where rows of tokens come from: a source, tokenized when it is first used, or stores that are ready."""
+
+  source: SourceConfig = SourceConfig()
+  """documents to train on"""
+  valid_fraction: float = 0.1
+  """share of the source held out: whole documents, or the end of a single file"""
+  tokenizer: TokenizerConfig = TokenizerConfig()
+  """the source's tokenizer"""
+  train: tuple[Component, ...] = ()
+  """token stores to train on, mixed; JSON on a command line: '[{"store": "stores/books", "weight": 2}]'"""
+  phases: tuple[Phase, ...] = ()
+  """other weights of the mixture later on: '[{"start": "1e9 tokens", "weights": [1, 3]}]'"""
+  valid: tuple[ValidationSet, ...] = ()
+  """stores to validate on, where data.train is given: '[{"name": "books", "store": "stores/books_valid", "tags": ["prose"]}]'"""
   context: int = 256
   """tokens a row"""
-  valid_fraction: float = 0.1
-  """share held out: whole documents, or the end of a single file"""
+  rows: Literal['concat', 'pack', 'document'] = 'concat'
+  """concat: windows over all documents end to end; pack: whole documents, best fit; document: one a row"""
   isolate_documents: bool = True
   """attention and positions restart at each document inside a row"""
-  tokenizer: TokenizerConfig = TokenizerConfig()
-  """the tokenizer"""
+  prefetch: int = 2
+  """batches made ahead of the step; 0: none"""
+  workers: int = 0
+  """processes that make them; 0: a thread"""
 
   def __post_init__(self):
     _at_least('data.', self, 1, 'context')
+    _at_least('data.', self, 0, 'prefetch', 'workers')
     if not 0 < self.valid_fraction < 1:
       raise UserError('data.valid_fraction', self.valid_fraction, 'above 0 and below 1')
+    if self.workers and not self.prefetch:
+      raise UserError('data.prefetch', 0, '1 or more, since there are data.workers')
+    self._check_mixture()
+
+  def _check_mixture(self) -> None:
+    weights = [component.weight for component in self.train]
+    if any(weights) and not all(weights):
+      raise UserError('data.train: weight', 0.0, 'a weight above 0 for every component, or for none')
+    for phase in self.phases:
+      if len(phase.weights) != len(self.train):
+        raise UserError('data.phases: weights', list(phase.weights), f'{len(self.train)} weights, one for each of data.train')
+    for field, names in (('train: store', [component.store for component in self.train]),
+                         ('valid: name', [one.name for one in self.valid])):
+      twice = next((name for name in names if names.count(name) > 1), None)
+      if twice is not None:
+        raise UserError(f'data.{field}', twice, 'each one once')
+    if self.valid and not self.train:
+      raise UserError('data.valid', [one.name for one in self.valid], 'none without data.train: a source holds out its own')
+    if self.train and not self.valid:
+      raise UserError('data.valid', [], 'a validation set or more, beside data.train')
+    if self.train and self.source != SourceConfig():
+      raise UserError('data.source.path', self.source.path, 'no source where data.train names stores')
 
 
 @dataclasses.dataclass(frozen=True)

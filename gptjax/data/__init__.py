@@ -1,18 +1,24 @@
 """The data room: text becomes rows of token ids.
 
-Documents (files, or the embedded corpus) are split, tokenized once into stores on disk, and kept in a cache; row i of a
-run is then a pure function of (store, context, seed, i). numpy only: nothing in here knows of JAX or devices.
+Documents come from a source, are tokenized into stores, each in shards, and laid out in rows; row i of a run is then a pure
+function of (stores, mixture, layout, seed, i). numpy only: nothing in here knows of JAX or devices.
 """
 
-from gptjax.data.documents import Document, read_files, split_documents
+from gptjax.data.filters import Contamination, Filters
 from gptjax.data.held_out import HeldOut, compression_yardsticks, export, open_held_out
-from gptjax.data.prepare import Prepared, prepare
-from gptjax.data.rows import Batch, EvalRows, TrainRows
-from gptjax.data.store import TokenStore, write_store
+from gptjax.data.loading import batches
+from gptjax.data.mixture import Mixture
+from gptjax.data.packing import plan
+from gptjax.data.prepare import Prepared, prepare, train_rows
+from gptjax.data.rows import Batch, EvalRows, Packed, TrainRows, Windows
+from gptjax.data.sources import Document, Source, open_source, split_source
+from gptjax.data.store import TokenStore
 from gptjax.data.tokenizers import TextStream, Tokenizer, load_tokenizer, train_tokenizer
+from gptjax.data.tokenizing import Recipe, write_store
 
 __all__ = [
-    'Batch', 'Document', 'EvalRows', 'HeldOut', 'Prepared', 'TextStream', 'TokenStore', 'Tokenizer', 'TrainRows',
-    'compression_yardsticks', 'export', 'load_tokenizer', 'open_held_out', 'prepare', 'read_files', 'split_documents',
+    'Batch', 'Contamination', 'Document', 'EvalRows', 'Filters', 'HeldOut', 'Mixture', 'Packed', 'Prepared', 'Recipe', 'Source',
+    'TextStream', 'TokenStore', 'Tokenizer', 'TrainRows', 'Windows', 'batches', 'compression_yardsticks', 'export',
+    'load_tokenizer', 'open_held_out', 'open_source', 'plan', 'prepare', 'split_source', 'train_rows',
     'train_tokenizer', 'write_store',
 ]

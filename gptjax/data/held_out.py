@@ -1,17 +1,26 @@
 """What a workdir keeps of its data, so that a model can be scored and sampled where the data is not."""
 
 import dataclasses
+import itertools
 import json
 import lzma
 import shutil
 import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from gptjax.config import UserError
+from gptjax.data.folders import copy_folder
 from gptjax.data.prepare import Prepared
 from gptjax.data.store import TokenStore
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.files import read_json
+
+_LARGEST_COMPRESSED = 2**26
+"""Bytes of text that xz needs a minute for."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -19,12 +28,14 @@ class HeldOut:
   """Tokenizer and validation documents of a run."""
 
   tokenizer: Tokenizer
-  valid: TokenStore
-  valid_text: Path
+  valid: dict[str, TokenStore]
+  """validation sets by name"""
+  tags: dict[str, list[str]]
+  """names of the sets that each tag has"""
 
 
 def export(prepared: Prepared, directory: Path) -> None:
-  """Copies the tokenizer and the validation documents into a run's folder; it appears there whole or not at all.
+  """Copies the tokenizer and the validation sets into a run's folder; it appears there whole or not at all.
 
   Raises:
     UserError: the folder holds those of other data.
@@ -38,10 +49,11 @@ def export(prepared: Prepared, directory: Path) -> None:
     return
   partial = directory.with_suffix('.partial')
   shutil.rmtree(partial, ignore_errors=True)
-  for name in ('tokenizer', 'valid'):
-    shutil.copytree(prepared.directory / name, partial / name)
-  shutil.copy(prepared.valid_text, partial / prepared.valid_text.name)
-  (partial / identity.name).write_text(json.dumps({'fingerprint': prepared.fingerprint, 'valid_text': prepared.valid_text.name}))
+  prepared.tokenizer.save(partial / 'tokenizer')
+  for name, store in prepared.valid.items():
+    copy_folder(store.place, partial / 'valid' / name)
+  facts = {'fingerprint': prepared.fingerprint, 'valid': list(prepared.valid), 'tags': prepared.tags}
+  (partial / identity.name).write_text(json.dumps(facts))
   partial.rename(directory)
 
 
@@ -51,26 +63,32 @@ def open_held_out(directory: Path) -> HeldOut:
   Raises:
     UserError: nothing was exported there.
   """
-  identity = directory / 'identity.json'
-  if not identity.exists():
+  if not (directory / 'identity.json').exists():
     raise UserError('--workdir', str(directory.parent), 'a folder that gptjax.train made')
-  text = read_json(identity)['valid_text']
-  return HeldOut(load_tokenizer(directory / 'tokenizer'), TokenStore.open(directory / 'valid'), directory / text)
+  identity = read_json(directory / 'identity.json')
+  sets = {name: TokenStore.open(directory / 'valid' / name) for name in identity['valid']}
+  return HeldOut(load_tokenizer(directory / 'tokenizer'), sets, identity['tags'])
 
 
-def compression_yardsticks(data: HeldOut | Prepared) -> dict[str, float]:
-  """Bits per byte that general compressors need for the concatenated validation documents.
+def compression_yardsticks(tokenizer: Tokenizer, stores: Mapping[str, TokenStore]) -> dict[str, float]:
+  """Bits per byte that general compressors need for the documents of all stores, one after another.
 
   Returns:
-    'gzip -9' and 'xz -9'; a trained model should need fewer.
+    'gzip -9' and 'xz -9', where there are at most 64 MB; a trained model should need fewer.
   """
-  compressors = {'gzip -9': zlib.compressobj(9, wbits=31), 'xz -9': lzma.LZMACompressor(preset=9)}
-  return {name: 8 * _compressed(data.valid_text, compressor) / data.valid.bytes
-          for name, compressor in compressors.items()}
+  total = sum(store.bytes for store in stores.values())
+  if total > _LARGEST_COMPRESSED:
+    return {}
+  compressors: dict[str, Any] = {'gzip -9': zlib.compressobj(9, wbits=31), 'xz -9': lzma.LZMACompressor(preset=9)}
+  sizes = dict.fromkeys(compressors, 0)
+  for text in itertools.chain.from_iterable(_texts(tokenizer, store) for store in stores.values()):
+    for name, compressor in compressors.items():
+      sizes[name] += len(compressor.compress(text))
+  return {name: 8 * (sizes[name] + len(compressor.flush())) / total for name, compressor in compressors.items()}
 
 
-def _compressed(path: Path, compressor) -> int:
-  """Bytes of a file once compressed."""
-  with path.open('rb') as file:
-    blocks = iter(lambda: file.read(2**20), b'')
-    return sum(len(compressor.compress(block)) for block in blocks) + len(compressor.flush())
+def _texts(tokenizer: Tokenizer, store: TokenStore) -> Iterator[bytes]:
+  """The text of a store, some 100,000 ids at a time; separators have none."""
+  for first in range(0, store.tokens, 100_000):
+    ids: np.ndarray = store.read([first], [min(100_000, store.tokens - first)])
+    yield b''.join(map(tokenizer.pieces.__getitem__, ids.tolist()))

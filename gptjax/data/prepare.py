@@ -1,24 +1,25 @@
-"""Preparation: from documents to a tokenizer and two token stores, once, kept in a cache for every later run."""
+"""Preparation: from a config's data to a tokenizer, token stores and the layout of rows, each made once and kept."""
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
-import platform
-import shutil
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from gptjax.config import DataConfig
-from gptjax.data.documents import Document, TextFiles, read_files, split_documents
-from gptjax.data.progress import announce, counted
-from gptjax.data.stdlib_corpus import stdlib_documents, stdlib_sources
-from gptjax.data.store import TokenStore, write_store
+from gptjax.config import Config, DataConfig, Duration, UserError, duration_in_steps, in_unit_of_steps
+from gptjax.data.mixture import Mixture
+from gptjax.data.packing import plan
+from gptjax.data.progress import counted
+from gptjax.data.rows import Layout, Packed, TrainRows, Windows
+from gptjax.data.sampling import sample
+from gptjax.data.sources import Document, Source, open_source, split_source
+from gptjax.data.store import TokenStore
+from gptjax.data.tokenizing import Recipe, write_store
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
+from gptjax.files import building
 
-_FORMAT = 1  # Raise it when what is prepared, or how, changes: data of another format is not looked at.
-_VALID_TEXT = 'valid.txt'
+_FORMAT = 2  # Raise it when what is prepared, or how, changes: data of another format is not looked at.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,90 +27,121 @@ class Prepared:
   """What training and evaluation read."""
 
   tokenizer: Tokenizer
-  """made from the training documents"""
-  train: TokenStore
-  """training documents"""
-  valid: TokenStore
-  """held-out documents"""
-  directory: Path
-  """where all of it lies"""
+  """of all stores"""
+  layouts: Sequence[Layout]
+  """how each training store becomes rows"""
+  valid: dict[str, TokenStore]
+  """held-out documents: sets by name"""
+  tags: dict[str, list[str]]
+  """names of the sets that each tag has"""
   fingerprint: str
-  """hex; equal for equal documents, split and tokenizer config"""
+  """hex; equal for equal documents, splits and tokenizer"""
   description: str
-  """one line for people: documents, targets and bytes of each side, tokenizer, bytes per token"""
-
-  @property
-  def valid_text(self) -> Path:
-    """A file with the texts of the held-out documents, one after another."""
-    return self.directory / _VALID_TEXT
+  """one line for people: documents, tokens and bytes of each side, tokenizer, bytes per token"""
 
 
-def prepare(config: DataConfig, cache_dir: Path) -> Prepared:
-  """Finds the prepared data of a config in the cache, or prepares it there.
+def prepare(config: DataConfig, cache_dir: Path, processes: int = 1) -> Prepared:
+  """Opens the stores of a config, or makes them from its source and keeps them in the cache for later runs.
 
   Two processes that want the same data do not work twice: the second waits for the first. A folder appears in the
   cache only when it is whole.
 
   Args:
-    config: documents, split and tokenizer; `context` and `isolate_documents` do not matter here.
-    cache_dir: the data lies in `cache_dir/data/<fingerprint>`.
+    config: of the data.
+    cache_dir: a source's stores lie in `cache_dir/data`, plans of packed rows in `cache_dir/plans`.
+    processes: most that tokenize.
 
   Raises:
-    UserError: the files or the split of the config do not work out.
+    UserError: a source that cannot be read or split, stores that are damaged or do not belong together.
   """
-  sources = read_files(config.files) if config.files else stdlib_sources()
-  fingerprint = _fingerprint(config, sources)
-  directory = Path(cache_dir) / 'data' / fingerprint
-  if not directory.exists():
-    with _locked(directory.with_suffix('.lock')):
-      if not directory.exists():
-        # Only who holds the lock builds, so whatever lies here is from a run that died.
-        building = directory.with_suffix('.building')
-        shutil.rmtree(building, ignore_errors=True)
-        _build(building, config, sources)
-        building.rename(directory)
-  return _open(directory, fingerprint, config)
+  train, valid = _stores(config) if config.train else _from_source(config, Path(cache_dir), processes)
+  tokenizer = _common_tokenizer([*train.values(), *valid.values()])
+  for store in (*train.values(), *valid.values()):
+    store.check()
+  tags: dict[str, list[str]] = {}
+  for one in config.valid:
+    for tag in one.tags:
+      tags.setdefault(tag, []).append(one.name)
+  layouts = [_layout(store, config, Path(cache_dir)) for store in train.values()]
+  parts = [[store.sha256 for store in train.values()], {name: store.sha256 for name, store in valid.items()}, tags, tokenizer.sha256]
+  return Prepared(tokenizer, layouts, valid, tags, hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16],
+                  _description(config, tokenizer, dict(zip(train, layouts)), valid))
 
 
-def _fingerprint(config: DataConfig, sources: TextFiles) -> str:
-  parts = [_FORMAT, sources.sha256(), config.valid_fraction, dataclasses.asdict(config.tokenizer)]
-  return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+def train_rows(config: Config, data: Prepared) -> TrainRows:
+  """The rows of a run; they depend on its data, its seed and, for phases given in steps, on its batch size."""
+  layouts, parts = data.layouts, config.data.train
+  counts = [layout.count for layout in layouts]
+  epoch = sum(counts)
+
+  def first_row(start: Duration) -> int:
+    # A step is a batch of rows; what a duration comes to in rows is its steps at a batch of one.
+    rows = duration_in_steps('data.phases: start', start, batch_size=1, context=config.data.context, rows_per_epoch=epoch)
+    return rows * config.batch_size if in_unit_of_steps(start) else rows
+
+  mixture = Mixture(counts, [part.weight for part in parts] or [1.0],
+                    [math.ceil(part.epochs * count) for part, count in zip(parts, counts)],
+                    [(first_row(phase.start), phase.weights) for phase in config.data.phases])
+  return TrainRows(layouts, mixture, config.data.context, config.seed, config.data.isolate_documents)
 
 
-def _build(directory: Path, config: DataConfig, sources: TextFiles) -> None:
-  documents = sources if config.files else _embedded(sources, directory.parents[1])
-  train, valid = split_documents(documents, config.valid_fraction)
-  tokenizer = train_tokenizer(config.tokenizer, documents if config.tokenizer.kind == 'chars' else train)
-  tokenizer.save(directory / 'tokenizer')
-  write_store(directory / 'train', tokenizer, train, 'tokenizing for training')
-  write_store(directory / 'valid', tokenizer, valid, 'tokenizing for validation')
-  with (directory / _VALID_TEXT).open('wb') as file:
-    file.writelines(document.text.encode() for document in valid)
+def _stores(config: DataConfig) -> tuple[dict[str, TokenStore], dict[str, TokenStore]]:
+  return ({one.store: TokenStore.open(one.store) for one in config.train},
+          {one.name: TokenStore.open(one.store) for one in config.valid})
 
 
-def _embedded(sources: TextFiles, cache_dir: Path) -> list[Document]:
-  with _locked(cache_dir / 'tfds' / 'lock'):  # data with another tokenizer may need the same dataset now
-    return stdlib_documents(sources, cache_dir)
+def _from_source(config: DataConfig, cache_dir: Path, processes: int) -> tuple[dict[str, TokenStore], dict[str, TokenStore]]:
+  source = open_source(config.source, cache_dir)
+  saved = load_tokenizer(Path(config.tokenizer.path)).sha256 if config.tokenizer.path else ''
+  parts = [_FORMAT, source.fingerprint(), config.valid_fraction, dataclasses.asdict(config.tokenizer), saved]
+  directory = cache_dir / 'data' / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+  with building(directory) as folder:
+    if folder:
+      _build(folder, config, source, processes)
+  return {source.description: TokenStore.open(directory / 'train')}, {'valid': TokenStore.open(directory / 'valid')}
 
 
-def _open(directory: Path, fingerprint: str, config: DataConfig) -> Prepared:
-  train, valid = TokenStore.open(directory / 'train'), TokenStore.open(directory / 'valid')
-  corpus = config.files or f'standard library of Python {platform.python_version()}'
-  sides = (f'{side} {counted(store.documents)}, {store.targets:,} tokens, {store.bytes:,} bytes'
-           for side, store in (('train', train), ('valid', valid)))
-  description = (f'{corpus}; {"; ".join(sides)}; tokenizer {config.tokenizer.kind}, {train.vocab_size:,} ids, '
-                 f'{valid.bytes / valid.targets:.3f} bytes per token on valid')
-  return Prepared(load_tokenizer(directory / 'tokenizer'), train, valid, directory, fingerprint, description)
+def _build(folder: Path, config: DataConfig, source: Source, processes: int) -> None:
+  train, valid = split_source(source, config.valid_fraction)
+  if config.tokenizer.path:
+    tokenizer = load_tokenizer(Path(config.tokenizer.path))
+  else:
+    # Characters need every document that will ever be encoded, validation included; other kinds learn from a sample.
+    tokenizer = train_tokenizer(config.tokenizer, _all(source) if config.tokenizer.kind == 'chars' else sample(train))
+  for name, side, use in (('train', train, 'training'), ('valid', valid, 'validation')):
+    write_store(folder / name, Recipe(side, tokenizer), processes=processes, title=f'tokenizing for {use}')
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-  """Holds a lock file while the body runs; waits for whoever has it. The system frees the lock of a killed process."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with path.open('w') as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      announce(f'waiting for another process that prepares the same data ({path})')
-      fcntl.flock(file, fcntl.LOCK_EX)
-    yield
+def _all(source: Source) -> Iterator[Document]:
+  return (record for record in source if isinstance(record, Document))
+
+
+def _common_tokenizer(stores: list[TokenStore]) -> Tokenizer:
+  for store in stores:
+    if store.tokenizer_sha256 != stores[0].tokenizer_sha256:
+      raise UserError('data: store', store.place, f'a store made with the tokenizer of {stores[0].place}, '
+                      f'{stores[0].tokenizer_sha256[:12]}, and not {store.tokenizer_sha256[:12]}')
+  tokenizer = stores[0].tokenizer()
+  if tokenizer.sha256 != stores[0].tokenizer_sha256:
+    raise UserError(f'{stores[0].place}/tokenizer', tokenizer.sha256[:12], f'the tokenizer {stores[0].tokenizer_sha256[:12]} '
+                    'that the store was made with; prepare it again')
+  return tokenizer
+
+
+def _layout(store: TokenStore, config: DataConfig, cache_dir: Path) -> Layout:
+  if config.rows == 'concat':
+    return Windows(store, config.context)
+  return Packed(store, plan(store, config.context, config.rows, cache_dir))
+
+
+def _description(config: DataConfig, tokenizer: Tokenizer, layouts: dict[str, Layout], valid: dict[str, TokenStore]) -> str:
+  sides = [f'train {name}: {_amounts(layout.store)}' + (f', {layout.plan.padding:.2%} padding' if isinstance(layout, Packed) else '')
+           for name, layout in layouts.items()]
+  sides += [f'{name}: {_amounts(store)}' for name, store in valid.items()]
+  bytes_per_token = sum(store.bytes for store in valid.values()) / sum(store.tokens for store in valid.values())
+  return (f'{"; ".join(sides)}; rows {config.rows}; tokenizer {tokenizer.kind}, {tokenizer.vocab_size:,} ids, '
+          f'{bytes_per_token:.3f} bytes per token on valid')
+
+
+def _amounts(store: TokenStore) -> str:
+  return f'{counted(store.documents)}, {store.tokens:,} tokens, {store.bytes:,} bytes'

@@ -1,56 +1,69 @@
-"""Rows: a store's stream cut into windows, each a pure function of its index.
+"""Rows: what a training step and an evaluation read, each a pure function of its index.
 
 All that a training run has to remember of its data is how many rows it has taken.
 """
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import numpy as np
 
+from gptjax.data.mixture import Mixture
+from gptjax.data.packing import Plan
+from gptjax.data.permutation import mix, permute
 from gptjax.data.store import TokenStore
 
 Batch = dict[str, np.ndarray]
-"""Arrays of shape [B, T]: int32 tokens, targets, positions, segments; float32 mask."""
-
-_U64 = np.uint64
-_FEISTEL_ROUNDS = 6
+"""Arrays of shape [B, T]: int32 tokens and targets, float32 mask; where documents are isolated, int32 positions, segments."""
 
 
-class TrainRows:
-  """An endless sequence of full rows: epoch after epoch, each cut and ordered anew.
+class Layout(Protocol):
+  """How a store becomes rows: `count` of them hold each of its tokens as a target once."""
 
-  The stream is a circle. Epoch e cuts it at an offset of its own into ceil(S/T) windows and visits them in an order of
-  its own, both drawn from a hash of (seed, e): every window once an epoch, no table to keep, any row in O(T).
+  store: TokenStore
+  count: int
+
+  def fill(self, frame: 'Frame', slots: np.ndarray, rows: np.ndarray, draws: np.ndarray) -> None:
+    """Puts rows [n] of an epoch into the frame's `slots` [n]; `draws` [n], uint64, are equal within an epoch."""
+
+
+class Frame:
+  """A batch while it is filled.
 
   Args:
-    store: the tokens.
-    context: T, tokens a row.
-    seed: 0 or more; another seed gives other cuts and orders.
+    shape: B, T.
   """
 
-  def __init__(self, store: TokenStore, context: int, seed: int):
-    self.store = store
-    self.context = context
-    self.seed = seed
-    self.rows_per_epoch = -(-len(store.tokens) // context)
+  def __init__(self, shape: tuple[int, int]):
+    self.tokens = np.zeros(shape, np.int32)
+    self.targets = np.zeros(shape, np.int32)
+    self.begins = np.zeros(shape, bool)
+    """where a document, or a row, begins"""
+    self.begins[:, 0] = True
+    self.used = np.zeros(shape[0], np.int64)
+    """tokens of each row, from its start; what comes after is padding"""
 
-  def batch(self, first_row: int, count: int) -> Batch:
-    """Rows first_row, ..., first_row + count - 1 as arrays [count, T].
+  def batch(self, isolate_documents: bool) -> Batch:
+    """The arrays for the model. Padding has segment 0 and mask 0; the id that stands there means nothing."""
+    shape = self.tokens.shape
+    real = np.arange(shape[1]) < self.used[:, None]
+    batch = {'tokens': self.tokens, 'targets': self.targets, 'mask': real.astype(np.float32)}
+    if isolate_documents:
+      # Every row begins a stretch, so the stretches can be laid end to end over all rows.
+      begins = np.flatnonzero(self.begins)
+      lengths = np.diff(begins, append=self.begins.size)
+      per_row = np.bincount(begins // shape[1], minlength=shape[0])
+      numbers = np.arange(1, len(begins) + 1) - np.repeat(np.cumsum(per_row) - per_row, per_row)
+      segments = np.repeat(numbers.astype(np.int32), lengths).reshape(shape)
+      if not real.all():
+        segments *= real
+      places = np.arange(self.begins.size, dtype=np.int32) - np.repeat(begins.astype(np.int32), lengths)
+      batch |= {'positions': places.reshape(shape), 'segments': segments}
+    return batch
 
-    tokens and targets: ids; targets are one step ahead of tokens. positions: tokens since the later of the document's
-    and the row's start. segments: 1, 2, ... by document within the row. mask: 1 where the target continues the
-    document of its input, 0 where it is the next document's first token.
-    """
-    epochs, indices = np.divmod(np.arange(first_row, first_row + count), self.rows_per_epoch)
-    keys = _mix(_mix(np.full(count, self.seed % 2**64, _U64)) + epochs.astype(_U64))
-    shifts = (_mix(keys + _U64(1)) % _U64(self.context)).astype(np.int64)
-    starts = shifts + permute(indices, self.rows_per_epoch, keys) * self.context
-    places = (starts[:, None] + np.arange(self.context + 1)) % len(self.store.tokens)
-    return _batch(self.store.tokens[places].astype(np.int32), self.store)
 
-
-class EvalRows:
-  """Non-overlapping windows over the stream, in order; the last one is padded.
-
-  Every token of every document, its eos included, is a target exactly once.
+class Windows:
+  """Concatenate, then cut: windows of T over the circle of all documents; the last of an epoch is padded.
 
   Args:
     store: the tokens.
@@ -60,62 +73,129 @@ class EvalRows:
   def __init__(self, store: TokenStore, context: int):
     self.store = store
     self.context = context
-    self.count = -(-(len(store.tokens) - 1) // context)
-    self.bytes = store.bytes
+    self.count = -(-store.tokens // context)
 
-  def batch(self, indices: np.ndarray) -> Batch:
-    """Rows at `indices` [n] as arrays [n, T], laid out as TrainRows.batch does.
-
-    Padding has token and target pad, segment 0 and mask 0. Rows from `count` on are all padding, so the last batch of
-    an evaluation can be as large as the others.
-    """
-    places = np.asarray(indices, np.int64)[:, None] * self.context + np.arange(self.context + 1)
-    inside = places < len(self.store.tokens)
-    window = self.store.tokens[np.where(inside, places, 0)].astype(np.int32)
-    return _batch(np.where(inside, window, self.store.pad_id), self.store)
-
-
-def _batch(window: np.ndarray, store: TokenStore) -> Batch:
-  """What the model and the loss need of windows [n, T+1] of the stream."""
-  tokens, targets = window[:, :-1], window[:, 1:]
-  # A document begins with bos and bos is nowhere else, so the tokens themselves tell the documents apart.
-  begins = tokens == store.bos_id
-  begins[:, 0] = True
-  here = np.arange(tokens.shape[1], dtype=np.int32)
-  padding = tokens == store.pad_id
-  return {
-      'tokens': np.ascontiguousarray(tokens),
-      'targets': np.ascontiguousarray(targets),
-      'positions': here - np.maximum.accumulate(np.where(begins, here, 0), axis=1),
-      'segments': np.where(padding, 0, np.cumsum(begins, axis=1, dtype=np.int32)),
-      'mask': ((targets != store.bos_id) & (targets != store.pad_id)).astype(np.float32),
-  }
+  def fill(self, frame: Frame, slots: np.ndarray, rows: np.ndarray, draws: np.ndarray) -> None:
+    """See Layout; an epoch's first window starts at a place below T that its draw decides."""
+    begin = rows * self.context
+    used = np.minimum(self.store.tokens - begin, self.context)
+    begin = (begin + (draws % np.uint64(self.context)).astype(np.int64)) % self.store.tokens
+    ids = self.store.read(begin, used + 1)
+    frame.used[slots] = used
+    if (used == self.context).all():
+      ids = ids.reshape(len(slots), self.context + 1)
+      frame.tokens[slots], frame.targets[slots] = ids[:, :-1], ids[:, 1:]
+    else:
+      for slot, length, end in zip(slots, used, np.cumsum(used + 1)):
+        row = ids[end - length - 1:end]
+        frame.tokens[slot, :length], frame.targets[slot, :length] = row[:-1], row[1:]
+    # The separator stands nowhere but where a document begins.
+    frame.begins[slots, 1:] = frame.tokens[slots, 1:] == self.store.separator
 
 
-def permute(indices: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-  """The images of `indices` [n] under pseudo-random permutations of range(size), one for each key [n].
+class Packed:
+  """Rows of whole documents, or of pieces of documents longer than a row, as a plan lays them out.
 
-  A Feistel network permutes the smallest 2^(2k) numbers that cover the range; whoever lands outside walks on until
-  inside (cycle walking, Black and Rogaway 2002), which leaves a permutation of the range itself.
+  Args:
+    store: the tokens.
+    plan: made for this store.
   """
-  half = _U64(max(1, ((size - 1).bit_length() + 1) // 2))
-  images = _feistel(indices.astype(_U64), half, keys)
-  while (outside := images >= size).any():
-    images[outside] = _feistel(images[outside], half, keys[outside])
-  return images.astype(np.int64)
+
+  def __init__(self, store: TokenStore, plan: Plan):
+    self.store = store
+    self.plan = plan
+    self.count = plan.rows
+
+  def fill(self, frame: Frame, slots: np.ndarray, rows: np.ndarray, draws: np.ndarray) -> None:
+    """See Layout."""
+    places, lengths, pieces = self.plan.pieces(rows)
+    row = np.repeat(slots, pieces)
+    ends = np.cumsum(lengths)
+    used = np.add.reduceat(lengths, np.cumsum(pieces) - pieces)
+    ids = self.store.read(places, lengths)
+    for slot, length, end in zip(slots.tolist(), used.tolist(), np.cumsum(used).tolist()):
+      frame.tokens[slot, :length] = ids[end - length:end]
+    frame.used[slots] = used
+    frame.targets[slots, :-1] = frame.tokens[slots, 1:]
+    last = ends - np.repeat(np.cumsum(used) - used, pieces) - 1  # of each piece, in its row
+    frame.begins[row, last - lengths + 1] = True
+    frame.targets[row, last] = self.store.separator
+    # Only a row that is one piece can end inside a document.
+    full = lengths == frame.tokens.shape[1]
+    frame.targets[row[full], -1] = self.store.read((places + lengths)[full] % self.store.tokens, np.ones(full.sum(), np.int64))
 
 
-def _feistel(numbers: np.ndarray, half: np.uint64, keys: np.ndarray) -> np.ndarray:
-  low = (_U64(1) << half) - _U64(1)
-  left, right = numbers >> half, numbers & low
-  for turn in range(_FEISTEL_ROUNDS):
-    left, right = right, left ^ (_mix(right + _mix(keys + _U64(2 + turn))) & low)
-  return left << half | right
+class TrainRows:
+  """An endless sequence of rows over a mixture: each component epoch after epoch, each epoch in an order of its own.
+
+  The order is a permutation that a hash of (seed, component, epoch) draws: no table to keep, any row in constant time.
+
+  Args:
+    layouts: the components.
+    mixture: which row is whose.
+    context: T, tokens a row.
+    seed: 0 or more; another seed gives other orders.
+    isolate_documents: whether positions and segments are made.
+  """
+
+  def __init__(self, layouts: Sequence[Layout], mixture: Mixture, context: int, seed: int, isolate_documents: bool):
+    self.layouts = layouts
+    self.mixture = mixture
+    self.context = context
+    self.seed = seed
+    self.isolate_documents = isolate_documents
+    self.rows_per_epoch = sum(layout.count for layout in layouts)
+    """rows that hold every component once"""
+
+  def batch(self, rows: np.ndarray) -> Batch:
+    """Rows at indices [n], as arrays [n, T].
+
+    tokens and targets: ids; targets are one step ahead. positions: tokens since the later of the document's and the row's
+    start. segments: 1, 2, ... by document within the row, 0 for padding. mask: 1, 0 for padding.
+
+    Raises:
+      UserError: a row that the mixture does not have, or a damaged store.
+    """
+    frame = Frame((len(rows), self.context))
+    components, indices = self.mixture.locate(np.asarray(rows, np.int64))
+    for component in np.unique(components):
+      slots = np.flatnonzero(components == component)
+      layout = self.layouts[component]
+      epochs, within = np.divmod(indices[slots], layout.count)
+      keys = mix(self._seed(component) + epochs.astype(np.uint64))
+      layout.fill(frame, slots, permute(within, layout.count, keys), mix(keys + np.uint64(1)))
+    return frame.batch(self.isolate_documents)
+
+  def _seed(self, component: int) -> np.ndarray:
+    # Hashed before the epoch is added: seed 0 in epoch 1 is not seed 1 in epoch 0.
+    return mix(np.full(1, (self.seed + (int(component) << 32)) % 2**64, np.uint64))
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
-  """A bijective hash of uint64 (splitmix64's output function, Steele et al. 2014)."""
-  x = x + _U64(0x9E3779B97F4A7C15)
-  x = (x ^ x >> _U64(30)) * _U64(0xBF58476D1CE4E5B9)
-  x = (x ^ x >> _U64(27)) * _U64(0x94D049BB133111EB)
-  return x ^ x >> _U64(31)
+class EvalRows:
+  """Non-overlapping windows over a store, in order; the last one is padded.
+
+  Every token of every document, its end included, is a target exactly once.
+
+  Args:
+    store: the tokens.
+    context: T, tokens a row.
+    isolate_documents: whether positions and segments are made.
+  """
+
+  def __init__(self, store: TokenStore, context: int, isolate_documents: bool):
+    self.store = store
+    self.context = context
+    self.isolate_documents = isolate_documents
+    self._windows = Windows(store, context)
+    self.count = self._windows.count
+
+  def batch(self, rows: np.ndarray) -> Batch:
+    """Rows at indices [n] as arrays [n, T], laid out as TrainRows.batch does.
+
+    Rows from `count` on are all padding, so the last batch of an evaluation can be as large as the others.
+    """
+    rows = np.asarray(rows, np.int64)
+    frame = Frame((len(rows), self.context))
+    slots = np.flatnonzero(rows < self.count)
+    self._windows.fill(frame, slots, rows[slots], np.zeros(len(slots), np.uint64))
+    return frame.batch(self.isolate_documents)

@@ -1,5 +1,5 @@
-"""The evaluation room: scores of a model over held-out documents, in full."""
+"""The evaluation room: scores of a model over documents that it was not trained on."""
 
-from gptjax.evaluation.score import Score, Scorer, model_inputs
+from gptjax.evaluation.score import Score, Scorer, Scores, pooled
 
-__all__ = ['Score', 'Scorer', 'model_inputs']
+__all__ = ['Score', 'Scorer', 'Scores', 'pooled']

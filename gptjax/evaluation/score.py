@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from gptjax.data import EvalRows
 from gptjax.model import Blueprint, Parameters
-from gptjax.sharding import place
+from gptjax.sharding import my_rows, place_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,24 +25,54 @@ class Score:
   """loss of all tokens over the UTF-8 bytes of the text; compares models across tokenizers"""
   tokens: int
   """targets scored"""
+  bytes: float
+  """UTF-8 bytes they stand for"""
+
+
+def score_of(nats: float, tokens: int, text_bytes: float) -> Score:
+  """The score of so many nats of loss, summed over tokens that stand for so many bytes."""
+  mean = nats / tokens
+  return Score(mean, math.exp(min(mean, 700.0)), nats / math.log(2) / text_bytes, tokens, text_bytes)
+
+
+def pooled(scores: Iterable[Score]) -> Score:
+  """The score of several sets as one: every target counts alike, whichever set it is from."""
+  scores = list(scores)
+  nats = sum(score.loss * score.tokens for score in scores)
+  return score_of(nats, sum(score.tokens for score in scores), sum(score.bytes for score in scores))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+  """Scores of named sets of documents."""
+
+  sets: dict[str, Score]
+  """of each set"""
+  tags: dict[str, Score]
+  """of each tag: its sets as one"""
+
+  @property
+  def overall(self) -> Score:
+    """All sets as one."""
+    return pooled(self.sets.values())
+
+  def named(self) -> dict[str, Score]:
+    """All of them by the names that metrics have: NAME, tag/TAG, and valid for all sets as one."""
+    return {**self.sets, **{f'tag/{tag}': score for tag, score in self.tags.items()}, 'valid': self.overall}
 
 
 class Scorer:
-  """Scores rows in batches with one compiled program.
+  """Scores rows in batches with one compiled program, whatever the number of sets.
 
   Args:
     blueprint: of the model.
     objective: (model, batch, key) -> (_, count of targets, {'loss': summed loss in nats, ...}).
-    rows: the validation rows.
     mesh: where the parameters lie.
-    batch_size: rows a batch; the last batch is filled up with padding.
-    isolate_documents: whether attention and positions restart at each document.
+    batch_size: rows a batch; the last batch of a set is filled up with padding.
   """
 
-  def __init__(self, blueprint: Blueprint, objective: Callable, rows: EvalRows, mesh: Mesh, *, batch_size: int,
-               isolate_documents: bool):
-    self._rows, self._mesh, self._batch_size = rows, mesh, batch_size
-    self._isolate = isolate_documents
+  def __init__(self, blueprint: Blueprint, objective: Callable, mesh: Mesh, batch_size: int):
+    self._mesh, self._batch_size = mesh, batch_size
 
     def sums(parameters, batch):
       _, targets, metrics = objective(blueprint.merge(parameters), batch, None)
@@ -50,33 +80,40 @@ class Scorer:
 
     self._sums = jax.jit(sums)
 
-  def __call__(self, parameters: Parameters, *, count: int = 0, advance: Callable[[int], None] = lambda rows: None) -> Score:
+  def sets(self, parameters: Parameters, sets: Mapping[str, EvalRows], tags: Mapping[str, Iterable[str]], *, count: int = 0,
+           advance: Callable[[int], None] = lambda rows: None) -> Scores:
+    """The scores of several sets and of their tags.
+
+    Args:
+      parameters: of the model.
+      sets: rows of each set.
+      tags: names of the sets that each tag has.
+      count: as for `__call__`, for each set.
+      advance: as for `__call__`.
+    """
+    scores = {name: self(parameters, rows, count=count, advance=advance) for name, rows in sets.items()}
+    return Scores(scores, {tag: pooled(scores[name] for name in names) for tag, names in tags.items()})
+
+  def __call__(self, parameters: Parameters, rows: EvalRows, *, count: int = 0,
+               advance: Callable[[int], None] = lambda rows: None) -> Score:
     """The score of these parameters.
 
     Args:
       parameters: of the model.
+      rows: the validation rows.
       count: rows to score, evenly spaced; 0: all.
       advance: told of every batch's rows.
     """
-    rows = self._rows.count
-    indices = np.arange(rows) if not 0 < count < rows else np.arange(count) * rows // count
+    indices = np.arange(rows.count) if not 0 < count < rows.count else np.arange(count) * rows.count // count
+    mine = my_rows(self._mesh, self._batch_size)
     loss, tokens, sums = 0.0, 0, []
     for start in range(0, len(indices), self._batch_size):
       chosen = indices[start:start + self._batch_size]
       # Rows beyond the last are all padding and count nothing.
-      filled = np.concatenate([chosen, np.full(self._batch_size - len(chosen), self._rows.count)])
-      batch = model_inputs(self._rows.batch(filled), self._isolate)
-      sums.append(self._sums(parameters, place(self._mesh, batch, 'batch', None)))
+      filled = np.concatenate([chosen, np.full(self._batch_size - len(chosen), rows.count)])
+      sums.append(self._sums(parameters, place_rows(self._mesh, rows.batch(filled[mine]), self._batch_size)))
       advance(len(chosen))
     for batch_loss, batch_tokens in jax.device_get(sums):
       loss, tokens = loss + float(batch_loss), tokens + int(batch_tokens)
     # A part of the rows stands for the same part of the bytes.
-    text_bytes = self._rows.bytes * tokens / self._rows.store.targets
-    mean = loss / tokens
-    return Score(mean, math.exp(min(mean, 700.0)), loss / math.log(2) / text_bytes, tokens)
-
-
-def model_inputs(rows: dict[str, np.ndarray], isolate_documents: bool) -> dict[str, np.ndarray]:
-  """What of a row goes to the devices: positions and segments only where documents are isolated."""
-  dropped = () if isolate_documents else ('positions', 'segments')
-  return {name: values for name, values in rows.items() if name not in dropped}
+    return score_of(loss, tokens, rows.store.bytes * tokens / rows.store.tokens)

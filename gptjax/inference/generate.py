@@ -63,8 +63,9 @@ class _Read(NamedTuple):
 
 
 def never_drawn(tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, ...]:
-  """Ids that no text continues with: padding, bos, unknown, and those that the model has beyond the tokenizer's."""
-  return (tokenizer.pad_id, tokenizer.bos_id, tokenizer.unk_id, *range(tokenizer.vocab_size, config.table_rows))
+  """Ids that no text continues with: padding, unknown, and those that the model has beyond the tokenizer's."""
+  special = {tokenizer.pad_id, tokenizer.unk_id} - {tokenizer.eos_id, None}
+  return (*special, *range(tokenizer.vocab_size, config.table_rows))
 
 
 class Generator:

@@ -3,6 +3,7 @@
 import math
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 RULES: dict[str | None, str | None] = {
@@ -46,3 +47,26 @@ def stored_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], zero_stage
 def place(mesh: Mesh, tree, *axes: str | None):
   """Puts host arrays on the mesh with these logical axes."""
   return jax.device_put(tree, NamedSharding(mesh, spec(*axes)))
+
+
+def my_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+  """Which rows [n] of a batch the devices of this process hold, in order."""
+  sharding = NamedSharding(mesh, spec('batch'))
+  rows = np.arange(batch_size)
+  return np.unique(np.concatenate([rows[index] for index in sharding.addressable_devices_indices_map((batch_size,)).values()]))
+
+
+def place_rows(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
+  """Puts the rows of `my_rows` [n, T] on the mesh, as this process's part of arrays [batch_size, T]."""
+  mine, sharding = my_rows(mesh, batch_size), NamedSharding(mesh, spec('batch', None))
+  if len(mine) == batch_size:
+    return jax.device_put(batch, sharding)
+
+  def put(values: np.ndarray) -> jax.Array:
+    def part(index):
+      first, stop, _ = index[0].indices(batch_size)
+      at = int(np.searchsorted(mine, first))
+      return values[at:at + stop - first]
+    return jax.make_array_from_callback((batch_size, *values.shape[1:]), sharding, part)
+
+  return jax.tree.map(put, batch)

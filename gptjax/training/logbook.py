@@ -58,15 +58,17 @@ class Logbook:
     """Moves the progress bar."""
     self._bar.update(self._task, completed=step)
 
-  def validation(self, step: int, name: str, score: Any) -> None:
-    """Records a Score of the validation set `name`."""
-    figures = {'loss': score.loss, 'perplexity': score.perplexity, 'bits_per_byte': score.bits_per_byte}
-    metrics = {f'eval/{name}/{figure}': value for figure, value in figures.items()}
+  def validation(self, step: int, scores: dict[str, Any]) -> None:
+    """Records the Score of each validation set, by name."""
+    metrics: dict[str, float] = {}
+    for name, score in scores.items():
+      figures = {'loss': score.loss, 'perplexity': score.perplexity, 'bits_per_byte': score.bits_per_byte}
+      metrics |= {f'eval/{name}/{figure}': value for figure, value in figures.items()}
+      self.console.print(f'step {step}  {name}: ' + '  '.join(f'{figure} {value:.4f}' for figure, value in figures.items()),
+                         markup=False)
     self._write('metrics.jsonl', {'step': step, **metrics})
     self._board.scalars(step, metrics)
     self._board.flush()
-    self.console.print(f'step {step}  {name}: ' + '  '.join(f'{figure} {value:.4f}' for figure, value in figures.items()),
-                       markup=False)
 
   def sample(self, step: int, prompt: str, text: str) -> None:
     """Records a sample."""

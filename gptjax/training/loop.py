@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import time
 from pathlib import Path
 
@@ -11,20 +12,20 @@ import jax
 
 from gptjax import config as configs
 from gptjax.checkpoint import Checkpoints, Progress
-from gptjax.config import Config, UserError
-from gptjax.data import Prepared, export, prepare
-from gptjax.evaluation import Scorer, model_inputs
+from gptjax.config import Config, UserError, in_unit_of_steps
+from gptjax.data import Prepared, batches, export, prepare
+from gptjax.evaluation import Scorer
 from gptjax.files import write_whole
 from gptjax.inference import Generator, Sampling, never_drawn
 from gptjax.model import flops_per_token
-from gptjax.sharding import make_mesh, place
+from gptjax.sharding import make_mesh, my_rows, place_rows
 from gptjax.training.hardware import CompileCounter, peak_flops
 from gptjax.training.logbook import Logbook
 from gptjax.training.run import Run, header, resolve
 from gptjax.training.step import TrainState
 
 MAY_CHANGE = ('steps', 'batch_size', 'microbatches', 'zero_stage', 'z_loss', 'mesh.', 'eval.', 'checkpoint.', 'optimizer.',
-              'model.attention', 'model.remat', 'model.dropout', 'model.compute_dtype', 'data.files')
+              'model.attention', 'model.remat', 'model.dropout', 'model.compute_dtype', 'data.source.path', 'data.prefetch', 'data.workers')
 """Fields a resumed run may change; others would make its checkpoint or its place in the data meaningless."""
 
 
@@ -44,7 +45,7 @@ class Options:
 
 def train(config: Config, options: Options) -> None:
   """Trains, or goes on where the workdir's latest checkpoint stands."""
-  data = prepare(config.data, options.cache_dir)
+  data = prepare(config.data, options.cache_dir, len(os.sched_getaffinity(0)))
   mesh = make_mesh(config.mesh)
   with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
     run = resolve(config, data, mesh)
@@ -73,6 +74,7 @@ def _claim(workdir: Path, config: Config, data: Prepared) -> list[str]:
   file = workdir / 'config.json'
   different = configs.differences(configs.from_json(file.read_text(), str(file)), config) if file.exists() else {}
   vocabulary = different.pop('model.vocab_size', None)
+  _check_mixture(different, config)
   for name, (was, now) in different.items():
     if not name.startswith(MAY_CHANGE) or name == 'optimizer.name':
       raise _another_run(name, was, now)
@@ -81,6 +83,17 @@ def _claim(workdir: Path, config: Config, data: Prepared) -> list[str]:
     raise _another_run('model.vocab_size', *vocabulary)
   write_whole(file, configs.to_json(config))
   return [f'{name} {was} -> {now}' for name, (was, now) in different.items()]
+
+
+def _check_mixture(different: dict[str, tuple], config: Config) -> None:
+  """Takes stores that only moved out of what is different; their content is in the fingerprint of the data."""
+  for name in ('data.train', 'data.valid'):
+    was, now = different.get(name, ((), ()))
+    if name in different and [dataclasses.replace(one, store='') for one in was] == [dataclasses.replace(one, store='') for one in now]:
+      del different[name]
+  if 'batch_size' in different and any(in_unit_of_steps(phase.start) for phase in config.data.phases):
+    raise UserError('batch_size', config.batch_size, f'{different["batch_size"][0]}, with which this workdir was started, where '
+                    "data.phases start at steps; phases that start at '1e9 tokens' do not depend on it")
 
 
 def _another_run(name: str, was: object, now: object) -> UserError:
@@ -99,19 +112,22 @@ class _Loop:
   def __init__(self, run: Run, data: Prepared, checkpoints: Checkpoints, book: Logbook, options: Options, peak: float):
     self.run, self.data, self.checkpoints, self.book, self.options, self.peak = run, data, checkpoints, book, options, peak
     config = run.config
-    self.score = Scorer(run.blueprint, run.objective, run.valid, run.mesh, batch_size=config.sequences,
-                        isolate_documents=config.data.isolate_documents)
+    self.scorer = Scorer(run.blueprint, run.objective, run.mesh, config.sequences)
     self.flops = flops_per_token(config.model, config.data.context)
     self.compiles = 0
     self.tracing = False
     self.clock = (0.0, 0)  # seconds and tokens at the last logged step
+    self.waited = 0.0  # seconds since then in which there was no batch
     self.pending: tuple[Progress, dict[str, jax.Array]] | None = None
 
   def go(self, state: TrainState, progress: Progress, last: int) -> None:
     """Runs to step `last`."""
     self.state, self.progress = state, progress
+    config, mesh = self.run.config, self.run.mesh
+    self.batches = batches(self.run.rows, progress.rows, config.batch_size, my_rows(mesh, config.batch_size),
+                           prefetch=config.data.prefetch, workers=config.data.workers)
     counter = CompileCounter()
-    self._restart_clock()
+    self._restart_clock(self.progress.tokens)
     try:
       while self.progress.step < last:
         self._start_trace(self.progress.step + 1)
@@ -125,11 +141,13 @@ class _Loop:
 
   def _step(self, counter: CompileCounter) -> None:
     run, done = self.run, self.progress
-    batch = model_inputs(run.rows.batch(done.rows, run.config.batch_size), run.config.data.isolate_documents)
+    start = time.perf_counter()
+    batch = next(self.batches)
+    self.waited += time.perf_counter() - start
     # Counted on the host: a row's mask is known before the devices see it, and a run outgrows an int32.
     self.progress = Progress(done.step + 1, done.rows + run.config.batch_size, done.tokens + int(batch['mask'].sum()))
     before = counter.count
-    self.state, metrics = run.step(self.state, place(run.mesh, batch, 'batch', None))
+    self.state, metrics = run.step(self.state, place_rows(run.mesh, batch, run.config.batch_size))
     self.compiles += counter.count - before
     assert self.compiles == 1, f'the step was compiled {self.compiles} times'
     self._read_pending()
@@ -147,12 +165,14 @@ class _Loop:
       return
     values = {name: float(value) for name, value in jax.device_get(metrics).items() if name != 'targets'}
     now = time.perf_counter()
-    speed = (progress.tokens - self.clock[1]) / (now - self.clock[0])
-    self.clock = (now, progress.tokens)
-    self.book.step(step, values | {'tokens': progress.tokens, 'tokens_per_second': speed, 'mfu': speed * self.flops / self.peak})
+    seconds = now - self.clock[0]
+    speed = (progress.tokens - self.clock[1]) / seconds
+    self.book.step(step, values | {'tokens': progress.tokens, 'tokens_per_second': speed, 'mfu': speed * self.flops / self.peak,
+                                   'data_wait': self.waited / seconds})
+    self._restart_clock(progress.tokens)
 
-  def _restart_clock(self) -> None:
-    self.clock = (time.perf_counter(), self.progress.tokens)
+  def _restart_clock(self, tokens: int) -> None:
+    self.clock, self.waited = (time.perf_counter(), tokens), 0.0
 
   def _after_step(self, last: int) -> None:
     run, step = self.run, self.progress.step
@@ -168,17 +188,17 @@ class _Loop:
     loss = self._validate(final) if validate else None
     if save:
       self.checkpoints.save(self.progress, self.state, loss)
-    self._restart_clock()
+    self._restart_clock(self.progress.tokens)
 
   def _validate(self, final: bool) -> float:
     settings, step = self.run.config.eval, self.progress.step
-    score = self.score(self.state.parameters, count=0 if final else settings.rows)
-    self.book.validation(step, 'valid', score)
+    scores = self.scorer.sets(self.state.parameters, self.run.valid, self.data.tags, count=0 if final else settings.rows)
+    self.book.validation(step, scores.named())
     if settings.sample_tokens:
       pieces = self.generator.text(self.state.parameters, self.data.tokenizer, settings.prompt, settings.sample_tokens,
                                    jax.random.key(self.run.config.seed))
       self.book.sample(step, settings.prompt, ''.join(pieces))
-    return score.loss
+    return scores.overall.loss
 
   @functools.cached_property
   def generator(self) -> Generator:
@@ -197,4 +217,4 @@ class _Loop:
       jax.profiler.stop_trace()
       self.tracing = False
       self.book.say(f'trace up to step {self.progress.step} in {self.options.workdir / "profile"}')
-      self._restart_clock()
+      self._restart_clock(self.progress.tokens)

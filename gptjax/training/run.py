@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from gptjax import config as configs
 from gptjax.checkpoint import Progress
 from gptjax.config import Config, UserError, duration_in_steps
-from gptjax.data import EvalRows, Prepared, TrainRows
+from gptjax.data import EvalRows, Prepared, TrainRows, train_rows
 from gptjax.model import Blueprint, attention_backend, blueprint, flops_per_token, parameter_count
 from gptjax.sharding import check_sizes
 from gptjax.training.objective import Objective, next_token
@@ -33,7 +33,7 @@ class Run:
   initialize: Callable[[], TrainState]
   step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
   rows: TrainRows
-  valid: EvalRows
+  valid: dict[str, EvalRows]
   steps: int
   eval_every: int
   checkpoint_every: int
@@ -53,7 +53,7 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
   config = with_vocabulary(config, data.tokenizer.vocab_size)
   data.tokenizer.encode(config.eval.prompt, 'eval.prompt')  # a prompt that cannot be sampled from is told before training
   check_sizes(config, mesh)
-  rows = TrainRows(data.train, config.data.context, config.seed)
+  rows = train_rows(config, data)
   in_steps = lambda field, value: duration_in_steps(
     field, value, batch_size=config.batch_size, context=config.data.context, rows_per_epoch=rows.rows_per_epoch)
   opt = config.optimizer
@@ -62,6 +62,9 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
                'decay': in_steps('optimizer.decay', opt.decay)}
   if steps < 1:
     raise UserError('steps', config.steps, '1 step or more')
+  if rows.mixture.rows is not None and steps * config.batch_size > rows.mixture.rows:
+    raise UserError('steps', config.steps, f'at most {rows.mixture.rows // config.batch_size:,} steps: data.train has '
+                    f'{rows.mixture.rows:,} rows within the epochs of its components')
   if durations['decay'] > steps:
     raise UserError('optimizer.decay', opt.decay, f'at most the {steps} steps of the run')
   plan = blueprint(config.model, config.data.context)
@@ -72,7 +75,7 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
     initialize=initializer(plan, optimizer, config.zero_stage, mesh, config.seed),
     step=train_step(plan, objective, optimizer, schedule(opt, opt.peak_lr, **durations),
                     microbatches=config.microbatches, seed=config.seed),
-    valid=EvalRows(data.valid, config.data.context),
+    valid={name: EvalRows(store, config.data.context, config.data.isolate_documents) for name, store in data.valid.items()},
     eval_every=in_steps('eval.every', config.eval.every),
     checkpoint_every=in_steps('checkpoint.every', config.checkpoint.every))
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import pathlib
 import shlex
 import subprocess
@@ -15,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax.config import (
-    Config, Duration, ModelConfig, UserError, describe, differences, flatten, from_json, load, override, run, to_json)
-from gptjax.config.flags import _FIELDS
+    Component, Config, Duration, ModelConfig, Phase, UserError, ValidationSet, describe, differences, flatten, from_json, load,
+    override, run, to_json)
+from gptjax.config.flags import _FIELDS, _item
 
 TEXTS = [name for name, hint in _FIELDS.items() if hint is str]
 ROOT = pathlib.Path(__file__).parents[2]
@@ -103,8 +105,8 @@ def command(tmp_path, monkeypatch, capsys):
     (['--config.model.layers=3', '--config.model.layers=5'], {'model.layers': 5}),
     (['--config.optimizer.peak_lr=3e-4'], {'optimizer.peak_lr': 3e-4}),
     (['--config.optimizer.clip=2'], {'optimizer.clip': 2.0}),
-    (['--config.data.files=a=b.txt'], {'data.files': 'a=b.txt'}),
-    (['--config.data.files', 'x y.txt'], {'data.files': 'x y.txt'}),
+    (['--config.data.source.path=a=b.txt'], {'data.source.path': 'a=b.txt'}),
+    (['--config.data.source.path', 'x y.txt'], {'data.source.path': 'x y.txt'}),
     (['--config.eval.prompt=--\n1'], {'eval.prompt': '--\n1'}),
     (['--config.eval.prompt=12'], {'eval.prompt': '12'}),
     (['--config.data.tokenizer.kind=chars'], {'data.tokenizer.kind': 'chars'}),
@@ -155,7 +157,7 @@ def test_all_overrides_are_in_before_any_is_checked(command):
     ('--config.zzzzzz=3', "--config.zzzzzz: '3', accepted: model, *, seed"),
     ('--config.=3', "--config.: '3', accepted: model, *, seed"),
     ('--config.model=3', "--config.model: '3', accepted: only its fields, since it is a group: layers, *"),
-    ('--config.data.tokenizer=3', "--config.data.tokenizer: '3', accepted: only its fields, *: kind, vocab_size"),
+    ('--config.data.tokenizer=3', "--config.data.tokenizer: '3', accepted: only its fields, *: kind, vocab_size, path"),
     ('--config.model.layers=many', "--config.model.layers: 'many', accepted: an integer"),
     ('--config.model.layers=1.0', "--config.model.layers: '1.0', accepted: an integer"),
     ('--config.model.layers=', "--config.model.layers: '', accepted: an integer"),
@@ -164,7 +166,7 @@ def test_all_overrides_are_in_before_any_is_checked(command):
     ('--config.optimizer.clip=nan', '--config.optimizer.clip: nan, accepted: a number'),
     ('--config.optimizer.clip=inf', '--config.optimizer.clip: inf, accepted: a number'),
     ('--config.model.bias=maybe', "--config.model.bias: 'maybe', accepted: true or false"),
-    ('--config.data.files', '--config.data.files: None, accepted: text'),
+    ('--config.data.source.path', '--config.data.source.path: None, accepted: text'),
     ('--config.model.norm=rms', "--config.model.norm: 'rms', accepted: layernorm, rmsnorm; did you mean rmsnorm?"),
     ('--config.steps=soon', "steps: 'soon', accepted: a count of steps (2000), or one with its unit: *"),
     ('--config.steps=1e999', "steps: '1e999', accepted: a count of steps *"),
@@ -191,8 +193,8 @@ def test_a_mistake_is_one_line_that_names_field_value_accepted_and_nearest(comma
 
 
 def test_a_flag_is_not_taken_for_the_value_of_the_flag_before_it(command):
-  error = command('--config=configs/base.py', '--config.data.files', '--log_every=3').error
-  assert error == '--config.data.files: None, accepted: text'
+  error = command('--config=configs/base.py', '--config.data.source.path', '--log_every=3').error
+  assert error == '--config.data.source.path: None, accepted: text'
 
 
 # Recipes
@@ -363,6 +365,8 @@ def test_json_that_is_no_config_is_named_by_its_file(edit, error):
 def _values(hint):
   if typing.get_origin(hint) is typing.Literal:
     return st.sampled_from(typing.get_args(hint))
+  if item := _item(hint):
+    return st.just(()) if dataclasses.is_dataclass(item) else st.lists(_values(item), max_size=3).map(tuple)
   counts = st.integers(1, 10**9)
   return {
       bool: st.booleans(), int: counts, float: st.floats(0, 1, exclude_min=True, exclude_max=True), str: st.text(),
@@ -381,10 +385,50 @@ def configs(draw):
       'mesh.data': draw(st.just(-1) | st.integers(1, 64)), 'zero_stage': draw(st.sampled_from([0, 3])),
       'microbatches': microbatches, 'batch_size': microbatches * draw(st.integers(1, 64)),
   }
+  if draw(st.booleans()):
+    stores = draw(st.lists(st.text(min_size=1), min_size=1, max_size=3, unique=True))
+    weight = draw(st.sampled_from([0.0, 0.5, 2.0]))
+    values |= {
+        'data.train': tuple(Component(store, weight, draw(st.sampled_from([0.0, 1.5]))) for store in stores),
+        'data.phases': tuple(Phase(start, (1.0,) * len(stores)) for start in draw(st.lists(_values(Duration), max_size=2))),
+        'data.valid': (ValidationSet('a', draw(st.text()), ('x', 'y')), ValidationSet('b-1', draw(st.text()))),
+    } | {name: value for name, value in flatten(Config()).items() if name.startswith('data.source.')}
+  if not values['data.prefetch']:
+    values['data.workers'] = 0
   values['optimizer.decay'] = draw(st.integers(1, 10**6)) if values['optimizer.schedule'] == 'wsd' else 0
   if values['checkpoint.keep_best']:
     values['eval.rows'] = 0
   return override(Config(), values)
+
+
+@pytest.mark.parametrize('value, error', [
+    ('books', "--config.data.train: 'books', accepted: a JSON list of objects with store, weight, epochs"),
+    ('["books"]', "--config.data.train[0]: 'books', accepted: an object with store, weight, epochs"),
+    ('[{"stor": "a"}]', "--config.data.train[0].stor: 'a', accepted: store, weight, epochs; did you mean store?"),
+    ('[{"weight": 1}]', '--config.data.train[0].store: None, accepted: text; the field is missing'),
+    ('[{"store": "a", "weight": "1"}]', "--config.data.train[0].weight: '1', accepted: a number"),
+    ('[{"store": "a", "weight": -1}]', 'data.train: weight: -1, accepted: 0 or more'),
+    ('[{"store": "a"}, {"store": "a"}]', "data.train: store: 'a', accepted: each one once"),
+    ('[{"store": "a"}]', 'data.valid: [], accepted: a validation set or more, beside data.train'),
+])
+def test_a_list_of_objects_is_checked_through_and_through(command, value, error):
+  assert command('--config=configs/base.py', f'--config.data.train={value}').error == error
+
+
+@pytest.mark.parametrize('values, error', [
+    ({'data.phases': [{'start': '5 steps', 'weights': [1, 2]}]}, 'data.phases: weights: [1, 2], accepted: 1 weights'),
+    ({'data.phases': [{'start': 'soon', 'weights': [1]}]}, "data.phases: start: 'soon', accepted: a count of steps"),
+    ({'data.phases': [{'start': 5, 'weights': [0]}]}, 'data.phases: weights: [0], accepted: 0 or more'),
+    ({'data.valid': [{'name': 'a/b', 'store': 'x'}]}, "data.valid: 'a/b', accepted: names and tags of letters"),
+    ({'data.source.path': 'x.txt'}, "data.source.path: 'x.txt', accepted: no source where data.train names stores"),
+    ({'data.workers': 2, 'data.prefetch': 0}, 'data.prefetch: 0, accepted: 1 or more'),
+    ({'data.train': [{'store': 's', 'weight': 1}, {'store': 't'}]}, 'data.train: weight: 0.0, accepted: a weight above 0 for every'),
+])
+def test_a_mixture_has_to_fit_together(values, error):
+  base = {'data.train': [{'store': 's'}], 'data.valid': [{'name': 'v', 'store': 'v'}]}
+  with pytest.raises(UserError) as caught:
+    override(Config(), base | values)
+  assert str(caught.value).startswith(error)
 
 
 @given(configs())
@@ -403,7 +447,8 @@ def recipe(tmp_path_factory):
 @given(config=configs())
 @settings(max_examples=60, deadline=None)
 def test_every_field_takes_its_own_value_as_text(recipe, config):
-  args = [f'--config.{name}={value}' for name, value in flatten(config).items()]
+  text = lambda value: json.dumps(list(map(dataclasses.asdict, value))) if isinstance(value, tuple) else value
+  args = [f'--config.{name}={text(value)}' for name, value in flatten(config).items()]
   assert outcome(f'--config={recipe}', *args).config == config
 
 

@@ -7,15 +7,17 @@ import importlib
 import io
 import itertools
 import lzma
+import os
 import sys
 import threading
 
+import numpy as np
 import pytest
 
-from gptjax.config import DataConfig, TokenizerConfig, UserError
-from gptjax.data import compression_yardsticks, prepare, read_files
-from gptjax.data.progress import progress
-from gptjax.data.stdlib_corpus import stdlib_sources
+from gptjax.config import Component, Config, DataConfig, Phase, SourceConfig, TokenizerConfig, UserError, ValidationSet
+from gptjax.data import Document, Recipe, compression_yardsticks, open_source, prepare, train_rows, write_store
+from gptjax.data.progress import Work
+from gptjax.data.tokenizers import ByteTokenizer, CharTokenizer
 
 module = importlib.import_module('gptjax.data.prepare')  # gptjax.data.prepare is the function
 
@@ -27,7 +29,7 @@ def config(tmp_path):
   for i in range(12):
     text = f'Text {i}: zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich\r\n' * (i + 3)
     (folder / f'{i}.txt').write_bytes(text.encode())
-  return DataConfig(files=str(folder), valid_fraction=0.3, tokenizer=TokenizerConfig(kind='chars'))
+  return DataConfig(source=SourceConfig(str(folder)), valid_fraction=0.3, tokenizer=TokenizerConfig(kind='chars'))
 
 
 @pytest.fixture
@@ -39,76 +41,76 @@ def cache(tmp_path):
 def built_once(monkeypatch):
   """A list of the folders that are built."""
   built, build = [], module._build
-  monkeypatch.setattr(module, '_build', lambda directory, *rest: (built.append(directory), build(directory, *rest)))
+  monkeypatch.setattr(module, '_build', lambda folder, *rest: (built.append(folder), build(folder, *rest)))
   return built
 
 
 def texts(prepared, store):
-  stream, bounds = store.tokens.tolist(), [*store.starts.tolist(), len(store.tokens)]
-  return [prepared.tokenizer.decode(stream[start:stop]) for start, stop in itertools.pairwise(bounds)]
+  places = store.starts(0, store.documents).tolist()
+  return [prepared.tokenizer.decode(store.read([start], [stop - start]).tolist()) for start, stop in itertools.pairwise(places)]
 
 
 @pytest.mark.parametrize('tokenizer', [
     TokenizerConfig(kind='chars'), TokenizerConfig(kind='bytes'), TokenizerConfig(vocab_size=300)])
 def test_all_documents_are_in_one_of_the_stores(config, cache, tokenizer):
   prepared = prepare(dataclasses.replace(config, tokenizer=tokenizer), cache)
-  everything = [document.text for document in read_files(config.files)]
-  train, valid = texts(prepared, prepared.train), texts(prepared, prepared.valid)
-  assert sorted(train + valid) == sorted(everything)
-  assert train
-  assert valid
-  assert prepared.valid_text.read_bytes() == ''.join(valid).encode()
-  assert prepared.valid.bytes == len(prepared.valid_text.read_bytes())
-  assert prepared.directory == cache / 'data' / prepared.fingerprint
-  assert f'{prepared.train.documents} documents, {prepared.train.targets:,} tokens' in prepared.description
+  everything = [record.text for record in open_source(config.source) if isinstance(record, Document)]
+  train, valid = texts(prepared, prepared.layouts[0].store), texts(prepared, prepared.valid['valid'])
+  assert sorted(train + valid) == sorted(everything) and train and valid
+  assert prepared.valid['valid'].bytes == len(''.join(valid).encode())
+  assert f'{len(train)} documents, {prepared.layouts[0].store.tokens:,} tokens' in prepared.description
   assert '\n' not in prepared.description
+
+
+def test_a_tokenizer_that_is_there_is_taken(config, cache, tmp_path):
+  ByteTokenizer().save(tmp_path / 'tok')
+  prepared = prepare(dataclasses.replace(config, tokenizer=TokenizerConfig(path=str(tmp_path / 'tok'))), cache)
+  assert prepared.tokenizer.sha256 == ByteTokenizer().sha256
+  with pytest.raises(UserError, match='tokenizer'):
+    prepare(dataclasses.replace(config, tokenizer=TokenizerConfig(path=str(tmp_path / 'nothing'))), cache)
 
 
 def test_the_second_time_nothing_is_built(config, cache, built_once, capfd):
   first = prepare(config, cache)
   out, err = capfd.readouterr()
-  assert out == ''
-  assert err
+  assert out == '' and err
   second = prepare(config, cache)
-  assert len(built_once) == 1
-  assert capfd.readouterr() == ('', '')
+  assert len(built_once) == 1 and capfd.readouterr() == ('', '')
   assert (second.fingerprint, second.description) == (first.fingerprint, first.description)
-  assert (second.train.tokens == first.train.tokens).all()
 
 
 def test_what_determines_the_data_is_in_the_fingerprint_and_nothing_else(config, cache, tmp_path):
-  def fingerprint(**changes):
-    return prepare(dataclasses.replace(config, **changes), cache).fingerprint
-
+  fingerprint = lambda **changes: prepare(dataclasses.replace(config, **changes), cache).fingerprint
   first = fingerprint()
-  assert fingerprint(context=7, isolate_documents=False) == first
+  assert fingerprint(context=7, isolate_documents=False, rows='pack') == first
   (tmp_path / 'texts').rename(tmp_path / 'moved')
-  assert fingerprint(files=str(tmp_path / 'moved')) == first
-  others = [fingerprint(files=str(tmp_path / 'moved'), **change)
-            for change in ({'valid_fraction': 0.5}, {'tokenizer': TokenizerConfig(kind='bytes')})]
+  for path in (tmp_path / 'moved').iterdir():
+    os.utime(path, (1, 1))
+  moved = SourceConfig(str(tmp_path / 'moved'))
+  assert fingerprint(source=moved) == first
+  others = [fingerprint(source=moved, **change) for change in ({'valid_fraction': 0.5}, {'tokenizer': TokenizerConfig(kind='bytes')})]
   (tmp_path / 'moved/0.txt').write_text('another text')
-  others.append(fingerprint(files=str(tmp_path / 'moved')))
+  others.append(fingerprint(source=moved))
   assert len({first, *others}) == 4
 
 
 def test_a_killed_run_leaves_nothing_that_is_trusted(config, cache, monkeypatch):
-  write_store, calls = module.write_store, []
+  calls = []
 
-  def killed(*arguments):
+  def killed(*arguments, **named):
     calls.append(arguments)
     if len(calls) == 2:
       raise KeyboardInterrupt
-    return write_store(*arguments)
+    return write_store(*arguments, **named)
 
   monkeypatch.setattr(module, 'write_store', killed)
   with pytest.raises(KeyboardInterrupt):
     prepare(config, cache)
   left, = (path for path in (cache / 'data').iterdir() if path.is_dir())
-  (left / 'rubbish').touch()
+  assert left.suffix == '.building'
   prepared = prepare(config, cache)
-  assert texts(prepared, prepared.valid)
-  assert not (prepared.directory / 'rubbish').exists()
-  assert not left.exists()
+  assert texts(prepared, prepared.valid['valid'])
+  assert not left.exists() and len(list((cache / 'data').iterdir())) == 1
 
 
 def test_two_at_once_build_once(config, cache, built_once):
@@ -118,35 +120,81 @@ def test_two_at_once_build_once(config, cache, built_once):
     thread.start()
   for thread in threads:
     thread.join()
-  assert len(built_once) == 1
-  assert len({result.fingerprint for result in results}) == 1
-  assert len(results) == 3
+  assert len(built_once) == 1 and len(results) == 3 and len({result.fingerprint for result in results}) == 1
 
 
 def test_mistakes_in_the_files_leave_no_data(config, cache, tmp_path):
   (tmp_path / 'texts/5.txt').write_bytes(b'ab\xff')
   with pytest.raises(UserError, match=r'5\.txt, byte 2'):
     prepare(config, cache)
+  assert not list(cache.rglob('*.*'))
+
+
+@pytest.fixture
+def stores(tmp_path):
+  """Folders of three stores of bytes, of 20, 10 and 5 documents of 9 bytes."""
+  folders = {}
+  for name, count in (('a', 20), ('b', 10), ('c', 5)):
+    (tmp_path / f'{name}.txt').write_text('\n'.join(f'{name} is {i:04d}' for i in range(count)))
+    source = open_source(SourceConfig(str(tmp_path / f'{name}.txt'), separator='\\n'))
+    folders[name] = str(tmp_path / 'stores' / name)
+    write_store(tmp_path / 'stores' / name, Recipe(source, ByteTokenizer()))
+  return folders
+
+
+def mixture(stores, **changes):
+  return DataConfig(train=(Component(stores['a'], 3.0), Component(stores['b'], 1.0)), context=10,
+                    valid=(ValidationSet('one', stores['c'], ('x',)), ValidationSet('two', stores['b'], ('x', 'y'))), **changes)
+
+
+def test_stores_are_mixed_and_validated_by_name(stores, cache):
+  prepared = prepare(mixture(stores), cache)
+  assert [*prepared.valid] == ['one', 'two'] and prepared.tags == {'x': ['one', 'two'], 'y': ['two']}
+  rows = train_rows(Config(data=mixture(stores)), prepared)
+  components, _ = rows.mixture.locate(np.arange(400))
+  assert np.bincount(components).tolist() == [300, 100] and rows.rows_per_epoch == 20 + 10
   assert not cache.exists()
 
 
-def test_the_embedded_corpus_needs_its_dataset_once(cache, monkeypatch, tmp_path):
-  for i in range(4):
-    (tmp_path / f'{i}.py').write_text(f'x = {i}\n' * 20)
-  monkeypatch.setattr(module, 'stdlib_sources', lambda: stdlib_sources(tmp_path))
-  config = DataConfig(tokenizer=TokenizerConfig(kind='bytes'))
-  first = prepare(config, cache)
-  assert first.train.documents + first.valid.documents == 4
-  assert (cache / 'tfds').is_dir()
-  monkeypatch.delattr(module, 'stdlib_documents')
-  assert prepare(config, cache).fingerprint == first.fingerprint
+def test_phases_in_steps_follow_the_batch_size_and_others_do_not(stores, cache):
+  def shares(start, batch_size):
+    data = mixture(stores, phases=(Phase(start, (0.0, 1.0)),))
+    components, _ = train_rows(Config(data=data, batch_size=batch_size), prepare(data, cache)).mixture.locate(np.arange(200))
+    return int(np.flatnonzero(components == 0).max()) + 1
+
+  assert (shares('10 steps', 4), shares('10 steps', 8)) == (pytest.approx(40, abs=3), pytest.approx(80, abs=3))
+  assert shares('400 tokens', 4) == shares('400 tokens', 8) == pytest.approx(40, abs=3)
+  assert shares('2 epochs', 4) == pytest.approx(60, abs=3)
+
+
+def test_epochs_are_limits_in_passes(stores, cache):
+  data = DataConfig(train=(Component(stores['a'], 1.0, epochs=1.5), Component(stores['b'], 1.0, epochs=1.0)), context=10,
+                    valid=(ValidationSet('v', stores['c']),))
+  assert train_rows(Config(data=data), prepare(data, cache)).mixture.rows == 30 + 10
+
+
+def test_stores_of_different_tokenizers_are_refused(stores, cache, tmp_path):
+  write_store(tmp_path / 'other', Recipe(open_source(SourceConfig(str(tmp_path / 'a.txt'))), CharTokenizer('abcdefghijkls 0123456789\n')))
+  for data in (dataclasses.replace(mixture(stores), train=(Component(stores['a']), Component(str(tmp_path / 'other')))),
+               dataclasses.replace(mixture(stores), valid=(ValidationSet('v', str(tmp_path / 'other')),))):
+    with pytest.raises(UserError, match=r"^data: store: '.*other', accepted: a store made with the tokenizer of .*/a, "):
+      prepare(data, cache)
+
+
+def test_a_damaged_store_is_refused_before_training(stores, cache, tmp_path):
+  shard = tmp_path / 'stores/b/00000.shard'
+  shard.write_bytes(shard.read_bytes()[:-3])
+  with pytest.raises(UserError, match=r'stores/b/00000.shard: .*restore it'):
+    prepare(mixture(stores), cache)
 
 
 def test_yardsticks_are_what_the_compressors_need(config, cache):
-  prepared = prepare(dataclasses.replace(config, files=argparse.__file__), cache)
-  text = prepared.valid_text.read_bytes()
+  prepared = prepare(dataclasses.replace(config, source=SourceConfig(argparse.__file__)), cache)
+  text, = texts(prepared, prepared.valid['valid'])
+  text = text.encode()
   compressed = {'gzip -9': gzip.compress(text, 9), 'xz -9': lzma.compress(text, preset=9)}
-  assert compression_yardsticks(prepared) == {name: 8 * len(data) / len(text) for name, data in compressed.items()}
+  assert compression_yardsticks(prepared.tokenizer, prepared.valid) == {
+    name: 8 * len(data) / len(text) for name, data in compressed.items()}
 
 
 def test_progress_is_a_line_in_a_log_and_a_bar_on_a_terminal(monkeypatch):
@@ -157,5 +205,7 @@ def test_progress_is_a_line_in_a_log_and_a_bar_on_a_terminal(monkeypatch):
 
   for stream, drawn in ((io.StringIO(), 'counting: 3 documents\n'), (Terminal(), None)):
     monkeypatch.setattr(sys, 'stderr', stream)
-    assert list(progress('counting', ['a', 'b', 'c'])) == ['a', 'b', 'c']
+    with Work('counting', 3, 'documents') as work:
+      for _ in range(3):
+        work.advance(1)
     assert stream.getvalue() == drawn if drawn else 'counting' in stream.getvalue()

@@ -1,146 +1,174 @@
-"""Row i depends on nothing but (store, context, seed, i), and epochs and evaluations leave nothing out."""
+"""Row i depends on nothing but (stores, mixture, layout, seed, i), and epochs and evaluations leave nothing out."""
 
-import bisect
 import itertools
-from pathlib import Path
+import time
 
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
+from small_stores import make_store, stream
 
-from gptjax.data import EvalRows, TokenStore, TrainRows
-from gptjax.data.rows import permute
+from gptjax.config import UserError
+from gptjax.data import EvalRows, Mixture, Packed, TrainRows, Windows, plan
+from gptjax.data.permutation import permute
 
-SIZES = [(2, 1), (7, 3), (12, 4), (12, 5), (100, 7), (5, 16), (1000, 10)]
-
-
-def places_store(size):
-  """A store whose token at a place is the place."""
-  return TokenStore(Path(), np.arange(size, dtype=np.uint32), np.zeros(1, np.int64), bytes=size, vocab_size=size + 3,
-                    pad_id=size, bos_id=size + 1, eos_id=size + 2, sha256='')
+SHAPES = [([2], 1), ([7], 3), ([4, 3, 5], 4), ([1, 1, 1, 9, 2], 5), ([50, 50], 7), ([5], 16), ([3] * 40 + [60, 1, 13], 10)]
 
 
-def text_store(lengths):
-  """A store of documents with so many tokens between bos (1) and eos (2), pad 0."""
-  stream = np.concatenate([[1, *range(10, 10 + length), 2] for length in lengths]).astype(np.uint16)
-  starts = np.cumsum([0, *(length + 2 for length in lengths[:-1])])
-  return TokenStore(Path(), stream, starts, bytes=sum(lengths), vocab_size=2**16, pad_id=0, bos_id=1, eos_id=2,
-                    sha256='')
+def rows_of(layouts, context, seed=0, weights=None, **mixture):
+  counts = [layout.count for layout in layouts]
+  return TrainRows(layouts, Mixture(counts, weights or [0.0] * len(counts), **mixture), context, seed, True)
 
 
-def reference(store, places):
-  """What a row over these places of the stream (one more than the context) should be, in plain Python."""
-  starts, rows = store.starts.tolist(), {'tokens': [], 'targets': [], 'positions': [], 'segments': [], 'mask': []}
-  segment, since = 0, 0
-  for k, (place, following) in enumerate(itertools.pairwise(places)):
-    if k == 0 or place in starts:
-      segment, since = segment + 1, k
-    rows['tokens'].append(int(store.tokens[place]))
-    rows['targets'].append(int(store.tokens[following]))
-    rows['positions'].append(k - since)
-    rows['segments'].append(segment)
-    same_document = bisect.bisect(starts, place) == bisect.bisect(starts, following) and following == place + 1
-    rows['mask'].append(float(same_document))
-  return rows
+def layout_of(kind, store, context, folder):
+  return Windows(store, context) if kind == 'concat' else Packed(store, plan(store, context, kind, folder / 'cache'))
 
 
-@pytest.mark.parametrize(('size', 'context'), SIZES)
-@pytest.mark.parametrize('seed', [0, 1, 2**70])
-def test_every_epoch_visits_every_window_once(size, context, seed):
-  rows = TrainRows(places_store(size), context, seed)
-  n = rows.rows_per_epoch
-  assert n == -(-size // context)
-  for epoch in range(4):
-    batch = rows.batch(epoch * n, n)
-    tokens, targets = batch['tokens'], batch['targets']
-    assert tokens.shape == targets.shape == (n, context)
-    assert ((tokens[:, :1] + np.arange(context)) % size == tokens).all()
-    assert ((tokens + 1) % size == targets).all()
-    cuts = [{(shift + window * context) % size for window in range(n)} for shift in range(context)]
-    assert set(tokens[:, 0].tolist()) in cuts
-    assert len(set(tokens[:, 0].tolist())) == len(cuts[0])
-    assert set(tokens.ravel().tolist()) == set(range(size))
+def epoch(rows, number):
+  return rows.batch(np.arange(rows.rows_per_epoch) + number * rows.rows_per_epoch)
 
 
-@given(size=st.integers(2, 300), context=st.integers(1, 40), seed=st.integers(0, 9), first=st.integers(0, 10**13),
-       count=st.integers(1, 30))
-@settings(max_examples=100, deadline=None, database=None)
-def test_rows_do_not_depend_on_the_batch_they_come_in(size, context, seed, first, count):
-  store = places_store(size)
-  whole = TrainRows(store, context, seed).batch(first, count)
-  other = TrainRows(store, context, seed)
-  for i in reversed(range(count)):
-    one = other.batch(first + i, 1)
-    assert all((whole[name][i] == one[name][0]).all() for name in whole)
+def targets(batch):
+  return batch['targets'][batch['mask'] > 0].tolist()
 
 
-def test_seeds_and_epochs_have_orders_and_cuts_of_their_own():
-  def epoch(seed, number):
-    rows = TrainRows(places_store(2000), 10, seed)
-    return tuple(rows.batch(number * rows.rows_per_epoch, rows.rows_per_epoch)['tokens'][:, 0].tolist())
-
-  epochs = {(seed, number): epoch(seed, number) for seed in range(6) for number in range(6)}
-  assert len(set(epochs.values())) == len(epochs)
-  assert len({starts[0] % 10 for starts in epochs.values()}) > 6
-  # The order differs too, not the cut alone.
-  assert len({tuple(place // 10 for place in starts) for starts in epochs.values()}) == len(epochs)
+@pytest.fixture(params=range(len(SHAPES)))
+def case(request, tmp_path):
+  lengths, context = SHAPES[request.param]
+  return make_store(tmp_path / 'store', lengths, shard_documents=2), lengths, context, tmp_path
 
 
-@pytest.mark.parametrize('size', [*range(1, 20), 63, 64, 65, 1000, 4097])
-def test_a_permutation_hits_everything_once(size):
-  for key in range(5):
-    images = permute(np.arange(size), size, np.full(size, key, np.uint64))
-    assert sorted(images.tolist()) == list(range(size))
+@pytest.mark.parametrize('kind', ['concat', 'pack', 'document'])
+def test_each_token_is_a_target_and_an_input_once_an_epoch(case, kind):
+  store, _, context, folder = case
+  rows = rows_of([layout_of(kind, store, context, folder)], context)
+  for number in (0, 1, 5):
+    batch = epoch(rows, number)
+    assert sorted(targets(batch)) == sorted(stream(store).tolist())
+    assert sorted(batch['tokens'][batch['mask'] > 0].tolist()) == sorted(stream(store).tolist())
 
 
-def test_permutations_are_spread_over_all_orders():
-  orders = {tuple(permute(np.arange(3), 3, np.full(3, key, np.uint64)).tolist()) for key in range(300)}
-  assert len(orders) == 6
+@pytest.mark.parametrize('kind', ['concat', 'pack', 'document'])
+def test_rows_agree_with_the_documents(case, kind):
+  """Against plain Python: what follows each input, how far it is from its document's or row's start, and in which segment."""
+  store, lengths, context, folder = case
+  ids = stream(store).tolist()
+  starts = {0, *itertools.accumulate(lengths)}
+  following = dict(zip(ids, [*ids[1:], ids[0]]))
+  begins = {ids[start + 1]: start for start in starts if start + 1 < len(ids) and start + 1 not in starts}
+  batch = epoch(rows_of([layout_of(kind, store, context, folder)], context), 1)
+  names = ('tokens', 'targets', 'positions', 'segments', 'mask')
+  for tokens, target, positions, segments, mask in zip(*(batch[name].tolist() for name in names)):
+    segment = position = 0
+    real = int(sum(mask))
+    assert mask == [1.0] * real + [0.0] * (context - real) and segments[real:] == [0] * (context - real)
+    for k in range(real):
+      first = k == 0 or tokens[k] == 1 or (kind != 'concat' and target[k - 1] == 1)
+      segment, position = (segment + 1, 0) if first else (segment, position + 1)
+      assert (segments[k], positions[k]) == (segment, position)
+      if tokens[k] != 1:
+        assert target[k] == following[tokens[k]]
+      elif target[k] != 1:
+        assert target[k] in begins
 
 
-@given(lengths=st.lists(st.integers(0, 12), min_size=1, max_size=8), context=st.integers(1, 20), seed=st.integers(0, 5),
-       first=st.integers(0, 50))
-@settings(max_examples=150, deadline=None, database=None)
-def test_rows_are_what_plain_python_says(lengths, context, seed, first):
-  store = text_store(lengths)
-  starts = TrainRows(places_store(len(store.tokens)), context, seed).batch(first, 3)['tokens'][:, 0]
-  batch = TrainRows(store, context, seed).batch(first, 3)
-  for i, start in enumerate(starts):
-    expected = reference(store, [(int(start) + k) % len(store.tokens) for k in range(context + 1)])
-    assert {name: array[i].tolist() for name, array in batch.items()} == expected
+def test_packing_splits_no_document_that_fits(case):
+  store, lengths, context, folder = case
+  batch = epoch(rows_of([layout_of('pack', store, context, folder)], context), 0)
+  inputs = [row[mask > 0].tolist() for row, mask in zip(batch['tokens'], batch['mask'])]
+  ids = stream(store).tolist()
+  for start, length in zip(itertools.accumulate([0, *lengths]), lengths):
+    inside = ids[start + 1:start + length]
+    holders = {number for number, row in enumerate(inputs) for one in inside if one in row}
+    assert len(holders) <= -(-length // context)
 
 
-def test_a_batch_has_the_types_a_model_takes():
-  batch = TrainRows(text_store([5, 9]), 4, 0).batch(0, 2)
-  assert {name: array.dtype.name for name, array in batch.items()} == {
-      'tokens': 'int32', 'targets': 'int32', 'positions': 'int32', 'segments': 'int32', 'mask': 'float32'}
-  assert all(array.shape == (2, 4) and array.flags.c_contiguous for array in batch.values())
+def test_one_document_a_row(tmp_path):
+  store = make_store(tmp_path / 'store', [3, 12, 5])
+  batch = epoch(rows_of([layout_of('document', store, 5, tmp_path)], 5), 0)
+  assert sorted(batch['mask'].sum(1).tolist()) == [2, 3, 5, 5, 5] and (batch['segments'].max(1) == 1).all()
 
 
-@given(lengths=st.lists(st.integers(0, 12), min_size=1, max_size=8), context=st.integers(1, 20))
-@settings(max_examples=150, deadline=None, database=None)
-def test_evaluation_has_every_token_but_bos_as_a_target_once(lengths, context):
-  store = text_store(lengths)
-  rows = EvalRows(store, context)
-  batch = rows.batch(np.arange(rows.count))
-  counted = batch['mask'] == 1
-  assert batch['targets'][counted].tolist() == store.tokens[store.tokens != 1].tolist()
-  assert counted.sum() == store.targets
-  assert rows.bytes == store.bytes
-  assert (batch['targets'][~counted] <= 1).all()
-  assert (batch['targets'][counted] > 1).all()
-  assert ((batch['segments'] == 0) == (batch['tokens'] == 0)).all()
-  assert batch['mask'][-1].any()
-  for row in range(rows.count - 1):
-    expected = reference(store, range(row * context, (row + 1) * context + 1))
-    assert {name: array[row].tolist() for name, array in batch.items()} == expected
+@pytest.mark.parametrize('kind', ['concat', 'pack'])
+def test_a_row_depends_on_its_index_alone(kind, tmp_path):
+  stores = [make_store(tmp_path / str(k), [5 + k] * 30, shard_documents=7) for k in range(3)]
+  make = lambda seed=3: rows_of([layout_of(kind, store, 8, tmp_path) for store in stores], 8, seed, [3.0, 2.0, 1.0])
+  whole = make().batch(np.arange(300))
+  for indices in ([17], [299, 0, 17], np.random.default_rng(0).permutation(300)):
+    batch = make().batch(np.asarray(indices))
+    assert all((batch[name] == whole[name][indices]).all() for name in whole)
+  assert not (make(4).batch(np.arange(300))['tokens'] == whole['tokens']).all()
 
 
-def test_evaluation_rows_come_in_any_order_and_padding_after_the_last():
-  rows = EvalRows(text_store([30, 3, 7]), 8)
-  whole = rows.batch(np.arange(rows.count))
-  picked = rows.batch(np.array([3, 0, rows.count, 10**6]))
-  for name in whole:
-    assert (picked[name][:2] == whole[name][[3, 0]]).all()
-  for name in ('tokens', 'targets', 'segments', 'mask'):
-    assert not picked[name][2:].any()
+def test_epochs_and_seeds_have_orders_of_their_own(tmp_path):
+  layout = Windows(make_store(tmp_path / 'store', [400]), 4)
+  orders = [epoch(rows_of([layout], 4, seed), number)['tokens'].tobytes() for seed in range(4) for number in range(4)]
+  assert len(set(orders)) == 16  # the seed is hashed before the epoch is added
+
+
+def test_components_of_equal_size_have_different_orders(tmp_path):
+  layouts = [Windows(make_store(tmp_path / str(k), [400]), 4) for k in range(2)]
+  rows = rows_of(layouts, 4, 0, [1.0, 1.0])
+  batch = rows.batch(np.arange(40))
+  assert (batch['tokens'][::2] != batch['tokens'][1::2]).any()
+
+
+def test_far_rows_cost_what_near_ones_do(tmp_path):
+  layouts = [layout_of(kind, make_store(tmp_path / kind, [9, 30, 4] * 50), 16, tmp_path) for kind in ('concat', 'pack')]
+  rows = rows_of(layouts, 16, 0, [0.3, 0.7])
+  read = [0]
+  for layout in layouts:
+    whole = layout.store.read
+    layout.store.read = lambda starts, counts, whole=whole: (read.__setitem__(0, read[0] + int(np.sum(counts))), whole(starts, counts))[1]
+  spent = []
+  for first in (0, 10**9, 10**15):
+    read[0] = 0
+    start = time.perf_counter()
+    rows.batch(first + np.arange(64))
+    spent.append((read[0], time.perf_counter() - start))
+  assert max(count for count, _ in spent) <= 64 * 17 * 1.2  # no reading that grows with the index
+  assert max(seconds for _, seconds in spent) < 1
+
+
+def test_evaluation_scores_every_token_once_and_pads_the_rest(case):
+  store, _, context, _ = case
+  rows = EvalRows(store, context, True)
+  batch = rows.batch(np.arange(rows.count + 3))
+  assert targets(batch) == [*stream(store).tolist()[1:], 1]
+  assert not batch['mask'][rows.count:].any() and not batch['segments'][rows.count:].any()
+  assert batch['mask'].sum() == store.tokens
+
+
+def test_without_isolation_there_are_no_segments(tmp_path):
+  store = make_store(tmp_path / 'store', [5, 9])
+  assert {*EvalRows(store, 4, False).batch(np.arange(2))} == {'tokens', 'targets', 'mask'}
+
+
+def test_dtypes_are_those_of_the_model(case):
+  store, _, context, _ = case
+  batch = EvalRows(store, context, True).batch(np.arange(1))
+  assert {name: values.dtype.name for name, values in batch.items()} == {
+    'tokens': 'int32', 'targets': 'int32', 'mask': 'float32', 'positions': 'int32', 'segments': 'int32'}
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
+def test_permute_is_a_permutation(size, key):
+  images = permute(np.arange(size), size, np.full(size, key, np.uint64))
+  assert sorted(images.tolist()) == list(range(size))
+
+
+def test_permute_spreads_over_large_ranges():
+  size = 10**12
+  images = permute(np.arange(4000), size, np.zeros(4000, np.uint64))
+  assert len(set(images.tolist())) == 4000 and 0 <= images.min() and images.max() < size
+  counts, _ = np.histogram(images, 8, (0, size))
+  assert abs(counts - 500).max() < 120  # 5.7 standard deviations
+
+
+def test_a_row_beyond_all_epochs_is_refused(tmp_path):
+  layout = Windows(make_store(tmp_path / 'store', [40]), 4)
+  rows = rows_of([layout], 4, limits=[25])
+  assert rows.mixture.rows == 25 and rows.batch(np.array([24]))
+  with pytest.raises(UserError, match='25 rows'):
+    rows.batch(np.array([25]))

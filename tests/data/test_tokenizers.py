@@ -1,15 +1,19 @@
 """Any text comes back exactly, text is never taken for a special id, and the same documents give the same tokenizer."""
 
+import io
 import json
+import pickle
 import sysconfig
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 from hypothesis import given, settings, strategies as st
 
 from gptjax.config import TokenizerConfig, UserError
-from gptjax.data import Document, TextStream, load_tokenizer, tokenizers, train_tokenizer
+from gptjax.data.sources.source import Document
+from gptjax.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, TextStream, load_tokenizer, subwords, train_tokenizer
 
 ODD = [
     '▁', '▁▁ ▁', '␠', 'Ġ', '⁇', '\0', '\t', '\r\n', '\r', ' ', '    ', '\n\n        ', ' \n \t\n', '\x1c', '\x85',
@@ -24,8 +28,8 @@ def code_documents():
   return [Document(path.name, path.read_text('utf-8')) for path in sorted(folder.glob('*.py'))]
 
 
-def train(kind, vocab_size=512):
-  return train_tokenizer(TokenizerConfig(kind=kind, vocab_size=vocab_size), code_documents())
+def train(kind, vocab_size=512, **options):
+  return train_tokenizer(TokenizerConfig(kind=kind, vocab_size=vocab_size), code_documents(), **options)
 
 
 @pytest.fixture(scope='module')
@@ -42,7 +46,7 @@ def test_any_text_comes_back_exactly(trained, kind, text):
   assert ids.dtype == np.int32
   assert ids.ndim == 1
   assert tokenizer.decode(ids) == text
-  assert not len(ids) or 4 <= ids.min() <= ids.max() < tokenizer.vocab_size
+  assert not len(ids) or 3 <= ids.min() <= ids.max() < tokenizer.vocab_size
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -58,28 +62,29 @@ def test_odd_text_in_the_training_documents_changes_nothing(kind):
   for text in ODD:
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
-    assert ids.min() >= 4
+    assert ids.min() >= 3
 
 
 @pytest.mark.parametrize('kind', [*KINDS, 'chars'])
-def test_special_ids_are_four_and_have_no_text(trained, kind):
+def test_special_ids_are_three_and_have_no_text(trained, kind):
   tokenizer = trained[kind]
-  specials = [tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id]
-  assert sorted(specials) == [0, 1, 2, 3]
+  specials = [tokenizer.pad_id, tokenizer.bos_id, tokenizer.unk_id]
+  assert specials == [0, 1, 2]
+  assert tokenizer.eos_id == tokenizer.bos_id
   assert tokenizer.decode([*specials, *tokenizer.encode('if x:'), *specials]) == 'if x:'
 
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_every_byte_has_an_id_and_no_two_ids_are_alike(trained, kind):
-  pieces = trained[kind].pieces[4:]
-  assert len(set(pieces)) == len(pieces) == trained[kind].vocab_size - 4
+  pieces = trained[kind].pieces[3:]
+  assert len(set(pieces)) == len(pieces) == trained[kind].vocab_size - 3
   assert {bytes([byte]) for byte in range(256)} <= set(pieces)
 
 
-@pytest.mark.parametrize(('kind', 'size'), [('bpe', 512), ('unigram', 512), ('bytes', 260), ('chars', None)])
+@pytest.mark.parametrize(('kind', 'size'), [('bpe', 512), ('unigram', 512), ('bytes', 259), ('chars', None)])
 def test_vocabulary_has_the_size_asked_for(trained, kind, size):
   characters = {character for document in code_documents() for character in document.text}
-  assert trained[kind].vocab_size == (size or 4 + len(characters))
+  assert trained[kind].vocab_size == (size or 3 + len(characters))
 
 
 def test_pieces_of_code_hold_line_ends_with_their_indent(trained):
@@ -89,6 +94,56 @@ def test_pieces_of_code_hold_line_ends_with_their_indent(trained):
 def test_digits_stand_alone(trained):
   for kind in ('bpe', 'unigram'):
     assert len(trained[kind].encode('1024')) == 4
+
+
+@pytest.mark.parametrize('kind', ['bpe', 'unigram'])
+def test_a_piece_holds_as_many_digits_as_it_may(kind):
+  documents = [*code_documents(), Document('digits', '1234567 ' * 1000)]
+  tokenizer = train_tokenizer(TokenizerConfig(kind=kind, vocab_size=512), documents, digits=3)
+  assert [tokenizer.pieces[i] for i in tokenizer.encode('1234567')] == [b'123', b'456', b'7']
+  with pytest.raises(UserError, match='^digits: 0, accepted: 1 or more'):
+    train(kind, digits=0)
+
+
+SYMBOLS = ['<|user|>', '. The', 'ab', 'abc', '日本', '\n\n', ',"x"', 'a,b', '\t\0', '||', 'self']
+
+
+@pytest.fixture(scope='module')
+def with_symbols():
+  return {kind: train(kind, symbols=SYMBOLS) for kind in ('bpe', 'unigram')}
+
+
+@pytest.mark.parametrize('kind', ['bpe', 'unigram'])
+@given(before=TEXTS, symbol=st.sampled_from(SYMBOLS), after=TEXTS)
+@settings(max_examples=150, deadline=None, database=None)
+def test_a_symbol_is_one_id_wherever_it_stands(with_symbols, kind, before, symbol, after):
+  tokenizer = with_symbols[kind]
+  ids = tokenizer.encode(before + symbol + after)
+  assert tokenizer.decode(ids) == before + symbol + after
+  if not any(part in before + after for part in 'ab.,|\n\t日sel<'):  # no other symbol reaches into this one
+    assert (ids == 3 + SYMBOLS.index(symbol)).sum() == 1
+    assert ids.tolist() == [*tokenizer.encode(before), *tokenizer.encode(symbol), *tokenizer.encode(after)]
+
+
+@pytest.mark.parametrize('kind', ['bpe', 'unigram'])
+def test_the_longest_symbol_wins_and_their_ids_come_first(with_symbols, kind, tmp_path):
+  tokenizer = with_symbols[kind]
+  assert [piece.decode() for piece in tokenizer.pieces[3:3 + len(SYMBOLS)]] == SYMBOLS
+  assert tokenizer.encode('xabcx').tolist() == [*tokenizer.encode('x'), 3 + SYMBOLS.index('abc'), *tokenizer.encode('x')]
+  tokenizer.save(tmp_path)
+  text = ' x'.join(SYMBOLS)
+  assert (load_tokenizer(tmp_path).encode(text) == tokenizer.encode(text)).all()
+
+
+@pytest.mark.parametrize('symbols', [[''], ['a'], ['ab', 'cd', 'ab']])
+def test_a_symbol_is_no_byte_and_stands_once(symbols):
+  with pytest.raises(UserError, match=rf"^symbol: {symbols[0]!r}, accepted: texts of two bytes or more, each one once$"):
+    train('bpe', symbols=symbols)
+
+
+def test_symbols_that_leave_no_room_for_bytes_are_a_mistake():
+  with pytest.raises(UserError, match=r'^data.tokenizer.vocab_size: 300, accepted: 309 or more'):
+    train('bpe', 300, symbols=[f'<{i}>' for i in range(50)])
 
 
 @pytest.mark.parametrize('kind', ['bpe', 'unigram'])
@@ -105,6 +160,56 @@ def test_a_saved_tokenizer_comes_back(trained, kind, tmp_path):
   text = code_documents()[0].text
   assert loaded.pieces == trained[kind].pieces
   assert (loaded.encode(text) == trained[kind].encode(text)).all()
+  assert loaded.sha256 == trained[kind].sha256 == pickle.loads(pickle.dumps(loaded)).sha256
+
+
+def test_other_tokenizers_have_other_digests(trained, with_symbols):
+  others = [train('bpe', 513), train('bpe', digits=3), train_tokenizer(TokenizerConfig(kind='chars'), [Document('a', 'ab')])]
+  others.append(train_tokenizer(TokenizerConfig(kind='chars'), [Document('a', 'ac')]))
+  words = subwords.Words(trained['bpe'].words.pattern + '|x')
+  others.append(SentencePieceTokenizer('bpe', trained['bpe'].model, words))  # the same pieces, but other words
+  every = [*trained.values(), *with_symbols.values(), *others]
+  assert len({tokenizer.sha256 for tokenizer in every}) == len(every)
+  assert all(len(tokenizer.sha256) == 64 for tokenizer in every)
+
+
+@pytest.mark.parametrize(('name', 'text', 'message'), [
+  ('tokenizer.json', '{"kind": "bpe"', 'whole'), ('tokenizer.json', '[]', 'whole'), ('tokenizer.json', '{"kind": "bpe"}', 'whole'),
+  ('tokenizer.json', '{"kind": "wordpiece"}', "'wordpiece', accepted: a kind"), ('tokenizer.model', 'x', 'whole'),
+  ('tokenizer.model', None, 'No such file')])
+def test_a_damaged_folder_is_one_mistake(trained, tmp_path, name, text, message):
+  trained['bpe'].save(tmp_path)
+  (tmp_path / name).unlink()
+  if text is not None:
+    (tmp_path / name).write_text(text)
+  with pytest.raises(UserError, match=message) as error:
+    load_tokenizer(tmp_path)
+  assert str(tmp_path) in str(error.value)
+
+
+def test_a_model_with_the_special_ids_of_old_is_refused(trained):
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(['a b']), model_writer=model, vocab_size=8, hard_vocab_limit=False, pad_id=0, bos_id=1, eos_id=2,
+    unk_id=3, minloglevel=2)
+  with pytest.raises(UserError, match=r"'special ids \[0, 1, 2, 3\]', accepted: .* that this version of gptjax trained"):
+    SentencePieceTokenizer('unigram', model.getvalue(), trained['bpe'].words)
+
+
+def test_words_that_are_kept_are_bounded(trained, monkeypatch):
+  tokenizer = pickle.loads(pickle.dumps(trained['bpe']))
+  expected = tokenizer.encode(' '.join(f'word{i}' for i in range(1000)))
+  monkeypatch.setattr(subwords, '_KEPT_WORDS', 10)
+  tokenizer = pickle.loads(pickle.dumps(tokenizer))
+  assert (tokenizer.encode(' '.join(f'word{i}' for i in range(1000))) == expected).all()
+  tokenizer.encode(' ' * 1000)
+  assert 0 < len(tokenizer._ids) <= 10
+  assert max(map(len, tokenizer._ids)) <= 128
+
+
+@pytest.mark.parametrize('text', ['a' * 10**6, ' ' * 10**6 + 'b', '\n' * 10**6 + 'b', '!' * 10**6, '\t ' * 10**5 + 'b'])
+def test_long_texts_without_words_take_no_long_time(trained, text):
+  assert trained['bpe'].decode(trained['bpe'].encode(text)) == text
 
 
 def test_a_folder_without_tokenizer_is_named(tmp_path):
@@ -114,7 +219,7 @@ def test_a_folder_without_tokenizer_is_named(tmp_path):
 
 def test_an_unseen_character_is_named_with_its_place():
   tokenizer = train_tokenizer(TokenizerConfig(kind='chars'), [Document('a', 'abc'), Document('b', 'cd')])
-  assert tokenizer.encode('dcba').tolist() == [7, 6, 5, 4]
+  assert tokenizer.encode('dcba').tolist() == [6, 5, 4, 3]
   with pytest.raises(UserError, match=r"^story.txt, character 2: 'é', accepted: one of the 4 characters"):
     tokenizer.encode('abé', 'story.txt')
   with pytest.raises(UserError, match=r'^text, character 0: '):
@@ -133,7 +238,7 @@ def test_more_ids_than_the_documents_have_is_an_error_that_says_how_many(kind):
   with pytest.raises(UserError, match=r'^data.tokenizer.vocab_size: 4096, accepted: at most ([0-9]+) ') as error:
     train_tokenizer(TokenizerConfig(kind=kind), documents)
   most = int(str(error.value).split('at most ')[1].split()[0])
-  assert tokenizers.SentencePieceTokenizer(kind, _train(kind, most, documents).model).vocab_size == most
+  assert _train(kind, most, documents).vocab_size == most
 
 
 def _train(kind, vocab_size, documents):
@@ -142,17 +247,15 @@ def _train(kind, vocab_size, documents):
   return train_tokenizer(config, documents)
 
 
-def test_learning_stops_at_a_count_of_characters(monkeypatch):
-  monkeypatch.setattr(tokenizers, '_TRAINING_CHARACTERS', 20_000)
-  texts = list(tokenizers._sample(code_documents()))
-  assert sum(map(len, texts)) == 20_000
-  assert texts == list(tokenizers._sample(code_documents()))
+def test_training_names_the_document_that_utf8_cannot_write():
+  with pytest.raises(UserError, match=r"^bad, character 1: '\\ud800'"):
+    train_tokenizer(TokenizerConfig(), [Document('good', 'text'), Document('bad', 'a\ud800')])
 
 
-@given(ids=st.lists(st.integers(0, 259)), data=st.data())
+@given(ids=st.lists(st.integers(0, 258)), data=st.data())
 @settings(max_examples=150, deadline=None, database=None)
 def test_streamed_text_is_the_decoded_text(ids, data):
-  tokenizer = tokenizers.ByteTokenizer()
+  tokenizer = ByteTokenizer()
   stream, pieces, start = TextStream(tokenizer), [], 0
   while start < len(ids):
     stop = data.draw(st.integers(start + 1, len(ids)))
@@ -162,7 +265,7 @@ def test_streamed_text_is_the_decoded_text(ids, data):
 
 
 def test_a_stream_holds_half_a_character_back():
-  tokenizer = tokenizers.ByteTokenizer()
+  tokenizer = ByteTokenizer()
   stream = TextStream(tokenizer)
   assert [stream.push([i]) for i in tokenizer.encode('a日b')] == ['a', '', '', '日', 'b']
   assert stream.push(tokenizer.encode('日')[:2]) == ''

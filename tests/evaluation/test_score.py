@@ -2,39 +2,41 @@
 
 import dataclasses
 import math
-import pathlib
 
 import jax
 import numpy as np
 import pytest
 
-from gptjax.data import EvalRows, TokenStore
-from gptjax.evaluation import Scorer
+from small_stores import make_store, stream
+
+from gptjax.data import EvalRows
+from gptjax.evaluation import Scorer, pooled
 from gptjax.model import blueprint
 from gptjax.training import next_token
+from gptjax.training.hardware import CompileCounter
 
 CONTEXT = 16
-LENGTHS = [40, 3, 0, 14, 15, 1, 7, 37]
-"""Tokens of each document between bos (1) and eos (2); some end where a row ends, some fill several rows."""
+LENGTHS = [40, 3, 0, 14, 15, 1, 7, 45]
+"""Tokens of each document after its separator (1); some end where a row ends, some fill several rows."""
 
 
-def store():
-  rng = np.random.default_rng(0)
-  stream = np.concatenate([[1, *rng.integers(4, 50, length), 2] for length in LENGTHS]).astype(np.uint16)
-  starts = np.cumsum([0, *(length + 2 for length in LENGTHS[:-1])])
-  return TokenStore(pathlib.Path(), stream, starts, bytes=3 * sum(LENGTHS), vocab_size=50, pad_id=0, bos_id=1, eos_id=2,
-                    sha256='')
+@pytest.fixture(scope='module')
+def held(tmp_path_factory):
+  """The documents as a store."""
+  return make_store(tmp_path_factory.mktemp('held') / 'store', [length + 1 for length in LENGTHS], vocab_size=259,
+                    draw=lambda count: np.random.default_rng(0).integers(4, 50, count))
 
 
-def rows_of(tokens):
-  """The stream in rows of CONTEXT inputs; each row's last token is the next one's first."""
-  return [tokens[start:start + CONTEXT + 1] for start in range(0, len(tokens) - 1, CONTEXT)]
+def rows_of(held):
+  """The circle in rows of CONTEXT inputs; each row's last token is the next one's first."""
+  tokens = [*stream(held).astype(int), 1]
+  return [np.array(tokens[start:start + CONTEXT + 1]) for start in range(0, len(tokens) - 1, CONTEXT)]
 
 
 def pieces_of(row):
-  """The documents of a row, each by itself."""
-  begins = [0, *(i for i in range(1, len(row)) if row[i] == 1), len(row)]
-  return [row[begin:end] for begin, end in zip(begins, begins[1:])]
+  """The documents of a row, each by itself and with the separator that ends it."""
+  begins = [0, *(i for i in range(1, len(row) - 1) if row[i] == 1), len(row) - 1]
+  return [row[begin:end + 1] for begin, end in zip(begins, begins[1:])]
 
 
 @pytest.fixture
@@ -55,8 +57,7 @@ def plain(model, random_parameters, one_device):
     exact = np.float64(logits(padded))[:len(tokens) - 1]
     exact -= exact.max(-1, keepdims=True)
     log_probabilities = exact - np.log(np.exp(exact).sum(-1, keepdims=True))
-    counted = tokens[1:] != 1
-    return -log_probabilities[np.arange(len(counted)), tokens[1:]][counted].sum(), counted.sum()
+    return -log_probabilities[np.arange(len(exact)), tokens[1:]].sum(), len(exact)
 
   def total(row, isolate):
     pieces = pieces_of(row) if isolate else [row]
@@ -65,10 +66,9 @@ def plain(model, random_parameters, one_device):
   return total
 
 
-def score(model, parameters, *, isolate, batch_size, **asked):
-  scorer = Scorer(model, next_token(z_loss=0.1), EvalRows(store(), CONTEXT), jax.sharding.get_mesh(),
-                  batch_size=batch_size, isolate_documents=isolate)
-  return scorer(parameters, **asked)
+def score(model, parameters, held, *, isolate, batch_size, **asked):
+  scorer = Scorer(model, next_token(z_loss=0.1), jax.sharding.get_mesh(), batch_size)
+  return scorer(parameters, EvalRows(held, CONTEXT, isolate), **asked)
 
 
 def assert_score(got, nats, tokens, text_bytes):
@@ -80,45 +80,68 @@ def assert_score(got, nats, tokens, text_bytes):
 
 
 @pytest.mark.parametrize('isolate', [True, False])
-def test_a_score_is_a_plain_loop_over_documents(model, plain, random_parameters, isolate):
-  held = store()
-  nats, tokens = np.sum([plain(row, isolate) for row in rows_of(held.tokens)], axis=0)
-  assert tokens == held.targets == sum(LENGTHS) + len(LENGTHS)
+def test_a_score_is_a_plain_loop_over_documents(model, plain, random_parameters, held, isolate):
+  nats, tokens = np.sum([plain(row, isolate) for row in rows_of(held)], axis=0)
+  assert tokens == held.tokens == sum(LENGTHS) + len(LENGTHS)
   parameters = random_parameters(model)
   for batch_size in (1, 3, 8, 64):  # 9 rows: the last batch is whole, has one row, or is mostly padding
-    assert_score(score(model, parameters, isolate=isolate, batch_size=batch_size), nats, tokens, held.bytes)
+    assert_score(score(model, parameters, held, isolate=isolate, batch_size=batch_size), nats, tokens, held.bytes)
 
 
-def test_isolation_matters_here(model, random_parameters, one_device):
+def test_isolation_matters_here(model, random_parameters, held, one_device):
   parameters = random_parameters(model)
-  alone, together = (score(model, parameters, isolate=isolate, batch_size=4) for isolate in (True, False))
+  alone, together = (score(model, parameters, held, isolate=isolate, batch_size=4) for isolate in (True, False))
   assert abs(alone.loss - together.loss) > 1e-3
 
 
 @pytest.mark.parametrize('count', [1, 4, 8, 9, 100])
-def test_a_part_of_the_rows_is_evenly_spaced_and_stands_for_its_bytes(model, plain, random_parameters, count):
-  held = store()
-  rows = rows_of(held.tokens)
+def test_a_part_of_the_rows_is_evenly_spaced_and_stands_for_its_bytes(model, plain, random_parameters, held, count):
+  rows = rows_of(held)
   assert len(rows) == 9
   chosen = {1: [0], 4: [0, 2, 4, 6], 8: [0, 1, 2, 3, 4, 5, 6, 7]}.get(count, range(9))
   nats, tokens = np.sum([plain(rows[i], True) for i in chosen], axis=0)
   told = []
-  got = score(model, random_parameters(model), isolate=True, batch_size=4, count=count, advance=told.append)
-  assert_score(got, nats, tokens, held.bytes * tokens / held.targets)
+  got = score(model, random_parameters(model), held, isolate=True, batch_size=4, count=count, advance=told.append)
+  assert_score(got, nats, tokens, held.bytes * tokens / held.tokens)
   assert sum(told) == len(chosen)
 
 
 @pytest.mark.parametrize('mesh', ['8x1', '4x2'], indirect=True)
 @pytest.mark.parametrize('zero_stage', [0, 3])
-def test_a_score_is_the_same_on_all_devices(model, random_parameters, mesh, zero_stage):
-  got = score(model, random_parameters(model, zero_stage), isolate=True, batch_size=8)
+def test_a_score_is_the_same_on_all_devices(model, random_parameters, held, mesh, zero_stage):
+  got = score(model, random_parameters(model, zero_stage), held, isolate=True, batch_size=8)
   with jax.set_mesh(jax.make_mesh((1, 1), ('data', 'model'), axis_types=mesh.axis_types, devices=jax.devices()[:1])):
-    want = score(model, random_parameters(model), isolate=True, batch_size=8)
-  assert_score(got, want.loss * want.tokens, want.tokens, store().bytes)
+    want = score(model, random_parameters(model), held, isolate=True, batch_size=8)
+  assert_score(got, want.loss * want.tokens, want.tokens, held.bytes)
 
 
-def test_a_model_that_knows_nothing_needs_the_logarithm_of_the_vocabulary(model, one_device):
+def test_a_model_that_knows_nothing_needs_the_logarithm_of_the_vocabulary(model, held, one_device):
   zeros = {name: jax.numpy.zeros(shape.shape) for name, shape in model.shapes.items()}
-  held = store()
-  got = score(model, zeros, isolate=True, batch_size=4)
-  assert_score(got, math.log(50) * held.targets, held.targets, held.bytes)
+  got = score(model, zeros, held, isolate=True, batch_size=4)
+  assert_score(got, math.log(50) * held.tokens, held.tokens, held.bytes)
+
+
+def test_tags_and_all_sets_count_every_target_alike(model, random_parameters, held, tmp_path, one_device):
+  other = make_store(tmp_path / 'other', [5, 80], vocab_size=259, draw=lambda count: np.full(count, 7))
+  parameters = random_parameters(model)
+  sets = {'a': EvalRows(held, CONTEXT, True), 'b': EvalRows(other, CONTEXT, True)}
+  scorer = Scorer(model, next_token(), one_device, 4)
+  scores = scorer.sets(parameters, sets, {'both': ['a', 'b'], 'one': ['b']})
+  a, b = scores.sets['a'], scores.sets['b']
+  assert (a, b) == (scorer(parameters, sets['a']), scorer(parameters, sets['b'])) and a.loss != b.loss
+  nats = a.loss * a.tokens + b.loss * b.tokens
+  assert_score(scores.tags['both'], nats, a.tokens + b.tokens, held.bytes + other.bytes)
+  assert scores.overall == scores.tags['both'] and scores.tags['one'] == pooled([b])
+  assert [*scores.named()] == ['a', 'b', 'tag/both', 'tag/one', 'valid']
+
+
+def test_one_program_scores_all_sets(model, random_parameters, held, tmp_path, one_device):
+  parameters = random_parameters(model)
+  scorer = Scorer(model, next_token(), one_device, 4)
+  scorer(parameters, EvalRows(held, CONTEXT, True))
+  counter = CompileCounter()
+  try:
+    scorer(parameters, EvalRows(make_store(tmp_path / 'other', [9] * 30, vocab_size=259, draw=np.ones), CONTEXT, True))
+    assert counter.count == 0
+  finally:
+    counter.close()

@@ -82,7 +82,7 @@ def test_forbidden_and_padded_ids_never_appear(style, one_device, random_paramet
 def test_ids_no_text_continues_with_are_all_special_ones_but_eos_and_all_the_tokenizer_has_not():
   tokenizer = train_tokenizer(TokenizerConfig(kind='bytes'), [])
   config = ModelConfig(vocab_size=262, vocab_multiple=8)
-  assert set(range(264)) - set(never_drawn(tokenizer, config)) == {tokenizer.eos_id, *range(4, 260)}
+  assert set(range(264)) - set(never_drawn(tokenizer, config)) == {tokenizer.eos_id, *range(3, 259)}
 
 
 def test_draws_repeat_with_their_key(style, one_device, random_parameters):
@@ -123,7 +123,7 @@ def byte_model(one_device, random_parameters):
   tokenizer = train_tokenizer(TokenizerConfig(kind='bytes'), [])
   plan = blueprint(ModelConfig(layers=1, width=16, heads=2, vocab_size=tokenizer.vocab_size), 64)
   parameters = random_parameters(plan)
-  return tokenizer, plan, parameters, Generator(plan, one_device, Sampling(temperature=2.0), (tokenizer.bos_id,))
+  return tokenizer, plan, parameters, Generator(plan, one_device, Sampling(temperature=2.0), (tokenizer.pad_id,))
 
 
 @pytest.mark.parametrize('seed', range(3))

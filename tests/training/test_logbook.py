@@ -27,7 +27,7 @@ def lines(folder, name='metrics.jsonl'):
 def test_lines_are_written_at_once_and_in_order(tmp_path, open_book):
   book = open_book()
   book.step(1, METRICS)
-  book.validation(1, 'valid', Score(loss=2.0, perplexity=7.4, bits_per_byte=1.5, tokens=10))
+  book.validation(1, {'valid': Score(loss=2.0, perplexity=7.4, bits_per_byte=1.5, tokens=10, bytes=30.0)})
   book.sample(1, 'to ', 'be\n"or" \u2028 not')
   book.step(2, METRICS | {'loss': 2.25})
   assert lines(tmp_path) == [
@@ -69,7 +69,7 @@ def test_what_is_not_finite_is_null(tmp_path, open_book):
   nan, inf = float('nan'), float('inf')
   book = open_book()
   book.step(1, METRICS | {'loss': nan, 'grad_norm': inf})
-  book.validation(1, 'valid', Score(nan, nan, -inf, 5))
+  book.validation(1, {'valid': Score(nan, nan, -inf, 5, 9.0)})
   first, second = lines(tmp_path)
   assert first['loss'] is None and first['grad_norm'] is None and first['mfu'] == 0.25
   assert second == {'step': 1, 'eval/valid/loss': None, 'eval/valid/perplexity': None, 'eval/valid/bits_per_byte': None}

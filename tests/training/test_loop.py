@@ -10,7 +10,7 @@ from tiny import config, files_below, options, records, run, write_text
 from gptjax import config as configs
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import UserError
-from gptjax.data import TrainRows, prepare
+from gptjax.data import train_rows, prepare
 from gptjax.training import loop, train
 
 
@@ -56,7 +56,8 @@ def test_a_run_writes_all_it_promises(tmp_path, text, cache, capsys):
   assert [(line['step'], 'loss' in line) for line in lines] == [
     (1, True), (3, True), (4, False), (6, True), (8, False), (9, True), (10, True), (10, False)]
   data = prepare(settings.data, cache)
-  seen = np.cumsum([TrainRows(data.train, 16, 0).batch(4 * i, 4)['mask'].sum() for i in range(10)])
+  rows = train_rows(settings, data)
+  seen = np.cumsum([rows.batch(4 * i + np.arange(4))['mask'].sum() for i in range(10)])
   steps = [line for line in lines if 'loss' in line]
   assert [line['tokens'] for line in steps] == [seen[line['step'] - 1] for line in steps]
   assert {*steps[0]} == {'step', 'loss', 'grad_norm', 'learning_rate', 'tokens'}
@@ -116,7 +117,7 @@ def test_a_run_that_diverges_says_so_and_keeps_the_best(tmp_path, text, cache):
   ({'mesh__data': -1, 'mesh__model': 3}, 'mesh.model: 3, accepted: '),
   ({'mesh__data': -1, 'mesh__model': 4}, 'model.heads: 2, accepted: '),
   ({'model__vocab_size': 5}, 'model.vocab_size: 5, accepted: '),
-  ({'data__files': 'nowhere.txt'}, "data.files: 'nowhere.txt', accepted: "),
+  ({'data__source__path': 'nowhere.txt'}, "data.source.path: 'nowhere.txt', accepted: "),
   ({'eval__prompt': 'Ä'}, "eval.prompt, character 0: 'Ä', accepted: "),
 ])
 def test_a_mistake_leaves_no_workdir(values, message, tmp_path, text, cache):

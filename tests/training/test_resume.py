@@ -15,7 +15,7 @@ from tiny import config, options, records, run, write_text
 
 from gptjax import config as configs
 from gptjax.config import UserError
-from gptjax.data import TrainRows, prepare
+from gptjax.data import train_rows, prepare
 from gptjax.training import loop, train
 
 TESTS = pathlib.Path(__file__).parents[1]
@@ -118,7 +118,7 @@ def test_a_killed_run_goes_on_bit_by_bit(settings, straight, tmp_path, cache):
   # Killed in the middle of a line of step 6; the last checkpoint is of step 3.
   workdir = tmp_path / 'run'
   # The same settings of JAX: with other checks of types the program, and so the last bit, would be another.
-  killed = subprocess.run([sys.executable, '-c', KILLED, settings.data.files, workdir, cache, json.dumps(SETTINGS)],
+  killed = subprocess.run([sys.executable, '-c', KILLED, settings.data.source.path, workdir, cache, json.dumps(SETTINGS)],
                           capture_output=True, text=True, env=os.environ | {'PYTHONPATH': f'{TESTS}:{TESTS.parent}'})
   assert killed.returncode == -signal.SIGKILL, killed.stderr
   left = (workdir / 'metrics.jsonl').read_text().splitlines(keepends=True)
@@ -130,7 +130,7 @@ def test_a_killed_run_goes_on_bit_by_bit(settings, straight, tmp_path, cache):
 def test_what_does_not_make_another_run_may_change(settings, stopped, tmp_path, cache, capsys):
   other = tmp_path / 'elsewhere' / 'text.txt'
   other.parent.mkdir()
-  other.write_bytes(pathlib.Path(settings.data.files).read_bytes())
+  other.write_bytes(pathlib.Path(settings.data.source.path).read_bytes())
   values = {
     'steps': 9, 'batch_size': 8, 'microbatches': 1, 'zero_stage': 0, 'z_loss': 0.01, 'mesh.data': 4, 'mesh.model': 2,
     'eval.every': 5, 'eval.rows': 0, 'eval.sample_tokens': 0, 'checkpoint.every': 2, 'checkpoint.keep': 1,
@@ -138,15 +138,15 @@ def test_what_does_not_make_another_run_may_change(settings, stopped, tmp_path, 
     'optimizer.warmup': 1, 'optimizer.decay': 2, 'optimizer.final_fraction': 0.0, 'optimizer.b1': 0.8,
     'optimizer.b2': 0.9, 'optimizer.eps': 1e-7, 'optimizer.momentum': 0.9, 'optimizer.weight_decay': 0.0,
     'optimizer.clip': 0.0,
-    'model.dropout': 0.0, 'model.attention': 'xla', 'model.remat': 'full', 'data.files': str(other)}
+    'model.dropout': 0.0, 'model.attention': 'xla', 'model.remat': 'full', 'data.source.path': str(other), 'data.prefetch': 0}
   changed = configs.override(settings, values)
   before = records(stopped)
   lines = run(changed, stopped, cache)
   assert lines[:len(before)] == before
   assert [line['step'] for line in lines[len(before):]] == [5, 5, 6, 6, 7, 8, 8, 9, 9]
   tokens = [line['tokens'] for line in lines if 'tokens' in line]
-  rows = TrainRows(prepare(changed.data, cache).train, 16, 0)
-  assert tokens[4] - tokens[3] == rows.batch(4 * 4, 8)['mask'].sum()  # the rows go on where they were
+  rows = train_rows(changed, prepare(changed.data, cache))
+  assert tokens[4] - tokens[3] == rows.batch(4 * 4 + np.arange(8))['mask'].sum()  # the rows go on where they were
   kept = configs.from_json((stopped / 'config.json').read_text())
   assert {name for name, _ in configs.differences(kept, changed).items()} == {'model.vocab_size'}
   announced, = (line for line in capsys.readouterr().err.splitlines() if ' changed  ' in line)
@@ -173,10 +173,10 @@ def test_another_run_needs_another_workdir(values, field, settings, halfway, cac
 @pytest.mark.parametrize('end', ['one more line.\n', 'Ä'])
 def test_changed_data_is_an_error(end, settings, halfway, tmp_path, cache):
   changed = tmp_path / 'text.txt'
-  changed.write_text(pathlib.Path(settings.data.files).read_text() + end)
+  changed.write_text(pathlib.Path(settings.data.source.path).read_text() + end)
   before = (halfway / 'config.json').read_bytes()
   with pytest.raises(UserError, match=r'^data: .*another --workdir for other data'):
-    train(configs.override(settings, {'data.files': str(changed)}), options(halfway, cache))
+    train(configs.override(settings, {'data.source.path': str(changed)}), options(halfway, cache))
   assert (halfway / 'config.json').read_bytes() == before
 
 

@@ -3,13 +3,13 @@
 import contextlib
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from gptjax.data.documents import Document, TextFiles
-from gptjax.data.progress import progress
+from gptjax.data.progress import Work
+from gptjax.data.sources.source import Document
 
 
 class PythonStdlib(tfds.core.GeneratorBasedBuilder):
@@ -21,8 +21,8 @@ class PythonStdlib(tfds.core.GeneratorBasedBuilder):
   # path that it does not depend on).
   code_path = None
 
-  def __init__(self, *, sources: TextFiles, **kwargs):
-    self._sources = sources
+  def __init__(self, *, modules: Sequence[Document], **kwargs):
+    self._modules = modules
     super().__init__(**kwargs)
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -34,16 +34,18 @@ class PythonStdlib(tfds.core.GeneratorBasedBuilder):
     return {'train': self._generate_examples()}
 
   def _generate_examples(self) -> Iterator[tuple[str, dict[str, str]]]:
-    for document in progress('building the dataset of the standard library', self._sources):
-      yield document.name, {'name': document.name, 'text': document.text}
+    with Work('building the dataset of the standard library', len(self._modules), 'documents') as work:
+      for document in self._modules:
+        yield document.name, {'name': document.name, 'text': document.text}
+        work.advance(1)
 
 
-def build_and_read(sources: TextFiles, data_dir: Path) -> list[Document]:
+def build_and_read(modules: Sequence[Document], data_dir: Path) -> list[Document]:
   """Builds the dataset in `data_dir` unless it is there, and reads it: documents in the order of their names.
 
   TFDS builds in a folder of its own and renames it when it is whole.
   """
-  builder = PythonStdlib(sources=sources, data_dir=data_dir, file_format='array_record')
+  builder = PythonStdlib(modules=modules, data_dir=data_dir, file_format='array_record')
   tfds.disable_progress_bar()
   with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download, and there is none.
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))

@@ -1,5 +1,6 @@
 """The embedded corpus is what the library's modules are, through a TFDS dataset that does not need TensorFlow."""
 
+import pickle
 import shutil
 import subprocess
 import sys
@@ -8,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from gptjax.config import UserError
-from gptjax.data.documents import TextFiles
-from gptjax.data.stdlib_corpus import stdlib_documents, stdlib_sources
+from gptjax.config import SourceConfig, UserError
+from gptjax.data.sources import open_source
+from gptjax.data.sources.stdlib import Stdlib, stdlib_modules
 
 
 @pytest.fixture
@@ -30,30 +31,33 @@ def library(tmp_path):
 
 
 def test_only_modules_that_people_wrote_are_in_it(library):
-  names = [document.name for document in stdlib_sources(library)]
+  names = [document.name for document in stdlib_modules(library)]
   assert names == sorted(names)
   modules = {f'{package}/{path.name}' for package in ('json', 'asyncio') for path in (library / package).glob('*.py')}
   assert set(names) == {*modules, 'crlf.py'}
   assert {'json/decoder.py', 'asyncio/base_events.py'} <= modules
 
 
-def test_the_running_library_is_a_corpus():
-  sources = stdlib_sources()
-  assert len(sources) > 300
-  assert {'argparse.py', 'json/decoder.py'} <= set(sources.files)
-  assert sum(path.stat().st_size for path in sources.files.values()) > 5e6
-  assert not any('test' in Path(name).parts for name in sources.files)
+def test_the_running_library_is_a_corpus(tmp_path):
+  source = open_source(SourceConfig(), tmp_path)
+  assert len(source.names) > 300
+  assert {'argparse.py', 'json/decoder.py'} <= set(source.names)
+  assert source.size > 5e6
+  assert not any('test' in Path(name).parts for name in source.names)
+  assert not list(tmp_path.iterdir())
+  assert source.fingerprint() == open_source(SourceConfig(), tmp_path).fingerprint()
 
 
 def test_a_python_without_sources_is_an_error(tmp_path):
-  with pytest.raises(UserError, match=rf'^data.files: .*no sources .*{tmp_path}'):
-    stdlib_sources(tmp_path)
+  with pytest.raises(UserError, match=rf'^data.source.path: .*no sources .*{tmp_path}'):
+    Stdlib(tmp_path, tmp_path)
 
 
 def test_the_dataset_gives_the_sources_back(library, tmp_path, capfd):
-  sources = stdlib_sources(library)
-  documents = stdlib_documents(sources, tmp_path)
-  assert documents == list(sources)
+  source = pickle.loads(pickle.dumps(Stdlib(tmp_path, library)))
+  documents = list(source)
+  assert documents == stdlib_modules(library)
+  assert [document.name for document in documents] == source.names
   assert 'tensorflow' not in sys.modules
   out, err = capfd.readouterr()
   assert out == ''
@@ -62,35 +66,38 @@ def test_the_dataset_gives_the_sources_back(library, tmp_path, capfd):
   records = list((tmp_path / 'tfds').glob(f'*/python_stdlib/{version}/*.array_record-*'))
   assert len(records) == 1
   before = records[0].stat().st_mtime_ns
-  assert stdlib_documents(sources, tmp_path) == documents
+  assert list(Stdlib(tmp_path, library)) == documents
   assert records[0].stat().st_mtime_ns == before
   assert capfd.readouterr() == ('', '')
 
 
 def test_other_sources_are_another_dataset(library, tmp_path):
-  stdlib_documents(stdlib_sources(library), tmp_path)
+  before = Stdlib(tmp_path, library)
+  list(before)
   (library / 'crlf.py').write_text('y = 2\n')
-  documents = {document.name: document.text for document in stdlib_documents(stdlib_sources(library), tmp_path)}
-  assert documents['crlf.py'] == 'y = 2\n'
+  after = Stdlib(tmp_path, library)
+  assert after.fingerprint() != before.fingerprint()
+  assert {document.name: document.text for document in after}['crlf.py'] == 'y = 2\n'
 
 
-def test_a_build_that_dies_leaves_nothing_that_is_trusted(library, tmp_path):
-  class Killed(TextFiles):
+def test_a_build_that_dies_leaves_nothing_that_is_trusted(library, tmp_path, monkeypatch):
+  done = []
 
-    def __getitem__(self, index):
-      if index == 20:
-        raise KeyboardInterrupt
-      return super().__getitem__(index)
+  def killed(work, amount):
+    done.append(amount)
+    if len(done) == 20:
+      raise KeyboardInterrupt
 
-    def sha256(self):
-      return TextFiles(self.files).sha256()
+  source = Stdlib(tmp_path, library)
+  with monkeypatch.context() as patch:
+    from gptjax.data.sources import stdlib_builder
+    patch.setattr(stdlib_builder.Work, 'advance', killed)
+    with pytest.raises(KeyboardInterrupt):
+      list(source)
+  assert list(source) == stdlib_modules(library)
 
-  sources = stdlib_sources(library)
-  with pytest.raises(KeyboardInterrupt):
-    stdlib_documents(Killed(sources.files), tmp_path)
-  assert stdlib_documents(sources, tmp_path) == list(sources)
 
-
-def test_the_room_imports_neither_tfds_nor_jax():
-  code = "import sys, gptjax.data; print({'tensorflow_datasets', 'tensorflow', 'jax', 'flax'} & set(sys.modules))"
+def test_the_room_imports_nothing_optional():
+  optional = {'tensorflow_datasets', 'tensorflow', 'jax', 'flax', 'pyarrow', 'datasets', 'fsspec', 's3fs', 'zstandard'}
+  code = f'import sys, gptjax.data.sources; print({optional} & set(sys.modules))'
   assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout == 'set()\n'

@@ -1,0 +1,50 @@
+"""Loading: batches made ahead of the step that reads them, by a thread or by processes, through Grain."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from gptjax.data.rows import Batch, TrainRows
+
+_STEPS = 2**62  # as good as endless; Grain asks for a length
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Batches:
+  """Grain's view of a run: element i is the batch of step i.
+
+  A whole batch is one element: rows as elements were 5 times slower, most of it spent on stacking them.
+  """
+
+  rows: TrainRows
+  first_row: int
+  batch_size: int
+  mine: np.ndarray
+
+  def __len__(self) -> int:
+    return _STEPS
+
+  def __getitem__(self, index: int) -> Batch:
+    return self.rows.batch(self.first_row + index * self.batch_size + self.mine)
+
+
+def batches(rows: TrainRows, first_row: int, batch_size: int, mine: np.ndarray, *, prefetch: int, workers: int) -> Iterator[Batch]:
+  """The batches of a run from some row on, without end.
+
+  Args:
+    rows: of the run.
+    first_row: rows taken before.
+    batch_size: B, rows a step takes, over all processes.
+    mine: [n] which rows of each batch this process makes, from 0 to B - 1.
+    prefetch: batches made ahead; 0: none, each is made when it is asked for.
+    workers: processes that make them; 0: a thread.
+  """
+  import grain  # brings JAX, which takes seconds and tools do without
+  dataset = grain.MapDataset.source(_Batches(rows, first_row, batch_size, mine))
+  read = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
+  if not workers:
+    return iter(dataset.to_iter_dataset(read))
+  alone = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+  options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=-(-prefetch // workers))
+  return iter(alone.mp_prefetch(options))

@@ -1,0 +1,104 @@
+"""The text of a record: one of its fields, or a template over them."""
+
+import re
+import string
+from collections.abc import Mapping
+from numbers import Number
+from typing import Any
+
+from gptjax.config import UserError
+from gptjax.data.sources.source import Document, Malformed, Record
+
+_FIELD = re.compile(r'[^.\[\]{}]+(\.[^.\[\]{}]+)*')
+
+
+def unescaped(text: str) -> str:
+  """Text from a flag: a line end or a tab may be written as two characters, `\\n` or `\\t`."""
+  return text.replace('\\n', '\n').replace('\\t', '\t')
+
+
+class Fields:
+  """What config.text asks of a record.
+
+  Args:
+    text: name of a field, or a template: '{question}\\n{answer}', where '{{' and '}}' stand for braces. The name 'a.b'
+      reaches for the field b of the object in the field a.
+
+  Raises:
+    UserError: the template is none.
+  """
+
+  def __init__(self, text: str):
+    self.text = text
+    self._template = '{' in text
+    self._pieces = _parse(text) if self._template else [('', text)]
+    self.names = list(dict.fromkeys(field for _, field in self._pieces if field))
+
+  def check(self, names: list[str], place: str) -> None:
+    """Refuses what no record can have, where columns are known: all of them by their full names.
+
+    Raises:
+      UserError: a field is not there.
+    """
+    for field in self.names:
+      # A column may be an object whose fields are not listed, or a field of an object that is.
+      if not any(f'{name}.'.startswith(f'{field}.') or f'{field}.'.startswith(f'{name}.') for name in names):
+        raise UserError('data.source.text', field, f'a column of {place}: {", ".join(names)}', names=names)
+
+  def record(self, name: str, record: Mapping[str, Any], index: int) -> Record:
+    """What a record gives: a document called `name`, or nothing where the text is only white space.
+
+    Args:
+      name: the document's.
+      record: text, UTF-8 bytes or, for templates, numbers by field; objects are mappings.
+      index: the record's, among those of its part.
+    """
+    text = ''
+    for literal, field in self._pieces:
+      text += literal
+      if field:
+        value = self._value(record, field, index)
+        if isinstance(value, Malformed):
+          return value
+        text += value
+    return Document(name, text) if text.strip() else None
+
+  def _value(self, record: Mapping[str, Any], field: str, index: int) -> str | Malformed:
+    value, above = record, ''
+    for key in field.split('.'):
+      if not isinstance(value, Mapping) or key not in value:
+        names = tuple(f'{above}{name}' for name in value) if isinstance(value, Mapping) else ()
+        return Malformed(field, f'a field that the record has: {", ".join(names) or "none"}', index, names=names)
+      value, above = value[key], f'{above}{key}.'
+    accepted = f'text{" or a number" * self._template} in the field {field}'
+    try:
+      if isinstance(value, bytes):
+        return value.decode()
+      if isinstance(value, str):
+        value.encode()  # JSON can hold halves of surrogate pairs, which are no text
+        return value
+    except (UnicodeEncodeError, UnicodeDecodeError) as error:
+      return Malformed(error.object[error.start:error.start + 4], f'UTF-8 {accepted}', index)
+    if self._template and isinstance(value, Number) and not isinstance(value, bool):
+      return str(value)
+    return Malformed(shortened(str(value)), accepted, index)
+
+
+def shortened(text: str) -> str:
+  """The beginning of a text, for an error."""
+  return text if len(text) <= 60 else f'{text[:59]}…'
+
+
+def _parse(text: str) -> list[tuple[str, str]]:
+  """Literal text and the field behind it, by turns."""
+  accepted = "a field's name, or a template of fields and text such as '{question}\\n{answer}'"
+  try:
+    pieces = list(string.Formatter().parse(unescaped(text)))
+  except ValueError as error:
+    raise UserError('data.source.text', text, f'{accepted} ({error})') from None
+  for _, field, how, conversion in pieces:
+    if field is not None and (how or conversion or not _FIELD.fullmatch(field)):
+      raise UserError('data.source.text', text, f'{accepted}, with plain names in the braces')
+  if not any(field for _, field, _, _ in pieces):
+    raise UserError('data.source.text', text, f'{accepted}, with a field at least')
+  return [(literal, field or '') for literal, field, _, _ in pieces]

@@ -1,0 +1,119 @@
+"""The writing side of token stores: shards that are whole or not there."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptjax.data.store import BLOCK, INDEX, MANIFEST, RECORD, TOKENIZER, VERSION, shard_name
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.files import write_whole
+
+
+def id_dtype(vocab_size: int) -> np.dtype:
+  """uint16, or uint32 for vocabularies above 65,536 ids."""
+  return np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardRecord:
+  """What is known of a finished shard."""
+
+  tokens: int
+  documents: int
+  bytes: int
+  """UTF-8 bytes of its documents"""
+  sha256: str
+
+
+class ShardWriter:
+  """Writes one shard as its documents come; until `close` there is only a file beside its place.
+
+  Args:
+    directory: of the store.
+    number: of the shard.
+  """
+
+  def __init__(self, directory: Path, number: int):
+    self._path = directory / shard_name(number)
+    self._partial = self._path.with_suffix('.partial')
+    self._file = self._partial.open('wb')
+    self._digest = hashlib.sha256()
+    self._lengths: list[np.ndarray] = []
+    self._sums: list[int] = []
+    self._rest = b''  # of a block that is not full yet
+    self.tokens = 0
+    self.bytes = 0
+
+  def append(self, ids: np.ndarray, lengths: np.ndarray, text_bytes: int) -> None:
+    """Adds documents.
+
+    Args:
+      ids: of all of them, each after its separator.
+      lengths: ids of each, the separator included.
+      text_bytes: UTF-8 bytes of their texts.
+    """
+    self._write(ids.tobytes())
+    self._lengths.append(lengths)
+    self.tokens += len(ids)
+    self.bytes += text_bytes
+
+  def close(self) -> ShardRecord:
+    """Finishes the shard; it is on the disk when this returns."""
+    lengths = np.concatenate(self._lengths)
+    self._write(bytes(-self._file.tell() % 8))
+    self._write((np.cumsum(lengths) - lengths).astype('<i8').tobytes())
+    if self._rest:
+      self._sums.append(zlib.crc32(self._rest))
+    self._put(np.asarray(self._sums, '<u4').tobytes())
+    self._file.flush()
+    os.fsync(self._file.fileno())
+    self._file.close()
+    self._partial.rename(self._path)
+    return ShardRecord(self.tokens, len(lengths), self.bytes, self._digest.hexdigest())
+
+  def abort(self) -> None:
+    """Gives the shard up."""
+    self._file.close()
+    self._partial.unlink(missing_ok=True)
+
+  def _write(self, data: bytes) -> None:
+    """Adds bytes that are under a checksum."""
+    self._put(data)
+    data = self._rest + data
+    whole = len(data) // BLOCK * BLOCK
+    self._sums += [zlib.crc32(memoryview(data)[at:at + BLOCK]) for at in range(0, whole, BLOCK)]
+    self._rest = data[whole:]
+
+  def _put(self, data: bytes) -> None:
+    self._file.write(data)
+    self._digest.update(data)
+
+
+def finish_store(directory: Path, tokenizer: Tokenizer, shards: list[ShardRecord], facts: dict[str, Any]) -> None:
+  """Writes what makes shards a store: tokenizer, index and, last, the manifest.
+
+  Args:
+    directory: with the shards.
+    tokenizer: that made the ids.
+    shards: in order.
+    facts: what else the manifest says.
+  """
+  index = np.zeros(len(shards), RECORD)
+  index['tokens'] = np.cumsum([shard.tokens for shard in shards])
+  index['documents'] = np.cumsum([shard.documents for shard in shards])
+  index['sha256'] = [shard.sha256.encode() for shard in shards]
+  (directory / INDEX).write_bytes(index.tobytes())
+  tokenizer.save(directory / TOKENIZER)
+  manifest = {
+    'version': VERSION, 'documents': int(index['documents'][-1]), 'tokens': int(index['tokens'][-1]),
+    'bytes': sum(shard.bytes for shard in shards), 'shards': len(shards), 'dtype': id_dtype(tokenizer.vocab_size).str,
+    'vocab_size': tokenizer.vocab_size, 'separator': tokenizer.bos_id, 'tokenizer_sha256': tokenizer.sha256,
+    'index_sha256': hashlib.sha256(index.tobytes()).hexdigest(), **facts,
+  }
+  write_whole(directory / MANIFEST, json.dumps(manifest, indent=2) + '\n')

@@ -1,0 +1,112 @@
+"""A line of JSON gives one document, or says what it has instead and where, in parts and when compressed as well."""
+
+import gzip
+import json
+
+import pytest
+import zstandard
+from hypothesis import given, settings, strategies as st
+
+from gptjax.config import SourceConfig, UserError
+from gptjax.data.sources import Document, Malformed, open_source, refuse
+
+
+def open_lines(path, **config):
+  return open_source(SourceConfig(path=str(path), **config))
+
+
+def read_line(tmp_path, line, text='text'):
+  (tmp_path / 'a.jsonl').write_bytes(line)
+  source = open_lines(tmp_path / 'a.jsonl', text=text)
+  (part,) = source.parts()
+  (record,) = source.read(part)
+  return str(refuse(source, part, record, 4)).partition('a.jsonl')[2] if isinstance(record, Malformed) else record
+
+
+def errors(source):
+  """The errors of all malformed records, with records counted as a consumer counts them."""
+  counts, found = {}, []
+  for part in source.parts():
+    records = list(source.read(part))
+    before = counts.get(part.file, 0)
+    found += [str(refuse(source, part, record, before)) for record in records if isinstance(record, Malformed)]
+    counts[part.file] = before + len(records)
+  return found
+
+
+LINES = st.lists(st.sampled_from(['{"text": "é"}', '{"text": "a\\nb", "x": 1}', '', '   ', '[]', '{', '{"text": ""}', '\r']),
+                 min_size=1, max_size=12)
+
+
+@given(lines=LINES, step=st.integers(1, 80), last=st.sampled_from(['', '\n']))
+@settings(max_examples=300, deadline=None, database=None)
+def test_lines_in_parts_are_the_lines_of_the_file(tmp_path_factory, lines, step, last):
+  text = '\n'.join(lines) + last or '\n'
+  for ending, pack in {'': bytes, '.gz': gzip.compress, '.zst': zstandard.compress}.items():
+    path = tmp_path_factory.getbasetemp() / f'lines.jsonl{ending}'
+    path.write_bytes(pack(text.encode()))
+    source = open_lines(path)
+    source.step = step
+    parts = list(source.parts())
+    read = {part: list(source.read(part)) for part in reversed(parts)}
+    documents = [record for part in parts for record in read[part] if isinstance(record, Document)]
+    good = [line for line in lines if 'é' in line or 'a' in line]
+    assert [document.text for document in documents] == [json.loads(line)['text'] for line in good]
+    assert [text.encode()[int(d.name.partition('#')[2]):].decode().split('\n')[0] for d in documents] == good
+    assert [error.partition(', accepted')[0] for error in errors(source)] == [
+        f'{path}:{i + 1}: {line!r}' for i, line in enumerate(lines) if line in ('[]', '{')]
+
+
+@pytest.mark.parametrize(('line', 'error'), [
+    (b'nonsense', ":5: 'nonsense', accepted: a JSON object on a line of its own"),
+    (b'{"text": NaN}', """:5: '{"text": NaN}', accepted: a JSON object on a line of its own"""),
+    (b'[' * 100_000, f":5: '{'[' * 59}…', accepted: a JSON object on a line of its own"),
+    (b'"text"', """:5: '"text"', accepted: a JSON object on a line of its own"""),
+    (b'{"txet": "a", "id": 1}', ":5: 'text', accepted: a field that the record has: txet, id; did you mean txet?"),
+    (b'{}', ":5: 'text', accepted: a field that the record has: none"),
+    (b'{"text": null}', ":5: 'None', accepted: text in the field text"),
+    (b'{"text": 3}', ":5: '3', accepted: text in the field text"),
+    (b'{"text": ["a"]}', """:5: "['a']", accepted: text in the field text"""),
+    (b'{"text": "a\xff"}', """:5: b'\\xff"}', accepted: UTF-8 text"""),
+    (b'{"text": "a\\ud800b"}', ":5: '\\ud800b', accepted: UTF-8 text in the field text"),
+])
+def test_what_is_malformed_is_named_with_its_line(tmp_path, line, error):
+  assert read_line(tmp_path, line) == error
+
+
+@pytest.mark.parametrize(('template', 'line', 'text'), [
+    ('body', '{"body": "a"}', 'a'), ('a.b', '{"a": {"b": "c"}}', 'c'), ('{a.b}!', '{"a": {"b": "c"}}', 'c!'),
+    (r'{q}\n\t{a}', '{"q": "Q", "a": "A"}', 'Q\n\tA'), ('{{{q}}}', '{"q": "Q"}', '{Q}'), ('{n} {x}', '{"n": 3, "x": 0.5}', '3 0.5'),
+    ('{my field}', '{"my field": "a"}', 'a'), ('text', r'{"text": "\ud83d\ude00"}', '😀'),
+])
+def test_text_is_a_field_or_a_template(tmp_path, template, line, text):
+  assert read_line(tmp_path, line.encode(), template) == Document('a.jsonl#0', text)
+
+
+@pytest.mark.parametrize(('template', 'line', 'error'), [
+    ('{q}', '{"q": null}', "'None', accepted: text or a number in the field q"),
+    ('{q}', '{"q": true}', "'True', accepted: text or a number in the field q"),
+    ('{q}', '{"q": {}}', "'{}', accepted: text or a number in the field q"),
+    ('{q.x}', '{"q": {"y": 1}}', "'q.x', accepted: a field that the record has: q.y; did you mean q.y?"),
+    ('{q.x}', '{"q": 1}', "'q.x', accepted: a field that the record has: none"),
+])
+def test_what_a_template_cannot_take_is_malformed(tmp_path, template, line, error):
+  assert read_line(tmp_path, line.encode(), template) == f':5: {error}'
+
+
+@pytest.mark.parametrize('template', ['{', '{a', '{}', '{a!r}', '{a:>3}', '{a[0]}', '{a.}', '{a..b}', '{{a}}', '{a}}'])
+def test_other_templates_are_refused(tmp_path, template):
+  (tmp_path / 'a.jsonl').write_text('{"a": "b"}')
+  with pytest.raises(UserError, match=r'^data.source.text: '):
+    open_lines(tmp_path, text=template)
+
+
+def test_files_are_counted_apart(tmp_path):
+  for name in ('a', 'b'):
+    (tmp_path / f'{name}.jsonl').write_text('{"text": "x"}\n\n7\n')
+  assert [error.partition(' ')[0] for error in errors(open_lines(tmp_path))] == [f'{tmp_path}/{n}.jsonl:3:' for n in 'ab']
+
+
+def test_json_files_are_lines_where_nothing_else_is(tmp_path):
+  (tmp_path / 'a.json').write_text('{"text": "x"}\n')
+  assert [document.text for document in open_lines(tmp_path)] == ['x']

@@ -1,0 +1,121 @@
+"""A document stays on its side of the split, and the two sides are the whole."""
+
+import dataclasses
+import gzip
+import pickle
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from gptjax.config import SourceConfig, UserError
+from gptjax.data.sources import Document, Malformed, Part, Source, open_source, split_source
+from gptjax.data.sources.text import TextFiles
+
+
+class Listed(Source):
+  """Documents of a list, some to a part."""
+
+  def __init__(self, documents, known=True):
+    self.documents = documents
+    self.names = [document.name for document in documents] if known else ()
+    self.description, self.size, self.skip = 'list', len(documents), 0.0
+
+  def parts(self):
+    for i in range(0, len(self.documents), 3):
+      yield Part('list', '', i, i + 3, 3)
+
+  def read(self, part):
+    yield from self.documents[part.start:part.stop]
+
+  def fingerprint(self):
+    return 'listed'
+
+
+def sides(names, fraction, known=True):
+  split = split_source(Listed([Document(name, name) for name in names], known), fraction)
+  return [[document.name for document in side] for side in split]
+
+
+@pytest.fixture
+def nanogpt(tmp_path):
+  (tmp_path / 'input.txt').write_text('x' * 1_003_854 + 'y' * 111_540)
+  return tmp_path / 'input.txt'
+
+
+def test_a_single_document_is_split_where_nanogpt_splits_it(nanogpt):
+  train, valid = split_source(open_source(SourceConfig(path=str(nanogpt))), 0.1)
+  assert list(train) == [Document('input.txt', 'x' * 1_003_854)]
+  assert list(valid) == [Document('input.txt', 'y' * 111_540)]
+
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_a_single_document_in_pieces_is_split_at_the_same_place(tmp_path, monkeypatch, packed):
+  monkeypatch.setattr(TextFiles, 'whole_bytes', 70)
+  text = ''.join(f'líne {i}\n' for i in range(1000))
+  path = tmp_path / ('a.txt.gz' if packed else 'a.txt')
+  path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+  cut = len(text) * 3 // 4
+  whole = open_source(SourceConfig(path=str(path)))
+  assert len(list(whole.parts())) > 100
+  for side, expected in zip(split_source(whole, 0.25), (text[:cut], text[cut:])):
+    side = pickle.loads(pickle.dumps(side))
+    assert ''.join(document.text for part in side.parts() for document in side.read(part) if document) == expected
+
+
+@given(length=st.integers(10, 5000), tenths=st.integers(1, 9))
+@settings(max_examples=200, deadline=None, database=None)
+def test_the_share_of_a_single_document_is_exact(length, tenths):
+  (train,), (valid,) = split_source(Listed([Document('a', 'x' * length)]), tenths / 10)
+  assert len(train.text) == length * (10 - tenths) // 10
+  assert len(train.text) + len(valid.text) == length
+
+
+def test_a_document_too_short_to_split_is_an_error():
+  with pytest.raises(UserError, match=r'^data.valid_fraction: 0.1, accepted: .*the 1 characters of a\.txt'):
+    split_source(Listed([Document('a.txt', 'x')]), 0.1)
+
+
+@given(names=st.lists(st.text(min_size=1), min_size=2, unique=True), fraction=st.floats(0.001, 0.999))
+@settings(max_examples=200, deadline=None, database=None)
+def test_documents_are_shared_out_and_neither_side_is_empty(names, fraction):
+  train, valid = sides(names, fraction)
+  assert sorted(train + valid) == sorted(names)
+  assert train
+  assert valid
+  assert [name for name in names if name in train] == train
+
+
+def test_more_documents_move_none_and_the_share_is_about_right():
+  names = [f'{i}.txt' for i in range(1000)]
+  train, valid = sides(names[:500], 0.2)
+  more_train, more_valid = sides(names[::-1], 0.2)
+  assert set(train) <= set(more_train)
+  assert set(valid) <= set(more_valid)
+  assert 160 < len(more_valid) < 240
+
+
+def test_names_that_nobody_knows_are_split_by_their_hashes_alone():
+  names = [f'{i}.txt' for i in range(1000)]
+  assert sides(names, 0.2, known=False) == sides(names, 0.2)
+  assert sides(names[:1], 1e-9, known=False) == [names[:1], []]
+
+
+def test_records_count_alike_on_both_sides_and_malformed_ones_train(tmp_path):
+  (tmp_path / 'a.jsonl').write_text(''.join('7\n' if i % 10 == 0 else f'{{"text": "{i}"}}\n' for i in range(100)))
+  source = open_source(SourceConfig(path=str(tmp_path)))
+  (part,) = source.parts()
+  records = [list(side.read(part)) for side in (source, *split_source(source, 0.3))]
+  for record, train, valid in zip(*records):
+    assert [train, valid] in ([record, None], [None, record])
+    assert not isinstance(valid, Malformed)
+  assert 10 < sum(record is not None for record in records[2]) < 50
+
+
+def test_sides_have_fingerprints_and_places_of_their_own(nanogpt):
+  source = Listed([Document(name, name) for name in 'abcdefgh'])
+  one = open_source(SourceConfig(path=str(nanogpt)))
+  prints = [side.fingerprint() for whole in (source, one) for share in (0.2, 0.8) for side in split_source(whole, share)]
+  assert len(set(prints)) == 8
+  part = next(source.parts())
+  assert split_source(source, 0.5)[0].place(part, 4) == source.place(part, 4) == 'list, record 5'
+  assert dataclasses.replace(part, start=1) != part

@@ -1,0 +1,231 @@
+"""Text files are read as they are, and cuts, wherever they fall, never lose, split or repeat a document."""
+
+import gzip
+import sys
+
+import pytest
+import zstandard
+from hypothesis import given, settings, strategies as st
+
+from gptjax.config import SourceConfig, UserError
+from gptjax.data.sources import Document, Malformed, open_source, refuse
+from gptjax.data.sources.compressed import Stream
+from gptjax.data.sources.text import RecordFiles, TextFiles
+
+PACKERS = {'': bytes, '.gz': gzip.compress, '.zst': zstandard.ZstdCompressor().compress}
+
+
+def open_text(path, **config):
+  return open_source(SourceConfig(path=str(path), **config))
+
+
+@pytest.fixture
+def folder(tmp_path):
+  for name, text in {'b.txt': 'B', 'a.md': 'A', 'sub/c.txt': 'C', 'sub/deep/d.txt': 'D', 'e.bin': 'E', 'sub/f.c': 'F',
+                     '.hidden.txt': 'H', 'empty.txt': ''}.items():
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+  return tmp_path
+
+
+@pytest.mark.parametrize(('pattern', 'names'), [
+    ('b.txt', ['b.txt']), ('e.bin', ['e.bin']), ('', ['a.md', 'b.txt', 'sub/c.txt', 'sub/deep/d.txt']),
+    ('*.txt', ['b.txt']), ('sub/*', ['c.txt', 'f.c']), ('**/*.txt', ['b.txt', 'sub/c.txt', 'sub/deep/d.txt']),
+    ('s*/c.txt', ['sub/c.txt']), ('sub/**/?.txt', ['c.txt', 'deep/d.txt']),
+])
+def test_a_path_a_folder_or_a_glob(folder, pattern, names, monkeypatch):
+  for source in (open_text(folder / pattern), open_text(f'file://{folder}/{pattern}')):
+    assert [document.name for document in source] == names
+    assert source.names == names
+    assert source.size == sum(part.size for part in source.parts()) == len(names)
+  monkeypatch.chdir(folder)
+  assert [document.name for document in open_text(pattern or '.')] == names
+  assert open_text(pattern or '.').description == open_text(folder / pattern).description
+
+
+def test_names_with_wildcards_are_names_first(tmp_path):
+  (tmp_path / 'a[1].txt').write_text('x')
+  (tmp_path / 'b[2]').mkdir()
+  (tmp_path / 'b[2]/c.txt').write_text('y')
+  assert [d.text for d in open_text(tmp_path / 'a[1].txt')] == ['x']
+  assert [d.text for d in open_text(tmp_path / 'b[2]')] == ['y']
+
+
+def test_bytes_become_text_one_to_one(tmp_path):
+  raw = '\ufeffa\r\nb\rc\n\0\x1c\u2028é'.encode()
+  (tmp_path / 'a.txt').write_bytes(raw)
+  assert next(iter(open_text(tmp_path / 'a.txt'))).text.encode() == raw
+
+
+@pytest.mark.parametrize('scheme', ['', 'file://'])
+def test_a_missing_file_names_one_that_is_near(folder, scheme):
+  with pytest.raises(UserError, match=r"^data.source.path: '.*/b.tx', accepted: a file, a folder or .*did you mean .*/b.txt"):
+    open_text(f'{scheme}{folder}/b.tx')
+  with pytest.raises(UserError, match=r'^data.source.path: '):
+    open_text(f'{scheme}{folder}/nowhere/b.txt')
+
+
+@pytest.mark.parametrize('scheme', ['', 'file://'])
+def test_a_folder_without_text_files_asks_for_a_glob(tmp_path, scheme):
+  (tmp_path / 'a.c').write_text('x')
+  with pytest.raises(UserError, match=r'^data.source.path: .*\.txt.*glob'):
+    open_text(f'{scheme}{tmp_path}')
+
+
+def test_files_without_text_are_no_documents(folder):
+  with pytest.raises(UserError, match=r'^data.source.path: .*not empty'):
+    open_text(folder / 'empty.txt')
+
+
+def test_a_url_that_nothing_reads_is_an_error():
+  with pytest.raises(UserError, match=r'^data.source.path: .nope://a/b'):
+    open_text('nope://a/b')
+
+
+def test_a_file_that_is_gone_is_an_error(folder):
+  source = open_text(folder / 'b.txt')
+  (folder / 'b.txt').unlink()
+  with pytest.raises(UserError, match=r'^data.source.path: .*b\.txt.*No such file'):
+    list(source)
+
+
+@pytest.mark.parametrize('separator', ['', ' '])
+def test_text_that_is_not_utf8_is_named_with_file_and_byte(tmp_path, separator):
+  (tmp_path / 'a.txt').write_bytes(b'caf\xc3\xa9 caf\xe9 au lait')
+  source = open_text(tmp_path, separator=separator)
+  (part,) = source.parts()
+  (malformed,) = (record for record in source.read(part) if isinstance(record, Malformed))
+  assert str(refuse(source, part, malformed, 7)) == (
+      f"{tmp_path}/a.txt, byte 9: {malformed.value!r}, accepted: a file of UTF-8 text")
+  assert malformed.value == b'\xe9 au'[:len(malformed.value)]
+
+
+def naive(name, text, separator):
+  """What cutting the whole text at once gives."""
+  offset, documents = 0, []
+  for piece in text.split(separator):
+    if piece.strip():
+      documents.append(Document(f'{name}#{offset}', piece))
+    offset += len(f'{piece}{separator}'.encode())
+  return documents
+
+
+def parts_apart(source):
+  """The documents, from parts that are read in the opposite order."""
+  parts = list(source.parts())
+  assert list(source.parts()) == parts
+  return [record for read in reversed([list(source.read(part)) for part in reversed(parts)]) for record in read if record]
+
+
+@given(text=st.one_of(st.text('a\n', min_size=1, max_size=30), st.text('ab\n é\u3000', min_size=1, max_size=60)),
+       separator=st.sampled_from(['\n', '\n\n', '\n\n\n', 'aa', 'aba', 'é', 'a\n']), step=st.integers(1, 20))
+@settings(max_examples=300, deadline=None, database=None)
+def test_cuts_at_a_separator_are_those_of_the_whole(tmp_path_factory, text, separator, step):
+  for ending, pack in PACKERS.items():
+    path = tmp_path_factory.getbasetemp() / f'cut.txt{ending}'
+    path.write_bytes(pack(text.encode()))
+    source = open_text(path, separator=separator.replace('\n', '\\n'))
+    source.step = step
+    assert parts_apart(source) == list(source) == naive(path.name, text, separator)
+    assert sum(part.size for part in source.parts()) <= source.size
+
+
+def naive_lines(text, step):
+  """The text, cut at the first place behind each multiple of the step where a line ends and no white space follows."""
+  cuts, offset, least = [0], 0, step
+  for i, (char, following) in enumerate(zip(text, text[1:])):
+    offset += len(char.encode())
+    if offset >= least and char == '\n' and not following.isspace():
+      cuts.append(i + 1)
+      least = (offset // step + 1) * step
+  return [text[cut:end] for cut, end in zip(cuts, [*cuts[1:], len(text)])]
+
+
+@given(text=st.lists(st.sampled_from(['\n', 'a\n', 'é\nb', ' ', '\r\n', '\u3000', '\x85']), min_size=1, max_size=30).map(''.join),
+       step=st.integers(1, 30), window=st.integers(1, 20))
+@settings(max_examples=300, deadline=None, database=None)
+def test_a_large_file_is_cut_at_line_ends_that_no_white_space_follows(tmp_path_factory, text, step, window):
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr('gptjax.data.sources.borders._WINDOW', window)
+    patch.setattr(TextFiles, 'whole_bytes', step)
+    for ending, pack in PACKERS.items():
+      path = tmp_path_factory.getbasetemp() / f'whole.txt{ending}'
+      path.write_bytes(pack(text.encode()))
+      source = open_text(path)
+      documents = parts_apart(source)
+      assert documents == list(source)
+      assert ''.join(document.text for document in documents) == text
+      assert len({document.name for document in documents}) == len(documents)
+      assert [document.text for document in documents] == naive_lines(text, step)
+
+
+def test_large_files_are_said_to_be_cut(tmp_path, monkeypatch):
+  monkeypatch.setattr(TextFiles, 'whole_bytes', 2**20)
+  (tmp_path / 'a.txt').write_text('line\n' * 10)
+  assert open_text(tmp_path).description == tmp_path.name
+  (tmp_path / 'b.txt').write_text('line\n' * 2**18)
+  source = open_text(tmp_path)
+  assert source.description == f'{tmp_path.name} (2 text files), those above 1 MB cut at line ends'
+  assert [(d.name, len(d.text)) for d in source] == [('a.txt', 50), ('b.txt', 2**20 + 4), ('b.txt#1048580', 2**18 - 4)]
+
+
+def test_a_compressed_file_is_never_in_memory_as_a_whole(tmp_path, monkeypatch):
+  packer = zstandard.ZstdCompressor()
+  members = [packer.compress(f'{i} {"x" * 2000}\n'.encode() * 50) for i in range(100)]  # 10 MB
+  (tmp_path / 'a.txt.zst').write_bytes(b''.join(members))
+  monkeypatch.setattr('gptjax.data.sources.compressed._CHUNK', 100)
+  monkeypatch.setattr(RecordFiles, 'part_bytes', 300_000)
+  largest = [0]
+  read = Stream.read
+
+  def watched(self, start, stop):
+    data = read(self, start, stop)
+    largest[0] = max(largest[0], len(self._data))
+    return data
+
+  monkeypatch.setattr(Stream, 'read', watched)
+  assert sum(1 for _ in open_text(tmp_path, separator='\\n')) == 5000
+  assert largest[0] < 1_000_000
+
+
+@pytest.mark.parametrize(('name', 'data'), [
+    ('a.txt.gz', gzip.compress(b'hello' * 1000)[:-9]), ('a.txt.zst', zstandard.compress(bytes(range(256)) * 1000)[:200]),
+    ('a.txt.gz', b'no gzip'), ('a.txt.zst', b'no zstandard'),
+])
+def test_broken_compressed_files_are_named(tmp_path, name, data):
+  (tmp_path / name).write_bytes(data)
+  with pytest.raises(UserError, match=rf'^data.source.path: .*{name}.*(ends early|broken)'):
+    list(open_text(tmp_path / name))
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+  (tmp_path / 'a.txt.zst').write_bytes(zstandard.compress(b'x'))
+  monkeypatch.setitem(sys.modules, 'zstandard', None)
+  with pytest.raises(UserError, match=r'^data.source.path: .*a\.txt\.zst.*zstandard package: pip install zstandard'):
+    list(open_text(tmp_path))
+
+
+def test_the_fingerprint_changes_with_files_and_with_how_they_are_read(tmp_path):
+  (tmp_path / 'a.txt').write_text('x')
+  before = open_text(tmp_path)
+  assert open_text(tmp_path).fingerprint() == before.fingerprint()
+  prints = [before.fingerprint(), open_text(tmp_path, separator='x').fingerprint()]
+  (tmp_path / 'a.txt').write_text('xy')
+  prints.append(open_text(tmp_path).fingerprint())
+  (tmp_path / 'a.txt').rename(tmp_path / 'b.txt')
+  prints.append(open_text(tmp_path).fingerprint())
+  assert len(set(prints)) == 4
+
+
+def test_one_format_is_read_and_the_rest_is_named(tmp_path):
+  for name, text in {'README.md': 'about', 'a.jsonl': '{"text": "A"}', 'info.json': '{'}.items():
+    (tmp_path / name).write_text(text)
+  source = open_text(tmp_path)
+  assert [document.text for document in source] == ['A']
+  assert source.description == f'{tmp_path.name} (1 JSON lines file; 1 text file left out; 1 JSON file left out)'
+  with pytest.raises(UserError, match=r'^data.source.separator: .*a record is a document'):
+    open_text(tmp_path, separator='x')
+  (tmp_path / 'b.parquet').write_text('x')
+  with pytest.raises(UserError, match=r'^data.source.path: .*one format.*1 JSON lines file.*1 Parquet file'):
+    open_text(tmp_path)

@@ -1,0 +1,116 @@
+"""Each filter drops what its bound says, and evaluation text is found wherever, however it is written."""
+
+import dataclasses
+import pickle
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from gptjax.config import UserError
+from gptjax.data.filters import Contamination, Filters
+from gptjax.data.sources.source import Document
+
+SENTENCE = 'The quick brown fox jumps over the lazy dog and then it sleeps until the morning comes again'
+
+
+@given(text=st.text())
+@settings(max_examples=100, deadline=None, database=None)
+def test_by_default_everything_passes(text):
+  assert Filters().reason(text) is None
+
+
+@pytest.mark.parametrize(('filters', 'passes', 'dropped'), [
+  (Filters(min_chars=3), ['abc', '日本語'], ['', 'ab']),
+  (Filters(max_chars=3), ['', 'abc'], ['abcd']),
+  (Filters(min_letters=0.5), ['ab', 'a! ', 'a  \n !', '日。', 'é1--'], ['', ' \n', 'a!!', '___a', '=' * 9]),
+  (Filters(max_repeated_lines=0.5), ['', '\n\n\n', 'a\nb\nc', 'a\n\na', 'ab\nab\n', ' x \nx'], ['a\na\na', 'ab\n ab\nab\nc']),
+  (Filters(max_repeated_lines=0.0), ['a\nb', '\n\n'], ['a\na'])])
+def test_a_filter_drops_what_is_beyond_its_bound(filters, passes, dropped):
+  [name] = [field.name for field in dataclasses.fields(filters) if getattr(filters, field.name) != field.default]
+  assert [filters.reason(text) for text in passes] == [None] * len(passes)
+  assert [filters.reason(text) for text in dropped] == [name] * len(dropped)
+  assert pickle.loads(pickle.dumps(filters)) == filters
+
+
+@pytest.mark.parametrize(('field', 'value'), [
+  ('min_chars', -1), ('max_chars', -1), ('min_letters', 1.5), ('min_letters', -0.1), ('max_repeated_lines', 2.0),
+  ('min_letters', float('nan'))])
+def test_a_bound_that_cannot_be_is_a_mistake_in_its_flag(field, value):
+  with pytest.raises(UserError, match=rf'^--{field}: '):
+    Filters(**{field: value})
+
+
+def test_bounds_that_nothing_meets_are_a_mistake():
+  with pytest.raises(UserError, match=r'^--max_chars: 5, accepted: 0 \(no limit\), or at least the 6 of --min_chars'):
+    Filters(min_chars=6, max_chars=5)
+
+
+def contamination(**sets):
+  return Contamination({name: [Document(str(i), text) for i, text in enumerate(texts)] for name, texts in sets.items()})
+
+
+def words(count, seed=0):
+  return random.Random(seed).choices([f'w{i}' for i in range(10_000)], k=count)
+
+
+def brute(train, evaluation):
+  """Whether they share a run of words, with lists."""
+  n = min(len(evaluation), 13)
+  runs = {tuple(evaluation[i:i + n]) for i in range(len(evaluation) - n + 1)}
+  return n >= 8 and any(tuple(train[i:i + n]) in runs for i in range(len(train) - n + 1))
+
+
+@given(length=st.integers(0, 30), start=st.integers(0, 30), stop=st.integers(0, 30), around=st.integers(0, 20))
+@settings(max_examples=300, deadline=None, database=None)
+def test_a_common_run_is_found_exactly_when_there_is_one(length, start, stop, around):
+  evaluation = words(length)
+  train = words(around, 1) + evaluation[start:stop] + words(around, 2)
+  found = contamination(one=['other ' * 20], test=[' '.join(evaluation)]).hit(' '.join(train))
+  assert (found == 'test') == brute(train, evaluation)
+  assert found in ('test', None)
+
+
+def test_case_and_signs_and_line_ends_do_not_matter():
+  found = contamination(test=[SENTENCE])
+  assert found.hit('x ' + SENTENCE.upper().replace(' ', ' --\n_ ') + '!') == 'test'
+  assert found.hit(SENTENCE.replace('lazy', 'sleepy')) is None
+  assert found.hit('') is None
+
+
+def test_short_documents_are_found_whole_and_the_shortest_are_counted():
+  found = contamination(test=['one two three four five six seven', 'one two three four five six seven eight'], none=[])
+  assert found.skipped == {'test': 1, 'none': 0}
+  assert found.hit('Zero, one two three four five six seven eight nine.') == 'test'
+  assert found.hit('one two three four five six seven nine eight') is None
+
+
+def test_the_set_is_named_and_the_first_where_two_have_the_run():
+  first, second = ' '.join(words(40, 1)), ' '.join(words(40, 2))
+  found = contamination(a=[first], b=[second, first])
+  assert [found.hit(first), found.hit(second), found.hit(' '.join(words(40, 3)))] == ['a', 'b', None]
+
+
+def test_without_sets_nothing_is_found():
+  assert Contamination({}).hit(SENTENCE) is None
+  assert contamination(test=[]).hit(SENTENCE) is None
+
+
+def test_it_is_small_and_the_same_in_every_process():
+  found = contamination(test=[' '.join(words(20_000)), SENTENCE])
+  found.hit(' '.join(words(50_000, 1)))
+  data = pickle.dumps(found)
+  assert len(data) < 11 * 20_000 + 2_000  # a run takes 8 bytes and its set 2; words are not kept
+  code = f'import pickle, sys; print(pickle.load(sys.stdin.buffer).hit({SENTENCE!r}))'
+  done = subprocess.run([sys.executable, '-c', code], input=data, capture_output=True, check=True)
+  assert done.stdout == b'test\n'
+
+
+def test_common_words_do_not_make_runs_alike():
+  """All runs over three words: differing ones never have the same hash."""
+  text = np.random.default_rng(0).choice(['the', 'of', 'a'], 100_000).tolist()
+  found = contamination(test=[' '.join(text)])
+  assert len(found._runs[13][0]) == len({tuple(text[i:i + 13]) for i in range(len(text) - 12)})

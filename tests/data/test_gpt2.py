@@ -1,0 +1,143 @@
+"""GPT-2's ids are those of the `tokenizers` library, whatever the text, and its two files are believed only whole."""
+
+import json
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings, strategies as st
+
+from gptjax.config import UserError
+from gptjax.data.tokenizers import Gpt2Tokenizer, load_tokenizer
+
+TEXT = '''It's the reader's choice: they'll read 1,234 pages, or we've read them all by 2024 -- isn't that so?
+  The lines that are indented,    and the words that stand apart;\tthen a tab, and déjà vu, naïve, 日本語 日本, Привет.\r\n
+def main(argv=None):\n    return [x for x in argv if x == '--help']\n''' * 3
+ODD = [
+  '\n', '\n\n', '  ', '   ', '\t', "'s", "'ll", "'S", '’s', "''", '日本', 'é', 'e\u0301', '\x1c', '\x1f', '\x85', '\u3000', '\xa0',
+  '<|endoftext|>', '½', '²', '٣', '१२', '😀', '👩\u200d👧', '\ufeff', '\0', 'a' * 30, 'the', ' The', '123', '!!!', '_', 'ß', 'İ',
+  '\u2028', '\U0010ffff', 'Ġ', 'Ċ']
+TEXTS = st.lists(st.text() | st.sampled_from(ODD)).map(''.join)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """A small vocabulary in the form of GPT-2's: its files, its first 256 ids, its separator as the last id."""
+  folder = tmp_path_factory.mktemp('gpt2')
+  trained = tokenizers.ByteLevelBPETokenizer()
+  trained.train_from_iterator([TEXT], vocab_size=700, min_frequency=2, show_progress=False)
+  trained.save_model(str(folder))
+  ids = json.loads((folder / 'vocab.json').read_text('utf-8'))
+  (folder / 'encoder.json').write_text(json.dumps({**ids, '<|endoftext|>': len(ids)}))
+  (folder / 'merges.txt').rename(folder / 'vocab.bpe')
+  (folder / 'vocab.json').unlink()
+  return folder
+
+
+@pytest.fixture(scope='module')
+def ours(folder):
+  return load_tokenizer(folder)
+
+
+@pytest.fixture(scope='module')
+def reference(folder):
+  return tokenizers.ByteLevelBPETokenizer(str(folder / 'encoder.json'), str(folder / 'vocab.bpe'))
+
+
+@given(text=TEXTS)
+@settings(max_examples=500, deadline=None, database=None)
+def test_ids_are_those_of_another_library(ours, reference, text):
+  ids = ours.encode(text)
+  assert ids.dtype == np.int32
+  assert ids.tolist() == reference.encode(text).ids
+  assert ours.decode(ids) == text
+
+
+@given(text=st.text(alphabet=TEXT))
+@settings(max_examples=500, deadline=None, database=None)
+def test_ids_of_text_like_the_trained_on_are_too(ours, reference, text):
+  assert ours.encode(text).tolist() == reference.encode(text).ids
+
+
+def test_text_it_was_made_from(ours, reference):
+  ids = ours.encode(TEXT)
+  assert ids.tolist() == reference.encode(TEXT).ids
+  assert len(ids) < len(TEXT) / 2
+
+
+def test_the_separator_is_the_last_id_and_never_text(ours):
+  assert ours.bos_id == ours.eos_id == ours.pad_id == ours.vocab_size - 1
+  assert ours.unk_id is None
+  assert ours.pieces[ours.bos_id] == b''
+  ids = ours.encode('a<|endoftext|>b')
+  assert ours.bos_id not in ids
+  assert ours.decode([ours.bos_id, *ids, ours.eos_id]) == 'a<|endoftext|>b'
+
+
+@pytest.mark.parametrize('unit', [' ', '\n', '\t ', '\u3000', '\x85'])
+@pytest.mark.parametrize('around', ['{}', 'a{}', '{}b', 'a{}b{}\x1c{} c'])
+def test_long_white_space_has_the_ids_that_it_should(ours, reference, unit, around):
+  text = around.replace('{}', unit * 70_000)
+  assert ours.encode(text).tolist() == reference.encode(text).ids
+
+
+@pytest.mark.parametrize('text', [
+  'a' * 10**6, 'ab ' * 10**5, ' ' * 10**6, ' ' * 2 * 10**6 + 'b', '\n' * 2 * 10**6 + 'b', '!' * 10**6, '日' * 10**6, "'" * 10**6])
+def test_text_without_spaces_or_without_words_takes_no_long_time(ours, text):
+  assert ours.decode(ours.encode(text)) == text
+
+
+def test_a_lone_surrogate_is_named_with_its_place(ours):
+  with pytest.raises(UserError, match=r"^--prompt, character 1: '\\ud800'"):
+    ours.encode('a\ud800', '--prompt')
+
+
+def test_what_is_saved_is_the_same_tokenizer(ours, folder, tmp_path):
+  ours.save(tmp_path / 'new')
+  assert json.loads((tmp_path / 'new/tokenizer.json').read_text()) == {'kind': 'gpt2'}
+  for name in ('encoder.json', 'vocab.bpe'):
+    assert (tmp_path / 'new' / name).read_bytes() == (folder / name).read_bytes()
+  loaded = load_tokenizer(tmp_path / 'new')
+  assert loaded.sha256 == ours.sha256 == pickle.loads(pickle.dumps(ours)).sha256
+  assert loaded.encode(TEXT).tolist() == ours.encode(TEXT).tolist()
+
+
+def copy(folder, tmp_path, **changed):
+  for name in ('encoder.json', 'vocab.bpe'):
+    content = (folder / name).read_bytes()
+    (tmp_path / name).write_bytes(changed.get(name.partition('.')[0], lambda old: old)(content))
+  return tmp_path
+
+
+@pytest.mark.parametrize(('name', 'change', 'message'), [
+  ('encoder', lambda old: old[:-5], r"encoder.json:1: '.*', accepted: JSON"),
+  ('encoder', lambda old: b'[1]', r"encoder.json: '\[1\]', accepted: an object of tokens"),
+  ('encoder', lambda old: old.replace(b'"!": 0', b'"!": 1'), r"encoder.json: '!': 1, accepted: 0, the id that vocab.bpe gives"),
+  ('encoder', lambda old: old.replace(b'"!": 0, ', b''), r"encoder.json: '!': None, accepted: 0"),
+  ('encoder', lambda old: old.replace(b'"!": 0', b'"!": 0, "new": 9999'), r"encoder.json: 'new': 9999, accepted: None"),
+  ('encoder', lambda old: old.replace(b'<|endoftext|>', b'<|end|>'), r"encoder.json: '<\|endoftext\|>': None, accepted: \d+"),
+  ('encoder', lambda old: b'\xff', r"encoder.json, byte 0: b'\\xff', accepted: UTF-8"),
+  ('vocab', lambda old: old.rstrip(b'\n').rpartition(b'\n')[0], r'encoder.json: .*, accepted: \d+, the id that vocab.bpe gives it'),
+  ('vocab', lambda old: old.rstrip(b'\n') + b'\nabc\n', r"vocab.bpe:\d+: 'abc', accepted: two tokens"),
+  ('vocab', lambda old: old.replace(b'\n', b'\r\n'), r"vocab.bpe:2: .*, accepted: two tokens"),
+  ('vocab', lambda old: b'', r'encoder.json: ')])
+def test_files_that_are_damaged_or_disagree_are_named(folder, tmp_path, name, change, message):
+  with pytest.raises(UserError, match=message):
+    load_tokenizer(copy(folder, tmp_path, **{name: change}))
+
+
+def test_a_missing_file_is_named(folder, tmp_path):
+  copy(folder, tmp_path)
+  (tmp_path / 'vocab.bpe').unlink()
+  with pytest.raises(UserError, match=r"vocab.bpe', accepted: GPT-2's vocab.bpe \(No such file"):
+    load_tokenizer(tmp_path)
+  with pytest.raises(UserError, match=r"encoder.json', accepted: GPT-2's encoder.json"):
+    Gpt2Tokenizer(tmp_path / 'nowhere')
+
+
+def test_without_tiktoken_it_says_what_to_install(folder, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'tiktoken', None)
+  with pytest.raises(UserError, match=r'pip install tiktoken$'):
+    load_tokenizer(folder)

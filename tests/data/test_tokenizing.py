@@ -1,0 +1,191 @@
+"""A store is the same whoever made it and however often they were killed, and what is wrong with a source is told."""
+
+import collections
+import json
+import multiprocessing
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from memory import Memory, malformed
+
+from gptjax.config import SourceConfig, UserError
+from gptjax.data import Contamination, Document, Filters, Recipe, TokenStore, open_source, write_store
+from gptjax.data import tokenizing
+from gptjax.data.tokenizers import ByteTokenizer
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def texts(store):
+  tokenizer = store.tokenizer()
+  places = store.starts(0, store.documents).tolist()
+  return [tokenizer.decode(store.read([a], [b - a]).tolist()) for a, b in zip(places, places[1:])]
+
+
+def folder_bytes(folder):
+  return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file()}
+
+
+def documents(count):
+  rng = random.Random(0)
+  return [Document(f'{i}', ' '.join(rng.choices('alpha beta gamma delta'.split(), k=rng.randrange(1, 60)))) for i in range(count)]
+
+
+@pytest.fixture
+def lines(tmp_path):
+  """A file of 3,000 lines, some of them twice."""
+  path = tmp_path / 'lines.jsonl'
+  path.write_text(''.join(json.dumps({'text': document.text}) + '\n' for document in [*documents(2500), *documents(500)]))
+  return path
+
+
+@pytest.fixture
+def small_tasks(monkeypatch):
+  """Tasks and parts of some kilobytes, in this process and in those that it starts."""
+  monkeypatch.setattr(tokenizing, '_TASK', 20_000)
+  from gptjax.data.sources.source import Source
+  monkeypatch.setattr(Source, 'part_bytes', 7_000)
+
+
+def recipe(path, **changes):
+  return Recipe(open_source(SourceConfig(str(path))), ByteTokenizer(), **{'deduplicate': True, 'shard_tokens': 50_000} | changes)
+
+
+def test_every_document_is_there_once_in_order(lines, tmp_path, small_tasks):
+  store = write_store(tmp_path / 'store', recipe(lines))
+  expected = list(dict.fromkeys(json.loads(line)['text'] for line in lines.read_text().splitlines()))
+  assert texts(store) == expected and store.manifest['shards'] > 3
+  assert store.bytes == sum(map(len, expected)) and store.tokens == store.bytes + len(expected)
+  assert store.manifest['dropped'] == {'duplicate': 3000 - len(expected)}
+  store.verify()
+
+
+def test_processes_change_nothing(lines, tmp_path, small_tasks):
+  for processes in (1, 3):
+    write_store(tmp_path / str(processes), recipe(lines), processes=processes)
+  assert folder_bytes(tmp_path / '1') == folder_bytes(tmp_path / '3')
+  assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize('kept', [0, 1, 2])
+def test_finished_shards_are_not_made_again(lines, tmp_path, small_tasks, monkeypatch, kept):
+  """Ended within a shard, at its renaming, or before its commit; then another process goes on."""
+  write_store(tmp_path / 'straight', recipe(lines))
+  read = []
+  whole = type(recipe(lines).source).read
+  monkeypatch.setattr(type(recipe(lines).source), 'read', lambda self, part: (read.append(part.start), whole(self, part))[1])
+  commit = tokenizing._Journal.commit
+
+  def ended(journal):
+    if len(journal.progress.shards) > kept:
+      raise KeyboardInterrupt
+    commit(journal)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(tokenizing._Journal, 'commit', ended)
+    with pytest.raises(KeyboardInterrupt):
+      write_store(tmp_path / 'store', recipe(lines))
+  assert not (tmp_path / 'store').exists()
+  before = collections.Counter(read)
+  write_store(tmp_path / 'store', recipe(lines))
+  again = collections.Counter(read) - before
+  assert (sum(before.values()) > len(set(read) - set(again))) or kept == 0
+  assert folder_bytes(tmp_path / 'store') == folder_bytes(tmp_path / 'straight')
+  assert kept == 0 or min(again) > 0  # what the finished shards hold was not read
+
+
+def test_what_was_begun_with_another_recipe_is_forgotten(lines, tmp_path, small_tasks, monkeypatch):
+  with monkeypatch.context() as patch:
+    commit, calls = tokenizing._Journal.commit, []
+    patch.setattr(tokenizing._Journal, 'commit', lambda journal: (calls.append(1), commit(journal), len(calls) > 1 and 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+      write_store(tmp_path / 'store', recipe(lines))
+  write_store(tmp_path / 'straight', recipe(lines, deduplicate=False, shard_tokens=10**6))
+  write_store(tmp_path / 'store', recipe(lines, deduplicate=False, shard_tokens=10**6))
+  assert folder_bytes(tmp_path / 'store') == folder_bytes(tmp_path / 'straight')
+
+
+COMMAND = [sys.executable, '-m', 'tools.prepare_data', '--tokenizer=bytes', '--deduplicate', '--shard_tokens=2000000']
+
+
+def test_a_killed_command_goes_on_and_leaves_no_process(tmp_path):
+  path = tmp_path / 'lines.jsonl'
+  with path.open('w') as file:
+    for document in documents(120_000):
+      file.write(json.dumps({'text': document.text + document.name}) + '\n')
+  command = [*COMMAND, f'--source={path}', '--processes=2']
+  subprocess.run([*command, f'--out={tmp_path}/straight'], check=True, cwd=ROOT, capture_output=True)
+  process = subprocess.Popen([*command, f'--out={tmp_path}/store'], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+  while process.poll() is None and not list(tmp_path.glob('store.building/*.shard')):
+    time.sleep(0.005)
+  assert process.poll() is None
+  children = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  again = subprocess.run([*command, f'--out={tmp_path}/store'], check=True, cwd=ROOT, capture_output=True, text=True)
+  assert 'going on after' in again.stderr
+  assert folder_bytes(tmp_path / 'store') == folder_bytes(tmp_path / 'straight')
+  until = time.monotonic() + 20
+  while (left := [child for child in children if os.path.exists(f'/proc/{child}')]) and time.monotonic() < until:
+    time.sleep(0.05)
+  assert children and not left
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['lines.jsonl', 'store', 'straight']
+
+
+def test_filters_and_contamination_are_counted_by_reason(tmp_path):
+  records = [Document('short', 'a'), Document('signs', '!?' * 50), Document('good', 'many letters here'),
+             Document('test', 'one two three four five six seven eight nine ten')]
+  found = Contamination({'exam': [Document('x', 'One two three, four five six seven eight nine!')]})
+  store = write_store(tmp_path / 'store', Recipe(Memory(records), ByteTokenizer(), Filters(min_chars=2, min_letters=0.5), found))
+  assert texts(store) == ['many letters here']
+  assert store.manifest['dropped'] == {'decontamination, exam': 1, 'min_chars': 1, 'min_letters': 1}
+
+
+def test_a_malformed_record_is_refused_by_place(tmp_path, small_tasks):
+  path = tmp_path / 'lines.jsonl'
+  path.write_text('{"text": "fine, and long enough to fill parts"}\n' * 5000 + '\n{"text": 3}\n' + '{"text": "fine"}\n' * 10)
+  with pytest.raises(UserError, match=r'lines.jsonl:5002: '):
+    write_store(tmp_path / 'store', Recipe(open_source(SourceConfig(str(path))), ByteTokenizer()))
+  assert [path.name for path in tmp_path.iterdir()] == ['lines.jsonl']
+
+
+@pytest.mark.parametrize('skip, fits', [(0.3, True), (0.1, False)])
+def test_malformed_records_below_a_rate_are_left_out_and_counted(tmp_path, capsys, skip, fits):
+  records = [malformed(i) if i % 5 == 0 else Document(f'{i}', f'text {i}') for i in range(100)]
+  make = lambda: write_store(tmp_path / 'store', Recipe(Memory(records, per_part=100, skip=skip), ByteTokenizer()))
+  if fits:
+    store = make()
+    assert (store.documents, store.manifest['malformed'], store.manifest['records']) == (80, 20, 100)
+    assert store.manifest['malformed_first'][1].startswith('memory, record 6: ')
+    assert 'left out: memory, record 6: ' in capsys.readouterr().err
+  else:
+    with pytest.raises(UserError, match=r'^source.skip: 0.1, accepted: a share above the 20 malformed of 100 records'):
+      make()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_source_of_which_nothing_is_left_is_refused(tmp_path):
+  with pytest.raises(UserError, match='dropped: .*min_chars'):
+    write_store(tmp_path / 'store', Recipe(Memory([Document('a', 'b')]), ByteTokenizer(), Filters(min_chars=9)))
+  assert not list(tmp_path.iterdir())
+
+
+def test_an_error_in_a_worker_is_an_error_here(lines, tmp_path, small_tasks):
+  from gptjax.data.tokenizers import CharTokenizer
+  with pytest.raises(UserError, match=r"lines.jsonl#\d+, character \d+: '\w', accepted: one of the 3 characters"):
+    write_store(tmp_path / 'store', Recipe(open_source(SourceConfig(str(lines))), CharTokenizer('abc')), processes=2)
+  assert not (tmp_path / 'store.building').exists() and not multiprocessing.active_children()
+
+
+def test_a_store_that_is_there_is_left_alone(lines, tmp_path):
+  first = write_store(tmp_path / 'store', recipe(lines))
+  before = {path: path.stat().st_mtime_ns for path in (tmp_path / 'store').rglob('*')}
+  assert write_store(tmp_path / 'store', recipe(lines)).sha256 == first.sha256
+  assert {path: path.stat().st_mtime_ns for path in (tmp_path / 'store').rglob('*')} == before
+  assert TokenStore.open(tmp_path / 'store').sha256 == first.sha256

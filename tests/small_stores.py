@@ -1,0 +1,45 @@
+"""Token stores of any shape, for tests of what reads them."""
+
+import numpy as np
+
+from gptjax.data.store import TokenStore
+from gptjax.data.store_writer import ShardWriter, finish_store
+from gptjax.data.tokenizers import ByteTokenizer
+
+FIRST = 10
+"""Id at place 0, were it no separator."""
+
+
+class ManyIds(ByteTokenizer):
+  """A tokenizer with as many ids as are asked for."""
+
+  def __init__(self, vocab_size):
+    super().__init__()
+    self.pieces += (b'',) * max(0, vocab_size - len(self.pieces))
+
+
+def make_store(folder, lengths, shard_documents=None, vocab_size=2**16 + 1, draw=None):
+  """A store of documents of so many ids, separator included, and 3 bytes for each other id.
+
+  The id at a place is FIRST + place, so every one is known; or what `draw` gives for so many ids.
+  """
+  folder.mkdir(parents=True)
+  tokenizer = ManyIds(vocab_size)
+  lengths, shards, place = np.asarray(lengths), [], 0
+  for first in range(0, len(lengths), shard_documents or len(lengths)):
+    part = lengths[first:first + (shard_documents or len(lengths))]
+    ids = np.asarray(draw(part.sum()) if draw else np.arange(FIRST + place, FIRST + place + part.sum()))
+    ids = ids.astype('<u4' if vocab_size > 2**16 else '<u2')
+    ids[np.cumsum(part) - part] = tokenizer.bos_id
+    writer = ShardWriter(folder, len(shards))
+    for piece, length in zip(np.split(ids, np.cumsum(part)[:-1]), part):
+      writer.append(piece, np.array([length]), int(3 * (length - 1)))
+    shards.append(writer.close())
+    place += part.sum()
+  finish_store(folder, tokenizer, shards, {})
+  return TokenStore.open(folder)
+
+
+def stream(store):
+  """All ids of a store."""
+  return store.read([0], [store.tokens])

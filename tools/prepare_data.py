@@ -1,0 +1,91 @@
+"""Makes a token store: python -m tools.prepare_data --source=PATH --tokenizer=FOLDER --out=FOLDER
+
+The store can be trained on (data.train), validated on (data.valid) and looked at (tools.inspect_data). Killed, the same
+command goes on after the last finished shard. Equal arguments make equal stores, over any number of processes.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+
+from absl import flags
+
+from gptjax import config as configs
+from gptjax.config import UserError
+from gptjax.data import Contamination, Document, Filters, Recipe, Source, TokenStore, load_tokenizer, open_source, split_source, write_store
+from gptjax.data.progress import announce, counted
+from gptjax.data.tokenizers import ByteTokenizer
+from tools import source_flags
+
+_TOKENIZER = flags.DEFINE_string(
+  'tokenizer', None, "folder of a tokenizer: tools.train_tokenizer's, or GPT-2's encoder.json and vocab.bpe; or 'bytes'", required=True)
+_OUT = flags.DEFINE_string('out', None, 'folder of the store; it appears when it is whole', required=True)
+_PROCESSES = flags.DEFINE_integer('processes', 0, 'processes that tokenize; 0: one a core', lower_bound=0)
+_SIDE = flags.DEFINE_enum('side', 'all', ['all', 'train', 'valid'], 'documents to take: all, or one side of --valid_fraction')
+_FRACTION = flags.DEFINE_float('valid_fraction', 0.01, 'share of the documents that --side=valid has and --side=train has not')
+_DEDUPLICATE = flags.DEFINE_bool('deduplicate', False, 'drop documents whose text was there before')
+_DECONTAMINATE = flags.DEFINE_multi_string(
+  'decontaminate', [], 'NAME=SOURCE of evaluation documents: what shares 13 words in a row with one of them is dropped')
+_SHARD = flags.DEFINE_integer('shard_tokens', 2**28, 'tokens after which a shard ends', lower_bound=1)
+for _field in dataclasses.fields(Filters):
+  _define = flags.DEFINE_integer if _field.type is int else flags.DEFINE_float
+  _define(_field.name, _field.default, configs.docstrings(Filters)[_field.name])
+
+
+def main(_) -> None:
+  out = Path(_OUT.value).expanduser()
+  if '://' in _OUT.value or out.is_file():
+    raise UserError('--out', _OUT.value, 'a folder on this machine')
+  tokenizer = ByteTokenizer() if _TOKENIZER.value == 'bytes' else load_tokenizer(Path(_TOKENIZER.value).expanduser())
+  recipe = Recipe(_source(), tokenizer, Filters(**{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Filters)}),
+                  _contamination(), _DEDUPLICATE.value, _SHARD.value)
+  if out.exists():
+    _check_same(out, recipe)
+    announce(f'nothing to do: {out} is there')
+  processes = _PROCESSES.value or len(os.sched_getaffinity(0))
+  store = write_store(out, recipe, processes=processes)
+  manifest = store.manifest
+  print(f'{out}: {counted(store.documents)}, {store.tokens:,} tokens, {store.bytes:,} bytes, '
+        f'{store.bytes / store.tokens:.3f} bytes per token')
+  for reason, count in manifest['dropped'].items():
+    print(f'dropped by {reason}: {counted(count)}')
+  if manifest['malformed']:
+    print(f'malformed: {manifest["malformed"]:,} of {manifest["records"]:,} records')
+
+
+def _source() -> Source:
+  one, *others = source_flags.sources()
+  if others:
+    raise UserError('--source', others[0].path, 'one source; a mixture is made of stores, in data.train')
+  source = open_source(one, Path('~/.cache/gptjax').expanduser())
+  if _SIDE.value == 'all':
+    return source
+  if not 0 < _FRACTION.value < 1:
+    raise UserError('--valid_fraction', _FRACTION.value, 'above 0 and below 1')
+  return split_source(source, _FRACTION.value)[_SIDE.value == 'valid']
+
+
+def _contamination() -> Contamination | None:
+  sets = {}
+  for text in _DECONTAMINATE.value:
+    name, equals, place = text.partition('=')
+    if not equals or not name:
+      raise UserError('--decontaminate', text, 'NAME=SOURCE, as gsm8k=test.jsonl')
+    records = open_source(source_flags.source(place, '--decontaminate'))
+    sets[name] = [record for record in records if isinstance(record, Document)]
+  if not sets:
+    return None
+  contamination = Contamination(sets)
+  for name, skipped in contamination.skipped.items():
+    if skipped:
+      announce(f'{name}: {counted(skipped)} of {len(sets[name]):,} too short to be looked for')
+  return contamination
+
+
+def _check_same(out: Path, recipe: Recipe) -> None:
+  if TokenStore.open(out).manifest.get('fingerprint') != recipe.fingerprint():
+    raise UserError('--out', str(out), 'another folder: this one holds a store of another source, tokenizer or filter')
+
+
+if __name__ == '__main__':
+  configs.run(main, needs_config=False)
