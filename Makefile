@@ -1,7 +1,7 @@
 # make train and make test do everything on a fresh machine with Python 3.11 or newer; make help lists the rest.
 
 PYTHON ?= python3
-SHAKESPEARE ?= input.txt
+DATA ?= data
 WORKDIR ?= runs/default
 RUN := .venv/bin/python -m
 
@@ -34,8 +34,8 @@ train: .venv/runtime  ## the default job: prepare, train, evaluate, sample, repo
 test: .venv/dev  ## every property at its smallest, and coverage
 	$(RUN) pytest -n 2 --dist=loadfile --cov --cov-report=term
 
-bars: .venv/parity  ## every bar at full size; writes docs/bars.md (SHAKESPEARE=PATH/input.txt)
-	$(RUN) tools.bars --shakespeare=$(SHAKESPEARE)
+bars: .venv/parity  ## every bar at full size; writes docs/bars.md (DATA=FOLDER)
+	$(RUN) tools.bars --data=$(DATA)
 
 bench: .venv/parity  ## the step beside torch's; writes docs/bench.md
 	$(RUN) tools.bench --out=docs/bench.md

@@ -1,5 +1,6 @@
 """What a workdir keeps of its data, so that a model can be scored and sampled where the data is not."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -38,7 +39,7 @@ def export(prepared: Prepared, directory: Path) -> None:
   """Copies the tokenizer and the validation sets into a run's folder; it appears there whole or not at all.
 
   Raises:
-    UserError: the folder holds those of other data.
+    UserError: the folder holds those of other data, or a validation set is damaged.
   """
   identity = directory / 'identity.json'
   if identity.exists():
@@ -50,8 +51,15 @@ def export(prepared: Prepared, directory: Path) -> None:
   partial = directory.with_suffix('.partial')
   shutil.rmtree(partial, ignore_errors=True)
   prepared.tokenizer.save(partial / 'tokenizer')
-  for name, store in prepared.valid.items():
-    copy_folder(store.place, partial / 'valid' / name)
+  try:
+    for name, store in prepared.valid.items():
+      store.verify()
+      copy_folder(store.place, partial / 'valid' / name)
+  except UserError:
+    shutil.rmtree(partial)
+    with contextlib.suppress(OSError):
+      partial.parent.rmdir()  # where the run has not begun
+    raise
   facts = {'fingerprint': prepared.fingerprint, 'valid': list(prepared.valid), 'tags': prepared.tags}
   (partial / identity.name).write_text(json.dumps(facts))
   partial.rename(directory)

@@ -1,78 +1,23 @@
-"""Measures what the project promises, at full size: python -m tools.bars --shakespeare=PATH/input.txt [--only=NAME,...]
-
-Every bar runs the commands a user would and writes its row into docs/bars.md with the figure, the date and the machine.
-The exit status is 1 if a bar that ran was missed.
-"""
+"""Bars of training: from text to a scored model, the same on any mesh and after any stop, at the promised speed."""
 
 import dataclasses
-import datetime
 import json
 import os
 import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-
-from absl import flags
 
 from gptjax import config as configs
 from tools import bench
-
-_ONLY = flags.DEFINE_list('only', [], 'bars to run; empty: all')
-_SHAKESPEARE = flags.DEFINE_string('shakespeare', '', 'Tiny Shakespeare, a file of 1,115,394 characters')
-_OUT = Path('docs/bars.md')
-
-CLOCK = {'tokens_per_second', 'mfu', 'data_wait'}
-"""Fields of metrics.jsonl that depend on the clock."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-  """What a bar measured."""
-
-  promise: str
-  figure: str
-  met: bool
-  command: str
-
-
-BARS: dict[str, Callable[[Path], Result]] = {}
-
-
-def bar(function: Callable[[Path], Result]) -> Callable[[Path], Result]:
-  """Registers a bar under its function's name; it gets an empty folder of its own."""
-  BARS[function.__name__] = function
-  return function
-
-
-def python(*args: str, **environment: str) -> subprocess.CompletedProcess:
-  """Runs a module of this project to its end; its stdout is kept, its stderr goes to the terminal."""
-  done = subprocess.run([sys.executable, '-m', *args], stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
-  if done.returncode:
-    raise RuntimeError(f'{" ".join(args)} ended with status {done.returncode}')
-  return done
-
-
-def train(config: str, workdir: Path, *args: str) -> list[dict]:
-  """Trains, and returns the lines of metrics.jsonl."""
-  python('gptjax.train', f'--config=configs/{config}.py', f'--workdir={workdir}', *args)
-  return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-
-
-def evaluate(workdir: Path, *args: str) -> dict:
-  """The JSON object that gptjax.evaluate ends with."""
-  return json.loads(python('gptjax.evaluate', f'--workdir={workdir}', *args).stdout.splitlines()[-1])
+from tools.bars.record import CLOCK, Result, bar, evaluate, given, train
 
 
 def shakespeare() -> str:
   """The flag that names Tiny Shakespeare."""
-  if not Path(_SHAKESPEARE.value).is_file():
-    raise configs.UserError('--shakespeare', _SHAKESPEARE.value, 'the path of Tiny Shakespeare, input.txt')
-  return f'--config.data.source.path={_SHAKESPEARE.value}'
+  return f'--config.data.source.path={given("tinyshakespeare/input.txt")}'
 
 
 @bar
@@ -212,37 +157,3 @@ def second_start(folder: Path) -> Result:
   assert process.wait() == 0
   return Result('second start of the default job, warm cache: first step within 10 s of the command', f'{seconds:.1f} s', seconds <= 10,
                 'python -m gptjax.train --config=configs/default.py --workdir=NEW')
-
-
-def write(results: dict[str, Result]) -> None:
-  """Puts rows into docs/bars.md, beside those of bars that did not run now."""
-  rows = {}
-  if _OUT.exists():
-    rows = {line.split('|')[1].strip(): line for line in _OUT.read_text().splitlines() if re.match(r'\| [a-z_]+ \| ', line)}
-  for name, r in results.items():
-    verdict = 'met' if r.met else '**not met**'
-    rows[name] = f'| {name} | {r.promise} | {r.figure} | {verdict} | `{r.command}` | {datetime.date.today()}, {bench.machine()} |'
-  ordered = [rows[name] for name in BARS if name in rows]
-  head = ['# Bars', '', '`make bars` measured these, each with the commands a user would type.', '',
-          '| name | promise | figure | verdict | command | date and machine |', '| --- | --- | --- | --- | --- | --- |']
-  _OUT.parent.mkdir(exist_ok=True)
-  _OUT.write_text('\n'.join(head + ordered) + '\n')
-
-
-def main(_) -> int:
-  for name in _ONLY.value:
-    if name not in BARS:
-      raise configs.UserError('--only', name, ', '.join(BARS), BARS)
-  missed = 0
-  for name in _ONLY.value or BARS:
-    print(f'== {name}', file=sys.stderr)
-    with tempfile.TemporaryDirectory() as folder:
-      result = BARS[name](Path(folder))
-    write({name: result})
-    print(f'{name}: {"met" if result.met else "NOT MET"}: {result.figure}', flush=True)
-    missed += not result.met
-  return int(missed > 0)
-
-
-if __name__ == '__main__':
-  configs.run(main, needs_config=False)

@@ -1,0 +1,79 @@
+"""A store in an object store is read as one here: through a server that speaks S3."""
+
+import logging
+import pickle
+
+import numpy as np
+import pytest
+from small_stores import make_store, stream
+
+from gptjax.config import Component, DataConfig, UserError, ValidationSet
+from gptjax.data import EvalRows, TokenStore, export, open_held_out, prepare
+from gptjax.data.folders import RemoteFolder
+
+
+@pytest.fixture(scope='module')
+def stores(tmp_path_factory):
+  """A store here and the same on s3://."""
+  folder = tmp_path_factory.mktemp('stores') / 'store'
+  make_store(folder, [5, 9000, 1, 30, 12000, 7], shard_documents=2, vocab_size=259, draw=lambda n: np.arange(n) % 250 + 3)
+  server = pytest.importorskip('moto.server').ThreadedMotoServer(ip_address='127.0.0.1', port=0, verbose=False)
+  logging.getLogger('werkzeug').setLevel(logging.ERROR)
+  server.start()
+  with pytest.MonkeyPatch.context() as patch:
+    host, port = server.get_host_and_port()
+    for name, value in {'AWS_ENDPOINT_URL': f'http://{host}:{port}', 'AWS_ACCESS_KEY_ID': 'key', 'AWS_SECRET_ACCESS_KEY': 'secret',
+                        'AWS_DEFAULT_REGION': 'us-east-1'}.items():
+      patch.setenv(name, value)
+    system = pytest.importorskip('s3fs').S3FileSystem()
+    system.mkdir('bucket')
+    system.put(f'{folder}/', 'bucket/store/', recursive=True)
+    yield str(folder), 's3://bucket/store'
+  server.stop()
+
+
+def test_a_store_is_read_by_ranges_and_checked(stores, monkeypatch):
+  here, there = map(TokenStore.open, stores)
+  asked, ranges = [], RemoteFolder.ranges
+  monkeypatch.setattr(RemoteFolder, 'ranges', lambda self, wanted: (asked.append(wanted), ranges(self, wanted))[1])
+  rng = np.random.default_rng(0)
+  starts, counts = rng.integers(0, here.tokens, 20), rng.integers(1, 400, 20)
+  assert (pickle.loads(pickle.dumps(there)).read(starts, counts) == here.read(starts, counts)).all()
+  calls = [call for call in asked if len(call) > 1]
+  assert len(calls) == 1 and len(calls[0]) >= 20  # all ranges of a batch at once
+  assert (stream(there) == stream(here)).all() and (there.starts(1, 5) == here.starts(1, 5)).all()
+  there.check()
+  there.verify()
+
+
+def test_it_is_trained_on_and_its_validation_documents_are_kept_here(stores, tmp_path):
+  data = DataConfig(train=(Component(stores[1]),), valid=(ValidationSet('v', stores[1]),), rows='pack', context=64)
+  prepared = prepare(data, tmp_path / 'cache')
+  assert prepared.layouts[0].count > 300
+  export(prepared, tmp_path / 'data')
+  kept = open_held_out(tmp_path / 'data')
+  assert kept.valid['v'].sha256 == prepared.valid['v'].sha256 and '://' not in kept.valid['v'].place
+  batch = EvalRows(kept.valid['v'], 64, True).batch(np.arange(3))
+  assert all((batch[name] == EvalRows(prepared.valid['v'], 64, True).batch(np.arange(3))[name]).all() for name in batch)
+
+
+@pytest.mark.parametrize('damage', ['truncated', 'flipped'])
+def test_what_is_damaged_there_is_named(stores, damage):
+  import s3fs
+  system, name = s3fs.S3FileSystem(), 'bucket/store/00001.shard'
+  whole = system.cat_file(name)
+  system.pipe(name, whole[:-9] if damage == 'truncated' else bytes([whole[0] ^ 1]) + whole[1:])
+  try:
+    with pytest.raises(UserError, match=r'^s3://bucket/store/00001.shard: .*restore it'):
+      s3fs.S3FileSystem.clear_instance_cache()
+      store = TokenStore.open(stores[1])
+      store.check()
+      stream(store)
+  finally:
+    system.pipe(name, whole)
+
+
+@pytest.mark.parametrize('place', ['s3://bucket/nothing', 's3://no-bucket/store', 'nosuch://bucket/store'])
+def test_a_store_that_is_not_there_is_one_line(stores, place):
+  with pytest.raises(UserError, match=f"^token store: '{place}', accepted: "):
+    TokenStore.open(place)
