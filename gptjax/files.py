@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,12 @@ def read_json(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def building(directory: Path) -> Iterator[Path | None]:
+def building(directory: Path, worth_keeping: Callable[[Path], bool] = lambda folder: False) -> Iterator[Path | None]:
   """A folder that appears whole or not at all: the body fills another beside it, which then takes its place.
 
   Yields the folder to fill, or None where `directory` is there already. One process at a time; others wait. A killed
   process, or one that found the disk full, leaves what it had to be found there by the next; a body that raises a UserError
-  leaves nothing.
+  leaves nothing, unless it is `worth_keeping`.
   """
   if directory.exists():
     yield None
@@ -62,9 +62,21 @@ def building(directory: Path) -> Iterator[Path | None]:
     try:
       yield folder
     except UserError:
-      shutil.rmtree(folder)
+      if not worth_keeping(folder):
+        shutil.rmtree(folder)
       raise
+    sync(folder)
     folder.rename(directory)
+    sync(directory.parent)
+
+
+def sync(path: Path) -> None:
+  """Waits until a file, or the list of a folder's files, is on the disk and not only on its way there."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
 
 
 @contextlib.contextmanager

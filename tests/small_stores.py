@@ -15,6 +15,7 @@ class ManyIds(ByteTokenizer):
 
   def __init__(self, vocab_size):
     super().__init__()
+    self.sha256 = ByteTokenizer().sha256  # it is saved as one of bytes
     self.pieces += (b'',) * max(0, vocab_size - len(self.pieces))
 
 

@@ -43,6 +43,8 @@ _MOST_LENGTHS = 1_000_000
 
 
 def main(config: Config | None) -> None:
+  if _PLOT.value and not _PLOT.value.endswith('.png'):
+    raise UserError('--plot', _PLOT.value, 'a file that ends in .png')
   console = Console(highlight=False, soft_wrap=True)
   if _STORE.value:
     if config or _WORKDIR.value:

@@ -6,6 +6,7 @@ command goes on after the last finished shard. Equal arguments make equal stores
 
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from absl import flags
@@ -13,6 +14,8 @@ from absl import flags
 from gptjax import config as configs
 from gptjax.config import UserError
 from gptjax.data import Contamination, Document, Filters, Recipe, Source, TokenStore, load_tokenizer, open_source, split_source, write_store
+from gptjax.data.sources import documents
+from gptjax.data.store import MANIFEST
 from gptjax.data.progress import announce, counted
 from gptjax.data.tokenizers import ByteTokenizer
 from tools import source_flags
@@ -25,7 +28,7 @@ _SIDE = flags.DEFINE_enum('side', 'all', ['all', 'train', 'valid'], 'documents t
 _FRACTION = flags.DEFINE_float('valid_fraction', 0.01, 'share of the documents that --side=valid has and --side=train has not')
 _DEDUPLICATE = flags.DEFINE_bool('deduplicate', False, 'drop documents whose text was there before')
 _DECONTAMINATE = flags.DEFINE_multi_string(
-  'decontaminate', [], 'NAME=SOURCE of evaluation documents: what shares 13 words in a row with one of them is dropped')
+  'decontaminate', [], 'NAME=SOURCE or NAME=STORE of evaluation documents: what shares 13 words in a row with one is dropped')
 _SHARD = flags.DEFINE_integer('shard_tokens', 2**28, 'tokens after which a shard ends', lower_bound=1)
 for _field in dataclasses.fields(Filters):
   _define = flags.DEFINE_integer if _field.type is int else flags.DEFINE_float
@@ -40,8 +43,7 @@ def main(_) -> None:
   recipe = Recipe(_source(), tokenizer, Filters(**{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Filters)}),
                   _contamination(), _DEDUPLICATE.value, _SHARD.value)
   if out.exists():
-    _check_same(out, recipe)
-    announce(f'nothing to do: {out} is there')
+    announce(f'{out} is there already')
   processes = _PROCESSES.value or len(os.sched_getaffinity(0))
   store = write_store(out, recipe, processes=processes)
   manifest = store.manifest
@@ -57,7 +59,7 @@ def _source() -> Source:
   one, *others = source_flags.sources()
   if others:
     raise UserError('--source', others[0].path, 'one source; a mixture is made of stores, in data.train')
-  source = open_source(one, Path('~/.cache/gptjax').expanduser())
+  source = open_source(one, source_flags.cache_dir())
   if _SIDE.value == 'all':
     return source
   if not 0 < _FRACTION.value < 1:
@@ -66,25 +68,28 @@ def _source() -> Source:
 
 
 def _contamination() -> Contamination | None:
-  sets = {}
+  sets: dict[str, list[Document]] = {}
   for text in _DECONTAMINATE.value:
-    name, equals, place = text.partition('=')
-    if not equals or not name:
-      raise UserError('--decontaminate', text, 'NAME=SOURCE, as gsm8k=test.jsonl')
-    records = open_source(source_flags.source(place, '--decontaminate'))
-    sets[name] = [record for record in records if isinstance(record, Document)]
+    name, _, place = text.partition('=')
+    if not name or not place or name in sets:
+      raise UserError('--decontaminate', text, 'NAME=SOURCE or NAME=STORE, as gsm8k=test.jsonl, each name once')
+    sets[name] = list(_evaluation_documents(place))
   if not sets:
     return None
   contamination = Contamination(sets)
   for name, skipped in contamination.skipped.items():
+    if skipped == len(sets[name]):
+      raise UserError('--decontaminate', name, f'a set with documents of 8 words or more; it has {counted(skipped)}')
     if skipped:
       announce(f'{name}: {counted(skipped)} of {len(sets[name]):,} too short to be looked for')
   return contamination
 
 
-def _check_same(out: Path, recipe: Recipe) -> None:
-  if TokenStore.open(out).manifest.get('fingerprint') != recipe.fingerprint():
-    raise UserError('--out', str(out), 'another folder: this one holds a store of another source, tokenizer or filter')
+def _evaluation_documents(place: str) -> Iterator[Document]:
+  if not place.startswith('{') and Path(place, MANIFEST).exists():
+    store = TokenStore.open(place)
+    return (Document(str(number), text) for number, text in enumerate(store.texts(0, store.documents)))
+  return documents(open_source(source_flags.source(place, '--decontaminate')))
 
 
 if __name__ == '__main__':

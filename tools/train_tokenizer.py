@@ -87,6 +87,8 @@ def budgets(weights: Sequence[str], sources: int, characters: int) -> list[int]:
 
 def _already(out: pathlib.Path) -> Tokenizer | None:
   """The tokenizer that lies where the new one should, or None; anything else there is a mistake."""
+  if '://' in str(flags.FLAGS.out):
+    raise UserError('--out', flags.FLAGS.out, 'a folder on this machine')
   if not out.exists():
     return None
   try:
@@ -116,8 +118,7 @@ def main(_: None) -> None:
   characters = budgets(values.weights, len(chosen), values.characters)
   already = _already(out)
   gpt2 = {f'gpt2 ({values.gpt2_bpe})': Gpt2Tokenizer(pathlib.Path(values.gpt2_bpe).expanduser())} if values.gpt2_bpe else {}
-  cache = pathlib.Path('~/.cache/gptjax').expanduser()
-  corpus = Corpus([open_source(source, cache) for source in chosen], characters, values.held_out)
+  corpus = Corpus([open_source(source, source_flags.cache_dir()) for source in chosen], characters, values.held_out)
   tokenizer = train_tokenizer(config, corpus, digits=values.digits, symbols=values.symbol)
   _save(tokenizer, out, already)
   words, texts = corpus.scored()

@@ -175,7 +175,7 @@ class Component:
   store: str
   """folder or URL of a token store that tools.prepare_data made"""
   weight: float = 0.0
-  """share of the rows, relative to the others'; 0 in all components: as many as its tokens"""
+  """share of the rows, relative to the others'; 0 in all components: as its rows, at least one in 65,536"""
   epochs: float = 0.0
   """most passes over it; once they are done its share goes to the others; 0: no limit"""
 
@@ -213,6 +213,8 @@ class ValidationSet:
     for name in (self.name, *self.tags):
       if not re.fullmatch(r'[\w-]+', name):
         raise UserError('data.valid', name, 'names and tags of letters, digits, - and _')
+    if len(set(self.tags)) < len(self.tags):
+      raise UserError('data.valid: tags', list(self.tags), 'each tag once')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,6 +265,8 @@ class DataConfig:
       twice = next((name for name in names if names.count(name) > 1), None)
       if twice is not None:
         raise UserError(f'data.{field}', twice, 'each one once')
+    if len(self.valid) > 1 and 'valid' in [one.name for one in self.valid]:
+      raise UserError('data.valid: name', 'valid', 'another name: this one is for all sets together')
     if self.valid and not self.train:
       raise UserError('data.valid', [one.name for one in self.valid], 'none without data.train: a source holds out its own')
     if self.train and not self.valid:

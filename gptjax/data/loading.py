@@ -1,7 +1,8 @@
 """Loading: batches made ahead of the step that reads them, by a thread or by processes, through Grain."""
 
 import dataclasses
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Generator
 
 import numpy as np
 
@@ -29,8 +30,9 @@ class _Batches:
     return self.rows.batch(self.first_row + index * self.batch_size + self.mine)
 
 
-def batches(rows: TrainRows, first_row: int, batch_size: int, mine: np.ndarray, *, prefetch: int, workers: int) -> Iterator[Batch]:
-  """The batches of a run from some row on, without end.
+def batches(rows: TrainRows, first_row: int, batch_size: int, mine: np.ndarray, *, prefetch: int,
+            workers: int) -> Generator[Batch, None, None]:
+  """The batches of a run from some row on, without end; to be closed, so that its threads and processes end.
 
   Args:
     rows: of the run.
@@ -43,8 +45,15 @@ def batches(rows: TrainRows, first_row: int, batch_size: int, mine: np.ndarray, 
   import grain  # brings JAX, which takes seconds and tools do without
   dataset = grain.MapDataset.source(_Batches(rows, first_row, batch_size, mine))
   read = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
-  if not workers:
-    return iter(dataset.to_iter_dataset(read))
-  alone = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-  options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=-(-prefetch // workers))
-  return iter(alone.mp_prefetch(options))
+  ready = dataset.to_iter_dataset(read)
+  if workers:
+    from absl import flags
+    flags.FLAGS.mark_as_parsed()  # Grain hands the flags of a process on to its workers, and asks whether there are any
+    alone = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    ready = alone.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=-(-prefetch // workers)))
+  iterator = iter(ready)
+  try:
+    yield from iterator
+  finally:
+    with contextlib.suppress(AttributeError):  # Grain's own, where a worker failed before all had started
+      iterator.close()

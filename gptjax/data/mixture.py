@@ -11,6 +11,9 @@ from gptjax.config import UserError
 CYCLE = 2**16
 """Rows after which a mixture repeats its pattern; shares are multiples of one row in so many."""
 
+_NEVER = 2**62
+"""No run comes to such a row."""
+
 
 @dataclasses.dataclass(frozen=True)
 class _Stretch:
@@ -46,7 +49,7 @@ class Mixture:
 
   Args:
     counts: rows of one pass over each component.
-    weights: of each component, relative; all 0: as their counts.
+    weights: of each component, relative; all 0: as their counts. Each gets at least a row of a cycle.
     limits: most rows of each component; 0: none.
     phases: (first row, weights) of what comes later, in order.
   """
@@ -54,6 +57,7 @@ class Mixture:
   def __init__(self, counts: Sequence[int], weights: Sequence[float], limits: Sequence[int] = (),
                phases: Sequence[tuple[int, Sequence[float]]] = ()):
     start = list(weights) if any(weights) else [float(count) for count in counts]
+    phases = [(row, later) for row, later in phases if row < _NEVER]
     ends = [row for row, _ in phases]
     if ends != sorted(set(ends)) or any(row < 1 for row in ends):
       raise UserError('data.phases: start', ends, 'rows after the first one, each later than the one before')
@@ -109,7 +113,8 @@ def _pattern(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 def _quotas(weights: Sequence[float]) -> np.ndarray:
   """Whole rows of a cycle for each weight, by largest remainder; at least one where a weight is above 0."""
-  share = np.asarray(weights, np.float64) / sum(weights)
+  share = np.asarray(weights, np.float64) / max(weights)
+  share /= share.sum()
   cycle = CYCLE if np.count_nonzero(share) > 1 else 1
   exact = share * cycle
   quotas = np.maximum(np.floor(exact), share > 0).astype(np.int64)

@@ -36,6 +36,12 @@ MANIFEST, INDEX, TOKENIZER = 'manifest.json', 'index.bin', 'tokenizer'
 RECORD = np.dtype([('tokens', '<i8'), ('documents', '<i8'), ('sha256', 'S64')])
 
 
+def manifest_sha256(manifest: dict[str, Any]) -> str:
+  """Hex digest of what a manifest says beside this digest."""
+  facts = {name: value for name, value in manifest.items() if name != 'sha256'}
+  return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
 def shard_name(number: int) -> str:
   """File name of a shard."""
   return f'{number:05}.shard'
@@ -125,21 +131,32 @@ class TokenStore:
     """
     try:
       manifest = json.loads(open_folder(str(place)).read(MANIFEST))
-      version = manifest['version']
-    except (OSError, ValueError, KeyError, TypeError) as error:
-      if isinstance(error, UserError):
-        raise
-      raise UserError('token store', str(place), 'a folder or URL with a token store, which tools.prepare_data makes') from None
+    except UserError:
+      raise
+    except (OSError, ValueError) as error:
+      reason = 'none is there' if isinstance(error, FileNotFoundError) else str(error)
+      raise UserError('token store', str(place), f'a folder or URL with a token store, which tools.prepare_data makes ({reason})') from None
+    version = manifest.get('version') if isinstance(manifest, dict) else None
     if version != VERSION:
       raise UserError(f'{place}/{MANIFEST}, version', version, f'{VERSION}, which this code reads; prepare it again')
+    if manifest.get('sha256') != manifest_sha256(manifest):
+      raise UserError(f'{place}/{MANIFEST}', manifest.get('sha256'), 'a manifest as it was written; restore it, or prepare the store again')
     return TokenStore(str(place), manifest)
 
   def __reduce__(self):
     return TokenStore, (self.place, self.manifest)  # a process that gets a copy maps the files itself
 
   def tokenizer(self) -> Tokenizer:
-    """The tokenizer that made the ids."""
-    return load_tokenizer(self._folder.local(TOKENIZER))
+    """The tokenizer that made the ids.
+
+    Raises:
+      UserError: another one lies there.
+    """
+    found = load_tokenizer(self._folder.local(TOKENIZER))
+    if found.sha256 != self.tokenizer_sha256:
+      raise UserError(f'{self.place}/{TOKENIZER}', found.sha256[:12], f'the tokenizer {self.tokenizer_sha256[:12]}, with which the '
+                      'store was made; restore it, or prepare the store again')
+    return found
 
   @functools.cached_property
   def index(self) -> np.ndarray:
@@ -164,12 +181,13 @@ class TokenStore:
                         f'{shard.size:,} bytes, as it was written; restore it, or prepare the store again')
 
   def verify(self) -> None:
-    """Reads every shard and compares its SHA-256 with the index.
+    """Reads every shard and compares its SHA-256 with the index, and the tokenizer's with the manifest.
 
     Raises:
-      UserError: a shard is not as it was written; it is named.
+      UserError: something is not as it was written; it is named.
     """
     self.check()
+    self.tokenizer()
     for number, record in enumerate(self.index):
       if (found := self._folder.sha256(shard_name(number))) != record['sha256'].decode():
         raise self._damaged(shard_name(number), f'SHA-256 {found}', f'{record["sha256"].decode()}')
@@ -187,7 +205,7 @@ class TokenStore:
     starts, counts = np.asarray(starts, np.int64), np.asarray(counts, np.int64)
     out = np.empty(counts.sum(), self.dtype)
     pieces = list(self._pieces(starts, counts))
-    if isinstance(self._folder, LocalFolder):
+    if isinstance(self._folder, LocalFolder):  # a view of the map instead of the blocks around it
       self._folder.reading(len(pieces), out.nbytes)
       for shard, first, stop, at in pieces:
         out[at:at + stop - first] = self._mapped(shard, first, stop)
@@ -200,11 +218,19 @@ class TokenStore:
 
   def _mapped(self, shard: Shard, first: int, stop: int) -> np.ndarray:
     """Ids of a shard out of its map, its blocks checked."""
+    assert isinstance(self._folder, LocalFolder)
     size = shard.itemsize
     if shard.mapped is None or shard.checked.find(0, first * size // BLOCK, -(-stop * size // BLOCK)) >= 0:
       list(self._bytes([(shard, first * size, stop * size)]))
-      shard.mapped = self._folder.ranges([(shard.name, 0, shard.ids)])[0].view(self.dtype)
+      if shard.mapped is None:
+        shard.mapped = self._folder.mapped(shard.name)[:shard.ids].view(self.dtype)
     return shard.mapped[first:stop]
+
+  def texts(self, first: int, stop: int) -> Iterator[str]:
+    """The texts of documents first to stop - 1."""
+    tokenizer, places = self.tokenizer(), self.starts(first, stop)
+    for start, end in zip(places, places[1:]):
+      yield tokenizer.decode(self.read([start], [end - start]).tolist())
 
   def _pieces(self, starts: np.ndarray, counts: np.ndarray) -> Iterator[tuple[Shard, int, int, int]]:
     """The stretches of shards that ranges of the circle consist of, each with its place in what is read."""
@@ -243,15 +269,16 @@ class TokenStore:
   def _bytes(self, wanted: Sequence[tuple[Shard, int, int]]) -> Iterator[np.ndarray]:
     """Stretches of shards' bytes, the blocks that hold them checked."""
     spans = [shard.blocks(first, stop) for shard, first, stop in wanted]
+    unknown = list({shard.name: shard for shard, _, _ in wanted if shard.checksums is None}.values())
+    for shard, sums in zip(unknown, self._folder.ranges([(shard.name, shard.sums, shard.size) for shard in unknown])):
+      shard.checksums, shard.checked = sums.view('<u4'), bytearray(len(sums) // 4)
     for (shard, first, stop), span, data in zip(wanted, spans, self._folder.ranges(spans)):
       self._check(shard, span, data)
       yield data[first - span[1]:stop - span[1]]
 
   def _check(self, shard: Shard, span: Range, data: np.ndarray) -> None:
     first, stop = span[1] // BLOCK, -(-span[2] // BLOCK)
-    if shard.checksums is None:
-      sums, = self._folder.ranges([(shard.name, shard.sums, shard.size)])
-      shard.checksums, shard.checked = sums.view('<u4'), bytearray(len(sums) // 4)
+    assert shard.checksums is not None
     if shard.checked.find(0, first, stop) < 0:
       return
     for block in range(first, stop):

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.data.store import BLOCK, INDEX, MANIFEST, RECORD, TOKENIZER, VERSION, shard_name
+from gptjax.data.store import BLOCK, INDEX, MANIFEST, RECORD, TOKENIZER, VERSION, Shard, manifest_sha256, shard_name
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.files import write_whole
+from gptjax.files import sync, write_whole
 
 
 def id_dtype(vocab_size: int) -> np.dtype:
@@ -29,6 +29,10 @@ class ShardRecord:
   bytes: int
   """UTF-8 bytes of its documents"""
   sha256: str
+
+  def size(self, dtype: np.dtype) -> int:
+    """Bytes of its file, of ids of this type."""
+    return Shard('', 0, 0, self.tokens, self.documents, dtype.itemsize).size
 
 
 class ShardWriter:
@@ -75,6 +79,7 @@ class ShardWriter:
     os.fsync(self._file.fileno())
     self._file.close()
     self._partial.rename(self._path)
+    sync(self._path.parent)
     return ShardRecord(self.tokens, len(lengths), self.bytes, self._digest.hexdigest())
 
   def abort(self) -> None:
@@ -110,10 +115,13 @@ def finish_store(directory: Path, tokenizer: Tokenizer, shards: list[ShardRecord
   index['sha256'] = [shard.sha256.encode() for shard in shards]
   (directory / INDEX).write_bytes(index.tobytes())
   tokenizer.save(directory / TOKENIZER)
+  for path in (directory / INDEX, *(directory / TOKENIZER).iterdir(), directory / TOKENIZER):
+    sync(path)
   manifest = {
     'version': VERSION, 'documents': int(index['documents'][-1]), 'tokens': int(index['tokens'][-1]),
     'bytes': sum(shard.bytes for shard in shards), 'shards': len(shards), 'dtype': id_dtype(tokenizer.vocab_size).str,
     'vocab_size': tokenizer.vocab_size, 'separator': tokenizer.bos_id, 'tokenizer_sha256': tokenizer.sha256,
     'index_sha256': hashlib.sha256(index.tobytes()).hexdigest(), **facts,
   }
-  write_whole(directory / MANIFEST, json.dumps(manifest, indent=2) + '\n')
+  write_whole(directory / MANIFEST, json.dumps(manifest | {'sha256': manifest_sha256(manifest)}, indent=2) + '\n')
+  sync(directory / MANIFEST)

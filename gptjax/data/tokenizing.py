@@ -20,7 +20,7 @@ from gptjax.config import UserError
 from gptjax.data.filters import Contamination, Filters
 from gptjax.data.progress import Work, announce
 from gptjax.data.sources import Malformed, Part, Source, refuse
-from gptjax.data.store import TokenStore
+from gptjax.data.store import MANIFEST, VERSION, TokenStore, shard_name
 from gptjax.data.store_writer import ShardRecord, ShardWriter, finish_store, id_dtype
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.files import building
@@ -47,8 +47,9 @@ class Recipe:
 
   def fingerprint(self) -> str:
     """Hex digest of all of it, the source by names, sizes and times of change."""
-    parts = [self.source.fingerprint(), self.tokenizer.sha256, dataclasses.asdict(self.filters),
-             self.contamination.sha256 if self.contamination else '', self.deduplicate, self.shard_tokens, self.source.skip]
+    # Not its skip: what is left out is counted over the whole source in the end, and a higher one may go on.
+    parts = [VERSION, _TASK, self.source.part_bytes, self.source.fingerprint(), self.tokenizer.sha256, dataclasses.asdict(self.filters),
+             self.contamination.sha256 if self.contamination else '', self.deduplicate, self.shard_tokens]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -95,36 +96,50 @@ def write_store(directory: Path, recipe: Recipe, *, processes: int = 1, title: s
   A shard's end is committed together with the digests of its documents; what came after it is done again.
 
   Args:
-    directory: of the store; it appears when it is whole. One that is there is left as it is.
+    directory: of the store; it appears when it is whole. One that is there of the same recipe is left as it is.
     recipe: what it is made of.
     processes: that tokenize; what they hold in memory does not depend on the size of the source.
     title: what the progress bar calls the work.
 
   Raises:
-    UserError: too many malformed records (the first is named), a text that cannot be encoded, or no document is left.
+    UserError: too many malformed records (the first is named), a text that cannot be encoded, no document is left, or a
+      store of another recipe lies there. Finished shards, if there are any, stay for a call that comes after.
   """
-  with building(directory) as folder:
+  with building(directory, lambda folder: any(folder.glob('*.shard'))) as folder:
     if folder:
       _build(folder, recipe, processes, title)
-  return TokenStore.open(directory)
+  store = TokenStore.open(directory)
+  if store.manifest.get('fingerprint') != recipe.fingerprint():
+    raise UserError('--out', str(directory), 'another folder: this one holds a store of another source, tokenizer or filter')
+  return store
 
 
 def _build(folder: Path, recipe: Recipe, processes: int, title: str) -> None:
+  if (folder / MANIFEST).exists():  # it comes last: only the folder's name was missing
+    if TokenStore.open(folder).manifest.get('fingerprint') == recipe.fingerprint():
+      return
+    (folder / MANIFEST).unlink()
+  dtype = id_dtype(recipe.tokenizer.vocab_size)
   with _Journal(folder / 'journal.db', recipe.fingerprint()) as journal:
-    recipe.tokenizer.save(folder / 'tokenizer')
+    shards = [ShardRecord(**shard) for shard in journal.progress.shards]
+    paths = [folder / shard_name(number) for number in range(len(shards))]
+    if not all(path.exists() and path.stat().st_size == shard.size(dtype) for path, shard in zip(paths, shards)):
+      announce(f'{folder}: finished shards are missing; started anew')
+      journal.reset()
     progress = journal.progress
     if progress.tasks:
       announce(f'{folder}: going on after {len(progress.shards)} finished shards')
-    for path in folder.glob('*.shard'):  # finished just before the kill, or of another recipe
-      if int(path.stem) >= len(progress.shards):
+    for path in (*folder.glob('*.shard'), *folder.glob('*.partial')):  # begun, or finished just before the kill
+      if path.suffix == '.partial' or int(path.stem) >= len(progress.shards):
         path.unlink()
+    recipe.tokenizer.save(folder / 'tokenizer')
     with Work(title, recipe.source.size, 'bytes', progress.source_bytes) as work:
       tasks = _skip(_tasks(recipe.source.parts()), progress.tasks)
       _Writer(folder, recipe, journal, work).write(_encoded(tasks, recipe, folder / 'tokenizer', processes))
-    _check_malformed(recipe.source, progress, final=True)
     shards = [ShardRecord(**shard) for shard in progress.shards]
     if not shards:
-      raise UserError('source', recipe.source.description, f'documents that the filters leave over; dropped: {progress.dropped}')
+      raise UserError('source', recipe.source.description, f'documents; of {progress.records:,} records none is left, and dropped were '
+                      f'{progress.dropped}')
   finish_store(folder, recipe.tokenizer, shards, {
     'source': recipe.source.description, 'records': progress.records, 'malformed': progress.malformed,
     'malformed_first': progress.malformed_first,
@@ -155,6 +170,7 @@ class _Writer:
         if self._shard and self._shard.tokens >= self._recipe.shard_tokens:
           self._close()
         self._work.advance(sum(part.size for part in parts))
+      _check_malformed(self._recipe.source, progress, final=True)
       if self._shard:
         self._close()
     finally:
@@ -210,11 +226,13 @@ def _keep(found: Encoded, kept: np.ndarray, reason: str) -> None:
 def _tasks(parts: Iterable[Part]) -> Iterator[list[Part]]:
   """Parts in groups of some megabytes."""
   task: list[Part] = []
+  size = 0
   for part in parts:
     task.append(part)
-    if sum(one.size for one in task) >= _TASK:
+    size += max(part.size, len(part.payload))  # a part of a compressed file takes up less there than here
+    if size >= _TASK:
       yield task
-      task = []
+      task, size = [], 0
   if task:
     yield task
 
@@ -325,32 +343,53 @@ class _Journal:
     self._path, self._fingerprint = path, fingerprint
 
   def __enter__(self) -> '_Journal':
-    self._base = sqlite3.connect(self._path, isolation_level=None)
-    self._base.execute('pragma cache_size = -100000')  # kB; the rest stays on disk
-    self._base.execute('begin')
-    self._base.execute('create table if not exists progress (fingerprint text, state text)')
-    self._base.execute('create table if not exists digests (digest blob primary key) without rowid')
-    row = self._base.execute('select fingerprint, state from progress').fetchone()
-    if row and row[0] != self._fingerprint:
+    try:
+      self._open()
+    except sqlite3.DatabaseError:
+      announce(f'{self._path}: damaged; started anew')
+      self._base.close()
+      self._path.unlink()
+      self._open()
+    row = self._execute('select fingerprint, state from progress').fetchone()
+    if row and row[0] == self._fingerprint:
+      self.progress = _Progress(**json.loads(row[1]))
+      return self
+    if row:
       announce(f'{self._path.parent}: begun with another source, tokenizer or filter; started anew')
-      self._base.execute('delete from progress')
-      self._base.execute('delete from digests')
-      row = None
-    if not row:
-      self._base.execute('insert into progress values (?, ?)', (self._fingerprint, json.dumps(dataclasses.asdict(_Progress()))))
-    self.progress = _Progress(**json.loads(row[1])) if row else _Progress()
+    self.reset()
     return self
 
   def __exit__(self, *error: object) -> None:
     self._base.close()
 
+  def _open(self) -> None:
+    self._base = sqlite3.connect(self._path, isolation_level=None)
+    self._base.execute('pragma cache_size = -100000')  # kB; the rest stays on disk
+    self._base.execute('create table if not exists progress (fingerprint text, state text)')
+    self._base.execute('create table if not exists digests (digest blob primary key) without rowid')
+    self._base.execute('begin')
+
+  def _execute(self, *statement: Any) -> sqlite3.Cursor:
+    try:
+      return self._base.execute(*statement)
+    except sqlite3.Error as error:  # a full disk, for one
+      raise OSError(0, str(error), str(self._path)) from None
+
+  def reset(self) -> None:
+    """Forgets what was done, for good: before the files of it go."""
+    self.progress = _Progress()
+    self._execute('delete from digests')
+    self._execute('delete from progress')
+    self._execute('insert into progress values (?, ?)', (self._fingerprint, ''))
+    self.commit()
+
   def new(self, digests: Iterable[bytes]) -> np.ndarray:
     """Which of these documents were not seen before, and remembers them."""
     insert = 'insert or ignore into digests values (?)'
-    return np.array([self._base.execute(insert, (digest,)).rowcount == 1 for digest in digests], bool)
+    return np.array([self._execute(insert, (digest,)).rowcount == 1 for digest in digests], bool)
 
   def commit(self) -> None:
     """Makes what was done up to now last."""
-    self._base.execute('update progress set state = ?', (json.dumps(dataclasses.asdict(self.progress)),))
-    self._base.execute('commit')
-    self._base.execute('begin')
+    self._execute('update progress set state = ?', (json.dumps(dataclasses.asdict(self.progress)),))
+    self._execute('commit')
+    self._execute('begin')

@@ -58,9 +58,10 @@ def my_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 def place_rows(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
   """Puts the rows of `my_rows` [n, T] on the mesh, as this process's part of arrays [batch_size, T]."""
-  mine, sharding = my_rows(mesh, batch_size), NamedSharding(mesh, spec('batch', None))
-  if len(mine) == batch_size:
+  sharding = NamedSharding(mesh, spec('batch', None))
+  if sharding.is_fully_addressable:
     return jax.device_put(batch, sharding)
+  mine = my_rows(mesh, batch_size)
 
   def put(values: np.ndarray) -> jax.Array:
     def part(index):

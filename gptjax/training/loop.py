@@ -25,7 +25,8 @@ from gptjax.training.run import Run, header, resolve
 from gptjax.training.step import TrainState
 
 MAY_CHANGE = ('steps', 'batch_size', 'microbatches', 'zero_stage', 'z_loss', 'mesh.', 'eval.', 'checkpoint.', 'optimizer.',
-              'model.attention', 'model.remat', 'model.dropout', 'model.compute_dtype', 'data.source.path', 'data.prefetch', 'data.workers')
+              'model.attention', 'model.remat', 'model.dropout', 'model.compute_dtype', 'data.source.path', 'data.source.skip',
+              'data.tokenizer.path', 'data.prefetch', 'data.workers')
 """Fields a resumed run may change; others would make its checkpoint or its place in the data meaningless."""
 
 
@@ -58,6 +59,7 @@ def train(config: Config, options: Options) -> None:
       state, progress = run.initialize(), Progress()
     last = min(run.steps, options.stop_at or run.steps)
     _check_profile(options.profile_steps, progress.step, last)
+    _check_rows(run, progress, last)
     peak = peak_flops(list(mesh.devices.flatten()), run.config.model.compute_dtype)
     book = stack.enter_context(contextlib.closing(Logbook(options.workdir, progress.step, run.steps)))
     facts = header(run, data, progress, peak)
@@ -106,6 +108,13 @@ def _check_profile(steps: tuple[int, int] | None, done: int, last: int) -> None:
     raise UserError('--profile_steps', f'{steps[0]}:{steps[1]}', accepted)
 
 
+def _check_rows(run: Run, done: Progress, last: int) -> None:
+  rows, size = run.rows.mixture.rows, run.config.batch_size
+  if rows is not None and done.rows + (last - done.step) * size > rows:
+    raise UserError('steps', last, f'at most {done.step + max(rows - done.rows, 0) // size:,}: data.train has {rows:,} rows within the '
+                    f'epochs of its components, and {done.rows:,} are taken')
+
+
 class _Loop:
   """One process's part of a run."""
 
@@ -118,7 +127,7 @@ class _Loop:
     self.tracing = False
     self.clock = (0.0, 0)  # seconds and tokens at the last logged step
     self.waited = 0.0  # seconds since then in which there was no batch
-    self.pending: tuple[Progress, dict[str, jax.Array]] | None = None
+    self.pending: tuple[int, dict[str, jax.Array]] | None = None
 
   def go(self, state: TrainState, progress: Progress, last: int) -> None:
     """Runs to step `last`."""
@@ -136,6 +145,7 @@ class _Loop:
         self._after_step(last)
     finally:
       counter.close()
+      self.batches.close()
       if self.tracing:
         jax.profiler.stop_trace()
 
@@ -144,32 +154,32 @@ class _Loop:
     start = time.perf_counter()
     batch = next(self.batches)
     self.waited += time.perf_counter() - start
-    # Counted on the host: a row's mask is known before the devices see it, and a run outgrows an int32.
-    self.progress = Progress(done.step + 1, done.rows + run.config.batch_size, done.tokens + int(batch['mask'].sum()))
+    self.progress = Progress(done.step + 1, done.rows + run.config.batch_size, done.tokens)
     before = counter.count
     self.state, metrics = run.step(self.state, place_rows(run.mesh, batch, run.config.batch_size))
     self.compiles += counter.count - before
     assert self.compiles == 1, f'the step was compiled {self.compiles} times'
     self._read_pending()
-    self.pending = (self.progress, metrics)
+    self.pending = (self.progress.step, metrics)
 
   def _read_pending(self) -> None:
     """Waits for the step before the one just dispatched, and logs it where it is due."""
     if self.pending is None:
       return
-    (progress, metrics), self.pending = self.pending, None
-    step = progress.step
+    (step, metrics), self.pending = self.pending, None
+    # Waits for the step, so never more than one is ahead; and counted on the host, since a run outgrows an int32.
+    self.progress = dataclasses.replace(self.progress, tokens=self.progress.tokens + int(metrics['targets']))
+    tokens = self.progress.tokens
     self.book.advance(step)
     if step % self.options.log_every and step not in (1, self.run.steps):
-      jax.block_until_ready(metrics['loss'])  # never more than one step ahead of the devices
       return
     values = {name: float(value) for name, value in jax.device_get(metrics).items() if name != 'targets'}
     now = time.perf_counter()
     seconds = now - self.clock[0]
-    speed = (progress.tokens - self.clock[1]) / seconds
-    self.book.step(step, values | {'tokens': progress.tokens, 'tokens_per_second': speed, 'mfu': speed * self.flops / self.peak,
+    speed = (tokens - self.clock[1]) / seconds
+    self.book.step(step, values | {'tokens': tokens, 'tokens_per_second': speed, 'mfu': speed * self.flops / self.peak,
                                    'data_wait': self.waited / seconds})
-    self._restart_clock(progress.tokens)
+    self._restart_clock(tokens)
 
   def _restart_clock(self, tokens: int) -> None:
     self.clock, self.waited = (time.perf_counter(), tokens), 0.0

@@ -62,9 +62,6 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
                'decay': in_steps('optimizer.decay', opt.decay)}
   if steps < 1:
     raise UserError('steps', config.steps, '1 step or more')
-  if rows.mixture.rows is not None and steps * config.batch_size > rows.mixture.rows:
-    raise UserError('steps', config.steps, f'at most {rows.mixture.rows // config.batch_size:,} steps: data.train has '
-                    f'{rows.mixture.rows:,} rows within the epochs of its components')
   if durations['decay'] > steps:
     raise UserError('optimizer.decay', opt.decay, f'at most the {steps} steps of the run')
   plan = blueprint(config.model, config.data.context)

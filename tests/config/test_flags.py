@@ -420,6 +420,8 @@ def test_a_list_of_objects_is_checked_through_and_through(command, value, error)
     ({'data.phases': [{'start': 'soon', 'weights': [1]}]}, "data.phases: start: 'soon', accepted: a count of steps"),
     ({'data.phases': [{'start': 5, 'weights': [0]}]}, 'data.phases: weights: [0], accepted: 0 or more'),
     ({'data.valid': [{'name': 'a/b', 'store': 'x'}]}, "data.valid: 'a/b', accepted: names and tags of letters"),
+    ({'data.valid': [{'name': 'v', 'store': 'x'}, {'name': 'valid', 'store': 'y'}]}, "data.valid: name: 'valid', accepted: another"),
+    ({'data.valid': [{'name': 'v', 'store': 'x', 'tags': ['a', 'a']}]}, "data.valid: tags: ['a', 'a'], accepted: each tag once"),
     ({'data.source.path': 'x.txt'}, "data.source.path: 'x.txt', accepted: no source where data.train names stores"),
     ({'data.workers': 2, 'data.prefetch': 0}, 'data.prefetch: 0, accepted: 1 or more'),
     ({'data.train': [{'store': 's', 'weight': 1}, {'store': 't'}]}, 'data.train: weight: 0.0, accepted: a weight above 0 for every'),

@@ -69,6 +69,11 @@ def test_far_rows_need_no_counting():
   assert abs(indices[components == 0][0] / (0.75 * 10**15) - 1) < 1e-9
 
 
+def test_enormous_numbers_are_numbers():
+  mixture = Mixture([10, 10], [1e308, 1e308], [0, 0], [(10**40, [0.0, 1.0])])
+  assert np.bincount(dealt(mixture, 100)).tolist() == [50, 50]
+
+
 @pytest.mark.parametrize('starts', [[0], [5, 5], [9, 3]])
 def test_phases_come_one_after_another(starts):
   with pytest.raises(UserError, match=r'^data.phases: start'):

@@ -25,10 +25,12 @@ def stores(tmp_path_factory):
     for name, value in {'AWS_ENDPOINT_URL': f'http://{host}:{port}', 'AWS_ACCESS_KEY_ID': 'key', 'AWS_SECRET_ACCESS_KEY': 'secret',
                         'AWS_DEFAULT_REGION': 'us-east-1'}.items():
       patch.setenv(name, value)
-    system = pytest.importorskip('s3fs').S3FileSystem()
-    system.mkdir('bucket')
-    system.put(f'{folder}/', 'bucket/store/', recursive=True)
-    yield str(folder), 's3://bucket/store'
+    s3 = pytest.importorskip('s3fs').S3FileSystem
+    s3.clear_instance_cache()  # they remember the servers of other tests
+    system = s3()
+    system.mkdir('stores')
+    system.put(f'{folder}/', 'stores/store/', recursive=True)
+    yield str(folder), 's3://stores/store'
   server.stop()
 
 
@@ -60,11 +62,11 @@ def test_it_is_trained_on_and_its_validation_documents_are_kept_here(stores, tmp
 @pytest.mark.parametrize('damage', ['truncated', 'flipped'])
 def test_what_is_damaged_there_is_named(stores, damage):
   import s3fs
-  system, name = s3fs.S3FileSystem(), 'bucket/store/00001.shard'
+  system, name = s3fs.S3FileSystem(), 'stores/store/00001.shard'
   whole = system.cat_file(name)
   system.pipe(name, whole[:-9] if damage == 'truncated' else bytes([whole[0] ^ 1]) + whole[1:])
   try:
-    with pytest.raises(UserError, match=r'^s3://bucket/store/00001.shard: .*restore it'):
+    with pytest.raises(UserError, match=r'^s3://stores/store/00001.shard: .*restore it'):
       s3fs.S3FileSystem.clear_instance_cache()
       store = TokenStore.open(stores[1])
       store.check()
@@ -73,7 +75,7 @@ def test_what_is_damaged_there_is_named(stores, damage):
     system.pipe(name, whole)
 
 
-@pytest.mark.parametrize('place', ['s3://bucket/nothing', 's3://no-bucket/store', 'nosuch://bucket/store'])
+@pytest.mark.parametrize('place', ['s3://stores/nothing', 's3://no-bucket/store', 'nosuch://bucket/store'])
 def test_a_store_that_is_not_there_is_one_line(stores, place):
   with pytest.raises(UserError, match=f"^token store: '{place}', accepted: "):
     TokenStore.open(place)

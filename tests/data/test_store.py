@@ -11,7 +11,7 @@ import pytest
 from small_stores import FIRST, make_store, stream
 
 from gptjax.config import UserError
-from gptjax.data.store import BLOCK, RECORD, TokenStore
+from gptjax.data.store import BLOCK, RECORD, TokenStore, manifest_sha256
 
 LENGTHS = [5, 1, 9000, 40, 3, 17000, 12]
 
@@ -109,7 +109,7 @@ def test_opening_does_not_grow_with_the_store(tmp_path):
   (tmp_path / 'store/index.bin').write_bytes(index.tobytes())
   manifest = json.loads((tmp_path / 'store/manifest.json').read_text())
   manifest |= {'tokens': shards * 2**28, 'documents': shards * 10**6, 'index_sha256': hashlib.sha256(index.tobytes()).hexdigest()}
-  (tmp_path / 'store/manifest.json').write_text(json.dumps(manifest))
+  (tmp_path / 'store/manifest.json').write_text(json.dumps(manifest | {'sha256': manifest_sha256(manifest)}))
   TokenStore.open(tmp_path / 'store')
   tracemalloc.start()
   store = TokenStore.open(tmp_path / 'store')

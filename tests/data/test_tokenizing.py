@@ -17,6 +17,7 @@ from memory import Memory, malformed
 from gptjax.config import SourceConfig, UserError
 from gptjax.data import Contamination, Document, Filters, Recipe, TokenStore, open_source, write_store
 from gptjax.data import tokenizing
+from gptjax.data.sources import Part
 from gptjax.data.tokenizers import ByteTokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -100,6 +101,80 @@ def test_finished_shards_are_not_made_again(lines, tmp_path, small_tasks, monkey
   assert kept == 0 or min(again) > 0  # what the finished shards hold was not read
 
 
+def begun(folder, made, shards, monkeypatch):
+  """Leaves a build with so many finished shards."""
+  commit, calls = tokenizing._Journal.commit, []
+
+  def ended(journal):
+    commit(journal)
+    calls.append(1)
+    if len(calls) > shards:  # the first is the beginning
+      raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(tokenizing._Journal, 'commit', ended)
+    with pytest.raises(KeyboardInterrupt):
+      write_store(folder, made)
+
+
+def test_another_recipe_in_between_does_no_harm(lines, tmp_path, small_tasks, monkeypatch):
+  """A is killed, then B before its first shard was finished, then A is run again: A's shards are gone."""
+  begun(tmp_path / 'store', recipe(lines), 3, monkeypatch)
+  begun(tmp_path / 'store', recipe(lines, shard_tokens=60_000), 0, monkeypatch)
+  write_store(tmp_path / 'store', recipe(lines))
+  write_store(tmp_path / 'straight', recipe(lines))
+  assert folder_bytes(tmp_path / 'store') == folder_bytes(tmp_path / 'straight')
+
+
+@pytest.mark.parametrize('damage', ['shard', 'journal'])
+def test_what_is_missing_of_a_begun_store_is_made_again(lines, tmp_path, small_tasks, monkeypatch, damage):
+  begun(tmp_path / 'store', recipe(lines), 3, monkeypatch)
+  folder = tmp_path / 'store.building'
+  (folder / '00009.partial').touch()
+  if damage == 'shard':
+    (folder / '00001.shard').unlink()
+  else:
+    (folder / 'journal.db').write_bytes(b'no database' * 500)
+  write_store(tmp_path / 'store', recipe(lines))
+  write_store(tmp_path / 'straight', recipe(lines))
+  assert folder_bytes(tmp_path / 'store') == folder_bytes(tmp_path / 'straight')
+
+
+def test_a_kill_just_before_the_folder_gets_its_name_costs_nothing(lines, tmp_path, small_tasks, monkeypatch):
+  write_store(tmp_path / 'store', recipe(lines))
+  before = folder_bytes(tmp_path / 'store')
+  (tmp_path / 'store').rename(tmp_path / 'store.building')
+  monkeypatch.setattr(tokenizing, '_encoder', None)
+  write_store(tmp_path / 'store', recipe(lines))
+  assert folder_bytes(tmp_path / 'store') == before
+
+
+def test_an_error_keeps_finished_shards_and_a_higher_skip_goes_on(tmp_path, small_tasks):
+  path = tmp_path / 'lines.jsonl'
+  path.write_text(''.join(json.dumps({'text': document.text}) + '\n' for document in documents(2500)) + 'no JSON\n')
+  made = lambda skip: Recipe(open_source(SourceConfig(str(path), skip=skip)), ByteTokenizer(), shard_tokens=50_000)
+  with pytest.raises(UserError, match='lines.jsonl:2501'):
+    write_store(tmp_path / 'store', made(0.0))
+  kept = {file: file.stat().st_mtime_ns for file in (tmp_path / 'store.building').glob('*.shard')}
+  assert len(kept) > 3
+  store = write_store(tmp_path / 'store', made(0.01))
+  assert (store.documents, store.manifest['malformed']) == (2500, 1)
+  assert all((tmp_path / 'store' / file.name).stat().st_mtime_ns == time for file, time in kept.items())
+
+
+def test_a_store_of_another_recipe_is_not_taken_for_this_one(lines, tmp_path):
+  write_store(tmp_path / 'store', recipe(lines))
+  with pytest.raises(UserError, match='^--out: '):
+    write_store(tmp_path / 'store', recipe(lines, deduplicate=False))
+
+
+def test_small_parts_go_together_and_packed_ones_count_as_they_are_here():
+  part = lambda size, payload=b'': Part('f', 'f', 0, 1, size, payload)
+  sizes = [[len(task) for task in tokenizing._tasks(parts)] for parts in (
+    [part(100)] * 50_000, [part(tokenizing._TASK)] * 3, [part(9, bytes(tokenizing._TASK))] * 3)]
+  assert sizes == [[41_944, 8_056], [1, 1, 1], [1, 1, 1]]
+
+
 def test_what_was_begun_with_another_recipe_is_forgotten(lines, tmp_path, small_tasks, monkeypatch):
   with monkeypatch.context() as patch:
     commit, calls = tokenizing._Journal.commit, []
@@ -171,7 +246,7 @@ def test_malformed_records_below_a_rate_are_left_out_and_counted(tmp_path, capsy
 
 
 def test_a_source_of_which_nothing_is_left_is_refused(tmp_path):
-  with pytest.raises(UserError, match='dropped: .*min_chars'):
+  with pytest.raises(UserError, match='none is left, .*min_chars'):
     write_store(tmp_path / 'store', Recipe(Memory([Document('a', 'b')]), ByteTokenizer(), Filters(min_chars=9)))
   assert not list(tmp_path.iterdir())
 

@@ -363,7 +363,7 @@ def _mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
   make = lambda name, *flags: python('tools.prepare_data', f'--source={folder}/good.jsonl', f'--out={folder}/{name}', *flags)
   make('store', '--tokenizer=bytes')
   make('gpt2', f'--tokenizer={given("gpt2_bpe")}')
-  for name in ('truncated', 'flipped', 'gone'):
+  for name in ('truncated', 'flipped', 'gone', 'manifest'):
     shutil.copytree(folder / 'store', folder / name)
     shard = folder / name / '00000.shard'
     whole = shard.read_bytes()
@@ -374,6 +374,9 @@ def _mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
         shard.write_bytes(bytes([whole[0] ^ 4]) + whole[1:])
       case 'gone':
         shard.unlink()
+      case 'manifest':
+        manifest = folder / name / 'manifest.json'
+        manifest.write_text(manifest.read_text().replace('"bytes": ', '"bytes": 1'))
   run = lambda train, valid='store', *flags: [
     'gptjax.train', '--config=configs/default.py', f'--workdir={folder}/run', '--config.steps=3', '--config.model.layers=1',
     f'--config.data.train=[{{"store": "{folder}/{train}"}}]',
@@ -389,6 +392,7 @@ def _mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
     'more malformed than allowed': (bytes_of('broken.jsonl', '--skip=0.0001'), 'skip'),
     'truncated Parquet': (bytes_of('table.parquet'), 'table.parquet'),
     'everything filtered': (bytes_of('good.jsonl', '--min_chars=9999'), 'min_chars'),
+    'a damaged manifest': (run('manifest'), 'manifest.json'),
     'no tokenizer': ([*base, f'--source={folder}/good.jsonl', f'--tokenizer={folder}'], 'tokenizer'),
     'another store in its place': (['tools.prepare_data', f'--source={folder}/text.txt', '--tokenizer=bytes', f'--out={folder}/store'],
                                    '--out'),

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from gptjax.config import SourceConfig
 from gptjax.data.sources.formats import open_files
-from gptjax.data.sources.source import Document, Malformed, Part, Record, Source, refuse
+from gptjax.data.sources.source import Document, Malformed, Part, Record, Source, documents, refuse
 from gptjax.data.sources.split import is_held_out, split_source
 from gptjax.data.sources.stdlib import Stdlib
 
-__all__ = ['Document', 'Malformed', 'Part', 'Record', 'Source', 'is_held_out', 'open_source', 'refuse', 'split_source']
+__all__ = ['Document', 'Malformed', 'Part', 'Record', 'Source', 'documents', 'is_held_out', 'open_source', 'refuse', 'split_source']
 
 
 def open_source(config: SourceConfig, cache_dir: Path | None = None) -> Source:

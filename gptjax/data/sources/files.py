@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gptjax.config import UserError
+from gptjax.data.folders import remote_errors
 from gptjax.data.sources.packages import optional
 
 _CLIENTS = {'s3': 's3fs', 's3a': 's3fs', 'gs': 'gcsfs', 'gcs': 'gcsfs'}
@@ -86,16 +87,14 @@ def opened(path: str, ahead: int = 0) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def _errors(path: str) -> Iterator[None]:
-  try:
-    yield
-  except UserError:
-    raise
-  except Exception as error:
-    # Clients of remote stores raise errors of the libraries below them; here only the system's are the user's.
-    if not isinstance(error, OSError) and '://' not in path:
-      raise
-    reason = getattr(error, 'strerror', None) or str(error) or type(error).__name__
-    raise UserError('data.source.path', path, f'what can be read ({reason})') from None
+  if '://' in path:
+    with remote_errors('data.source.path', path):
+      yield
+  else:
+    try:
+      yield
+    except OSError as error:
+      raise UserError('data.source.path', path, f'what can be read ({error.strerror or error})') from None
 
 
 def _missing(pattern: str, suffixes: tuple[str, ...], siblings: Iterable[str]) -> UserError:

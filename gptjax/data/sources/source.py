@@ -95,6 +95,29 @@ class Source(abc.ABC):
       yield from (record for record in self.read(part) if record is not None)
 
 
+def documents(source: Source) -> Iterator[Document]:
+  """All documents of a source.
+
+  Raises:
+    UserError: a larger share of the records than its `skip` is malformed; the first of them is named.
+  """
+  first, records, malformed = None, 0, 0
+  before: dict[str, int] = {}
+  for part in source.parts():
+    for record in source.read(part):
+      records += 1
+      before[part.file] = before.get(part.file, 0) + 1
+      if isinstance(record, Malformed):
+        malformed += 1
+        first = first or refuse(source, part, dataclasses.replace(record, record=0), before[part.file] - 1)
+        if not source.skip:
+          raise first
+      elif record is not None:
+        yield record
+  if first and malformed > source.skip * records:
+    raise first
+
+
 def refuse(source: Source, part: Part, malformed: Malformed, before: int) -> UserError:
   """The error for a malformed record of a part; `before` is how many records the earlier parts of its file have."""
   place = malformed.place or source.place(part, before + malformed.record)

@@ -9,13 +9,13 @@ from gptjax.data.tokenizers.subwords import MODEL, SentencePieceTokenizer, Words
 from gptjax.data.tokenizers.tokenizer import FILE, ByteTokenizer, CharTokenizer, Tokenizer
 
 
-def load_tokenizer(directory: Path) -> Tokenizer:
+def load_tokenizer(directory: Path | str) -> Tokenizer:
   """Reads what `Tokenizer.save` wrote, or GPT-2's two files.
 
   Raises:
     UserError: the folder has no tokenizer, or a damaged one.
   """
-  path = Path(directory) / FILE
+  path = Path(directory).expanduser() / FILE
   if not path.exists() and (path.parent / ENCODER).exists():
     return Gpt2Tokenizer(path.parent)
   try:

@@ -49,6 +49,8 @@ def _words(digits: int, symbols: Sequence[str]) -> Words:
   for symbol in symbols:
     if len(symbol.encode(errors='replace')) < 2 or symbols.count(symbol) > 1:
       raise UserError('symbol', symbol, 'texts of two bytes or more, each one once')
+    if symbol in ('<pad>', '<s>', '</s>', '<unk>'):
+      raise UserError('symbol', symbol, "texts other than SentencePiece's own special ones")
   return Words(words_of(digits), symbols)
 
 

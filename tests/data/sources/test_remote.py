@@ -36,7 +36,9 @@ def bucket(tmp_path_factory):
     for name, value in {'AWS_ENDPOINT_URL': f'http://{host}:{port}', 'AWS_ACCESS_KEY_ID': 'key', 'AWS_SECRET_ACCESS_KEY': 'secret',
                         'AWS_DEFAULT_REGION': 'us-east-1'}.items():
       patch.setenv(name, value)
-    store = pytest.importorskip('s3fs').S3FileSystem()
+    s3 = pytest.importorskip('s3fs').S3FileSystem
+    s3.clear_instance_cache()  # they remember the servers of other tests
+    store = s3()
     store.mkdir('bucket')
     for name, data in files.items():
       store.pipe(f'bucket/data/{name}', data)
