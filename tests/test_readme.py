@@ -1,5 +1,6 @@
-"""Every command of the README does what the README says, in the order of the README."""
+"""Every command of the README and of the guides does what they say, in their order."""
 
+import json
 import os
 import re
 import shlex
@@ -8,8 +9,14 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r'^```sh\n(.*?)^```', (ROOT / 'README.md').read_text(), re.MULTILINE | re.DOTALL)
-COMMANDS = [line for block in BLOCKS for line in block.splitlines()]
+
+
+def commands_of(page):
+  blocks = re.findall(r'^```sh\n(.*?)^```', (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+  return [line for block in blocks for line in block.splitlines()]
+
+
+COMMANDS = commands_of('README.md')
 
 
 def test_make_targets_of_the_readme_exist():
@@ -20,20 +27,38 @@ def test_make_targets_of_the_readme_exist():
     assert done.returncode == 0, done.stderr
 
 
-def test_commands_of_the_readme_run_as_written(tmp_path):
-  commands = [line for line in COMMANDS if not line.startswith('make ')]
-  assert len(commands) >= 6
-  for name in ('gptjax', 'tools', 'configs', 'LICENSE'):
-    (tmp_path / name).symlink_to(ROOT / name)
+def run(commands, folder):
+  """Runs commands as they are written, in a folder that looks like this repository; returns what each one printed."""
+  for name in ('gptjax', 'tools', 'configs', 'LICENSE', 'README.md'):
+    (folder / name).symlink_to(ROOT / name)
   # The caches of a home folder that tests may fill; compiled programs are shared with the other tests of this machine.
   environment = {**os.environ, 'HOME': str(ROOT / '.jax_cache' / 'home')}
+  printed = {}
   for command in commands:
     program, *arguments = shlex.split(command)
     assert program == 'python', command
-    done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f'{command}\n{done.stderr}'
+    printed[command] = done.stdout
+  return printed
+
+
+def test_commands_of_the_readme_run_as_written(tmp_path):
+  commands = [line for line in COMMANDS if not line.startswith('make ')]
+  assert len(commands) >= 9
+  printed = run(commands, tmp_path)
   assert (tmp_path / 'runs/first/report.html').stat().st_size > 10_000
-  assert 'model.layers = 12' in done.stdout or (tmp_path / 'runs/mesh/metrics.jsonl').exists()
+  assert any('model.layers = 12' in text for text in printed.values()) and (tmp_path / 'runs/mesh/metrics.jsonl').exists()
+  assert (tmp_path / 'stores/first/manifest.json').exists()
+
+
+def test_commands_of_the_guide_to_data_run_as_written(tmp_path):
+  printed = list(run(commands_of('docs/data.md'), tmp_path).values())
+  assert len(printed) == 8 and 'bytes per token' in printed[0]
+  assert 'verified: all 1 shards' in printed[4] and 'stores/readme' in printed[5] and '0.2500' in printed[5]
+  assert (tmp_path / 'mixture.png').read_bytes().startswith(b'\x89PNG')
+  score = json.loads(printed[7].splitlines()[-1])
+  assert {*score['sets']} == {'licence', 'readme'} and {*score['tags']} == {'law'}
 
 
 def test_recipes_of_the_readme_are_those_of_the_folder():
