@@ -89,7 +89,7 @@ def _evaluation_documents(place: str) -> Iterator[Document]:
   if not place.startswith('{') and Path(place, MANIFEST).exists():
     store = TokenStore.open(place)
     return (Document(str(number), text) for number, text in enumerate(store.texts(0, store.documents)))
-  return documents(open_source(source_flags.source(place, '--decontaminate')))
+  return documents(open_source(source_flags.source(place, '--decontaminate', {})))
 
 
 if __name__ == '__main__':

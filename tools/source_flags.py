@@ -24,10 +24,11 @@ def cache_dir() -> Path:
 
 def sources() -> list[SourceConfig]:
   """What every --source names, in order; --split, --text, --separator and --skip hold for all that say nothing else."""
-  return [source(text) for text in _SOURCE.value] or [source('')]
+  common = {'split': _SPLIT.value, 'text': _TEXT.value, 'separator': _SEPARATOR.value, 'skip': _SKIP.value}
+  return [source(text, '--source', common) for text in _SOURCE.value or ['']]
 
 
-def source(text: str, flag: str = '--source') -> SourceConfig:
+def source(text: str, flag: str, common: dict[str, object]) -> SourceConfig:
   """The source of a path, or of a JSON object such as '{"path": "train.jsonl", "text": "{question}"}'.
 
   Raises:
@@ -39,5 +40,4 @@ def source(text: str, flag: str = '--source') -> SourceConfig:
       fields = json.loads(text)
     except json.JSONDecodeError as error:
       raise UserError(flag, text, f'a path, or a JSON object ({error.msg})') from None
-  defaults = {'split': _SPLIT.value, 'text': _TEXT.value, 'separator': _SEPARATOR.value, 'skip': _SKIP.value}
-  return configs.checked(SourceConfig, defaults | fields if isinstance(fields, dict) else fields, flag)
+  return configs.checked(SourceConfig, common | fields if isinstance(fields, dict) else fields, flag)

@@ -37,7 +37,8 @@ class Corpus:
 
   def __iter__(self) -> Iterator[Document]:
     for source, budget in zip(self.sources, self.budgets, strict=True):
-      announce(f'reading {source.description}: about {budget:,} characters of it')
+      share = f'about {budget:,} characters of it' if budget < source.size else 'all of it'
+      announce(f'reading {source.description}: {share}')
       for document in sample(source, budget):
         out = is_held_out(document.name, self.share)
         self._keep(document, out)

@@ -61,4 +61,6 @@ class Work:
     self._bar.stop()
 
   def _amount(self, amount: int) -> str:
-    return f'{amount / 1e6:,.1f} MB' if self._unit == 'bytes' else f'{amount:,} {self._unit[:-1] if amount == 1 else self._unit}'
+    if self._unit == 'bytes' and amount >= 1e5:
+      return f'{amount / 1e6:,.1f} MB'
+    return f'{amount:,} {self._unit[:-1] if amount == 1 else self._unit}'

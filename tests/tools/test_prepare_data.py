@@ -1,0 +1,92 @@
+"""The commands that make and show stores: what they print, and what they say to a mistake."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from tiny import files_below
+
+from gptjax.data import TokenStore
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def tool(name, *flags):
+  return subprocess.run([sys.executable, '-m', f'tools.{name}', *map(str, flags)], capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+  """A folder with questions, a store of them, and files that are wrong."""
+  folder = tmp_path_factory.mktemp('home')
+  lines = [json.dumps({'question': f'what is {i} and {i}', 'answer': f'it is {2 * i}'}) + '\n' for i in range(100)]
+  (folder / 'qa.jsonl').write_text(''.join(lines))
+  (folder / 'broken.jsonl').write_bytes(''.join(lines[:7]).encode() + b'{"question": "\xff"}\n')
+  (folder / 'binary.txt').write_bytes(bytes(range(256)))
+  (folder / 'empty.txt').touch()
+  done = tool('prepare_data', f'--source={folder}/qa.jsonl', r'--text={question}?\n{answer}', '--tokenizer=bytes', f'--out={folder}/store')
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.startswith(f'{folder}/store: 100 documents, ')
+  return folder
+
+
+def test_a_store_holds_its_template_and_is_shown(home):
+  assert next(TokenStore.open(home / 'store').texts(3, 4)) == 'what is 3 and 3?\nit is 6'
+  done = tool('inspect_data', f'--store={home}/store', '--documents=2', '--characters=10')
+  assert done.returncode == 0 and 'what is 0 …' in done.stdout and 'document 99' in done.stdout and '16 to 31' in done.stdout
+
+
+def test_the_same_again_is_there_already(home):
+  before = files_below(home)
+  flags = (f'--source={home}/qa.jsonl', r'--text={question}?\n{answer}', '--tokenizer=bytes', f'--out={home}/store')
+  done = tool('prepare_data', *flags)
+  assert done.returncode == 0 and 'is there already' in done.stderr and files_below(home) == before
+
+
+def test_evaluation_sets_are_sources_or_stores(home, tmp_path):
+  text = tmp_path / 'text.txt'
+  text.write_text('A quiet evening.\n\nwhat is 41 and 41? It is 82, they say.\n\nAnother one.')
+  (tmp_path / 'long.jsonl').write_text(json.dumps({'text': 'what is 41 and 41 it is 82'}) + '\n')
+  for evaluation in (f'{home}/store', f'{tmp_path}/long.jsonl'):
+    out = tmp_path / str(len(list(tmp_path.iterdir())))
+    done = tool('prepare_data', f'--source={text}', r'--separator=\n\n', '--tokenizer=bytes', f'--decontaminate=exam={evaluation}',
+                f'--out={out}')
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1:] == ['dropped by decontamination, exam: 1 document']
+
+
+@pytest.mark.parametrize('flags, message', [
+  (['--source={home}/qa.jsonl'], "{home}/qa.jsonl:1: 'text', accepted: a field that the record has: question, answer"),
+  (['--source={home}/broken.jsonl', '--text=question'], '{home}/broken.jsonl:8: '),
+  (['--source={home}/binary.txt'], '{home}/binary.txt, byte 128: '),
+  (['--source={home}/empty.txt'], "data.source.path: '{home}/empty.txt', accepted: files that are not empty"),
+  (['--source={home}/qa.jsonl', '--text=question', '--decontaminate=a={home}/qa.jsonl'], "{home}/qa.jsonl:1: 'text', accepted: a field"),
+  (['--source={home}/qa.jsonl', '--text=question', '--decontaminate=a'], "--decontaminate: 'a', accepted: NAME=SOURCE"),
+  (['--source={"path": "x", "txt": 1}'], '--source.txt: 1, accepted: path, split, text, separator, skip; did you mean text?'),
+  (['--source={home}/qa.jsonl', '--min_chars=-1'], '--min_chars: -1, accepted: 0 or more characters'),
+  (['--source={home}/qa.jsonl', '--source={home}/binary.txt'], "--source: '{home}/binary.txt', accepted: one source"),
+  (['--source={home}/qa.jsonl', '--out={home}/store'], "--out: '{home}/store', accepted: another folder"),
+  (['--source={home}/qa.jsonl', '--out=s3://bucket/x'], "--out: 's3://bucket/x', accepted: a folder on this machine"),
+])
+def test_a_mistake_is_one_line_and_leaves_nothing(home, tmp_path, flags, message):
+  before = files_below(home)
+  done = tool('prepare_data', '--tokenizer=bytes', f'--out={tmp_path}/out', *(flag.replace('{home}', str(home)) for flag in flags))
+  told = [line for line in done.stderr.splitlines() if not line.startswith(('tokenizing: ', f'{home}/store is there'))]
+  assert len(told) == 1 and told[0].startswith('error: ' + message.replace('{home}', str(home))), done.stderr
+  assert (done.returncode, done.stdout) == (2, '') and files_below(home) == before and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('flags, message', [
+  ([], '--store: None, accepted: a token store; or --config'),
+  (['--store={home}'], "token store: '{home}', accepted: "),
+  (['--store={home}/store', '--plot=x.jpg'], "--plot: 'x.jpg', accepted: a file that ends in .png"),
+  (['--workdir={home}'], "--workdir: '{home}', accepted: a folder that gptjax.train made"),
+  (['--store={home}/store', '--workdir={home}'], "--store: '{home}/store', accepted: one of"),
+  (['--config.seed=1'], "--config: '', accepted: configs/"),
+])
+def test_a_mistake_in_looking_is_one_line(home, flags, message):
+  done = tool('inspect_data', *(flag.format(home=home) for flag in flags))
+  assert done.stderr.startswith('error: ' + message.format(home=home)) and done.stderr.count('\n') == 1
+  assert (done.returncode, done.stdout) == (2, '')
