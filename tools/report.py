@@ -4,6 +4,7 @@ The page follows from the files in the workdir alone: equal runs give equal page
 the colours and fonts of its style sheet, so they follow the reader's light or dark theme.
 """
 
+import dataclasses
 import html
 import io
 import json
@@ -163,7 +164,7 @@ def _figure(name: str, note: str, unit: str, draw: Callable[[axes.Axes], None],
 
 def _pictures(config: Config, rows: Sequence[Row], yardsticks: Mapping[str, float]) -> str:
   def scores(ax: axes.Axes, metric: str) -> None:
-    names = sorted({found[1] for row in rows for key in row if (found := re.fullmatch(f'eval/(.+)/{metric}', key))})
+    names = sorted({found[1] for row in rows for key in row if (found := re.fullmatch(f'eval/(?!tag/)(.+)/{metric}', key))})
     for n, name in enumerate(names):
       steps, values = series(rows, f'eval/{name}/{metric}')
       ax.plot(steps, values, 'o-', color=_COLORS[f'set{n % 4}'], markersize=3, linewidth=0.8, label=name)
@@ -202,7 +203,7 @@ def _pictures(config: Config, rows: Sequence[Row], yardsticks: Mapping[str, floa
 def _shown(value: object) -> str:
   """Returns the value for a reader: four digits of a float, thousands apart."""
   if isinstance(value, bool) or not isinstance(value, (int, float)):
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value, default=dataclasses.asdict)
   return f'{value:,.0f}' if isinstance(value, int) or 1e4 <= abs(value) < 1e12 else f'{value:.4g}'
 
 
@@ -253,7 +254,10 @@ def _scores(evaluation: Row, yardsticks: Mapping[str, float], rows: Sequence[Row
     bar = f'<i style="width: {100 * value / longest:.1f}%"></i>' if 0 < value <= longest else ''
     cells = ''.join(f'<td>{cell}</td>' for cell in (html.escape(name), f'{value:.3f}', bar, words))
     bars += f'<tr class="{kind}">{cells}</tr>'
-  return f'<dl>{tiles}</dl>' + f'<table class="bars">{bars}</table>' * bool(yardsticks)
+  named = [(name, *(one[metric] for metric in _SCORES[:4]))
+           for group in ('sets', 'tags') for name, one in evaluation.get(group, {}).items()]
+  sets = _table(named, 'set or tag', *names) if named else ''
+  return f'<dl>{tiles}</dl>' + f'<table class="bars">{bars}</table>' * bool(yardsticks) + sets
 
 
 def page(workdir: pathlib.Path) -> str:

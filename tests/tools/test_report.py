@@ -111,6 +111,18 @@ def test_page_holds_every_part(workdir: pathlib.Path):
   assert re.findall(r'sample(\d) <b> & "x"', found.text) == ['8', '7', '6', '5', '4']  # newest first, a handful
 
 
+def test_sets_and_tags_have_rows_of_their_own(workdir: pathlib.Path):
+  mixture = {'data.train': [{'store': 'stores/books', 'weight': 2}], 'data.valid': [{'name': 'prose', 'store': 'x', 'tags': ['old']}]}
+  (workdir / 'config.json').write_text(to_json(override(Config(), mixture)))
+  one = {'loss': 3.125, 'perplexity': 22.8, 'bits_per_byte': 1.875, 'tokens': 4321, 'bytes': 9999.0}
+  (workdir / 'evaluation.json').write_text(json.dumps(SCORE | {'sets': {'prose': one, 'verse': one}, 'tags': {'old': one}}))
+  write_lines(workdir / 'metrics.jsonl', [training_line(1), validation_line(1, 'verse'), validation_line(1, 'tag/old')])
+  found = Page(page(workdir))
+  for part in ('prose', 'verse', 'old', '3.125', '1.875', '4,321', 'stores/books', '"weight": 2'):
+    assert part in found.text
+  assert 'tag/old' not in found.text  # one line a set is enough for a picture
+
+
 def test_page_loads_nothing_and_follows_from_its_files_alone(workdir: pathlib.Path):
   text = page(workdir)
   assert_self_contained(text, Page(text))
