@@ -1,10 +1,10 @@
 """A store in an object store is read as one here: through a server that speaks S3."""
 
-import logging
 import pickle
 
 import numpy as np
 import pytest
+from object_store import s3_server
 from small_stores import make_store, stream
 
 from gptjax.config import Component, DataConfig, UserError, ValidationSet
@@ -17,21 +17,10 @@ def stores(tmp_path_factory):
   """A store here and the same on s3://."""
   folder = tmp_path_factory.mktemp('stores') / 'store'
   make_store(folder, [5, 9000, 1, 30, 12000, 7], shard_documents=2, vocab_size=259, draw=lambda n: np.arange(n) % 250 + 3)
-  server = pytest.importorskip('moto.server').ThreadedMotoServer(ip_address='127.0.0.1', port=0, verbose=False)
-  logging.getLogger('werkzeug').setLevel(logging.ERROR)
-  server.start()
-  with pytest.MonkeyPatch.context() as patch:
-    host, port = server.get_host_and_port()
-    for name, value in {'AWS_ENDPOINT_URL': f'http://{host}:{port}', 'AWS_ACCESS_KEY_ID': 'key', 'AWS_SECRET_ACCESS_KEY': 'secret',
-                        'AWS_DEFAULT_REGION': 'us-east-1'}.items():
-      patch.setenv(name, value)
-    s3 = pytest.importorskip('s3fs').S3FileSystem
-    s3.clear_instance_cache()  # they remember the servers of other tests
-    system = s3()
+  with s3_server() as system:
     system.mkdir('stores')
     system.put(f'{folder}/', 'stores/store/', recursive=True)
     yield str(folder), 's3://stores/store'
-  server.stop()
 
 
 def test_a_store_is_read_by_ranges_and_checked(stores, monkeypatch):

@@ -1,6 +1,5 @@
 """What lies in an object store is read as what lies here: through a server that speaks S3."""
 
-import logging
 import os
 import pickle
 import socket
@@ -9,6 +8,7 @@ import sys
 
 import pytest
 import zstandard
+from object_store import s3_server
 
 from gptjax.config import SourceConfig, UserError
 from gptjax.data.sources import open_source
@@ -23,29 +23,18 @@ LINES = ''.join(f'{{"text": "dócument {i}"}}\n\n' for i in range(200)).encode()
 @pytest.fixture(scope='module')
 def bucket(tmp_path_factory):
   """The files of a bucket, by their names, and the folder with the same files."""
-  server = pytest.importorskip('moto.server').ThreadedMotoServer(ip_address='127.0.0.1', port=0, verbose=False)
-  logging.getLogger('werkzeug').setLevel(logging.ERROR)
-  server.start()
   folder = tmp_path_factory.mktemp('bucket')
   pq.write_table(pa.table({'text': [f'row {i}' for i in range(500)], 'x': ['x'] * 500}), folder / 't.parquet', row_group_size=100)
   files = {'text/a.txt': 'é\n\nb\n\n\nc'.encode() * 50, 'text/deep/b.txt': b'b', 'text/.hidden/c.txt': b'c', 'text/e.txt': b'',
            'lines/a.jsonl': LINES, 'packed/a.jsonl.zst': zstandard.compress(LINES),
            'tables/t.parquet': (folder / 't.parquet').read_bytes()}
-  with pytest.MonkeyPatch.context() as patch:
-    host, port = server.get_host_and_port()
-    for name, value in {'AWS_ENDPOINT_URL': f'http://{host}:{port}', 'AWS_ACCESS_KEY_ID': 'key', 'AWS_SECRET_ACCESS_KEY': 'secret',
-                        'AWS_DEFAULT_REGION': 'us-east-1'}.items():
-      patch.setenv(name, value)
-    s3 = pytest.importorskip('s3fs').S3FileSystem
-    s3.clear_instance_cache()  # they remember the servers of other tests
-    store = s3()
+  with s3_server() as store:
     store.mkdir('bucket')
     for name, data in files.items():
       store.pipe(f'bucket/data/{name}', data)
       (folder / name).parent.mkdir(parents=True, exist_ok=True)
       (folder / name).write_bytes(data)
     yield folder
-  server.stop()
 
 
 @pytest.mark.parametrize(('pattern', 'config'), [
