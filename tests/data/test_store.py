@@ -11,6 +11,7 @@ import pytest
 from small_stores import FIRST, make_store, stream
 
 from gptjax.config import UserError
+from gptjax.data import folders
 from gptjax.data.store import BLOCK, RECORD, TokenStore, manifest_sha256
 
 LENGTHS = [5, 1, 9000, 40, 3, 17000, 12]
@@ -118,3 +119,19 @@ def test_opening_does_not_grow_with_the_store(tmp_path):
   tracemalloc.stop()
   assert store.tokens > 10**12 and pieces[0][0].name == '03725.shard'
   assert peak < 2**21  # the index: 80 bytes a shard, half a gigabyte of ids each
+
+
+def test_pages_that_were_read_are_handed_back(tmp_path, monkeypatch):
+  """What a map holds in memory is bounded, however much of the store was read."""
+  store = make_store(tmp_path / 'store', [2**23])
+
+  def resident():
+    lines = iter(Path('/proc/self/smaps').read_text().splitlines())
+    return sum(int(next(line for line in lines if line.startswith('Rss:')).split()[1]) for line in lines if '00000.shard' in line)
+
+  stream(store)
+  assert resident() >= 2**15  # kB: all ids
+  monkeypatch.setattr(folders, '_RESIDENT', 2**18)
+  for start in range(0, 2**23, 10_000):
+    store.read([start], [500])
+  assert resident() < 2**14  # some systems map 2 MB at a touch
