@@ -5,7 +5,8 @@ Expected on a GPU: best validation loss at most 1.48 nats per character (nanoGPT
 overfits after that, so the best checkpoint is kept: evaluate it with --step=best.
 """
 
-from gptjax.config import CheckpointConfig, Config, DataConfig, EvalConfig, ModelConfig, OptimizerConfig, TokenizerConfig
+from gptjax.config import (
+  CheckpointConfig, Config, DataConfig, EvalConfig, ModelConfig, OptimizerConfig, SourceConfig, TokenizerConfig)
 
 
 def get_config() -> Config:

@@ -4,6 +4,7 @@ Documents come from a source, are tokenized into stores, each in shards, and lai
 function of (stores, mixture, layout, seed, i). numpy only: nothing in here knows of JAX or devices.
 """
 
+from gptjax.data.encoding import Recipe
 from gptjax.data.filters import Contamination, Filters
 from gptjax.data.held_out import HeldOut, compression_yardsticks, export, open_held_out
 from gptjax.data.loading import batches
@@ -14,7 +15,7 @@ from gptjax.data.rows import Batch, EvalRows, Packed, TrainRows, Windows
 from gptjax.data.sources import Document, Source, open_source, split_source
 from gptjax.data.store import TokenStore
 from gptjax.data.tokenizers import TextStream, Tokenizer, load_tokenizer, train_tokenizer
-from gptjax.data.tokenizing import Recipe, write_store
+from gptjax.data.tokenizing import write_store
 
 __all__ = [
     'Batch', 'Contamination', 'Document', 'EvalRows', 'Filters', 'HeldOut', 'Mixture', 'Packed', 'Prepared', 'Recipe', 'Source',

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gptjax.config import Config, DataConfig, Duration, UserError, duration_in_steps, in_unit_of_steps
+from gptjax.data.encoding import Recipe
 from gptjax.data.mixture import Mixture
 from gptjax.data.packing import plan
 from gptjax.data.progress import counted
@@ -15,7 +16,7 @@ from gptjax.data.rows import Layout, Packed, TrainRows, Windows
 from gptjax.data.sampling import sample
 from gptjax.data.sources import Source, documents, open_source, split_source
 from gptjax.data.store import TokenStore
-from gptjax.data.tokenizing import Recipe, write_store
+from gptjax.data.tokenizing import write_store
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 from gptjax.files import building
 

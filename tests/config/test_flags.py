@@ -505,3 +505,8 @@ def test_a_process_shows_help_though_a_required_flag_is_missing(tmp_path):
 def test_a_process_with_a_defect_ends_with_a_traceback(tmp_path):
   done = process(tmp_path, '--config=tiny.py', '--workdir=w', main='raise RuntimeError("a defect")')
   assert done.returncode == 1 and 'Traceback' in done.stderr and done.stderr.endswith('RuntimeError: a defect\n')
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'configs').glob('*.py')), ids=lambda path: path.stem)
+def test_every_recipe_is_a_config(path):
+  assert isinstance(load(str(path)), Config)

@@ -16,7 +16,8 @@ from memory import Memory, malformed
 
 from gptjax.config import SourceConfig, UserError
 from gptjax.data import Contamination, Document, Filters, Recipe, TokenStore, open_source, write_store
-from gptjax.data import tokenizing
+from gptjax.data import encoding
+from gptjax.data.journal import Journal
 from gptjax.data.sources import Part
 from gptjax.data.tokenizers import ByteTokenizer
 
@@ -49,7 +50,7 @@ def lines(tmp_path):
 @pytest.fixture
 def small_tasks(monkeypatch):
   """Tasks and parts of some kilobytes, in this process and in those that it starts."""
-  monkeypatch.setattr(tokenizing, '_TASK', 20_000)
+  monkeypatch.setattr(encoding, 'TASK', 20_000)
   from gptjax.data.sources.source import Source
   monkeypatch.setattr(Source, 'part_bytes', 7_000)
 
@@ -81,7 +82,7 @@ def test_finished_shards_are_not_made_again(lines, tmp_path, small_tasks, monkey
   read = []
   whole = type(recipe(lines).source).read
   monkeypatch.setattr(type(recipe(lines).source), 'read', lambda self, part: (read.append(part.start), whole(self, part))[1])
-  commit = tokenizing._Journal.commit
+  commit = Journal.commit
 
   def ended(journal):
     if len(journal.progress.shards) > kept:
@@ -89,7 +90,7 @@ def test_finished_shards_are_not_made_again(lines, tmp_path, small_tasks, monkey
     commit(journal)
 
   with monkeypatch.context() as patch:
-    patch.setattr(tokenizing._Journal, 'commit', ended)
+    patch.setattr(Journal, 'commit', ended)
     with pytest.raises(KeyboardInterrupt):
       write_store(tmp_path / 'store', recipe(lines))
   assert not (tmp_path / 'store').exists()
@@ -103,7 +104,7 @@ def test_finished_shards_are_not_made_again(lines, tmp_path, small_tasks, monkey
 
 def begun(folder, made, shards, monkeypatch):
   """Leaves a build with so many finished shards."""
-  commit, calls = tokenizing._Journal.commit, []
+  commit, calls = Journal.commit, []
 
   def ended(journal):
     commit(journal)
@@ -112,7 +113,7 @@ def begun(folder, made, shards, monkeypatch):
       raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(tokenizing._Journal, 'commit', ended)
+    patch.setattr(Journal, 'commit', ended)
     with pytest.raises(KeyboardInterrupt):
       write_store(folder, made)
 
@@ -144,7 +145,9 @@ def test_a_kill_just_before_the_folder_gets_its_name_costs_nothing(lines, tmp_pa
   write_store(tmp_path / 'store', recipe(lines))
   before = folder_bytes(tmp_path / 'store')
   (tmp_path / 'store').rename(tmp_path / 'store.building')
-  monkeypatch.setattr(tokenizing, '_encoder', None)
+  for left in ('journal.db', 'journal.db-journal'):
+    (tmp_path / 'store.building' / left).touch()
+  monkeypatch.setattr(encoding, '_encoder', None)
   write_store(tmp_path / 'store', recipe(lines))
   assert folder_bytes(tmp_path / 'store') == before
 
@@ -170,15 +173,15 @@ def test_a_store_of_another_recipe_is_not_taken_for_this_one(lines, tmp_path):
 
 def test_small_parts_go_together_and_packed_ones_count_as_they_are_here():
   part = lambda size, payload=b'': Part('f', 'f', 0, 1, size, payload)
-  sizes = [[len(task) for task in tokenizing._tasks(parts)] for parts in (
-    [part(100)] * 50_000, [part(tokenizing._TASK)] * 3, [part(9, bytes(tokenizing._TASK))] * 3)]
+  sizes = [[len(task) for task in encoding.tasks_of(parts)] for parts in (
+    [part(100)] * 50_000, [part(encoding.TASK)] * 3, [part(9, bytes(encoding.TASK))] * 3)]
   assert sizes == [[41_944, 8_056], [1, 1, 1], [1, 1, 1]]
 
 
 def test_what_was_begun_with_another_recipe_is_forgotten(lines, tmp_path, small_tasks, monkeypatch):
   with monkeypatch.context() as patch:
-    commit, calls = tokenizing._Journal.commit, []
-    patch.setattr(tokenizing._Journal, 'commit', lambda journal: (calls.append(1), commit(journal), len(calls) > 1 and 1 / 0))
+    commit, calls = Journal.commit, []
+    patch.setattr(Journal, 'commit', lambda journal: (calls.append(1), commit(journal), len(calls) > 1 and 1 / 0))
     with pytest.raises(ZeroDivisionError):
       write_store(tmp_path / 'store', recipe(lines))
   write_store(tmp_path / 'straight', recipe(lines, deduplicate=False, shard_tokens=10**6))

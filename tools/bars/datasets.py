@@ -225,7 +225,7 @@ def memory(folder: Path) -> Result:
   assert process.returncode == 0
   seconds = time.monotonic() - start
   store = TokenStore.open(folder / 'store')
-  code = (f'from tools.bars.datasets import *; store = TokenStore.open({store.place!r})\n'
+  code = (f'import resource; from tools.bars.datasets import *; store = TokenStore.open({store.place!r})\n'
           f'rows = rows_of([Packed(store, plan(store, CONTEXT, "pack", Path({str(folder)!r}) / "cache"))])\n'
           'feed = batches(rows, 0, BATCH, np.arange(BATCH), prefetch=2, workers=0)\n'
           f'for _ in range({-(-store.tokens // (BATCH * CONTEXT))}): next(feed)\n'

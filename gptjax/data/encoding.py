@@ -1,0 +1,173 @@
+"""Encoding: parts of a source become ids, in this process or in several, in the order of the source."""
+
+import collections
+import concurrent.futures.process
+import dataclasses
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptjax.config import UserError
+from gptjax.data.filters import Contamination, Filters
+from gptjax.data.sources import Malformed, Part, Source
+from gptjax.data.store import VERSION
+from gptjax.data.store_writer import id_dtype
+from gptjax.data.tokenizers import Tokenizer, load_tokenizer
+
+TASK = 2**22
+"""Bytes of a source that a process is given at once; small parts go together."""
+
+TOLD = 20
+"""Malformed records that are named; the others are counted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """What a store is made of; equal recipes make stores that are equal to the last byte, over any number of processes."""
+
+  source: Source
+  tokenizer: Tokenizer
+  filters: Filters = Filters()
+  contamination: Contamination | None = None
+  deduplicate: bool = False
+  """drop documents whose text was there before"""
+  shard_tokens: int = 2**28
+  """a shard ends with the first task after so many ids"""
+
+  def fingerprint(self) -> str:
+    """Hex digest of all of it, the source by names, sizes and times of change."""
+    # Not its skip: what is left out is counted over the whole source in the end, and a higher one may go on.
+    parts = [VERSION, TASK, self.source.part_bytes, self.source.fingerprint(), self.tokenizer.sha256, dataclasses.asdict(self.filters),
+             self.contamination.sha256 if self.contamination else '', self.deduplicate, self.shard_tokens]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+@dataclasses.dataclass
+class Encoded:
+  """Some parts of a source, tokenized."""
+
+  ids: np.ndarray
+  """of all documents, each after a separator"""
+  lengths: np.ndarray
+  """[documents] ids of each, its separator included"""
+  sizes: np.ndarray
+  """[documents] UTF-8 bytes"""
+  digests: list[bytes]
+  """of the texts, 128 bits each"""
+  dropped: collections.Counter[str]
+  """documents that were left out, by reason"""
+  records: list[int]
+  """records of each part"""
+  malformed: list[tuple[int, Malformed]]
+  """the first few, each with the index of its part"""
+  malformed_count: int
+
+
+def tasks_of(parts: Iterable[Part]) -> Iterator[list[Part]]:
+  """Parts in groups of some megabytes."""
+  task: list[Part] = []
+  size = 0
+  for part in parts:
+    task.append(part)
+    size += max(part.size, len(part.payload))  # a part of a compressed file takes up less there than here
+    if size >= TASK:
+      yield task
+      task, size = [], 0
+  if task:
+    yield task
+
+
+# What a worker process keeps from task to task.
+_worker: dict[str, Callable[[list[Part]], Encoded]] = {}
+
+
+def encoded(tasks: Iterator[list[Part]], recipe: Recipe, tokenizer: Path, processes: int) -> Iterator[tuple[list[Part], Encoded]]:
+  """Encodes tasks over processes; results come in the order of the tasks, and only some tasks are under way at a time."""
+  ahead = [task for _, task in zip(range(2), tasks)]
+  if processes == 1 or len(ahead) < 2:  # starting a process takes longer than a task
+    encode = _encoder(recipe, recipe.tokenizer)
+    yield from ((task, encode(task)) for task in itertools.chain(ahead, tasks))
+    return
+  context = multiprocessing.get_context('spawn')  # a fork of a process with threads may hang
+  arguments = (recipe.source, tokenizer, recipe.filters, recipe.contamination, recipe.deduplicate)
+  pool = concurrent.futures.ProcessPoolExecutor(processes, context, _start_worker, arguments)
+  waiting: collections.deque[tuple[list[Part], concurrent.futures.Future]] = collections.deque()
+  try:
+    for task in itertools.chain(ahead, tasks):
+      waiting.append((task, pool.submit(_encode_in_worker, task)))
+      if len(waiting) > 2 * processes:
+        done, future = waiting.popleft()
+        yield done, future.result()
+    for done, future in waiting:
+      yield done, future.result()
+  except concurrent.futures.process.BrokenProcessPool:
+    raise UserError('processes', processes, 'fewer processes, or more memory: the system ended one of them') from None
+  finally:
+    pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(source: Source, tokenizer: Path, *rest: Any) -> None:
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+  recipe = Recipe(source, load_tokenizer(tokenizer), *rest)
+  _worker['encode'] = _encoder(recipe, recipe.tokenizer)
+
+
+def _end_with_parent() -> None:
+  """A pool's processes would wait for ever for a parent that was killed."""
+  parent = multiprocessing.parent_process()
+  if parent:
+    parent.join()
+    os._exit(1)
+
+
+def _encode_in_worker(parts: list[Part]) -> Encoded:
+  return _worker['encode'](parts)
+
+
+def _encoder(recipe: Recipe, tokenizer: Tokenizer) -> Callable[[list[Part]], Encoded]:
+  dtype = id_dtype(tokenizer.vocab_size)
+  separator = np.array([tokenizer.bos_id], dtype)
+
+  def encode(parts: list[Part]) -> Encoded:
+    pieces: list[np.ndarray] = []
+    found = Encoded(np.empty(0, dtype), np.empty(0, np.int64), np.empty(0, np.int64), [], collections.Counter(), [], [], 0)
+    lengths, sizes = [], []
+    for index, part in enumerate(parts):
+      records = 0
+      for one in recipe.source.read(part):
+        records += 1
+        if one is None:
+          continue
+        if isinstance(one, Malformed):
+          found.malformed_count += 1
+          if len(found.malformed) < TOLD:
+            found.malformed.append((index, one))
+          continue
+        reason = recipe.filters.reason(one.text)
+        if not reason and recipe.contamination and (name := recipe.contamination.hit(one.text)):
+          reason = f'decontamination, {name}'
+        if reason:
+          found.dropped[reason] += 1
+          continue
+        data = one.text.encode()
+        ids = tokenizer.encode(one.text, one.name)
+        pieces += [separator, ids]
+        lengths.append(len(ids) + 1)
+        sizes.append(len(data))
+        if recipe.deduplicate:
+          found.digests.append(hashlib.blake2b(data, digest_size=16).digest())
+      found.records.append(records)
+    if pieces:
+      found.ids = np.concatenate(pieces, dtype=dtype, casting='unsafe')
+    found.lengths, found.sizes = np.array(lengths, np.int64), np.array(sizes, np.int64)
+    return found
+
+  return encode
