@@ -10,7 +10,6 @@ segment in a colour of its own, and the shares that a mixture's components reall
 
 import dataclasses
 import itertools
-import os
 import sys
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from rich.text import Text
 
 from gptjax import config as configs
 from gptjax.config import Config, UserError
-from gptjax.data import Batch, Tokenizer, TokenStore, TrainRows, prepare, train_rows
+from gptjax.data import Batch, Tokenizer, TokenStore, TrainRows, cores, prepare, train_rows
 from gptjax.data.progress import counted
 
 _STORE = flags.DEFINE_string('store', None, 'folder or URL of a token store')
@@ -73,7 +72,7 @@ def _rows(config: Config | None) -> tuple[TrainRows, Tokenizer, Config]:
       raise UserError('--workdir', _WORKDIR.value, 'a folder that gptjax.train made, with its config.json')
     config = configs.from_json(file.read_text(), str(file))
   config = configs.override(config, {'data.isolate_documents': True})  # segments are shown either way
-  data = prepare(config.data, Path(_CACHE_DIR.value).expanduser(), len(os.sched_getaffinity(0)))
+  data = prepare(config.data, Path(_CACHE_DIR.value).expanduser(), cores())
   print(data.description, file=sys.stderr)
   return train_rows(config, data), data.tokenizer, config
 

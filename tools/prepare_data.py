@@ -5,7 +5,6 @@ command goes on after the last finished shard. Equal arguments make equal stores
 """
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from absl import flags
 from gptjax import config as configs
 from gptjax.config import UserError
 from gptjax.data import Contamination, Document, Filters, Recipe, Source, TokenStore, load_tokenizer, open_source, split_source, write_store
+from gptjax.data.encoding import cores
 from gptjax.data.sources import documents
 from gptjax.data.store import MANIFEST
 from gptjax.data.progress import announce, counted
@@ -44,7 +44,7 @@ def main(_) -> None:
                   _contamination(), _DEDUPLICATE.value, _SHARD.value)
   if out.exists():
     announce(f'{out} is there already')
-  processes = _PROCESSES.value or len(os.sched_getaffinity(0))
+  processes = _PROCESSES.value or cores()
   store = write_store(out, recipe, processes=processes)
   manifest = store.manifest
   print(f'{out}: {counted(store.documents)}, {store.tokens:,} tokens, {store.bytes:,} bytes, '

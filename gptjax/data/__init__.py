@@ -4,7 +4,7 @@ Documents come from a source, are tokenized into stores, each in shards, and lai
 function of (stores, mixture, layout, seed, i). numpy only: nothing in here knows of JAX or devices.
 """
 
-from gptjax.data.encoding import Recipe
+from gptjax.data.encoding import Recipe, cores
 from gptjax.data.filters import Contamination, Filters
 from gptjax.data.held_out import HeldOut, compression_yardsticks, export, open_held_out
 from gptjax.data.loading import batches
@@ -19,7 +19,7 @@ from gptjax.data.tokenizing import write_store
 
 __all__ = [
     'Batch', 'Contamination', 'Document', 'EvalRows', 'Filters', 'HeldOut', 'Mixture', 'Packed', 'Prepared', 'Recipe', 'Source',
-    'TextStream', 'TokenStore', 'Tokenizer', 'TrainRows', 'Windows', 'batches', 'compression_yardsticks', 'export',
+    'TextStream', 'TokenStore', 'Tokenizer', 'TrainRows', 'Windows', 'batches', 'compression_yardsticks', 'cores', 'export',
     'load_tokenizer', 'open_held_out', 'open_source', 'plan', 'prepare', 'split_source', 'train_rows',
     'train_tokenizer', 'write_store',
 ]

@@ -71,6 +71,11 @@ class Encoded:
   malformed_count: int
 
 
+def cores() -> int:
+  """Cores that this process may use."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
 def tasks_of(parts: Iterable[Part]) -> Iterator[list[Part]]:
   """Parts in groups of some megabytes."""
   task: list[Part] = []

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
 import time
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import jax
 from gptjax import config as configs
 from gptjax.checkpoint import Checkpoints, Progress
 from gptjax.config import Config, UserError, in_unit_of_steps
-from gptjax.data import Prepared, batches, export, prepare
+from gptjax.data import Prepared, batches, cores, export, prepare
 from gptjax.evaluation import Scorer
 from gptjax.files import write_whole
 from gptjax.inference import Generator, Sampling, never_drawn
@@ -46,7 +45,7 @@ class Options:
 
 def train(config: Config, options: Options) -> None:
   """Trains, or goes on where the workdir's latest checkpoint stands."""
-  data = prepare(config.data, options.cache_dir, len(os.sched_getaffinity(0)))
+  data = prepare(config.data, options.cache_dir, cores())
   mesh = make_mesh(config.mesh)
   with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
     run = resolve(config, data, mesh)

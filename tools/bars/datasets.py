@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import itertools
-import os
 import random
 import shutil
 import signal
@@ -17,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from gptjax.config import SourceConfig
-from gptjax.data import Document, Mixture, Packed, TokenStore, TrainRows, Windows, batches, load_tokenizer, open_source, plan
+from gptjax.data import (
+  Document, Mixture, Packed, TokenStore, TrainRows, Windows, batches, cores, load_tokenizer, open_source, plan)
 from tools.bars.record import Result, bar, given, python, train
 
 CONTEXT, BATCH = 1024, 64
@@ -189,14 +189,14 @@ def prepare_speed(folder: Path) -> Result:
   bpe = given('gpt2_bpe')
   gpt2 = load_tokenizer(bpe)._encoding
   hugging_face = tokenizers.ByteLevelBPETokenizer(str(bpe / 'encoder.json'), str(bpe / 'vocab.bpe'))
-  cores = len(os.sched_getaffinity(0))
+  processes = cores()
   processor: Callable[[str], object] = plain.encode
   contestants: dict[str, Callable[[], object]] = {
     'ours': lambda: shutil.rmtree(folder / 'out', ignore_errors=True) or python(
-      'tools.prepare_data', f'--source={books}', f'--tokenizer={folder}/tok', f'--out={folder}/out', f'--processes={cores}'),
+      'tools.prepare_data', f'--source={books}', f'--tokenizer={folder}/tok', f'--out={folder}/out', f'--processes={processes}'),
     'sentencepiece': lambda: [processor(text) for text in texts],
     'tokenizers': lambda: hugging_face.encode_batch(texts),
-    'tiktoken': lambda: gpt2.encode_ordinary_batch(texts, num_threads=cores),
+    'tiktoken': lambda: gpt2.encode_ordinary_batch(texts, num_threads=processes),
   }
   speed = {name: [] for name in contestants}
   for _ in range(3):
@@ -205,8 +205,8 @@ def prepare_speed(folder: Path) -> Result:
       run()
       speed[name].append(megabytes / (time.perf_counter() - start))
   best = {name: max(found) for name, found in speed.items()}
-  least = 0.85 * cores * best['sentencepiece']
-  return Result(f'prepare_data on books/train, 32k ids, {cores} cores: at least 0.85 times plain sentencepiece in a loop times the cores',
+  least = 0.85 * processes * best['sentencepiece']
+  return Result(f'prepare_data on books/train, 32k ids, {processes} cores: at least 0.85 times plain sentencepiece in a loop times the cores',
                 f'{best["ours"]:.1f} MB/s, the whole command; needed {least:.1f} (sentencepiece {best["sentencepiece"]:.1f} on one core); '
                 f'GPT-2: tokenizers {best["tokenizers"]:.1f}, tiktoken {best["tiktoken"]:.1f}, encoding alone',
                 best['ours'] >= least, 'python -m tools.prepare_data --source=books/train --tokenizer=TOK --out=OUT')
