@@ -206,7 +206,7 @@ def prepare_speed(folder: Path) -> Result:
       speed[name].append(megabytes / (time.perf_counter() - start))
   best = {name: max(found) for name, found in speed.items()}
   least = 0.85 * processes * best['sentencepiece']
-  return Result(f'prepare_data on books/train, 32k ids, {processes} cores: at least 0.85 times plain sentencepiece in a loop times the cores',
+  return Result(f'prepare_data on books/train, 32k ids, {processes} cores: at least 0.85 times plain sentencepiece in a loop, times cores',
                 f'{best["ours"]:.1f} MB/s, the whole command; needed {least:.1f} (sentencepiece {best["sentencepiece"]:.1f} on one core); '
                 f'GPT-2: tokenizers {best["tokenizers"]:.1f}, tiktoken {best["tiktoken"]:.1f}, encoding alone',
                 best['ours'] >= least, 'python -m tools.prepare_data --source=books/train --tokenizer=TOK --out=OUT')
