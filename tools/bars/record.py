@@ -77,7 +77,7 @@ def write(results: dict[str, Result]) -> None:
   """Puts rows into docs/bars.md, beside those of bars that did not run now."""
   rows = {}
   if _OUT.exists():
-    rows = {line.split('|')[1].strip(): line for line in _OUT.read_text().splitlines() if re.match(r'\| [a-z_]+ \| ', line)}
+    rows = {line.split('|')[1].strip(): line for line in _OUT.read_text().splitlines() if re.match(r'\| [a-z0-9_]+ \| ', line)}
   for name, r in results.items():
     verdict = 'met' if r.met else '**not met**'
     rows[name] = f'| {name} | {r.promise} | {r.figure} | {verdict} | `{r.command}` | {datetime.date.today()}, {bench.machine()} |'
