@@ -37,7 +37,8 @@ def main(_) -> None:
   result = {**dataclasses.asdict(scores.overall), 'step': trained.step}
   if len(sets) > 1:
     _print(scores.named())
-    result |= {group: {name: dataclasses.asdict(score) for name, score in getattr(scores, group).items()} for group in ('sets', 'tags')}
+  for group in ('sets', 'tags'):
+    result[group] = {name: dataclasses.asdict(score) for name, score in getattr(scores, group).items()}
   yardsticks = data.compression_yardsticks(held_out.tokenizer, held_out.valid)
   write_whole(workdir / 'evaluation.json', json_line(result | {'yardsticks': yardsticks}) + '\n')
   for name, bits in yardsticks.items():

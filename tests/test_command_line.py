@@ -77,7 +77,7 @@ def test_evaluate_ends_with_one_json_object(trained, home):
   done = call('evaluate', f'--workdir={workdir}', f'--cache_dir={CACHE}')  # on one device
   assert done.returncode == 0 and 'Traceback' not in done.stderr
   score = json.loads(done.stdout.splitlines()[-1])
-  assert {*score} == {'loss', 'perplexity', 'bits_per_byte', 'tokens', 'bytes', 'step'} and score['step'] == 6
+  assert {*score} == {'loss', 'perplexity', 'bits_per_byte', 'tokens', 'bytes', 'step', 'sets', 'tags'} and score['step'] == 6
   final = lines_of(workdir)[-1]
   for name in ('loss', 'perplexity', 'bits_per_byte'):
     np.testing.assert_allclose(score[name], final[f'eval/valid/{name}'], rtol=1e-5)

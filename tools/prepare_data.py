@@ -28,7 +28,8 @@ _SIDE = flags.DEFINE_enum('side', 'all', ['all', 'train', 'valid'], 'documents t
 _FRACTION = flags.DEFINE_float('valid_fraction', 0.01, 'share of the documents that --side=valid has and --side=train has not')
 _DEDUPLICATE = flags.DEFINE_bool('deduplicate', False, 'drop documents whose text was there before')
 _DECONTAMINATE = flags.DEFINE_multi_string(
-  'decontaminate', [], 'NAME=SOURCE or NAME=STORE of evaluation documents: what shares 13 words in a row with one is dropped')
+  'decontaminate', [], 'NAME=SOURCE, a path or JSON as in --source, or NAME=STORE: what shares 13 words in a row with '
+  'one of these evaluation documents is dropped')
 _SHARD = flags.DEFINE_integer('shard_tokens', 2**28, 'tokens after which a shard ends', lower_bound=1)
 for _field in dataclasses.fields(Filters):
   _define = flags.DEFINE_integer if _field.type is int else flags.DEFINE_float
@@ -43,13 +44,20 @@ def main(_) -> None:
   recipe = Recipe(_source(), tokenizer, Filters(**{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Filters)}),
                   _contamination(), _DEDUPLICATE.value, _SHARD.value)
   if out.exists():
+    if not (out / MANIFEST).exists():
+      raise UserError('--out', str(out), 'a folder that is not there yet, or the store of the same command; this one holds something else')
     announce(f'{out} is there already')
   processes = _PROCESSES.value or cores()
-  store = write_store(out, recipe, processes=processes)
+  try:
+    store = write_store(out, recipe, processes=processes)
+  except KeyboardInterrupt:
+    announce(f'stopped; the same command goes on after the finished shards in {out}.building')
+    raise
   manifest = store.manifest
   print(f'{out}: {counted(store.documents)}, {store.tokens:,} tokens, {store.bytes:,} bytes, '
         f'{store.bytes / store.tokens:.3f} bytes per token')
-  for reason, count in manifest['dropped'].items():
+  looked_for = {f'decontamination, {name}': 0 for name in manifest['decontaminated']}
+  for reason, count in (looked_for | manifest['dropped']).items():
     print(f'dropped by {reason}: {counted(count)}')
   if manifest['malformed']:
     print(f'malformed: {manifest["malformed"]:,} of {manifest["records"]:,} records')
@@ -61,6 +69,8 @@ def _source() -> Source:
     raise UserError('--source', others[0].path, 'one source; a mixture is made of stores, in data.train')
   source = open_source(one, source_flags.cache_dir())
   if _SIDE.value == 'all':
+    if flags.FLAGS['valid_fraction'].present:
+      raise UserError('--side', 'all', 'train or valid, with --valid_fraction')
     return source
   if not 0 < _FRACTION.value < 1:
     raise UserError('--valid_fraction', _FRACTION.value, 'above 0 and below 1')
@@ -86,7 +96,7 @@ def _contamination() -> Contamination | None:
 
 
 def _evaluation_documents(place: str) -> Iterator[Document]:
-  if not place.startswith('{') and Path(place, MANIFEST).exists():
+  if not place.startswith('{') and Path(place, MANIFEST).expanduser().exists():
     store = TokenStore.open(place)
     return (Document(str(number), text) for number, text in enumerate(store.texts(0, store.documents)))
   return documents(open_source(source_flags.source(place, '--decontaminate', {})))

@@ -93,7 +93,9 @@ def _already(out: pathlib.Path) -> Tokenizer | None:
   if not out.exists():
     return None
   try:
-    return load_tokenizer(out)
+    found = load_tokenizer(out)
+    announce(f'{out} is there; what is trained now is only compared with it')
+    return found
   except UserError:
     raise UserError('--out', str(out), 'a folder that there is not yet, or one of the same tokenizer') from None
 

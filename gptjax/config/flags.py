@@ -169,7 +169,10 @@ def _accepted(hint: Any) -> str:
   if _choices(hint):
     return ', '.join(map(str, _choices(hint)))
   if item := _item(hint):
-    return f'a JSON list of objects with {", ".join(typing.get_type_hints(item))}' if dataclasses.is_dataclass(item) else 'a JSON list'
+    if not dataclasses.is_dataclass(item):
+      return 'a JSON list'
+    first = next(iter(typing.get_type_hints(item)))
+    return f"a JSON list of objects with {', '.join(typing.get_type_hints(item))}, as '[{{\"{first}\": ...}}]'"
   words = {int: 'an integer', float: 'a number', bool: 'true or false', str: 'text'}
   return words.get(hint, "a count of steps (2000), or one with its unit: '1.5e6 tokens', '3 epochs'")
 

@@ -254,9 +254,9 @@ class DataConfig:
     self._check_mixture()
 
   def _check_mixture(self) -> None:
-    weights = [component.weight for component in self.train]
-    if any(weights) and not all(weights):
-      raise UserError('data.train: weight', 0.0, 'a weight above 0 for every component, or for none')
+    unweighted = [component.store for component in self.train if not component.weight]
+    if 0 < len(unweighted) < len(self.train):
+      raise UserError('data.train: weight', 0.0, f'a weight above 0 for {unweighted[0]} too, or for no component')
     for phase in self.phases:
       if len(phase.weights) != len(self.train):
         raise UserError('data.phases: weights', list(phase.weights), f'{len(self.train)} weights, one for each of data.train')

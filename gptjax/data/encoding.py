@@ -9,9 +9,7 @@ import json
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Iterator
 
 import numpy as np
 
@@ -20,7 +18,7 @@ from gptjax.data.filters import Contamination, Filters
 from gptjax.data.sources import Malformed, Part, Source
 from gptjax.data.store import VERSION
 from gptjax.data.store_writer import id_dtype
-from gptjax.data.tokenizers import Tokenizer, load_tokenizer
+from gptjax.data.tokenizers import Tokenizer
 
 TASK = 2**22
 """Bytes of a source that a process is given at once; small parts go together."""
@@ -94,16 +92,18 @@ def tasks_of(parts: Iterable[Part]) -> Iterator[list[Part]]:
 _worker: dict[str, Callable[[list[Part]], Encoded]] = {}
 
 
-def encoded(tasks: Iterator[list[Part]], recipe: Recipe, tokenizer: Path, processes: int) -> Iterator[tuple[list[Part], Encoded]]:
-  """Encodes tasks over processes; results come in the order of the tasks, and only some tasks are under way at a time."""
+def encoded(tasks: Iterator[list[Part]], recipe: Recipe, processes: int) -> Generator[tuple[list[Part], Encoded], None, None]:
+  """Encodes tasks over processes; results come in the order of the tasks, and only some tasks are under way at a time.
+
+  To be closed, so that the processes end.
+  """
   ahead = [task for _, task in zip(range(2), tasks)]
   if processes == 1 or len(ahead) < 2:  # starting a process takes longer than a task
-    encode = _encoder(recipe, recipe.tokenizer)
+    encode = _encoder(recipe)
     yield from ((task, encode(task)) for task in itertools.chain(ahead, tasks))
     return
   context = multiprocessing.get_context('spawn')  # a fork of a process with threads may hang
-  arguments = (recipe.source, tokenizer, recipe.filters, recipe.contamination, recipe.deduplicate)
-  pool = concurrent.futures.ProcessPoolExecutor(processes, context, _start_worker, arguments)
+  pool = concurrent.futures.ProcessPoolExecutor(processes, context, _start_worker, (recipe,))
   waiting: collections.deque[tuple[list[Part], concurrent.futures.Future]] = collections.deque()
   try:
     for task in itertools.chain(ahead, tasks):
@@ -119,10 +119,9 @@ def encoded(tasks: Iterator[list[Part]], recipe: Recipe, tokenizer: Path, proces
     pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(source: Source, tokenizer: Path, *rest: Any) -> None:
+def _start_worker(recipe: Recipe) -> None:
   threading.Thread(target=_end_with_parent, daemon=True).start()
-  recipe = Recipe(source, load_tokenizer(tokenizer), *rest)
-  _worker['encode'] = _encoder(recipe, recipe.tokenizer)
+  _worker['encode'] = _encoder(recipe)
 
 
 def _end_with_parent() -> None:
@@ -137,7 +136,8 @@ def _encode_in_worker(parts: list[Part]) -> Encoded:
   return _worker['encode'](parts)
 
 
-def _encoder(recipe: Recipe, tokenizer: Tokenizer) -> Callable[[list[Part]], Encoded]:
+def _encoder(recipe: Recipe) -> Callable[[list[Part]], Encoded]:
+  tokenizer = recipe.tokenizer
   dtype = id_dtype(tokenizer.vocab_size)
   separator = np.array([tokenizer.bos_id], dtype)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from gptjax.config import UserError
 from gptjax.data.progress import announce
 
 
@@ -35,7 +36,7 @@ class Journal:
 
   Args:
     path: of the database.
-    fingerprint: of the recipe; what was begun with another is forgotten.
+    fingerprint: of the recipe; what was begun with another is an error where shards of it are finished.
   """
 
   progress: Progress
@@ -57,8 +58,10 @@ class Journal:
     if row and row[0] == self._fingerprint:
       self.progress = Progress(**json.loads(row[1]))
       return self
-    if row:
-      announce(f'{self._path.parent}: begun with another source, tokenizer or filter; started anew')
+    if row and (shards := json.loads(row[1])['shards']):
+      self._base.close()
+      raise UserError('--out', str(self._path.parent), f'the command with which its {len(shards)} finished shards were made, another '
+                      'folder, or none there: source, tokenizer, filters or shard size differ')
     self.reset()
     return self
 
@@ -83,7 +86,7 @@ class Journal:
     self.progress = Progress()
     self._execute('delete from digests')
     self._execute('delete from progress')
-    self._execute('insert into progress values (?, ?)', (self._fingerprint, ''))
+    self._execute('insert into progress values (?, ?)', (self._fingerprint, '{}'))
     self.commit()
 
   def new(self, digests: Iterable[bytes]) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Tokenizing: from a source to a token store, and on from the last finished shard after a kill."""
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterable
@@ -33,7 +34,7 @@ def write_store(directory: Path, recipe: Recipe, *, processes: int = 1, title: s
 
   Raises:
     UserError: too many malformed records (the first is named), a text that cannot be encoded, no document is left, or a
-      store of another recipe lies there. Finished shards, if there are any, stay for a call that comes after.
+      store of another recipe lies there, whole or begun. Finished shards, if there are any, stay for a call that comes after.
   """
   with building(directory, lambda folder: any(folder.glob('*.shard'))) as folder:
     if folder:
@@ -63,10 +64,10 @@ def _build(folder: Path, recipe: Recipe, processes: int, title: str) -> None:
     for path in (*folder.glob('*.shard'), *folder.glob('*.partial')):  # begun, or finished just before the kill
       if path.suffix == '.partial' or int(path.stem) >= len(progress.shards):
         path.unlink()
-    recipe.tokenizer.save(folder / 'tokenizer')
     with Work(title, recipe.source.size, 'bytes', progress.source_bytes) as work:
       tasks = itertools.islice(tasks_of(recipe.source.parts()), progress.tasks, None)
-      _Writer(folder, recipe, journal, work).write(encoded(tasks, recipe, folder / 'tokenizer', processes))
+      with contextlib.closing(encoded(tasks, recipe, processes)) as results:
+        _Writer(folder, recipe, journal, work).write(results)
     shards = [ShardRecord(**shard) for shard in progress.shards]
     if not shards:
       raise UserError('source', recipe.source.description, f'documents; of {progress.records:,} records none is left, and dropped were '

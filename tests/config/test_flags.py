@@ -402,7 +402,7 @@ def configs(draw):
 
 
 @pytest.mark.parametrize('value, error', [
-    ('books', "--config.data.train: 'books', accepted: a JSON list of objects with store, weight, epochs"),
+    ('books', "--config.data.train: 'books', accepted: a JSON list of objects with store, weight, epochs, as '[{\"store\": ...}]'"),
     ('["books"]', "--config.data.train[0]: 'books', accepted: an object with store, weight, epochs"),
     ('[{"stor": "a"}]', "--config.data.train[0].stor: 'a', accepted: store, weight, epochs; did you mean store?"),
     ('[{"weight": 1}]', '--config.data.train[0].store: None, accepted: text; the field is missing'),
@@ -424,7 +424,7 @@ def test_a_list_of_objects_is_checked_through_and_through(command, value, error)
     ({'data.valid': [{'name': 'v', 'store': 'x', 'tags': ['a', 'a']}]}, "data.valid: tags: ['a', 'a'], accepted: each tag once"),
     ({'data.source.path': 'x.txt'}, "data.source.path: 'x.txt', accepted: no source where data.train names stores"),
     ({'data.workers': 2, 'data.prefetch': 0}, 'data.prefetch: 0, accepted: 1 or more'),
-    ({'data.train': [{'store': 's', 'weight': 1}, {'store': 't'}]}, 'data.train: weight: 0.0, accepted: a weight above 0 for every'),
+    ({'data.train': [{'store': 's', 'weight': 1}, {'store': 't'}]}, 'data.train: weight: 0.0, accepted: a weight above 0 for t too'),
 ])
 def test_a_mixture_has_to_fit_together(values, error):
   base = {'data.train': [{'store': 's'}], 'data.valid': [{'name': 'v', 'store': 'v'}]}

@@ -68,6 +68,9 @@ def test_evaluation_sets_are_sources_or_stores(home, tmp_path):
   (['--source={home}/qa.jsonl', '--min_chars=-1'], '--min_chars: -1, accepted: 0 or more characters'),
   (['--source={home}/qa.jsonl', '--source={home}/binary.txt'], "--source: '{home}/binary.txt', accepted: one source"),
   (['--source={home}/qa.jsonl', '--out={home}/store'], "--out: '{home}/store', accepted: another folder"),
+  (['--source={home}/store'], "data.source.path: '{home}/store', accepted: documents; this is a token store"),
+  (['--source={home}/qa.jsonl', '--out={home}'], "--out: '{home}', accepted: a folder that is not there yet"),
+  (['--source={home}/qa.jsonl', '--valid_fraction=0.1'], "--side: 'all', accepted: train or valid"),
   (['--source={home}/qa.jsonl', '--out=s3://bucket/x'], "--out: 's3://bucket/x', accepted: a folder on this machine"),
 ])
 def test_a_mistake_is_one_line_and_leaves_nothing(home, tmp_path, flags, message):

@@ -8,7 +8,7 @@ as well as credentials, is asked for only by the source that needs it.
 
 from pathlib import Path
 
-from gptjax.config import SourceConfig
+from gptjax.config import SourceConfig, UserError
 from gptjax.data.sources.formats import open_files
 from gptjax.data.sources.source import Document, Malformed, Part, Record, Source, documents, refuse
 from gptjax.data.sources.split import is_held_out, split_source
@@ -38,4 +38,6 @@ def open_source(config: SourceConfig, cache_dir: Path | None = None) -> Source:
   if config.path.startswith('hf:'):
     from gptjax.data.sources.hugging_face import HuggingFace
     return HuggingFace(config)
+  if '://' not in config.path and Path(config.path, 'index.bin').expanduser().exists():
+    raise UserError('data.source.path', config.path, 'documents; this is a token store, which data.train takes')
   return open_files(config)
