@@ -1,7 +1,7 @@
 """Loading: batches made ahead of the step that reads them, by a thread or by processes, through Grain."""
 
-import dataclasses
 import contextlib
+import dataclasses
 from collections.abc import Generator
 
 import numpy as np
@@ -15,7 +15,8 @@ _STEPS = 2**62  # as good as endless; Grain asks for a length
 class _Batches:
   """Grain's view of a run: element i is the batch of step i.
 
-  A whole batch is one element: rows as elements were 5 times slower, most of it spent on stacking them.
+  A whole batch is one element: with rows as elements, 64 of 1,024 tokens a batch, it was 20 times slower (6 against 137
+  million tokens a second on 2 cores).
   """
 
   rows: TrainRows
