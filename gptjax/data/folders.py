@@ -176,8 +176,3 @@ def remote_errors(field: str, url: str) -> Iterator[None]:
 
 def _too_short(file: object, length: int, wanted: int) -> UserError:
   return UserError(str(file), f'{length:,} bytes', f'{wanted:,} bytes or more, as it was written; restore it, or prepare the store again')
-
-
-def copy_folder(place: str, to: Path) -> None:
-  """Copies a folder, here or in object storage, to a new one on this machine."""
-  open_folder(place).copy(to)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from gptjax.config import UserError
-from gptjax.data.folders import copy_folder
+from gptjax.data.folders import open_folder
 from gptjax.data.prepare import Prepared
 from gptjax.data.store import TokenStore
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
@@ -54,7 +54,7 @@ def export(prepared: Prepared, directory: Path) -> None:
   try:
     for name, store in prepared.valid.items():
       store.verify()
-      copy_folder(store.place, partial / 'valid' / name)
+      open_folder(store.place).copy(partial / 'valid' / name)
   except UserError:
     shutil.rmtree(partial)
     with contextlib.suppress(OSError):

@@ -118,28 +118,26 @@ def coverage(folder: Path) -> Result:
 def _covers(layout: Windows | Packed) -> bool:
   """Whether an epoch has each place of the stream once as input and once as target, told by place, not by id."""
   store = layout.store
-  places = TokenStore(store.place, store.manifest | {'dtype': '<i8'})
+  places = TokenStore(store.place, store.manifest | {'dtype': '<i8', 'separator': -1})
   # The same layout over a stream of places: what is read of it is where it was read.
   places.read = lambda starts, counts: np.concatenate(
     [np.empty(0, np.int64), *((start + np.arange(count)) % store.tokens for start, count in zip(starts, counts))])
   layout.store = places
   rows = rows_of([layout], seed=5)
-  inputs, targets = np.zeros(store.tokens, np.int64), np.zeros(store.tokens, np.int64)
-  separators = set(store.starts(0, store.documents)[:-1].tolist())
-  ends = 0
+  inputs, targets, ends = np.zeros(store.tokens, np.int64), np.zeros(store.tokens, np.int64), 0
   for first in range(0, layout.count, 256):
     batch = rows.batch(layout.count + np.arange(first, min(first + 256, layout.count)))
     real = batch['mask'] > 0
+    found = batch['targets'][real]
     np.add.at(inputs, batch['tokens'][real], 1)
-    if isinstance(layout, Windows):
-      np.add.at(targets, batch['targets'][real], 1)
-      ends += int(real.sum())
-    else:  # what ends a document is the separator's id, not a place
-      ends += int((batch['targets'][real] == store.separator).sum())
+    np.add.at(targets, found[found >= 0], 1)
+    ends += int((found < 0).sum())  # what ends a packed document is a separator from no place
   layout.store = store
-  if isinstance(layout, Windows):
-    return bool((inputs == 1).all() and (targets == 1).all() and ends == store.tokens)
-  return bool((inputs == 1).all() and len(separators) - 2 <= ends <= len(separators) + 2)
+  starts = np.zeros(store.tokens, bool)
+  starts[store.starts(0, store.documents)[:-1]] = True
+  ended = ends + int(targets[starts].sum()) == store.documents
+  once = bool((inputs == 1).all() and (targets[~starts] == 1).all() and ended)
+  return once and (isinstance(layout, Packed) or bool((targets == 1).all()))
 
 
 def _split_documents(store: TokenStore, packed) -> int:

@@ -2,6 +2,7 @@
 
 import bisect
 import hashlib
+import math
 from collections.abc import Iterator
 from fractions import Fraction
 
@@ -26,7 +27,8 @@ def split_source(source: Source, fraction: float) -> tuple[Source, Source]:
   if source.names:
     ranks = sorted(map(_rank, source.names))
     limit = ranks[min(max(bisect.bisect_left(ranks, limit), 1), len(ranks) - 1)]
-  return _Hashed(source, False, limit), _Hashed(source, True, limit)
+  border = math.ceil(limit)  # ranks are whole numbers
+  return _Hashed(source, False, border), _Hashed(source, True, border)
 
 
 def is_held_out(name: str, fraction: float) -> bool:
@@ -40,11 +42,12 @@ def _rank(name: str) -> int:
 
 
 class _Side(Source):
-  """One side of a source."""
+  """One side of a source; `border` is where the two meet."""
 
-  def __init__(self, source: Source, held_out: bool):
+  def __init__(self, source: Source, held_out: bool, border: int):
     self.source = source
     self.held_out = held_out
+    self.border = border
     self.description = f'{source.description}, {"only" if held_out else "without"} what is held out'
     self.size = source.size
     self.skip = source.skip
@@ -57,52 +60,37 @@ class _Side(Source):
       yield None if self.held_out and isinstance(record, Malformed) else record
 
   def fingerprint(self) -> str:
-    return hashlib.sha256(f'{self.source.fingerprint()} {self.held_out} {self.rule()}'.encode()).hexdigest()
-
-  def rule(self) -> str:
-    """Where the sides meet."""
-    raise NotImplementedError
+    return hashlib.sha256(f'{self.source.fingerprint()} {self.held_out} {self.border}'.encode()).hexdigest()
 
   def place(self, part: Part, record: int) -> str:
     return self.source.place(part, record)
 
 
 class _Hashed(_Side):
-  """Documents whose names rank on one side of a limit."""
-
-  def __init__(self, source: Source, held_out: bool, limit: float):
-    super().__init__(source, held_out)
-    self._limit = limit
+  """Documents whose names rank below or above the border."""
 
   def read(self, part: Part) -> Iterator[Record]:
     for record in super().read(part):
-      other = isinstance(record, Document) and (_rank(record.name) < self._limit) != self.held_out
+      other = isinstance(record, Document) and (_rank(record.name) < self.border) != self.held_out
       yield None if other else record
-
-  def rule(self) -> str:
-    return str(self._limit)
 
 
 class _Positioned(_Side):
   """The beginning or the end of a document that comes in pieces."""
 
   def __init__(self, source: Source, held_out: bool, cut: int, begins: dict[int, int]):
-    super().__init__(source, held_out)
-    self._cut = cut
+    super().__init__(source, held_out, cut)
     self._begins = begins
 
   def read(self, part: Part) -> Iterator[Record]:
     begin = self._begins[part.start]
     for record in super().read(part):
       if isinstance(record, Document):
-        cut = max(0, self._cut - begin)
+        cut = max(0, self.border - begin)
         begin += len(record.text)
         text = record.text[cut:] if self.held_out else record.text[:cut]
         record = Document(record.name, text) if text else None
       yield record
-
-  def rule(self) -> str:
-    return str(self._cut)
 
 
 def _split_position(source: Source, fraction: float) -> tuple[Source, Source]:
