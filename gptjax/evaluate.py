@@ -28,7 +28,7 @@ def main(_) -> None:
   held_out = data.open_held_out(workdir / 'data')
   config = trained.config
   sets = {name: data.EvalRows(store, config.data.context, config.data.isolate_documents) for name, store in held_out.valid.items()}
-  devices = trained.mesh.shape['data']
+  devices = trained.mesh.shape['replica'] * trained.mesh.shape['data']
   console = Console(stderr=True)
   with jax.set_mesh(trained.mesh), Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
     scorer = evaluation.Scorer(trained.blueprint, training.next_token(), trained.mesh, -(-config.sequences // devices) * devices)

@@ -10,7 +10,7 @@ from gptjax import config as configs
 from gptjax.checkpoint.checkpoints import Checkpoints
 from gptjax.config import Config, MeshConfig, UserError
 from gptjax.model import Blueprint, Parameters, attention_backend, blueprint
-from gptjax.sharding import make_mesh
+from gptjax.sharding import describe, make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +27,8 @@ class Trained:
   def description(self) -> str:
     """One line: what was restored and how it is computed."""
     devices = self.mesh.devices.flatten()
-    mesh = ' x '.join(f'{name} {size}' for name, size in self.mesh.shape.items())
     model = self.config.model
-    return (f'restored step {self.step}; {len(devices)} {devices[0].device_kind}, mesh {mesh}; '
+    return (f'restored step {self.step}; {len(devices)} {devices[0].device_kind}, mesh {describe(self.mesh)}; '
             f'attention {attention_backend(model)}, {model.compute_dtype}')
 
 

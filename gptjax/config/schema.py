@@ -318,12 +318,14 @@ class MeshConfig:
   """How devices are arranged."""
 
   data: int = -1
-  """devices that share the batch; -1: all that model leaves"""
+  """devices of a group that share the batch, and what zero_stage shares out; -1: all that replica and model leave"""
   model: int = 1
   """devices that share each matrix (tensor parallelism)"""
+  replica: int = 1
+  """groups of such devices, each with the whole state, over the slower network (TPU slices); they share the batch too"""
 
   def __post_init__(self):
-    _at_least('mesh.', self, 1, 'model')
+    _at_least('mesh.', self, 1, 'replica', 'model')
     if self.data != -1:
       _at_least('mesh.', self, 1, 'data')
 

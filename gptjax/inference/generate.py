@@ -80,7 +80,7 @@ class Generator:
 
   def __init__(self, blueprint: Blueprint, mesh: Mesh, sampling: Sampling, forbidden: tuple[int, ...] = ()):
     self._context = blueprint.context
-    rows = mesh.shape['data']  # one sequence, the same on every device of the data axis
+    rows = mesh.shape['replica'] * mesh.shape['data']  # one sequence, the same on every device that a batch is shared over
 
     def read(parameters, tokens, count, cache):
       # tokens [T] of which `count` are real; what the rest leaves in the cache is overwritten before it is seen.

@@ -8,6 +8,7 @@ from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
 
 from gptjax.config import ModelConfig
 from gptjax.model.parameters import blueprint
+from gptjax.sharding import AXES
 
 
 def parameter_count(config: ModelConfig, context: int) -> int:
@@ -45,7 +46,7 @@ def activation_bytes(config: ModelConfig, context: int, sequences: int) -> int:
     residuals = jax.eval_shape(lambda *inputs: jax.vjp(loss, *inputs)[1], plan.shapes, tokens)
     return sum(math.prod(r.shape) * r.dtype.itemsize for r in jax.tree.leaves(residuals))
 
-  one_device = AbstractMesh((1, 1), ('data', 'model'), axis_types=(AxisType.Explicit,) * 2)
+  one_device = AbstractMesh((1,) * len(AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
   with jax.set_mesh(None), use_abstract_mesh(one_device):  # a mesh in force may not be replaced by one of another size
     # What does not grow with the rows is no activation: weights, and masks shared by all rows.
     return sequences * (kept(2) - kept(1))

@@ -1,4 +1,6 @@
-"""The mesh: every device of the run on two named axes."""
+"""The mesh: every device of the run on three named axes."""
+
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -6,34 +8,44 @@ from jax.sharding import AxisType, Mesh
 from gptjax.config import Config, MeshConfig, ModelConfig, UserError
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-  """Arranges the devices as (data, model) with Explicit axes, so that shardings are part of an array's type.
+AXES = ('replica', 'data', 'model')
+"""From the slowest network to the fastest."""
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """Arranges devices (default: all) as (replica, data, model) with Explicit axes: shardings are part of an array's type.
 
   Raises:
     UserError: the devices do not suffice or do not divide.
   """
-  devices = jax.devices()
-  count = len(devices)
-  if config.model > count or (config.data == -1 and count % config.model):
-    accepted = ', '.join(str(n) for n in range(1, count + 1) if count % n == 0)
-    raise UserError('mesh.model', config.model, f'a divisor of the {count} devices: {accepted}')
-  data = count // config.model if config.data == -1 else config.data
-  if data * config.model > count:
-    accepted = f'-1 or at most {count // config.model} with {count} devices and mesh.model={config.model}'
-    raise UserError('mesh.data', config.data, accepted)
-  if data * config.model < count and jax.process_count() > 1:
-    accepted = f'all {count} devices when several processes join: mesh.data={count // config.model}'
-    raise UserError('mesh.data', config.data, accepted)
-  return jax.make_mesh((data, config.model), ('data', 'model'), axis_types=(AxisType.Explicit,) * 2,
-                       devices=devices[:data * config.model])
+  devices = list(jax.devices() if devices is None else devices)
+  count, outer = len(devices), config.replica * config.model
+  for field, value, limit in (('mesh.replica', config.replica, count), ('mesh.model', config.model, count // config.replica)):
+    if value > limit or (config.data == -1 and limit % value):
+      accepted = ', '.join(str(n) for n in range(1, limit + 1) if limit % n == 0)
+      of = '' if limit == count else f' that mesh.replica={config.replica} leaves'
+      raise UserError(field, value, f'a divisor of the {limit} devices{of}: {accepted}')
+  data = count // outer if config.data == -1 else config.data
+  others = (f'mesh.replica={config.replica} and ' if config.replica > 1 else '') + f'mesh.model={config.model}'
+  if data * outer > count:
+    raise UserError('mesh.data', config.data, f'-1 or at most {count // outer} with {count} devices and {others}')
+  if data * outer < count and jax.process_count() > 1:
+    raise UserError('mesh.data', config.data, f'all {count} devices when several processes join: mesh.data={count // outer}')
+  return jax.make_mesh((config.replica, data, config.model), AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices[:data * outer])
+
+
+def describe(mesh: Mesh) -> str:
+  """The mesh in words: 'data 4 x model 2', and the replicas where there are several."""
+  return ' x '.join(f'{name} {size}' for name, size in mesh.shape.items() if size > 1 or name != 'replica')
 
 
 def check_sizes(config: Config, mesh: Mesh) -> None:
   """Raises a UserError for a size of the config that the mesh does not divide."""
-  data, model = mesh.shape['data'], mesh.shape['model']
-  if config.sequences % data:
+  model, shared = mesh.shape['model'], mesh.shape['replica'] * mesh.shape['data']
+  if config.sequences % shared:
     part = ' / microbatches' if config.microbatches > 1 else ''
-    raise UserError('batch_size', config.batch_size, f'batch_size{part} a multiple of mesh.data={data}')
+    axes = 'mesh.data' if mesh.shape['replica'] == 1 else 'mesh.replica * mesh.data'
+    raise UserError('batch_size', config.batch_size, f'batch_size{part} a multiple of {axes}={shared}')
   m: ModelConfig = config.model
   for field, given, size in (
       ('model.heads', m.heads, m.heads), ('model.kv_heads', m.kv_heads, m.key_heads),

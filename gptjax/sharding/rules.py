@@ -6,8 +6,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-RULES: dict[str | None, str | None] = {
-  'batch': 'data',  # sequences, or sequences and positions flattened to one axis
+RULES: dict[str | None, str | tuple[str, ...] | None] = {
+  'batch': ('replica', 'data'),  # sequences, or sequences and positions flattened to one axis
   'vocab': 'model',
   'heads': 'model',
   'mlp': 'model',

@@ -15,7 +15,7 @@ from gptjax.checkpoint import Progress
 from gptjax.config import Config, UserError, duration_in_steps
 from gptjax.data import EvalRows, Prepared, TrainRows, train_rows
 from gptjax.model import Blueprint, attention_backend, blueprint, flops_per_token, parameter_count
-from gptjax.sharding import check_sizes
+from gptjax.sharding import check_sizes, describe
 from gptjax.training.objective import Objective, next_token
 from gptjax.training.optimizer import make_optimizer, schedule
 from gptjax.training.step import TrainState, abstract, initializer, train_step
@@ -92,7 +92,7 @@ def header(run: Run, data: Prepared, progress: Progress, peak: tuple[float, str]
   model = config.model
   return {
     'device': f'{len(devices)} of {jax.device_count()} {devices[0].device_kind}, {jax.process_count()} process(es)',
-    'mesh': ' x '.join(f'{name} {size}' for name, size in mesh.shape.items()) + f', ZeRO stage {config.zero_stage}',
+    'mesh': f'{describe(mesh)}, ZeRO stage {config.zero_stage}',
     'data': data.description,
     'parameters': parameter_count(model, config.data.context),
     'tokens a step': tokens,

@@ -110,7 +110,7 @@ def test_a_part_of_the_rows_is_evenly_spaced_and_stands_for_its_bytes(model, pla
 @pytest.mark.parametrize('zero_stage', [0, 3])
 def test_a_score_is_the_same_on_all_devices(model, random_parameters, held, mesh, zero_stage):
   got = score(model, random_parameters(model, zero_stage), held, isolate=True, batch_size=8)
-  with jax.set_mesh(jax.make_mesh((1, 1), ('data', 'model'), axis_types=mesh.axis_types, devices=jax.devices()[:1])):
+  with jax.set_mesh(jax.make_mesh((1, 1, 1), mesh.axis_names, axis_types=mesh.axis_types, devices=jax.devices()[:1])):
     want = score(model, random_parameters(model), held, isolate=True, batch_size=8)
   assert_score(got, want.loss * want.tokens, want.tokens, held.bytes)
 

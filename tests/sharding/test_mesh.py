@@ -14,8 +14,8 @@ from gptjax.sharding import check_sizes, make_mesh
 ])
 def test_a_mesh_has_the_sizes_asked_for_as_explicit_axes(data, model, sizes):
   mesh = make_mesh(MeshConfig(data, model))
-  assert tuple(mesh.shape.items()) == (('data', sizes[0]), ('model', sizes[1]))
-  assert mesh.axis_types == (AxisType.Explicit, AxisType.Explicit)
+  assert tuple(mesh.shape.items()) == (('replica', 1), ('data', sizes[0]), ('model', sizes[1]))
+  assert mesh.axis_types == (AxisType.Explicit,) * 3
   assert set(mesh.devices.flat) == set(jax.devices()[:sizes[0] * sizes[1]])
 
 

@@ -16,8 +16,8 @@ from gptjax.sharding.rules import SMALLEST_SHARDED
 
 @pytest.mark.parametrize('axes, expected', [
     ((), P()),
-    (('batch', None), P('data', None)),
-    (('batch', None, 'vocab'), P('data', None, 'model')),
+    (('batch', None), P(('replica', 'data'), None)),
+    (('batch', None, 'vocab'), P(('replica', 'data'), None, 'model')),
     (('vocab', 'embed'), P('model', None)),
     (('positions', 'embed'), P(None, None)),
     (('embed', 'heads'), P(None, 'model')),

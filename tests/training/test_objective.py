@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 from tiny import batch, put
 
-from gptjax.sharding import place
+from gptjax.sharding import place, spec
 from gptjax.training import cross_entropy, next_token
 
 ROWS, CONTEXT, IDS = 8, 4, 32
@@ -59,7 +58,7 @@ def test_cross_entropy_is_the_negative_log_probability(scale, mesh):
   expected = reference(logits(scale), targets)
   np.testing.assert_allclose(losses, expected[0], rtol=1e-6, atol=1e-6 * scale)
   np.testing.assert_allclose(normalizer, expected[1], rtol=1e-6)
-  assert jax.typeof(losses).sharding.spec == PartitionSpec('data')
+  assert jax.typeof(losses).sharding.spec == spec('batch')
 
 
 @pytest.mark.parametrize('z_loss', [0.0, 0.01])
