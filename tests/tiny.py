@@ -58,7 +58,8 @@ def trainer(model, optimizer=None, *, context=16, zero_stage=0, microbatches=1, 
     rate = optax.constant_schedule(0.0)
   plan = blueprint(model, context)
   state = initializer(plan, optimizer, zero_stage, jax.sharding.get_mesh(), 0)()
-  return state, train_step(plan, next_token(z_loss), optimizer, rate, microbatches=microbatches, seed=seed)
+  return state, train_step(plan, next_token(z_loss), optimizer, rate, zero_stage=zero_stage, mesh=jax.sharding.get_mesh(),
+                           microbatches=microbatches, seed=seed)
 
 
 def write_text(path, sentences=300, seed=0):

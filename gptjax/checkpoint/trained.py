@@ -27,9 +27,9 @@ class Trained:
   def description(self) -> str:
     """One line: what was restored and how it is computed."""
     devices = self.mesh.devices.flatten()
-    model = self.config.model
+    model = self.blueprint.config
     return (f'restored step {self.step}; {len(devices)} {devices[0].device_kind}, mesh {describe(self.mesh)}; '
-            f'attention {attention_backend(model)}, {model.compute_dtype}')
+            f'attention {attention_backend(model, self.config.data.context)}, {model.compute_dtype}')
 
 
 def load_trained(workdir: Path, step: str = 'latest') -> Trained:
@@ -46,7 +46,8 @@ def load_trained(workdir: Path, step: str = 'latest') -> Trained:
   if not file.exists():
     raise UserError('--workdir', str(workdir), 'a folder that gptjax.train made, with its config.json')
   config = configs.from_json(file.read_text(), str(file))
-  plan = blueprint(config.model, config.data.context)
+  # Which attention runs best depends on the device that is here now.
+  plan = blueprint(dataclasses.replace(config.model, attention='auto'), config.data.context)
   mesh = make_mesh(MeshConfig(model=config.mesh.model if jax.device_count() % config.mesh.model == 0 else 1))
   checkpoints = Checkpoints(workdir / 'checkpoints')
   try:

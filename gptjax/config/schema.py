@@ -10,6 +10,10 @@ from gptjax.config.errors import UserError
 Duration = int | str
 """A length of training: steps (2000), or text with a unit: '2000 steps', '1.5e6 tokens', '3 epochs'."""
 
+Activation = Literal['block', 'attention_norm', 'q', 'k', 'v', 'attention', 'attention_out', 'mlp_norm', 'gate', 'up', 'hidden']
+"""What a block computes on its way, in order: its input, the normalized input, queries, keys and values, the mixed values before
+and after their product, the normalized input of the feed-forward layer, its two products, and what they become."""
+
 _DURATION = re.compile(
     r'\s*([0-9]+(?:_[0-9]+)*\.?[0-9]*(?:e[+]?[0-9]+)?)\s*(steps?|tokens?|epochs?)?\s*', re.IGNORECASE)
 
@@ -90,10 +94,18 @@ class ModelConfig:
   """probability that a feature is dropped after embeddings, attention weights, attention and feed-forward"""
   scan: bool = False
   """run the layers as one scan over stacked parameters: compiles in constant time, slower on CPU"""
-  remat: Literal['none', 'dots', 'full'] = 'none'
-  """what the backward pass recomputes: none, all but products with weights (dots), whole blocks (full)"""
-  attention: Literal['auto', 'blocks', 'xla'] = 'auto'
-  """blocks: causal blocks that skip the masked part; xla: the full square; auto: blocks on CPU, xla elsewhere"""
+  remat: Literal['none', 'dots', 'full', 'names'] = 'none'
+  """what the backward pass recomputes of a block: nothing, all but products with weights (dots), all (full), or all but the \
+activations that saved and offloaded name (names)"""
+  saved: tuple[Activation, ...] = ()
+  """activations kept under remat 'names'; JSON on a command line: '["attention", "hidden"]'"""
+  offloaded: tuple[Activation, ...] = ()
+  """activations kept in the host's memory under remat 'names'; for devices with a memory of their own"""
+  sequence_parallel: bool = False
+  """split the activations between products over mesh.model too, by token (arXiv:2205.05198)"""
+  attention: Literal['auto', 'blocks', 'xla', 'splash', 'cudnn'] = 'auto'
+  """blocks: causal blocks, on any device; xla: the full square; splash: TPU kernels; cudnn: NVIDIA's; auto: the device's own \
+where it can, else blocks"""
   compute_dtype: Literal['float32', 'bfloat16'] = 'float32'
   """precision of matrix products and activations; parameters, norms, softmax and loss stay float32"""
 
@@ -107,6 +119,11 @@ class ModelConfig:
       raise UserError('model.kv_heads', self.kv_heads, f'a divisor of model.heads={self.heads}: {_divisors(self.heads)}')
     if self.positions == 'rope' and self.head_width % 2:
       raise UserError('model.heads', self.heads, f'an even model.width/model.heads for rope, not {self.head_width}')
+    if self.remat != 'names' and (self.saved or self.offloaded):
+      field = 'saved' if self.saved else 'offloaded'
+      raise UserError(f'model.{field}', list(getattr(self, field)), f"none unless model.remat is 'names', and it is '{self.remat}'")
+    if twice := set(self.saved) & set(self.offloaded):
+      raise UserError('model.offloaded', sorted(twice)[0], 'activations that model.saved does not name')
     if self.rope_theta <= 0:
       raise UserError('model.rope_theta', self.rope_theta, 'a number above 0')
 
@@ -321,11 +338,15 @@ class MeshConfig:
   """devices of a group that share the batch, and what zero_stage shares out; -1: all that replica and model leave"""
   model: int = 1
   """devices that share each matrix (tensor parallelism)"""
+  whole: float = 0.02
+  """largest share of the parameters' bytes that may stay whole on devices that should split them"""
   replica: int = 1
   """groups of such devices, each with the whole state, over the slower network (TPU slices); they share the batch too"""
 
   def __post_init__(self):
     _at_least('mesh.', self, 1, 'replica', 'model')
+    if not 0 <= self.whole <= 1:
+      raise UserError('mesh.whole', self.whole, '0 to 1')
     if self.data != -1:
       _at_least('mesh.', self, 1, 'data')
 
@@ -387,7 +408,7 @@ class Config:
   z_loss: float = 0.0
   """weight of the squared log-normalizer in the training loss (arXiv:2204.02311, section 5)"""
   zero_stage: int = 0
-  """what the data axis shares out (arXiv:1910.02054): 0 nothing, 3 parameters, gradients and optimizer state"""
+  """what the data axis shares out (arXiv:1910.02054): 0 nothing, 1 the optimizer state, 2 gradients too, 3 parameters too"""
   seed: int = 0
   """of initialization, data order and dropout"""
 
@@ -399,8 +420,8 @@ class Config:
   def __post_init__(self):
     _at_least('', self, 1, 'batch_size', 'microbatches')
     _at_least('', self, 0, 'z_loss', 'seed')
-    if self.zero_stage not in (0, 3):
-      raise UserError('zero_stage', self.zero_stage, '0 or 3')
+    if self.zero_stage not in range(4):
+      raise UserError('zero_stage', self.zero_stage, '0, 1, 2 or 3')
     if self.batch_size % self.microbatches:
       accepted = f'a divisor of batch_size={self.batch_size}: {_divisors(self.batch_size)}'
       raise UserError('microbatches', self.microbatches, accepted)

@@ -6,26 +6,30 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gptjax.config import ModelConfig
 from gptjax.model.attention import Attention, Cache, Place
-from gptjax.model.layers import Embedding, Linear, Norm, Stack, dropout, whole
-from gptjax.sharding import spec
+from gptjax.model.layers import Embedding, Linear, Norm, dropout
+from gptjax.model.loss import cross_entropy
+from gptjax.model.weights import Stack, product
+from gptjax.sharding import Axis, spec
 
 
 class MLP(nnx.Module):
   """The feed-forward layer: GELU between two matrices, or SwiGLU (arXiv:2002.05202)."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: Stack = ()):
-    wide = (config.width, config.hidden_width)
-    self.up = Linear(wide, ('embed', 'mlp'), 0.02, config, rngs, stack)
-    self.gate = Linear(wide, ('embed', 'mlp'), 0.02, config, rngs, stack) if config.mlp == 'swiglu' else None
-    self.down = Linear(wide[::-1], ('mlp', 'embed'), 0.02 / math.sqrt(2 * config.layers), config, rngs, stack)
+    wide, axes = (config.width, config.hidden_width), ('embed', ('mlp', config.hidden_width))
+    self.up = Linear(wide, axes, 0.02, config, rngs, stack)
+    self.gate = Linear(wide, axes, 0.02, config, rngs, stack) if config.mlp == 'swiglu' else None
+    self.down = Linear(wide[::-1], axes[::-1], 0.02 / math.sqrt(2 * config.layers), config, rngs, stack)
 
-  def __call__(self, x: Float[Array, 'N D']) -> Float[Array, 'N D']:
-    hidden = jax.nn.gelu(self.up(x), approximate=True) if self.gate is None else jax.nn.silu(self.gate(x)) * self.up(x)
-    return self.down(hidden)
+  def __call__(self, x: Float[Array, 'N D'], rows: Axis) -> Float[Array, 'N D']:
+    up = checkpoint_name(self.up(x), 'up')
+    hidden = jax.nn.gelu(up, approximate=True) if self.gate is None else jax.nn.silu(checkpoint_name(self.gate(x), 'gate')) * up
+    return self.down(checkpoint_name(hidden, 'hidden'), rows)
 
 
 class Block(nnx.Module):
@@ -38,12 +42,14 @@ class Block(nnx.Module):
     self.mlp = MLP(config, rngs, stack)
     self.dropout = config.dropout
 
-  def __call__(self, x: Float[Array, 'N D'], place: Place, cache: Cache | None,
-               key: PRNGKeyArray | None) -> tuple[Float[Array, 'N D'], Cache | None]:
+  def __call__(self, x: Float[Array, 'N D'], place: Place, cache: Cache | None, key: PRNGKeyArray | None,
+               rows: Axis) -> tuple[Float[Array, 'N D'], Cache | None]:
     keys = (None,) * 3 if key is None else jax.random.split(key, 3)
-    y, cache = self.attention(self.attention_norm(x), place, cache, keys[0])
-    x = x + dropout(y, self.dropout, keys[1])
-    return x + dropout(self.mlp(self.mlp_norm(x)), self.dropout, keys[2]), cache
+    x = checkpoint_name(x, 'block')
+    y, cache = self.attention(checkpoint_name(self.attention_norm(x), 'attention_norm'), place, cache, keys[0], rows)
+    x = x + dropout(checkpoint_name(y, 'attention_out'), self.dropout, keys[1])
+    y = self.mlp(checkpoint_name(self.mlp_norm(x), 'mlp_norm'), rows)
+    return x + dropout(y, self.dropout, keys[2]), cache
 
 
 class Transformer(nnx.Module):
@@ -58,7 +64,8 @@ class Transformer(nnx.Module):
   def __init__(self, config: ModelConfig, context: int, rngs: nnx.Rngs):
     assert config.vocab_size, 'vocab_size comes from the tokenizer'
     self.config = config
-    self.tokens = Embedding(config.table_rows, 'vocab', config, rngs)
+    vocab = ('vocab', config.table_rows)
+    self.tokens = Embedding(config.table_rows, vocab, config, rngs)
     self.positions = Embedding(context, 'positions', config, rngs) if config.positions == 'learned' else None
     self.blocks: Block | nnx.List
     if config.scan:
@@ -67,7 +74,7 @@ class Transformer(nnx.Module):
       self.blocks = nnx.List([Block(config, rngs) for _ in range(config.layers)])
     self.norm = Norm(config.width, 'embed', config, rngs)
     self.head = None if config.tied else Linear(
-      (config.width, config.table_rows), ('embed', 'vocab'), 0.02, dataclasses.replace(config, bias=False), rngs)
+      (config.width, config.table_rows), ('embed', vocab), 0.02, dataclasses.replace(config, bias=False), rngs)
 
   def hidden(self, tokens: Int[Array, 'B T'], place: Place | None = None, cache: Cache | None = None,
              key: PRNGKeyArray | None = None) -> tuple[Float[Array, 'N D'], Cache | None]:
@@ -83,24 +90,24 @@ class Transformer(nnx.Module):
     if place is None:
       place = Place(jax.reshard(jnp.broadcast_to(jnp.arange(t), (b, t)), spec('batch', None)))
     flat = lambda ids: jax.lax.reshape(ids, (b * t,), out_sharding=spec('batch'))
-    x = self.tokens(flat(tokens))
+    rows = 'tokens' if self.config.sequence_parallel and cache is None else 'batch'
+    x = self.tokens(flat(tokens), rows)
     if self.positions is not None:
-      x = x + self.positions(flat(place.positions))
+      x = x + self.positions(flat(place.positions), rows)
     x = dropout(x, self.config.dropout, None if key is None else jax.random.fold_in(key, self.config.layers))
-    x, cache = self._layers(x, place, cache, key)
+    x, cache = self._layers(x, place, cache, key, rows)
     return self.norm(x), cache
 
-  def _layers(self, x, place, cache, key):
+  def _layers(self, x, place, cache, key, rows):
     graph, state = nnx.split(self.blocks if self.config.scan else self.blocks[0])
 
     def layer(x, inputs):
       index, state, cache = inputs
       layer_key = None if key is None else jax.random.fold_in(key, index)
-      return nnx.merge(graph, state)(x, place, cache, layer_key)
+      return nnx.merge(graph, state)(x, place, cache, layer_key, rows)
 
     if self.config.remat != 'none':
-      policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.config.remat == 'dots' else None
-      layer = jax.checkpoint(layer, policy=policy, prevent_cse=not self.config.scan)
+      layer = jax.checkpoint(layer, policy=_kept(self.config), prevent_cse=not self.config.scan)
     if self.config.scan:
       return jax.lax.scan(layer, x, (jnp.arange(self.config.layers), state, cache))
     caches = []
@@ -112,26 +119,43 @@ class Transformer(nnx.Module):
 
   def logits(self, hidden: Float[Array, 'N D']) -> Float[Array, 'N V']:
     """float32 logits over the table's rows; those of padded ids, which no text has, are -1e30."""
-    if self.head is None:
-      logits = jnp.matmul(hidden, whole(self.tokens.table, self.config.compute_dtype).T, out_sharding=spec('batch', 'vocab'))
-    else:
-      logits = self.head(hidden)
-    logits = logits.astype(jnp.float32)
-    if self.config.vocab_size == self.config.table_rows:
-      return logits
-    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1, out_sharding=spec('batch', 'vocab'))
+    logits = product(hidden, self.head_weight, 'batch', transposed=self.head is None).astype(jnp.float32)
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1, out_sharding=jax.typeof(logits).sharding.spec)
     return jnp.where(ids < self.config.vocab_size, logits, -1e30)
+
+  def loss(self, hidden: Float[Array, 'N D'], targets: Int[Array, 'N'], mask: Float[Array, 'N'],
+           z_loss: float = 0.0) -> tuple[Float[Array, ''], Float[Array, '']]:
+    """As `cross_entropy`, of this model's head."""
+    return cross_entropy(hidden, self.head_weight, targets, mask, self.config.vocab_size, z_loss, transposed=self.head is None)
+
+  @property
+  def head_weight(self) -> nnx.Param:
+    """[D, V], or the embedding table [V, D] where they are tied."""
+    return self.tokens.table if self.head is None else self.head.kernel
 
   def __call__(self, tokens: Int[Array, 'B T'], place: Place | None = None,
                key: PRNGKeyArray | None = None) -> Float[Array, 'B T V']:
     """Logits of the next token at every position."""
     logits = self.logits(self.hidden(tokens, place, key=key)[0])
-    return jax.lax.reshape(logits, (*tokens.shape, logits.shape[-1]), out_sharding=spec('batch', None, 'vocab'))
+    return jax.lax.reshape(logits, (*tokens.shape, logits.shape[-1]), out_sharding=spec('batch', None, ('vocab', self.config.table_rows)))
+
+
+def _kept(config: ModelConfig):
+  """What of a block is kept for the backward pass; None: nothing but its input."""
+  policies = jax.checkpoint_policies
+  if config.remat == 'dots':
+    return policies.save_only_these_names('q', 'k', 'v', 'attention_out', 'gate', 'up')
+  if config.remat == 'names':
+    return policies.save_and_offload_only_these_names(
+      names_which_can_be_saved=config.saved, names_which_can_be_offloaded=config.offloaded, offload_src='device',
+      offload_dst='pinned_host')
+  return None
 
 
 def empty_cache(config: ModelConfig, batch: int, size: int) -> Cache:
   """A cache for `size` tokens of `batch` sequences: [L, B, S, K, C] in the compute dtype."""
   shape = (config.layers, batch, size, config.key_heads, config.head_width)
-  zeros = jnp.zeros(shape, config.compute_dtype, out_sharding=spec('layers', 'batch', None, 'heads', None))
+  place = spec('layers', 'batch', None, ('kv_heads', config.key_heads), None)
+  zeros = jnp.zeros(shape, config.compute_dtype, out_sharding=place)
   return Cache(zeros, zeros)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import AxisType, Mesh
 
-from gptjax.config import Config, MeshConfig, ModelConfig, UserError
+from gptjax.config import Config, MeshConfig, UserError
 
 
 AXES = ('replica', 'data', 'model')
@@ -40,15 +40,22 @@ def describe(mesh: Mesh) -> str:
 
 
 def check_sizes(config: Config, mesh: Mesh) -> None:
-  """Raises a UserError for a size of the config that the mesh does not divide."""
-  model, shared = mesh.shape['model'], mesh.shape['replica'] * mesh.shape['data']
+  """Raises a UserError for a batch, heads or tokens that the mesh cannot split."""
+  sizes, m = mesh.shape, config.model
+  shared, model = sizes['replica'] * sizes['data'], sizes['model']
   if config.sequences % shared:
-    part = ' / microbatches' if config.microbatches > 1 else ''
-    axes = 'mesh.data' if mesh.shape['replica'] == 1 else 'mesh.replica * mesh.data'
-    raise UserError('batch_size', config.batch_size, f'batch_size{part} a multiple of {axes}={shared}')
-  m: ModelConfig = config.model
-  for field, given, size in (
-      ('model.heads', m.heads, m.heads), ('model.kv_heads', m.kv_heads, m.key_heads),
-      ('model.mlp_width', m.mlp_width, m.hidden_width), ('model.vocab_multiple', m.vocab_multiple, m.table_rows)):
-    if size % model:
-      raise UserError(field, given, f'{size} to be a multiple of mesh.model={model}')
+    axes = 'mesh.data' if sizes['replica'] == 1 else 'mesh.replica * mesh.data'
+    size = shared * config.microbatches
+    part = '' if config.microbatches == 1 else f' * microbatches={config.microbatches}'
+    raise UserError('batch_size', config.batch_size, f'a multiple of {axes}={shared}{part}: {_nearest(config.batch_size, size)}')
+  if m.heads % model:
+    fitting = ', '.join(str(n) for n in range(1, mesh.size + 1) if m.heads % n == 0 and mesh.size % n == 0)
+    raise UserError('mesh.model', model, f'a divisor of model.heads={m.heads} and of the {mesh.size} devices: {fitting}')
+  tokens = config.sequences // shared * config.data.context
+  if m.sequence_parallel and tokens % model:
+    raise UserError('model.sequence_parallel', True, f'false, or a multiple of mesh.model={model} tokens on a device, not {tokens}')
+
+
+def _nearest(value: int, factor: int) -> str:
+  below = value // factor * factor
+  return f'{below} or {below + factor}' if below else str(factor)

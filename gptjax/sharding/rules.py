@@ -1,15 +1,17 @@
 """The one table from logical axes to mesh axes, and the ZeRO rule on top of it."""
 
-import math
+import dataclasses
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
   'batch': ('replica', 'data'),  # sequences, or sequences and positions flattened to one axis
+  'tokens': ('replica', 'data', 'model'),  # the flattened axis between blocks, under sequence parallelism
   'vocab': 'model',
   'heads': 'model',
+  'kv_heads': 'model',
   'mlp': 'model',
   'embed': None,
   'head_width': None,
@@ -19,34 +21,80 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 }
 """Where each logical axis of a parameter or an activation lies while the model computes."""
 
-SMALLEST_SHARDED = 1024
-"""ZeRO leaves parameters of fewer elements whole: gathering them costs more than they take."""
+Axis = str | tuple[str, int] | None
+"""A logical axis by its name; (name, parts) where only so many parts may come apart: an axis of 2 heads of 64 features is
+('kv_heads', 2). Parts that the mesh axis does not divide, or that it has one device for, stay together on every device of it."""
 
 
-def spec(*axes: str | None) -> PartitionSpec:
-  """The PartitionSpec of an array with these logical axes while the model computes."""
-  return PartitionSpec(*(RULES[axis] for axis in axes))
+def spec(*axes: Axis, mesh: Mesh | AbstractMesh | None = None) -> PartitionSpec:
+  """The PartitionSpec of an array with these logical axes while the model computes; `mesh`: default, the one in force."""
+  return PartitionSpec(*(_lies(axis, mesh) for axis in axes))
 
 
-def stored_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], zero_stage: int, mesh: Mesh) -> PartitionSpec:
-  """The PartitionSpec of a parameter between steps.
+def _lies(axis: Axis, mesh: Mesh | AbstractMesh | None):
+  if not isinstance(axis, tuple):
+    return RULES[axis]
+  name, parts = axis
+  size = (mesh or jax.sharding.get_abstract_mesh()).shape[RULES[name]]
+  return None if size == 1 or parts % size else RULES[name]
 
-  At stage 3 (arXiv:1910.02054, section 5.3) the largest axis that `model` leaves whole and `data` divides is shared out
-  over `data`; the layers axis of stacked parameters stays whole, since each step of the scan needs all of one layer.
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+  """Where a parameter and what belongs to it lie."""
+
+  compute: PartitionSpec
+  """the parameter while a matrix product reads it"""
+  stored: PartitionSpec
+  """the parameter between steps"""
+  gradient: PartitionSpec
+  optimizer: PartitionSpec
+  """its moments; the update happens here"""
+
+
+def places(axes: tuple[Axis, ...], shape: tuple[int, ...], stage: int, copied: bool, mesh: Mesh | AbstractMesh) -> Places:
+  """What `data` shares out at a stage of ZeRO (arXiv:1910.02054, section 5): 0 nothing, 1 the optimizer state, 2 gradients
+  too, 3 parameters too.
+
+  Args:
+    axes, shape: of the parameter.
+    stage: 0 to 3.
+    copied: whether products read it in another type than the float32 it is kept in. Then, as in the paper's mixed precision, the
+      float32 original belongs to the optimizer state, and stages 1 and 2 gather a copy of it in that type once a step.
+    mesh: only its sizes count.
   """
-  compute = spec(*axes)
-  if zero_stage < 3 or math.prod(shape) < SMALLEST_SHARDED:
-    return compute
-  free = [i for i, axis in enumerate(axes) if compute[i] is None and axis != 'layers' and shape[i] % mesh.shape['data'] == 0]
-  if not free:
-    return compute
-  chosen = max(free, key=lambda i: shape[i])
-  return PartitionSpec(*('data' if i == chosen else name for i, name in enumerate(compute)))
+  whole, shared = spec(*axes, mesh=mesh), _shared(axes, shape, mesh)
+  return Places(whole, stored=shared if stage == 3 or (stage and copied) else whole,
+                gradient=shared if stage >= 2 else whole, optimizer=shared if stage else whole)
 
 
-def place(mesh: Mesh, tree, *axes: str | None):
+def _shared(axes: tuple[Axis, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+  """The spec with the first axis that can be shared out over `data` too.
+
+  The first, because then a device's part lies in one piece, which exchanges move as it is; parts of the last axis are padded to the
+  128 lanes of a TPU. The layers axis of stacked parameters stays whole, since each step of the scan needs all of one layer.
+  """
+  compute, sizes = spec(*axes, mesh=mesh), mesh.shape
+  for i, (axis, name) in enumerate(zip(axes, compute)):
+    if axis != 'layers' and shape[i] % (sizes['data'] * (1 if name is None else sizes[name])) == 0:
+      return PartitionSpec(*compute[:i], 'data' if name is None else (name, 'data'), *compute[i + 1:])
+  return compute
+
+
+def undivided(axes: tuple[Axis, ...], shape: tuple[int, ...], stage: int, mesh: Mesh | AbstractMesh) -> dict[str, int]:
+  """The mesh axes that should split a parameter and do not, each with the size that it does not divide."""
+  found = {}
+  for axis in axes:
+    if isinstance(axis, tuple) and axis[1] % mesh.shape[RULES[axis[0]]]:
+      found[RULES[axis[0]]] = axis[1]
+  if stage and mesh.shape['data'] > 1 and _shared(axes, shape, mesh) == spec(*axes, mesh=mesh):
+    found['data'] = max((size for axis, size in zip(axes, shape, strict=True) if axis != 'layers'), default=1)
+  return found
+
+
+def place(mesh: Mesh, tree, *axes: Axis):
   """Puts host arrays on the mesh with these logical axes."""
-  return jax.device_put(tree, NamedSharding(mesh, spec(*axes)))
+  return jax.device_put(tree, NamedSharding(mesh, spec(*axes, mesh=mesh)))
 
 
 def my_rows(mesh: Mesh, batch_size: int) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Learning rate and optimizers: AdamW and Muon from optax, told which parameter plays which role."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -74,9 +76,10 @@ def _scale_by_shape(updates, parameters=None):
 def _whole_matrices(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
   """Runs a transformation on whole matrices and puts what it returns back where it lay.
 
-  Orthogonalizing needs all of a matrix, and optax's products do not say how sharded operands combine.
+  Orthogonalizing needs all of a matrix, and optax's products do not say how sharded operands combine. The matrices of stacked layers
+  are dealt out to the devices; of layers on their own every device orthogonalizes all.
   """
-  gather = lambda tree: jax.tree.map(lambda x: jax.reshard(x, PartitionSpec(*(None,) * x.ndim)), tree)
+  gather = lambda tree: jax.tree.map(lambda x: jax.reshard(x, _dealt(x.shape)), tree)
   back = lambda tree, like: jax.tree.map(lambda x, old: jax.reshard(x, jax.typeof(old).sharding.spec), tree, like)
 
   def update(updates, state, parameters=None):
@@ -85,3 +88,13 @@ def _whole_matrices(transformation: optax.GradientTransformation) -> optax.Gradi
     return back(new, updates), back(new_state, state)
 
   return optax.GradientTransformation(transformation.init, update)
+
+
+def _dealt(shape: tuple[int, ...]) -> PartitionSpec:
+  """Where whole matrices of stacked layers [L, in, out] lie: over as many axes of the mesh as divide the layers."""
+  sizes = jax.sharding.get_abstract_mesh().shape
+  axes: tuple[str, ...] = ()
+  for axis in ('data', 'model') if len(shape) == 3 else ():
+    if shape[0] % math.prod(sizes[name] for name in (*axes, axis)) == 0:
+      axes = (*axes, axis)
+  return PartitionSpec(axes or None, *(None,) * (len(shape) - 1)) if shape else PartitionSpec()

@@ -1,6 +1,7 @@
 """A run, resolved: everything the loop needs, built once from config, data and devices."""
 
 import dataclasses
+import math
 import subprocess
 from collections.abc import Callable
 from importlib import metadata
@@ -65,13 +66,21 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
   if durations['decay'] > steps:
     raise UserError('optimizer.decay', opt.decay, f'at most the {steps} steps of the run')
   plan = blueprint(config.model, config.data.context)
+  share, reasons = plan.undivided(config.zero_stage, mesh)
+  if share > config.mesh.whole:
+    raise UserError('mesh.whole', config.mesh.whole, f'at least {math.ceil(1000 * share) / 1000}, the share of the parameters that stays '
+                    f'whole, or sizes that divide ({"; ".join(reasons)})')
+  attention_backend(config.model, config.data.context)  # one that cannot run is told now
+  memories = [memory.kind for memory in jax.local_devices()[0].addressable_memories()]
+  if config.model.offloaded and 'pinned_host' not in memories:
+    raise UserError('model.offloaded', list(config.model.offloaded), f'none: the device reaches no memory of the host, only {memories}')
   optimizer = make_optimizer(opt, **durations)
   objective = next_token(config.z_loss)
   return Run(
     config=config, mesh=mesh, blueprint=plan, objective=objective, rows=rows, steps=steps,
     initialize=initializer(plan, optimizer, config.zero_stage, mesh, config.seed),
     step=train_step(plan, objective, optimizer, schedule(opt, opt.peak_lr, **durations),
-                    microbatches=config.microbatches, seed=config.seed),
+                    zero_stage=config.zero_stage, mesh=mesh, microbatches=config.microbatches, seed=config.seed),
     valid={name: EvalRows(store, config.data.context, config.data.isolate_documents) for name, store in data.valid.items()},
     eval_every=in_steps('eval.every', config.eval.every),
     checkpoint_every=in_steps('checkpoint.every', config.checkpoint.every))
@@ -90,16 +99,18 @@ def header(run: Run, data: Prepared, progress: Progress, peak: tuple[float, str]
   devices = mesh.devices.flatten()
   tokens = config.batch_size * config.data.context
   model = config.model
+  share, reasons = run.blueprint.undivided(config.zero_stage, mesh)
   return {
     'device': f'{len(devices)} of {jax.device_count()} {devices[0].device_kind}, {jax.process_count()} process(es)',
     'mesh': f'{describe(mesh)}, ZeRO stage {config.zero_stage}',
+    **({'whole': f'{share:.1%} of the parameters; ' + '; '.join(reasons)} if reasons else {}),
     'data': data.description,
     'parameters': parameter_count(model, config.data.context),
     'tokens a step': tokens,
     'steps': f'{run.steps:,}, {run.steps * config.batch_size / run.rows.rows_per_epoch:.2f} epochs',
     'FLOPs a token': flops_per_token(model, config.data.context),
     'peak FLOP/s': f'{peak[0]:.3g}, {peak[1]}',
-    'attention': attention_backend(model),
+    'attention': attention_backend(model, config.data.context),
     'precision': f'{model.compute_dtype} compute, float32 parameters',
     'versions': ', '.join(f'{name} {metadata.version(name)}' for name in ('jax', 'flax', 'optax', 'orbax-checkpoint')),
     'commit': _commit(),

@@ -1,6 +1,7 @@
 """The train state and the one train step."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gptjax.model import Blueprint, Parameters
+from gptjax.model import Blueprint, Copy, Parameters
+from gptjax.sharding import Places
 from gptjax.training.objective import Batch, Objective
 
 
@@ -24,11 +26,11 @@ class TrainState(NamedTuple):
 def initializer(blueprint: Blueprint, optimizer: optax.GradientTransformation, zero_stage: int, mesh: Mesh,
                 seed: int) -> Callable[[], TrainState]:
   """A jitted function that makes the state of step 0, each part created where it belongs."""
-  shardings = blueprint.shardings(zero_stage, mesh)
+  shardings, places = blueprint.shardings(zero_stage, mesh), blueprint.places(zero_stage, mesh)
 
   def initialize():
     parameters = blueprint.initialize(jax.random.key(seed), shardings)
-    return TrainState(jnp.zeros((), jnp.int32), parameters, optimizer.init(parameters))
+    return TrainState(jnp.zeros((), jnp.int32), parameters, optimizer.init(_put(parameters, places, 'optimizer')))
 
   return jax.jit(initialize)
 
@@ -42,45 +44,85 @@ def abstract(initialize: Callable[[], TrainState], mesh: Mesh) -> TrainState:
   return jax.tree.map(describe, jax.eval_shape(initialize))
 
 
-def train_step(blueprint: Blueprint, objective: Objective, optimizer: optax.GradientTransformation,
-               rate: optax.Schedule, *, microbatches: int, seed: int) -> Callable[[TrainState, Batch], tuple]:
+def train_step(blueprint: Blueprint, objective: Objective, optimizer: optax.GradientTransformation, rate: optax.Schedule,
+               *, zero_stage: int, mesh: Mesh, microbatches: int, seed: int) -> Callable[[TrainState, Batch], tuple]:
   """The jitted step: (state, batch) -> (state, metrics), with the old state's memory reused.
 
   The gradient is that of the summed loss over the count of targets of the whole batch, however it is cut into microbatches
   and spread over devices. Dropout keys are folded from (seed, step, microbatch, layer).
+
+  What ZeRO (arXiv:1910.02054) shares out over `data` are the places of parameters, gradients and optimizer state, and the
+  exchanges follow: from its place each parameter is gathered (stage 3 layer by layer where it is read, others once a step, after
+  the update or before it), each gradient is summed into its own place, and the update runs where the optimizer state lies.
   """
   with_dropout = blueprint.config.dropout > 0
+  places = blueprint.places(zero_stage, mesh)
+  # A gradient has the type of what it is taken with respect to; where it lies elsewhere than what is read, that is a Copy's zeros.
+  apart = zero_stage in (1, 2)
 
-  def gradients(parameters, batch, key):
-    def total(parameters):
-      loss, count, metrics = objective(blueprint.merge(parameters), batch, key)
+  def differentiated(parameters):
+    if not apart:
+      return parameters
+    return {name: jnp.zeros(p.shape, p.dtype, out_sharding=places[name].gradient) for name, p in parameters.items()}
+
+  def copies(parameters):
+    if not apart:
+      return None
+    return {name: jax.reshard(p.astype(blueprint.dtypes[name]), places[name].compute) for name, p in parameters.items()}
+
+  def gradients(at, copies, batch, key):
+    def total(at):
+      weights = {name: Copy(copies[name], at[name]) for name in at} if apart else at
+      loss, count, metrics = objective(blueprint.merge(weights), batch, key)
       return loss, {'targets': count, **metrics}
-    (_, sums), gradient = jax.value_and_grad(total, has_aux=True)(parameters)
+    (_, sums), gradient = jax.value_and_grad(total, has_aux=True)(at)
     return gradient, sums
 
   def accumulate(parameters, batch, key):
     fold = lambda index: jax.random.fold_in(key, index) if with_dropout else None
+    inputs = differentiated(parameters), copies(parameters)
     if microbatches == 1:
-      return gradients(parameters, batch, fold(0))
+      return gradients(*inputs, batch, fold(0))
     # Cutting [B, T] as (B/n, n) keeps every row on its device; (n, B/n) would move it.
     cut = lambda x: jnp.swapaxes(x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]), 0, 1)
-    def add(carry, inputs):
-      index, part = inputs
-      return jax.tree.map(jnp.add, carry, gradients(parameters, part, fold(index))), None
+    def add(carry, part):
+      index, rows = part
+      return jax.tree.map(jnp.add, carry, gradients(*inputs, rows, fold(index))), None
     parts = (jnp.arange(microbatches), jax.tree.map(cut, batch))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding.spec if s.ndim else None),
-                         jax.eval_shape(gradients, parameters, jax.tree.map(lambda x: x[0], parts[1]), fold(0)))
+                         jax.eval_shape(gradients, *inputs, jax.tree.map(lambda x: x[0], parts[1]), fold(0)))
     return jax.lax.scan(add, zeros, parts)[0]
 
   def step(state: TrainState, batch: Batch):
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     gradient, sums = accumulate(state.parameters, batch, key)
     targets = sums.pop('targets')
-    gradient = jax.tree.map(lambda g: g / targets, gradient)
-    updates, moments = optimizer.update(gradient, state.optimizer, state.parameters)
+    gradient = _put({name: g / targets for name, g in gradient.items()}, places, 'optimizer')
+    parameters = _put(state.parameters, places, 'optimizer')
+    updates, moments = optimizer.update(gradient, state.optimizer, parameters)
     metrics = {name: value / targets for name, value in sums.items()}
     metrics |= {'grad_norm': optax.global_norm(gradient), 'learning_rate': rate(state.step), 'targets': targets}
-    new = TrainState(state.step + 1, optax.apply_updates(state.parameters, updates), moments)
-    return new, metrics
+    parameters = _put(optax.apply_updates(parameters, updates), places, 'stored')
+    return TrainState(state.step + 1, parameters, moments), metrics
 
   return jax.jit(step, donate_argnums=0)
+
+
+def _put(arrays: Mapping[str, jax.Array], places: Mapping[str, Places], role: str) -> dict[str, jax.Array]:
+  return {name: jax.reshard(x, getattr(places[name], role)) for name, x in arrays.items()}
+
+
+def state_bytes(blueprint: Blueprint, optimizer: optax.GradientTransformation, zero_stage: int, mesh: Mesh) -> dict[str, int]:
+  """Bytes that a device holds of parameters, gradients and optimizer state, by the shapes of its shards; nothing is allocated."""
+  state = abstract(initializer(blueprint, optimizer, zero_stage, mesh, 0), mesh)
+  places, dtypes = blueprint.places(zero_stage, mesh), blueprint.dtypes
+  held = lambda leaves: sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+  at = lambda name, place, dtype: jax.ShapeDtypeStruct(blueprint.shapes[name].shape, dtype, sharding=NamedSharding(mesh, place))
+  found = {
+    'parameters': held(state.parameters.values()),
+    'gradients': held(at(name, place.gradient, 'float32') for name, place in places.items()),
+    'optimizer': held(jax.tree.leaves(state.optimizer)),
+  }
+  if zero_stage in (1, 2):  # what is gathered for the whole step, where that is not what is stored
+    found['copies'] = held(at(name, place.compute, dtypes[name]) for name, place in places.items() if place.stored != place.compute)
+  return found

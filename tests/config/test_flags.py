@@ -382,7 +382,7 @@ def configs(draw):
   values |= {
       'model.kv_heads': draw(st.sampled_from([0, kv_heads])), 'model.heads': kv_heads * group,
       'model.width': kv_heads * group * 2 * pairs, 'data.tokenizer.vocab_size': draw(st.integers(300, 10**6)),
-      'mesh.data': draw(st.just(-1) | st.integers(1, 64)), 'zero_stage': draw(st.sampled_from([0, 3])),
+      'mesh.data': draw(st.just(-1) | st.integers(1, 64)), 'zero_stage': draw(st.integers(0, 3)),
       'microbatches': microbatches, 'batch_size': microbatches * draw(st.integers(1, 64)),
   }
   if draw(st.booleans()):
@@ -393,6 +393,10 @@ def configs(draw):
         'data.phases': tuple(Phase(start, (1.0,) * len(stores)) for start in draw(st.lists(_values(Duration), max_size=2))),
         'data.valid': (ValidationSet('a', draw(st.text()), ('x', 'y')), ValidationSet('b-1', draw(st.text()))),
     } | {name: value for name, value in flatten(Config()).items() if name.startswith('data.source.')}
+  named = draw(st.booleans())
+  values |= {'model.saved': ('q', 'block') if named else (), 'model.offloaded': ('up',) if named else ()}
+  if named:
+    values['model.remat'] = 'names'
   if not values['data.prefetch']:
     values['data.workers'] = 0
   values['optimizer.decay'] = draw(st.integers(1, 10**6)) if values['optimizer.schedule'] == 'wsd' else 0
@@ -449,7 +453,8 @@ def recipe(tmp_path_factory):
 @given(config=configs())
 @settings(max_examples=60, deadline=None)
 def test_every_field_takes_its_own_value_as_text(recipe, config):
-  text = lambda value: json.dumps(list(map(dataclasses.asdict, value))) if isinstance(value, tuple) else value
+  plain = lambda item: dataclasses.asdict(item) if dataclasses.is_dataclass(item) else item
+  text = lambda value: json.dumps(list(map(plain, value))) if isinstance(value, tuple) else value
   args = [f'--config.{name}={text(value)}' for name, value in flatten(config).items()]
   assert outcome(f'--config={recipe}', *args).config == config
 

@@ -43,6 +43,7 @@ def flops(product) -> int:
 def test_flops_are_those_of_the_traced_program(style, causal, monkeypatch, matrix_products):
   # In blocks of one query attention computes what is needed and no more.
   monkeypatch.setattr('gptjax.model.attention.BLOCK', 1)
+  monkeypatch.setattr('gptjax.model.attention.PARTS', 12)
   context = 12
   config = dataclasses.replace(style, attention='blocks' if causal else 'xla')
   plan = blueprint(config, context)

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.config import ModelConfig
+from gptjax.config import ModelConfig, UserError
 from gptjax.model import Place, attention_backend, blueprint
-from gptjax.model.attention import BLOCK, causal_attention, rotate
+from gptjax.model.attention import BLOCK, PARTS, causal_attention, rotate
+from gptjax.model.kernels import LANES, cudnn, splash
 from gptjax.sharding import place
 
 pytestmark = pytest.mark.usefixtures('one_device')
@@ -37,7 +38,9 @@ def plain_attention(q, k, v, segments):
   return out
 
 
-@pytest.mark.parametrize('length, key_heads', [(BLOCK - 1, 1), (BLOCK, 4), (2 * BLOCK + 2, 2)])
+@pytest.mark.parametrize('length, key_heads', [
+    (BLOCK - 1, 1), (BLOCK, 4), (2 * BLOCK + 2, 2),
+    (PARTS * BLOCK + 3, 2)])  # more blocks than parts: they run one after the other, and the last is short
 def test_blocks_equal_the_square_and_the_formula(length, key_heads):
   q, k, v = draw(0, 2, length, 4, 8), draw(1, 2, length, key_heads, 8), draw(2, 2, length, key_heads, 8)
   segments = np.sort(np.random.default_rng(3).integers(0, 3, (2, length)), 1)
@@ -59,12 +62,68 @@ def test_blocks_equal_the_square_and_the_formula(length, key_heads):
     np.testing.assert_allclose(gradient, expected, 1e-4, 1e-5)
 
 
-def test_the_backend_that_runs_is_the_one_asked_for(monkeypatch):
-  assert attention_backend(ModelConfig(attention='xla')) == 'xla'
-  assert attention_backend(ModelConfig(attention='blocks')) == 'blocks'
-  assert attention_backend(ModelConfig()) == 'blocks'
-  monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
-  assert attention_backend(ModelConfig()) == 'xla'
+@pytest.mark.parametrize('length, expected', [(1024, 0.0), (4096, 4.0)])
+def test_memory_grows_with_the_context_and_not_with_its_square(length, expected):
+  """Temporaries of the gradient, over those of a context of 1,024."""
+  def temporaries(length):
+    total = lambda q, k, v: jnp.sum(causal_attention(q, k, v, None, 0.0, None, BLOCK))
+    arrays = as_heads(*(np.zeros((1, length, 2, 8), np.float32) for _ in range(3)))
+    return jax.jit(jax.grad(total, (0, 1, 2))).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+  assert temporaries(length) < max(expected * 1.3 * temporaries(1024), 1024 * 1024 * 2 * 4)
+
+
+@pytest.mark.parametrize('segmented', [False, True])
+@pytest.mark.parametrize('key_heads', [1, 2, 4])
+def test_splash_kernels_equal_the_square(key_heads, segmented):
+  length = 2 * LANES
+  q, k, v = (draw(seed, 2, length, heads, 32) for seed, heads in enumerate((4, key_heads, key_heads)))
+  segments = np.sort(np.random.default_rng(3).integers(0, 3, (2, length)), 1).astype(np.int32)
+  segments = place(jax.sharding.get_mesh(), segments, 'batch', None) if segmented else None
+  weights = draw(4, *q.shape)
+
+  def run(attend):
+    total = lambda q, k, v: (lambda out: (jnp.sum(out * weights), out))(attend(q, k, v))
+    return jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))(*as_heads(q, k, v))
+
+  gradients, out = run(lambda q, k, v: splash(q, k, v, segments, interpret=True))
+  expected_gradients, expected = run(lambda q, k, v: causal_attention(q, k, v, segments, 0.0, None, length))
+  np.testing.assert_allclose(out, expected, 1e-4, 1e-5)
+  for gradient, want in zip(gradients, expected_gradients, strict=True):
+    np.testing.assert_allclose(gradient, want, 1e-3, 1e-4)
+
+
+@pytest.mark.skipif(jax.default_backend() != 'gpu', reason="cuDNN's attention runs on NVIDIA GPUs")
+@pytest.mark.parametrize('segmented', [False, True])
+def test_cudnn_equals_the_square(segmented):
+  q, k, v = (jnp.asarray(draw(seed, 2, 256, heads, 64), jnp.bfloat16) for seed, heads in enumerate((4, 2, 2)))
+  segments = jnp.asarray(np.sort(np.random.default_rng(3).integers(0, 3, (2, 256)), 1), jnp.int32) if segmented else None
+  exact = causal_attention(*(x.astype(jnp.float32) for x in (q, k, v)), segments, 0.0, None, 256)
+  np.testing.assert_allclose(cudnn(q, k, v, segments).astype(jnp.float32), exact, 3e-2, 3e-2)
+
+
+HALF = {'compute_dtype': 'bfloat16'}
+
+
+@pytest.mark.parametrize('platform, model, context, expected', [
+    ('cpu', {}, 256, 'blocks'), ('cpu', {'attention': 'xla'}, 256, 'xla'), ('tpu', {}, 256, 'splash'), ('tpu', {}, 200, 'blocks'),
+    ('tpu', {'dropout': 0.1}, 256, 'blocks'), ('gpu', HALF, 200, 'cudnn'), ('gpu', {}, 256, 'blocks'),
+    ('gpu', HALF | {'dropout': 0.1}, 256, 'blocks'), ('gpu', HALF | {'attention': 'xla'}, 256, 'xla'),
+])
+def test_auto_is_the_devices_own_kernel_where_it_can_be(platform, model, context, expected):
+  assert attention_backend(ModelConfig(**model), context, platform) == expected
+
+
+@pytest.mark.parametrize('platform, model, context, accepted', [
+    ('cpu', {'attention': 'splash'}, 256, 'auto, blocks, xla on a cpu'),
+    ('gpu', {'attention': 'splash'}, 256, 'auto, blocks, xla, cudnn on a gpu'),
+    ('tpu', {'attention': 'splash'}, 200, 'auto, blocks or xla: it needs a context of a multiple of 128, and it is 200'),
+    ('tpu', {'attention': 'splash', 'dropout': 0.1}, 256, 'auto, blocks or xla: it needs no dropout, and model.dropout is 0.1'),
+    ('gpu', {'attention': 'cudnn'}, 256, "auto, blocks or xla: it needs bfloat16, and model.compute_dtype is 'float32'"),
+])
+def test_a_kernel_that_cannot_run_is_refused(platform, model, context, accepted):
+  with pytest.raises(UserError) as caught:
+    attention_backend(ModelConfig(**model), context, platform)
+  assert str(caught.value) == f"model.attention: '{model['attention']}', accepted: {accepted}"
 
 
 def test_rotary_turns_pairs_of_features_by_position_times_frequency():

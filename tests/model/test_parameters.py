@@ -24,9 +24,11 @@ def test_a_blueprint_gives_back_what_it_merges(style, scan, random_parameters):
 def test_a_blueprint_knows_the_axes_of_every_parameter_without_a_mesh(style, scan):
   plan = blueprint(dataclasses.replace(style, scan=scan), 16)
   assert {shape.dtype for shape in plan.shapes.values()} == {jnp.dtype('float32')}
-  sizes = {'layers': 2, 'embed': 32, 'vocab': 64, 'positions': 16, 'head_width': 8, 'mlp': style.hidden_width}
+  sizes = {'layers': 2, 'embed': 32, 'positions': 16, 'head_width': 8, ('vocab', 64): 64, ('mlp', style.hidden_width): style.hidden_width,
+           ('heads', 4): 32, ('kv_heads', style.key_heads): 8 * style.key_heads}
   for name, axes in plan.axes.items():
-    expected = tuple(sizes.get(axis, 8 * (style.key_heads if '/k/' in name or '/v/' in name else 4)) for axis in axes)
+    expected = tuple(sizes[axis] for axis in axes)
+    assert (('kv_heads', style.key_heads) in axes) == ('/k/' in name or '/v/' in name)
     assert plan.shapes[name].shape == expected, name
     assert ('layers' in axes) == (scan and name.startswith('blocks/'))
 

@@ -140,7 +140,7 @@ def test_a_scan_equals_unrolled_layers_dropout_included(style, dropout, random_p
   parameters = random_parameters(unrolled)
   loss, gradients = loss_and_gradients(unrolled, parameters, tokens, key)
   assert_close(loss_and_gradients(scanned, stacked(parameters), tokens, key), (loss, stacked(gradients)))
-  assert scanned.axes['blocks/mlp/up/kernel'] == ('layers', 'embed', 'mlp')
+  assert scanned.axes['blocks/mlp/up/kernel'] == ('layers', 'embed', ('mlp', style.hidden_width))
 
 
 @pytest.mark.parametrize('style', ['gpt2'], indirect=True)

@@ -4,7 +4,7 @@ import jax
 import pytest
 from jax.sharding import AxisType
 
-from gptjax.config import Config, MeshConfig, ModelConfig, UserError
+from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, UserError
 from gptjax.sharding import check_sizes, make_mesh
 
 
@@ -43,14 +43,13 @@ MODEL = {'width': 32, 'heads': 4, 'vocab_size': 64}
 
 
 @pytest.mark.parametrize('model, rest, message', [
-    ({}, {'batch_size': 6}, 'batch_size: 6, accepted: batch_size a multiple of mesh.data=4'),
+    ({}, {'batch_size': 6}, 'batch_size: 6, accepted: a multiple of mesh.data=4: 4 or 8'),
+    ({}, {'batch_size': 3}, 'batch_size: 3, accepted: a multiple of mesh.data=4: 4'),
     ({}, {'batch_size': 24, 'microbatches': 4},
-     'batch_size: 24, accepted: batch_size / microbatches a multiple of mesh.data=4'),
-    ({'width': 9, 'heads': 3}, {}, 'model.heads: 3, accepted: 3 to be a multiple of mesh.model=2'),
-    ({'kv_heads': 1}, {}, 'model.kv_heads: 1, accepted: 1 to be a multiple of mesh.model=2'),
-    ({'mlp_width': 33}, {}, 'model.mlp_width: 33, accepted: 33 to be a multiple of mesh.model=2'),
-    ({'vocab_size': 65, 'vocab_multiple': 5}, {},
-     'model.vocab_multiple: 5, accepted: 65 to be a multiple of mesh.model=2'),
+     'batch_size: 24, accepted: a multiple of mesh.data=4 * microbatches=4: 16 or 32'),
+    ({'width': 9, 'heads': 3}, {}, 'mesh.model: 2, accepted: a divisor of model.heads=3 and of the 8 devices: 1'),
+    ({'sequence_parallel': True}, {'batch_size': 4, 'data': DataConfig(context=7)},
+     'model.sequence_parallel: True, accepted: false, or a multiple of mesh.model=2 tokens on a device, not 7'),
 ])
 def test_sizes_that_the_mesh_does_not_divide_are_refused(model, rest, message):
   config = Config(model=ModelConfig(**MODEL | model), **{'batch_size': 8} | rest)
@@ -58,6 +57,12 @@ def test_sizes_that_the_mesh_does_not_divide_are_refused(model, rest, message):
     check_sizes(config, make_mesh(MeshConfig(4, 2)))
   assert str(caught.value) == message
   check_sizes(config, make_mesh(MeshConfig(1, 1)))
+
+
+def test_rows_are_shared_by_replicas_too():
+  config = Config(model=ModelConfig(**MODEL), batch_size=6)
+  with pytest.raises(UserError, match=r'^batch_size: 6, accepted: a multiple of mesh\.replica \* mesh\.data=4: 4 or 8$'):
+    check_sizes(config, make_mesh(MeshConfig(2, 2, replica=2)))
 
 
 @pytest.mark.parametrize('sizes', [(1, 1), (8, 1), (4, 2), (2, 4)])

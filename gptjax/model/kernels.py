@@ -1,0 +1,90 @@
+"""Attention kernels of particular devices, and which implementation runs where.
+
+Kernels do not partition by themselves: each device runs its own on the sequences and heads it has.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gptjax.config import ModelConfig, UserError
+from gptjax.sharding import spec
+
+LANES = 128
+"""Splash attention works on blocks of so many tokens, or a multiple."""
+
+
+def attention_backend(config: ModelConfig, context: int, platform: str | None = None) -> str:
+  """The implementation that runs.
+
+  Args:
+    config: model.attention, with 'auto' to be resolved.
+    context: tokens a row.
+    platform: 'cpu', 'gpu' or 'tpu'; default: this process's.
+
+  Raises:
+    UserError: model.attention names one that the platform, the context, dropout or the precision rules out.
+  """
+  platform = platform or jax.default_backend()
+  can: dict[str, str] = {'blocks': '', 'xla': ''}  # why not
+  no_dropout = '' if not config.dropout else f'no dropout, and model.dropout is {config.dropout}'
+  if platform == 'tpu':
+    can['splash'] = no_dropout or ('' if context % LANES == 0 else f'a context of a multiple of {LANES}, and it is {context}')
+  if platform == 'gpu':
+    half = '' if config.compute_dtype == 'bfloat16' else f"bfloat16, and model.compute_dtype is '{config.compute_dtype}'"
+    can['cudnn'] = no_dropout or half
+  if config.attention == 'auto':
+    return next((name for name in ('splash', 'cudnn') if can.get(name) == ''), 'blocks')
+  if config.attention not in can:
+    raise UserError('model.attention', config.attention, f'auto, {", ".join(can)} on a {platform}')
+  if can[config.attention]:
+    raise UserError('model.attention', config.attention, f'auto, blocks or xla: it needs {can[config.attention]}')
+  return config.attention
+
+
+def _per_device(kernel: Callable, q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'], v: Float[Array, 'B T K C'],
+                segments: Int[Array, 'B T'] | None) -> Float[Array, 'B T H C']:
+  heads = jax.typeof(q).sharding.spec
+  rows = spec('batch', None)
+  # Kernels do not say over which axes their results vary, so that cannot be checked.
+  run = jax.shard_map(kernel, in_specs=(heads, heads, heads, None if segments is None else rows), out_specs=heads, check_vma=False)
+  return run(q, k, v, segments)
+
+
+def splash(q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'], v: Float[Array, 'B T K C'], segments: Int[Array, 'B T'] | None,
+           interpret: bool = False) -> Float[Array, 'B T H C']:
+  """Causal attention by Pallas kernels for TPUs that never hold the square of scores; `interpret`: run them on a CPU."""
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+  length = q.shape[1]
+  block = next(size for size in (1024, 512, 256, LANES) if length % size == 0)
+  part = min(block, 512)  # keys at a time, so that a block's scores fit a core's memory
+  sizes = kernels.BlockSizes(block_q=block, block_kv=block, block_kv_compute=part, block_q_dkv=block, block_kv_dkv=block,
+                             block_kv_dkv_compute=part, use_fused_bwd_kernel=True)
+
+  def local(q, k, v, segments):
+    mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * q.shape[2])
+    run = kernels.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+    ids = None if segments is None else kernels.SegmentIds(segments, segments)
+    heads_first = lambda x: jnp.swapaxes(x, 1, 2)
+    out = jax.vmap(run)(heads_first(q) * (1 / math.sqrt(q.shape[3])), heads_first(k), heads_first(v), ids)
+    return heads_first(out).astype(v.dtype)
+
+  return _per_device(local, q, k, v, segments)
+
+
+def cudnn(q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'], v: Float[Array, 'B T K C'],
+          segments: Int[Array, 'B T'] | None) -> Float[Array, 'B T H C']:
+  """Causal attention by NVIDIA's cuDNN, in bfloat16. Segments cost it a mask of T x T a sequence, which all heads share."""
+  def local(q, k, v, segments):
+    mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation='cudnn')
+
+  return _per_device(local, q, k, v, segments)
+
+
+KERNELS: dict[str, Callable] = {'splash': splash, 'cudnn': cudnn}
+"""By their name in model.attention."""
