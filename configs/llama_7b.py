@@ -27,6 +27,6 @@ def get_config() -> Config:
     zero_stage=3,
     steps='2e12 tokens',
     batch_size=1024,  # 4 million tokens
-    microbatches=2,  # 2 sequences a chip at once
+    microbatches=4,  # one sequence a chip at once, as much as 16 GB hold
     eval=EvalConfig(every=1000, rows=4096, sample_tokens=0),
     checkpoint=CheckpointConfig(every=1000))

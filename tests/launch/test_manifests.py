@@ -58,7 +58,8 @@ def check(kind, text):
   reasons = job['template']['spec']['podFailurePolicy']['rules']
   assert [rule['onExitCodes']['containerName'] for rule in reasons] == [container['name']]
   check_counts(kind, container, pod, hosts, job['replicas'])
-  check_meeting(kind, container, f'{name}-{job["name"]}-0-0.{name}', hosts)
+  labels = {'jobset.sigs.k8s.io/jobset-name': name, 'jobset.sigs.k8s.io/replicatedjob-name': job['name']}  # JobSet's, of every pod
+  check_meeting(kind, container, labels, hosts)
 
 
 def check_counts(kind, container, pod, hosts, replicas):
@@ -66,20 +67,27 @@ def check_counts(kind, container, pod, hosts, replicas):
   if kind == 'tpu':
     topology = pod['nodeSelector']['cloud.google.com/gke-tpu-topology']
     assert math.prod(map(int, topology.split('x'))) == hosts * chips
-  mesh = resolved(container['args']).mesh
+  config = resolved(container['args'])
+  mesh = config.mesh
   assert mesh.replica * mesh.data * mesh.model == replicas * hosts * chips
-  assert mesh.replica == replicas
+  assert mesh.replica == replicas and config.sequences % (mesh.replica * mesh.data) == 0
 
 
-def check_meeting(kind, container, first, hosts):
-  """Processes of GPU pods are told how they meet; TPU pods find out."""
-  given = dict(arg.split('=', 1) for arg in container['args'])
-  if kind == 'tpu':
-    assert '--coordinator' not in given
-    return
-  host, port = given['--coordinator'].split(':')
-  assert host == first and int(port) in [one['containerPort'] for one in container['ports']]
-  assert given['--processes'] == str(hosts) and given['--process'] == '$(JOB_COMPLETION_INDEX)'
+def check_meeting(kind, container, labels, hosts):
+  """TPU pods find out how many they are; pods of GPUs are told that, and where their names stand."""
+  given = [arg for arg in container['args'] if arg.startswith('--process')]
+  assert given == ([] if kind == 'tpu' else [f'--processes={hosts}'])
+  environment = environment_of(container, labels)
+  assert kind == 'tpu' or environment == {'JOBSET_NAME': 'gpt2-774m', 'REPLICATED_JOB_NAME': 'node'}
+
+
+def environment_of(container, labels):
+  """What Kubernetes sets for a container whose pod has these labels."""
+  values = {}
+  for variable in container.get('env', []):
+    match = re.fullmatch(r"metadata\.labels\['(.+)'\]", variable['valueFrom']['fieldRef']['fieldPath'])
+    values[variable['name']] = labels[match[1]]
+  return values
 
 
 def resolved(args):
@@ -101,6 +109,7 @@ def test_a_cluster_would_take_it(kind):
   ('tpu', 'topology: 16x16', 'topology: 8x16'),
   ('tpu', 'replicas: 2', 'replicas: 3'),
   ('tpu', 'mesh.replica=2', 'mesh.replica=1'),
+  ('tpu', 'microbatches=2', 'microbatches=4'),
   ('tpu', 'nodeSelector:', 'nodeSelektor:'),
   ('tpu', 'backoffLimit: 0', 'backoffLimit: none'),
   ('tpu', 'maxRestarts: 100', 'maxRestart: 100'),
@@ -108,8 +117,8 @@ def test_a_cluster_would_take_it(kind):
   ('tpu', 'restartPolicy: Never', 'restartPolicy: Sometimes'),
   ('tpu', 'v1alpha2', 'v1'),
   ('gpu', '--processes=4', '--processes=8'),
-  ('gpu', 'node-0-0.gpt2-774m:8476', 'node-0-0:8476'),
-  ('gpu', 'containerPort: 8476', 'containerPort: 8477'),
+  ('gpu', 'k8s.io/jobset-name', 'k8s.io/jobset'),
+  ('gpu', 'name: REPLICATED_JOB_NAME', 'name: JOB_NAME'),
   ('gpu', 'nvidia.com/gpu: 8', 'nvidia.com/gpu: 4'),
   ('gpu', 'name: gpt2-774m', 'name: gpt2_774m'),
   ('gpu', 'mountPath: /dev/shm', 'path: /dev/shm'),
@@ -124,9 +133,27 @@ def test_a_mistake_is_found(kind, right, wrong):
 @pytest.mark.skipif(not (ROOT / 'tools/launch/local.py').exists(), reason='needs the flags of several processes')
 @pytest.mark.parametrize('kind', MANIFESTS)
 def test_the_command_is_one(kind):
-  (job,) = yaml.safe_load(MANIFESTS[kind])['spec']['replicatedJobs']
-  (container,) = job['template']['spec']['template']['spec']['containers']
+  container, args = container_of(kind)
   assert container['command'][0] == 'python'
-  args = [arg.replace('/gptjax/', f'{ROOT}/').replace('$(JOB_COMPLETION_INDEX)', '3') for arg in container['args']]
+  args = [arg.replace('/gptjax/', f'{ROOT}/') for arg in args]
   done = subprocess.run([sys.executable, *container['command'][1:], *args, '--print_config'], cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not (ROOT / 'tools/launch/local.py').exists(), reason='needs the discovery of several processes')
+def test_gpu_pods_find_each_other():
+  from gptjax.processes import discover
+
+  container, args = container_of('gpu')
+  labels = {'jobset.sigs.k8s.io/jobset-name': 'gpt2-774m', 'jobset.sigs.k8s.io/replicatedjob-name': 'node'}
+  group = discover(processes=4, environment=environment_of(container, labels) | {'JOB_COMPLETION_INDEX': '3'}, metadata=lambda name: None)
+  assert (group.processes, group.process) == (4, 3) and '--processes=4' in args
+  port = container['ports'][0]['containerPort']
+  assert group.coordinator == f'gpt2-774m-node-0-0.gpt2-774m:{port}'
+
+
+def container_of(kind):
+  """(the container, its arguments) of a manifest."""
+  (job,) = yaml.safe_load(MANIFESTS[kind])['spec']['replicatedJobs']
+  (container,) = job['template']['spec']['template']['spec']['containers']
+  return container, container['args']

@@ -199,7 +199,7 @@ def test_training_meets_over_the_nodes(cluster, tmp_path):
   state = cluster.wait_for(number, 'COMPLETED', 'FAILED', seconds=240)
   logs = '\n'.join(log.read_text() for log in sorted((workdir / 'logs').iterdir()))
   assert state == ('COMPLETED', '0:0'), logs
-  assert '2 process(es)' in json.loads((workdir / 'run.json').read_text())['device']
+  assert json.loads((workdir / 'run.json').read_text())['processes'].startswith('2, Slurm step')
   steps = [json.loads(line)['step'] for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   assert max(steps) == 4
 
