@@ -59,12 +59,12 @@ class Cluster:
     (here / 'gres.conf').write_text('AutoDetect=off\nName=gpu File=/dev/null\nName=gpu File=/dev/zero\n')
     (here / 'slurm.conf').write_text('\n'.join((
       'ClusterName=loopback', f'SlurmctldHost={name}(127.0.0.1)', f'SlurmctldPort={ports[0]}', 'SlurmUser=root', 'SlurmdUser=root',
-      'AuthType=auth/munge', 'CredType=cred/munge', f'AuthInfo=socket={here}/munge', f'StateSaveLocation={here}/state',
+      'AuthType=auth/munge', f'AuthInfo=socket={here}/munge', f'StateSaveLocation={here}/state',
       f'SlurmdSpoolDir={here}/spool-%n', f'SlurmctldPidFile={here}/slurmctld.pid', f'SlurmdPidFile={here}/slurmd-%n.pid',
       f'SlurmctldLogFile={here}/slurmctld.log', f'SlurmdLogFile={here}/slurmd-%n.log',
-      'ProctrackType=proctrack/linuxproc', 'TaskPlugin=task/none', 'SwitchType=switch/none', 'MpiDefault=none',
-      'SelectType=select/cons_tres', 'SelectTypeParameters=CR_Core', 'ReturnToService=2', 'SlurmdParameters=config_overrides',
-      'GresTypes=gpu', f'NodeName={NODES} NodeHostname={name} Port={ports[1]},{ports[2]} CPUs=4 Gres=gpu:2',
+      'ProctrackType=proctrack/linuxproc', 'TaskPlugin=task/none', 'SelectType=select/cons_tres', 'SelectTypeParameters=CR_Core',
+      'ReturnToService=2', 'SlurmdParameters=config_overrides', 'GresTypes=gpu',
+      f'NodeName={NODES} NodeHostname={name} Port={ports[1]},{ports[2]} CPUs=4 Gres=gpu:2',
       'PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP')) + '\n')
     self._start('munged', '--foreground', '--force', f'--key-file={here}/key', f'--socket={here}/munge', f'--pid-file={here}/munge.pid',
                 f'--seed-file={here}/seed', f'--log-file={here}/munge.log')
