@@ -8,11 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
-def commands_of(page):
-  blocks = re.findall(r'^```sh\n(.*?)^```', (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+def commands_of(page, language='sh'):
+  blocks = re.findall(rf'^```{language}\n(.*?)^```', (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
   return [line for block in blocks for line in block.splitlines()]
 
 
@@ -32,7 +34,8 @@ def run(commands, folder):
   for name in ('gptjax', 'tools', 'configs', 'LICENSE', 'README.md'):
     (folder / name).symlink_to(ROOT / name)
   # The caches of a home folder that tests may fill; compiled programs are shared with the other tests of this machine.
-  environment = {**os.environ, 'HOME': str(ROOT / '.jax_cache' / 'home')}
+  environment = {**os.environ, 'HOME': str(ROOT / '.jax_cache' / 'home'),
+                 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}  # the python of commands within commands
   printed = {}
   for command in commands:
     program, *arguments = shlex.split(command)
@@ -59,6 +62,27 @@ def test_commands_of_the_guide_to_data_run_as_written(tmp_path):
   assert (tmp_path / 'mixture.png').read_bytes().startswith(b'\x89PNG')
   score = json.loads(printed[7].splitlines()[-1])
   assert {*score['sets']} == {'licence', 'readme'} and {*score['tags']} == {'law'}
+
+
+def test_commands_of_the_guide_to_clusters_run_as_written(tmp_path):
+  commands = commands_of('docs/clusters.md')
+  assert len(commands) == 5
+  known = [command for command in commands if all((ROOT / f'{module.replace(".", "/")}.py').exists()
+                                                  for module in re.findall(r'-m ([\w.]+)', command))]  # until launcher and plan are there
+  run(known, tmp_path)
+  scores = [[json.loads(line)['eval/valid/loss'] for line in file.read_text().splitlines() if 'eval/valid/loss' in line]
+            for file in sorted((tmp_path / 'runs').glob('*/metrics.jsonl'))]
+  assert len(scores) == sum('gptjax.train' in command for command in known)
+  assert scores[0] and all(score == pytest.approx(scores[0], rel=1e-5) for score in scores)
+
+
+def test_commands_for_clusters_name_what_is_there():
+  commands = commands_of('docs/clusters.md', 'bash')
+  named = {path for command in commands for path in re.findall(r'\b(?:tools|configs)/[\w/.]+\w', command)}
+  assert named >= {'tools/launch/slurm.sbatch', 'tools/launch/jobset_tpu.yaml', 'tools/launch/tpu_vm.sh', 'configs/llama_1b.py'}
+  assert all((ROOT / path).is_file() for path in named)
+  linked = re.findall(r'\]\(\.\./(\S+?)\)', (ROOT / 'docs/clusters.md').read_text())
+  assert linked and all((ROOT / path).is_file() for path in linked)
 
 
 def test_recipes_of_the_readme_are_those_of_the_folder():

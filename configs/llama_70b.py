@@ -1,0 +1,31 @@
+"""Llama 2 70B.
+
+Sizes and everything else: Llama 2 (arXiv:2307.09288, table 1 and section 2.2).
+Expected: 68,976,648,192 parameters. Figure 5 ends at a training loss of about 1.5, on its own data.
+Meant for 512 TPU v5p chips (v5p:8x8x8). Data: a mixture of your own, in stores made with a tokenizer of at most 32,000 ids (docs/data.md).
+"""
+
+from gptjax.config import (
+  CheckpointConfig, Component, Config, DataConfig, EvalConfig, MeshConfig, ModelConfig, OptimizerConfig, ValidationSet)
+
+
+def get_config() -> Config:
+  return Config(
+    model=ModelConfig(
+      layers=80, heads=64, kv_heads=8, width=8192, mlp_width=28672,
+      vocab_size=32000, vocab_multiple=128,
+      positions='rope', norm='rmsnorm', mlp='swiglu', bias=False, tied=False,
+      compute_dtype='bfloat16', scan=True, remat='full'),
+    data=DataConfig(
+      train=(Component('stores/train'),), valid=(ValidationSet('valid', 'stores/valid'),),
+      context=4096, isolate_documents=False),  # the paper speaks of no mask between documents
+    optimizer=OptimizerConfig(
+      peak_lr=1.5e-4,
+      schedule='cosine', final_fraction=0.1, warmup=2000,
+      b1=0.9, b2=0.95, eps=1e-5, weight_decay=0.1, clip=1.0),
+    mesh=MeshConfig(data=512),  # 2 sequences a chip: enough work to hide the gathering of weights
+    zero_stage=3,
+    steps='2e12 tokens',
+    batch_size=1024,  # 4 million tokens
+    eval=EvalConfig(every=1000, rows=4096, sample_tokens=0),
+    checkpoint=CheckpointConfig(every=1000))
