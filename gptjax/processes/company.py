@@ -100,8 +100,10 @@ class Company:
 
   def _listen(self) -> None:
     with selectors.DefaultSelector() as selector:
-      for connection in self._peers:
+      for connection, peer in self._peers.items():
         selector.register(connection, selectors.EVENT_READ)
+        for message in connection.unread:
+          self._heard(peer, message)
       while selector.get_map():
         for key, _ in selector.select():
           peer = self._peers[cast(Connection, key.fileobj)]
@@ -111,7 +113,7 @@ class Company:
           except Closed as closed:
             selector.unregister(peer.connection)
             if peer.index not in self._parted:
-              self._end(peer, 1, f'{peer} is gone: {closed}')
+              self._end(1, f'{peer} is gone: {closed}')
 
   def _heard(self, peer: Peer, message: dict[str, Any]) -> None:
     match message:
@@ -123,12 +125,13 @@ class Company:
         self._parted.add(peer.index)
       case {'end': str(text), 'status': int(status)}:
         self._parted.add(peer.index)
-        self._end(peer, status, text)
+        self._over.set()
+        time.sleep(_OWN_WORDS)
+        self._end(status, text)
 
-  def _end(self, peer: Peer, status: int, text: str) -> None:
-    """Ends this process because another ended, unless it ends by itself first."""
+  def _end(self, status: int, text: str) -> None:
+    """Ends this process because another ended, unless it is about to end by itself."""
     self._over.set()
-    time.sleep(_OWN_WORDS)
     if self._ending.acquire(blocking=False):
       self._leave(status, f'error: {text}' if status else None, text)
 

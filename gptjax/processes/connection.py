@@ -23,6 +23,8 @@ class Connection:
 
   def __init__(self, sock: socket.socket):
     self.socket, self._rest, self.since = sock, b'', time.monotonic()
+    self.unread: list[dict[str, Any]] = []
+    """messages that were received together with one after which another reader takes over"""
     sock.settimeout(10)  # what we send is small: who does not take it in this time never will
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a host without power says nothing
     for option, seconds in (('TCP_KEEPIDLE', 30), ('TCP_KEEPINTVL', 10), ('TCP_KEEPCNT', 3)):

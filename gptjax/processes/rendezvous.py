@@ -21,6 +21,8 @@ from gptjax.processes.discovery import Group
 
 _STRANGER = 10.0
 """Seconds in which who connects has to say who it is."""
+_LATE = 5.0
+"""Seconds that process 0 tries to listen, and that it stays to tell those that come after a run has failed to start."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,76 +85,112 @@ def bind_address(group: Group) -> str:
   return ''
 
 
-def _listen(group: Group) -> socket.socket:
+def _listen(group: Group, deadline: float) -> socket.socket:
   host, port = bind_address(group), address(group)[1]
   both = not host and socket.has_dualstack_ipv6()
-  for last in (*[False] * 20, True):
+  deadline = min(deadline, time.monotonic() + _LATE)
+  while True:
     try:
       return socket.create_server((host, port), family=socket.AF_INET6 if both or ':' in host else socket.AF_INET,
                                   dualstack_ipv6=both, backlog=1024)
     except OSError as error:
-      if last:
+      if time.monotonic() > deadline:
         raise UserError('--coordinator', group.coordinator, f'a port that is free on this host; {error.strerror or error}') from None
-      time.sleep(0.25)  # what had it before, such as the same run a moment ago, may be about to end
-  raise AssertionError
+      time.sleep(0.25)  # what has it, such as the same run a moment ago, may be about to end
 
 
 def _gather(group: Group, facts: Mapping[str, str], timeout: float, deadline: float) -> list[Peer]:
-  me = socket.gethostname()
-  came: dict[int, Peer] = {}
-  strangers: set[Connection] = set()
-  with _listen(group) as listener, selectors.DefaultSelector() as selector:
+  with _listen(group, deadline) as listener, selectors.DefaultSelector() as selector:
+    gathering = _Gathering(group, facts, listener, selector)
+    while not gathering.complete and (left := deadline - time.monotonic()) > 0:
+      gathering.serve(min(left, 1.0))
+    if not gathering.complete:
+      here = ', '.join([f'process 0 on {socket.gethostname()}', *map(str, gathering.peers())])
+      gathering.fail(UserError('peers', _Attendance(group, timeout, frozenset({0, *gathering.came})),
+                               f'all {group.processes} within --rendezvous_timeout; came: {here}'))
+    if gathering.failure:
+      deadline = min(deadline, time.monotonic() + _LATE)
+      while gathering.told < group.processes - 1 and (left := deadline - time.monotonic()) > 0:
+        gathering.serve(left)
+      raise gathering.failure
+    for connection in gathering.strangers:
+      connection.close()
+  for peer in gathering.peers():
+    peer.connection.send(go=socket.gethostname())
+  return gathering.peers()
+
+
+class _Gathering:
+  """What process 0 knows while the others come."""
+
+  def __init__(self, group: Group, facts: Mapping[str, str], listener: socket.socket, selector: selectors.BaseSelector):
+    self._group, self._facts, self._listener, self._selector = group, facts, listener, selector
+    self.came: dict[int, Peer] = {}
+    self.strangers: set[Connection] = set()
+    """who connected and has not said who it is"""
+    self.failure: UserError | None = None
+    self.told = 0
+    """processes that heard of the failure"""
     selector.register(listener, selectors.EVENT_READ)
 
-    def drop(connection: Connection) -> None:
-      selector.unregister(connection)
-      connection.close()
-      strangers.discard(connection)
-      for peer in [peer for peer in came.values() if peer.connection is connection]:
-        del came[peer.index]  # it may come again
+  @property
+  def complete(self) -> bool:
+    """Whether there is nothing to wait for."""
+    return self.failure is not None or len(self.came) == self._group.processes - 1
 
-    try:
-      while len(came) < group.processes - 1:
-        now = time.monotonic()
-        for connection in [one for one in strangers if now - one.since > _STRANGER]:
-          drop(connection)
-        if now >= deadline:
-          here = ', '.join([f'process 0 on {me}', *(str(came[index]) for index in sorted(came))])
-          raise UserError('peers', _Attendance(group, timeout, frozenset({0, *came})),
-                          f'all {group.processes} within --rendezvous_timeout; came: {here}')
-        for key, _ in selector.select(min(deadline - now, 1)):
-          if key.fileobj is listener:
-            with contextlib.suppress(OSError):
-              connection = Connection(listener.accept()[0])
-              strangers.add(connection)
-              selector.register(connection, selectors.EVENT_READ)
-            continue
-          connection = cast(Connection, key.fileobj)
-          try:
-            for message in connection.receive():
-              if peer := _greeted(message, connection):
-                strangers.discard(connection)
-                _compare(group, facts, peer, message, came.get(peer.index), me)
-                came[peer.index] = peer
-                connection.send(wait=max(deadline - time.monotonic(), 0))
-          except Closed:
-            drop(connection)
-          except UserError as error:
-            connection.send(error=str(error))
-            raise
-    except UserError as error:
-      for peer in came.values():
-        peer.connection.send(error=str(error))
-      raise
-    for connection in strangers:
-      connection.close()
-  peers = [came[index] for index in sorted(came)]
-  for peer in peers:
-    peer.connection.send(go=me)
-  return peers
+  def peers(self) -> list[Peer]:
+    """Those that came, in order."""
+    return [self.came[index] for index in sorted(self.came)]
+
+  def fail(self, error: UserError) -> None:
+    """Tells all that came; who comes later is told then."""
+    self.failure = error
+    for peer in self.came.values():
+      self._tell(peer.connection)
+
+  def serve(self, seconds: float) -> None:
+    """Hears whoever speaks within this time."""
+    for connection in [one for one in self.strangers if time.monotonic() - one.since > _STRANGER]:
+      self._drop(connection)
+    for key, _ in self._selector.select(seconds):
+      if key.fileobj is self._listener:
+        with contextlib.suppress(OSError):
+          connection = Connection(self._listener.accept()[0])
+          self.strangers.add(connection)
+          self._selector.register(connection, selectors.EVENT_READ)
+        continue
+      connection = cast(Connection, key.fileobj)
+      try:
+        for message in connection.receive():
+          self._greet(_greeted(message, connection), message)
+      except Closed:
+        self._drop(connection)
+
+  def _greet(self, peer: Peer, message: dict[str, Any]) -> None:
+    self.strangers.discard(peer.connection)
+    if not self.failure:
+      try:
+        _compare(self._group, self._facts, peer, message, self.came.get(peer.index))
+      except UserError as error:
+        self.fail(error)
+    if self.failure:
+      self._tell(peer.connection)
+    else:
+      self.came[peer.index] = peer
+      peer.connection.send(wait=True)
+
+  def _tell(self, connection: Connection) -> None:
+    connection.send(error=str(self.failure))
+    self.told += 1
+
+  def _drop(self, connection: Connection) -> None:
+    self._selector.unregister(connection)
+    connection.close()
+    self.strangers.discard(connection)
+    self.came = {index: peer for index, peer in self.came.items() if peer.connection is not connection}  # it may come again
 
 
-def _greeted(message: dict[str, Any], connection: Connection) -> Peer | None:
+def _greeted(message: dict[str, Any], connection: Connection) -> Peer:
   """Who says hello; who says something else is a stranger."""
   match message:
     case {'gptjax': dict(), 'process': int(index), 'processes': int(), 'host': str(host)}:
@@ -160,8 +198,9 @@ def _greeted(message: dict[str, Any], connection: Connection) -> Peer | None:
   raise Closed('something else')
 
 
-def _compare(group: Group, facts: Mapping[str, str], peer: Peer, message: dict[str, Any], same: Peer | None, me: str) -> None:
+def _compare(group: Group, facts: Mapping[str, str], peer: Peer, message: dict[str, Any], same: Peer | None) -> None:
   """Raises a UserError where a process is not one of this run."""
+  me = socket.gethostname()
   if message['processes'] != group.processes:
     raise UserError('--processes', message['processes'], f'{group.processes}, as process 0 on {me} has it; the other is of {peer}')
   if same or not 0 < peer.index < group.processes:
@@ -186,7 +225,7 @@ def _go(group: Group, facts: Mapping[str, str], timeout: float, deadline: float)
         if sock.getsockname() == sock.getpeername():  # TCP can call itself where nobody listens
           raise Closed('nobody answers')
         connection.send(gptjax=dict(facts), process=group.process, processes=group.processes, host=socket.gethostname())
-        return _released(connection, deadline)
+        return _released(connection, timeout, deadline)
       except Closed as error:
         reason = str(error)
       except BaseException:
@@ -198,17 +237,19 @@ def _go(group: Group, facts: Mapping[str, str], timeout: float, deadline: float)
                   f'{timeout:g} s: {reason}')
 
 
-def _released(connection: Connection, deadline: float) -> Peer:
+def _released(connection: Connection, timeout: float, deadline: float) -> Peer:
   """Waits until process 0, once reached, says what becomes of all: it may have started later, and then waits longer than we would."""
   while (left := deadline - time.monotonic()) > 0:
     if select.select([connection], [], [], left)[0]:
-      for message in connection.receive():
-        match message:
-          case {'wait': int() | float() as seconds}:
-            deadline = time.monotonic() + seconds + 5
+      messages = connection.receive()
+      while messages:
+        match messages.pop(0):
+          case {'wait': True}:
+            deadline = time.monotonic() + timeout + 5
           case {'error': str(text)}:
             raise UserError.told(text)
           case {'go': str(host)}:
+            connection.unread = messages  # process 0 may have gone on already
             return Peer(0, host, connection)
           case _:
             raise Closed('something else answers there')

@@ -6,6 +6,7 @@ Each process has so many virtual CPU devices, or without --devices its share of 
 shown as it is, that of the others on stderr with [their number] before each line. When one fails all end, and the status is its.
 """
 
+import contextlib
 import os
 import re
 import signal
@@ -73,16 +74,15 @@ def _watch(running: list[subprocess.Popen]) -> int:
 
 
 def _end(running: list[subprocess.Popen]) -> None:
-  for number, seconds in ((signal.SIGTERM, _TERMINATED), (signal.SIGKILL, None)):
-    left = [process for process in running if process.poll() is None]
-    for process in left:
-      process.send_signal(number) if number != signal.SIGKILL else os.killpg(process.pid, number)
-    deadline = time.monotonic() + (seconds or 60)
-    for process in left:
-      try:
+  """Ends what is left of every process's group."""
+  for number, seconds in ((signal.SIGTERM, _TERMINATED), (signal.SIGKILL, 60.0)):
+    for process in running:
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+    deadline = time.monotonic() + seconds
+    for process in running:
+      with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(max(deadline - time.monotonic(), 0))
-      except subprocess.TimeoutExpired:
-        pass
 
 
 def _relay(process: subprocess.Popen, index: int) -> None:
