@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,7 +42,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   return Mesh(_arranged(config.replica, data, config.model, devices[:data * outer]), AXES, axis_types=(AxisType.Explicit,) * 3)
 
 
-def _arranged(replica: int, data: int, model: int, devices: Sequence[jax.Device]) -> np.ndarray:
+def _arranged(replica: int, data: int, model: int, devices: Sequence[Any]) -> np.ndarray:
   """The devices as [replica, data, model], from the slowest network to the fastest."""
   kind = 'slice' if len({getattr(device, 'slice_index', 0) for device in devices}) > 1 else 'process'
   count = len({getattr(device, f'{kind}_index') for device in devices})
@@ -50,7 +51,7 @@ def _arranged(replica: int, data: int, model: int, devices: Sequence[jax.Device]
     raise UserError('mesh.replica', replica, f'a divisor or a multiple of the {count} {"slices" if kind == "slice" else "processes"} '
                     f'of the {len(devices)} devices: {numbers}, {2 * count}, ...')
   if kind == 'process':  # devices are in the order of their processes, which is that of the axes
-    return jax.make_mesh((replica, data, model), AXES, devices=devices).devices
+    return mesh_utils.create_device_mesh((replica, data, model), devices, allow_split_physical_axes=True)
   within = len(devices) // count
   if within % model:
     raise UserError('mesh.model', model, f'a divisor of the {within} devices of a slice: '
