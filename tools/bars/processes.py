@@ -16,14 +16,14 @@ _TIMEOUT = 10
 
 @bar
 def processes(folder: Path) -> Result:
-  recipe = ['--config=configs/shakespeare_char_cpu.py', shakespeare(), f'--cache_dir={folder}/cache', f'--config.steps={_STEPS}',
-            '--config.batch_size=16', '--config.model.dropout=0.1', '--config.zero_stage=3',
-            '--config.eval.every=0', '--config.eval.rows=64']
+  recipe = ['--config=configs/shakespeare_char_cpu.py', shakespeare(), f'--cache_dir={folder}/cache',
+            '--config.batch_size=16', '--config.model.dropout=0.1', '--config.zero_stage=3', '--config.eval.every=0']
+  trained = ['tools.bars.kept_state', *recipe, f'--stop_at={_STEPS}', '--log_every=1']
   work = {name: folder / name for name in ('one', 'four')}
-  python('tools.bars.kept_state', *recipe, f'--workdir={work["one"]}', '--log_every=1', '--cpu_devices=8')
-  several(4, 2, 'tools.bars.kept_state', *recipe, f'--workdir={work["four"]}', '--log_every=1')
+  python(*trained, f'--workdir={work["one"]}', '--cpu_devices=8')
+  several(4, 2, *trained, f'--workdir={work["four"]}')
   one, four = ([json.loads(line) for line in (place / 'metrics.jsonl').read_text().splitlines()] for place in work.values())
-  assert len(one) == len(four) == _STEPS + 1
+  assert len(one) == len(four) == _STEPS
   worst = max(abs(a[name] / b[name] - 1) for a, b in zip(one, four) for name in a if name.endswith('loss'))
 
   feed = ['tools.feed', *recipe, f'--steps={_STEPS}', f'--out={folder}/rows']
@@ -34,7 +34,7 @@ def processes(folder: Path) -> Result:
   different = len({*rows} ^ {line for part in parts for line in part})
   own = [len(part) for part in parts]
 
-  python('tools.bars.kept_state', *recipe, f'--workdir={work["four"]}')  # restores on one process with one device
+  python(*trained, f'--workdir={work["four"]}')  # restores on one process with one device
   saved, restored = kept(work['four'], f'saved-{_STEPS}', 4), kept(work['four'], f'restored-{_STEPS}', 1)
   whole = len(saved) > 30 and same(saved, restored)
   return Result('4 processes x 2 CPU devices (Gloo) against 1 process x 8, ZeRO 3, dropout on: losses within 1e-5 relative, global rows '
