@@ -46,9 +46,9 @@ class Options:
 
 def train(config: Config, options: Options) -> None:
   """Trains, or goes on where the workdir's latest checkpoint stands."""
-  assert jax.process_count() == company().group.processes, 'processes of one run join through gptjax.start'
   data = _prepare(config, options.cache_dir)
   mesh = make_mesh(config.mesh)
+  assert jax.process_count() == company().group.processes, 'processes of one run join through gptjax.start'
   with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
     run = resolve(config, data, mesh)
     changed = _claim(options.workdir, run.config, data) if first() else []

@@ -45,6 +45,7 @@ def launch(command: list[str], processes: int, devices: int = 0) -> int:
     raise configs.UserError('command', None, 'one after --, as in: -- python -m gptjax.train --config=...')
   shares = [[]] * processes if devices else _shares(processes)
   running: list[subprocess.Popen] = []
+  relays: list[threading.Thread] = []
   coordinator = f'localhost:{_free_port()}'
   try:
     for index in range(processes):
@@ -56,10 +57,13 @@ def launch(command: list[str], processes: int, devices: int = 0) -> int:
       process = subprocess.Popen([*command, *more], env=environment, process_group=0, **pipes)
       running.append(process)
       if index:
-        threading.Thread(target=_relay, args=(process, index), daemon=True).start()
+        relays.append(threading.Thread(target=_relay, args=(process, index), daemon=True))
+        relays[-1].start()
     return _watch(running)
   finally:
     _end(running)
+    for relay in relays:
+      relay.join(5)  # the last lines are those that say why
 
 
 def _watch(running: list[subprocess.Popen]) -> int:
