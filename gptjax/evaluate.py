@@ -7,6 +7,7 @@ from pathlib import Path
 from absl import flags
 
 from gptjax import config as configs
+from gptjax import processes
 from gptjax.files import json_line, write_whole
 from gptjax.start import start
 
@@ -24,16 +25,20 @@ def main(_) -> None:
 
   workdir = Path(_WORKDIR.value).expanduser()
   trained = checkpoint.load_trained(workdir, _STEP.value)
-  print(trained.description, file=sys.stderr)
+  if processes.first():
+    print(trained.description, file=sys.stderr)
   held_out = data.open_held_out(workdir / 'data')
   config = trained.config
   sets = {name: data.EvalRows(store, config.data.context, config.data.isolate_documents) for name, store in held_out.valid.items()}
   devices = trained.mesh.shape['replica'] * trained.mesh.shape['data']
   console = Console(stderr=True)
-  with jax.set_mesh(trained.mesh), Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+  shown = console.is_terminal and processes.first()
+  with jax.set_mesh(trained.mesh), Progress(console=console, transient=True, disable=not shown) as bar:
     scorer = evaluation.Scorer(trained.blueprint, training.next_token(), trained.mesh, -(-config.sequences // devices) * devices)
     task = bar.add_task('rows', total=sum(rows.count for rows in sets.values()))
     scores = scorer.sets(trained.parameters, sets, held_out.tags, advance=lambda count: bar.advance(task, count))
+  if not processes.first():
+    return
   result = {**dataclasses.asdict(scores.overall), 'step': trained.step}
   if len(sets) > 1:
     _print(scores.named())

@@ -6,6 +6,7 @@ from pathlib import Path
 from absl import flags
 
 from gptjax import config as configs
+from gptjax import processes
 from gptjax.start import start
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a run', required=True)
@@ -30,7 +31,8 @@ def main(_) -> None:
   tokenizer = data.open_held_out(workdir / 'data').tokenizer
   with jax.set_mesh(trained.mesh):
     tokenizer.encode(_PROMPT.value, '--prompt')  # what is wrong with it is told before it is printed
-    print(trained.description, file=sys.stderr)
+    if processes.first():
+      print(trained.description, file=sys.stderr)
     never_drawn = inference.never_drawn(tokenizer, trained.config.model)
     generator = inference.Generator(trained.blueprint, trained.mesh, sampling, never_drawn)
     print(_PROMPT.value, end='', flush=True)

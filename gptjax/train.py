@@ -26,7 +26,7 @@ def main(config: configs.Config) -> None:
   if workdir.exists() and not workdir.is_dir():
     raise configs.UserError('--workdir', str(workdir), 'a folder, not a file')
   profile_steps = _steps(_PROFILE.value)
-  cache = start()
+  cache = start(config)
   from gptjax import training
   training.train(config, training.Options(
     workdir, cache, log_every=_LOG_EVERY.value, stop_at=_STOP_AT.value, profile_steps=profile_steps))

@@ -1,8 +1,8 @@
 """Tells which rows the devices of a run are given: python -m tools.feed --config=... --steps=200 --out=FILE
 
-It feeds as training does and computes nothing. The file gets a line `row digest` for each row of a device of this process:
-its number in the run and the SHA-256 of all that the model gets of it. Runs of one config agree on every row, however many
-processes, devices, batches ahead, and rows a step they have.
+It feeds as training does and computes nothing. The file, FILE.I of process I where there are several, gets
+a line `row digest` for each row of a device of this process: its number in the run and the SHA-256 of all that the model gets
+of it. Runs of one config agree on every row, however many processes, devices, batches ahead, and rows a step they have.
 """
 
 import hashlib
@@ -12,29 +12,24 @@ import numpy as np
 from absl import flags
 
 from gptjax import config as configs
+from gptjax.processes import company
 from gptjax.start import start
 
 _OUT = flags.DEFINE_string('out', None, 'file to write', required=True)
 _STEPS = flags.DEFINE_integer('steps', 200, 'steps to feed', lower_bound=1)
 _FIRST = flags.DEFINE_integer('first_row', 0, 'rows taken before', lower_bound=0)
-_PROCESSES = flags.DEFINE_integer('processes', 1, 'processes that share the run', lower_bound=1)
-_PROCESS = flags.DEFINE_integer('process', 0, 'number of this one', lower_bound=0)
-_ADDRESS = flags.DEFINE_string('address', 'localhost:9876', 'where process 0 listens')
 
 
 def main(config: configs.Config) -> None:
-  cache = start()
-  import jax
-
+  cache = start(config)
   from gptjax.data import batches, prepare, train_rows
   from gptjax.sharding import make_mesh, my_rows, place_rows
-  if _PROCESSES.value > 1:
-    jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-    jax.distributed.initialize(_ADDRESS.value, _PROCESSES.value, _PROCESS.value)
   rows = train_rows(config, prepare(config.data, cache))
   mesh, size = make_mesh(config.mesh), config.batch_size
   feed = batches(rows, _FIRST.value, size, my_rows(mesh, size), prefetch=config.data.prefetch, workers=config.data.workers)
-  with Path(_OUT.value).open('w') as file:
+  group = company().group
+  out = Path(f'{_OUT.value}.{group.process}' if group.processes > 1 else _OUT.value)
+  with out.open('w') as file:
     for step in range(_STEPS.value):
       batch = place_rows(mesh, next(feed), size)
       for row, digest in digests(batch):

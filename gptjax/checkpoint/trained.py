@@ -10,6 +10,7 @@ from gptjax import config as configs
 from gptjax.checkpoint.checkpoints import Checkpoints
 from gptjax.config import Config, MeshConfig, UserError
 from gptjax.model import Blueprint, Parameters, attention_backend, blueprint
+from gptjax.processes import share
 from gptjax.sharding import describe, make_mesh
 
 
@@ -51,7 +52,7 @@ def load_trained(workdir: Path, step: str = 'latest') -> Trained:
   mesh = make_mesh(MeshConfig(model=config.mesh.model if jax.device_count() % config.mesh.model == 0 else 1))
   checkpoints = Checkpoints(workdir / 'checkpoints')
   try:
-    number = checkpoints.resolve(step)
+    number = share('checkpoint', checkpoints.resolve(step))
     shardings = plan.shardings(0, mesh)
     abstract = {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=shardings[name]) for name, s in plan.shapes.items()}
     return Trained(config, plan, mesh, checkpoints.restore_parameters(number, abstract), number)

@@ -1,7 +1,21 @@
 """The config room: typed, frozen dataclasses that say what a run is, and the flags and errors around them."""
 
 from gptjax.config.errors import UserError
-from gptjax.config.flags import checked, describe, differences, docstrings, flatten, from_json, load, override, run, to_json
+from gptjax.config.flags import (
+    at_end,
+    checked,
+    describe,
+    differences,
+    docstrings,
+    ending,
+    flatten,
+    from_json,
+    load,
+    override,
+    own_flags,
+    run,
+    to_json,
+)
 from gptjax.config.schema import (
     CheckpointConfig,
     Component,
@@ -22,6 +36,7 @@ from gptjax.config.schema import (
 
 __all__ = [
     'CheckpointConfig', 'Component', 'Config', 'DataConfig', 'Duration', 'EvalConfig', 'MeshConfig', 'ModelConfig',
-    'OptimizerConfig', 'Phase', 'SourceConfig', 'TokenizerConfig', 'UserError', 'ValidationSet', 'checked', 'describe', 'differences',
-    'docstrings', 'duration_in_steps', 'flatten', 'from_json', 'in_unit_of_steps', 'load', 'override', 'run', 'to_json',
+    'OptimizerConfig', 'Phase', 'SourceConfig', 'TokenizerConfig', 'UserError', 'ValidationSet', 'at_end', 'checked', 'describe',
+    'differences', 'docstrings', 'duration_in_steps', 'ending', 'flatten', 'from_json', 'in_unit_of_steps', 'load', 'override', 'own_flags',
+    'run', 'to_json',
 ]

@@ -25,10 +25,11 @@ class UserError(ValueError):
     super().__init__(' '.join(text.split()))
 
   def __reduce__(self):
-    return _again, (str(self),)  # so that a worker process can raise it
+    return UserError.told, (str(self),)  # so that a worker process can raise it
 
-
-def _again(text: str) -> UserError:
-  error = UserError.__new__(UserError)
-  error.args = (text,)
-  return error
+  @classmethod
+  def told(cls, text: str) -> 'UserError':
+    """The error that another process raised, from its text."""
+    error = cls.__new__(cls)
+    error.args = (text,)
+    return error

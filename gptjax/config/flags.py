@@ -6,6 +6,7 @@ so a field is checked the same way wherever its value came from.
 
 import ast
 import collections
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -31,6 +32,9 @@ from gptjax.config.schema import Config, Duration
 
 Value = int | float | str | tuple
 """What a field can hold; bool is an int, and a tuple is of dataclasses or of values again."""
+
+at_end = contextlib.ExitStack()
+"""What a binary enters here is left when its main ends, with the exception that ends it."""
 
 _BOOLEANS = {'true': True, '1': True, 'yes': True, 'false': False, '0': False, 'no': False}
 _CONFIG_FLAG = re.compile(r'--?config(?:\.([^=]*))?(?:=(.*))?', re.DOTALL)
@@ -280,19 +284,30 @@ def run(main: Callable[[Any], int | None], *, needs_config: bool | None = True) 
     needs_config: whether the binary takes `--config.FIELD=VALUE` and must be given `--config=RECIPE`; None: it may be given.
   """
   try:
-    app.run(main, flags_parser=functools.partial(_parse_command_line, needs_config=needs_config))
-  except UserError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
-  except BrokenPipeError:
-    # Whoever read our output, such as head, has what they wanted; Python must not try to flush the rest at exit.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-  except OSError as error:
-    print(f'error: {error.filename or "system"}: {error.strerror or error}, accepted: a place that can be read and written',
-          file=sys.stderr)
-    sys.exit(2)
-  except KeyboardInterrupt:
-    sys.exit(130)  # 128 + SIGINT, as a shell reports it
+    with at_end:
+      app.run(main, flags_parser=functools.partial(_parse_command_line, needs_config=needs_config))
+  except (UserError, OSError, KeyboardInterrupt) as error:
+    if isinstance(error, BrokenPipeError):
+      # Python must not try to flush the rest at exit.
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    status, line = ending(error)
+    if line:
+      print(line, file=sys.stderr)
+    sys.exit(status)
+
+
+def ending(error: BaseException) -> tuple[int, str | None]:
+  """How a binary ends with an error: its exit status, and the line it says; '': none, None: a traceback."""
+  match error:
+    case UserError():
+      return 2, f'error: {error}'
+    case BrokenPipeError():  # whoever read our output, such as head, has what they wanted
+      return 0, ''
+    case OSError():
+      return 2, f'error: {error.filename or "system"}: {error.strerror or error}, accepted: a place that can be read and written'
+    case KeyboardInterrupt():
+      return 130, ''  # 128 + SIGINT, as a shell reports it
+  return 1, None
 
 
 def _parse_command_line(argv: Sequence[str], *, needs_config: bool | None) -> Config | None:
@@ -345,7 +360,7 @@ def _split(args: Sequence[str]) -> tuple[str | None, dict[str, str | None], list
   return recipe, texts, others
 
 
-def _own_flags() -> list[flags.Flag]:
+def own_flags() -> list[flags.Flag]:
   """The flags that the running binary and gptjax define, without those of absl and other libraries."""
   modules = flags.FLAGS.flags_by_module_dict().items()
   own = [found for module, found in modules if module == sys.argv[0] or module.partition('.')[0] in ('gptjax', 'tools')]
@@ -355,7 +370,7 @@ def _own_flags() -> list[flags.Flag]:
 def _as_user_error(error: Exception, needs_config: bool) -> UserError:
   """Says what absl found wrong in our form: name, value, what is accepted, and the nearest name."""
   if isinstance(error, flags.UnrecognizedFlagError):
-    own = ['--config', '--config.FIELD'] * needs_config + [f'--{flag.name}' for flag in _own_flags()]
+    own = ['--config', '--config.FIELD'] * needs_config + [f'--{flag.name}' for flag in own_flags()]
     names = {}
     if needs_config:
       with_config = {f'config.{name}': f'--config.{name}' for name in _FIELDS}
@@ -411,7 +426,7 @@ def _help(config: Config | None) -> str:
   main = sys.modules['__main__']
   program = f'-m {main.__spec__.name}' if main.__spec__ else sys.argv[0]
   own = [(f'--{flag.name}' + ('' if flag.default is None else f'={_shown(flag.default)}'), flag.help or '')
-         for flag in _own_flags()]
+         for flag in own_flags()]
   sections = {'flags': own + [('--help', 'show this and stop')]}
   usage = f'usage: python {program} [--FLAG=VALUE ...]'
   if config is not None:

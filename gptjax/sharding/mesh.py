@@ -1,8 +1,12 @@
 """The mesh: every device of the run on three named axes."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from gptjax.config import Config, MeshConfig, UserError
@@ -14,6 +18,10 @@ AXES = ('replica', 'data', 'model')
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
   """Arranges devices (default: all) as (replica, data, model) with Explicit axes: shardings are part of an array's type.
+
+  Where the devices are of several slices (groups with a fast network inside and a slower one between), a group of
+  `mesh.replica` lies within a slice or is made of whole ones, and `model` never leaves a slice. Processes without slices, such
+  as those on CPUs, stand for them: a group is made of whole processes, or a process has whole groups.
 
   Raises:
     UserError: the devices do not suffice or do not divide.
@@ -31,7 +39,27 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     raise UserError('mesh.data', config.data, f'-1 or at most {count // outer} with {count} devices and {others}')
   if data * outer < count and jax.process_count() > 1:
     raise UserError('mesh.data', config.data, f'all {count} devices when several processes join: mesh.data={count // outer}')
-  return jax.make_mesh((config.replica, data, config.model), AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices[:data * outer])
+  return Mesh(_arranged(config.replica, data, config.model, devices[:data * outer]), AXES, axis_types=(AxisType.Explicit,) * 3)
+
+
+def _arranged(replica: int, data: int, model: int, devices: Sequence[Any]) -> np.ndarray:
+  """The devices as [replica, data, model], from the slowest network to the fastest."""
+  kind = 'slice' if len({getattr(device, 'slice_index', 0) for device in devices}) > 1 else 'process'
+  count = len({getattr(device, f'{kind}_index') for device in devices})
+  if replica % count and count % replica and (kind == 'slice' or replica > 1):
+    numbers = ', '.join(str(n) for n in range(1, count + 1) if count % n == 0)
+    raise UserError('mesh.replica', replica, f'a divisor or a multiple of the {count} {"slices" if kind == "slice" else "processes"} '
+                    f'of the {len(devices)} devices: {numbers}, {2 * count}, ...')
+  if kind == 'process':  # devices are in the order of their processes, which is that of the axes
+    return mesh_utils.create_device_mesh((replica, data, model), devices, allow_split_physical_axes=True)
+  within = len(devices) // count
+  if within % model:
+    raise UserError('mesh.model', model, f'a divisor of the {within} devices of a slice: '
+                    f'{", ".join(str(n) for n in range(1, within + 1) if within % n == 0)}')
+  # What of replica is beyond the slices lies within them; what of the slices is beyond replica, data spans.
+  between = math.gcd(replica, count)
+  return mesh_utils.create_hybrid_device_mesh(
+    (replica // between, data * between // count, model), (between, count // between, 1), devices, allow_split_physical_axes=True)
 
 
 def describe(mesh: Mesh) -> str:

@@ -92,6 +92,18 @@ class Logbook:
     self._files[name].flush()
 
 
+class Silence(Logbook):
+  """The Logbook of the processes that another one writes for."""
+
+  def __init__(self) -> None:
+    pass
+
+  def _nothing(self, *args: Any, **named: Any) -> None:
+    pass
+
+  header = step = advance = validation = sample = say = close = _nothing
+
+
 class _Board:
   """TensorBoard's file, written as the figures come: tensorboardX's own thread dies on a full disk, and the run then hangs.
 

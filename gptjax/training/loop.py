@@ -17,9 +17,10 @@ from gptjax.evaluation import Scorer
 from gptjax.files import write_whole
 from gptjax.inference import Generator, Sampling, never_drawn
 from gptjax.model import flops_per_token
+from gptjax.processes import company, first, share
 from gptjax.sharding import make_mesh, my_rows, place_rows
 from gptjax.training.hardware import CompileCounter, peak_flops
-from gptjax.training.logbook import Logbook
+from gptjax.training.logbook import Logbook, Silence
 from gptjax.training.run import Run, header, resolve
 from gptjax.training.step import TrainState
 
@@ -45,29 +46,53 @@ class Options:
 
 def train(config: Config, options: Options) -> None:
   """Trains, or goes on where the workdir's latest checkpoint stands."""
-  data = prepare(config.data, options.cache_dir, cores())
+  data = _prepare(config, options.cache_dir)
   mesh = make_mesh(config.mesh)
+  assert jax.process_count() == company().group.processes, 'processes of one run join through gptjax.start'
   with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
     run = resolve(config, data, mesh)
-    changed = _claim(options.workdir, run.config, data)
+    changed = _claim(options.workdir, run.config, data) if first() else []
+    _see(options.workdir)
     checkpoints = stack.enter_context(contextlib.closing(Checkpoints(options.workdir / 'checkpoints', config.checkpoint)))
-    steps = checkpoints.steps()
-    if steps:
-      state, progress = checkpoints.restore(steps[-1], run.abstract_state)
+    newest = share('newest checkpoint', max(checkpoints.steps(), default=None))
+    if newest is not None:
+      state, progress = checkpoints.restore(newest, run.abstract_state)
     else:
       state, progress = run.initialize(), Progress()
     last = min(run.steps, options.stop_at or run.steps)
     _check_profile(options.profile_steps, progress.step, last)
     _check_rows(run, progress, last)
     peak = peak_flops(list(mesh.devices.flatten()), run.config.model.compute_dtype)
-    book = stack.enter_context(contextlib.closing(Logbook(options.workdir, progress.step, run.steps)))
+    book = stack.enter_context(contextlib.closing(
+      Logbook(options.workdir, progress.step, run.steps) if first() else Silence()))
     facts = header(run, data, progress, peak)
     book.header(facts | ({'changed': '; '.join(changed)} if changed else {}))
     if progress.step >= last:
       book.say(f'nothing to do: step {progress.step} of {last} is done')
       return
-    write_whole(options.workdir / 'run.json', json.dumps(facts, indent=2) + '\n')
+    if first():
+      write_whole(options.workdir / 'run.json', json.dumps(facts, indent=2) + '\n')
     _Loop(run, data, checkpoints, book, options, peak[0]).go(state, progress, last)
+
+
+def _prepare(config: Config, cache_dir: Path) -> Prepared:
+  """The data: process 0 makes it first, so that the others find it in a cache they share, or make it on a disk of their own."""
+  data = prepare(config.data, cache_dir, cores()) if first() else None
+  fingerprint = share('data', data and data.fingerprint)
+  data = data or prepare(config.data, cache_dir, cores())
+  if data.fingerprint != fingerprint:
+    raise UserError('data', data.fingerprint, f'{fingerprint}, the fingerprint of documents, split and tokenizer in process 0')
+  return data
+
+
+def _see(workdir: Path) -> None:
+  """Waits until every process sees the workdir as process 0 left it."""
+  share('workdir')
+  deadline = time.monotonic() + 60  # network file systems may remember for so long that a file was not there
+  while not (workdir / 'config.json').exists():
+    if time.monotonic() > deadline:
+      raise UserError('--workdir', str(workdir), 'a folder of a file system that all processes share; process 0 wrote what is not here')
+    time.sleep(0.1)
 
 
 def _claim(workdir: Path, config: Config, data: Prepared) -> list[str]:
@@ -215,7 +240,7 @@ class _Loop:
     return Generator(self.run.blueprint, self.run.mesh, Sampling(), never_drawn(self.data.tokenizer, self.run.config.model))
 
   def _start_trace(self, step: int) -> None:
-    if self.options.profile_steps and step == self.options.profile_steps[0]:
+    if first() and self.options.profile_steps and step == self.options.profile_steps[0]:
       self._read_pending()
       jax.profiler.start_trace(self.options.workdir / 'profile')
       self.tracing = True

@@ -16,6 +16,7 @@ from gptjax.checkpoint import Progress
 from gptjax.config import Config, UserError, duration_in_steps
 from gptjax.data import EvalRows, Prepared, TrainRows, train_rows
 from gptjax.model import Blueprint, attention_backend, blueprint, flops_per_token, parameter_count
+from gptjax.processes import company
 from gptjax.sharding import check_sizes, describe
 from gptjax.training.objective import Objective, next_token
 from gptjax.training.optimizer import make_optimizer, schedule
@@ -101,7 +102,8 @@ def header(run: Run, data: Prepared, progress: Progress, peak: tuple[float, str]
   model = config.model
   share, reasons = run.blueprint.undivided(config.zero_stage, mesh)
   return {
-    'device': f'{len(devices)} of {jax.device_count()} {devices[0].device_kind}, {jax.process_count()} process(es)',
+    'device': f'{len(devices)} of {jax.device_count()} {devices[0].device_kind}',
+    'processes': company().description,
     'mesh': f'{describe(mesh)}, ZeRO stage {config.zero_stage}',
     **({'whole': f'{share:.1%} of the parameters; ' + '; '.join(reasons)} if reasons else {}),
     'data': data.description,

@@ -1,9 +1,7 @@
 """What the devices are given depends on the row's number alone."""
 
-import os
 import pathlib
 import random
-import socket
 import subprocess
 import sys
 
@@ -58,28 +56,17 @@ def get_config():
 """
 
 
-def free_port():
-  with socket.socket() as found:
-    found.bind(('localhost', 0))
-    return found.getsockname()[1]
-
-
 def feed(folder, *flags, processes=1, devices=8):
   """Row to digest, over all processes."""
-  port, running = free_port(), []
-  for process in range(processes):
-    out = folder / f'{len(list(folder.iterdir()))}-{process}'
-    out.touch()
-    command = [sys.executable, '-m', 'tools.feed', f'--config={folder}/recipe.py', f'--out={out}', f'--cache_dir={folder}/cache',
-               f'--cpu_devices={devices // processes}', f'--processes={processes}', f'--process={process}',
-               f'--address=localhost:{port}', *flags]
-    running.append((out, subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-                                          env=os.environ | {'JAX_PLATFORMS': 'cpu'})))
+  out = folder / f'rows-{len(list(folder.iterdir()))}'
+  launch = [sys.executable, '-m', 'tools.launch.local', f'--processes={processes}', f'--devices={devices // processes}', '--']
+  command = [sys.executable, '-m', 'tools.feed', f'--config={folder}/recipe.py', f'--out={out}', f'--cache_dir={folder}/cache', *flags]
+  done = subprocess.run([*launch, *command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+  assert done.returncode == 0, done.stderr
   found = {}
-  for out, process in running:
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    lines = [line.split() for line in out.read_text().splitlines()]
+  for process in range(processes):
+    file = folder / (f'{out.name}.{process}' if processes > 1 else out.name)
+    lines = [line.split() for line in file.read_text().splitlines()]
     assert lines and not found.keys() & {int(row) for row, _ in lines}  # each row is on one process
     found |= {int(row): digest for row, digest in lines}
   return found

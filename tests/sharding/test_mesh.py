@@ -1,11 +1,13 @@
 """The mesh takes the devices there are, or says which sizes they allow."""
 
+import dataclasses
+
 import jax
 import pytest
 from jax.sharding import AxisType
 
 from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, UserError
-from gptjax.sharding import check_sizes, make_mesh
+from gptjax.sharding import check_sizes, make_mesh, mesh
 
 
 @pytest.mark.parametrize('data, model, sizes', [
@@ -69,3 +71,49 @@ def test_rows_are_shared_by_replicas_too():
 def test_sizes_that_divide_pass(sizes):
   config = Config(model=ModelConfig(**MODEL), batch_size=16, microbatches=2)
   check_sizes(config, make_mesh(MeshConfig(*sizes)))
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeDevice:
+  """What the arrangement looks at."""
+
+  id: int
+  slice_index: int
+  process_index: int = 0
+  device_kind: str = 'fake'
+  platform: str = 'fake'
+
+
+@pytest.mark.parametrize('slices, sizes', [
+  (2, (2, 4, 1)), (2, (2, 2, 2)),  # a group a slice
+  (2, (4, 2, 1)), (2, (8, 1, 1)),  # several groups a slice
+  (4, (2, 2, 2)), (4, (2, 4, 1)), (4, (1, 4, 2)), (2, (1, 8, 1)),  # several slices a group
+])
+def test_replica_goes_over_slices_first_and_model_stays_within_one(slices, sizes):
+  devices = [FakeDevice(index, index % slices) for index in range(8)]  # not in the order of their slices
+  arranged = mesh._arranged(*sizes, devices)
+  assert arranged.shape == sizes and {device.id for device in arranged.flat} == {*range(8)}
+  replica, data, _ = sizes
+  of = lambda group: {device.slice_index for device in group.flat}
+  assert all(len(of(arranged[r, d])) == 1 for r in range(replica) for d in range(data))
+  assert all(len(of(group)) == max(slices // replica, 1) for group in arranged)
+  if replica > 1:
+    assert len(of(arranged[0]) & of(arranged[-1])) == 0
+
+
+@pytest.mark.parametrize('slices, sizes, message', [
+  (4, (3, 2, 1), 'mesh.replica: 3, accepted: a divisor or a multiple of the 4 slices of the 8 devices: 1, 2, 4, 8, ...'),
+  (4, (2, 1, 4), 'mesh.model: 4, accepted: a divisor of the 2 devices of a slice: 1, 2'),
+])
+def test_replicas_that_slices_do_not_allow_are_refused(slices, sizes, message):
+  with pytest.raises(UserError) as caught:
+    mesh._arranged(*sizes, [FakeDevice(index, index // (8 // slices)) for index in range(8)])
+  assert str(caught.value) == message
+
+
+def test_replicas_are_of_whole_processes():
+  devices = [FakeDevice(index, 0, process_index=index // 2) for index in range(12)]
+  with pytest.raises(UserError, match=r'^mesh\.replica: 4, accepted: .* of the 6 processes of the 12 devices: 1, 2, 3, 6, 12, '):
+    mesh._arranged(4, 3, 1, devices)
+  arranged = mesh._arranged(3, 2, 2, devices)
+  assert [{device.process_index for device in group.flat} for group in arranged] == [{0, 1}, {2, 3}, {4, 5}]

@@ -6,7 +6,6 @@ import itertools
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ import numpy as np
 from gptjax.config import SourceConfig
 from gptjax.data import (
   Document, Mixture, Packed, TokenStore, TrainRows, Windows, batches, cores, load_tokenizer, open_source, plan)
-from tools.bars.record import Result, bar, given, python, train
+from tools.bars.record import Result, bar, given, python, several, train
 
 CONTEXT, BATCH = 1024, 64
 
@@ -63,20 +62,15 @@ def same_rows(folder: Path) -> Result:
   whole = all(len(others[name]) == 200 * BATCH for name in list(others)[:3])
   return Result('200 steps, packing and a 3-way mixture: global rows bit by bit those of 1 process with 8 devices',
                 f'{len(reference):,} rows; different: ' + ', '.join(f'{name} {count}' for name, count in wrong.items()),
-                whole and not any(wrong.values()), 'python -m tools.feed --config=RECIPE --processes=4 --steps=200 ...')
+                whole and not any(wrong.values()),
+                'python -m tools.launch.local --processes=4 --devices=2 -- python -m tools.feed --config=RECIPE --steps=200 ...')
 
 
 def _feed(folder: Path, name: str, processes: int, *flags: str) -> dict[int, str]:
-  with socket.socket() as found:
-    found.bind(('localhost', 0))
-    port = found.getsockname()[1]
-  outs = [folder / f'{name}-{process}' for process in range(processes)]
-  running = [subprocess.Popen(
-    [sys.executable, '-m', 'tools.feed', f'--config={folder}/recipe.py', f'--out={out}', f'--cache_dir={folder}/cache',
-     f'--cpu_devices={8 // processes}', f'--processes={processes}', f'--process={process}', f'--address=localhost:{port}', *flags])
-    for process, out in enumerate(outs)]
-  assert [process.wait() for process in running] == [0] * processes
-  lines = [line.split() for out in outs for line in out.read_text().splitlines()]
+  out = folder / name
+  several(processes, 8 // processes, 'tools.feed', f'--config={folder}/recipe.py', f'--out={out}', f'--cache_dir={folder}/cache', *flags)
+  files = [Path(f'{out}.{process}') for process in range(processes)] if processes > 1 else [out]
+  lines = [line.split() for file in files for line in file.read_text().splitlines()]
   assert len({row for row, _ in lines}) == len(lines)
   return {int(row): digest for row, digest in lines}
 

@@ -62,6 +62,11 @@ def python(*args: str, **environment: str) -> subprocess.CompletedProcess:
   return done
 
 
+def several(processes: int, devices: int, *args: str) -> subprocess.CompletedProcess:
+  """Runs a module as so many processes of one run, each with so many virtual CPU devices."""
+  return python('tools.launch.local', f'--processes={processes}', f'--devices={devices}', '--', sys.executable, '-m', *args)
+
+
 def train(config: str, workdir: Path, *args: str) -> list[dict]:
   """Trains, and returns the lines of metrics.jsonl."""
   python('gptjax.train', f'--config=configs/{config}.py', f'--workdir={workdir}', *args)

@@ -1,0 +1,10 @@
+"""The processes room: how the processes of one run find each other, agree that they are one, wait for each other and end together.
+
+It runs before JAX and beside it: a peer that is missing, different or dead is one line of text here, where JAX would abort.
+"""
+
+from gptjax.processes.company import Company, company, first, join, share
+from gptjax.processes.discovery import CLUSTERS, Group, discover
+from gptjax.processes.rendezvous import bind_address
+
+__all__ = ['CLUSTERS', 'Company', 'Group', 'bind_address', 'company', 'discover', 'first', 'join', 'share']

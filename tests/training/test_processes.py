@@ -1,0 +1,118 @@
+"""Two processes run what one does: the same rows, losses and samples, and a checkpoint that one process reads bit by bit."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tiny import records, write_text
+
+from gptjax.files import read_json
+from tools.bars.kept_state import kept, same
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+CACHE = ROOT / '.jax_cache' / 'processes'
+"""Compiled programs are found again only where the cache lies in the same place."""
+
+RECIPE = """
+from gptjax.config import *
+
+def get_config():
+  return Config(
+    model=ModelConfig(layers=1, heads=2, width=16, dropout=0.1),
+    data=DataConfig(source=SourceConfig({text!r}), context=16, tokenizer=TokenizerConfig(kind='chars')),
+    optimizer=OptimizerConfig(warmup=2, peak_lr=1e-2), eval=EvalConfig(every=0, rows=8, sample_tokens=4),
+    checkpoint=CheckpointConfig(every=2), steps=4, batch_size=8, zero_stage=3)
+"""
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('home')
+  (folder / 'recipe.py').write_text(RECIPE.format(text=str(write_text(folder / 'text.txt'))))
+  shutil.rmtree(CACHE / 'data', ignore_errors=True)
+  return folder
+
+
+def run(home, module, *flags, processes=2, check=True):
+  launch = ['tools.launch.local', f'--processes={processes}', f'--devices={4 // processes}', '--', sys.executable, '-m']
+  done = subprocess.run([sys.executable, '-m', *launch, module, f'--cache_dir={CACHE}', '--rendezvous_timeout=60', *flags], cwd=ROOT,
+                        capture_output=True, text=True, timeout=120, env=os.environ | {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'})
+  assert not check or done.returncode == 0, done.stderr
+  return done
+
+
+def train(home, name, processes=2, *flags, check=True):
+  return run(home, 'tools.bars.kept_state', f'--config={home}/recipe.py', f'--workdir={home}/{name}', '--log_every=1', *flags,
+             processes=processes, check=check)
+
+
+@pytest.fixture(scope='module')
+def one(home):
+  """The workdir of a run of one process with four devices."""
+  train(home, 'one', 1)
+  return home / 'one'
+
+
+@pytest.fixture(scope='module')
+def two(home):
+  """The workdir of the same run of two processes with two each, and what they wrote."""
+  return home / 'two', train(home, 'two', 2)
+
+
+def test_two_processes_train_as_one_does(one, two):
+  workdir, done = two
+  ours, theirs = records(workdir), records(one)
+  assert [line['step'] for line in ours] == [1, 2, 3, 4, 4]  # written once
+  for mine, other in zip(ours, theirs, strict=True):
+    assert mine.keys() == other.keys() and mine.get('tokens') == other.get('tokens')
+    np.testing.assert_allclose([*mine.values()], [*other.values()], rtol=1e-5)
+  assert records(workdir, 'samples.jsonl') == records(one, 'samples.jsonl')
+  assert done.stdout == '' and '[1]' not in done.stderr and 'Gloo' not in done.stderr
+  assert read_json(workdir / 'run.json')['processes'].startswith('2, flags, hosts ')
+  assert 'data 4 x model 1' in read_json(workdir / 'run.json')['mesh']
+
+
+def test_one_process_restores_what_two_saved_bit_by_bit(home, two):
+  workdir, _ = two
+  train(home, 'two', 1)  # nothing is left to do but to restore
+  saved, restored = kept(workdir, 'saved-4', 2), kept(workdir, 'restored-4', 1)
+  assert len(saved) > 20 and same(saved, restored)
+  parts = [np.load(workdir / f'saved-4.{process}.npz') for process in range(2)]
+  assert all(len(part) > 5 for part in parts) and not {*parts[0]} & {*parts[1]}  # each had a part of its own, as of ZeRO 3
+
+
+def test_two_processes_score_and_sample_as_one_does(home, one, two):
+  workdir, _ = two
+  written = run(home, 'gptjax.generate', f'--workdir={workdir}', '--prompt=the ', '--max_tokens=4')
+  assert written.stdout.startswith('the ') and len(written.stdout) == len('the ') + 4 + 1 and written.stderr.count('restored') == 1
+  scored = run(home, 'gptjax.evaluate', f'--workdir={workdir}')
+  score = json.loads(scored.stdout.splitlines()[-1])
+  assert scored.stdout.count('"loss"') == 2 and read_json(workdir / 'evaluation.json')['loss'] == score['loss']
+  np.testing.assert_allclose(score['loss'], records(one)[-1]['eval/valid/loss'], rtol=1e-5)
+
+
+def test_a_mistake_that_process_0_finds_ends_both_with_one_line_each(home, two):
+  workdir, _ = two
+  done = train(home, 'two', 2, '--config.seed=1', check=False)
+  line = 'seed: 1, accepted: 0, with which this workdir was started; another --workdir for another run'
+  assert done.returncode == 2
+  told = [text for text in done.stderr.splitlines() if 'error' in text]
+  assert sorted(told) == [f'[1] error: process 0: {line}', f'error: {line}'] and 'Traceback' not in done.stderr
+
+
+def test_processes_of_different_configs_do_not_start(home):
+  script = home / 'differ.py'
+  script.write_text('import os, sys\nown = sys.argv[1:]\nindex = own[-2]\n'
+                    'os.execv(sys.executable, [sys.executable, "-m", "gptjax.train", *own, "--config.seed=" + index[-1]])\n')
+  launch = [sys.executable, '-m', 'tools.launch.local', '--processes=2', '--devices=1', '--', sys.executable, script]
+  done = subprocess.run([*launch, f'--config={home}/recipe.py', f'--workdir={home}/never', f'--cache_dir={CACHE}'], cwd=ROOT,
+                        capture_output=True, text=True, timeout=60)
+  lines = done.stderr.splitlines()
+  assert done.returncode == 2 and len(lines) == 2 and not (home / 'never').exists()
+  assert all("error: --config.seed: '1', accepted: '0', as process 0 on " in line for line in lines)

@@ -1,0 +1,67 @@
+"""Trains as gptjax.train does, and keeps what each process hands over to be saved and gets restored, to compare the two.
+
+  python -m tools.bars.kept_state --config=... --workdir=DIR
+
+writes DIR/saved-STEP.PROCESS.npz with the parts of every array that the devices of this process hold, and restored-STEP.PROCESS.npz.
+"""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from gptjax import config as configs
+from gptjax import train
+from gptjax.processes import company
+
+
+def main(config: configs.Config) -> None:
+  from gptjax.checkpoint import Checkpoints
+  save, restore = Checkpoints.save, Checkpoints.restore
+
+  def keep_and_save(self, progress, state, loss):
+    _keep(f'saved-{progress.step}', state)
+    save(self, progress, state, loss)
+
+  def restore_and_keep(self, step, abstract):
+    state, progress = restore(self, step, abstract)
+    _keep(f'restored-{step}', state)
+    return state, progress
+
+  Checkpoints.save, Checkpoints.restore = keep_and_save, restore_and_keep
+  train.main(config)
+
+
+def _keep(name: str, state) -> None:
+  import jax
+  parts = {}
+  for path, leaf in jax.tree.leaves_with_path(state):
+    for shard in leaf.addressable_shards:
+      if shard.replica_id == 0:
+        where = [index.indices(size)[:2] for index, size in zip(shard.index, leaf.shape)]
+        parts[json.dumps([jax.tree_util.keystr(path), leaf.shape, where])] = np.asarray(shard.data)
+  np.savez(Path(flags.FLAGS.workdir, f'{name}.{company().group.process}.npz'), **parts)
+
+
+def kept(workdir: Path, name: str, processes: int) -> dict[str, np.ndarray]:
+  """The arrays that so many processes kept under a name, put together."""
+  whole: dict[str, np.ndarray] = {}
+  files = [np.load(workdir / f'{name}.{process}.npz') for process in range(processes)]
+  for key, part in itertools.chain.from_iterable(file.items() for file in files):
+    leaf, shape, where = json.loads(key)
+    array = whole.setdefault(leaf, np.full(shape, 77, part.dtype))
+    array[tuple(slice(*one) for one in where)] = part
+  return whole
+
+
+def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
+  """Whether two of these have the same arrays bit by bit."""
+  return one.keys() == other.keys() and all(
+    one[name].dtype == other[name].dtype and one[name].shape == other[name].shape and one[name].tobytes() == other[name].tobytes()
+    for name in one)
+
+
+if __name__ == '__main__':
+  configs.run(main)

@@ -1,0 +1,1 @@
+"""Launchers: one command that starts every process of a run."""
