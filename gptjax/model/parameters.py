@@ -5,11 +5,11 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from gptjax.config import ModelConfig
 from gptjax.model.transformer import Transformer
-from gptjax.sharding import stored_spec
+from gptjax.sharding import AnyMesh, stored_spec
 
 Parameters = dict[str, jax.Array]
 
@@ -33,7 +33,7 @@ class Blueprint:
     """Logical axes of every parameter."""
     return {name: v.get_metadata('axes') for name, (_, v) in self.variables.items()}
 
-  def shardings(self, zero_stage: int, mesh: Mesh) -> dict[str, NamedSharding]:
+  def shardings(self, zero_stage: int, mesh: AnyMesh) -> dict[str, NamedSharding]:
     """Where every parameter lies between steps."""
     return {name: NamedSharding(mesh, stored_spec(self.axes[name], shape.shape, zero_stage, mesh))
             for name, shape in self.shapes.items()}

@@ -1,6 +1,8 @@
 """The sharding room: the mesh and its axis names, the table from logical to mesh axes, and the ZeRO rule."""
 
-from gptjax.sharding.mesh import AXES, check_sizes, describe, make_mesh
+from gptjax.sharding.mesh import AXES, AnyMesh, check_sizes, describe, make_mesh
 from gptjax.sharding.rules import RULES, my_rows, place, place_rows, spec, stored_spec
 
-__all__ = ['AXES', 'RULES', 'check_sizes', 'describe', 'make_mesh', 'my_rows', 'place', 'place_rows', 'spec', 'stored_spec']
+__all__ = [
+  'AXES', 'RULES', 'AnyMesh', 'check_sizes', 'describe', 'make_mesh', 'my_rows', 'place', 'place_rows', 'spec', 'stored_spec',
+]

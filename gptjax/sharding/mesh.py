@@ -3,13 +3,16 @@
 from collections.abc import Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from gptjax.config import Config, MeshConfig, ModelConfig, UserError
 
 
 AXES = ('replica', 'data', 'model')
 """From the slowest network to the fastest."""
+
+AnyMesh = Mesh | AbstractMesh
+"""A mesh of devices, or only its sizes, which is enough to describe a state and to plan."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -39,7 +42,7 @@ def describe(mesh: Mesh) -> str:
   return ' x '.join(f'{name} {size}' for name, size in mesh.shape.items() if size > 1 or name != 'replica')
 
 
-def check_sizes(config: Config, mesh: Mesh) -> None:
+def check_sizes(config: Config, mesh: AnyMesh) -> None:
   """Raises a UserError for a size of the config that the mesh does not divide."""
   model, shared = mesh.shape['model'], mesh.shape['replica'] * mesh.shape['data']
   if config.sequences % shared:

@@ -6,6 +6,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gptjax.sharding.mesh import AnyMesh
+
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
   'batch': ('replica', 'data'),  # sequences, or sequences and positions flattened to one axis
   'vocab': 'model',
@@ -28,7 +30,7 @@ def spec(*axes: str | None) -> PartitionSpec:
   return PartitionSpec(*(RULES[axis] for axis in axes))
 
 
-def stored_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], zero_stage: int, mesh: Mesh) -> PartitionSpec:
+def stored_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], zero_stage: int, mesh: AnyMesh) -> PartitionSpec:
   """The PartitionSpec of a parameter between steps.
 
   At stage 3 (arXiv:1910.02054, section 5.3) the largest axis that `model` leaves whole and `data` divides is shared out

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.model import Blueprint, Parameters
+from gptjax.sharding import AnyMesh
 from gptjax.training.objective import Batch, Objective
 
 
@@ -21,7 +22,7 @@ class TrainState(NamedTuple):
   optimizer: Any
 
 
-def initializer(blueprint: Blueprint, optimizer: optax.GradientTransformation, zero_stage: int, mesh: Mesh,
+def initializer(blueprint: Blueprint, optimizer: optax.GradientTransformation, zero_stage: int, mesh: AnyMesh,
                 seed: int) -> Callable[[], TrainState]:
   """A jitted function that makes the state of step 0, each part created where it belongs."""
   shardings = blueprint.shardings(zero_stage, mesh)
@@ -33,7 +34,7 @@ def initializer(blueprint: Blueprint, optimizer: optax.GradientTransformation, z
   return jax.jit(initialize)
 
 
-def abstract(initialize: Callable[[], TrainState], mesh: Mesh) -> TrainState:
+def abstract(initialize: Callable[[], TrainState], mesh: AnyMesh) -> TrainState:
   """Shapes, dtypes and shardings of the state, with nothing allocated; what a checkpoint is restored into."""
   def describe(x):
     # eval_shape gives scalars no sharding of the mesh: they are replicated.
