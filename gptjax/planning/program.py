@@ -110,9 +110,15 @@ def compile_step(config: Config, topology: Topology) -> Compiled:
 
 
 def _devices(topology: Topology) -> list[jax.Device]:
-  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # no chip is used: another process may have libtpu loaded
-  # A v4 chip runs as one device (megacore), as it does in training; libtpu's default is two.
-  options = {'chip_config_name': 'megacore'} if topology.name.startswith('v4:') else {}
+  # No chip is used: another process may have libtpu loaded, and it need not look for a host's name and kind, and complain.
+  for name, value in (('ALLOW_MULTIPLE_LIBTPU_LOAD', '1'), ('TPU_WORKER_HOSTNAMES', 'localhost'), ('TPU_WORKER_ID', '0'),
+                      ('TPU_ACCELERATOR_TYPE', 'v5p-8')):
+    os.environ.setdefault(name, value)
+  options: dict[str, Any] = {}
+  if topology.name.startswith('v4:'):
+    options['chip_config_name'] = 'megacore'  # a chip is one device, as in training; libtpu's default is two
+  if topology.chips == topology.slices:
+    options['chips_per_host_bounds'] = (1, 1, 1)
   try:
     return list(topologies.get_topology_desc(topology.name.partition('*')[0], 'tpu', **options).devices)
   except jax.errors.JaxRuntimeError as error:

@@ -97,8 +97,8 @@ def _verdict(one: Estimate) -> str:
   days = one.days(bounds.overlapped)
   hours = days * 24 * topology.chips
   return (f'{fits}\n{bounds.flops:.4g} FLOPs a step on each device ({bounds.executed:.4g} with what is computed again); '
-          f'{bounds.binds} binds\nat best {per_day:.3g} tokens a day: {one.tokens:.4g} tokens take {days:.1f} days on {topology.chips} '
-          f'chips, {hours:,.0f} chip-hours ({one.days(bounds.sequential):.1f} days if nothing overlaps)')
+          f'{bounds.binds} binds\nat best {per_day:.3g} tokens a day: {one.tokens:.4g} tokens take {days:.1f} days on '
+          f'{topology.chips} chip{"s" if topology.chips > 1 else ""}, {hours:,.0f} chip-hours ({one.days(bounds.sequential):.1f} days if nothing overlaps)')
 
 
 def ranking(ranked: Sequence[Estimate], count: int = 10) -> str:

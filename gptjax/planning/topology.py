@@ -11,7 +11,7 @@ from gptjax.config import Config, UserError
 from gptjax.sharding.chips import CHIPS, Chip
 
 EXAMPLES = {
-  2: '2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16',
+  2: '1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16',
   3: '2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4, 4x4x8, 4x8x8, 8x8x8, 8x8x16, 8x16x16, 16x16x16',
 }
 """Shapes of slices that Google Cloud lists, by the axes of the torus."""
@@ -97,12 +97,14 @@ class Topology:
           data += 0.0 if wanted % size == 0 else self.chip.link
           wanted = 1 if size % wanted == 0 else wanted // size
     data += sum(map(whole, free))
-    outer = Link('data-centre network', self.chip.network) if self.slices > 1 else Link('ICI', data or self.chip.link)
-    return {'replica': outer, 'data': Link('ICI', data or self.chip.link), 'model': Link('ICI', model or self.chip.link)}
+    ici = lambda axis, bandwidth: Link(f'ICI ({axis})', bandwidth or self.chip.link)  # other axes have other links
+    outer = Link('data-centre network', self.chip.network) if self.slices > 1 else ici('data', data)
+    return {'replica': outer, 'data': ici('data', data), 'model': ici('model', model)}
 
   def _switched(self, sizes: Mapping[str, int]) -> dict[str, Link]:
-    node, inner, links = self.shape[0], 1, {}
-    for axis in reversed(sizes):
+    node, inner = self.shape[0], 1
+    links: dict[str, Link] = {}
+    for axis in reversed(list(sizes)):
       together = min(sizes[axis], max(node // inner, 1))  # of the axis, in one node
       if inner * sizes[axis] <= node:
         links[axis] = Link('NVLink', self.chip.link)
@@ -132,8 +134,8 @@ def parse(text: str | None) -> Topology:
     if len(shape) > 2 or slices > 1:
       raise UserError('--topology', text, f"GPUs a node, then nodes, as '{name}:8' or '{name}:8x16'")
     return Topology(text or '', chip, (*shape, 1)[:2])
-  # libtpu counts hosts of 2 x 2 chips.
-  if len(shape) != chip.axes or shape[0] % 2 or shape[1] % 2 or math.prod(shape) > chip.pod:
+  hosts = len(shape) == chip.axes and shape[0] % 2 == shape[1] % 2 == 0  # of 2 x 2 chips
+  if not (hosts or shape == (1, 1) == (1,) * chip.axes) or math.prod(shape) > chip.pod:
     raise UserError('--topology', text, f'{chip.axes} sizes after {name}:, the first two even, {chip.pod} chips at most: '
                     f'{EXAMPLES[chip.axes]}')
   return Topology(text or '', chip, shape, slices)
