@@ -1,6 +1,7 @@
 """One plan: everything that is told of a config on a machine."""
 
 import dataclasses
+import functools
 
 from gptjax.config import Config, UserError
 from gptjax.model import parameter_count
@@ -81,5 +82,8 @@ def estimate(config: Config, topology: Topology) -> Estimate:
   sizes = topology.mesh_sizes(config)
   check_sizes(config, abstract_mesh(sizes))
   memory, theory = analytic_memory(config, sizes), theoretical(config, sizes)
-  return Estimate(config, topology, sizes, parameter_count(config.model, config.data.context), steps(config), memory, theory,
+  return Estimate(config, topology, sizes, _parameters(config.model, config.data.context), steps(config), memory, theory,
                   roofline(config, topology, sizes, theory, memory))
+
+
+_parameters = functools.cache(parameter_count)  # a search asks again and again

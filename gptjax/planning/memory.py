@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import use_abstract_mesh
 
-from gptjax.config import Config, ModelConfig
+from gptjax.config import Config, ModelConfig, OptimizerConfig
 from gptjax.model import blueprint
 from gptjax.planning.program import abstract_mesh, abstract_state, for_platform
 from gptjax.planning.volumes import COMPUTE, elements
@@ -48,7 +48,8 @@ def analytic_memory(config: Config, sizes: dict[str, int]) -> Memory:
   """What a step should take on a mesh of these sizes. A compiler reuses and pads: its own count is the one to trust."""
   config = for_platform(config)
   stage, item = config.zero_stage, COMPUTE[config.model.compute_dtype][1]
-  parameters, optimizer = _state(config, tuple(sizes.items()))
+  model = dataclasses.replace(config.model, remat='none')  # which does not change the state, nor need trace it again
+  parameters, optimizer = _state(model, config.data.context, config.optimizer, stage, tuple(sizes.items()))
   layers, rest, whole = elements(config, sizes)
   shared = parameters < 4 * (layers + rest + whole)
   gathered = 0.0
@@ -67,16 +68,9 @@ def analytic_memory(config: Config, sizes: dict[str, int]) -> Memory:
     temporaries=rows * row_bytes(one_layer, config.data.context, sizes['model']) + logits)
 
 
-def _state(config: Config, sizes: tuple[tuple[str, int], ...]) -> tuple[int, int]:
-  # What does not change the state must not make the search trace it again.
-  plain = dataclasses.replace(config, batch_size=1, microbatches=1, steps=1, model=dataclasses.replace(config.model, remat='none'),
-                              optimizer=dataclasses.replace(config.optimizer, schedule='constant', warmup=0, decay=0))
-  return _state_bytes(plain, sizes)
-
-
 @functools.cache
-def _state_bytes(config: Config, sizes: tuple[tuple[str, int], ...]) -> tuple[int, int]:
-  state = abstract_state(config, dict(sizes))
+def _state(model: ModelConfig, context: int, optimizer: OptimizerConfig, stage: int, sizes: tuple[tuple[str, int], ...]) -> tuple[int, int]:
+  state = abstract_state(model, context, optimizer, stage, dict(sizes))
   count = lambda tree: sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
   return count(state.parameters), count(state.optimizer)
 

@@ -12,7 +12,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, use_abstract_mesh
 
 from gptjax import config as configs
-from gptjax.config import Config, UserError, duration_in_steps
+from gptjax.config import Config, ModelConfig, OptimizerConfig, UserError, duration_in_steps
 from gptjax.model import blueprint
 from gptjax.planning.topology import Topology
 from gptjax.sharding import AXES, make_mesh, spec
@@ -80,12 +80,12 @@ def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
   return AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
-def abstract_state(config: Config, sizes: dict[str, int]) -> TrainState:
-  """Shapes, dtypes and shardings of the train state on a mesh of these sizes; takes milliseconds."""
+def abstract_state(model: ModelConfig, context: int, optimizer: OptimizerConfig, zero_stage: int, sizes: dict[str, int]) -> TrainState:
+  """Shapes, dtypes and shardings of the train state on a mesh of these sizes."""
   mesh = abstract_mesh(sizes)
+  durations = {'steps': 2, 'warmup': 1, 'decay': 1}  # shapes do not depend on them
   with jax.set_mesh(None), use_abstract_mesh(mesh):
-    plan = blueprint(config.model, config.data.context)
-    return abstract(initializer(plan, make_optimizer(config.optimizer, **_durations(config)), config.zero_stage, mesh, config.seed), mesh)
+    return abstract(initializer(blueprint(model, context), make_optimizer(optimizer, **durations), zero_stage, mesh, 0), mesh)
 
 
 def compile_step(config: Config, topology: Topology) -> Compiled:

@@ -95,10 +95,10 @@ def _verdict(one: Estimate) -> str:
     fits = f'{word}, {source}: {one.needed / GIB:.1f} of the {one.available / GIB:.1f} GiB that a program may take'
   per_day = one.tokens / one.steps / bounds.overlapped * DAY
   days = one.days(bounds.overlapped)
-  hours = days * 24 * topology.chips
+  chips = f'{topology.chips} chip{"s" if topology.chips > 1 else ""}, {days * 24 * topology.chips:,.0f} chip-hours'
   return (f'{fits}\n{bounds.flops:.4g} FLOPs a step on each device ({bounds.executed:.4g} with what is computed again); '
-          f'{bounds.binds} binds\nat best {per_day:.3g} tokens a day: {one.tokens:.4g} tokens take {days:.1f} days on '
-          f'{topology.chips} chip{"s" if topology.chips > 1 else ""}, {hours:,.0f} chip-hours ({one.days(bounds.sequential):.1f} days if nothing overlaps)')
+          f'{bounds.binds} binds\nat best {per_day:.3g} tokens a day: {one.tokens:.4g} tokens take {days:.1f} days on {chips} '
+          f'({one.days(bounds.sequential):.1f} days if nothing overlaps)')
 
 
 def ranking(ranked: Sequence[Estimate], count: int = 10) -> str:

@@ -1,6 +1,7 @@
 """How fast a step can be at best, and what holds it back: the time that each resource needs for its part."""
 
 import dataclasses
+import functools
 
 from gptjax.config import Config
 from gptjax.model import flops_per_token
@@ -48,7 +49,7 @@ class Roofline:
 def roofline(config: Config, topology: Topology, sizes: dict[str, int], moved: list[Collective], memory: Memory) -> Roofline:
   """Bounds of a step whose collectives are `moved`."""
   chip, tokens = topology.chip, config.batch_size * config.data.context / topology.devices
-  needed = tokens * flops_per_token(config.model, config.data.context)
+  needed = tokens * _flops(config)
   executed = needed + tokens * _recomputed(config)
   seconds = {'compute': executed / chip.flops, 'memory': _touched(config, sizes, memory) / chip.hbm}
   links = topology.links(sizes)
@@ -70,7 +71,14 @@ def _recomputed(config: Config) -> float:
   if config.model.remat != 'full':
     return attention
   head = 2 * config.model.width * config.model.table_rows
-  return flops_per_token(config.model, config.data.context) / 3 - head
+  return _flops(config) / 3 - head
+
+
+def _flops(config: Config) -> float:
+  return _flops_per_token(dataclasses.replace(config.model, remat='none'), config.data.context)
+
+
+_flops_per_token = functools.cache(flops_per_token)  # a search asks again and again
 
 
 def _touched(config: Config, sizes: dict[str, int], memory: Memory) -> float:

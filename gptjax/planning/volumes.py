@@ -5,10 +5,12 @@ arXiv:1910.02054, section 7, counts what ZeRO moves, arXiv:1909.08053, section 3
 Where the compiled program sends more than this, something is moved that need not be.
 """
 
+import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
-from gptjax.config import Config
+from gptjax.config import Config, ModelConfig
 from gptjax.model import blueprint
 from gptjax.planning.collectives import Collective
 from gptjax.planning.program import abstract_mesh
@@ -35,8 +37,14 @@ class Elements(NamedTuple):
 
 def elements(config: Config, sizes: dict[str, int]) -> Elements:
   """Counts the parameters of one device."""
+  return _elements(dataclasses.replace(config.model, remat='none'), config.data.context, tuple(sizes.items()))
+
+
+@functools.cache
+def _elements(model: ModelConfig, context: int, axes: tuple[tuple[str, int], ...]) -> Elements:
+  sizes = dict(axes)
   mesh = abstract_mesh(sizes)
-  plan = blueprint(config.model, config.data.context)
+  plan = blueprint(model, context)
   compute, stored = plan.shardings(0, mesh), plan.shardings(3, mesh)
   counts = [0, 0, 0]
   for name, shape in plan.shapes.items():

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-GIB = 2**30
+GIB = 2.0**30
 
 
 @dataclasses.dataclass(frozen=True)
