@@ -6,6 +6,7 @@ The forms in which XLA for TPUs writes a collective, all of them counted here:
 - a reduce-scatter as a fusion that calls `%all-reduce-scatter.N`, a computation of an all-reduce and a slice of it;
 - one collective in the background of products: a chain of fusions (`%async_collective_fusion.N` and others), each of which
   repeats the instruction with the same channel and the same `chain_id`;
+- `call-start(` of a computation that holds it, which the sparse cores of a TPU7x run beside the others;
 - an all-reduce of shards padded with zeros in place of an all-gather, where shards do not fill whole tiles.
 
 Devices of a collective are written as lists, as `[4,16]<=[16,4]T(1,0)`, or as axes of a mesh of the program's own.
@@ -23,6 +24,8 @@ _COMPUTATION = re.compile(r'(ENTRY )?%?([\w.-]+) \(.*\) -> .*\{$')
 _COLLECTIVE = re.compile(
   r'= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast)(-start)?\(')
 _CALLED = re.compile(r'(?:calls|true_computation|false_computation)=%([\w.-]+)|branch_computations=\{([^}]*)\}')
+PADDED = 'all-gather of shards padded with zeros'
+"""What an all-reduce is for that adds up shards, each in its place among zeros; it sends twice what an all-gather would."""
 _RING_PASSES = {'all-reduce': 2}
 """An all-reduce is a reduce-scatter and an all-gather of the same array; everything else passes it around once."""
 
@@ -99,7 +102,7 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
           for called in [one] if one else re.findall(r'%([\w.-]+)', several):
             if called in holders:
               yield from walk(called, trips)
-        if ' call(' in line and (called := _attribute(line, 'to_apply')) in holders:
+        if re.search(r' call(-start)?\(', line) and (called := _attribute(line, 'to_apply')) in holders:
           yield from walk(called, trips)
 
   return list(walk(entry, 1))
@@ -168,35 +171,37 @@ def _parse(line: str, match: re.Match, name: str, computations: dict[str, list[s
   if asynchronous and kind in ('all-gather', 'collective-permute'):
     shapes = [one for one in shapes if one[0] != 'u32' or kind == 'all-gather']  # a permute carries two semaphores
     shapes = shapes[len(shapes) // 2:]  # operands, then results
-  factor = size if kind == 'reduce-scatter' else 1
-  why = ''
-  if kind == 'all-reduce' and name.startswith('all-reduce-scatter'):
-    kind = 'reduce-scatter'
-  elif kind == 'all-reduce' and _gathers(line, computations[name], computations):
-    why = 'all-gather of shards padded with zeros'
-  sums: dict[str, float] = {}
-  for dtype, count in shapes:
-    sums[dtype] = sums.get(dtype, 0) + count * factor
   if size == 1 and kind != 'collective-permute':
     return
-  for dtype, payload in sums.items():
-    yield Collective(kind, dtype, payload, size, axes, trips, why)
+  why = [''] * len(shapes)
+  if kind == 'all-reduce' and name.startswith('all-reduce-scatter'):
+    kind = 'reduce-scatter'  # of the array as it comes in, whole
+  elif kind == 'reduce-scatter':
+    shapes = [(dtype, count * size) for dtype, count in shapes]
+  elif kind == 'all-reduce' and not asynchronous:  # several may share one instruction
+    why = [PADDED if _is_padded(operand, computations[name], computations) else '' for operand in _operands(line)]
+    assert len(why) == len(shapes), line
+  sums: dict[tuple[str, str], float] = {}
+  for (dtype, count), reason in zip(shapes, why):
+    sums[dtype, reason] = sums.get((dtype, reason), 0) + count
+  for (dtype, reason), payload in sums.items():
+    yield Collective(kind, dtype, payload, size, axes, trips, reason)
 
 
 def _item_bytes(shape: re.Match) -> float:
   return 1 if shape[1] == 'pred' else int(shape[2]) / 8
 
 
-def _gathers(line: str, here: list[str], computations: dict[str, list[str]]) -> bool:
-  """Whether what an all-reduce adds up is each device's shard written into zeros."""
-  for operand in re.findall(r'%[\w.-]+', line[line.index('all-reduce('):].partition(')')[0]):
-    defined = next((one for one in here if one.lstrip().removeprefix('ROOT ').startswith(f'{operand} = ')), '')
-    if ' dynamic-update-slice(%broadcast' in defined:
-      return True
-    root = next((one for one in computations.get(_attribute(defined, 'calls'), ()) if one.lstrip().startswith('ROOT')), '')
-    if ' fusion(%broadcast' in defined and ' dynamic-update-slice(' in root:
-      return True
-  return False
+def _operands(line: str) -> list[str]:
+  return re.findall(r'%[\w.-]+', line[line.index('all-reduce('):].partition(')')[0])
+
+
+def _is_padded(operand: str, here: list[str], computations: dict[str, list[str]]) -> bool:
+  """Whether an operand is a device's shard written into an array of zeros."""
+  defined = next((one for one in here if one.lstrip().removeprefix('ROOT ').startswith(f'{operand} = ')), '')
+  root = next((one for one in computations.get(_attribute(defined, 'calls'), ()) if one.lstrip().startswith('ROOT')), '')
+  fused = ' fusion(%broadcast' in defined and ' dynamic-update-slice(' in root
+  return fused or ' dynamic-update-slice(%broadcast' in defined
 
 
 def _group(line: str, devices: int) -> list[list[int]]:

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from gptjax.planning.collectives import totals
+from gptjax.planning.collectives import PADDED, totals
 from gptjax.planning.estimate import Estimate
 from gptjax.planning.roofline import DAY
 from gptjax.planning.search import settings
@@ -69,7 +69,7 @@ def _volumes(one: Estimate) -> str:
     table.add_row('in all', axis, '', gigabytes(ours, axis), gigabytes(theirs, axis))
   if not largest:
     return 'Nothing is sent between devices.'
-  padded = sum(collective.total for collective in one.found if collective.why.startswith('all-gather'))
+  padded = sum(collective.total for collective in one.found if collective.why == PADDED)
   note = f'\nOf the all-reduces {padded / 1e9:.1f} GB gather shards that do not fill tiles: twice what an all-gather sends.'
   return _text(table) + (note if padded > 0.05 * sum(theirs.values()) else '')
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from gptjax.config import Config, MeshConfig, ModelConfig, UserError
@@ -34,7 +35,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     raise UserError('mesh.data', config.data, f'-1 or at most {count // outer} with {count} devices and {others}')
   if data * outer < count and jax.process_count() > 1:
     raise UserError('mesh.data', config.data, f'all {count} devices when several processes join: mesh.data={count // outer}')
-  return jax.make_mesh((config.replica, data, config.model), AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices[:data * outer])
+  types = (AxisType.Explicit,) * 3
+  slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  if slices > 1:  # jax.make_mesh knows one torus only
+    if config.replica % slices or data * outer < count:
+      raise UserError('mesh.replica', config.replica, f'a multiple of the {slices} slices, and a mesh of all {count} devices')
+    inner = (config.replica // slices, data, config.model)
+    return Mesh(mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices), AXES, axis_types=types)
+  return jax.make_mesh((config.replica, data, config.model), AXES, axis_types=types, devices=devices[:data * outer])
 
 
 def describe(mesh: Mesh) -> str:
