@@ -29,8 +29,9 @@ def _set_up_jax():
   import jax
   import jaxtyping
 
-  # Annotated types and shapes hold at run time. The config room, where an int may stand for a float, checks itself.
-  rooms = {folder.name for folder in (ROOT / 'gptjax').iterdir() if folder.is_dir()} - {'config', 'data'}
+  # Annotated types and shapes hold at run time. The config room, where an int may stand for a float, checks itself; planning,
+  # where it may too, has no arrays.
+  rooms = {folder.name for folder in (ROOT / 'gptjax').iterdir() if folder.is_dir()} - {'config', 'data', 'planning'}
   jaxtyping.install_import_hook([f'gptjax.{room}' for room in rooms], 'beartype.beartype')
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_num_cpu_devices', 8)

@@ -338,10 +338,10 @@ class MeshConfig:
   """devices of a group that share the batch, and what zero_stage shares out; -1: all that replica and model leave"""
   model: int = 1
   """devices that share each matrix (tensor parallelism)"""
-  whole: float = 0.02
-  """largest share of the parameters' bytes that may stay whole on devices that should split them"""
   replica: int = 1
   """groups of such devices, each with the whole state, over the slower network (TPU slices); they share the batch too"""
+  whole: float = 0.02
+  """largest share of the parameters' bytes that may stay whole on devices that should split them"""
 
   def __post_init__(self):
     _at_least('mesh.', self, 1, 'replica', 'model')

@@ -13,6 +13,6 @@ from gptjax.model.transformer import Block, Transformer, empty_cache
 from gptjax.model.weights import Copy
 
 __all__ = [
-  'Block', 'Blueprint', 'Cache', 'Copy', 'Parameters', 'Place', 'Transformer', 'activation_bytes', 'attention_backend', 'blueprint', 'cross_entropy',
-  'empty_cache', 'flops_per_token', 'parameter_count', 'split',
+  'Block', 'Blueprint', 'Cache', 'Copy', 'Parameters', 'Place', 'Transformer', 'activation_bytes', 'attention_backend', 'blueprint',
+  'cross_entropy', 'empty_cache', 'flops_per_token', 'parameter_count', 'split',
 ]

@@ -132,13 +132,15 @@ class Attention(nnx.Module):
     if config.positions == 'rope':
       q, k = (rotate(y, place.positions, config.rope_theta) for y in (q, k))
     if cache is None:
-      y = attention(config, q, *_for_heads(q, k, v), place.segments, key)
+      keys, values = _for_heads(q, k, v)
+      y = attention(config, q, keys, values, place.segments, key)
     else:
       assert place.filled is not None, 'a cache needs place.filled'
       start = (0, place.filled, 0, 0)
       cache = Cache(jax.lax.dynamic_update_slice(cache.keys, k, start), jax.lax.dynamic_update_slice(cache.values, v, start))
       mask = (place.filled + jnp.arange(t))[:, None] >= jnp.arange(cache.keys.shape[1])
-      y = attend(q, *_for_heads(q, *cache), mask[None], 0.0, None)
+      keys, values = _for_heads(q, *cache)
+      y = attend(q, keys, values, mask[None], 0.0, None)
     y = checkpoint_name(jax.lax.reshape(y, (b * t, y.shape[2] * y.shape[3]), out_sharding=spec('batch', ('heads', config.heads))),
                         'attention')
     return self.out(y, rows), cache

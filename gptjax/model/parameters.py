@@ -8,12 +8,12 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from gptjax.config import ModelConfig
 from gptjax.model.transformer import Transformer
 from gptjax.model.weights import Weight
-from gptjax.sharding import Axis, Places, places, undivided
+from gptjax.sharding import AnyMesh, Axis, Places, places, undivided
 
 Parameters = dict[str, jax.Array]
 
@@ -42,12 +42,12 @@ class Blueprint:
     """The type in which the model reads every parameter."""
     return {name: v.get_metadata('dtype') for name, (_, v) in self.variables.items()}
 
-  def places(self, zero_stage: int, mesh: Mesh | AbstractMesh) -> dict[str, Places]:
+  def places(self, zero_stage: int, mesh: AnyMesh) -> dict[str, Places]:
     """Where every parameter, its gradient and its optimizer state lie."""
     return {name: places(self.axes[name], shape.shape, zero_stage, self.dtypes[name] != shape.dtype, mesh)
             for name, shape in self.shapes.items()}
 
-  def undivided(self, zero_stage: int, mesh: Mesh | AbstractMesh) -> tuple[float, list[str]]:
+  def undivided(self, zero_stage: int, mesh: AnyMesh) -> tuple[float, list[str]]:
     """The share of the parameters' bytes that stays whole on devices that should split them, and which, in words."""
     sizes = {name: math.prod(shape.shape) for name, shape in self.shapes.items()}
     found = {name: undivided(self.axes[name], shape.shape, zero_stage, mesh) for name, shape in self.shapes.items()}
@@ -58,7 +58,7 @@ class Blueprint:
     share = sum(sizes[name] for name, axes in found.items() if axes) / sum(sizes.values())
     return share, [f'{reason}: {_kinds(names)}' for reason, names in words.items()]
 
-  def shardings(self, zero_stage: int, mesh: Mesh) -> dict[str, NamedSharding]:
+  def shardings(self, zero_stage: int, mesh: AnyMesh) -> dict[str, NamedSharding]:
     """Where every parameter lies between steps."""
     return {name: NamedSharding(mesh, place.stored) for name, place in self.places(zero_stage, mesh).items()}
 

@@ -7,13 +7,15 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from gptjax.config import Config, MeshConfig, UserError
 
-
 AXES = ('replica', 'data', 'model')
 """From the slowest network to the fastest."""
+
+AnyMesh = Mesh | AbstractMesh
+"""A mesh of devices, or only its sizes, which is enough to describe a state and to plan."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -67,7 +69,7 @@ def describe(mesh: Mesh) -> str:
   return ' x '.join(f'{name} {size}' for name, size in mesh.shape.items() if size > 1 or name != 'replica')
 
 
-def check_sizes(config: Config, mesh: Mesh) -> None:
+def check_sizes(config: Config, mesh: AnyMesh) -> None:
   """Raises a UserError for a batch, heads or tokens that the mesh cannot split."""
   sizes, m = mesh.shape, config.model
   shared, model = sizes['replica'] * sizes['data'], sizes['model']

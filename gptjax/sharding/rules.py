@@ -4,7 +4,9 @@ import dataclasses
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gptjax.sharding.mesh import AnyMesh
 
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
   'batch': ('replica', 'data'),  # sequences, or sequences and positions flattened to one axis
@@ -26,12 +28,12 @@ Axis = str | tuple[str, int] | None
 ('kv_heads', 2). Parts that the mesh axis does not divide, or that it has one device for, stay together on every device of it."""
 
 
-def spec(*axes: Axis, mesh: Mesh | AbstractMesh | None = None) -> PartitionSpec:
+def spec(*axes: Axis, mesh: AnyMesh | None = None) -> PartitionSpec:
   """The PartitionSpec of an array with these logical axes while the model computes; `mesh`: default, the one in force."""
   return PartitionSpec(*(_lies(axis, mesh) for axis in axes))
 
 
-def _lies(axis: Axis, mesh: Mesh | AbstractMesh | None):
+def _lies(axis: Axis, mesh: AnyMesh | None):
   if not isinstance(axis, tuple):
     return RULES[axis]
   name, parts = axis
@@ -52,7 +54,7 @@ class Places:
   """its moments; the update happens here"""
 
 
-def places(axes: tuple[Axis, ...], shape: tuple[int, ...], stage: int, copied: bool, mesh: Mesh | AbstractMesh) -> Places:
+def places(axes: tuple[Axis, ...], shape: tuple[int, ...], stage: int, copied: bool, mesh: AnyMesh) -> Places:
   """What `data` shares out at a stage of ZeRO (arXiv:1910.02054, section 5): 0 nothing, 1 the optimizer state, 2 gradients
   too, 3 parameters too.
 
@@ -68,7 +70,7 @@ def places(axes: tuple[Axis, ...], shape: tuple[int, ...], stage: int, copied: b
                 gradient=shared if stage >= 2 else whole, optimizer=shared if stage else whole)
 
 
-def _shared(axes: tuple[Axis, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+def _shared(axes: tuple[Axis, ...], shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec:
   """The spec with the first axis that can be shared out over `data` too.
 
   The first, because then a device's part lies in one piece, which exchanges move as it is; parts of the last axis are padded to the
@@ -81,12 +83,12 @@ def _shared(axes: tuple[Axis, ...], shape: tuple[int, ...], mesh: Mesh | Abstrac
   return compute
 
 
-def undivided(axes: tuple[Axis, ...], shape: tuple[int, ...], stage: int, mesh: Mesh | AbstractMesh) -> dict[str, int]:
+def undivided(axes: tuple[Axis, ...], shape: tuple[int, ...], stage: int, mesh: AnyMesh) -> dict[str, int]:
   """The mesh axes that should split a parameter and do not, each with the size that it does not divide."""
-  found = {}
+  found: dict[str, int] = {}
   for axis in axes:
-    if isinstance(axis, tuple) and axis[1] % mesh.shape[RULES[axis[0]]]:
-      found[RULES[axis[0]]] = axis[1]
+    if isinstance(axis, tuple) and axis[1] % mesh.shape['model']:  # all that come in parts lie over `model`
+      found['model'] = axis[1]
   if stage and mesh.shape['data'] > 1 and _shared(axes, shape, mesh) == spec(*axes, mesh=mesh):
     found['data'] = max((size for axis, size in zip(axes, shape, strict=True) if axis != 'layers'), default=1)
   return found

@@ -3,10 +3,10 @@
 from gptjax.training.loop import Options, train
 from gptjax.training.objective import Batch, Objective, next_token
 from gptjax.training.optimizer import make_optimizer, schedule
-from gptjax.training.run import Run, resolve
+from gptjax.training.run import Run, check_whole, resolve
 from gptjax.training.step import TrainState, abstract, initializer, state_bytes, train_step
 
 __all__ = [
-  'Batch', 'Objective', 'Options', 'Run', 'TrainState', 'abstract', 'initializer', 'make_optimizer',
+  'Batch', 'Objective', 'Options', 'Run', 'TrainState', 'abstract', 'check_whole', 'initializer', 'make_optimizer',
   'next_token', 'resolve', 'schedule', 'state_bytes', 'train', 'train_step',
 ]

@@ -5,10 +5,9 @@ import time
 import jax
 import jax.numpy as jnp
 
-PEAK_FLOPS = {
-  'TPU v4': 275e12, 'TPU v5 lite': 197e12, 'TPU v5e': 197e12, 'TPU v5': 459e12, 'TPU v5p': 459e12, 'TPU v6 lite': 918e12,
-  'TPU v6e': 918e12, 'NVIDIA A100': 312e12, 'NVIDIA H100': 989e12, 'NVIDIA H200': 989e12, 'NVIDIA B200': 2250e12,
-}
+from gptjax.sharding.chips import CHIPS
+
+PEAK_FLOPS = {kind: chip.flops for chip in CHIPS.values() for kind in chip.kinds}
 """Dense bfloat16 FLOP/s of one device by the start of its name, from the vendors' data sheets."""
 
 

@@ -17,7 +17,7 @@ from gptjax.config import Config, UserError, duration_in_steps
 from gptjax.data import EvalRows, Prepared, TrainRows, train_rows
 from gptjax.model import Blueprint, attention_backend, blueprint, flops_per_token, parameter_count
 from gptjax.processes import company
-from gptjax.sharding import check_sizes, describe
+from gptjax.sharding import AnyMesh, check_sizes, describe
 from gptjax.training.objective import Objective, next_token
 from gptjax.training.optimizer import make_optimizer, schedule
 from gptjax.training.step import TrainState, abstract, initializer, train_step
@@ -67,10 +67,7 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
   if durations['decay'] > steps:
     raise UserError('optimizer.decay', opt.decay, f'at most the {steps} steps of the run')
   plan = blueprint(config.model, config.data.context)
-  share, reasons = plan.undivided(config.zero_stage, mesh)
-  if share > config.mesh.whole:
-    raise UserError('mesh.whole', config.mesh.whole, f'at least {math.ceil(1000 * share) / 1000}, the share of the parameters that stays '
-                    f'whole, or sizes that divide ({"; ".join(reasons)})')
+  check_whole(plan, config, mesh)
   attention_backend(config.model, config.data.context)  # one that cannot run is told now
   memories = [memory.kind for memory in jax.local_devices()[0].addressable_memories()]
   if config.model.offloaded and 'pinned_host' not in memories:
@@ -85,6 +82,14 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
     valid={name: EvalRows(store, config.data.context, config.data.isolate_documents) for name, store in data.valid.items()},
     eval_every=in_steps('eval.every', config.eval.every),
     checkpoint_every=in_steps('checkpoint.every', config.checkpoint.every))
+
+
+def check_whole(plan: Blueprint, config: Config, mesh: AnyMesh) -> None:
+  """Raises a UserError where more of the parameters stays whole than mesh.whole gives leave for."""
+  share, reasons = plan.undivided(config.zero_stage, mesh)
+  if share > config.mesh.whole:
+    raise UserError('mesh.whole', config.mesh.whole, f'at least {math.ceil(1000 * share) / 1000}, the share of the parameters that stays '
+                    f'whole, or sizes that divide ({"; ".join(reasons)})')
 
 
 def with_vocabulary(config: Config, tokens: int) -> Config:

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.model import Blueprint, Copy, Parameters
-from gptjax.sharding import Places
+from gptjax.sharding import AnyMesh, Places
 from gptjax.training.objective import Batch, Objective
 
 
@@ -23,7 +23,7 @@ class TrainState(NamedTuple):
   optimizer: Any
 
 
-def initializer(blueprint: Blueprint, optimizer: optax.GradientTransformation, zero_stage: int, mesh: Mesh,
+def initializer(blueprint: Blueprint, optimizer: optax.GradientTransformation, zero_stage: int, mesh: AnyMesh,
                 seed: int) -> Callable[[], TrainState]:
   """A jitted function that makes the state of step 0, each part created where it belongs."""
   shardings, places = blueprint.shardings(zero_stage, mesh), blueprint.places(zero_stage, mesh)
@@ -35,7 +35,7 @@ def initializer(blueprint: Blueprint, optimizer: optax.GradientTransformation, z
   return jax.jit(initialize)
 
 
-def abstract(initialize: Callable[[], TrainState], mesh: Mesh) -> TrainState:
+def abstract(initialize: Callable[[], TrainState], mesh: AnyMesh) -> TrainState:
   """Shapes, dtypes and shardings of the state, with nothing allocated; what a checkpoint is restored into."""
   def describe(x):
     # eval_shape gives scalars no sharding of the mesh: they are replicated.
@@ -45,7 +45,7 @@ def abstract(initialize: Callable[[], TrainState], mesh: Mesh) -> TrainState:
 
 
 def train_step(blueprint: Blueprint, objective: Objective, optimizer: optax.GradientTransformation, rate: optax.Schedule,
-               *, zero_stage: int, mesh: Mesh, microbatches: int, seed: int) -> Callable[[TrainState, Batch], tuple]:
+               *, zero_stage: int, mesh: AnyMesh, microbatches: int, seed: int) -> Callable[[TrainState, Batch], tuple]:
   """The jitted step: (state, batch) -> (state, metrics), with the old state's memory reused.
 
   The gradient is that of the summed loss over the count of targets of the whole batch, however it is cut into microbatches
@@ -112,7 +112,7 @@ def _put(arrays: Mapping[str, jax.Array], places: Mapping[str, Places], role: st
   return {name: jax.reshard(x, getattr(places[name], role)) for name, x in arrays.items()}
 
 
-def state_bytes(blueprint: Blueprint, optimizer: optax.GradientTransformation, zero_stage: int, mesh: Mesh) -> dict[str, int]:
+def state_bytes(blueprint: Blueprint, optimizer: optax.GradientTransformation, zero_stage: int, mesh: AnyMesh) -> dict[str, int]:
   """Bytes that a device holds of parameters, gradients and optimizer state, by the shapes of its shards; nothing is allocated."""
   state = abstract(initializer(blueprint, optimizer, zero_stage, mesh, 0), mesh)
   places, dtypes = blueprint.places(zero_stage, mesh), blueprint.dtypes

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import pytest
+from jax.experimental import topologies
 from jax.sharding import AxisType
 
 from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, UserError
@@ -39,6 +40,20 @@ def test_several_processes_leave_no_device_out(monkeypatch):
   with pytest.raises(UserError, match=r'^mesh\.data: 2, accepted: all 8 devices .*: mesh\.data=4$'):
     make_mesh(MeshConfig(2, 2))
   assert make_mesh(MeshConfig(4, 2)).size == 8
+
+
+def test_replicas_are_whole_slices(monkeypatch):
+  pytest.importorskip('libtpu', reason='pip install -r requirements-tpu.txt')
+  for name, value in (('ALLOW_MULTIPLE_LIBTPU_LOAD', '1'), ('TPU_WORKER_HOSTNAMES', 'localhost'), ('TPU_WORKER_ID', '0'),
+                      ('TPU_ACCELERATOR_TYPE', 'v5p-8')):
+    monkeypatch.setenv(name, value)
+  devices = topologies.get_topology_desc('v5p:2x2x2', 'tpu', num_slices=2).devices
+  for sizes in ((-1, 2, 2), (2, 2, 4)):
+    mesh = make_mesh(MeshConfig(*sizes), devices)
+    half = len(mesh.devices) // 2
+    assert [{device.slice_index for device in part.flat} for part in (mesh.devices[:half], mesh.devices[half:])] == [{0}, {1}]
+  with pytest.raises(UserError, match=r'^mesh\.replica: 1, accepted: a multiple of the 2 slices'):
+    make_mesh(MeshConfig(), devices)
 
 
 MODEL = {'width': 32, 'heads': 4, 'vocab_size': 64}

@@ -1,6 +1,5 @@
 """The table from logical to mesh axes, and what ZeRO stage 3 shares out."""
 
-import dataclasses
 import itertools
 import math
 

@@ -1,0 +1,91 @@
+"""One plan: everything that is told of a config on a machine."""
+
+import dataclasses
+import functools
+
+from gptjax.config import Config, UserError
+from gptjax.model import blueprint, parameter_count
+from gptjax.planning.collectives import Collective, collectives
+from gptjax.planning.memory import Memory, analytic_memory
+from gptjax.planning.program import Compiled, TooLarge, abstract_mesh, compile_step, steps
+from gptjax.planning.roofline import DAY, Roofline, roofline
+from gptjax.planning.topology import Topology
+from gptjax.planning.volumes import theoretical
+from gptjax.sharding import check_sizes
+from gptjax.training import check_whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+  """A config on a machine, by theory and, where it was compiled, by the program."""
+
+  config: Config
+  topology: Topology
+  sizes: dict[str, int]
+  """of the mesh axes"""
+  parameters: int
+  steps: int
+  """of the run"""
+  memory: Memory
+  theory: list[Collective]
+  bounds: Roofline
+  compiled: Compiled | None = None
+  refusal: str = ''
+  """the compiler's words where the program does not fit"""
+  found: list[Collective] = dataclasses.field(default_factory=list)
+  """collectives of the compiled program"""
+
+  @property
+  def needed(self) -> float:
+    """Bytes on a device: the compiler's count, or theory's where nothing was compiled."""
+    return self.compiled.total if self.compiled else self.memory.total
+
+  @property
+  def available(self) -> float:
+    """Bytes that a program may take."""
+    return self.topology.chip.memory * self.topology.chip.usable
+
+  @property
+  def fits(self) -> bool:
+    """Whether a step fits the memory."""
+    return not self.refusal and self.needed <= self.available
+
+  @property
+  def tokens(self) -> float:
+    """Tokens of the run."""
+    return self.steps * self.config.batch_size * self.config.data.context
+
+  def days(self, seconds: float) -> float:
+    """Days that the run takes at this step time."""
+    return self.steps * seconds / DAY
+
+  def compile(self) -> 'Estimate':
+    """The same with the real train step compiled; its collectives then set the bounds."""
+    try:
+      compiled = compile_step(self.config, self.topology)
+    except TooLarge as error:
+      return dataclasses.replace(self, refusal=str(error))
+    found = collectives(compiled.text, self.sizes | {'replica': self.sizes['replica'] // self.topology.slices})
+    if self.topology.slices > 1:  # one slice was compiled: what crosses slices is theory's
+      found += [one for one in self.theory if 'replica' in one.axes]
+    bounds = roofline(self.config, self.topology, self.sizes, found, self.memory)
+    return dataclasses.replace(self, compiled=compiled, found=found, bounds=bounds)
+
+
+def estimate(config: Config, topology: Topology) -> Estimate:
+  """The analytic part of a plan; takes about a second.
+
+  Raises:
+    UserError: no vocabulary size, a mesh that does not match the devices, sizes that it does not divide, epochs.
+  """
+  if not config.model.vocab_size:
+    raise UserError('model.vocab_size', 0, 'the number of token ids: a plan opens no tokenizer that could tell it')
+  sizes = topology.mesh_sizes(config)
+  check_sizes(config, abstract_mesh(sizes))
+  check_whole(blueprint(config.model, config.data.context), config, abstract_mesh(sizes))
+  memory, theory = analytic_memory(config, sizes), theoretical(config, sizes)
+  return Estimate(config, topology, sizes, _parameters(config.model, config.data.context), steps(config), memory, theory,
+                  roofline(config, topology, sizes, theory, memory))
+
+
+_parameters = functools.cache(parameter_count)  # a search asks again and again

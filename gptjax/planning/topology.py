@@ -1,0 +1,141 @@
+"""Machines by name: 'v5p:4x4x4' is a slice of TPUs, 'v5p:4x4x4*2' two of them, 'h100:8x16' sixteen nodes of eight GPUs."""
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from gptjax.config import Config, UserError
+from gptjax.sharding.chips import CHIPS, Chip
+
+EXAMPLES = {
+  2: '1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16',
+  3: '2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4, 4x4x8, 4x8x8, 8x8x8, 8x8x16, 8x16x16, 16x16x16',
+}
+"""Shapes of slices that Google Cloud lists, by the axes of the torus."""
+
+
+class Link(NamedTuple):
+  """What joins the devices of a mesh axis."""
+
+  network: str
+  bandwidth: float
+  """bytes/s that a device can send along the axis"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+  """Devices and how they are joined."""
+
+  name: str
+  chip: Chip
+  shape: tuple[int, ...]
+  """TPU: chips along each axis of the torus; GPU: (GPUs a node, nodes)"""
+  slices: int = 1
+  """TPU slices, joined by the data-centre network"""
+
+  @property
+  def chips(self) -> int:
+    """Chips in all."""
+    return math.prod(self.shape) * self.slices
+
+  @property
+  def devices(self) -> int:
+    """Devices as JAX counts them."""
+    return self.chips * self.chip.per_chip
+
+  @property
+  def groups(self) -> int:
+    """Slices or nodes: what mesh.replica may count."""
+    return self.slices if self.chip.is_tpu else self.shape[1]
+
+  def mesh_sizes(self, config: Config) -> dict[str, int]:
+    """Sizes of the mesh axes on all devices, from the slowest network to the fastest.
+
+    Raises:
+      UserError: the mesh does not match the devices; that batch and model divide is checked elsewhere.
+    """
+    mesh, count = config.mesh, self.devices
+    if count % mesh.model:
+      raise UserError('mesh.model', mesh.model, f'a divisor of the {count} devices of {self.name}')
+    if self.chip.is_tpu and mesh.replica % self.slices:
+      raise UserError('mesh.replica', mesh.replica, f'{self.slices}, one for each slice of {self.name}, or a multiple of it')
+    if count % (mesh.model * mesh.replica):
+      raise UserError('mesh.replica', mesh.replica, f'a divisor of {count // mesh.model}: {self.name} with mesh.model={mesh.model}')
+    data = count // mesh.model // mesh.replica
+    if mesh.data not in (-1, data):
+      raise UserError('mesh.data', mesh.data, f'-1 or {data} on the {count} devices of {self.name}, with mesh.model='
+                      f'{mesh.model} and mesh.replica={mesh.replica}')
+    return {'replica': mesh.replica, 'data': data, 'model': mesh.model}
+
+  def links(self, sizes: Mapping[str, int]) -> dict[str, Link]:
+    """What each mesh axis moves its bytes over.
+
+    On a torus a mesh axis has the rings of the torus axes it covers, each sending both ways at once where it closes. On GPUs
+    an axis within a node has NVLink; one that spans nodes has the network, all ports of the GPUs it holds in a node together.
+    """
+    return self._torus(sizes) if self.chip.is_tpu else self._switched(sizes)
+
+  def _torus(self, sizes: Mapping[str, int]) -> dict[str, Link]:
+    whole = lambda size: self.chip.link * (2 if size % self.chip.wraps == 0 else 1) if size > 1 else 0.0
+    free = [size for size in self.shape if size > 1]
+    wanted = max(sizes['model'] // self.chip.per_chip, 1)
+    exact = next((picked for n in range(1, len(free) + 1) for picked in itertools.combinations(free, n)
+                  if math.prod(picked) == wanted), None) if wanted > 1 else ()
+    model = data = 0.0
+    if exact is not None:
+      for size in exact:
+        free.remove(size)
+        model += whole(size)
+    else:  # part of an axis, which the data axis has the rest of: no ring closes for either
+      for size in sorted(free):
+        if wanted > 1 and (size % wanted == 0 or wanted % size == 0):
+          free.remove(size)
+          model += whole(size) if wanted % size == 0 else self.chip.link
+          data += 0.0 if wanted % size == 0 else self.chip.link
+          wanted = 1 if size % wanted == 0 else wanted // size
+    data += sum(map(whole, free))
+    ici = lambda axis, bandwidth: Link(f'ICI ({axis})', bandwidth or self.chip.link)  # other axes have other links
+    outer = Link('data-centre network', self.chip.network) if self.slices > 1 else ici('data', data)
+    return {'replica': outer, 'data': ici('data', data), 'model': ici('model', model)}
+
+  def _switched(self, sizes: Mapping[str, int]) -> dict[str, Link]:
+    node, inner = self.shape[0], 1
+    links: dict[str, Link] = {}
+    for axis in reversed(list(sizes)):
+      together = min(sizes[axis], max(node // inner, 1))  # of the axis, in one node
+      if inner * sizes[axis] <= node:
+        links[axis] = Link('NVLink', self.chip.link)
+      else:
+        links[axis] = Link('InfiniBand', min(self.chip.link, together * self.chip.network))
+      inner *= sizes[axis]
+    return links
+
+
+def parse(text: str | None) -> Topology:
+  """The machine of a name: CHIP:SIZExSIZE..., for TPUs with *SLICES.
+
+  Raises:
+    UserError: an unknown chip, or a shape that it does not come in.
+  """
+  example = "CHIP:SHAPE, as 'v5p:4x4x4' (a slice of TPUs), 'v5p:4x4x4*2' (two slices), 'h100:8x16' (16 nodes of 8 GPUs)"
+  match = re.fullmatch(r'([\w-]+):(\d+(?:x\d+)*)(?:\*(\d+))?', text or '')
+  if not match:
+    raise UserError('--topology', text, example)
+  name, shape, slices = match[1], tuple(map(int, match[2].split('x'))), int(match[3] or 1)
+  if name not in CHIPS:
+    raise UserError('--topology', text, f'one of {", ".join(CHIPS)} before the colon', {key: f'{key}:{match[2]}' for key in CHIPS}, name)
+  chip = CHIPS[name]
+  if min(*shape, slices, shape[0]) < 1:
+    raise UserError('--topology', text, example)
+  if not chip.is_tpu:
+    if len(shape) > 2 or slices > 1:
+      raise UserError('--topology', text, f"GPUs a node, then nodes, as '{name}:8' or '{name}:8x16'")
+    return Topology(text or '', chip, (*shape, 1)[:2])
+  hosts = len(shape) == chip.axes and shape[0] % 2 == shape[1] % 2 == 0  # of 2 x 2 chips
+  if not (hosts or shape == (1, 1) == (1,) * chip.axes) or math.prod(shape) > chip.pod:
+    raise UserError('--topology', text, f'{chip.axes} sizes after {name}:, the first two even, {chip.pod} chips at most: '
+                    f'{EXAMPLES[chip.axes]}')
+  return Topology(text or '', chip, shape, slices)

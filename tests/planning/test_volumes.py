@@ -1,0 +1,73 @@
+"""Theory against the formulas of the papers, in closed form."""
+
+import dataclasses
+
+import pytest
+
+from gptjax.model import parameter_count
+from gptjax.planning import analytic_memory, theoretical
+from gptjax.planning.collectives import totals
+from gptjax.planning.volumes import by_axis
+
+SIZES = {'replica': 1, 'data': 16, 'model': 4}
+
+
+@pytest.mark.parametrize('sizes', [SIZES, {'replica': 1, 'data': 64, 'model': 1}, {'replica': 2, 'data': 8, 'model': 4}])
+@pytest.mark.parametrize('stage', [0, 3])
+def test_state_is_that_of_the_zero_paper(large, at_stage, stage, sizes):
+  memory = analytic_memory(at_stage(large, stage), sizes)
+  each = parameter_count(large.model, 4096) / sizes['model'] / (sizes['data'] if stage else 1)
+  assert memory.parameters == pytest.approx(4 * each, rel=0.01) and memory.optimizer == pytest.approx(8 * each, rel=0.01)
+  assert memory.state + memory.gradients == pytest.approx(16 * each, rel=0.01)
+
+
+def test_gradients_and_copies_follow_the_stage(large, at_stage):
+  count = parameter_count(large.model, 4096) / 4
+  gradients = [analytic_memory(at_stage(large, stage), SIZES).gradients for stage in range(4)]
+  assert gradients == pytest.approx([4 * count, 4 * count, 4 * count / 16, 4 * count / 16], rel=0.01)
+  assert analytic_memory(at_stage(large, 0), SIZES).gathered == 0
+  layer = count / 40
+  assert 2 * 2 * layer < analytic_memory(large, SIZES).gathered < 2 * 4 * layer
+
+
+@pytest.mark.parametrize('stage, passes', [(0, 2), (1, 3), (2, 2), (3, 3)])
+def test_data_parallelism_sends_the_parameters_so_many_times(large, at_stage, stage, passes):
+  config = at_stage(large, stage, compute_dtype='float32')
+  sent = by_axis(theoretical(config, SIZES))['data']
+  once = 4 * parameter_count(large.model, 4096) / 4 * 15 / 16
+  assert sent == pytest.approx(passes * once, rel=0.02)
+
+
+@pytest.mark.parametrize('stage, times', [(0, 1), (2, 4), (3, 4)])
+def test_sharded_gradients_are_reduced_with_every_microbatch(large, at_stage, stage, times):
+  def sent(parts):
+    found = theoretical(at_stage(dataclasses.replace(large, microbatches=parts), stage), SIZES)
+    return sum(one.total for one in found if one.why.startswith('gradients') and one.axes == ('data',))
+  assert sent(4) == pytest.approx(times * sent(1))
+
+
+@pytest.mark.parametrize('remat, sums', [('none', 4), ('dots', 4), ('full', 5)])
+def test_tensor_parallelism_is_megatrons(large, at_stage, remat, sums):
+  found = totals(theoretical(at_stage(large, 3, remat=remat), SIZES))
+  stream = 256 / 16 * 4096 * 5120 * 2
+  assert found[('model',), 'all-reduce', 'bf16'] == pytest.approx((40 * sums + 2) * 2 * stream * 3 / 4)
+
+
+def test_replicas_reduce_the_part_that_a_device_holds(large):
+  found = by_axis(theoretical(large, {'replica': 2, 'data': 8, 'model': 4}))
+  assert found['replica'] == pytest.approx(4 * parameter_count(large.model, 4096) / 4 / 8, rel=0.01)
+
+
+def test_one_device_sends_nothing(large):
+  assert theoretical(large, {'replica': 1, 'data': 1, 'model': 1}) == []
+
+
+def test_activations_are_shared_out(large, at_stage):
+  config = at_stage(large, 3)
+  kept = lambda **sizes: analytic_memory(config, {'replica': 1} | sizes).activations
+  assert kept(data=32, model=1) == pytest.approx(kept(data=16, model=1) / 2)
+  residual = 256 / 16 * 4096 * 5120 * 2 * 40  # full remat keeps each layer's input, whole on each device of `model`
+  assert kept(data=16, model=4) == pytest.approx(residual, rel=0.15)
+  dots = at_stage(large, 3, remat='dots')
+  more, split = (analytic_memory(dots, SIZES | {'model': n}).activations for n in (1, 4))
+  assert kept(data=16, model=1) < more and split < 0.5 * more
