@@ -1,7 +1,7 @@
 """Llama 2 13B.
 
 Sizes and everything else: Llama 2 (arXiv:2307.09288, table 1 and section 2.2).
-Expected: 13,015,864,320 parameters. Figure 5 ends at a training loss of about 1.67, on its own data.
+Expected: 13,015,864,320 parameters. No loss on your own data is published.
 Meant for 64 TPU v5p chips (v5p:4x4x4). Data: a mixture of your own, in stores made with a tokenizer of at most 32,000 ids (docs/data.md).
 """
 

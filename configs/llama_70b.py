@@ -1,7 +1,7 @@
 """Llama 2 70B.
 
 Sizes and everything else: Llama 2 (arXiv:2307.09288, table 1 and section 2.2).
-Expected: 68,976,648,192 parameters. Figure 5 ends at a training loss of about 1.5, on its own data.
+Expected: 68,976,648,192 parameters. No loss on your own data is published.
 Meant for 512 TPU v5p chips (v5p:8x8x8). Data: a mixture of your own, in stores made with a tokenizer of at most 32,000 ids (docs/data.md).
 """
 

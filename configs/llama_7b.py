@@ -1,7 +1,7 @@
 """Llama 2 7B.
 
 Sizes and everything else: Llama 2 (arXiv:2307.09288, table 1 and section 2.2).
-Expected: 6,738,415,616 parameters. Figure 5 ends at a training loss of about 1.75, on its own data.
+Expected: 6,738,415,616 parameters. No loss on your own data is published.
 Meant for 256 TPU v5e chips (v5e:16x16). Data: a mixture of your own, in stores made with a tokenizer of at most 32,000 ids (docs/data.md).
 """
 

@@ -10,11 +10,11 @@ from absl import flags, logging
 
 from gptjax import config as configs
 from gptjax import processes
+from gptjax.cache import cache_dir
 from gptjax.config import Config
 
 CPU_DEVICES = flags.DEFINE_integer(
   'cpu_devices', 0, 'virtual CPU devices to run on; 0: the devices of the machine', lower_bound=0)
-CACHE_DIR = flags.DEFINE_string('cache_dir', '~/.cache/gptjax', 'folder of prepared data and compiled programs')
 _CLUSTER = flags.DEFINE_enum(
   'cluster', 'auto', ['auto', 'none', *processes.CLUSTERS], 'what tells which processes make up the run; auto: whatever is there')
 _COORDINATOR = flags.DEFINE_string('coordinator', None, 'HOST:PORT where process 0 listens; unless a cluster tells it')
@@ -33,7 +33,7 @@ def start(config: Config | None = None) -> Path:
     config: of the run, which must be the same in all processes.
   """
   logging.set_verbosity(logging.FATAL)  # what libraries log of a failure, they also raise
-  cache = Path(CACHE_DIR.value).expanduser()
+  cache = cache_dir()
   group = processes.discover(_CLUSTER.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
   # Before JAX is imported, which takes seconds: who is missing is told early.
   configs.at_end.enter_context(processes.join(group, _facts(config) if group.processes > 1 else {}, _TIMEOUT.value))
@@ -54,6 +54,9 @@ def _initialize(group: processes.Group) -> None:
   _keep_stdout(group.process == 0)
   host, port = processes.bind_address(group), group.coordinator.rpartition(':')[2]
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+  # A proxy of the login shell would stand between the processes: gRPC asks it for every host that is not named here.
+  os.environ['no_grpc_proxy'] = ','.join(filter(None, (os.environ.get('no_grpc_proxy'), processes.address(group)[0])))
+  jax.config.update('jax_check_proxy_envs', False)
   jax.distributed.initialize(
     group.coordinator, group.processes, group.process, local_device_ids=group.gpus, cluster_detection_method='deactivate',
     coordinator_bind_address=f'{f"[{host}]" if ":" in host else host}:{port}' if host else None, initialization_timeout=int(_TIMEOUT.value))

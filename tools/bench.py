@@ -72,7 +72,7 @@ def our_step(shape: Shape) -> Callable[[np.ndarray], float]:
   durations = {'steps': 1000, 'warmup': 0, 'decay': 0}
   optimizer = training.make_optimizer(optimizer_config, **durations)
   step = training.train_step(plan, training.next_token(), optimizer,
-                             training.schedule(optimizer_config, 1e-4, **durations), microbatches=1, seed=0)
+                             training.schedule(optimizer_config, 1e-4, **durations), zero_stage=0, mesh=mesh, microbatches=1, seed=0)
   state = training.initializer(plan, optimizer, 0, mesh, 0)()
   mask = np.ones((shape.batch, shape.context), np.float32)
 

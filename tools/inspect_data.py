@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gptjax import config as configs
+from gptjax.cache import cache_dir
 from gptjax.config import Config, UserError
 from gptjax.data import Batch, Tokenizer, TokenStore, TrainRows, cores, prepare, train_rows
 from gptjax.data.progress import counted
@@ -33,7 +34,6 @@ _STEP = flags.DEFINE_integer('step', 0, 'step whose batch is shown; the first is
 _ROWS = flags.DEFINE_integer('rows', 4, 'rows of the batch to show; 0: all', lower_bound=0)
 _STEPS = flags.DEFINE_integer('steps', 1000, "steps, from 0 on, over which a mixture's shares are counted", lower_bound=1)
 _PLOT = flags.DEFINE_string('plot', None, 'PNG file for a picture of the same')
-_CACHE_DIR = flags.DEFINE_string('cache_dir', '~/.cache/gptjax', 'folder of prepared data')
 
 COLORS = ('cyan', 'yellow', 'green', 'magenta', 'blue', 'red')
 """Of segments, in turn."""
@@ -72,7 +72,7 @@ def _rows(config: Config | None) -> tuple[TrainRows, Tokenizer, Config]:
       raise UserError('--workdir', _WORKDIR.value, 'a folder that gptjax.train made, with its config.json')
     config = configs.from_json(file.read_text(), str(file))
   config = configs.override(config, {'data.isolate_documents': True})  # segments are shown either way
-  data = prepare(config.data, Path(_CACHE_DIR.value).expanduser(), cores())
+  data = prepare(config.data, cache_dir(), cores())
   print(data.description, file=sys.stderr)
   return train_rows(config, data), data.tokenizer, config
 

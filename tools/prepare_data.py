@@ -11,6 +11,7 @@ from pathlib import Path
 from absl import flags
 
 from gptjax import config as configs
+from gptjax.cache import cache_dir
 from gptjax.config import UserError
 from gptjax.data import Contamination, Document, Filters, Recipe, Source, TokenStore, load_tokenizer, open_source, split_source, write_store
 from gptjax.data.encoding import cores
@@ -67,7 +68,7 @@ def _source() -> Source:
   one, *others = source_flags.sources()
   if others:
     raise UserError('--source', others[0].path, 'one source; a mixture is made of stores, in data.train')
-  source = open_source(one, source_flags.cache_dir())
+  source = open_source(one, cache_dir())
   if _SIDE.value == 'all':
     if flags.FLAGS['valid_fraction'].present:
       raise UserError('--side', 'all', 'train or valid, with --valid_fraction')

@@ -1,7 +1,6 @@
 """The flags that name sources, the same for every tool."""
 
 import json
-from pathlib import Path
 
 from absl import flags
 
@@ -14,12 +13,6 @@ _SPLIT = flags.DEFINE_string('split', SourceConfig.split, _FIELDS['split'])
 _TEXT = flags.DEFINE_string('text', SourceConfig.text, _FIELDS['text'])
 _SEPARATOR = flags.DEFINE_string('separator', SourceConfig.separator, _FIELDS['separator'])
 _SKIP = flags.DEFINE_float('skip', SourceConfig.skip, _FIELDS['skip'])
-_CACHE_DIR = flags.DEFINE_string('cache_dir', '~/.cache/gptjax', 'folder of the dataset of the embedded corpus')
-
-
-def cache_dir() -> Path:
-  """Where the embedded corpus keeps its dataset."""
-  return Path(_CACHE_DIR.value).expanduser()
 
 
 def sources() -> list[SourceConfig]:

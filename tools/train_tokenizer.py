@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from absl import flags
 
+from gptjax.cache import cache_dir
 from gptjax.config import TokenizerConfig, UserError, run
 from gptjax.data.progress import announce
 from gptjax.data.sampling import TRAINING_CHARACTERS, sample
@@ -121,7 +122,7 @@ def main(_: None) -> None:
   characters = budgets(values.weights, len(chosen), values.characters)
   already = _already(out)
   gpt2 = {f'gpt2 ({values.gpt2_bpe})': Gpt2Tokenizer(pathlib.Path(values.gpt2_bpe).expanduser())} if values.gpt2_bpe else {}
-  corpus = Corpus([open_source(source, source_flags.cache_dir()) for source in chosen], characters, values.held_out)
+  corpus = Corpus([open_source(source, cache_dir()) for source in chosen], characters, values.held_out)
   tokenizer = train_tokenizer(config, corpus, digits=values.digits, symbols=values.symbol)
   _save(tokenizer, out, already)
   words, texts = corpus.scored()

@@ -149,7 +149,8 @@ class Attention(nnx.Module):
 def attention(config: ModelConfig, q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'], v: Float[Array, 'B T K C'],
               segments: Int[Array, 'B T'] | None, key: PRNGKeyArray | None) -> Float[Array, 'B T H C']:
   """Causal attention by the implementation that the config and the device choose."""
-  backend = attention_backend(config, q.shape[1])
+  # One that is named was checked before, for the device that the program is for, which need not be here.
+  backend = attention_backend(config, q.shape[1]) if config.attention == 'auto' else config.attention
   if backend in KERNELS:
     return KERNELS[backend](q, k, v, segments)
   return causal_attention(q, k, v, segments, config.dropout, key, BLOCK if backend == 'blocks' else q.shape[1])

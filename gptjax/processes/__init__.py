@@ -5,6 +5,6 @@ It runs before JAX and beside it: a peer that is missing, different or dead is o
 
 from gptjax.processes.company import Company, company, first, join, share
 from gptjax.processes.discovery import CLUSTERS, Group, discover
-from gptjax.processes.rendezvous import bind_address
+from gptjax.processes.rendezvous import address, bind_address
 
-__all__ = ['CLUSTERS', 'Company', 'Group', 'bind_address', 'company', 'discover', 'first', 'join', 'share']
+__all__ = ['CLUSTERS', 'Company', 'Group', 'address', 'bind_address', 'company', 'discover', 'first', 'join', 'share']

@@ -130,7 +130,6 @@ def test_a_mistake_is_found(kind, right, wrong):
     check(kind, MANIFESTS[kind].replace(right, wrong))
 
 
-@pytest.mark.skipif(not (ROOT / 'tools/launch/local.py').exists(), reason='needs the flags of several processes')
 @pytest.mark.parametrize('kind', MANIFESTS)
 def test_the_command_is_one(kind):
   container, args = container_of(kind)
@@ -140,7 +139,6 @@ def test_the_command_is_one(kind):
   assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(not (ROOT / 'tools/launch/local.py').exists(), reason='needs the discovery of several processes')
 def test_gpu_pods_find_each_other():
   from gptjax.processes import discover
 

@@ -187,7 +187,6 @@ def test_a_task_that_fails_ends_the_others_and_the_job(cluster, tmp_path, probe)
   assert 'task 1: Exited with exit code 3' in (tmp_path / 'run.out').read_text()
 
 
-@pytest.mark.skipif(not (ROOT / 'tools/launch/local.py').exists(), reason='needs the flags of several processes')
 def test_training_meets_over_the_nodes(cluster, tmp_path):
   workdir, text = tmp_path / 'run', tmp_path / 'text.txt'
   text.write_text('a lazy dog and the quick brown fox jump over old warm stoves while small cats sleep.\n' * 100)

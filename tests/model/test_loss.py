@@ -105,7 +105,9 @@ def test_logits_of_a_large_vocabulary_take_little_memory(transposed, one_device)
   head = 4 * ids * width
   assert memory.output_size_in_bytes >= head
   # The head's gradient is an output; where it is a temporary as well, it is known and left out.
-  assert memory.temp_size_in_bytes - head < 0.1 * 4 * tokens * ids
+  share = max(memory.temp_size_in_bytes - head, 0) / (4 * tokens * ids)
+  print(f'share of the logits: {share:.4f}')
+  assert share < 0.1
 
 
 def test_the_parts_of_the_vocabulary_are_never_joined():

@@ -120,7 +120,7 @@ def test_steps_of_adamw_are_those_of_pytorch(mesh, zero_stage, microbatches, cli
   plan = blueprint(CONFIG, CONTEXT)
   optimizer = make_optimizer(config, **durations)
   step = train_step(plan, next_token(), optimizer, schedule(config, config.peak_lr, **durations),
-                    microbatches=microbatches, seed=0)
+                    zero_stage=zero_stage, mesh=mesh, microbatches=microbatches, seed=0)
   parameters = on_mesh(weights(model), plan, zero_stage, mesh)
   start = weights(model)
   state = TrainState(jnp.zeros((), jnp.int32), parameters, jax.jit(optimizer.init)(parameters))

@@ -115,7 +115,7 @@ def test_a_run_that_diverges_says_so_and_keeps_the_best(tmp_path, text, cache):
   ({'batch_size': 8, 'microbatches': 2, 'mesh__data': 8}, 'batch_size: 8, accepted: '),
   ({'mesh__data': 16}, 'mesh.data: 16, accepted: '),
   ({'mesh__data': -1, 'mesh__model': 3}, 'mesh.model: 3, accepted: '),
-  ({'mesh__data': -1, 'mesh__model': 4}, 'model.heads: 2, accepted: '),
+  ({'mesh__data': -1, 'mesh__model': 4}, 'mesh.model: 4, accepted: '),
   ({'model__vocab_size': 5}, 'model.vocab_size: 5, accepted: '),
   ({'data__source__path': 'nowhere.txt'}, "data.source.path: 'nowhere.txt', accepted: "),
   ({'eval__prompt': 'Ä'}, "eval.prompt, character 0: 'Ä', accepted: "),

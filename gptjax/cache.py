@@ -1,0 +1,12 @@
+"""Where things are kept that can be made again."""
+
+from pathlib import Path
+
+from absl import flags
+
+_CACHE_DIR = flags.DEFINE_string('cache_dir', '~/.cache/gptjax', 'folder of prepared data and compiled programs')
+
+
+def cache_dir() -> Path:
+  """The folder of --cache_dir."""
+  return Path(_CACHE_DIR.value).expanduser()

@@ -1,0 +1,184 @@
+"""Bars of sharding: the same run on any mesh at any stage, the bytes that ZeRO promises, the compiled program, and plans."""
+
+import dataclasses
+import json
+import math
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig
+from tools.bars.record import Result, bar, python
+
+TOLERANCE = {'adamw': 1e-5, 'dropout': 1e-5, 'muon': 1e-4}
+
+
+@bar
+def stages(folder: Path) -> Result:
+  worst = json.loads(python('tools.bars.stages', '--cpu_devices=8', f'--cache_dir={folder}').stdout)
+  most = {case: max(found.items(), key=lambda item: item[1]) for case, found in worst.items()}
+  return Result('8 devices; ZeRO 0 to 3 x meshes 8x1, 4x2, 2x4, 1x8 x accumulation 1 and 4 x scanned and unrolled; 8 heads, 2 key '
+                'heads, odd vocabulary and feed-forward: 10 losses and gradient norms within 1e-5 of one device, dropout too; Muon 1e-4',
+                f'{sum(map(len, worst.values()))} runs; '
+                + ', '.join(f'{case} {value:.1e} ({name})' for case, (name, value) in most.items()),
+                set(most) == set(TOLERANCE) and all(value <= TOLERANCE[case] for case, (_, value) in most.items()),
+                'python -m tools.bars.stages')
+
+
+@bar
+def zero_bytes(folder: Path) -> Result:
+  python('tools.zero_bytes', '--cpu_devices=8', f'--json={folder}/table.json', f'--picture={folder}/figure.png')
+  table = json.loads((folder / 'table.json').read_text())
+  off = [abs((row['parameters'] + row['gradients'] + row['optimizer']) / row['paper'] - 1) for row in table]
+  held = '; '.join(f'stage {stage}: ' + ', '.join(f'{row["parameters"] + row["gradients"] + row["optimizer"]:.2f}' for row in table
+                                                  if row['stage'] == stage) for stage in range(4))
+  return Result('bytes a parameter on a device, float32 and Adam: 16, 8+8/d, 4+12/d, 16/d at d = 2, 4, 8 within 1 %',
+                f'{held}; off by {max(off):.2%} at most', max(off) <= 0.01 and len(table) == 12 and (folder / 'figure.png').exists(),
+                'python -m tools.zero_bytes --cpu_devices=8 --picture=FILE.png')
+
+
+LARGE = Config(
+  model=ModelConfig(layers=4, width=2048, heads=16, mlp_width=5632, vocab_size=32000, positions='rope', norm='rmsnorm', mlp='swiglu',
+                    bias=False, tied=False, scan=True, remat='full', compute_dtype='bfloat16'),
+  data=DataConfig(context=2048), mesh=MeshConfig(data=8, model=2), batch_size=16)
+"""A model that is long to compile and short to read."""
+
+
+@bar
+def tpu_program(folder: Path) -> Result:
+  from gptjax import planning
+  from gptjax.model import blueprint
+  from gptjax.planning.program import abstract_mesh, compile_step
+  _on_cpu()
+  topology = planning.parse('v5p:2x2x4')
+  figures, met, temporaries = [], True, {}
+  for stage in range(4):
+    config = dataclasses.replace(LARGE, zero_stage=stage)
+    sizes = topology.mesh_sizes(config)
+    compiled = compile_step(config, topology)
+    temporaries[stage] = compiled.temporaries
+    found = planning.collectives(compiled.text, sizes)
+    bytes_of = lambda group: sum(one.total for one in group if one.axes)
+    sent, theory = bytes_of(found), bytes_of(planning.theoretical(config, sizes))
+    data = [one for one in found if one.axes == ('data',)]
+    large = [one for one in data if one.payload >= 1e6]
+    kinds = sorted({(one.kind, one.dtype) for one in large})
+    if stage >= 2:
+      met &= abs(sent / theory - 1) <= 0.1
+      met &= ('reduce-scatter', 'f32') in kinds and not any(kind == 'all-reduce' for kind, _ in kinds)
+      met &= {dtype for kind, dtype in kinds if kind == 'all-gather'} == {'bf16'}
+      met &= {dtype for kind, dtype in kinds if kind == 'reduce-scatter'} == {'f32'}
+    figures.append(f'stage {stage}: {sent / 1e9:.3f} GB sent, theory {theory / 1e9:.3f} ({sent / theory - 1:+.1%}), over data '
+                   + ', '.join(f'{kind} {dtype}' for kind, dtype in kinds))
+  deep = dataclasses.replace(LARGE, zero_stage=3, model=dataclasses.replace(LARGE.model, layers=2 * LARGE.model.layers))
+  grown = compile_step(deep, topology).temporaries - temporaries[3]
+  # Each layer leaves its input, in the compute type, for the backward pass.
+  saved = LARGE.model.layers * LARGE.batch_size * LARGE.data.context / 8 * LARGE.model.width * 2
+  shardings = lambda config: blueprint(config.model, config.data.context).shardings(3, abstract_mesh(topology.mesh_sizes(config)))
+  def count(config):
+    shapes = blueprint(config.model, config.data.context).shapes
+    return sum(math.prod(place.shard_shape(shapes[name].shape)) for name, place in shardings(config).items())
+  gradients = 4 * (count(deep) - count(LARGE))
+  met &= abs(grown / saved - 1) <= 0.1
+  return Result('the step compiled for v5p:2x2x4 (data 8, model 2): at stages 2 and 3 gradients leave by float32 '
+                'reduce-scatter, parameters are gathered in bfloat16; bytes sent within 10 % of theory, told for each stage; '
+                'stage 3 at L and 2L layers: temporaries grow by the saved activations alone',
+                '; '.join(figures) + f'; {LARGE.model.layers} layers more: temporaries + {grown / 1e6:.0f} MB, activations saved '
+                f'{saved / 1e6:.0f}; beside them their gradients, shared out, {gradients / 1e6:.0f}', met,
+                'python -m tools.bars --only=tpu_program')
+
+
+def _on_cpu() -> None:
+  import jax
+  jax.config.update('jax_platforms', 'cpu')
+
+
+@bar
+def plans(folder: Path) -> Result:
+  figures, met = [], True
+  for name, topology in (('llama_13b', 'v5p:4x4x4'), ('llama_7b', 'v5e:16x16'), ('llama_1b', 'v5e:4x4')):
+    start = time.monotonic()
+    python('gptjax.plan', f'--config=configs/{name}.py', f'--topology={topology}', f'--json={folder}/{name}.json',
+           f'--picture={folder}/{name}.png')
+    seconds = time.monotonic() - start
+    plan = json.loads((folder / f'{name}.json').read_text())['plan']
+    memory, mesh = plan['memory'], plan['settings']
+    state = memory['parameters'] + memory['optimizer']
+    off = state / (12 * plan['parameters'] / mesh['mesh.data'] / mesh['mesh.model']) - 1
+    met &= seconds <= 90 and plan['fits'] and plan['compiled'] is not None and abs(off) <= 0.01
+    figures.append(f'{name} on {topology}: {seconds:.0f} s, {"fits" if plan["fits"] else "does not fit"}, '
+                   f'{plan["compiled"]["total"] / 2**30:.1f} of {plan["available"] / 2**30:.1f} GiB, state off by {off:.2%}')
+  # As if libtpu were not installed: nothing that is imported may find it.
+  hidden = folder / 'hidden'
+  hidden.mkdir()
+  (hidden / 'sitecustomize.py').write_text(
+    'import importlib.util as u\nfind = u.find_spec\nu.find_spec = lambda name, *a: None if name == "libtpu" else find(name, *a)\n')
+  bare = python('gptjax.plan', '--config=configs/llama_7b.py', '--topology=v5e:16x16', PYTHONPATH=str(hidden)).stdout
+  met &= 'libtpu is not installed' in bare and 'requirements-tpu.txt' in bare and 'all at once' in bare and 'compiled GiB' not in bare
+  return Result('plans of llama_13b, llama_7b and llama_1b, each compiled: within 90 s, fits, state bytes within 1 % of 12/d a parameter; '
+                'without libtpu the analytic part, and what is missing',
+                '; '.join(figures) + f'; without libtpu: {bare.strip().splitlines()[-1]}', met,
+                'python -m gptjax.plan --config=configs/llama_13b.py --topology=v5p:4x4x4')
+
+
+@bar
+def plan_search(folder: Path) -> Result:
+  start = time.monotonic()
+  python('gptjax.plan', '--config=configs/llama_13b.py', '--topology=v5p:4x4x4', '--search', f'--json={folder}/search.json',
+         f'--picture={folder}/search.png')
+  seconds = time.monotonic() - start
+  found = json.loads((folder / 'search.json').read_text())
+  plan = found['plan']
+  return Result('plan --search for llama_13b on v5p:4x4x4: within 10 minutes, and the chosen plan compiles and fits',
+                f'{seconds:.0f} s; ' + ', '.join(f'{name} {value}' for name, value in plan['settings'].items())
+                + f': {plan["compiled"]["total"] / 2**30:.1f} of {plan["available"] / 2**30:.1f} GiB',
+                seconds <= 600 and plan['fits'] and plan['compiled'] is not None,
+                'python -m gptjax.plan --config=configs/llama_13b.py --topology=v5p:4x4x4 --search')
+
+
+@bar
+def logits_memory(folder: Path) -> Result:
+  done = subprocess.run([sys.executable, '-m', 'pytest', '-q', 'tests/model/test_loss.py', '-k', 'little_memory', '-s'],
+                        capture_output=True, text=True)
+  shares = re.findall(r'share of the logits: ([\d.]+)', done.stdout)
+  return Result('8,192 tokens, 131,072 ids, float32, one device: temporaries of the loss and its gradient, less the head\'s own gradient, '
+                'below 10 % of the logits', ', '.join(f'{float(share):.1%}' for share in shares) + ' (head on its own, tied)',
+                done.returncode == 0 and len(shares) == 2 and max(map(float, shares)) < 0.1, 'pytest tests/model/test_loss.py')
+
+
+@bar
+def bad_mesh(folder: Path) -> Result:
+  (folder / 'text.txt').write_text('some text of a few words\n' * 400)
+  train = ['gptjax.train', '--config=configs/shakespeare_char_cpu.py', f'--config.data.source.path={folder}/text.txt',
+           f'--workdir={folder}/run', f'--cache_dir={folder}/cache', '--cpu_devices=8']
+  plan = ['gptjax.plan', '--config=configs/llama_7b.py']
+  cases = {
+    'mesh and devices': (train + ['--config.mesh.data=3', '--config.mesh.model=4'],
+                         'mesh.data: 3, accepted: -1 or at most 2 with 8 devices and mesh.model=4'),
+    'model axis': (train + ['--config.mesh.model=3'], 'mesh.model: 3, accepted: a divisor of the 8 devices: 1, 2, 4, 8'),
+    'heads': (train + ['--config.mesh.model=8', '--config.batch_size=8'],
+              'mesh.model: 8, accepted: a divisor of model.heads=4 and of the 8 devices: 1, 2, 4'),
+    'batch': (train + ['--config.batch_size=12'], 'batch_size: 12, accepted: a multiple of mesh.data=8: 8 or 16'),
+    'microbatches': (train + ['--config.batch_size=24', '--config.microbatches=2'],
+                     'batch_size: 24, accepted: a multiple of mesh.data=8 * microbatches=2: 16 or 32'),
+    'too much whole': (train + ['--config.model.mlp_width=511', '--config.mesh.model=2', '--config.batch_size=16'],
+                       'mesh.whole: 0.02, accepted: at least 0.6'),
+    'stage': (train + ['--config.zero_stage=4'], 'zero_stage: 4, accepted: 0, 1, 2 or 3'),
+    'kernel': (train + ['--config.model.attention=splash', '--config.batch_size=16'],
+               "model.attention: 'splash', accepted: auto, blocks, xla on a cpu"),
+    'topology': (plan + ['--topology=v5q:4x4'], "--topology: 'v5q:4x4', accepted:"),
+    'topology and mesh': (plan + ['--topology=v5e:4x4'], 'mesh.data: 256, accepted: -1 or 16'),
+    'stray process': (train + ['--processes=2', '--process=2', '--coordinator=localhost:51790'], '--process: 2, accepted:'),
+  }
+  wrong = []
+  for name, (arguments, told) in cases.items():
+    done = subprocess.run([sys.executable, '-m', *arguments], capture_output=True, text=True)
+    errors = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+    print(f'{name}: {errors or done.stderr[-300:]}', file=sys.stderr)
+    if done.returncode != 2 or len(errors) != 1 or told not in errors[0] or 'Traceback' in done.stderr or (folder / 'run').exists():
+      wrong.append(name)
+  return Result('mistakes of mesh, batch, topology and processes: one error line with numbers and nearest choice, exit 2, no workdir',
+                f'{len(cases) - len(wrong)} of {len(cases)}: {", ".join(cases)}' + ''.join(f'; wrong: {one}' for one in wrong), not wrong,
+                'python -m tools.bars --only=bad_mesh')

@@ -1,0 +1,89 @@
+"""What a device holds at each stage of ZeRO: python -m tools.zero_bytes --cpu_devices=8 [--picture=FILE.png]
+
+Makes the train state of a model in float32 with Adam on 2, 4 and 8 devices, adds up the shards that one device has, and prints bytes a
+parameter beside what the paper promises (arXiv:1910.02054, figure 1, with 4 + 4 + 8 bytes): 16, 8 + 8/d, 4 + 12/d, 16/d.
+"""
+
+import json
+import math
+from pathlib import Path
+
+from absl import flags
+
+from gptjax import config as configs
+from gptjax.config import MeshConfig, ModelConfig, OptimizerConfig
+from gptjax.start import start
+
+_PICTURE = flags.DEFINE_string('picture', None, 'PNG file to draw the table into')
+_JSON = flags.DEFINE_string('json', None, 'file for the figures')
+
+MODEL = ModelConfig(layers=4, width=256, heads=8, vocab_size=4096)
+PARTS = ('parameters', 'gradients', 'optimizer')
+
+
+def expected(stage: int, data: int) -> float:
+  """Bytes a parameter, by the paper."""
+  return (16, 8 + 8 / data, 4 + 12 / data, 16 / data)[stage]
+
+
+def held(stage: int, data: int) -> dict[str, float]:
+  """Bytes a parameter that the first device holds, by part."""
+  import jax
+
+  from gptjax.model import blueprint
+  from gptjax.sharding import make_mesh
+  from gptjax.training import initializer, make_optimizer
+  mesh = make_mesh(MeshConfig(data=data))
+  with jax.set_mesh(mesh):
+    plan = blueprint(MODEL, 256)
+    state = initializer(plan, make_optimizer(OptimizerConfig(), steps=1, warmup=0, decay=0), stage, mesh, 0)()
+    # A gradient has no life outside the step: an array of its type stands for it.
+    zeros = lambda name: jax.numpy.zeros(plan.shapes[name].shape, out_sharding=plan.places(stage, mesh)[name].gradient)
+    trees = (state.parameters, {name: zeros(name) for name in plan.shapes}, state.optimizer)
+  count = sum(math.prod(shape.shape) for shape in plan.shapes.values())
+  first = mesh.devices.flat[0]
+  own = lambda tree: sum(shard.data.nbytes for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards if shard.device == first)
+  return {part: own(tree) / count for part, tree in zip(PARTS, trees, strict=True)}
+
+
+def main(_) -> None:
+  start()
+  import jax
+  sizes = [data for data in (2, 4, 8) if data <= jax.device_count()]
+  if not sizes:
+    raise configs.UserError('--cpu_devices', jax.device_count(), '2 devices or more, as --cpu_devices=8')
+  table = [{'stage': stage, 'data': data, **held(stage, data), 'paper': expected(stage, data)} for stage in range(4) for data in sizes]
+  print(f'{"stage":>5} {"data":>5} ' + ' '.join(f'{part:>11}' for part in PARTS) + f' {"in all":>8} {"paper":>8}   bytes a parameter')
+  for row in table:
+    print(f'{row["stage"]:>5} {row["data"]:>5} ' + ' '.join(f'{row[part]:>11.3f}' for part in PARTS)
+          + f' {sum(row[part] for part in PARTS):>8.3f} {row["paper"]:>8.3f}')
+  if _JSON.value:
+    Path(_JSON.value).write_text(json.dumps(table, indent=1) + '\n')
+  if _PICTURE.value:
+    draw(table, Path(_PICTURE.value))
+
+
+def draw(table: list[dict], path: Path) -> None:
+  """The paper's figure 1: a bar a stage, cut into its parts, for each number of devices."""
+  from matplotlib.figure import Figure
+  sizes = sorted({row['data'] for row in table})
+  figure = Figure(figsize=(3.2 * len(sizes), 3.6), layout='constrained')
+  axes = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
+  for axis, data in zip(axes, sizes):
+    rows = [row for row in table if row['data'] == data]
+    below = [0.0] * len(rows)
+    for part in PARTS:
+      values = [row[part] for row in rows]
+      axis.bar([row['stage'] for row in rows], values, bottom=below, label=part)
+      below = [a + b for a, b in zip(below, values)]
+    axis.plot([row['stage'] for row in rows], [row['paper'] for row in rows], 'k_', markersize=26, label='paper')
+    for row, height in zip(rows, below):
+      axis.text(row['stage'], height + 0.2, f'{height:.2f}', ha='center')
+    axis.set(title=f'{data} devices', xlabel='ZeRO stage', xticks=range(4), ylim=(0, 18.5))
+  axes[0].set_ylabel('bytes a parameter on a device')
+  axes[-1].legend(loc='upper right', fontsize='small')
+  figure.savefig(path, dpi=120)
+
+
+if __name__ == '__main__':
+  configs.run(main, needs_config=False)
