@@ -56,8 +56,9 @@ def _elements(model: ModelConfig, context: int, axes: tuple[tuple[str, int], ...
 def theoretical(config: Config, sizes: dict[str, int]) -> list[Collective]:
   """The collectives of a step on a mesh of these sizes; gradients are reduced in float32, all else in the compute dtype.
 
-  Stages 0 and 1 reduce gradients once a step, however many microbatches: they keep all of them anyway. Over `replica` each
-  device reduces the part that it holds once `data` has been reduced.
+  Gradients of layers are reduced where the backward pass makes them, with every microbatch. Those of embedding and head are made
+  outside the loop over layers, and stages 0 and 1, which keep all of them, can leave their sum to the end of the step. Over
+  `replica` each device reduces the part that it holds once `data` has been reduced.
   """
   found = [*_data_parallel(config, sizes), *_tensor_parallel(config, sizes)]
   return [one for one in found if one.group > 1 and one.payload]
@@ -70,7 +71,8 @@ def _data_parallel(config: Config, sizes: dict[str, int]) -> list[Collective]:
   d, r = sizes['data'], sizes['replica']
   data = lambda kind, dtype, payload, trips, why: Collective(kind, dtype, payload, d, ('data',), trips, why)
   if stage < 2:
-    found = [data('all-reduce', 'f32', 4 * (layers + rest + whole), 1, 'gradients')]
+    found = [data('all-reduce', 'f32', 4 * (layers + whole), parts, 'gradients of layers'),
+             data('reduce-scatter' if stage else 'all-reduce', 'f32', 4 * rest, 1, 'gradients of embedding and head')]
   else:
     found = [data('reduce-scatter', 'f32', 4 * (layers + rest), parts, 'gradients'),
              data('all-reduce', 'f32', 4 * whole, parts, 'gradients of small parameters')]
@@ -80,7 +82,7 @@ def _data_parallel(config: Config, sizes: dict[str, int]) -> list[Collective]:
     found += [data('all-gather', dtype, item * layers, 2 * parts, 'layers, forward and backward'),
               data('all-gather', dtype, item * rest, parts, 'embedding and head')]
   mine = (layers + rest) / d + whole
-  return [*found, Collective('all-reduce', 'f32', 4 * mine, r, ('replica',), 1 if stage < 2 else parts, 'gradients')]
+  return [*found, Collective('all-reduce', 'f32', 4 * mine, r, ('replica',), parts, 'gradients')]
 
 
 def _tensor_parallel(config: Config, sizes: dict[str, int]) -> list[Collective]:

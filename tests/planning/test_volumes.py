@@ -38,12 +38,12 @@ def test_data_parallelism_sends_the_parameters_so_many_times(large, at_stage, st
   assert sent == pytest.approx(passes * once, rel=0.02)
 
 
-@pytest.mark.parametrize('stage, times', [(0, 1), (2, 4), (3, 4)])
-def test_sharded_gradients_are_reduced_with_every_microbatch(large, at_stage, stage, times):
+@pytest.mark.parametrize('stage, times', [(0, 3.92), (1, 3.96), (2, 4), (3, 4)])  # of embedding and head the first two once
+def test_gradients_are_reduced_with_every_microbatch(large, at_stage, stage, times):
   def sent(parts):
     found = theoretical(at_stage(dataclasses.replace(large, microbatches=parts), stage), SIZES)
     return sum(one.total for one in found if one.why.startswith('gradients') and one.axes == ('data',))
-  assert sent(4) == pytest.approx(times * sent(1))
+  assert sent(4) == pytest.approx(times * sent(1), rel=0.01)
 
 
 @pytest.mark.parametrize('remat, sums', [('none', 4), ('dots', 4), ('full', 5)])

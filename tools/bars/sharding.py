@@ -40,9 +40,9 @@ def zero_bytes(folder: Path) -> Result:
 
 
 LARGE = Config(
-  model=ModelConfig(layers=4, width=2048, heads=16, mlp_width=5632, vocab_size=32000, positions='rope', norm='rmsnorm', mlp='swiglu',
+  model=ModelConfig(layers=8, width=2048, heads=16, mlp_width=5632, vocab_size=32000, positions='rope', norm='rmsnorm', mlp='swiglu',
                     bias=False, tied=False, scan=True, remat='full', compute_dtype='bfloat16'),
-  data=DataConfig(context=2048), mesh=MeshConfig(data=8, model=2), batch_size=16)
+  data=DataConfig(context=2048), mesh=MeshConfig(data=8, model=2), batch_size=64)
 """A model that is long to compile and short to read."""
 
 
@@ -65,8 +65,8 @@ def tpu_program(folder: Path) -> Result:
     data = [one for one in found if one.axes == ('data',)]
     large = [one for one in data if one.payload >= 1e6]
     kinds = sorted({(one.kind, one.dtype) for one in large})
+    met &= abs(sent / theory - 1) <= 0.1
     if stage >= 2:
-      met &= abs(sent / theory - 1) <= 0.1
       met &= ('reduce-scatter', 'f32') in kinds and not any(kind == 'all-reduce' for kind, _ in kinds)
       met &= {dtype for kind, dtype in kinds if kind == 'all-gather'} == {'bf16'}
       met &= {dtype for kind, dtype in kinds if kind == 'reduce-scatter'} == {'f32'}
@@ -74,19 +74,19 @@ def tpu_program(folder: Path) -> Result:
                    + ', '.join(f'{kind} {dtype}' for kind, dtype in kinds))
   deep = dataclasses.replace(LARGE, zero_stage=3, model=dataclasses.replace(LARGE.model, layers=2 * LARGE.model.layers))
   grown = compile_step(deep, topology).temporaries - temporaries[3]
-  # Each layer leaves its input, in the compute type, for the backward pass.
+  # Each layer leaves its input, in the compute type, for the backward pass; its gradients, shared out, are state by the paper's count.
   saved = LARGE.model.layers * LARGE.batch_size * LARGE.data.context / 8 * LARGE.model.width * 2
   shardings = lambda config: blueprint(config.model, config.data.context).shardings(3, abstract_mesh(topology.mesh_sizes(config)))
   def count(config):
     shapes = blueprint(config.model, config.data.context).shapes
     return sum(math.prod(place.shard_shape(shapes[name].shape)) for name, place in shardings(config).items())
   gradients = 4 * (count(deep) - count(LARGE))
-  met &= abs(grown / saved - 1) <= 0.1
+  met &= abs(grown / (saved + gradients) - 1) <= 0.1
   return Result('the step compiled for v5p:2x2x4 (data 8, model 2): at stages 2 and 3 gradients leave by float32 '
-                'reduce-scatter, parameters are gathered in bfloat16; bytes sent within 10 % of theory, told for each stage; '
-                'stage 3 at L and 2L layers: temporaries grow by the saved activations alone',
+                'reduce-scatter, parameters are gathered in bfloat16; bytes sent within 10 % of theory at each stage; '
+                'stage 3 at L and 2L layers: temporaries less the shared-out gradients grow by the saved activations alone, within 10 %',
                 '; '.join(figures) + f'; {LARGE.model.layers} layers more: temporaries + {grown / 1e6:.0f} MB, activations saved '
-                f'{saved / 1e6:.0f}; beside them their gradients, shared out, {gradients / 1e6:.0f}', met,
+                f'{saved / 1e6:.0f}, gradients shared out {gradients / 1e6:.0f}', met,
                 'python -m tools.bars --only=tpu_program')
 
 
