@@ -47,8 +47,8 @@ def load_trained(workdir: Path, step: str = 'latest') -> Trained:
   if not file.exists():
     raise UserError('--workdir', str(workdir), 'a folder that gptjax.train made, with its config.json')
   config = configs.from_json(file.read_text(), str(file))
-  # Which attention runs best depends on the device that is here now.
-  plan = blueprint(dataclasses.replace(config.model, attention='auto'), config.data.context)
+  # How it is computed is for the devices that are here now.
+  plan = blueprint(dataclasses.replace(config.model, attention='auto', sequence_parallel=False), config.data.context)
   mesh = make_mesh(MeshConfig(model=config.mesh.model if jax.device_count() % config.mesh.model == 0 else 1))
   checkpoints = Checkpoints(workdir / 'checkpoints')
   try:

@@ -293,6 +293,9 @@ def run(main: Callable[[Any], int | None], *, needs_config: bool | None = True) 
     status, line = ending(error)
     if line:
       print(line, file=sys.stderr)
+      if sys.stderr is sys.__stderr__:
+        # Threads of libraries that outlive what they worked on would say the same again, in tracebacks.
+        sys.stderr = open(os.devnull, 'w')
     sys.exit(status)
 
 

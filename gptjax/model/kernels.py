@@ -35,7 +35,10 @@ def attention_backend(config: ModelConfig, context: int, platform: str | None = 
     can['splash'] = no_dropout or ('' if context % LANES == 0 else f'a context of a multiple of {LANES}, and it is {context}')
   if platform == 'gpu':
     half = '' if config.compute_dtype == 'bfloat16' else f"bfloat16, and model.compute_dtype is '{config.compute_dtype}'"
-    can['cudnn'] = no_dropout or half
+    width = '' if config.head_width % 8 == 0 and config.head_width <= 128 else (
+      f'heads of a multiple of 8 features, 128 at most, and they have {config.head_width}')
+    even = '' if context % 2 == 0 else f'an even context, and it is {context}'
+    can['cudnn'] = no_dropout or half or width or even
   if config.attention == 'auto':
     return next((name for name in ('splash', 'cudnn') if can.get(name) == ''), 'blocks')
   if config.attention not in can:
@@ -78,7 +81,8 @@ def splash(q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'], v: Float[Arra
 
 def cudnn(q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'], v: Float[Array, 'B T K C'],
           segments: Int[Array, 'B T'] | None) -> Float[Array, 'B T H C']:
-  """Causal attention by NVIDIA's cuDNN, in bfloat16. Segments cost it a mask of T x T a sequence, which all heads share."""
+  """Causal attention by NVIDIA's cuDNN, in bfloat16. Segments cost it a mask of 2 bytes for each of T x T pairs, which
+  all heads share."""
   def local(q, k, v, segments):
     mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation='cudnn')

@@ -83,8 +83,11 @@ by_hand = functools.partial(jax.shard_map, check_vma=False)
 
 
 def summed(x: Array, place: PartitionSpec, over: tuple[str, ...]) -> Array:
-  """Inside a shard_map: the sum of x over mesh axes, each device keeping what `place` gives it of it."""
-  for axis in over:
+  """Inside a shard_map: the sum of x over mesh axes, each device keeping what `place` gives it of it.
+
+  The last axis, the fastest network, comes first: what it has scattered crosses the slower ones in parts.
+  """
+  for axis in reversed(over):
     split = [i for i, names in enumerate(place) if axis in (names if isinstance(names, tuple) else (names,))]
     x = jax.lax.psum_scatter(x, axis, scatter_dimension=split[0], tiled=True) if split else jax.lax.psum(x, axis)
   return x

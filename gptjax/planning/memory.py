@@ -80,7 +80,7 @@ def _state(model: ModelConfig, context: int, optimizer: OptimizerConfig, stage: 
 
 
 @functools.cache
-def row_bytes(config: ModelConfig, context: int, model: int) -> int:
+def row_bytes(config: ModelConfig, context: int, model: int) -> float:
   """Bytes that a device keeps of one row from the forward to the backward pass, with `model` devices to a row.
 
   Read off the abstract trace of the layers on a mesh of that size, so it follows remat, sequence parallelism and attention as
@@ -96,4 +96,4 @@ def row_bytes(config: ModelConfig, context: int, model: int) -> int:
     return sum(math.prod(shard(x)) * x.dtype.itemsize for x in jax.tree.leaves(residuals))
 
   with jax.set_mesh(None), use_abstract_mesh(abstract_mesh({'replica': 1, 'data': 1, 'model': model})):
-    return kept(2) - kept(1)  # what does not grow with the rows is no activation: weights, masks
+    return (kept(2 * model) - kept(model)) / model  # what does not grow with the rows is no activation: weights, masks

@@ -30,7 +30,8 @@ def search(config: Config, topology: Topology) -> list[Estimate]:
     except UserError as error:
       refusals.append(error)
   if not found:
-    raise refusals[0]
+    raise next(iter(refusals), UserError('batch_size', config.batch_size, f'a row for each of the {topology.devices} devices of '
+                                         f'{topology.name}, or for each mesh.model of them, up to {LARGEST_MODEL}'))
   return sorted(found, key=rank)
 
 

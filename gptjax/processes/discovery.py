@@ -185,7 +185,8 @@ def _gpus(environment: Mapping[str, str], local: str | None, here: int | None) -
   """The visible GPUs that process `local` of `here` on this host takes; None: they are shared out already, or there are none."""
   visible = environment.get('CUDA_VISIBLE_DEVICES')
   count = len(visible.split(',')) if visible else sum(bool(re.fullmatch(r'nvidia\d+', file.name)) for file in Path('/dev').iterdir())
-  if local is None or not here or here == 1 or count < here:
+  bound = any(name in environment for name in ('SLURM_GPUS_PER_TASK', 'SLURM_TRES_PER_TASK'))  # each task sees its own alone
+  if bound or local is None or not here or here == 1 or count < here:
     return None
   return tuple(range(int(local) * count // here, (int(local) + 1) * count // here))
 

@@ -25,7 +25,8 @@ from gptjax.training.run import Run, header, resolve
 from gptjax.training.step import TrainState
 
 MAY_CHANGE = ('steps', 'batch_size', 'microbatches', 'zero_stage', 'z_loss', 'mesh.', 'eval.', 'checkpoint.', 'optimizer.',
-              'model.attention', 'model.remat', 'model.dropout', 'model.compute_dtype', 'data.source.path', 'data.source.skip',
+              'model.attention', 'model.remat', 'model.saved', 'model.offloaded', 'model.sequence_parallel', 'model.dropout',
+              'model.compute_dtype', 'data.source.path', 'data.source.skip',
               'data.tokenizer.path', 'data.prefetch', 'data.workers')
 """Fields a resumed run may change; others would make its checkpoint or its place in the data meaningless."""
 

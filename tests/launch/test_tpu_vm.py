@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / 'tools/launch/tpu_vm.sh'
 
-GCLOUD = '''#!/usr/bin/env python
+GCLOUD = f'#!{sys.executable}' + '''
 import os, pathlib, shutil, subprocess, sys
 home = pathlib.Path(os.environ['HOST'])
 with (home / 'calls').open('a') as calls:

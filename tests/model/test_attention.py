@@ -106,7 +106,8 @@ HALF = {'compute_dtype': 'bfloat16'}
 
 @pytest.mark.parametrize('platform, model, context, expected', [
     ('cpu', {}, 256, 'blocks'), ('cpu', {'attention': 'xla'}, 256, 'xla'), ('tpu', {}, 256, 'splash'), ('tpu', {}, 200, 'blocks'),
-    ('tpu', {'dropout': 0.1}, 256, 'blocks'), ('gpu', HALF, 200, 'cudnn'), ('gpu', {}, 256, 'blocks'),
+    ('tpu', {'dropout': 0.1}, 256, 'blocks'), ('gpu', HALF, 200, 'cudnn'),
+    ('gpu', HALF, 201, 'blocks'), ('gpu', HALF | {'width': 48, 'heads': 4}, 200, 'blocks'), ('gpu', {}, 256, 'blocks'),
     ('gpu', HALF | {'dropout': 0.1}, 256, 'blocks'), ('gpu', HALF | {'attention': 'xla'}, 256, 'xla'),
 ])
 def test_auto_is_the_devices_own_kernel_where_it_can_be(platform, model, context, expected):
