@@ -29,6 +29,6 @@ def get_config() -> Config:
     zero_stage=3,
     steps='25e9 tokens',
     batch_size=256,  # a million tokens
-    microbatches=16,  # 128,256 logits a token: one sequence a chip at once
+    microbatches=4,  # 4 sequences a chip at once
     eval=EvalConfig(every=1000, rows=4096, sample_tokens=0),
     checkpoint=CheckpointConfig(every=1000))
