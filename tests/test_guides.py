@@ -1,0 +1,40 @@
+"""Every command of the guides does what they say, in their order."""
+
+import json
+import re
+
+import pytest
+from documented import ROOT, commands_of, run
+
+
+def test_commands_of_the_guide_to_data_run_as_written(tmp_path):
+  printed = list(run(commands_of('docs/data.md'), tmp_path).values())
+  assert len(printed) == 8 and 'bytes per token' in printed[0]
+  assert 'verified: all 1 shards' in printed[4] and 'stores/readme' in printed[5] and '0.2500' in printed[5]
+  assert (tmp_path / 'mixture.png').read_bytes().startswith(b'\x89PNG')
+  score = json.loads(printed[7].splitlines()[-1])
+  assert {*score['sets']} == {'licence', 'readme'} and {*score['tags']} == {'law'}
+
+
+def test_commands_of_the_guide_to_clusters_run_as_written(tmp_path):
+  commands = commands_of('docs/clusters.md')
+  assert len(commands) == 5
+  run(commands, tmp_path)
+  scores = [[json.loads(line)['eval/valid/loss'] for line in file.read_text().splitlines() if 'eval/valid/loss' in line]
+            for file in sorted((tmp_path / 'runs').glob('*/metrics.jsonl'))]
+  assert len(scores) == sum('gptjax.train' in command for command in commands)
+  assert scores[0] and all(score == pytest.approx(scores[0], rel=1e-5) for score in scores)
+
+
+def test_commands_for_clusters_name_what_is_there():
+  commands = commands_of('docs/clusters.md', 'bash')
+  named = {path for command in commands for path in re.findall(r'\b(?:tools|configs)/[\w/.]+\w', command)}
+  assert named >= {'tools/launch/slurm.sbatch', 'tools/launch/jobset_tpu.yaml', 'tools/launch/tpu_vm.sh', 'configs/llama_1b.py'}
+  assert all((ROOT / path).is_file() for path in named)
+  linked = re.findall(r'\]\(\.\./(\S+?)\)', (ROOT / 'docs/clusters.md').read_text())
+  assert linked and all((ROOT / path).is_file() for path in linked)
+
+
+def test_recipes_of_the_readme_are_those_of_the_folder():
+  listed = set(re.findall(r'`(configs/\w+\.py)`', (ROOT / 'README.md').read_text()))
+  assert listed == {f'configs/{path.name}' for path in (ROOT / 'configs').glob('*.py')}
