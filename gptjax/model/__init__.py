@@ -4,7 +4,7 @@ Modules know logical axes ('embed', 'heads', 'mlp', 'vocab'), never how many dev
 training or checkpoints.
 """
 
-from gptjax.model.accounting import activation_bytes, flops_per_token, parameter_count
+from gptjax.model.accounting import flops_per_token, parameter_count
 from gptjax.model.attention import Cache, Place
 from gptjax.model.kernels import attention_backend
 from gptjax.model.loss import cross_entropy
@@ -13,6 +13,6 @@ from gptjax.model.transformer import Block, Transformer, empty_cache
 from gptjax.model.weights import Copy
 
 __all__ = [
-  'Block', 'Blueprint', 'Cache', 'Copy', 'Parameters', 'Place', 'Transformer', 'activation_bytes', 'attention_backend', 'blueprint',
+  'Block', 'Blueprint', 'Cache', 'Copy', 'Parameters', 'Place', 'Transformer', 'attention_backend', 'blueprint',
   'cross_entropy', 'empty_cache', 'flops_per_token', 'parameter_count', 'split',
 ]

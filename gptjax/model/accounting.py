@@ -2,13 +2,8 @@
 
 import math
 
-import jax
-import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
-
 from gptjax.config import ModelConfig
 from gptjax.model.parameters import blueprint
-from gptjax.sharding import AXES
 
 
 def parameter_count(config: ModelConfig, context: int) -> int:
@@ -30,23 +25,3 @@ def flops_per_token(config: ModelConfig, context: int, *, causal: bool = True) -
     weights += math.prod(plan.shapes['tokens/table'].shape)
   keys = (context + 1) / 2 if causal else context
   return 6 * weights + 12 * config.layers * config.heads * config.head_width * keys
-
-
-def activation_bytes(config: ModelConfig, context: int, sequences: int) -> int:
-  """Bytes that the backward pass of `sequences` rows keeps from the forward pass.
-
-  Read off the abstract trace of the loss, so it follows the remat policy; the compiler may need less, by fusion.
-  Over the `data` axis the figure divides by the number of devices.
-  """
-  plan = blueprint(config, context)
-
-  def kept(rows: int) -> int:
-    tokens = jax.ShapeDtypeStruct((rows, context), jnp.int32)
-    loss = lambda weights, tokens: jax.nn.logsumexp(plan.merge(weights)(tokens), -1).sum()
-    residuals = jax.eval_shape(lambda *inputs: jax.vjp(loss, *inputs)[1], plan.shapes, tokens)
-    return sum(math.prod(r.shape) * r.dtype.itemsize for r in jax.tree.leaves(residuals))
-
-  one_device = AbstractMesh((1,) * len(AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
-  with jax.set_mesh(None), use_abstract_mesh(one_device):  # a mesh in force may not be replaced by one of another size
-    # What does not grow with the rows is no activation: weights, and masks shared by all rows.
-    return sequences * (kept(2) - kept(1))

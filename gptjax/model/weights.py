@@ -102,7 +102,8 @@ def given_back(weight: Weight, gradient: Array) -> Weight:
   """The cotangent of a weight."""
   if not isinstance(weight, Copy):
     return gradient
-  return Copy(jnp.zeros_like(weight.value), gradient)  # nobody asks for the first: the compiler drops it
+  value = jax.typeof(weight.value)  # nobody asks for its gradient: the compiler drops it
+  return Copy(jnp.zeros(value.shape, value.dtype, out_sharding=value.sharding.spec), gradient)
 
 
 def _value(weight: Weight) -> Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from gptjax.config import ModelConfig
-from gptjax.model import activation_bytes, blueprint, flops_per_token, parameter_count
+from gptjax.model import blueprint, flops_per_token, parameter_count
 
 SMALL = ModelConfig(layers=12, width=768, heads=12, vocab_size=50257, vocab_multiple=1, scan=True)
 """GPT-2 small."""
@@ -64,25 +64,3 @@ def test_causal_flops_count_each_key_a_token_sees(style):
       del key
       row += style.layers * style.heads * 3 * (2 * c + 2 * c)  # score and mixing; forward and twice that backward
   assert flops_per_token(style, context) * context == row
-
-
-def test_activations_grow_with_sequences_and_layers_and_shrink_by_recomputing(style):
-  # No mesh is in force here.
-  size = lambda sequences=1, **changes: activation_bytes(dataclasses.replace(style, **changes), 24, sequences)
-  none, stacked = size(), size(scan=True)
-  assert size(6) == 6 * none > 0
-  assert 0.9 < stacked / none < 1.1
-  assert size(compute_dtype='bfloat16') < 0.8 * none
-  assert size(remat='full') < size(remat='dots') < none
-  assert size(remat='full', scan=True) < size(remat='dots', scan=True) < stacked
-  for scan in (False, True):  # with whole blocks recomputed a layer leaves its input and nothing else
-    one, three = (size(remat='full', scan=scan, layers=layers) for layers in (1, 3))
-    assert three - one == 2 * 24 * style.width * 4
-
-
-@pytest.mark.parametrize('mesh', ['4x2'], indirect=True)
-def test_activations_do_not_depend_on_the_mesh_in_force(style, mesh):
-  inside = activation_bytes(style, 24, 2)
-  assert jax.sharding.get_mesh() == mesh
-  with jax.set_mesh(None):
-    assert activation_bytes(style, 24, 2) == inside

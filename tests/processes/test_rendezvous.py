@@ -52,9 +52,10 @@ def test_all_meet_and_stay_connected(come):
 
 
 def test_the_port_is_free_for_jax_when_all_have_met(come, port):
-  come(0, 1, 2)
-  with socket.create_server(('localhost', port)):
-    pass
+  outcomes = come(0, 1, 2)
+  assert [[peer.index for peer in outcome] for outcome in outcomes] == [[1, 2], [0], [0]]  # and their connections are still open
+  with socket.create_server(('localhost', port)) as server, socket.create_connection(('localhost', port), timeout=5):
+    assert server.accept()[0].getsockname()[1] == port
 
 
 def test_who_is_missing_is_told_to_all_in_time(come):
