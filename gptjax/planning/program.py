@@ -3,7 +3,9 @@
 import dataclasses
 import os
 import time
+from collections.abc import Mapping
 from importlib.util import find_spec
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -32,7 +34,7 @@ class Compiled:
   arguments: int
   """state and batch"""
   temporaries: int
-  """the most that is alive at once beside them"""
+  """the most that is alive at once beside them, in the chip's memory"""
   outputs: int
   """results that do not take the place of arguments"""
   code: int
@@ -86,10 +88,15 @@ def abstract_state(model: ModelConfig, context: int, optimizer: OptimizerConfig,
     return abstract(initializer(blueprint(model, context), make_optimizer(optimizer, **durations), zero_stage, mesh, 0), mesh)
 
 
-def compile_step(config: Config, topology: Topology) -> Compiled:
+def compile_step(config: Config, topology: Topology, options: Mapping[str, str | bool] = MappingProxyType({})) -> Compiled:
   """Compiles the real train step for TPUs that need not be there.
 
   Of several slices one is compiled, with its share of the batch: libtpu compiles no more without the slices' own network.
+
+  Args:
+    config: the run.
+    topology: TPUs, with as many chips as the mesh has devices.
+    options: of the compiler, as 'xla_dump_to'.
 
   Raises:
     TooLarge: it does not fit the chip.
@@ -99,12 +106,13 @@ def compile_step(config: Config, topology: Topology) -> Compiled:
   config = configs.override(config, {
     'mesh.replica': config.mesh.replica // topology.slices, 'batch_size': config.batch_size // topology.slices})
   mesh = make_mesh(config.mesh, _devices(topology))
-  compiled = _lower(config, mesh)
+  compiled = _compile(config, mesh, options)
   memory, text = compiled.memory_analysis(), compiled.as_text()
   assert memory is not None and text is not None
-  return Compiled(
-    text, memory.argument_size_in_bytes, memory.temp_size_in_bytes,
-    memory.output_size_in_bytes - memory.alias_size_in_bytes, memory.generated_code_size_in_bytes, time.perf_counter() - start)
+  arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
+  # temp_size_in_bytes would count more than the compiler assigns to temporaries in the chip's memory: half as much again was seen.
+  temporaries = memory.peak_memory_in_bytes - arguments - outputs
+  return Compiled(text, arguments, temporaries, outputs, memory.generated_code_size_in_bytes, time.perf_counter() - start)
 
 
 def _devices(topology: Topology) -> list[jax.Device]:
@@ -123,7 +131,7 @@ def _devices(topology: Topology) -> list[jax.Device]:
     raise UserError('--topology', topology.name, f'a shape that libtpu knows; it says: {error}') from None
 
 
-def _lower(config: Config, mesh: Mesh) -> jax.stages.Compiled:
+def _compile(config: Config, mesh: Mesh, options: Mapping[str, str | bool]) -> jax.stages.Compiled:
   durations = _durations(config)
   with jax.set_mesh(mesh):
     plan = blueprint(for_platform(config, 'tpu').model, config.data.context)
@@ -135,7 +143,7 @@ def _lower(config: Config, mesh: Mesh) -> jax.stages.Compiled:
     array = lambda dtype: jax.ShapeDtypeStruct((config.batch_size, config.data.context), dtype, sharding=rows)
     batch = {name: array(jnp.float32 if name == 'mask' else jnp.int32) for name in _batch_fields(config)}
     try:
-      return step.lower(state, batch).compile()
+      return step.lower(state, batch).compile(compiler_options=dict(options))
     except jax.errors.JaxRuntimeError as error:
       if 'RESOURCE_EXHAUSTED' not in str(error):
         raise
