@@ -11,7 +11,7 @@ def get_config() -> Config:
   return Config(
     model=ModelConfig(
       layers=4, heads=6, width=192,  # what 1.4 million tokens, all that there is time for, can still teach
-      mlp_width=512, positions='rope', norm='rmsnorm', mlp='swiglu', qk_norm=True, bias=False),
+      mlp_width=512, positions='rope', norm='rmsnorm', mlp='swiglu', qk_norm='head', bias=False),
     data=DataConfig(
       context=256,
       valid_fraction=0.1,

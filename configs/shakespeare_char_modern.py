@@ -14,7 +14,7 @@ def get_config() -> Config:
     model=ModelConfig(
       layers=4, heads=4, width=128,
       mlp_width=336,  # three matrices of it weigh as much as two of 4 * width
-      positions='rope', norm='rmsnorm', mlp='swiglu', qk_norm=True, bias=False),
+      positions='rope', norm='rmsnorm', mlp='swiglu', qk_norm='head', bias=False),
     data=DataConfig(
       source=SourceConfig('input.txt'),
       context=256,  # rotary positions cost no parameters, and longer rows tell more about each character

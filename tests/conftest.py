@@ -14,7 +14,7 @@ WITHOUT_JAX = ('config', 'data', 'launch', 'processes', 'sources', 'tools')
 STYLES = {
     'gpt2': {'positions': 'learned', 'norm': 'layernorm', 'mlp': 'gelu', 'bias': True, 'tied': True},
     'modern': {'positions': 'rope', 'norm': 'rmsnorm', 'mlp': 'swiglu', 'bias': False, 'tied': False,
-               'kv_heads': 2, 'qk_norm': True, 'mlp_width': 48},
+               'kv_heads': 2, 'qk_norm': 'head', 'mlp_width': 48},
 }
 
 

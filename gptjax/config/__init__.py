@@ -27,6 +27,7 @@ from gptjax.config.schema import (
     ModelConfig,
     OptimizerConfig,
     Phase,
+    RopeConfig,
     SourceConfig,
     TokenizerConfig,
     ValidationSet,
@@ -35,8 +36,8 @@ from gptjax.config.schema import (
 )
 
 __all__ = [
-    'CheckpointConfig', 'Component', 'Config', 'DataConfig', 'Duration', 'EvalConfig', 'MeshConfig', 'ModelConfig',
-    'OptimizerConfig', 'Phase', 'SourceConfig', 'TokenizerConfig', 'UserError', 'ValidationSet', 'at_end', 'checked', 'describe',
-    'differences', 'docstrings', 'duration_in_steps', 'ending', 'flatten', 'from_json', 'in_unit_of_steps', 'load', 'override', 'own_flags',
-    'run', 'to_json',
+    'CheckpointConfig', 'Component', 'Config', 'DataConfig', 'Duration', 'EvalConfig', 'MeshConfig', 'ModelConfig', 'OptimizerConfig',
+    'Phase', 'RopeConfig', 'SourceConfig', 'TokenizerConfig', 'UserError', 'ValidationSet', 'at_end', 'checked', 'describe',
+    'differences', 'docstrings', 'duration_in_steps', 'ending', 'flatten', 'from_json', 'in_unit_of_steps', 'load', 'override',
+    'own_flags', 'run', 'to_json',
 ]

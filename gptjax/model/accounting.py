@@ -16,12 +16,15 @@ def flops_per_token(config: ModelConfig, context: int, *, causal: bool = True) -
 
   Convention: a multiply and an add are two FLOPs; the backward pass costs twice the forward; only matrix products count:
   6 per weight of every matrix the token passes (the output head is one, embedding lookups are none), and for the scores
-  and the mixing of attention 12 * layers * width * keys. `causal` counts the keys a token can see, (context + 1) / 2 on
-  average, which is the work that is needed; otherwise the full square as PaLM (arXiv:2204.02311, appendix B) and nanoGPT.
+  and the mixing of attention 12 * width * keys in each layer. `causal` counts the keys a token can see, (context + 1) / 2 on
+  average or fewer with a window, which is the work that is needed; otherwise the full square as PaLM (arXiv:2204.02311,
+  appendix B) and nanoGPT.
   """
   plan = blueprint(config, context)
   weights = sum(math.prod(shape.shape) for name, shape in plan.shapes.items() if name.endswith('kernel'))
   if config.tied:
     weights += math.prod(plan.shapes['tokens/table'].shape)
-  keys = (context + 1) / 2 if causal else context
-  return 6 * weights + 12 * config.layers * config.heads * config.head_width * keys
+  def keys(layer):
+    seen = context if config.sees_all(layer) else min(context, config.window)
+    return (seen * (seen + 1) / 2 + (context - seen) * seen) / context if causal else context
+  return 6 * weights + 12 * config.heads * config.head_width * sum(map(keys, range(config.layers)))

@@ -1,17 +1,19 @@
 """Causal self-attention: grouped queries, rotary positions, a cache for decoding."""
 
+import functools
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from gptjax.config import ModelConfig
-from gptjax.model.kernels import KERNELS, attention_backend
-from gptjax.model.layers import Linear, Norm, dropout
+from gptjax.config import ModelConfig, RopeConfig
+from gptjax.model.kernels import KERNELS, Scoring, attention_backend
+from gptjax.model.layers import Linear, Norm, capped, dropout
 from gptjax.model.weights import Stack
 from gptjax.sharding import Axis, spec
 
@@ -23,10 +25,14 @@ PARTS = 8
 
 
 class Cache(NamedTuple):
-  """Keys and values of the tokens read so far, for one layer or, with a leading axis, for all."""
+  """Keys and values of the tokens read so far, for one layer: that of token i at i modulo S."""
 
-  keys: Float[Array, '*L B S K C']
-  values: Float[Array, '*L B S K C']
+  keys: Float[Array, 'B S K C']
+  values: Float[Array, 'B S K C']
+
+
+Caches = tuple[Cache, ...]
+"""One for each layer; those of layers with a window are shorter."""
 
 
 class Place(NamedTuple):
@@ -36,56 +42,79 @@ class Place(NamedTuple):
   segments: Int[Array, 'B T'] | None = None
   """document of each token; None: a row is one document"""
   filled: Int[Array, ''] | None = None
-  """tokens already in the cache; None: no cache"""
+  """tokens of each row that the cache has read; None: there is none, or it is fresh"""
+  first: Int[Array, 'B'] | None = None
+  """where the cache's rows begin: what was read before that is padding"""
 
 
-def rotate(x: Float[Array, 'B T H C'], positions: Int[Array, 'B T'], theta: float) -> Float[Array, 'B T H C']:
+def frequencies(rope: RopeConfig, half: int, local: bool) -> np.ndarray:
+  """Radians that a step turns each pair of features by, in a layer with a window or without: theta^(-i/half), then stretched."""
+  theta = rope.local_theta if local and rope.local_theta else rope.theta
+  turn = theta ** (-np.arange(half) / half)
+  if rope.scaling == 'none' or (local and rope.local_theta):
+    return turn.astype(np.float32)
+  if rope.scaling == 'linear':
+    return (turn / rope.factor).astype(np.float32)
+  # From 0 where a wavelength fits fewer than `low` times into the original context to 1 where it fits more than `high` times.
+  kept = np.clip((rope.original_context * turn / (2 * math.pi) - rope.low) / (rope.high - rope.low), 0, 1)
+  return (turn * (kept + (1 - kept) / rope.factor)).astype(np.float32)
+
+
+def rotate(x: Float[Array, 'B T H C'], positions: Int[Array, 'B T'], frequency: Float[np.ndarray, 'half']) -> Float[Array, 'B T H C']:
   """Rotary position embedding (arXiv:2104.09864, equation 34): halves of each head turned by position * frequency."""
   half = x.shape[-1] // 2
-  frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angle = positions[:, :, None, None].astype(jnp.float32) * frequency
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
-def attend(q: Float[Array, 'B T H C'], k: Float[Array, 'B S K C'], v: Float[Array, 'B S K C'],
+def attend(scoring: Scoring, q: Float[Array, 'B T H C'], k: Float[Array, 'B S K C'], v: Float[Array, 'B S K C'],
            mask: Bool[Array, '#B T S'], rate: float, key: PRNGKeyArray | None) -> Float[Array, 'B T H C']:
-  """softmax(q k / sqrt(C)) v over the keys that `mask` allows (arXiv:1706.03762, equation 1).
+  """softmax(scale q k) v over the keys that `mask` allows (arXiv:1706.03762, equation 1).
 
-  Each key head serves H/K query heads (arXiv:2305.13245). The softmax is in float32.
+  Each key head serves H/K query heads (arXiv:2305.13245). The softmax is in float32. The window is the mask's.
   """
   b, t, h, c = q.shape
   groups = (b, t, k.shape[2], h // k.shape[2], c)
-  q = jax.lax.reshape(q * (1 / math.sqrt(c)), groups, out_sharding=spec('batch', None, ('heads', h), None, None))
-  scores = jnp.einsum('btkgc,bskc->bkgts', q, k, preferred_element_type=jnp.float32)
+  q = jax.lax.reshape(q * scoring.scale, groups, out_sharding=spec('batch', None, ('heads', h), None, None))
+  scores = capped(jnp.einsum('btkgc,bskc->bkgts', q, k, preferred_element_type=jnp.float32), scoring.cap)
   weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e30), -1).astype(v.dtype)
   mixed = jnp.einsum('bkgts,bskc->btkgc', dropout(weights, rate, key), v)
   return jax.lax.reshape(mixed, (b, t, h, c), out_sharding=spec('batch', None, ('heads', h), None))
 
 
-def causal_attention(q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'], v: Float[Array, 'B T K C'],
+def causal_attention(scoring: Scoring, q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'], v: Float[Array, 'B T K C'],
                      segments: Int[Array, 'B T'] | None, rate: float, key: PRNGKeyArray | None,
                      rows: int) -> Float[Array, 'B T H C']:
-  """Attention of each token to itself and those before it in its segment, `rows` query rows at a time.
+  """Attention of each token to itself and those before it in its segment and window, `rows` query rows at a time.
 
   A block of rows reads only the keys up to its own end, or in rows of more than PARTS blocks up to the end of its part: nearly half
-  of the square is never computed. The blocks of a part run one after the other and are computed again in the backward pass, so that
-  memory grows with the context and not with its square.
+  of the square is never computed. With a window shorter than that it reads as many keys as its rows see. The blocks of a part run one
+  after the other and are computed again in the backward pass, so that memory grows with the context and not with its square.
   """
   length = q.shape[1]
+  step = -(-length // (rows * PARTS)) * rows
+  sliding = 0 < scoring.window <= step  # one part, then, with keys that move along
+  step = length if sliding else step
 
-  def block(start, end, q, own_segments):
-    mask = ((start + jnp.arange(q.shape[1]))[:, None] >= jnp.arange(end))[None]
+  def block(start, low, end, q, own_segments):
+    """Rows from `start` on against the keys from `low` (if it is traced: as many as they see) to `end`."""
+    seen = (lambda x: x[:, low:end]) if isinstance(low, int) else (
+      lambda x: jax.lax.dynamic_slice_in_dim(x, low, rows + scoring.window - 1, 1))
+    keys, values = seen(k), seen(v)
+    distance = (start + jnp.arange(q.shape[1]))[:, None] - (low + jnp.arange(keys.shape[1]))
+    mask = (distance >= 0)[None]
+    if scoring.window:
+      mask = mask & (distance < scoring.window)
     if segments is not None:
-      mask = mask & (own_segments[:, :, None] == segments[:, None, :end])
-    return attend(q, k[:, :end], v[:, :end], mask, rate, None if key is None else jax.random.fold_in(key, start))
+      mask = mask & (own_segments[:, :, None] == seen(segments)[:, None])
+    return attend(scoring, q, keys, values, mask, rate, None if key is None else jax.random.fold_in(key, start))
 
-  def plain(start, end):
-    return block(start, end, q[:, start:end], None if segments is None else segments[:, start:end])
+  def lowest(start):
+    return max(0, start - scoring.window + 1) if scoring.window else 0
 
   out = []
-  step = -(-length // (rows * PARTS)) * rows
   for start in range(0, length, step):
     end = min(start + step, length)
     count = (end - start) // rows
@@ -96,11 +125,13 @@ def causal_attention(q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'], v: 
       cut = lambda x: jnp.swapaxes(x[:, start:middle].reshape(x.shape[0], count, rows, *x.shape[2:]), 0, 1)
       starts = start + rows * jnp.arange(count)
       inputs = (starts, cut(q), None if segments is None else cut(segments))
-      again = jax.checkpoint(lambda _, part: (None, block(part[0], end, *part[1:])), prevent_cse=False)
+      span = rows + scoring.window - 1
+      low = (lambda at: jnp.clip(at + rows - span, 0, length - span)) if sliding and span < length else lambda at: lowest(start)
+      again = jax.checkpoint(lambda _, part: (None, block(part[0], low(part[0]), end, *part[1:])), prevent_cse=False)
       mixed = jnp.swapaxes(jax.lax.scan(again, None, inputs)[1], 0, 1)
       out.append(mixed.reshape(mixed.shape[0], count * rows, *mixed.shape[3:]))
     if middle < end:
-      out.append(plain(middle, end))
+      out.append(block(middle, lowest(middle), end, q[:, middle:end], None if segments is None else segments[:, middle:end]))
   return jnp.concatenate(out, 1)
 
 
@@ -110,50 +141,78 @@ class Attention(nnx.Module):
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: Stack = ()):
     queries, keys = config.heads * config.head_width, config.key_heads * config.head_width
     heads, kv_heads = ('heads', config.heads), ('kv_heads', config.key_heads)
-    self.q = Linear((config.width, queries), ('embed', heads), 0.02, config, rngs, stack)
-    self.k = Linear((config.width, keys), ('embed', kv_heads), 0.02, config, rngs, stack)
-    self.v = Linear((config.width, keys), ('embed', kv_heads), 0.02, config, rngs, stack)
+    self.q = Linear((config.width, queries), ('embed', heads), 0.02, config, rngs, stack, config.qkv_bias)
+    self.k = Linear((config.width, keys), ('embed', kv_heads), 0.02, config, rngs, stack, config.qkv_bias)
+    self.v = Linear((config.width, keys), ('embed', kv_heads), 0.02, config, rngs, stack, config.qkv_bias)
     # GPT-2 scales what is added to the residual stream by its number of additions, two a layer.
     self.out = Linear((queries, config.width), (heads, 'embed'), 0.02 / math.sqrt(2 * config.layers), config, rngs, stack)
-    self.q_norm = Norm(config.head_width, 'head_width', config, rngs, stack) if config.qk_norm else None
-    self.k_norm = Norm(config.head_width, 'head_width', config, rngs, stack) if config.qk_norm else None
+    def norm(size, axis):
+      if config.qk_norm == 'none':
+        return None
+      return Norm(*((config.head_width, 'head_width') if config.qk_norm == 'head' else (size, axis)), config, rngs, stack)
+    self.q_norm, self.k_norm = norm(queries, heads), norm(keys, kv_heads)
     self.config = config
 
-  def __call__(self, x: Float[Array, 'N D'], place: Place, cache: Cache | None, key: PRNGKeyArray | None,
+  def __call__(self, x: Float[Array, 'N D'], layer: int | Int[Array, ''], place: Place, cache: Cache | None, key: PRNGKeyArray | None,
                rows: Axis) -> tuple[Float[Array, 'N D'], Cache | None]:
     config, (b, t) = self.config, place.positions.shape
-    heads = lambda y, axis: jax.lax.reshape(y, (b, t, y.shape[1] // config.head_width, config.head_width),
-                                            out_sharding=spec('batch', None, axis, None))
-    q, k, v = (checkpoint_name(heads(project(x), axis), name) for name, project, axis in (
-      ('q', self.q, ('heads', config.heads)), ('k', self.k, ('kv_heads', config.key_heads)),
-      ('v', self.v, ('kv_heads', config.key_heads))))
-    if self.q_norm is not None and self.k_norm is not None:
-      q, k = self.q_norm(q), self.k_norm(k)
-    if config.positions == 'rope':
-      q, k = (rotate(y, place.positions, config.rope_theta) for y in (q, k))
-    if cache is None:
-      keys, values = _for_heads(q, k, v)
-      y = attention(config, q, keys, values, place.segments, key)
+
+    def project(name, linear, norm, count, axis):
+      y = checkpoint_name(linear(x), name)
+      split = lambda y: jax.lax.reshape(y, (b, t, count, config.head_width), out_sharding=spec('batch', None, (axis, count), None))
+      return split(y) if norm is None else norm(split(y)) if config.qk_norm == 'head' else split(norm(y))
+
+    q = project('q', self.q, self.q_norm, config.heads, 'heads')
+    k = project('k', self.k, self.k_norm, config.key_heads, 'kv_heads')
+    v = project('v', self.v, None, config.key_heads, 'kv_heads')
+
+    def mix(sees_all, q, k, v):
+      if config.positions == 'rope':
+        frequency = frequencies(config.rope, config.head_width // 2, not sees_all)
+        q, k = rotate(q, place.positions, frequency), rotate(k, place.positions, frequency)
+      scoring = Scoring((config.query_scale or config.head_width) ** -0.5, config.attention_cap, 0 if sees_all else config.window)
+      if place.filled is None:
+        y = attention(config, scoring, q, *_for_heads(q, k, v), place.segments, key)
+        return y, None if cache is None else Cache(_filled(cache.keys, k), _filled(cache.values, v))
+      return _decode(scoring, q, k, v, place, cache)
+
+    if config.global_every and not isinstance(layer, int):
+      # Layers of both kinds in one scan: each runs its own.
+      y, cache = jax.lax.cond((layer + 1) % config.global_every == 0, functools.partial(mix, True), functools.partial(mix, False), q, k, v)
     else:
-      assert place.filled is not None, 'a cache needs place.filled'
-      start = (0, place.filled, 0, 0)
-      cache = Cache(jax.lax.dynamic_update_slice(cache.keys, k, start), jax.lax.dynamic_update_slice(cache.values, v, start))
-      mask = (place.filled + jnp.arange(t))[:, None] >= jnp.arange(cache.keys.shape[1])
-      keys, values = _for_heads(q, *cache)
-      y = attend(q, keys, values, mask[None], 0.0, None)
-    y = checkpoint_name(jax.lax.reshape(y, (b * t, y.shape[2] * y.shape[3]), out_sharding=spec('batch', ('heads', config.heads))),
+      y, cache = mix(config.sees_all(layer if isinstance(layer, int) else 0), q, k, v)
+    y = checkpoint_name(jax.lax.reshape(y, (b * t, config.heads * config.head_width), out_sharding=spec('batch', ('heads', config.heads))),
                         'attention')
     return self.out(y, rows), cache
 
 
-def attention(config: ModelConfig, q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'], v: Float[Array, 'B T K C'],
+def attention(config: ModelConfig, scoring: Scoring, q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'], v: Float[Array, 'B T K C'],
               segments: Int[Array, 'B T'] | None, key: PRNGKeyArray | None) -> Float[Array, 'B T H C']:
   """Causal attention by the implementation that the config and the device choose."""
   # One that is named was checked before, for the device that the program is for, which need not be here.
   backend = attention_backend(config, q.shape[1]) if config.attention == 'auto' else config.attention
   if backend in KERNELS:
-    return KERNELS[backend](q, k, v, segments)
-  return causal_attention(q, k, v, segments, config.dropout, key, BLOCK if backend == 'blocks' else q.shape[1])
+    return KERNELS[backend](scoring, q, k, v, segments)
+  return causal_attention(scoring, q, k, v, segments, config.dropout, key, BLOCK if backend == 'blocks' else q.shape[1])
+
+
+def _filled(cache: Float[Array, 'B S K C'], x: Float[Array, 'B T K C']) -> Float[Array, 'B S K C']:
+  """A fresh cache with the last tokens that it can keep."""
+  size, length = cache.shape[1], x.shape[1]
+  if length <= size:
+    return jax.lax.dynamic_update_slice(cache, x, (0, 0, 0, 0))
+  return jnp.roll(x[:, length - size:], length % size, 1)
+
+
+def _decode(scoring: Scoring, q: Float[Array, 'B 1 H C'], k: Float[Array, 'B 1 K C'], v: Float[Array, 'B 1 K C'], place: Place,
+            cache: Cache) -> tuple[Float[Array, 'B 1 H C'], Cache]:
+  """Attention of one more token of each row, which the cache takes up in place of the oldest that it has no room for."""
+  size = cache.keys.shape[1]
+  start = (0, place.filled % size, 0, 0)
+  cache = Cache(jax.lax.dynamic_update_slice(cache.keys, k, start), jax.lax.dynamic_update_slice(cache.values, v, start))
+  token = place.filled - (place.filled - jnp.arange(size)) % size  # that lies at each place; below 0: none yet
+  first = jnp.zeros(q.shape[0], jnp.int32) if place.first is None else place.first
+  return attend(scoring, q, *_for_heads(q, *cache), (token >= first[:, None])[:, None], 0.0, None), cache
 
 
 def _for_heads(q, *keys_and_values):

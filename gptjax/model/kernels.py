@@ -3,8 +3,8 @@
 Kernels do not partition by themselves: each device runs its own on the sequences and heads it has.
 """
 
-import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,17 @@ from gptjax.sharding import spec
 
 LANES = 128
 """Splash attention works on blocks of so many tokens, or a multiple."""
+
+
+class Scoring(NamedTuple):
+  """How queries meet keys."""
+
+  scale: float
+  """factor of their products"""
+  cap: float = 0.0
+  """scores s become cap * tanh(s / cap); 0: they stay"""
+  window: int = 0
+  """tokens that each sees, itself included; 0: all before it"""
 
 
 def attention_backend(config: ModelConfig, context: int, platform: str | None = None) -> str:
@@ -38,7 +49,8 @@ def attention_backend(config: ModelConfig, context: int, platform: str | None = 
     width = '' if config.head_width % 8 == 0 and config.head_width <= 128 else (
       f'heads of a multiple of 8 features, 128 at most, and they have {config.head_width}')
     even = '' if context % 2 == 0 else f'an even context, and it is {context}'
-    can['cudnn'] = no_dropout or half or width or even
+    plain = '' if not config.attention_cap else f'scores without a cap, and model.attention_cap is {config.attention_cap}'
+    can['cudnn'] = no_dropout or half or width or even or plain
   if config.attention == 'auto':
     return next((name for name in ('splash', 'cudnn') if can.get(name) == ''), 'blocks')
   if config.attention not in can:
@@ -57,8 +69,8 @@ def _per_device(kernel: Callable, q: Float[Array, 'B T H C'], k: Float[Array, 'B
   return run(q, k, v, segments)
 
 
-def splash(q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'], v: Float[Array, 'B T K C'], segments: Int[Array, 'B T'] | None,
-           interpret: bool = False) -> Float[Array, 'B T H C']:
+def splash(scoring: Scoring, q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'], v: Float[Array, 'B T K C'],
+           segments: Int[Array, 'B T'] | None, interpret: bool = False) -> Float[Array, 'B T H C']:
   """Causal attention by Pallas kernels for TPUs that never hold the square of scores; `interpret`: run them on a CPU."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -69,23 +81,26 @@ def splash(q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'], v: Float[Arra
                              block_kv_dkv_compute=part, use_fused_bwd_kernel=True)
 
   def local(q, k, v, segments):
-    mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * q.shape[2])
-    run = kernels.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+    seen = masks.LocalMask((length, length), (scoring.window - 1, 0), 0) if scoring.window else masks.CausalMask((length, length))
+    run = kernels.make_splash_mha(masks.MultiHeadMask([seen] * q.shape[2]), block_sizes=sizes, head_shards=1, q_seq_shards=1,
+                                  attn_logits_soft_cap=scoring.cap or None, interpret=interpret)
     ids = None if segments is None else kernels.SegmentIds(segments, segments)
     heads_first = lambda x: jnp.swapaxes(x, 1, 2)
-    out = jax.vmap(run)(heads_first(q) * (1 / math.sqrt(q.shape[3])), heads_first(k), heads_first(v), ids)
+    out = jax.vmap(run)(heads_first(q) * scoring.scale, heads_first(k), heads_first(v), ids)
     return heads_first(out).astype(v.dtype)
 
   return _per_device(local, q, k, v, segments)
 
 
-def cudnn(q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'], v: Float[Array, 'B T K C'],
+def cudnn(scoring: Scoring, q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'], v: Float[Array, 'B T K C'],
           segments: Int[Array, 'B T'] | None) -> Float[Array, 'B T H C']:
   """Causal attention by NVIDIA's cuDNN, in bfloat16. Segments cost it a mask of 2 bytes for each of T x T pairs, which
   all heads share."""
   def local(q, k, v, segments):
     mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation='cudnn')
+    window = (scoring.window - 1, 0) if scoring.window else None
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, scale=scoring.scale, local_window_size=window,
+                                        implementation='cudnn')
 
   return _per_device(local, q, k, v, segments)
 

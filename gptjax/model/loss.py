@@ -8,6 +8,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from gptjax.model.layers import capped
 from gptjax.model.weights import axes_of, by_hand, given_back, home, read, summed
 from gptjax.sharding import RULES, spec
 
@@ -19,7 +20,7 @@ CHUNK_ROWS = 256
 
 
 def cross_entropy(hidden: Float[Array, 'N D'], head: nnx.Param, targets: Int[Array, 'N'], mask: Float[Array, 'N'], vocab_size: int,
-                  z_loss: float = 0.0, transposed: bool = False) -> tuple[Float[Array, ''], Float[Array, '']]:
+                  z_loss: float = 0.0, transposed: bool = False, cap: float = 0.0) -> tuple[Float[Array, ''], Float[Array, '']]:
   """The sum over tokens of mask * -log softmax(hidden W)[target], in nats, with and without its z-loss.
 
   Logits are made for a chunk of tokens at a time, and used up at once for the loss and, in the same go, for both gradients: a
@@ -34,16 +35,17 @@ def cross_entropy(hidden: Float[Array, 'N D'], head: nnx.Param, targets: Int[Arr
     vocab_size: ids from here on pad the table and have no probability.
     z_loss: weight of log(Z)^2 (arXiv:2204.02311, section 5).
     transposed: see head.
+    cap: soft bound of the logits; 0: none.
 
   Returns:
     (loss with the z-loss, loss without it); gradients flow through the first.
   """
-  static = head.get_metadata('dtype'), spec(*axes_of(head)), vocab_size, z_loss, transposed
+  static = head.get_metadata('dtype'), spec(*axes_of(head)), vocab_size, z_loss, cap, transposed
   total, loss = _cross_entropy(hidden, head.get_value(), targets, mask, *static)
   return total, jax.lax.stop_gradient(loss)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7, 8))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7, 8, 9))
 def _cross_entropy(hidden, weight, targets, mask, *static):
   return _pass(hidden, weight, targets, mask, *static, gradients=False)[:2]
 
@@ -61,7 +63,7 @@ def _backward(*inputs):
 _cross_entropy.defvjp(_forward, _backward)
 
 
-def _pass(hidden, weight, targets, mask, dtype, place, vocab_size, z_loss, transposed, *, gradients):
+def _pass(hidden, weight, targets, mask, dtype, place, vocab_size, z_loss, cap, transposed, *, gradients):
   """Both losses, and the gradients of the first with respect to hidden and weight if asked for."""
   vocab = 0 if transposed else 1
   axis, tokens = place[vocab], jax.typeof(hidden).sharding.spec[0]
@@ -75,7 +77,8 @@ def _pass(hidden, weight, targets, mask, dtype, place, vocab_size, z_loss, trans
 
     def chunk(sums, part):
       h, targets, mask = part
-      logits = jnp.where(ids < vocab_size, jnp.matmul(h, w.T, preferred_element_type=jnp.float32), -1e30)
+      soft = capped(jnp.matmul(h, w.T, preferred_element_type=jnp.float32), cap)
+      logits = jnp.where(ids < vocab_size, soft, -1e30)
       highest = logits.max(-1)
       highest = highest if axis is None else jax.lax.pmax(highest, axis)
       exponentials = jnp.exp(logits - highest[:, None])
@@ -88,7 +91,8 @@ def _pass(hidden, weight, targets, mask, dtype, place, vocab_size, z_loss, trans
       if not gradients:
         return (loss, extra), None
       share = mask * (1 + 2 * z_loss * normalizer) / total
-      dlogits = (share[:, None] * exponentials - jnp.where(hit, mask[:, None], 0)).astype(h.dtype)
+      dlogits = share[:, None] * exponentials - jnp.where(hit, mask[:, None], 0)
+      dlogits = (dlogits * (1 - jnp.square(soft / cap)) if cap else dlogits).astype(h.dtype)  # tanh' = 1 - tanh^2
       dw = sums[2] + jnp.einsum('nv,nd->vd', dlogits, h, preferred_element_type=jnp.float32)
       return (loss, extra, dw), dlogits @ w
 

@@ -1,6 +1,7 @@
 """The decoder-only transformer: GPT-2's style and the modern one are configs of one class."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -10,46 +11,52 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gptjax.config import ModelConfig
-from gptjax.model.attention import Attention, Cache, Place
-from gptjax.model.layers import Embedding, Linear, Norm, dropout
+from gptjax.model.attention import Attention, Cache, Caches, Place
+from gptjax.model.layers import Embedding, Linear, Norm, capped, dropout
 from gptjax.model.loss import cross_entropy
 from gptjax.model.weights import Stack, product
 from gptjax.sharding import Axis, spec
 
 
 class MLP(nnx.Module):
-  """The feed-forward layer: GELU between two matrices, or SwiGLU (arXiv:2002.05202)."""
+  """The feed-forward layer: GELU between two matrices, or a gated one, SwiGLU or GEGLU (arXiv:2002.05202)."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: Stack = ()):
     wide, axes = (config.width, config.hidden_width), ('embed', ('mlp', config.hidden_width))
     self.up = Linear(wide, axes, 0.02, config, rngs, stack)
-    self.gate = Linear(wide, axes, 0.02, config, rngs, stack) if config.mlp == 'swiglu' else None
+    self.gate = Linear(wide, axes, 0.02, config, rngs, stack) if config.gated else None
+    self.activation = jax.nn.silu if config.mlp == 'swiglu' else jax.nn.gelu  # gelu's tanh approximation is jax's default
     self.down = Linear(wide[::-1], axes[::-1], 0.02 / math.sqrt(2 * config.layers), config, rngs, stack)
 
   def __call__(self, x: Float[Array, 'N D'], rows: Axis) -> Float[Array, 'N D']:
     up = checkpoint_name(self.up(x), 'up')
-    hidden = jax.nn.gelu(up, approximate=True) if self.gate is None else jax.nn.silu(checkpoint_name(self.gate(x), 'gate')) * up
+    hidden = self.activation(up) if self.gate is None else self.activation(checkpoint_name(self.gate(x), 'gate')) * up
     return self.down(checkpoint_name(hidden, 'hidden'), rows)
 
 
 class Block(nnx.Module):
-  """One pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+  """One layer: x + attention(norm(x)), then x + mlp(norm(x)); or the norms follow, x + norm(attention(x)), or do both."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: Stack = ()):
-    self.attention_norm = Norm(config.width, 'embed', config, rngs, stack)
+    norm = lambda at: Norm(config.width, 'embed', config, rngs, stack) if config.norm_at in (at, 'sandwich') else None
+    self.attention_norm = norm('pre')
     self.attention = Attention(config, rngs, stack)
-    self.mlp_norm = Norm(config.width, 'embed', config, rngs, stack)
+    self.attention_post_norm = norm('post')
+    self.mlp_norm = norm('pre')
     self.mlp = MLP(config, rngs, stack)
+    self.mlp_post_norm = norm('post')
     self.dropout = config.dropout
 
-  def __call__(self, x: Float[Array, 'N D'], place: Place, cache: Cache | None, key: PRNGKeyArray | None,
+  def __call__(self, x: Float[Array, 'N D'], layer: int | Int[Array, ''], place: Place, cache: Cache | None, key: PRNGKeyArray | None,
                rows: Axis) -> tuple[Float[Array, 'N D'], Cache | None]:
+    normed = lambda norm, x: x if norm is None else norm(x)
     keys = (None,) * 3 if key is None else jax.random.split(key, 3)
     x = checkpoint_name(x, 'block')
-    y, cache = self.attention(checkpoint_name(self.attention_norm(x), 'attention_norm'), place, cache, keys[0], rows)
-    x = x + dropout(checkpoint_name(y, 'attention_out'), self.dropout, keys[1])
-    y = self.mlp(checkpoint_name(self.mlp_norm(x), 'mlp_norm'), rows)
-    return x + dropout(y, self.dropout, keys[2]), cache
+    y = checkpoint_name(normed(self.attention_norm, x), 'attention_norm')
+    y, cache = self.attention(y, layer, place, cache, keys[0], rows)
+    x = x + dropout(normed(self.attention_post_norm, checkpoint_name(y, 'attention_out')), self.dropout, keys[1])
+    y = self.mlp(checkpoint_name(normed(self.mlp_norm, x), 'mlp_norm'), rows)
+    return x + dropout(normed(self.mlp_post_norm, y), self.dropout, keys[2]), cache
 
 
 class Transformer(nnx.Module):
@@ -65,7 +72,7 @@ class Transformer(nnx.Module):
     assert config.vocab_size, 'vocab_size comes from the tokenizer'
     self.config = config
     vocab = ('vocab', config.table_rows)
-    self.tokens = Embedding(config.table_rows, vocab, config, rngs)
+    self.tokens = Embedding(config.table_rows, vocab, config, rngs, config.scaled_embedding)
     self.positions = Embedding(context, 'positions', config, rngs) if config.positions == 'learned' else None
     self.blocks: Block | nnx.List
     if config.scan:
@@ -76,14 +83,15 @@ class Transformer(nnx.Module):
     self.head = None if config.tied else Linear(
       (config.width, config.table_rows), ('embed', vocab), 0.02, dataclasses.replace(config, bias=False), rngs)
 
-  def hidden(self, tokens: Int[Array, 'B T'], place: Place | None = None, cache: Cache | None = None,
-             key: PRNGKeyArray | None = None) -> tuple[Float[Array, 'N D'], Cache | None]:
+  def hidden(self, tokens: Int[Array, 'B T'], place: Place | None = None, cache: Caches | None = None,
+             key: PRNGKeyArray | None = None) -> tuple[Float[Array, 'N D'], Caches | None]:
     """The normalized residual stream after the last layer, N = B * T.
 
     Args:
       tokens: ids.
       place: positions and segments; default: each row one document from position 0.
-      cache: of an earlier part of the same sequences, from empty_cache(); place.filled says how much of it is valid.
+      cache: a fresh one, which takes up the keys and values of all tokens, or that of earlier tokens, with one more token a row.
+        Only for layers that are not scanned.
       key: of dropout; None: no dropout.
     """
     b, t = tokens.shape
@@ -99,34 +107,40 @@ class Transformer(nnx.Module):
     return self.norm(x), cache
 
   def _layers(self, x, place, cache, key, rows):
-    graph, state = nnx.split(self.blocks if self.config.scan else self.blocks[0])
+    scan = self.config.scan
+    assert not (scan and cache is not None), 'a scan keeps no cache'
+    graph, state = nnx.split(self.blocks if scan else self.blocks[0])
 
-    def layer(x, inputs):
-      index, state, cache = inputs
+    def layer(index, x, state, cache):
       layer_key = None if key is None else jax.random.fold_in(key, index)
-      return nnx.merge(graph, state)(x, place, cache, layer_key, rows)
+      return nnx.merge(graph, state)(x, index, place, cache, layer_key, rows)
 
-    if self.config.remat != 'none':
-      layer = jax.checkpoint(layer, policy=_kept(self.config), prevent_cse=not self.config.scan)
-    if self.config.scan:
-      return jax.lax.scan(layer, x, (jnp.arange(self.config.layers), state, cache))
+    def recomputed(index, function):
+      # The number of a layer that is not scanned is known when it is traced, and must stay so.
+      function = functools.partial(function, index) if not scan else function
+      return function if self.config.remat == 'none' else jax.checkpoint(function, policy=_kept(self.config), prevent_cse=not scan)
+
+    if scan:
+      run = recomputed(None, layer)
+      return jax.lax.scan(lambda x, inputs: run(inputs[0], x, inputs[1], None), x, (jnp.arange(self.config.layers), state))
     caches = []
     for index, block in enumerate(self.blocks):
-      part = None if cache is None else Cache(cache.keys[index], cache.values[index])
-      x, part = layer(x, (index, nnx.split(block)[1], part))
-      caches.append(part)
-    return x, None if cache is None else jax.tree.map(lambda *parts: jnp.stack(parts), *caches)
+      x, kept = recomputed(index, layer)(x, nnx.split(block)[1], None if cache is None else cache[index])
+      caches.append(kept)
+    return x, None if cache is None else tuple(caches)
 
   def logits(self, hidden: Float[Array, 'N D']) -> Float[Array, 'N V']:
     """float32 logits over the table's rows; those of padded ids, which no text has, are -1e30."""
     logits = product(hidden, self.head_weight, 'batch', transposed=self.head is None).astype(jnp.float32)
+    logits = capped(logits, self.config.logit_cap)
     ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1, out_sharding=jax.typeof(logits).sharding.spec)
     return jnp.where(ids < self.config.vocab_size, logits, -1e30)
 
   def loss(self, hidden: Float[Array, 'N D'], targets: Int[Array, 'N'], mask: Float[Array, 'N'],
            z_loss: float = 0.0) -> tuple[Float[Array, ''], Float[Array, '']]:
     """As `cross_entropy`, of this model's head."""
-    return cross_entropy(hidden, self.head_weight, targets, mask, self.config.vocab_size, z_loss, transposed=self.head is None)
+    return cross_entropy(hidden, self.head_weight, targets, mask, self.config.vocab_size, z_loss, self.head is None,
+                         self.config.logit_cap)
 
   @property
   def head_weight(self) -> nnx.Param:
@@ -152,10 +166,11 @@ def _kept(config: ModelConfig):
   return None
 
 
-def empty_cache(config: ModelConfig, batch: int, size: int) -> Cache:
-  """A cache for `size` tokens of `batch` sequences: [L, B, S, K, C] in the compute dtype."""
-  shape = (config.layers, batch, size, config.key_heads, config.head_width)
-  place = spec('layers', 'batch', None, ('kv_heads', config.key_heads), None)
-  zeros = jnp.zeros(shape, config.compute_dtype, out_sharding=place)
-  return Cache(zeros, zeros)
+def empty_cache(config: ModelConfig, batch: int, size: int) -> Caches:
+  """A cache for `size` tokens of `batch` sequences, in the compute dtype; layers with a window keep no more than that."""
+  def layer(index):
+    kept = size if config.sees_all(index) else min(size, config.window)
+    return jnp.zeros((batch, kept, config.key_heads, config.head_width), config.compute_dtype,
+                     out_sharding=spec('batch', None, ('kv_heads', config.key_heads), None))
+  return tuple(Cache(layer(index), layer(index)) for index in range(config.layers))
 

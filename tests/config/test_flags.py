@@ -112,8 +112,8 @@ def command(tmp_path, monkeypatch, capsys):
     (['--config.data.tokenizer.kind=chars'], {'data.tokenizer.kind': 'chars'}),
     (['--config.steps=20'], {'steps': 20}),
     (['--config.steps', '3 epochs'], {'steps': '3 epochs'}),
-    (['--config.model.qk_norm'], {'model.qk_norm': True}),
-    (['--config.model.qk_norm', '--config.seed=1'], {'model.qk_norm': True, 'seed': 1}),
+    (['--config.model.scan'], {'model.scan': True}),
+    (['--config.model.scan', '--config.seed=1'], {'model.scan': True, 'seed': 1}),
     (['--config.model.bias', 'no', '--config.seed=1'], {'model.bias': False, 'seed': 1}),
     *(([f'--config.model.bias={no}'], {'model.bias': False}) for no in ('false', 'False', '0', 'no')),
     *(([f'--config.model.scan={yes}'], {'model.scan': True}) for yes in ('true', 'TRUE', '1', 'yes')),
@@ -167,7 +167,7 @@ def test_all_overrides_are_in_before_any_is_checked(command):
     ('--config.optimizer.clip=inf', '--config.optimizer.clip: inf, accepted: a number'),
     ('--config.model.bias=maybe', "--config.model.bias: 'maybe', accepted: true or false"),
     ('--config.data.source.path', '--config.data.source.path: None, accepted: text'),
-    ('--config.model.norm=rms', "--config.model.norm: 'rms', accepted: layernorm, rmsnorm; did you mean rmsnorm?"),
+    ('--config.model.norm=rms', "--config.model.norm: 'rms', accepted: layernorm, rmsnorm, rmsnorm1p; did you mean rmsnorm?"),
     ('--config.steps=soon', "steps: 'soon', accepted: a count of steps (2000), or one with its unit: *"),
     ('--config.steps=1e999', "steps: '1e999', accepted: a count of steps *"),
     ('--config', "--config: '', accepted: configs/base.py, configs/wide.py"),
@@ -223,7 +223,7 @@ def test_the_recipe_must_be_given(command):
     ('from gptjax.config import *\ndef get_config():\n  return Config(\n      no=3)', 'r.py:3: TypeError(*no*), *'),
     ('from gptjax.config import *\ndef get_config():\n  return ModelConfig(heads=3)', 'model.heads: 3, accepted: *'),
     ('from gptjax.config import *\ndef get_config():\n  return Config(model=ModelConfig(mlp="gelo"))',
-     "r.py: model.mlp: 'gelo', accepted: gelu, swiglu; did you mean gelu?"),
+     "r.py: model.mlp: 'gelo', accepted: gelu, swiglu, geglu; did you mean gelu?"),
     ('from gptjax.config import *\ndef get_config():\n  return Config(model=ModelConfig(layers=2.5))',
      'r.py: model.layers: 2.5, accepted: an integer'),
 ])
@@ -296,7 +296,7 @@ def test_help_shows_own_flags_then_every_field_with_its_default(command, flag):
   fields = [f'--config.{line.replace(" = ", "=")}' for line in describe(Config()).splitlines()]
   assert sorted(shown[len(own):]) == sorted(fields)
   assert ['--config.model.layers=4', 'transformer', 'blocks'] in lines
-  assert '[layernorm|rmsnorm]' in seen.out
+  assert '[learned|rope]' in seen.out
 
 
 @pytest.mark.parametrize('width', [50, 80, 110])
@@ -381,7 +381,8 @@ def configs(draw):
   kv_heads, group, pairs, microbatches = (draw(st.integers(1, 8)) for _ in range(4))
   values |= {
       'model.kv_heads': draw(st.sampled_from([0, kv_heads])), 'model.heads': kv_heads * group,
-      'model.width': kv_heads * group * 2 * pairs, 'data.tokenizer.vocab_size': draw(st.integers(300, 10**6)),
+      'model.width': kv_heads * group * 2 * pairs, 'model.head_size': draw(st.sampled_from([0, 2 * pairs])),
+      'model.rope.low': 0.5, 'model.rope.high': 1 + draw(_values(float)), 'data.tokenizer.vocab_size': draw(st.integers(300, 10**6)),
       'mesh.data': draw(st.just(-1) | st.integers(1, 64)), 'zero_stage': draw(st.integers(0, 3)),
       'microbatches': microbatches, 'batch_size': microbatches * draw(st.integers(1, 64)),
   }

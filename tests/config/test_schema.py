@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 
 from gptjax.config import (
-    CheckpointConfig, Config, DataConfig, EvalConfig, MeshConfig, ModelConfig, OptimizerConfig, TokenizerConfig,
+    CheckpointConfig, Config, DataConfig, EvalConfig, MeshConfig, ModelConfig, OptimizerConfig, RopeConfig, TokenizerConfig,
     UserError, duration_in_steps)
 from gptjax.config.flags import docstrings
 
 GROUPS = [
-    Config, ModelConfig, DataConfig, TokenizerConfig, OptimizerConfig, MeshConfig, EvalConfig, CheckpointConfig]
+    Config, ModelConfig, RopeConfig, DataConfig, TokenizerConfig, OptimizerConfig, MeshConfig, EvalConfig, CheckpointConfig]
 
 
 def in_steps(value):
@@ -37,7 +37,10 @@ def test_what_is_no_duration_is_refused_by_name(value):
     (ModelConfig, {'heads': 4, 'kv_heads': 3}, 'model.kv_heads: 3, accepted: a divisor of model.heads=4: 1, 2, 4'),
     (ModelConfig, {'width': 12, 'heads': 4, 'positions': 'rope'}, 'model.heads: 4, accepted: an even '),
     (ModelConfig, {'dropout': 1.0}, 'model.dropout: 1.0, accepted: at least 0 and below 1'),
-    (ModelConfig, {'rope_theta': 0.0}, 'model.rope_theta: 0.0, accepted: a number above 0'),
+    (RopeConfig, {'theta': 0.0}, 'model.rope.theta: 0.0, accepted: a number above 0'),
+    (RopeConfig, {'low': 4.0}, 'model.rope.high: 4.0, accepted: a number above model.rope.low=4.0, which is above 0'),
+    (ModelConfig, {'global_every': 2}, 'model.global_every: 2, accepted: 0 unless model.window says how far the other layers see'),
+    (ModelConfig, {'head_size': 7, 'positions': 'rope'}, 'model.head_size: 7, accepted: an even number for rope'),
     (TokenizerConfig, {'vocab_size': 10}, 'data.tokenizer.vocab_size: 10, accepted: 300 or more'),
     (DataConfig, {'context': 0}, 'data.context: 0, accepted: 1 or more'),
     (DataConfig, {'valid_fraction': 0.0}, 'data.valid_fraction: 0.0, accepted: above 0 and below 1'),

@@ -1,16 +1,14 @@
 """Attention against plain numpy, in blocks and in one square, and what rotary positions and dropout promise."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.config import ModelConfig, UserError
+from gptjax.config import ModelConfig, RopeConfig, UserError
 from gptjax.model import Place, attention_backend, blueprint
-from gptjax.model.attention import BLOCK, PARTS, causal_attention, rotate
-from gptjax.model.kernels import LANES, cudnn, splash
+from gptjax.model.attention import BLOCK, PARTS, causal_attention, frequencies, rotate
+from gptjax.model.kernels import LANES, Scoring, cudnn, splash
 from gptjax.sharding import place
 
 pytestmark = pytest.mark.usefixtures('one_device')
@@ -25,23 +23,32 @@ def as_heads(*arrays):
   return tuple(place(jax.sharding.get_mesh(), array, 'batch', None, 'heads', None) for array in arrays)
 
 
-def plain_attention(q, k, v, segments):
+PLAIN = Scoring(8 ** -0.5)
+
+
+def plain_attention(scoring, q, k, v, segments):
   """One head, one query after the other, in float64."""
   q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
   out = np.zeros_like(q)
   group = q.shape[2] // k.shape[2]
   for b, t, h in np.ndindex(q.shape[:3]):
-    seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
-    scores = k[b, seen, h // group] @ q[b, t, h] / math.sqrt(q.shape[3])
+    oldest = max(0, t + 1 - scoring.window) if scoring.window else 0
+    seen = [s for s in range(oldest, t + 1) if segments[b, s] == segments[b, t]]
+    scores = k[b, seen, h // group] @ q[b, t, h] * scoring.scale
+    scores = scoring.cap * np.tanh(scores / scoring.cap) if scoring.cap else scores
     weights = np.exp(scores - scores.max())
     out[b, t, h] = weights @ v[b, seen, h // group] / weights.sum()
   return out
 
 
-@pytest.mark.parametrize('length, key_heads', [
-    (BLOCK - 1, 1), (BLOCK, 4), (2 * BLOCK + 2, 2),
-    (PARTS * BLOCK + 3, 2)])  # more blocks than parts: they run one after the other, and the last is short
-def test_blocks_equal_the_square_and_the_formula(length, key_heads):
+@pytest.mark.parametrize('length, key_heads, scoring', [
+    (BLOCK - 1, 1, PLAIN), (BLOCK, 4, PLAIN), (2 * BLOCK + 2, 2, PLAIN),
+    (PARTS * BLOCK + 3, 2, PLAIN),  # more blocks than parts: they run one after the other, and the last is short
+    (2 * BLOCK + 2, 2, Scoring(0.5, cap=1.5)), (2 * BLOCK + 2, 2, Scoring(0.5, window=1)),
+    (5 * BLOCK + 3, 2, Scoring(0.5, window=BLOCK)), (5 * BLOCK + 3, 4, Scoring(0.5, 2.0, BLOCK // 2 + 1)),
+    (5 * BLOCK, 2, Scoring(0.5, window=3 * BLOCK)), (PARTS * BLOCK + 3, 2, Scoring(0.5, window=2 * BLOCK + 5)),
+    (2 * BLOCK, 2, Scoring(0.5, window=3 * BLOCK))])
+def test_blocks_equal_the_square_and_the_formula(length, key_heads, scoring):
   q, k, v = draw(0, 2, length, 4, 8), draw(1, 2, length, key_heads, 8), draw(2, 2, length, key_heads, 8)
   segments = np.sort(np.random.default_rng(3).integers(0, 3, (2, length)), 1)
   weights = draw(4, *q.shape)
@@ -50,13 +57,13 @@ def test_blocks_equal_the_square_and_the_formula(length, key_heads):
   def run(q, k, v, segments):
     def attended(rows):
       def total(q, k, v):
-        out = causal_attention(q, k, v, segments, 0.0, None, rows)
+        out = causal_attention(scoring, q, k, v, segments, 0.0, None, rows)
         return jnp.sum(out * weights), out
       return jax.grad(total, (0, 1, 2), has_aux=True)(q, k, v)
     return attended(BLOCK), attended(length)
 
   (gradients, out), (square_gradients, square) = run(*as_heads(q, k, v), segments)
-  np.testing.assert_allclose(out, plain_attention(q, k, v, segments), 1e-4, 1e-5)
+  np.testing.assert_allclose(out, plain_attention(scoring, q, k, v, segments), 1e-4, 1e-5)
   np.testing.assert_allclose(out, square, 1e-5, 1e-6)
   for gradient, expected in zip(gradients, square_gradients, strict=True):
     np.testing.assert_allclose(gradient, expected, 1e-4, 1e-5)
@@ -66,15 +73,16 @@ def test_blocks_equal_the_square_and_the_formula(length, key_heads):
 def test_memory_grows_with_the_context_and_not_with_its_square(length, expected):
   """Temporaries of the gradient, over those of a context of 1,024."""
   def temporaries(length):
-    total = lambda q, k, v: jnp.sum(causal_attention(q, k, v, None, 0.0, None, BLOCK))
+    total = lambda q, k, v: jnp.sum(causal_attention(PLAIN, q, k, v, None, 0.0, None, BLOCK))
     arrays = as_heads(*(np.zeros((1, length, 2, 8), np.float32) for _ in range(3)))
     return jax.jit(jax.grad(total, (0, 1, 2))).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
   assert temporaries(length) < max(expected * 1.3 * temporaries(1024), 1024 * 1024 * 2 * 4)
 
 
 @pytest.mark.parametrize('segmented', [False, True])
-@pytest.mark.parametrize('key_heads', [1, 2, 4])
-def test_splash_kernels_equal_the_square(key_heads, segmented):
+@pytest.mark.parametrize('key_heads, scoring', [
+    (1, PLAIN), (2, PLAIN), (4, PLAIN), (2, Scoring(0.3, cap=2.0)), (2, Scoring(0.3, window=60)), (4, Scoring(0.3, 2.0, LANES + 5))])
+def test_splash_kernels_equal_the_square(key_heads, scoring, segmented):
   length = 2 * LANES
   q, k, v = (draw(seed, 2, length, heads, 32) for seed, heads in enumerate((4, key_heads, key_heads)))
   segments = np.sort(np.random.default_rng(3).integers(0, 3, (2, length)), 1).astype(np.int32)
@@ -85,8 +93,8 @@ def test_splash_kernels_equal_the_square(key_heads, segmented):
     total = lambda q, k, v: (lambda out: (jnp.sum(out * weights), out))(attend(q, k, v))
     return jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))(*as_heads(q, k, v))
 
-  gradients, out = run(lambda q, k, v: splash(q, k, v, segments, interpret=True))
-  expected_gradients, expected = run(lambda q, k, v: causal_attention(q, k, v, segments, 0.0, None, length))
+  gradients, out = run(lambda q, k, v: splash(scoring, q, k, v, segments, interpret=True))
+  expected_gradients, expected = run(lambda q, k, v: causal_attention(scoring, q, k, v, segments, 0.0, None, length))
   np.testing.assert_allclose(out, expected, 1e-4, 1e-5)
   for gradient, want in zip(gradients, expected_gradients, strict=True):
     np.testing.assert_allclose(gradient, want, 1e-3, 1e-4)
@@ -94,11 +102,12 @@ def test_splash_kernels_equal_the_square(key_heads, segmented):
 
 @pytest.mark.skipif(jax.default_backend() != 'gpu', reason="cuDNN's attention runs on NVIDIA GPUs")
 @pytest.mark.parametrize('segmented', [False, True])
-def test_cudnn_equals_the_square(segmented):
+@pytest.mark.parametrize('scoring', [PLAIN, Scoring(0.1, window=60)], ids=str)
+def test_cudnn_equals_the_square(scoring, segmented):
   q, k, v = (jnp.asarray(draw(seed, 2, 256, heads, 64), jnp.bfloat16) for seed, heads in enumerate((4, 2, 2)))
   segments = jnp.asarray(np.sort(np.random.default_rng(3).integers(0, 3, (2, 256)), 1), jnp.int32) if segmented else None
-  exact = causal_attention(*(x.astype(jnp.float32) for x in (q, k, v)), segments, 0.0, None, 256)
-  np.testing.assert_allclose(cudnn(q, k, v, segments).astype(jnp.float32), exact, 3e-2, 3e-2)
+  exact = causal_attention(scoring, *(x.astype(jnp.float32) for x in (q, k, v)), segments, 0.0, None, 256)
+  np.testing.assert_allclose(cudnn(scoring, q, k, v, segments).astype(jnp.float32), exact, 3e-2, 3e-2)
 
 
 HALF = {'compute_dtype': 'bfloat16'}
@@ -132,14 +141,14 @@ def test_rotary_turns_pairs_of_features_by_position_times_frequency():
   frequency = theta ** -(np.arange(4) / 4)
   turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * positions[:, :, None, None] * frequency)
   expected = np.concatenate([turned.real, turned.imag], -1)
-  np.testing.assert_allclose(rotate(jnp.asarray(x), jnp.asarray(positions), theta), expected, 1e-4, 1e-5)
+  np.testing.assert_allclose(rotate(jnp.asarray(x), jnp.asarray(positions), frequencies(RopeConfig(theta), 4, False)), expected, 1e-4, 1e-5)
 
 
 def test_rotary_scores_depend_on_the_distance_alone():
   q, k = (jnp.asarray(draw(seed, 1, 1, 1, 16)) for seed in (7, 8))
 
   def score(here, there):
-    turn = lambda x, position: rotate(x, jnp.full((1, 1), position), 10000.0)
+    turn = lambda x, position: rotate(x, jnp.full((1, 1), position), frequencies(RopeConfig(), 8, False))
     return jnp.sum(turn(q, here) * turn(k, there))
 
   for distance in (0, 1, 10):
@@ -162,7 +171,7 @@ def test_dropped_attention_weights_differ_by_row_head_and_block_and_average_out(
   shape = (2, length, heads, length)
   values = np.broadcast_to(np.eye(length, dtype=np.float32)[None, :, None], shape)  # what comes out are the weights
   zeros, values = as_heads(np.zeros(shape, np.float32), values)
-  run = jax.jit(lambda key: causal_attention(zeros, zeros, values, None, rate, key, rows))
+  run = jax.jit(lambda key: causal_attention(PLAIN, zeros, zeros, values, None, rate, key, rows))
   weights = np.asarray(run(jax.random.key(0)))
   uniform = (np.tri(length) / np.arange(1, length + 1)[:, None])[None, :, None]
   np.testing.assert_allclose(weights, np.where(weights > 0, uniform / (1 - rate), 0), 1e-5)

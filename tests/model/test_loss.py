@@ -22,26 +22,30 @@ def examples(scale=1.0, table=TABLE, tokens=TOKENS):
           rng.integers(0, IDS, tokens, np.int32), (rng.random(tokens) < 0.6).astype(np.float32))
 
 
-def reference(hidden, head, targets, mask, z_loss):
+def reference(hidden, head, targets, mask, z_loss, cap=0.0):
   """Both losses and the gradients of the first, in float64."""
   logits = hidden.astype(np.float64) @ head[:, :IDS]
+  bent = 1.0
+  if cap:
+    logits = cap * np.tanh(logits / cap)
+    bent = 1 - (logits / cap)**2
   highest = logits.max(-1)
   normalizer = highest + np.log(np.exp(logits - highest[:, None]).sum(-1))
   losses = normalizer - logits[np.arange(len(targets)), targets]
-  slope = mask[:, None] * ((1 + 2 * z_loss * normalizer[:, None]) * np.exp(logits - normalizer[:, None]) - np.eye(IDS)[targets])
+  slope = mask[:, None] * ((1 + 2 * z_loss * normalizer[:, None]) * np.exp(logits - normalizer[:, None]) - np.eye(IDS)[targets]) * bent
   padded = np.zeros(head.shape)
   padded[:, :IDS] = hidden.T @ slope
   return ((losses + z_loss * normalizer**2) * mask).sum(), (losses * mask).sum(), slope @ head[:, :IDS].T, padded
 
 
-def run(values, mesh, rows='batch', z_loss=0.01, transposed=False):
+def run(values, mesh, rows='batch', z_loss=0.01, transposed=False, cap=0.0):
   hidden, head, targets, mask = values
   vocab = ('vocab', head.shape[1])
   axes = (vocab, 'embed') if transposed else ('embed', vocab)
 
   def total(hidden, weight, targets, mask):
     head = nnx.Param(weight, axes=axes, dtype='float32')
-    return cross_entropy(hidden, head, targets, mask, IDS, z_loss, transposed)
+    return cross_entropy(hidden, head, targets, mask, IDS, z_loss, transposed, cap)
 
   placed = (place(mesh, hidden, rows, 'embed'), place(mesh, head.T if transposed else head, *axes),
             place(mesh, targets, 'batch'), place(mesh, mask, 'batch'))
@@ -53,13 +57,13 @@ def run(values, mesh, rows='batch', z_loss=0.01, transposed=False):
 
 @pytest.mark.parametrize('mesh', ['1x1', '8x1', '2x4'], indirect=True)
 @pytest.mark.parametrize('in_chunks', [False, True])
-@pytest.mark.parametrize('transposed, rows', [(False, 'batch'), (True, 'tokens')])
-def test_losses_and_gradients_are_numpys(transposed, rows, in_chunks, mesh, monkeypatch):
+@pytest.mark.parametrize('transposed, rows, cap', [(False, 'batch', 0.0), (True, 'tokens', 0.0), (True, 'batch', 2.0)])
+def test_losses_and_gradients_are_numpys(transposed, rows, cap, in_chunks, mesh, monkeypatch):
   if in_chunks:
     monkeypatch.setattr(loss, 'CHUNK_ROWS', 5)  # divides no device's tokens: the last chunk is filled up
     monkeypatch.setattr(loss, 'CHUNK_BYTES', 0)
   values = examples()
-  for got, want in zip(run(values, mesh, rows, transposed=transposed), reference(*values, 0.01), strict=True):
+  for got, want in zip(run(values, mesh, rows, transposed=transposed, cap=cap), reference(*values, 0.01, cap), strict=True):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
 
 

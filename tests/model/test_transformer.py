@@ -107,27 +107,28 @@ def test_attention_in_blocks_gives_the_logits_of_the_full_square(style, random_p
   np.testing.assert_allclose(run('blocks'), run('xla'), 1e-5, 1e-5)
 
 
-@pytest.mark.parametrize('scan', [False, True])
-def test_reading_with_a_cache_gives_the_logits_of_the_whole(style, scan, random_parameters):
-  parts = (7, 6, *(1,) * 6, 7)  # a prompt, more of it, token by token, and a chunk again
-  batch, length = 2, sum(parts)
-  config = dataclasses.replace(style, scan=scan)
+@pytest.mark.parametrize('changes', [{}, {'window': 5}, {'window': 5, 'global_every': 2}, {'window': 16, 'attention_cap': 2.0}], ids=str)
+def test_reading_with_a_cache_gives_the_logits_of_the_whole(style, changes, random_parameters):
+  prompt, batch, length = 12, 2, 26
+  config = dataclasses.replace(style, **changes)
   plan = blueprint(config, length)
   parameters = random_parameters(plan)
   tokens = ids(6, batch, length)
 
   @jax.jit
-  def read(parameters, tokens, filled, cache):
+  def read(parameters, tokens, start, filled, cache):
     model = plan.merge(parameters)
-    positions = jnp.broadcast_to(filled + jnp.arange(tokens.shape[1]), tokens.shape)
+    positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
     hidden, cache = model.hidden(tokens, Place(positions, filled=filled), cache)
     return model.logits(hidden).reshape(*tokens.shape, -1), cache
 
-  cache, filled, pieces = empty_cache(config, batch, length + 3), 0, []
-  for size in parts:
-    logits, cache = read(parameters, tokens[:, filled:filled + size], jnp.int32(filled), cache)
+  logits, cache = read(parameters, tokens[:, :prompt], 0, None, empty_cache(config, batch, length + 3))
+  kept = [layer.keys.shape[1] for layer in cache]
+  assert kept == [length + 3 if config.sees_all(layer) else config.window for layer in range(config.layers)]
+  pieces = [logits]
+  for filled in range(prompt, length):
+    logits, cache = read(parameters, tokens[:, filled:filled + 1], filled, jnp.int32(filled), cache)
     pieces.append(logits)
-    filled += size
   whole = jax.jit(lambda parameters, tokens: plan.merge(parameters)(tokens))(parameters, tokens)
   np.testing.assert_allclose(np.concatenate(pieces, 1), whole, 1e-5, 1e-5)
 

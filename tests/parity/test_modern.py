@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax.config import ModelConfig
+from gptjax.config import ModelConfig, RopeConfig
 from gptjax.model import blueprint
 
 HOW = 'needs PyTorch and transformers: pip install -r requirements-parity.txt'
@@ -16,7 +16,7 @@ transformers = pytest.importorskip('transformers', reason=HOW)
 CONTEXT = 80  # above one block of queries
 CONFIG = ModelConfig(
     layers=2, width=32, heads=4, kv_heads=2, mlp_width=48, vocab_size=50, vocab_multiple=1, positions='rope',
-    rope_theta=500.0, norm='rmsnorm', mlp='swiglu', bias=False)
+    rope=RopeConfig(theta=500.0), norm='rmsnorm', mlp='swiglu', bias=False)
 REFERENCE = {
     'num_hidden_layers': 2, 'hidden_size': 32, 'num_attention_heads': 4, 'num_key_value_heads': 2, 'head_dim': 8,
     'intermediate_size': 48, 'vocab_size': 50, 'max_position_embeddings': CONTEXT, 'rms_norm_eps': 1e-5,
@@ -47,7 +47,7 @@ def renamed(values):
   return out
 
 
-STYLES = [('Llama', False, False), ('Llama', False, True), ('Qwen3', True, False)]
+STYLES = [('Llama', 'none', False), ('Llama', 'none', True), ('Qwen3', 'head', False)]
 
 
 @pytest.mark.parametrize('name, qk_norm, tied', STYLES)

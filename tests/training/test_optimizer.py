@@ -65,7 +65,7 @@ def test_a_warmup_longer_than_the_run_only_rises(name):
 MODEL = {'layers': 2, 'width': 16, 'heads': 2, 'vocab_size': 20}
 STYLES = [
   MODEL, MODEL | {'scan': True},
-  MODEL | {'mlp': 'swiglu', 'positions': 'rope', 'norm': 'rmsnorm', 'qk_norm': True, 'tied': False, 'bias': False}]
+  MODEL | {'mlp': 'swiglu', 'positions': 'rope', 'norm': 'rmsnorm', 'qk_norm': 'head', 'tied': False, 'bias': False}]
 
 
 @pytest.mark.parametrize('values', STYLES)

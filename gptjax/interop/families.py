@@ -1,0 +1,349 @@
+"""Published families of models as configs of the one transformer, and what they call its parameters.
+
+A family reads a Hugging Face config.json into a ModelConfig, and writes one; a table says which of its tensors is which of our
+parameters. What a config.json asks for and the transformer cannot do is an error that names the field.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gptjax.config import ModelConfig, RopeConfig, UserError
+
+Json = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+  """A tensor of a folder, and the parameters it is made of."""
+
+  name: str
+  """what the family calls it"""
+  parameters: tuple[str, ...]
+  """what we call its parts, beside each other along the last axis"""
+  transposed: bool = False
+  """whether it is [out, in], where a kernel is [in, out]"""
+  rows: bool = False
+  """whether ids count its rows, which we pad"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """One published architecture."""
+
+  model_type: str
+  """config.json's name of it"""
+  architecture: str
+  """the class of transformers that has its language model"""
+  read: Callable[['Fields'], tuple[ModelConfig, int]]
+  """config.json to a config and the context it is meant for"""
+  write: Callable[[ModelConfig, int], Json]
+  """the other way; may leave out what a config of this family cannot mean"""
+  names: Mapping[str, str]
+  """our name of a parameter to its tensor's, # for the layer's number"""
+  ignored: str = '$^'
+  """pattern of tensors that hold no parameter"""
+  prefix: str = ''
+  """of tensors' names, which some folders leave out"""
+
+  def tensors(self, config: ModelConfig) -> list[Tensor]:
+    """All tensors of a model."""
+    found: dict[str, Tensor] = {}
+    for ours, theirs in self.names.items():
+      if ours == 'head/kernel' and config.tied:
+        continue
+      layers = range(config.layers) if '#' in ours else (0,)
+      for layer in layers:
+        name, parameter = theirs.replace('#', str(layer)), ours.replace('#', str(layer))
+        earlier = found[name].parameters if name in found else ()
+        # transformers' Linear is [out, in]; GPT-2's Conv1D is [in, out], as ours.
+        transposed = ours.endswith('kernel') and (self.model_type != 'gpt2' or ours == 'head/kernel')
+        found[name] = Tensor(name, (*earlier, parameter), transposed, ours in ('tokens/table', 'head/kernel'))
+    return list(found.values())
+
+
+class Fields:
+  """config.json, read with its defaults; what cannot be done is an error."""
+
+  def __init__(self, values: Json, file: str = 'config.json'):
+    self.values, self.file = values, file
+
+  def __call__(self, name: str, default: Any = None) -> Any:
+    """A field; null counts as missing."""
+    value = self.values.get(name)
+    value = default if value is None else value
+    if value is None:
+      raise UserError(f'{self.file}: {name}', None, 'a value; the field is missing')
+    return value
+
+  def count(self, name: str, default: int | None = None) -> int:
+    """A field that must be a whole number above 0."""
+    value = self(name, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+      raise UserError(f'{self.file}: {name}', value, 'a whole number from 1 on')
+    return value
+
+  def number(self, name: str, default: float | None = None) -> float:
+    """A field that must be a number."""
+    value = self(name, default)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+      raise UserError(f'{self.file}: {name}', value, 'a number')
+    return float(value)
+
+  def must(self, name: str, *accepted: Any) -> Any:
+    """A field of which only some values can be done; the first is the default."""
+    value = self(name, accepted[0])
+    if value not in accepted:
+      raise UserError(f'{self.file}: {name}', value, ' or '.join(map(repr, accepted)))
+    return value
+
+  def rope(self, original_context: int, theta: float = 10000.0) -> RopeConfig:
+    """Rotary positions, as transformers 5 writes them (rope_parameters) or earlier ones did (rope_theta, rope_scaling)."""
+    given = self('rope_parameters', {}) or {**self('rope_scaling', {}), 'rope_theta': self.number('rope_theta', theta)}
+    local = 0.0
+    if 'full_attention' in given:  # one for each kind of layer
+      local = float(given['sliding_attention'].get('rope_theta', theta))
+      if given['sliding_attention'].get('rope_type', 'default') != 'default':
+        raise UserError(f'{self.file}: rope_parameters.sliding_attention', given['sliding_attention'], "rope_type 'default'")
+      given = given['full_attention']
+    elif 'rope_local_base_freq' in self.values:
+      local = self.number('rope_local_base_freq')
+    kind = given.get('rope_type', given.get('type', 'default'))
+    if kind not in ('default', 'linear', 'llama3'):
+      raise UserError(f'{self.file}: rope_type', kind, "'default', 'linear' or 'llama3'")
+    if given.get('partial_rotary_factor', 1.0) != 1.0:
+      raise UserError(f'{self.file}: partial_rotary_factor', given['partial_rotary_factor'], '1.0')
+    base = float(given.get('rope_theta', theta))
+    if kind == 'default':
+      return RopeConfig(base, local)
+    if kind == 'linear':
+      return RopeConfig(base, local, 'linear', float(given['factor']))
+    return RopeConfig(base, local, 'llama3', float(given['factor']), float(given['low_freq_factor']), float(given['high_freq_factor']),
+                      int(given.get('original_max_position_embeddings', original_context)))
+
+
+def family(values: Json, file: str = 'config.json') -> Family:
+  """The family that a config.json names.
+
+  Raises:
+    UserError: it is none of them.
+  """
+  names = values.get('architectures') or []
+  found = FAMILIES.get(values.get('model_type', ''))
+  if found is None or (names and found.architecture not in names and not names[0].endswith(('Model', 'LMHeadModel'))):
+    known = ', '.join(f'{one.model_type} ({one.architecture})' for one in FAMILIES.values())
+    raise UserError(f'{file}: model_type', f'{values.get("model_type")} ({", ".join(names)})', known)
+  return found
+
+
+def family_for(config: ModelConfig, context: int) -> Family:
+  """The family that a config is of: the first that it comes back from as it is.
+
+  Raises:
+    UserError: none can say what it does.
+  """
+  wanted = comparable(config)
+  nearest: tuple[int, str, list[str]] = (len(wanted), '', [])
+  for one in FAMILIES.values():
+    try:
+      got = comparable(one.read(Fields(one.write(config, context)))[0])
+    except UserError:
+      continue
+    differs = [name for name in wanted if wanted[name] != got[name]]
+    if not differs:
+      return one
+    nearest = min(nearest, (len(differs), one.model_type, differs))
+  _, name, differs = nearest
+  raise UserError('model', ', '.join(f'{field}={wanted[field]}' for field in differs),
+                  f'a model that a family can say; {name} comes nearest, and differs in these')
+
+
+_NOT_OF_THE_MODEL = ('vocab_multiple', 'dropout', 'scan', 'remat', 'saved', 'offloaded', 'sequence_parallel', 'attention', 'compute_dtype')
+
+
+def comparable(config: ModelConfig) -> Json:
+  """What a config says of the function that the model is, with its defaults resolved."""
+  values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in _NOT_OF_THE_MODEL}
+  if config.positions != 'rope':
+    del values['rope']
+  values |= {'kv_heads': config.key_heads, 'mlp_width': config.hidden_width, 'head_size': config.head_width,
+             'query_scale': config.query_scale or config.head_width, 'qkv_bias': config.qkv_bias or config.bias}
+  return values
+
+
+def _decoder(fields: Fields, **others: Any) -> tuple[ModelConfig, int]:
+  """What the families since Llama share."""
+  heads, width, context = fields.count('num_attention_heads'), fields.count('hidden_size'), fields.count('max_position_embeddings', 2048)
+  return ModelConfig(
+    layers=fields.count('num_hidden_layers'), width=width, heads=heads, kv_heads=fields.count('num_key_value_heads', heads),
+    head_size=fields.count('head_dim', width // heads), mlp_width=fields.count('intermediate_size'),
+    vocab_size=fields.count('vocab_size'), positions='rope', **{
+      'rope': fields.rope(context), 'norm': 'rmsnorm', 'norm_eps': fields.number('rms_norm_eps', 1e-6), 'mlp': 'swiglu', 'bias': False,
+      'tied': fields('tie_word_embeddings', False)} | others), context
+
+
+def _decoder_json(config: ModelConfig, context: int, **others: Any) -> Json:
+  rope: Json = {'rope_type': 'default' if config.rope.scaling == 'none' else config.rope.scaling, 'rope_theta': config.rope.theta}
+  if config.rope.scaling != 'none':
+    rope['factor'] = config.rope.factor
+  if config.rope.scaling == 'llama3':
+    rope |= {'low_freq_factor': config.rope.low, 'high_freq_factor': config.rope.high,
+             'original_max_position_embeddings': config.rope.original_context}
+  return {
+    'num_hidden_layers': config.layers, 'hidden_size': config.width, 'num_attention_heads': config.heads,
+    'num_key_value_heads': config.key_heads, 'head_dim': config.head_width, 'intermediate_size': config.hidden_width,
+    'vocab_size': config.vocab_size, 'max_position_embeddings': context, 'rms_norm_eps': config.norm_eps, 'rope_parameters': rope,
+    'tie_word_embeddings': config.tied, 'hidden_act': 'silu'} | others
+
+
+def _gpt2(fields: Fields) -> tuple[ModelConfig, int]:
+  fields.must('activation_function', 'gelu_new', 'gelu_pytorch_tanh')
+  fields.must('scale_attn_weights', True)
+  fields.must('scale_attn_by_inverse_layer_idx', False)
+  fields.must('add_cross_attention', False)
+  width = fields.count('n_embd', 768)
+  return ModelConfig(
+    layers=fields.count('n_layer', 12), width=width, heads=fields.count('n_head', 12), mlp_width=fields.count('n_inner', 4 * width),
+    vocab_size=fields.count('vocab_size', 50257), norm_eps=fields.number('layer_norm_epsilon', 1e-5),
+    tied=fields('tie_word_embeddings', True)), fields.count('n_positions', 1024)
+
+
+def _gpt2_json(config: ModelConfig, context: int) -> Json:
+  return {'n_layer': config.layers, 'n_embd': config.width, 'n_head': config.heads, 'n_inner': config.hidden_width,
+          'vocab_size': config.vocab_size, 'n_positions': context, 'layer_norm_epsilon': config.norm_eps,
+          'tie_word_embeddings': config.tied, 'activation_function': 'gelu_new'}
+
+
+def _llama(fields: Fields) -> tuple[ModelConfig, int]:
+  fields.must('hidden_act', 'silu')
+  fields.must('attention_bias', False)
+  fields.must('mlp_bias', False)
+  return _decoder(fields)
+
+
+def _mistral(fields: Fields) -> tuple[ModelConfig, int]:
+  fields.must('hidden_act', 'silu')
+  # Without the field it is 4,096 (the class's default); null turns it off.
+  window = fields.values.get('sliding_window', 4096)
+  return _decoder(fields, window=window or 0)
+
+
+def _mistral_json(config: ModelConfig, context: int) -> Json:
+  return _decoder_json(config, context, sliding_window=config.window or None)
+
+
+def _qwen(fields: Fields, **others: Any) -> tuple[ModelConfig, int]:
+  fields.must('hidden_act', 'silu')
+  fields.must('use_sliding_window', False)
+  return _decoder(fields, **others)
+
+
+def _qwen2(fields: Fields) -> tuple[ModelConfig, int]:
+  return _qwen(fields, qkv_bias=True)
+
+
+def _qwen3(fields: Fields) -> tuple[ModelConfig, int]:
+  fields.must('attention_bias', False)
+  return _qwen(fields, qk_norm='head')
+
+
+def _olmo2(fields: Fields) -> tuple[ModelConfig, int]:
+  fields.must('hidden_act', 'silu')
+  fields.must('attention_bias', False)
+  return _decoder(fields, norm_at='post', qk_norm='width')
+
+
+def _pattern(fields: Fields, default: int) -> int:
+  """global_every of a list of kinds of layers, or of Gemma 3's earlier field."""
+  layers = fields.count('num_hidden_layers')
+  kinds = fields.values.get('layer_types')
+  if kinds is None:
+    return fields.count('sliding_window_pattern', default)
+  every = kinds.index('full_attention') + 1 if 'full_attention' in kinds else 0
+  if kinds != _kinds(layers, every):
+    raise UserError(f'{fields.file}: layer_types', kinds, 'the last of every so many layers with full_attention, the others with '
+                    'sliding_attention')
+  return every
+
+
+def _kinds(layers: int, every: int) -> list[str]:
+  return ['full_attention' if every and (layer + 1) % every == 0 else 'sliding_attention' for layer in range(layers)]
+
+
+def _gemma(fields: Fields, every: int, **others: Any) -> tuple[ModelConfig, int]:
+  fields.must('hidden_activation', 'gelu_pytorch_tanh')
+  fields.must('attention_bias', False)
+  return _decoder(
+    fields, norm='rmsnorm1p', norm_at='sandwich', mlp='geglu', scaled_embedding=True, tied=fields('tie_word_embeddings', True),
+    window=fields.count('sliding_window', 4096), global_every=_pattern(fields, every),
+    query_scale=fields.number('query_pre_attn_scalar', 256.0), **others)
+
+
+def _gemma2(fields: Fields) -> tuple[ModelConfig, int]:
+  return _gemma(fields, 2, attention_cap=float(fields.values.get('attn_logit_softcapping', 50.0) or 0),
+                logit_cap=float(fields.values.get('final_logit_softcapping', 30.0) or 0))
+
+
+def _gemma3(fields: Fields) -> tuple[ModelConfig, int]:
+  fields.must('use_bidirectional_attention', False)
+  return _gemma(fields, 6, qk_norm='head', rope=fields.rope(8192, 1e6), attention_cap=float(fields.values.get('attn_logit_softcapping') or 0),
+                logit_cap=float(fields.values.get('final_logit_softcapping') or 0))
+
+
+def _gemma_json(config: ModelConfig, context: int) -> Json:
+  values = _decoder_json(
+    config, context, hidden_activation='gelu_pytorch_tanh', sliding_window=config.window or context,
+    query_pre_attn_scalar=int(config.query_scale or config.head_width),  # its class takes no fraction
+    attn_logit_softcapping=config.attention_cap or None,
+    final_logit_softcapping=config.logit_cap or None, layer_types=_kinds(config.layers, config.global_every))
+  del values['hidden_act']
+  return values
+
+
+def _gemma3_json(config: ModelConfig, context: int) -> Json:
+  values = _gemma_json(config, context)
+  local = {'rope_type': 'default', 'rope_theta': config.rope.local_theta or config.rope.theta}
+  return values | {'rope_parameters': {'full_attention': values['rope_parameters'], 'sliding_attention': local}}
+
+
+_GPT2 = {
+  'tokens/table': 'transformer.wte.weight', 'positions/table': 'transformer.wpe.weight',
+  'norm/gain': 'transformer.ln_f.weight', 'norm/bias': 'transformer.ln_f.bias', 'head/kernel': 'lm_head.weight',
+  **{f'blocks/#/{ours}/{part}': f'transformer.h.#.{theirs}.{"bias" if part == "bias" else "weight"}' for ours, theirs, parts in (
+    ('attention_norm', 'ln_1', ('gain', 'bias')), ('attention/q', 'attn.c_attn', ('kernel', 'bias')),
+    ('attention/k', 'attn.c_attn', ('kernel', 'bias')), ('attention/v', 'attn.c_attn', ('kernel', 'bias')),
+    ('attention/out', 'attn.c_proj', ('kernel', 'bias')), ('mlp_norm', 'ln_2', ('gain', 'bias')),
+    ('mlp/up', 'mlp.c_fc', ('kernel', 'bias')), ('mlp/down', 'mlp.c_proj', ('kernel', 'bias'))) for part in parts},
+}
+
+
+def _llama_names(norms: Mapping[str, str], qk_norm: bool = False, qkv_bias: bool = False) -> dict[str, str]:
+  """Names of the families since Llama: they differ in what they call norms."""
+  names = {'tokens/table': 'model.embed_tokens.weight', 'norm/gain': 'model.norm.weight', 'head/kernel': 'lm_head.weight'}
+  layer = {
+    **{f'attention/{one}/kernel': f'self_attn.{one}_proj.weight' for one in 'qkv'}, 'attention/out/kernel': 'self_attn.o_proj.weight',
+    **{f'mlp/{one}/kernel': f'mlp.{one}_proj.weight' for one in ('gate', 'up', 'down')},
+    **{f'{ours}/gain': f'{theirs}.weight' for ours, theirs in norms.items()}}
+  if qk_norm:
+    layer |= {f'attention/{one}_norm/gain': f'self_attn.{one}_norm.weight' for one in 'qk'}
+  if qkv_bias:
+    layer |= {f'attention/{one}/bias': f'self_attn.{one}_proj.bias' for one in 'qkv'}
+  return names | {f'blocks/#/{ours}': f'model.layers.#.{theirs}' for ours, theirs in layer.items()}
+
+
+_PRE = {'attention_norm': 'input_layernorm', 'mlp_norm': 'post_attention_layernorm'}
+_POST = {'attention_post_norm': 'post_attention_layernorm', 'mlp_post_norm': 'post_feedforward_layernorm'}
+_SANDWICH = {'attention_norm': 'input_layernorm', 'attention_post_norm': 'post_attention_layernorm',
+             'mlp_norm': 'pre_feedforward_layernorm', 'mlp_post_norm': 'post_feedforward_layernorm'}
+
+FAMILIES = {one.model_type: one for one in (
+  Family('gpt2', 'GPT2LMHeadModel', _gpt2, _gpt2_json, _GPT2, r'(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)', 'transformer.'),
+  Family('llama', 'LlamaForCausalLM', _llama, _decoder_json, _llama_names(_PRE), r'model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq'),
+  Family('mistral', 'MistralForCausalLM', _mistral, _mistral_json, _llama_names(_PRE)),
+  Family('qwen2', 'Qwen2ForCausalLM', _qwen2, _decoder_json, _llama_names(_PRE, qkv_bias=True)),
+  Family('qwen3', 'Qwen3ForCausalLM', _qwen3, _decoder_json, _llama_names(_PRE, qk_norm=True)),
+  Family('gemma2', 'Gemma2ForCausalLM', _gemma2, _gemma_json, _llama_names(_SANDWICH)),
+  Family('gemma3_text', 'Gemma3ForCausalLM', _gemma3, _gemma3_json, _llama_names(_SANDWICH, qk_norm=True)),
+  Family('olmo2', 'Olmo2ForCausalLM', _olmo2, _decoder_json, _llama_names(_POST, qk_norm=True)),
+)}
+"""By config.json's model_type, the plainest first."""

@@ -1,0 +1,124 @@
+"""Every family against transformers: logits, gradients of the loss, and decoding with a cache, for shapes of every kind."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from gptjax.interop import FAMILIES, Fields, family
+from gptjax.model import blueprint
+from gptjax.sharding import place
+
+torch = pytest.importorskip('torch')
+transformers = pytest.importorskip('transformers')
+
+VOCABULARY = 50
+LLAMA3 = {'rope_type': 'llama3', 'rope_theta': 500.0, 'factor': 4.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
+          'original_max_position_embeddings': 32}
+DECODER = {'vocab_size': VOCABULARY, 'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 3, 'num_attention_heads': 4,
+           'num_key_value_heads': 2, 'max_position_embeddings': 64}
+SHAPES = {
+  'gpt2': [{'vocab_size': VOCABULARY, 'n_positions': 64, 'n_embd': 32, 'n_layer': 2, 'n_head': 4},
+           {'vocab_size': VOCABULARY, 'n_positions': 64, 'n_embd': 24, 'n_layer': 3, 'n_head': 2, 'n_inner': 40}],
+  'llama': [DECODER, DECODER | {'num_key_value_heads': 1, 'tie_word_embeddings': True, 'rope_parameters': LLAMA3, 'rms_norm_eps': 1e-5},
+            DECODER | {'rope_parameters': {'rope_type': 'linear', 'factor': 2.0, 'rope_theta': 100.0}, 'head_dim': 16}],
+  'mistral': [DECODER | {'sliding_window': 7}, DECODER | {'sliding_window': None, 'num_key_value_heads': 4, 'head_dim': 16}],
+  'qwen2': [DECODER, DECODER | {'num_key_value_heads': 4, 'tie_word_embeddings': True}],
+  'qwen3': [DECODER | {'head_dim': 16}, DECODER | {'num_key_value_heads': 1, 'head_dim': 8, 'tie_word_embeddings': True}],
+  'gemma2': [DECODER | {'head_dim': 16, 'sliding_window': 7, 'query_pre_attn_scalar': 20},
+             DECODER | {'num_key_value_heads': 4, 'head_dim': 8, 'sliding_window': 16, 'num_hidden_layers': 2,
+                        'attn_logit_softcapping': 1.0, 'final_logit_softcapping': 2.0}],
+  'gemma3_text': [DECODER | {'head_dim': 16, 'sliding_window': 7, 'layer_types': ['sliding_attention', 'full_attention', 'sliding_attention']},
+                  DECODER | {'num_key_value_heads': 1, 'head_dim': 8, 'sliding_window': 5, 'num_hidden_layers': 7}],
+  'olmo2': [DECODER, DECODER | {'num_key_value_heads': 4, 'num_hidden_layers': 2}],
+}
+CASES = [pytest.param(name, shape, id=f'{name}-{index}') for name, shapes in SHAPES.items() for index, shape in enumerate(shapes)]
+
+
+def reference(name, shape):
+  """A model of transformers with random values in all its parameters."""
+  torch.manual_seed(0)
+  config = transformers.AutoConfig.for_model(name, **shape)
+  config._attn_implementation = 'eager'  # what every family has
+  model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+  with torch.no_grad():
+    for parameter in model.parameters():
+      parameter.add_(0.2 * torch.randn_like(parameter))
+  return model
+
+
+def ours(name, config, tensors):
+  """Our parameters out of a model's tensors."""
+  found = {}
+  for tensor in FAMILIES[name].tensors(config):
+    value = tensors[tensor.name]
+    value = value.T if tensor.transposed else value
+    for part, parameter in zip(np.split(value, len(tensor.parameters), -1), tensor.parameters, strict=True):
+      if tensor.rows:
+        axis = 1 if tensor.transposed else 0
+        part = np.pad(part, [(0, config.table_rows - VOCABULARY if i == axis else 0) for i in range(2)])
+      found[parameter] = part
+  return found
+
+
+@pytest.mark.parametrize('name, shape', CASES)
+def test_logits_and_gradients_are_those_of_transformers(name, shape, one_device):
+  model = reference(name, shape)
+  values = model.config.to_dict() | {'architectures': [type(model).__name__]}
+  assert family(values) is FAMILIES[name]
+  config, context = FAMILIES[name].read(Fields(values))
+  for scan in (False, True):
+    plan = blueprint(dataclasses.replace(config, scan=scan), context)
+    parameters = ours(name, config, {key: p.detach().numpy() for key, p in model.named_parameters()})
+    if scan:
+      parameters = stacked(parameters, config.layers)
+    assert {key: p.shape for key, p in parameters.items()} == {key: s.shape for key, s in plan.shapes.items()}
+    placed = jax.device_put(parameters, plan.shardings(0, one_device))
+    for length in (3, 16, 33):
+      tokens = np.random.default_rng(length).integers(2, VOCABULARY, (2, length), np.int32)  # 0 or 1 pads: no gradient there
+      model.zero_grad()
+      result = model(torch.from_numpy(tokens.astype(np.int64)), labels=torch.from_numpy(tokens.astype(np.int64)))
+      result.loss.backward()
+
+      @jax.jit
+      def run(parameters, tokens, targets, mask):
+        def loss(parameters):
+          model = plan.merge(parameters)
+          hidden = model.hidden(tokens)[0]
+          return model.loss(hidden, targets, mask)[0] / mask.sum(), model.logits(hidden)
+        return jax.value_and_grad(loss, has_aux=True)(parameters)
+
+      mask = np.ones(tokens.shape, np.float32)
+      mask[:, -1] = 0
+      (loss, logits), gradients = run(placed, place(one_device, tokens, 'batch', None), *(
+        place(one_device, x.reshape(-1), 'batch') for x in (np.roll(tokens, -1, 1), mask)))
+      logits = np.asarray(logits)[:, :VOCABULARY].reshape(*tokens.shape, -1)
+      np.testing.assert_allclose(logits, result.logits.detach().numpy(), 1e-4, 1e-4)
+      np.testing.assert_allclose(loss, result.loss.item(), 1e-5)
+      theirs = ours(name, config, {key: p.grad.numpy() for key, p in model.named_parameters()})
+      theirs = stacked(theirs, config.layers) if scan else theirs
+      largest = max(np.abs(gradient).max() for gradient in theirs.values())
+      for key, gradient in gradients.items():
+        # Some are zero but for rounding, as those of biases of keys.
+        np.testing.assert_allclose(gradient, theirs[key], 1e-3, 1e-4 * max(np.abs(theirs[key]).max(), 1e-3 * largest), err_msg=key)
+
+
+def stacked(parameters, layers):
+  """Those of all layers as one."""
+  out = {key: value for key, value in parameters.items() if not key.startswith('blocks/')}
+  for key in parameters:
+    if key.startswith('blocks/0/'):
+      out[key.replace('/0/', '/')] = np.stack([parameters[key.replace('/0/', f'/{layer}/')] for layer in range(layers)])
+  return out
+
+
+@pytest.mark.parametrize('name, shape', CASES)
+def test_what_a_family_writes_it_reads_again(name, shape):
+  values = transformers.AutoConfig.for_model(name, **shape).to_dict()
+  config, context = FAMILIES[name].read(Fields(values))
+  written = FAMILIES[name].write(config, context)
+  assert FAMILIES[name].read(Fields(written)) == (config, context)
+  # transformers understands it alike.
+  theirs = transformers.AutoConfig.for_model(name, **written).to_dict()
+  assert FAMILIES[name].read(Fields(theirs)) == (config, context)
