@@ -114,7 +114,7 @@ class HarnessModel(TemplateLM):
       found = self._scorer(self._given(), asked, advance)
     if cut and first():
       announce(f"{cut:,} of {len(asked):,} requests are longer than the model's context of {self._context} tokens: cut at their beginning")
-    return [tuple(one) for one in found]
+    return [(one.nats, one.greedy) for one in found]
 
   def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
     """The text that follows each request's context, up to one of its stop strings (`until`), the end of text or `max_gen_toks`.

@@ -53,7 +53,8 @@ class LikelihoodScorer:
     """Tokens that the model reads."""
     return self._plan.context
 
-  def __call__(self, parameters: Parameters, asked: Sequence[Asked], advance: Callable[[int], None] = lambda done: None) -> list[Likelihood]:
+  def __call__(self, parameters: Parameters, asked: Sequence[Asked],
+               advance: Callable[[int], None] = lambda done: None) -> list[Likelihood]:
     """The likelihood of each continuation, in their order.
 
     What does not fit the model's context is cut off at its beginning; a continuation must fit.
@@ -112,8 +113,9 @@ class LikelihoodScorer:
     index = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 1, out_sharding=spec('batch', None))
     hidden, _ = model.hidden(tokens, Place(jnp.maximum(index - first, 0), (index >= first).astype(jnp.int32)))
     reshape = lambda x, shape, *axes: jax.lax.reshape(x, shape, out_sharding=spec(*axes))
-    last = reshape(hidden, (rows, length, hidden.shape[-1]), 'batch', None, 'embed')[:, length - end:]
-    scores = model.log_probabilities(reshape(last, (rows * end, hidden.shape[-1]), 'batch', 'embed'), reshape(targets, (rows * end,), 'batch'))
+    width = hidden.shape[-1]
+    last = reshape(hidden, (rows, length, width), 'batch', None, 'embed')[:, length - end:]
+    scores = model.log_probabilities(reshape(last, (rows * end, width), 'batch', 'embed'), reshape(targets, (rows * end,), 'batch'))
     return tuple(jax.reshard(reshape(score, (rows, end), 'batch', None), PartitionSpec(None, None)) for score in scores)
 
 

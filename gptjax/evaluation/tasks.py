@@ -59,7 +59,7 @@ class Tasks:
     for name in names:
       if name not in manager.all_tasks:
         raise UserError('--tasks', name, f"{', '.join(own) or 'none'} in {options.path}, or one of the harness's own", manager.all_tasks)
-    self._loaded = {'tasks': {}, 'groups': {}, 'group_map': {}}
+    self._loaded: dict[str, dict[str, Any]] = {'tasks': {}, 'groups': {}, 'group_map': {}}
     for name in names:
       for part, members in _load(manager, name, options).items():
         self._loaded[part].update(members)

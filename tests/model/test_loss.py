@@ -85,7 +85,8 @@ def test_log_probabilities_and_the_likeliest_ids_are_numpys(transposed, cap, tab
   def run(hidden, weight, targets):
     return log_probabilities(hidden, nnx.Param(weight, axes=axes, dtype='float32'), targets, IDS, transposed, cap)
 
-  got, likeliest = run(place(mesh, hidden, 'batch', 'embed'), place(mesh, head.T if transposed else head, *axes), place(mesh, targets, 'batch'))
+  weight = place(mesh, head.T if transposed else head, *axes)
+  got, likeliest = run(place(mesh, hidden, 'batch', 'embed'), weight, place(mesh, targets, 'batch'))
   np.testing.assert_allclose(got, (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[np.arange(TOKENS), targets], 1e-4, 1e-4)
   np.testing.assert_array_equal(likeliest, np.where(logits == np.sort(logits)[:, -1:], np.arange(IDS), IDS).min(-1) == targets)
 
