@@ -85,12 +85,16 @@ class HarnessModel(TemplateLM):
     """(nats, greedy) of each request (context, continuation).
 
     Raises:
-      UserError: a text that the tokenizer cannot encode, or a continuation that is longer than the model's context.
+      UserError: a text that the tokenizer cannot encode, or a continuation without tokens or longer than the model's context.
     """
     return super().loglikelihood(requests, disable_tqdm=True)
 
   def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **_: Any) -> list[tuple[float, bool]]:
-    return self._scores([Asked(context or [self.prefix_token_id], continuation) for _, context, continuation in requests])
+    for (context, continuation), _, ids in requests:
+      if not ids:
+        raise UserError('--tasks', context[-40:] + continuation, 'a continuation with tokens of its own; this one has none, or is one '
+                        'with the end of its context')
+    return self._scores([Asked(context or [self.prefix_token_id], ids) for _, context, ids in requests])
 
   def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
     """Nats of each whole text, in windows of the model's context, each token with as much before it as its window has."""
@@ -148,7 +152,7 @@ class HarnessModel(TemplateLM):
     most = told['max_gen_toks']
     if not 0 < most < self._context:
       raise UserError('--tasks', f'max_gen_toks={most}', f"1 or more, and fewer than the model's context of {self._context}")
-    sampling = Sampling(told['temperature'] if told['do_sample'] else 0.0, told.get('top_k', 0), told.get('top_p', 1.0))
+    sampling = Sampling(told['temperature'] if told['do_sample'] else 0.0, int(told.get('top_k', 0)), float(told.get('top_p', 1.0)))
     return {'max_tokens': most, 'sampling': sampling, 'stop': [stop for stop in told['until'] if stop]}
 
   def _given(self) -> Parameters:

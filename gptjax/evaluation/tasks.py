@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,7 @@ class Tasks:
     Returns:
       results, and of each example its task, doc_id, arguments, resps and metrics.
     """
+    os.environ['DISABLE_MULTIPROC'] = '1'  # the harness would fork beside JAX's threads
     told = evaluator.evaluate(model, self._loaded, limit=self._limit, log_samples=samples, bootstrap_iters=_RESAMPLES)
     assert told is not None
     kept = ('doc_id', 'arguments', 'resps', 'filter', 'target')
