@@ -26,7 +26,7 @@ from gptjax.config import UserError
 from gptjax.data.folders import LocalFolder, Range, open_folder
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 
-VERSION = 1
+VERSION = 2
 """Of the format; raise it when stores of before can no longer be read."""
 
 BLOCK = 2**14
