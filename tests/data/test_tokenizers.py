@@ -15,6 +15,7 @@ from gptjax.config import TokenizerConfig, UserError
 from gptjax.data.sources.source import Document
 from gptjax.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, TextStream, load_tokenizer, subwords, train_tokenizer
 
+FILE = 'gptjax_tokenizer.json'
 ODD = [
     '▁', '▁▁ ▁', '␠', 'Ġ', '⁇', '\0', '\t', '\r\n', '\r', ' ', '    ', '\n\n        ', ' \n \t\n', '\x1c', '\x85',
     '\u2028', '\ufeff', '\ufffd', 'e\u0301', '👩\u200d👩\u200d👧', '日本語', '<s>', '</s>', '<pad>', '<unk>', '<bos>',
@@ -174,8 +175,8 @@ def test_other_tokenizers_have_other_digests(trained, with_symbols):
 
 
 @pytest.mark.parametrize(('name', 'text', 'message'), [
-  ('gptjax_tokenizer.json', '{"kind": "bpe"', 'whole'), ('gptjax_tokenizer.json', '[]', 'whole'), ('gptjax_tokenizer.json', '{"kind": "bpe"}', 'whole'),
-  ('gptjax_tokenizer.json', '{"kind": "wordpiece"}', "'wordpiece', accepted: a kind"), ('tokenizer.model', 'x', 'whole'),
+  (FILE, '{"kind": "bpe"', 'whole'), (FILE, '[]', 'whole'), (FILE, '{"kind": "bpe"}', 'whole'),
+  (FILE, '{"kind": "wordpiece"}', "'wordpiece', accepted: a kind"), ('tokenizer.model', 'x', 'whole'),
   ('tokenizer.model', None, 'No such file')])
 def test_a_damaged_folder_is_one_mistake(trained, tmp_path, name, text, message):
   trained['bpe'].save(tmp_path)

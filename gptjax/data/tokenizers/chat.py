@@ -37,7 +37,8 @@ class ChatTemplate:
     try:
       self._template = environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
-      raise UserError(f'{place}, line {error.lineno}', source.split('\n')[error.lineno - 1][:80], f'a Jinja template ({error.message})') from None
+      line = source.split('\n')[error.lineno - 1][:80]
+      raise UserError(f'{place}, line {error.lineno}', line, f'a Jinja template ({error.message})') from None
 
   def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, object], special: re.Pattern[str] | None) -> str:
     """The text of a conversation.
@@ -50,14 +51,15 @@ class ChatTemplate:
     Raises:
       UserError: the template cannot make a text of these messages.
     """
-    if not messages:
-      raise UserError('messages', messages, 'one message or more')
+    if not messages or not all(isinstance(message, Mapping) and 'role' in message for message in messages):
+      raise UserError('messages', messages, 'one or more, each with a role and mostly a content')
     try:
       return self._template.render(messages=[_plain(message, special) for message in messages], **variables)
     except UserError:
       raise
     except (self._errors, TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
-      raise UserError('messages', [message.get('role') for message in messages], f'a conversation that {self._place} can write ({error})') from None
+      roles = [message.get('role') for message in messages]
+      raise UserError('messages', roles, f'a conversation that {self._place} can write ({error})') from None
 
   def _refuse(self, message: str) -> None:
     raise self._errors(message)

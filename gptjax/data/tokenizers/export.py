@@ -57,8 +57,9 @@ def gpt2(vocab: Mapping[str, int], merges: Iterable[Sequence[str]], separator: s
 def subwords(kind: str, scores: Sequence[tuple[str, float]], words: str, symbols: Sequence[str]) -> Description:
   """What SentencePiece learned of words.
 
-  Ids are equal up to two limits: letters that Unicode got after the version that Python or the `tokenizers` package has may
-  be signs for the other; and of unigram paths that are equally likely, SentencePiece compares sums in float32.
+  Ids are equal up to two limits. Letters that Unicode got after the version that Python or the `tokenizers` package has may be
+  signs for the other. And of unigram paths that are equally likely, such as two runs of spaces in either order, either may
+  be taken, since SentencePiece compares sums in float32: in 549 of 841,630 words of Python's standard library, of 700 ids.
 
   Args:
     kind: 'bpe' or 'unigram'.

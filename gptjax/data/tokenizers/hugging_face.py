@@ -1,6 +1,7 @@
 """Tokenizers of Hugging Face's tokenizer.json: byte-level BPE (GPT-2, Qwen, Llama 3, OLMo 2) and that with ▁ for a space."""
 
 import functools
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -102,11 +103,11 @@ def _reading(decoder: Any, published: Published) -> tuple[Callable[[str], bytes]
       case {'type': 'ByteLevel'}:
         steps.append(_of_alphabet)
       case {'type': 'Replace', 'pattern': {'String': old}, 'content': new}:
-        steps.append(lambda token, old=old, new=new: token.replace(old, new))
+        steps.append(operator.methodcaller('replace', old, new))
       case {'type': 'ByteFallback'}:
         steps.append(_of_number)
       case {'type': 'Metaspace', 'replacement': old}:
-        steps.append(lambda token, old=old: token.replace(old, ' '))
+        steps.append(operator.methodcaller('replace', old, ' '))
         prefix = b'' if step.get('prepend_scheme') == 'never' or step.get('add_prefix_space') is False else b' '
       case {'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0}:
         prefix = b' '

@@ -45,7 +45,7 @@ class Published:
       models = [_object(directory / FILE, (directory / FILE).read_bytes())]
     numbers = {}
     for name in _NUMBERS:
-      said = next((model[name] for model in models if model.get(name) is not None), [])
+      said: Any = next((model[name] for model in models if model.get(name) is not None), [])
       numbers[name] = said if isinstance(said, list) else [said]
       if not all(type(one) is int for one in numbers[name]):
         raise UserError(f'{directory}: {name}', said, 'an id, or a list of ids')
@@ -116,7 +116,7 @@ class PublishedTokenizer(Tokenizer):
     special = lambda name: next((one for one in [named.get(name), *said.get(f'{name}_id', [])] if one is not None), None)
     eos = special('eos_token')
     if eos is None:
-      raise UserError(f'{published.place}: eos_token', None, f'the token that ends a text, in {CONFIG}, or its id in generation_config.json')
+      raise UserError(f'{published.place}: eos_token', None, f'what ends a text: a token in {CONFIG}, or an id in generation_config.json')
     self.eos_id = eos
     self.bos_id, self.pad_id = (eos if found is None else found for found in (special('bos_token'), special('pad_token')))
     self.unk_id = named.get('unk_token')

@@ -1,10 +1,10 @@
 """Tokenizers of a SentencePiece tokenizer.model that others trained: Llama 2, Mistral, Gemma."""
 
-import copy
 import re
 
 import numpy as np
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 from gptjax.config import UserError
 from gptjax.data.tokenizers import chat
@@ -49,8 +49,7 @@ class SentencePieceModel(PublishedTokenizer):
     super().__init__(published, [*map(self._bytes, range(count)), *(b'' for _ in more)], tokens, control | added, ids.get)
     # SentencePiece would find these in a text by itself.
     self._found = chat.special_pattern(text for i, text in added.items() if i < count and i not in control)
-    self._inside = copy.copy(model)
-    self._inside.override_normalizer_spec(add_dummy_prefix=False)
+    self._inside = _without_prefix(published.files[MODEL])
 
   def _bytes(self, i: int) -> bytes:
     text = self._model.id_to_piece(i)
@@ -69,3 +68,10 @@ class SentencePieceModel(PublishedTokenizer):
 
   def _section(self, text: str, first: bool) -> list[int]:
     return self._text(text, self._model if first or self.published.config.get('legacy', False) else self._inside)
+
+
+def _without_prefix(model: bytes) -> sentencepiece.SentencePieceProcessor:
+  """The same model for a text that goes on."""
+  proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]  # it is made at import
+  proto.normalizer_spec.add_dummy_prefix = False
+  return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
