@@ -47,9 +47,9 @@ class Gpt2Tokenizer(Tokenizer):
 
   def __init__(self, directory: Path):
     directory = Path(directory)
-    published = not (directory / VOCAB).exists() or (directory / ENCODER).exists()
-    names = (ENCODER, MERGES) if published else (VOCAB, MERGES_TEXT)
-    self._files = {name: _read(directory / theirs) for name, theirs in zip((ENCODER, MERGES), names)}
+    theirs = (directory / MERGES_TEXT).exists() and not (directory / ENCODER).exists()
+    names = (VOCAB, MERGES_TEXT) if theirs else (ENCODER, MERGES)
+    self._files = {name: _read(directory / there) for name, there in zip((ENCODER, MERGES), names)}
     pieces = [in_bytes(character) for character in sorted(ALPHABET)] + list(_merged(self._files[MERGES], directory / names[1]))
     _check(pieces, self._files[ENCODER], directory / names[0])
     super().__init__([*pieces, b''])

@@ -64,8 +64,7 @@ class Published:
   @property
   def tokens(self) -> dict[str, str]:
     """Texts of bos_token, eos_token and so on, of those that have one."""
-    names = ('bos_token', 'eos_token', 'pad_token', 'unk_token', 'sep_token', 'cls_token', 'mask_token')
-    said = {name: self.config.get(name) for name in names}
+    said = {name: self.config.get(name) for name in ('bos_token', 'eos_token', 'pad_token', 'unk_token')}
     texts = {name: token['content'] if isinstance(token, dict) else token for name, token in said.items()}
     return {name: text for name, text in texts.items() if text is not None}
 
@@ -160,7 +159,7 @@ class PublishedTokenizer(Tokenizer):
     ids: list[int] = []
     for index, part in enumerate(re.split(f'({self._pattern.pattern})', text) if self._pattern else [text]):
       part = part.replace(chat.MARK, '')
-      ids += [self._special[part]] if index % 2 else self._section(part, first=not ids and index == 0)
+      ids += [self._special[part]] if index % 2 else self._section(part, first=index == 0)
     return ids
 
   def _section(self, text: str, first: bool) -> list[int]:
