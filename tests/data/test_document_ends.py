@@ -7,7 +7,7 @@ import pytest
 from published_tokenizers import FAMILIES
 
 from gptjax.config import SourceConfig
-from gptjax.data import EvalRows, Mixture, Packed, TrainRows, Windows, plan
+from gptjax.data import EvalRows, Mixture, Packed, TrainRows, Windows, encoding, plan
 from gptjax.data.encoding import Recipe
 from gptjax.data.sources import open_source
 from gptjax.data.tokenizers import load_tokenizer
@@ -50,3 +50,16 @@ def test_every_id_but_what_begins_a_document_is_a_target_once(store, kind, conte
     if two:
       assert not (real & (batch['tokens'] == store.end)).any()
       assert real[(batch['tokens'] != store.end) & (batch['segments'] > 0)].all()
+
+
+@pytest.mark.parametrize('family', ['qwen2', 'mistral'])
+def test_processes_have_the_same_tokenizer(family, tmp_path, monkeypatch):
+  FAMILIES[family](tmp_path / 'tokenizer')
+  for i, text in enumerate(TEXTS):
+    (tmp_path / 'texts').mkdir(exist_ok=True)
+    (tmp_path / f'texts/{i}.txt').write_text(text)
+  monkeypatch.setattr(encoding, 'TASK', 1)  # a task a file
+  recipe = Recipe(open_source(SourceConfig(str(tmp_path / 'texts'))), load_tokenizer(tmp_path / 'tokenizer'))
+  stores = [write_store(tmp_path / str(processes), recipe, processes=processes) for processes in (1, 2)]
+  assert stores[0].sha256 == stores[1].sha256
+  assert stores[0].tokenizer().sha256 == recipe.tokenizer.sha256

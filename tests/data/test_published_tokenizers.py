@@ -212,6 +212,8 @@ def holes(folder):
   ('gemma', change('generation_config.json', eos_token_id=[1, 99999]), r'eos_token_id: \[1, 99999\], accepted: ids of the tokenizer, 0 to'),
   ('gemma', change('generation_config.json', eos_token_id='1'), "eos_token_id: '1', accepted: an id, or a list"),
   ('llama2-spm', lambda folder: (folder / 'tokenizer.model').write_bytes(b'x' * 9), "tokenizer.model: '9 bytes', accepted: a model that"),
+  ('gpt2', change('tokenizer_config.json', eos_token=3), r'accepted: (one of the tokens|a folder whose tokenizer is whole)'),
+  ('llama2-spm', change('tokenizer_config.json', added_tokens_decoder=['x']), 'accepted: a folder whose tokenizer is whole'),
   ('llama2-spm', lambda folder: (folder / 'tokenizer_config.json').write_text('no'), 'tokenizer_config.json: .*accepted: JSON')])
 def test_a_damaged_folder_is_one_mistake(folders, tmp_path, name, damage, message):
   copy = tmp_path / name

@@ -43,7 +43,7 @@ def load_tokenizer(directory: Path | str) -> Tokenizer:
   except OSError as error:
     raise UserError('tokenizer', str(directory), f'a folder with {FILE} and what belongs to it, or with a published '
                     f"model's {DESCRIPTION}, {MODEL} or {ENCODER} ({error.strerror}: {error.filename})") from None
-  except (ValueError, KeyError, TypeError, RuntimeError) as error:
+  except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
     raise UserError('tokenizer', str(directory), f'a folder whose tokenizer is whole ({type(error).__name__}: {error})') from None
   raise UserError(str(path), saved['kind'], 'a kind that this version of gptjax knows: bpe, unigram, chars, bytes, gpt2, '
                   'hugging_face, sentencepiece')
