@@ -78,10 +78,11 @@ class Generator:
       sampling: how tokens are drawn.
       seeds: of each row's draws; default: 0, 1, 2 and so on.
       stop: strings that end a text.
-      stop_ids: ids that end it; default: the tokenizer's end of text.
+      stop_ids: ids that end it; default: the tokenizer's ends of a text and of a turn.
     """
-    ends = {self.tokenizer.eos_id} if stop_ids is None else set(stop_ids)
-    rows = [_Row(TextStream(self.tokenizer), tuple(stop), ends) for _ in prompts]
+    ends = set(self.tokenizer.stop_ids if stop_ids is None else stop_ids)
+    continues = [any(self.tokenizer.pieces[i] for i in prompt) for prompt in prompts]
+    rows = [_Row(TextStream(self.tokenizer, one), tuple(stop), ends) for one in continues]
     steps = self._decoder(parameters, prompts, sampling, range(len(rows)) if seeds is None else seeds, max_tokens)
     for ids, logprobs in steps:
       for index, row in enumerate(rows):
