@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from gptjax.data import TextStream, Tokenizer
 from gptjax.inference.decoding import Decoder
+from gptjax.inference.prompts import Prompt
 from gptjax.inference.sampling import Sampling, never_drawn
 from gptjax.model import Blueprint, Parameters
 
@@ -49,13 +50,15 @@ class Generator:
     """Parameters as decoding reads them; worth keeping for several calls."""
     return self._decoder.prepare(parameters)
 
-  def prompt(self, text: str, source: str = '--prompt') -> list[int]:
-    """Ids of a text that begins a document.
+  def prompt(self, prompt: Prompt, source: str = '--prompt') -> list[int]:
+    """Ids of a conversation, or of a text that begins a document; where there would be none, the tokenizer's bos.
 
     Raises:
-      UserError: the tokenizer cannot encode it; the error calls the text `source`.
+      UserError: the tokenizer cannot encode the text, which the error calls `source`, or has no chat template for the messages.
     """
-    return [self.tokenizer.bos_id, *self.tokenizer.encode(text, source).tolist()]
+    if not isinstance(prompt, str):
+      return self.tokenizer.chat(prompt).tolist()
+    return [*self.tokenizer.start_ids, *self.tokenizer.encode(prompt, source).tolist()] or [self.tokenizer.bos_id]
 
   def __call__(self, parameters: Parameters, prompts: Sequence[Sequence[int]], **settings) -> list[Continuation]:
     """The continuation of each prompt; the same settings as `stream`."""

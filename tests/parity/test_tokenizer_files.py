@@ -61,8 +61,14 @@ def test_a_published_folder_has_the_ids_of_transformers(name, tmp_path):
   assert tokenizer.vocab_size == len(reference)
   assert tokenizer.eos_id == reference.eos_token_id
   assert tokenizer.bos_id == (reference.eos_token_id if name == 'gpt2' else reference.bos_token_id) or reference.bos_token_id is None
+  check_start(tokenizer, reference)
   tokenizer.save_hugging_face(tmp_path / 'again')
   check_texts(tokenizer, opened(tmp_path / 'again'), split_special_tokens=True)
+
+
+def check_start(tokenizer, reference):
+  theirs = reference.encode('a', add_special_tokens=True)
+  assert theirs[:len(tokenizer.start_ids) + 1] == [*tokenizer.start_ids, tokenizer.encode('a')[0]]
 
 
 @pytest.mark.parametrize('name', ['llama2', 'mistral', 'gemma'])
@@ -71,6 +77,7 @@ def test_so_does_a_folder_with_only_sentencepiece(name, tmp_path):
   tokenizer, reference = load_tokenizer(tmp_path), opened(tmp_path)
   # transformers loses a space in front of Llama's and Mistral's texts; SentencePiece and we do not.
   check_texts(tokenizer, reference, [text for text in TEXTS if name == 'gemma' or not text.startswith(' ')], split_special_tokens=True)
+  check_start(tokenizer, reference)
 
 
 @pytest.mark.parametrize('prompt', [True, False])

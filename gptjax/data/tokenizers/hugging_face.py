@@ -45,6 +45,11 @@ class HuggingFaceTokenizer(PublishedTokenizer):
   def _parsing(self) -> Any:
     return _backend(self.published)
 
+  @functools.cached_property
+  def start_ids(self) -> tuple[int, ...]:
+    # Of a prompt nothing is wanted behind it, whatever the file says.
+    return tuple(i for i in self._parsing.encode('', add_special_tokens=True).ids if i == self.bos_id != self.eos_id)
+
   def encode(self, text: str, source: str = 'text') -> np.ndarray:
     utf8(text, source)
     found = self._backend.encode(text, add_special_tokens=False)

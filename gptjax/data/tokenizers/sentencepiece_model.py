@@ -55,6 +55,10 @@ class SentencePieceModel(PublishedTokenizer):
     text = self._model.id_to_piece(i)
     return bytes.fromhex(text[3:5]) if self._model.is_byte(i) else text.replace('▁', ' ').encode()
 
+  @property
+  def start_ids(self) -> tuple[int, ...]:
+    return (self.bos_id,) if self.published.config.get('add_bos_token', True) else ()
+
   def encode(self, text: str, source: str = 'text') -> np.ndarray:
     utf8(text, source)
     return np.array(self._text(text, self._model), np.int32)

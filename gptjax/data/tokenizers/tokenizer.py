@@ -52,6 +52,11 @@ class Tokenizer(abc.ABC):
     return len(self.pieces)
 
   @property
+  def start_ids(self) -> tuple[int, ...]:
+    """Ids that a text has in front where it is a model's prompt: bos_id, but for published tokenizers that put none there."""
+    return (self.bos_id,)
+
+  @property
   def stop_ids(self) -> tuple[int, ...]:
     """Ids that end a text, or a turn of a conversation; eos_id is one of them."""
     return (self.eos_id,)
