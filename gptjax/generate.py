@@ -2,11 +2,12 @@
 
   python -m gptjax.generate --workdir=DIR --prompt='def '
   python -m gptjax.generate --workdir=DIR --prompts=FILE --out=FILE.jsonl
+  python -m gptjax.generate --workdir=DIR --chat
 """
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,12 @@ _STEP = flags.DEFINE_string('step', 'latest', 'checkpoint to use: latest, best (
 _MODEL_AXIS = flags.DEFINE_integer(
   'model_axis', 0, 'devices that share each matrix; 0: as in training, where the devices here allow it', lower_bound=0)
 _PROMPT = flags.DEFINE_string('prompt', '', 'text to continue')
-_PROMPTS = flags.DEFINE_string('prompts', None, 'file of texts to continue instead: one a line, or JSON lines with a field "prompt"')
+_PROMPTS = flags.DEFINE_string('prompts', None, 'file of what to continue instead: a text a line, or (.jsonl) objects with a '
+                              'text "prompt" or a conversation "messages", [{"role": "user", "content": ...}]')
 _OUT = flags.DEFINE_string('out', None, 'file for JSON lines of prompt, text, ids, logprobs (nats) and ended; default: text on the screen')
+_CHAT = flags.DEFINE_bool('chat', False, 'talk with a model whose tokenizer has a chat template: a line is a message, /new begins '
+                          'another conversation, Ctrl-C ends an answer, Ctrl-D the program')
+_SYSTEM = flags.DEFINE_string('system', '', 'what the model is told before a conversation')
 _SAMPLES = flags.DEFINE_integer('samples', 1, 'continuations of each prompt', lower_bound=1)
 _BATCH = flags.DEFINE_integer('batch_size', 8, 'rows that are continued together', lower_bound=1)
 _MAX_TOKENS = flags.DEFINE_integer('max_tokens', 200, 'most tokens to add; fewer where the document ends', lower_bound=1)
@@ -44,68 +49,104 @@ def main(_) -> None:
   from gptjax import checkpoint, data, inference
 
   sampling = inference.Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _MIN_P.value, _PENALTY.value)
-  texts = _texts()
+  _check_flags()
+  prompts = _prompts()
   workdir = Path(_WORKDIR.value).expanduser()
-  out = Path(_OUT.value).expanduser() if _OUT.value else None
-  if out and not out.absolute().parent.is_dir():
-    raise UserError('--out', str(out), f'a file in a folder that is there; {out.absolute().parent} is not')
   trained = checkpoint.load_trained(workdir, _STEP.value, _MODEL_AXIS.value)
   tokenizer = data.open_held_out(workdir / 'data').tokenizer
   with jax.set_mesh(trained.mesh):
     generator = inference.Generator(trained.blueprint, trained.mesh, tokenizer)
-    prompts = [generator.prompt(text, source) for source, text in texts]  # what is wrong with one is told before anything is printed
+
+    def read(prompt, source):
+      ids = generator.prompt(prompt, source)
+      if len(ids) > trained.blueprint.context and processes.first():
+        print(f'{source}: {len(ids)} tokens, of which the model reads the last {trained.blueprint.context}', file=sys.stderr)
+      return ids
+
+    # What is wrong with one is told before anything is printed.
+    rows = [(prompt, read(prompt, source)) for source, prompt in prompts for _ in range(_SAMPLES.value)]
     if processes.first():
       print(trained.description, file=sys.stderr)
-      for (source, _), prompt in zip(texts, prompts, strict=True):
-        if len(prompt) > trained.blueprint.context:
-          print(f'{source}: {len(prompt)} tokens, of which the model reads the last {trained.blueprint.context}', file=sys.stderr)
-    weights = generator.prepare(trained.parameters)
     settings: dict[str, Any] = {'max_tokens': _MAX_TOKENS.value, 'sampling': sampling, 'stop': _STOP.value, 'stop_ids': _STOP_IDS.value}
-    if len(prompts) * _SAMPLES.value == 1 and not out:
-      _show(texts[0][1], generator.stream(weights, prompts, seeds=[_SEED.value], **settings))
-      return
-    rows = [(text, prompt) for (_, text), prompt in zip(texts, prompts, strict=True) for _ in range(_SAMPLES.value)]
-    _write(rows, lambda some, seeds: generator(weights, some, seeds=seeds, **settings), out)
+    weights = generator.prepare(trained.parameters)
+    if _CHAT.value:
+      _chat(read, lambda ids, turn: generator.stream(weights, [ids], seeds=[(_SEED.value + turn) % 2**32], **settings))
+    elif len(rows) == 1 and not _OUT.value and isinstance(rows[0][0], str):
+      print(rows[0][0], end='', flush=True)
+      _show(generator.stream(weights, [rows[0][1]], seeds=[_SEED.value], **settings))
+    else:
+      _write(rows, lambda some, seeds: generator(weights, some, seeds=seeds, **settings))
 
 
-def _texts() -> list[tuple[str, str]]:
-  """(what an error calls it, text) of each prompt."""
+def _check_flags() -> None:
+  if _PROMPTS.value and _PROMPT.value:
+    raise UserError('--prompt', _PROMPT.value, 'none beside --prompts')
+  if _CHAT.value:
+    for flag in (_PROMPT, _PROMPTS, _OUT):
+      if flag.value:
+        raise UserError(f'--{flag.name}', flag.value, 'none beside --chat, which reads the keyboard')
+    if (count := processes.company().group.processes) > 1:
+      raise UserError('--chat', f'{count} processes', 'one process, which has the keyboard')
+  elif _SYSTEM.value:
+    raise UserError('--system', _SYSTEM.value, 'none without --chat; in --prompts, a first message with the role "system"')
+  if _OUT.value and not (folder := Path(_OUT.value).expanduser().absolute().parent).is_dir():
+    raise UserError('--out', _OUT.value, f'a file in a folder that is there; {folder} is not')
+
+
+def _prompts() -> list[tuple[str, Any]]:
+  """(what an error calls it, prompt) of each."""
+  from gptjax import inference
+
+  if _CHAT.value:
+    return [('--system', [*_system(), {'role': 'user', 'content': 'Hello'}])]  # read to see whether the template can
   if not _PROMPTS.value:
     return [('--prompt', _PROMPT.value)]
-  if _PROMPT.value:
-    raise UserError('--prompt', _PROMPT.value, 'none beside --prompts')
-  path = Path(_PROMPTS.value).expanduser()
+  return inference.read_prompts(Path(_PROMPTS.value).expanduser())
+
+
+def _system() -> list[dict[str, Any]]:
+  return [{'role': 'system', 'content': _SYSTEM.value}] if _SYSTEM.value else []
+
+
+def _chat(read: Callable, answer: Callable[[list[int], int], Iterator[tuple[int, str]]]) -> None:
+  """Messages from the keyboard, answers to the screen.
+
+  Args:
+    read: messages to ids.
+    answer: the ids of a conversation and the number of the turn to a stream of text.
+  """
+  if sys.stdin.isatty():
+    import readline  # noqa: F401  (input then has history and can be edited)
+  messages, turn = _system(), 0
+  while True:
+    try:
+      text = input('> ' if sys.stdin.isatty() else '')
+    except EOFError:
+      return
+    if text == '/new':
+      messages = _system()
+      continue
+    messages.append({'role': 'user', 'content': text})
+    messages.append({'role': 'assistant', 'content': _show(answer(read(messages, 'the conversation'), turn))})
+    turn += 1
+
+
+def _show(stream: Iterator[tuple[int, str]]) -> str:
+  """Prints a text as it comes, until Ctrl-C in a conversation; returns it."""
+  said = ''
   try:
-    lines = path.read_text(encoding='utf-8').splitlines()
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError('--prompts', str(path), f'a file of UTF-8 text ({getattr(error, "strerror", None) or error})') from None
-  named = [(f'{path}:{number}', line) for number, line in enumerate(lines, 1) if line]
-  found = [(source, _text_of(source, line) if path.suffix == '.jsonl' else line) for source, line in named]
-  if not found:
-    raise UserError('--prompts', str(path), 'a file with a prompt in it')
-  return found
+    for _, piece in stream:
+      said += piece
+      sys.stdout.write(piece)
+      sys.stdout.flush()
+  except KeyboardInterrupt:
+    if not _CHAT.value:
+      raise
+  print(flush=True)
+  return said
 
 
-def _text_of(source: str, line: str) -> str:
-  try:
-    text = json.loads(line)['prompt']
-  except (ValueError, KeyError, TypeError):
-    text = None
-  if not isinstance(text, str):
-    raise UserError(source, line[:80], 'a JSON object with a text "prompt"')
-  return text
-
-
-def _show(prompt: str, stream: Iterator[tuple[int, str]]) -> None:
-  """Prints a text as it comes."""
-  print(prompt, end='', flush=True)
-  for _, piece in stream:
-    sys.stdout.write(piece)
-    sys.stdout.flush()
-  print()
-
-
-def _write(rows, run, out: Path | None) -> None:
+def _write(rows, run) -> None:
   """Continues all rows, some at a time, and prints them or writes them to a file, which is whole or not there."""
   from rich.console import Console
   from rich.progress import track
@@ -115,16 +156,17 @@ def _write(rows, run, out: Path | None) -> None:
   console = Console(stderr=True)
   lines = []
   for at in track(range(0, len(rows), _BATCH.value), 'generating', console=console, transient=True,
-                     disable=not (console.is_terminal and processes.first())):
+                  disable=not (console.is_terminal and processes.first())):
     some = rows[at:at + _BATCH.value]
     seeds = [(_SEED.value + at + index) % 2**32 for index in range(len(some))]
-    for (text, _), said in zip(some, run([prompt for _, prompt in some], seeds), strict=True):
-      if out:
-        lines.append(json.dumps({'prompt': text, 'text': said.text, 'ids': said.ids, 'logprobs': said.logprobs, 'ended': said.ended}))
+    for (prompt, _), said in zip(some, run([ids for _, ids in some], seeds), strict=True):
+      given = 'prompt' if isinstance(prompt, str) else 'messages'
+      if _OUT.value:
+        lines.append(json.dumps({given: prompt, 'text': said.text, 'ids': said.ids, 'logprobs': said.logprobs, 'ended': said.ended}))
       else:
-        print(f'{text}{said.text}\n---', flush=True)
-  if out and processes.first():
-    write_whole(out, '\n'.join(lines) + '\n')
+        print(f'{prompt if given == "prompt" else ""}{said.text}\n---', flush=True)
+  if _OUT.value and processes.first():
+    write_whole(Path(_OUT.value).expanduser(), '\n'.join(lines) + '\n')
 
 
 if __name__ == '__main__':

@@ -293,10 +293,10 @@ def run(main: Callable[[Any], int | None], *, needs_config: bool | None = True) 
     status, line = ending(error)
     if line:
       print(line, file=sys.stderr, flush=True)
-      if sys.stderr is sys.__stderr__:
+      if sys.__stderr__ and sys.stderr is sys.__stderr__:
         # Threads of libraries that outlive what they worked on would say the same again, in tracebacks. The file itself is closed to
         # them, since Python puts sys.stderr back before it takes modules down.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stderr__.fileno())
     sys.exit(status)
 
 

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from gptjax.data import TextStream, Tokenizer
 from gptjax.inference.decoding import Decoder
+from gptjax.inference.prompts import Prompt
 from gptjax.inference.sampling import Sampling, never_drawn
 from gptjax.model import Blueprint, Parameters
 
@@ -49,13 +50,15 @@ class Generator:
     """Parameters as decoding reads them; worth keeping for several calls."""
     return self._decoder.prepare(parameters)
 
-  def prompt(self, text: str, source: str = '--prompt') -> list[int]:
-    """Ids of a text that begins a document.
+  def prompt(self, prompt: Prompt, source: str = '--prompt') -> list[int]:
+    """Ids of a conversation, or of a text that begins a document; where there would be none, the tokenizer's bos.
 
     Raises:
-      UserError: the tokenizer cannot encode it; the error calls the text `source`.
+      UserError: the tokenizer cannot encode the text, which the error calls `source`, or has no chat template for the messages.
     """
-    return [self.tokenizer.bos_id, *self.tokenizer.encode(text, source).tolist()]
+    if not isinstance(prompt, str):
+      return self.tokenizer.chat(prompt).tolist()
+    return [*self.tokenizer.start_ids, *self.tokenizer.encode(prompt, source).tolist()] or [self.tokenizer.bos_id]
 
   def __call__(self, parameters: Parameters, prompts: Sequence[Sequence[int]], **settings) -> list[Continuation]:
     """The continuation of each prompt; the same settings as `stream`."""
@@ -78,10 +81,11 @@ class Generator:
       sampling: how tokens are drawn.
       seeds: of each row's draws; default: 0, 1, 2 and so on.
       stop: strings that end a text.
-      stop_ids: ids that end it; default: the tokenizer's end of text.
+      stop_ids: ids that end it; default: the tokenizer's ends of a text and of a turn.
     """
-    ends = {self.tokenizer.eos_id} if stop_ids is None else set(stop_ids)
-    rows = [_Row(TextStream(self.tokenizer), tuple(stop), ends) for _ in prompts]
+    ends = set(self.tokenizer.stop_ids if stop_ids is None else stop_ids)
+    continues = [any(self.tokenizer.pieces[i] for i in prompt) for prompt in prompts]
+    rows = [_Row(TextStream(self.tokenizer, one), tuple(stop), ends) for one in continues]
     steps = self._decoder(parameters, prompts, sampling, range(len(rows)) if seeds is None else seeds, max_tokens)
     for ids, logprobs in steps:
       for index, row in enumerate(rows):

@@ -65,6 +65,6 @@ def sample(logits: Float[Array, 'B V'], sampling: Sampling, keys: Key[Array, 'B'
 
 
 def never_drawn(tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, ...]:
-  """Ids that no text continues with: padding, unknown, and those that the model has beyond the tokenizer's."""
-  special = {tokenizer.pad_id, tokenizer.unk_id} - {tokenizer.eos_id, None}
+  """Ids that no text continues with: what begins a text, padding, unknown, and what the model has beyond the tokenizer's."""
+  special = {tokenizer.bos_id, tokenizer.pad_id, tokenizer.unk_id} - {*tokenizer.stop_ids, None}
   return (*special, *range(tokenizer.vocab_size, config.table_rows))

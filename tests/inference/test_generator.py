@@ -4,10 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
+from published_tokenizers import FAMILIES
 
 from gptjax.config import ModelConfig, TokenizerConfig, UserError
 from gptjax.data import train_tokenizer
-from gptjax.data.tokenizers import CharTokenizer
+from gptjax.data.tokenizers import CharTokenizer, load_tokenizer
 from gptjax.inference import Generator, Sampling, never_drawn
 from gptjax.model import blueprint
 
@@ -18,6 +19,14 @@ def test_ids_no_text_continues_with_are_all_special_ones_but_eos_and_all_the_tok
   tokenizer = train_tokenizer(TokenizerConfig(kind='bytes'), [])
   config = ModelConfig(vocab_size=262, vocab_multiple=8)
   assert set(range(264)) - set(never_drawn(tokenizer, config)) == {tokenizer.eos_id, *range(3, 259)}
+
+
+def test_nor_with_what_begins_a_text_where_that_is_not_what_ends_it(tmp_path):
+  FAMILIES['gemma'](tmp_path)
+  tokenizer = load_tokenizer(tmp_path)
+  never = never_drawn(tokenizer, ModelConfig(vocab_size=tokenizer.vocab_size, vocab_multiple=1))
+  assert set(never) == {tokenizer.bos_id, tokenizer.pad_id, tokenizer.unk_id}
+  assert not {*never} & {*tokenizer.stop_ids}
 
 
 @pytest.fixture
