@@ -34,7 +34,8 @@ _TASK_DATA = flags.DEFINE_string('task_data', '', 'folder that local tasks read:
 _LIMIT = flags.DEFINE_integer('limit', 0, 'most examples of each task; 0: all', lower_bound=0)
 _FEWSHOT = flags.DEFINE_integer(
   'num_fewshot', None, 'solved examples before each question of a task; default: as the task says', lower_bound=0)
-_ADD_BOS = flags.DEFINE_bool('add_bos', False, "begin every context of a task with the tokenizer's bos")
+_ADD_BOS = flags.DEFINE_enum('add_bos', 'auto', ['auto', 'true', 'false'], "whether every context of a task begins with the tokenizer's "
+                              'bos; auto: where transformers puts one, which it does for some imported tokenizers and for none of ours')
 _SAMPLES = flags.DEFINE_string('samples', None, 'file for what tasks asked and what was answered, a JSON object an example')
 
 
@@ -97,7 +98,7 @@ def _tasks(restorer, tokenizer) -> Callable[[Any], tuple[Any, list]]:
     raise UserError('--tasks', ','.join(_TASKS.value), f'a machine with {error.name}: pip install -r requirements-eval.txt') from None
   tasks = Tasks(_TASKS.value, Options(_TASK_PATH.value, _TASK_DATA.value, _LIMIT.value, _FEWSHOT.value))
   model = harness.HarnessModel(restorer.blueprint, restorer.mesh, tokenizer, _rows(restorer) * restorer.config.data.context,
-                               _ADD_BOS.value, _watched)
+                               {'auto': None, 'true': True, 'false': False}[_ADD_BOS.value], _watched)
 
   def answer(parameters):
     model.use(parameters)

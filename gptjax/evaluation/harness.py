@@ -17,6 +17,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from gptjax.config import UserError
 from gptjax.data import Tokenizer
 from gptjax.data.progress import announce
+from gptjax.data.tokenizers.published import PublishedTokenizer
 from gptjax.evaluation.likelihood import Asked, LikelihoodScorer
 from gptjax.inference import Generator, Sampling
 from gptjax.model import Blueprint, Parameters
@@ -39,9 +40,8 @@ class HarnessModel(TemplateLM):
 
   Texts become ids as in the harness's torch backend (HFLM), of which the pairs are TemplateLM's: context and continuation are encoded
   together and cut after as many ids as the context has alone; spaces at the end of a context belong to the continuation; where there
-  is no context the tokenizer's bos stands for it. What is too long for the model loses its beginning. No bos is put before a context
-  unless `add_bos`; HFLM puts one where the folder's own tokenizer does, which those of exported runs do not. Text that looks like a
-  special token is text.
+  is no context the tokenizer's bos stands for it. What is too long for the model loses its beginning. Text that looks like a special
+  token is text.
 
   Every process of a run answers everything, and so alike.
 
@@ -50,14 +50,16 @@ class HarnessModel(TemplateLM):
     mesh: where the parameters lie.
     tokenizer: of the model.
     batch_tokens: of a batch, padding included.
-    add_bos: whether every context begins with the tokenizer's bos.
+    add_bos: whether every context begins with the tokenizer's bos. None: as in HFLM, where transformers puts one, as the files of some
+      published tokenizers ask for; those of exported runs do not.
     watch: shows progress.
   """
 
-  def __init__(self, blueprint: Blueprint, mesh: Mesh, tokenizer: Tokenizer, batch_tokens: int, add_bos: bool = False,
+  def __init__(self, blueprint: Blueprint, mesh: Mesh, tokenizer: Tokenizer, batch_tokens: int, add_bos: bool | None = None,
                watch: Watch = unwatched):
     super().__init__()
-    self._tokenizer, self._add_bos, self._watch, self._context = tokenizer, add_bos, watch, blueprint.context
+    self._tokenizer, self._watch, self._context = tokenizer, watch, blueprint.context
+    self._add_bos = isinstance(tokenizer, PublishedTokenizer) and bool(tokenizer.start_ids) if add_bos is None else add_bos
     self._rows = max(batch_tokens // blueprint.context, 1)
     self._scorer = LikelihoodScorer(blueprint, mesh, batch_tokens)
     self._generator = Generator(blueprint, mesh, tokenizer)

@@ -48,7 +48,11 @@ def table(records: Sequence[Record]) -> str:
       lines.append(f'{step:>9}  {name:<22}{loss:>10.4f}{perplexity:>14.3f}{bits:>12.4f}{tokens:>14,}')
   told = [(found['step'], key, value, found['tasks'][key[0]]['examples']) for found in records for key, value in metrics(found).items()]
   if told:
-    lines.append(f'{"step":>9}  {"task":<22}{"metric":<14}{"value":>14}{"+-":>12}{"examples":>10}')
+    lines.append(f'{"step":>9}  {"task":<22}{"metric":<14}{"value":>14}{"std. error":>14}{"examples":>10}')
     for step, (task, name), (value, error), examples in told:
-      lines.append(f'{step:>9}  {task:<22}{name:<14}{value:>14.4f}{"" if error is None else f"{error:.4f}":>12}{examples or "":>10}')
+      lines.append(f'{step:>9}  {task:<22}{name:<14}{_short(value):>14}{"" if error is None else _short(error):>14}{examples or "":>10}')
   return '\n'.join(lines)
+
+
+def _short(value: float) -> str:
+  return f'{value:.4f}' if abs(value) < 1000 else f'{value:,.1f}'
