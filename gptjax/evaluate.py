@@ -115,9 +115,9 @@ def _rows(restorer) -> int:
 
 @contextlib.contextmanager
 def _watched(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-  """Shows the progress of long work on a terminal."""
+  """Shows the progress of long work."""
   from gptjax.data.progress import Work
-  if not processes.first() or not sys.stderr.isatty():
+  if not processes.first():
     yield lambda done: None
     return
   with Work(title, total, unit) as work:

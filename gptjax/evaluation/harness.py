@@ -91,12 +91,12 @@ class HarnessModel(TemplateLM):
     """
     return super().loglikelihood(requests, disable_tqdm=True)
 
-  def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **_: Any) -> list[tuple[float, bool]]:
-    for (context, continuation), _, ids in requests:
+  def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **others: Any) -> list[tuple[float, bool]]:
+    for (context, continuation), *_, ids in requests:
       if not ids:
         raise UserError('--tasks', context[-40:] + continuation, 'a continuation with tokens of its own; this one has none, or is one '
                         'with the end of its context')
-    return self._scores([Asked(context or [self.prefix_token_id], ids) for _, context, ids in requests])
+    return self._scores([Asked(before or [self.prefix_token_id], ids) for _, before, ids in requests])
 
   def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
     """Nats of each whole text, in windows of the model's context, each token with as much before it as its window has."""
