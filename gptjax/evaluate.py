@@ -28,6 +28,8 @@ def main(_) -> None:
   if processes.first():
     print(trained.description, file=sys.stderr)
   held_out = data.open_held_out(workdir / 'data')
+  if not held_out.valid:
+    raise configs.UserError('--workdir', str(workdir), 'a run with validation documents; an imported model has none')
   config = trained.config
   sets = {name: data.EvalRows(store, config.data.context, config.data.isolate_documents) for name, store in held_out.valid.items()}
   devices = trained.mesh.shape['replica'] * trained.mesh.shape['data']

@@ -42,12 +42,14 @@ def read_json(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def building(directory: Path, worth_keeping: Callable[[Path], bool] = lambda folder: False) -> Iterator[Path | None]:
+def building(directory: Path, worth_keeping: Callable[[Path], bool] = lambda folder: False,
+             resumes: bool = True) -> Iterator[Path | None]:
   """A folder that appears whole or not at all: the body fills another beside it, which then takes its place.
 
   Yields the folder to fill, or None where `directory` is there already. One process at a time; others wait. A killed
   process, or one that found the disk full, leaves what it had to be found there by the next; a body that raises a UserError
-  leaves nothing, unless it is `worth_keeping`.
+  leaves nothing, unless it is `worth_keeping`. Where the body cannot go on with what another began, `resumes` is False: it
+  finds an empty folder, and whatever it raises leaves nothing.
   """
   if directory.exists():
     yield None
@@ -58,11 +60,13 @@ def building(directory: Path, worth_keeping: Callable[[Path], bool] = lambda fol
       yield None
       return
     folder = directory.with_name(f'{directory.name}.building')
+    if not resumes:
+      shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(exist_ok=True)
     try:
       yield folder
-    except UserError:
-      if not worth_keeping(folder):
+    except BaseException as error:
+      if not resumes or (isinstance(error, UserError) and not worth_keeping(folder)):
         shutil.rmtree(folder)
       raise
     sync(folder)

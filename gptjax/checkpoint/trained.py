@@ -33,6 +33,18 @@ class Trained:
             f'attention {attention_backend(model, self.config.data.context)}, {model.compute_dtype}')
 
 
+def config_of(workdir: Path) -> Config:
+  """The config of the run in a folder.
+
+  Raises:
+    UserError: there is no run, or its config is damaged.
+  """
+  file = workdir / 'config.json'
+  if not file.exists():
+    raise UserError('--workdir', str(workdir), 'a folder that gptjax.train made, with its config.json')
+  return configs.from_json(file.read_text(), str(file))
+
+
 def load_trained(workdir: Path, step: str = 'latest') -> Trained:
   """Restores the parameters of a run onto all devices, each with a whole copy or, where they divide, a part over `model`.
 
@@ -43,10 +55,7 @@ def load_trained(workdir: Path, step: str = 'latest') -> Trained:
   Raises:
     UserError: no run in the folder, or no such checkpoint.
   """
-  file = workdir / 'config.json'
-  if not file.exists():
-    raise UserError('--workdir', str(workdir), 'a folder that gptjax.train made, with its config.json')
-  config = configs.from_json(file.read_text(), str(file))
+  config = config_of(workdir)
   # How it is computed is for the devices that are here now.
   plan = blueprint(dataclasses.replace(config.model, attention='auto', sequence_parallel=False), config.data.context)
   mesh = make_mesh(MeshConfig(model=config.mesh.model if jax.device_count() % config.mesh.model == 0 else 1))
