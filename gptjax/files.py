@@ -41,6 +41,11 @@ def read_json(path: Path) -> Any:
     raise UserError(str(path), str(error), 'a whole JSON file') from None
 
 
+def write_json(path: Path, values: Any) -> None:
+  """Writes JSON for people to read, whole or not at all."""
+  write_whole(path, json.dumps(values, indent=2) + '\n')
+
+
 @contextlib.contextmanager
 def building(directory: Path, worth_keeping: Callable[[Path], bool] = lambda folder: False,
              resumes: bool = True) -> Iterator[Path | None]:
