@@ -13,9 +13,10 @@ from gptjax.interop.tensor_files import Entry, create, fill, read_header
 CONFIG, GENERATION = 'config.json', 'generation_config.json'
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 
-TOKENIZER = ('tokenizer*', 'vocab*', 'merges.txt', 'encoder.json', 'special_tokens_map.json', 'added_tokens.json', '*.model', '*.tiktoken',
-             'chat_template*')
-"""Patterns of a tokenizer's files."""
+_VOCABULARY = ('tokenizer.json', 'vocab*', 'encoder.json', '*.model', '*.tiktoken')
+"""Patterns of files of which every tokenizer has one."""
+
+_TOKENIZER = (*_VOCABULARY, 'merges.txt', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'chat_template*')
 
 _KEPT = (CONFIG, GENERATION, 'README.md', 'LICENSE*', 'USE_POLICY*')
 _PICKLES = ('*.bin', '*.pt', '*.pth', '*.ckpt', '*.pkl')
@@ -98,13 +99,13 @@ class Writer:
 
 def copy_words(source: Path, target: Path, tokenizer: bool = True) -> None:
   """Copies what a folder has beside its tensors: config, model card and licence, and the tokenizer's files where they are wanted."""
-  for path in _matching(source, (*_KEPT, *TOKENIZER) if tokenizer else _KEPT):
+  for path in _matching(source, (*_KEPT, *_TOKENIZER) if tokenizer else _KEPT):
     (target / path.name).write_bytes(path.read_bytes())
 
 
 def has_tokenizer(folder: Path) -> bool:
   """Whether there are files of a tokenizer."""
-  return bool(_matching(folder, TOKENIZER))
+  return bool(_matching(folder, _VOCABULARY))
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
