@@ -149,7 +149,7 @@ def family_for(config: ModelConfig, context: int) -> Family:
       got = comparable(one.read(Fields(one.write(config, context)))[0])
     except UserError:
       continue
-    differs = [name for name in wanted if wanted[name] != got[name]]
+    differs = [name for name in wanted if wanted[name] != got.get(name)]  # one without rope has no such field
     if not differs:
       return one
     nearest = min(nearest, (len(differs), one.model_type, differs))

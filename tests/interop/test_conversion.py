@@ -6,13 +6,15 @@ import json
 import jax
 import numpy as np
 import pytest
-from tiny import files_below
+from tiny import config as tiny_config
+from tiny import files_below, run, write_text
 
 from gptjax.checkpoint import Checkpoints, Progress, load_trained
 from gptjax.config import CheckpointConfig, MeshConfig, UserError
 from gptjax.data import open_held_out
-from gptjax.data.tokenizers import ByteTokenizer
+from gptjax.data.tokenizers import ByteTokenizer, Tokenizer
 from gptjax.interop import FAMILIES, Check, Export, Fields, Import, export_run, import_folder
+from gptjax.interop.comparison import Agreement
 from gptjax.interop.folders import Writer, read_tensors
 from gptjax.interop.importing import load
 from gptjax.interop.matching import Match, match, raw
@@ -209,3 +211,48 @@ def test_a_folder_without_a_tokenizer_needs_another_one(tmp_path):
     import_folder(source, tmp_path / 'run', Import(check=ROUNDTRIP))
   import_folder(source, tmp_path / 'run', Import(check=ROUNDTRIP, tokenizer=tmp_path))
   assert open_held_out(tmp_path / 'run' / 'data').tokenizer.kind == 'bytes'
+
+
+def with_hugging_face_files(monkeypatch):
+  """For tokenizers that cannot write them, their own files."""
+  monkeypatch.setattr(Tokenizer, 'save_hugging_face', lambda self, directory: self.save(directory), raising=False)
+
+
+@pytest.mark.parametrize('model', [
+  {}, {'model__scan': True, 'model__positions': 'rope', 'model__norm': 'rmsnorm', 'model__mlp': 'swiglu', 'model__bias': False,
+       'model__tied': False, 'model__kv_heads': 1}])
+def test_a_run_trained_here_becomes_a_folder_of_its_family(tmp_path, monkeypatch, model):
+  with_hugging_face_files(monkeypatch)
+  run(tiny_config(write_text(tmp_path / 'text.txt'), steps=2, eval__every=0, **model), tmp_path / 'run', tmp_path / 'cache')
+  export_run(tmp_path / 'run', tmp_path / 'out', Export(check=ROUNDTRIP))
+  values = json.loads((tmp_path / 'out' / 'config.json').read_text())
+  assert values['architectures'] == [FAMILIES['llama' if model else 'gpt2'].architecture]
+  ids = json.loads((tmp_path / 'out' / 'generation_config.json').read_text())
+  assert ids == {'bos_token_id': 1, 'eos_token_id': 1, 'pad_token_id': 0} and ids.items() <= values.items()
+  import_folder(tmp_path / 'out', tmp_path / 'again', Import(check=ROUNDTRIP, scan=bool(model)))
+  one, other = (load_trained(tmp_path / name).parameters for name in ('run', 'again'))
+  assert one.keys() == other.keys()
+  rows = open_held_out(tmp_path / 'run' / 'data').tokenizer.vocab_size
+  for name in one:  # padded rows are not in the folder
+    cut = [value[:rows] if name == 'tokens/table' else value[:, :rows] if name == 'head/kernel' else value for value in (one[name], other[name])]
+    np.testing.assert_array_equal(*cut)
+
+
+def test_a_model_that_no_family_can_say_is_refused(tmp_path):
+  run(tiny_config(write_text(tmp_path / 'text.txt'), steps=1, eval__every=0, model__mlp='geglu'), tmp_path / 'run', tmp_path / 'cache')
+  with pytest.raises(UserError, match='model: .*mlp=geglu'):
+    export_run(tmp_path / 'run', tmp_path / 'out', Export(check=ROUNDTRIP))
+  assert not [name for name in files_below(tmp_path) if name.startswith('out')]
+
+
+def test_agreement_is_measured_and_held_to_its_tolerance():
+  theirs = np.log(np.array([[0.5, 0.5], [0.9, 0.1]], np.float32))
+  ours = np.log(np.array([[0.5, 0.5], [0.5, 0.5]], np.float32))
+  found = Agreement.of(ours, theirs)
+  assert found.largest == pytest.approx(np.log(5)) and found.scale == pytest.approx(-np.log(0.1))
+  assert found.divergence == pytest.approx((0.9 * np.log(1.8) + 0.1 * np.log(0.2)) / 2)
+  assert '1.61e+00' in found.report(2.0)
+  for worse in (found, Agreement.of(ours * np.float32(np.nan), theirs)):
+    with pytest.raises(UserError, match='nothing is kept'):
+      worse.report(1.0)
+  assert Agreement(0.009, 0.0, 100.0).report(1e-3)  # 1e-4 of the largest logit
