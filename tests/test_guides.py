@@ -26,6 +26,12 @@ def test_commands_of_the_guide_to_clusters_run_as_written(tmp_path):
   assert scores[0] and all(score == pytest.approx(scores[0], rel=1e-5) for score in scores)
 
 
+def test_commands_of_the_guide_to_models_run_as_written(tmp_path):
+  printed = list(run(commands_of('docs/models.md'), tmp_path).values())
+  assert len(printed) == 4 and all('roundtrip: all 25 tensors are the same bits' in words for words in printed[1:3])
+  assert printed[3].startswith('Permission')
+
+
 def test_commands_for_clusters_name_what_is_there():
   commands = commands_of('docs/clusters.md', 'bash')
   named = {path for command in commands for path in re.findall(r'\b(?:tools|configs)/[\w/.]+\w', command)}
