@@ -1,7 +1,7 @@
 """`python -m tools.export_hf --workdir=RUN --folder=HF`: a run becomes a Hugging Face folder, which transformers opens.
 
 A run that was imported gives its folder back, tensors of the same names and types; one trained here, a folder of the published
-family that its model is of. Memory: some parameters at a time, about 2 GB whatever the model.
+family that its model is of. Memory: some parameters at a time, beside 2 GB the largest of them twice.
 """
 
 from pathlib import Path
