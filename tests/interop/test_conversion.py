@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 from tiny import config as tiny_config
-from tiny import files_below, run, write_text
+from tiny import files_below, run, small_disk, write_text
 
 from gptjax.checkpoint import Checkpoints, Progress, load_trained
-from gptjax.config import CheckpointConfig, MeshConfig, UserError
+from gptjax.config import CheckpointConfig, MeshConfig, UserError, ending
 from gptjax.data import open_held_out
 from gptjax.data.tokenizers import ByteTokenizer, Tokenizer
 from gptjax.interop import FAMILIES, Check, Export, Fields, Import, export_run, import_folder
@@ -256,3 +256,14 @@ def test_agreement_is_measured_and_held_to_its_tolerance():
     with pytest.raises(UserError, match='nothing is kept'):
       worse.report(1.0)
   assert Agreement(0.009, 0.0, 100.0).report(1e-3)  # 1e-4 of the largest logit
+
+
+def test_a_full_disk_leaves_nothing(tmp_path):
+  source = make_folder(tmp_path / 'in', 'llama', DECODER)
+  import_folder(source, tmp_path / 'run', Import(check=ROUNDTRIP))
+  with small_disk(tmp_path / 'disk', '64k') as disk:
+    for convert in (lambda: import_folder(source, disk / 'run', Import(check=ROUNDTRIP)),
+                    lambda: export_run(tmp_path / 'run', disk / 'out', Export(check=ROUNDTRIP))):
+      with pytest.raises((UserError, OSError)) as caught:
+        convert()
+      assert ending(caught.value)[0] == 2 and not files_below(disk)
