@@ -37,7 +37,8 @@ def make_folder(folder: Path, family: str, fields: dict[str, Any], dtype: str = 
   writer = Writer(folder, {tensor.name: Entry(dtype, matched.shape(tensor)) for tensor in matched.tensors}, shard_bytes)
   rng = np.random.default_rng(0)
   for tensor in matched.tensors:
-    value = 0.05 * rng.standard_normal(matched.shape(tensor), np.float32) + (tensor.parameters[0].endswith('gain') and model.norm != 'rmsnorm1p')
+    mean = tensor.parameters[0].endswith('gain') and model.norm != 'rmsnorm1p'
+    value = 0.05 * rng.standard_normal(matched.shape(tensor), np.float32) + mean
     writer.write(tensor.name, value.astype(DTYPES[dtype]))
   writer.finish()
   return folder
@@ -152,7 +153,8 @@ def _damage(folder: Path, name: str) -> tuple[str, ...]:
 
 
 _TOLD = {
-  'missing tensor': _LAST, 'extra tensor': 'transformer.h.2.ln_1.weight', 'wrong shape': '[32, 128]', 'tied head that differs': 'lm_head.weight',
+  'missing tensor': _LAST, 'extra tensor': 'transformer.h.2.ln_1.weight', 'wrong shape': '[32, 128]',
+  'tied head that differs': 'lm_head.weight',
   'unknown architecture': 'mamba', 'truncated safetensors': 'a whole safetensors file', 'corrupt header': 'a whole safetensors file',
   'header longer than the file': 'a whole safetensors file', 'overlapping tensors': 'a whole safetensors file', 'unknown type': 'F33',
   'context longer than the model': '--context', 'pickle only': 'only safetensors are read', 'missing shard': 'model-00002-of-',
@@ -169,9 +171,11 @@ def bad_folders(folder: Path) -> Result:
                           capture_output=True, text=True)
     lines = done.stderr.splitlines()
     left = [path.name for path in folder.iterdir() if path.name != 'in']
-    if not (done.returncode == 2 and lines[-1].startswith('error: ') and told in lines[-1] and 'Traceback' not in done.stderr and not left):
+    errors = [line for line in lines if line.startswith('error: ')]
+    if done.returncode != 2 or errors != lines[-1:] or told not in errors[0] or 'Traceback' in done.stderr or left:
       wrong.append(f'{name}: {done.returncode} {done.stderr[-300:]!r} {left}')
     print(f'{name}: {lines[-1]}', file=sys.stderr)
     shutil.rmtree(source)
-  return Result('damaged or unknown folders: one error line that names it, exit 2, no workdir', f'{len(_TOLD) - len(wrong)} of {len(_TOLD)}: '
-                + ', '.join(_TOLD) + ''.join(f'; wrong: {one}' for one in wrong), not wrong, 'python -m tools.bars --only=bad_folders')
+  return Result('damaged or unknown folders: one error line that names it, exit 2, no workdir',
+                f'{len(_TOLD) - len(wrong)} of {len(_TOLD)}: ' + ', '.join(_TOLD) + ''.join(f'; wrong: {one}' for one in wrong), not wrong,
+                'python -m tools.bars --only=bad_folders')
