@@ -1,22 +1,45 @@
-"""Continues a text with a trained model: python -m gptjax.generate --workdir=DIR --prompt='def '"""
+"""Continues texts with a trained model.
 
+  python -m gptjax.generate --workdir=DIR --prompt='def '
+  python -m gptjax.generate --workdir=DIR --prompts=FILE --out=FILE.jsonl
+  python -m gptjax.generate --workdir=DIR --chat
+"""
+
+import json
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
 from gptjax import config as configs
 from gptjax import processes
+from gptjax.config import UserError
 from gptjax.start import start
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a run', required=True)
 _STEP = flags.DEFINE_string('step', 'latest', 'checkpoint to use: latest, best (lowest validation loss), or a step')
+_MODEL_AXIS = flags.DEFINE_integer(
+  'model_axis', 0, 'devices that share each matrix; 0: as in training, where the devices here allow it', lower_bound=0)
 _PROMPT = flags.DEFINE_string('prompt', '', 'text to continue')
+_PROMPTS = flags.DEFINE_string('prompts', None, 'file of what to continue instead: a text a line, or (.jsonl) objects with a '
+                              'text "prompt" or a conversation "messages", [{"role": "user", "content": ...}]')
+_OUT = flags.DEFINE_string('out', None, 'file for JSON lines of prompt, text, ids, logprobs (nats) and ended; default: text on the screen')
+_CHAT = flags.DEFINE_bool('chat', False, 'talk with a model whose tokenizer has a chat template: a line is a message, /new begins '
+                          'another conversation, Ctrl-C ends an answer, Ctrl-D the program')
+_SYSTEM = flags.DEFINE_string('system', '', 'what the model is told before a conversation')
+_SAMPLES = flags.DEFINE_integer('samples', 1, 'continuations of each prompt', lower_bound=1)
+_BATCH = flags.DEFINE_integer('batch_size', 8, 'rows that are continued together', lower_bound=1)
 _MAX_TOKENS = flags.DEFINE_integer('max_tokens', 200, 'most tokens to add; fewer where the document ends', lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float('temperature', 0.8, 'divides the logits; 0: always the likeliest token')
 _TOP_K = flags.DEFINE_integer('top_k', 0, 'draw only from this many likeliest tokens; 0: from all')
 _TOP_P = flags.DEFINE_float('top_p', 1.0, 'draw only from the likeliest tokens that together have this probability; 1: from all')
-_SEED = flags.DEFINE_integer('seed', 0, 'of the draws', lower_bound=0, upper_bound=2**32 - 1)
+_MIN_P = flags.DEFINE_float('min_p', 0.0, "draw only from tokens of at least this share of the likeliest one's probability; 0: from all")
+_PENALTY = flags.DEFINE_float('repetition_penalty', 1.0, 'divides the logits of tokens that the text has already; 1: none')
+_STOP = flags.DEFINE_multi_string('stop', [], 'text that ends a continuation, which then is without it; may be given several times')
+_STOP_IDS = flags.DEFINE_multi_integer('stop_ids', None, "token ids that end it instead of the tokenizer's; may be given several times")
+_SEED = flags.DEFINE_integer('seed', 0, 'of the draws; the row after has the next', lower_bound=0, upper_bound=2**32 - 1)
 
 
 def main(_) -> None:
@@ -25,21 +48,125 @@ def main(_) -> None:
 
   from gptjax import checkpoint, data, inference
 
-  sampling = inference.Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
+  sampling = inference.Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _MIN_P.value, _PENALTY.value)
+  _check_flags()
+  prompts = _prompts()
   workdir = Path(_WORKDIR.value).expanduser()
-  trained = checkpoint.load_trained(workdir, _STEP.value)
+  trained = checkpoint.load_trained(workdir, _STEP.value, _MODEL_AXIS.value)
   tokenizer = data.open_held_out(workdir / 'data').tokenizer
   with jax.set_mesh(trained.mesh):
-    tokenizer.encode(_PROMPT.value, '--prompt')  # what is wrong with it is told before it is printed
+    generator = inference.Generator(trained.blueprint, trained.mesh, tokenizer)
+
+    def read(prompt, source):
+      ids = generator.prompt(prompt, source)
+      if len(ids) > trained.blueprint.context and processes.first():
+        print(f'{source}: {len(ids)} tokens, of which the model reads the last {trained.blueprint.context}', file=sys.stderr)
+      return ids
+
+    # What is wrong with one is told before anything is printed.
+    rows = [(prompt, read(prompt, source)) for source, prompt in prompts for _ in range(_SAMPLES.value)]
     if processes.first():
       print(trained.description, file=sys.stderr)
-    never_drawn = inference.never_drawn(tokenizer, trained.config.model)
-    generator = inference.Generator(trained.blueprint, trained.mesh, sampling, never_drawn)
-    print(_PROMPT.value, end='', flush=True)
-    for piece in generator.text(trained.parameters, tokenizer, _PROMPT.value, _MAX_TOKENS.value, jax.random.key(_SEED.value)):
+    settings: dict[str, Any] = {'max_tokens': _MAX_TOKENS.value, 'sampling': sampling, 'stop': _STOP.value, 'stop_ids': _STOP_IDS.value}
+    weights = generator.prepare(trained.parameters)
+    if _CHAT.value:
+      _chat(read, lambda ids, turn: generator.stream(weights, [ids], seeds=[(_SEED.value + turn) % 2**32], **settings))
+    elif len(rows) == 1 and not _OUT.value and isinstance(rows[0][0], str):
+      print(rows[0][0], end='', flush=True)
+      _show(generator.stream(weights, [rows[0][1]], seeds=[_SEED.value], **settings))
+    else:
+      _write(rows, lambda some, seeds: generator(weights, some, seeds=seeds, **settings))
+
+
+def _check_flags() -> None:
+  if _PROMPTS.value and _PROMPT.value:
+    raise UserError('--prompt', _PROMPT.value, 'none beside --prompts')
+  if _CHAT.value:
+    for flag in (_PROMPT, _PROMPTS, _OUT):
+      if flag.value:
+        raise UserError(f'--{flag.name}', flag.value, 'none beside --chat, which reads the keyboard')
+    if (count := processes.company().group.processes) > 1:
+      raise UserError('--chat', f'{count} processes', 'one process, which has the keyboard')
+  elif _SYSTEM.value:
+    raise UserError('--system', _SYSTEM.value, 'none without --chat; in --prompts, a first message with the role "system"')
+  if _OUT.value and not (folder := Path(_OUT.value).expanduser().absolute().parent).is_dir():
+    raise UserError('--out', _OUT.value, f'a file in a folder that is there; {folder} is not')
+
+
+def _prompts() -> list[tuple[str, Any]]:
+  """(what an error calls it, prompt) of each."""
+  from gptjax import inference
+
+  if _CHAT.value:
+    return [('--system', [*_system(), {'role': 'user', 'content': 'Hello'}])]  # read to see whether the template can
+  if not _PROMPTS.value:
+    return [('--prompt', _PROMPT.value)]
+  return inference.read_prompts(Path(_PROMPTS.value).expanduser())
+
+
+def _system() -> list[dict[str, Any]]:
+  return [{'role': 'system', 'content': _SYSTEM.value}] if _SYSTEM.value else []
+
+
+def _chat(read: Callable, answer: Callable[[list[int], int], Iterator[tuple[int, str]]]) -> None:
+  """Messages from the keyboard, answers to the screen.
+
+  Args:
+    read: messages to ids.
+    answer: the ids of a conversation and the number of the turn to a stream of text.
+  """
+  if sys.stdin.isatty():
+    import readline  # noqa: F401  (input then has history and can be edited)
+  messages, turn = _system(), 0
+  while True:
+    try:
+      text = input('> ' if sys.stdin.isatty() else '')
+    except EOFError:
+      return
+    if text == '/new':
+      messages = _system()
+      continue
+    messages.append({'role': 'user', 'content': text})
+    messages.append({'role': 'assistant', 'content': _show(answer(read(messages, 'the conversation'), turn))})
+    turn += 1
+
+
+def _show(stream: Iterator[tuple[int, str]]) -> str:
+  """Prints a text as it comes, until Ctrl-C in a conversation; returns it."""
+  said = ''
+  try:
+    for _, piece in stream:
+      said += piece
       sys.stdout.write(piece)
       sys.stdout.flush()
-    print()
+  except KeyboardInterrupt:
+    if not _CHAT.value:
+      raise
+  print(flush=True)
+  return said
+
+
+def _write(rows, run) -> None:
+  """Continues all rows, some at a time, and prints them or writes them to a file, which is whole or not there."""
+  from rich.console import Console
+  from rich.progress import track
+
+  from gptjax.files import write_whole
+
+  console = Console(stderr=True)
+  lines = []
+  for at in track(range(0, len(rows), _BATCH.value), 'generating', console=console, transient=True,
+                  disable=not (console.is_terminal and processes.first())):
+    some = rows[at:at + _BATCH.value]
+    seeds = [(_SEED.value + at + index) % 2**32 for index in range(len(some))]
+    for (prompt, _), said in zip(some, run([ids for _, ids in some], seeds), strict=True):
+      given = 'prompt' if isinstance(prompt, str) else 'messages'
+      if _OUT.value:
+        lines.append(json.dumps({given: prompt, 'text': said.text, 'ids': said.ids, 'logprobs': said.logprobs, 'ended': said.ended}))
+      else:
+        print(f'{prompt if given == "prompt" else ""}{said.text}\n---', flush=True)
+  if _OUT.value and processes.first():
+    write_whole(Path(_OUT.value).expanduser(), '\n'.join(lines) + '\n')
 
 
 if __name__ == '__main__':

@@ -22,7 +22,7 @@ from gptjax.data.tokenizers import ByteTokenizer
 from tools import source_flags
 
 _TOKENIZER = flags.DEFINE_string(
-  'tokenizer', None, "folder of a tokenizer: tools.train_tokenizer's, or GPT-2's encoder.json and vocab.bpe; or 'bytes'", required=True)
+  'tokenizer', None, "folder of a tokenizer: tools.train_tokenizer's, or a published model's; or 'bytes'", required=True)
 _OUT = flags.DEFINE_string('out', None, 'folder of the store; it appears when it is whole', required=True)
 _PROCESSES = flags.DEFINE_integer('processes', 0, 'processes that tokenize; 0: one a core', lower_bound=0)
 _SIDE = flags.DEFINE_enum('side', 'all', ['all', 'train', 'valid'], 'documents to take: all, or one side of --valid_fraction')

@@ -11,7 +11,7 @@ from gptjax.checkpoint.checkpoints import Checkpoints
 from gptjax.config import Config, MeshConfig, UserError
 from gptjax.model import Blueprint, Parameters, attention_backend, blueprint
 from gptjax.processes import share
-from gptjax.sharding import describe, make_mesh
+from gptjax.sharding import check_heads, describe, make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,20 +45,23 @@ def config_of(workdir: Path) -> Config:
   return configs.from_json(file.read_text(), str(file))
 
 
-def load_trained(workdir: Path, step: str = 'latest') -> Trained:
+def load_trained(workdir: Path, step: str = 'latest', model_axis: int = 0) -> Trained:
   """Restores the parameters of a run onto all devices, each with a whole copy or, where they divide, a part over `model`.
 
   Args:
     workdir: of the run.
     step: 'latest', 'best' or a number.
+    model_axis: devices of the mesh's axis `model`; 0: as many as in training where they divide the devices here, else 1.
 
   Raises:
-    UserError: no run in the folder, or no such checkpoint.
+    UserError: no run in the folder, no such checkpoint, or a mesh that devices or heads do not allow.
   """
   config = config_of(workdir)
   # How it is computed is for the devices that are here now.
   plan = blueprint(dataclasses.replace(config.model, attention='auto', sequence_parallel=False), config.data.context)
-  mesh = make_mesh(MeshConfig(model=config.mesh.model if jax.device_count() % config.mesh.model == 0 else 1))
+  fits = jax.device_count() % config.mesh.model == 0
+  mesh = make_mesh(MeshConfig(model=model_axis or (config.mesh.model if fits else 1)))
+  check_heads(config.model, mesh)
   checkpoints = Checkpoints(workdir / 'checkpoints')
   try:
     number = share('checkpoint', checkpoints.resolve(step))

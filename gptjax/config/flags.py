@@ -292,10 +292,11 @@ def run(main: Callable[[Any], int | None], *, needs_config: bool | None = True) 
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     status, line = ending(error)
     if line:
-      print(line, file=sys.stderr)
-      if sys.stderr is sys.__stderr__:
-        # Threads of libraries that outlive what they worked on would say the same again, in tracebacks.
-        sys.stderr = open(os.devnull, 'w')
+      print(line, file=sys.stderr, flush=True)
+      if sys.__stderr__ and sys.stderr is sys.__stderr__:
+        # Threads of libraries that outlive what they worked on would say the same again, in tracebacks. The file itself is closed to
+        # them, since Python puts sys.stderr back before it takes modules down.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stderr__.fileno())
     sys.exit(status)
 
 

@@ -239,7 +239,7 @@ class TokenizerConfig:
   vocab_size: int = 4096
   """ids of a SentencePiece tokenizer, its 3 special ids and 256 bytes included; chars and bytes set their own"""
   path: str = ''
-  """folder of a tokenizer to take instead: tools.train_tokenizer's, or GPT-2's encoder.json and vocab.bpe; empty: train one"""
+  """folder of a tokenizer to take instead: tools.train_tokenizer's, or a published model's; empty: train one"""
 
   def __post_init__(self):
     if self.kind in ('bpe', 'unigram'):

@@ -53,9 +53,9 @@ class Encoded:
   """Some parts of a source, tokenized."""
 
   ids: np.ndarray
-  """of all documents, each after a separator"""
+  """of all documents, each after a separator and, if it is another id, before what ends it"""
   lengths: np.ndarray
-  """[documents] ids of each, its separator included"""
+  """[documents] ids of each, separator and end included"""
   sizes: np.ndarray
   """[documents] UTF-8 bytes"""
   digests: list[bytes]
@@ -140,6 +140,7 @@ def _encoder(recipe: Recipe) -> Callable[[list[Part]], Encoded]:
   tokenizer = recipe.tokenizer
   dtype = id_dtype(tokenizer.vocab_size)
   separator = np.array([tokenizer.bos_id], dtype)
+  end = np.array([tokenizer.eos_id] if tokenizer.eos_id != tokenizer.bos_id else [], dtype)
 
   def encode(parts: list[Part]) -> Encoded:
     pieces: list[np.ndarray] = []
@@ -164,8 +165,8 @@ def _encoder(recipe: Recipe) -> Callable[[list[Part]], Encoded]:
           continue
         data = one.text.encode()
         ids = tokenizer.encode(one.text, one.name)
-        pieces += [separator, ids]
-        lengths.append(len(ids) + 1)
+        pieces += [separator, ids, end]
+        lengths.append(1 + len(ids) + len(end))
         sizes.append(len(data))
         if recipe.deduplicate:
           found.digests.append(hashlib.blake2b(data, digest_size=16).digest())

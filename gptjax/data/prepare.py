@@ -20,7 +20,7 @@ from gptjax.data.tokenizing import write_store
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 from gptjax.files import building
 
-_FORMAT = 2  # Raise it when what is prepared, or how, changes: data of another format is not looked at.
+_FORMAT = 3  # Raise it when what is prepared, or how, changes: data of another format is not looked at.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

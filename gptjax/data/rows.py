@@ -18,7 +18,7 @@ Batch = dict[str, np.ndarray]
 
 
 class Layout(Protocol):
-  """How a store becomes rows: `count` of them hold each of its tokens as a target once."""
+  """How a store becomes rows: `count` of them hold each of its targets once."""
 
   store: TokenStore
   count: int
@@ -42,12 +42,20 @@ class Frame:
     self.begins[:, 0] = True
     self.used = np.zeros(shape[0], np.int64)
     """tokens of each row, from its start; what comes after is padding"""
+    self.foretold = np.ones(shape, bool)
+    """where the target is one: not a document's beginning after another one's end"""
+
+  def take(self, layout: Layout, slots: np.ndarray, rows: np.ndarray, draws: np.ndarray) -> None:
+    """Has a layout fill some slots, and leaves out what its store says is no target."""
+    layout.fill(self, slots, rows, draws)
+    if layout.store.end != layout.store.separator:
+      self.foretold[slots] = self.targets[slots] != layout.store.separator
 
   def batch(self, isolate_documents: bool) -> Batch:
     """The arrays for the model. Padding has segment 0 and mask 0; the id that stands there means nothing."""
     shape = self.tokens.shape
     real = np.arange(shape[1]) < self.used[:, None]
-    batch = {'tokens': self.tokens, 'targets': self.targets, 'mask': real.astype(np.float32)}
+    batch = {'tokens': self.tokens, 'targets': self.targets, 'mask': (real & self.foretold).astype(np.float32)}
     if isolate_documents:
       # Every row begins a stretch, so the stretches can be laid end to end over all rows.
       begins = np.flatnonzero(self.begins)
@@ -151,7 +159,7 @@ class TrainRows:
     """Rows at indices [n], as arrays [n, T].
 
     tokens and targets: ids; targets are one step ahead. positions: tokens since the later of the document's and the row's
-    start. segments: 1, 2, ... by document within the row, 0 for padding. mask: 1, 0 for padding.
+    start. segments: 1, 2, ... by document within the row, 0 for padding. mask: 1, 0 for padding and where there is no target.
 
     Raises:
       UserError: a row that the mixture does not have, or a damaged store.
@@ -163,7 +171,7 @@ class TrainRows:
       layout = self.layouts[component]
       epochs, within = np.divmod(indices[slots], layout.count)
       keys = mix(self._seed(component) + epochs.astype(np.uint64))
-      layout.fill(frame, slots, permute(within, layout.count, keys), mix(keys + np.uint64(1)))
+      frame.take(layout, slots, permute(within, layout.count, keys), mix(keys + np.uint64(1)))
     return frame.batch(self.isolate_documents)
 
   def _seed(self, component: int) -> np.ndarray:
@@ -174,7 +182,7 @@ class TrainRows:
 class EvalRows:
   """Non-overlapping windows over a store, in order; the last one is padded.
 
-  Every token of every document, its end included, is a target exactly once.
+  Every token of every document and its end is a target exactly once.
 
   Args:
     store: the tokens.
@@ -197,5 +205,5 @@ class EvalRows:
     rows = np.asarray(rows, np.int64)
     frame = Frame((len(rows), self.context))
     slots = np.flatnonzero(rows < self.count)
-    self._windows.fill(frame, slots, rows[slots], np.zeros(len(slots), np.uint64))
+    frame.take(self._windows, slots, rows[slots], np.zeros(len(slots), np.uint64))
     return frame.batch(self.isolate_documents)

@@ -9,6 +9,9 @@ A store is a folder or URL with
 
 A document is a separator and its ids. The stream is a circle: what ends a document is the separator that begins the next,
 and what ends the last is the first. So each of its ids is a target exactly once.
+
+Of a tokenizer whose bos and eos differ, such as Llama's, the separator is bos and a document has its eos as its last id. What
+follows eos is another text, which nothing foretells: bos is then no target.
 """
 
 import dataclasses
@@ -26,7 +29,7 @@ from gptjax.config import UserError
 from gptjax.data.folders import LocalFolder, Range, open_folder
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 
-VERSION = 1
+VERSION = 2
 """Of the format; raise it when stores of before can no longer be read."""
 
 BLOCK = 2**14
@@ -106,7 +109,7 @@ class TokenStore:
     self.manifest = manifest
     self.dtype = np.dtype(manifest['dtype'])
     self.tokens: int = manifest['tokens']
-    """ids in the stream, each of them a target once"""
+    """ids in the stream"""
     self.documents: int = manifest['documents']
     """documents in the stream"""
     self.bytes: int = manifest['bytes']
@@ -114,7 +117,11 @@ class TokenStore:
     self.vocab_size: int = manifest['vocab_size']
     """ids are below this"""
     self.separator: int = manifest['separator']
-    """id that begins and ends documents, and stands nowhere else"""
+    """id that begins documents, and stands nowhere else"""
+    self.end: int = manifest['end']
+    """id that ends documents; the separator itself, or each document's last one"""
+    self.targets = self.tokens if self.end == self.separator else self.tokens - self.documents
+    """ids that are targets, each once"""
     self.sha256: str = manifest['index_sha256']
     """hex digest; equal for equal ids and documents"""
     self.tokenizer_sha256: str = manifest['tokenizer_sha256']

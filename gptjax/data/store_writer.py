@@ -120,7 +120,7 @@ def finish_store(directory: Path, tokenizer: Tokenizer, shards: list[ShardRecord
   manifest = {
     'version': VERSION, 'documents': int(index['documents'][-1]), 'tokens': int(index['tokens'][-1]),
     'bytes': sum(shard.bytes for shard in shards), 'shards': len(shards), 'dtype': id_dtype(tokenizer.vocab_size).str,
-    'vocab_size': tokenizer.vocab_size, 'separator': tokenizer.bos_id, 'tokenizer_sha256': tokenizer.sha256,
+    'vocab_size': tokenizer.vocab_size, 'separator': tokenizer.bos_id, 'end': tokenizer.eos_id, 'tokenizer_sha256': tokenizer.sha256,
     'index_sha256': hashlib.sha256(index.tobytes()).hexdigest(), **facts,
   }
   write_whole(directory / MANIFEST, json.dumps(manifest | {'sha256': manifest_sha256(manifest)}, indent=2) + '\n')

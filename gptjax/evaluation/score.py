@@ -116,4 +116,4 @@ class Scorer:
     for batch_loss, batch_tokens in jax.device_get(sums):
       loss, tokens = loss + float(batch_loss), tokens + int(batch_tokens)
     # A part of the rows stands for the same part of the bytes.
-    return score_of(loss, tokens, rows.store.bytes * tokens / rows.store.tokens)
+    return score_of(loss, tokens, rows.store.bytes * tokens / rows.store.targets)

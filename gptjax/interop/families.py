@@ -286,7 +286,8 @@ def _gemma2(fields: Fields) -> tuple[ModelConfig, int]:
 
 def _gemma3(fields: Fields) -> tuple[ModelConfig, int]:
   fields.must('use_bidirectional_attention', False)
-  return _gemma(fields, 6, qk_norm='head', rope=fields.rope(8192, 1e6), attention_cap=float(fields.values.get('attn_logit_softcapping') or 0),
+  return _gemma(fields, 6, qk_norm='head', rope=fields.rope(8192, 1e6),
+                attention_cap=float(fields.values.get('attn_logit_softcapping') or 0),
                 logit_cap=float(fields.values.get('final_logit_softcapping') or 0))
 
 

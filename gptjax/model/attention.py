@@ -207,12 +207,14 @@ def _filled(cache: Float[Array, 'B S K C'], x: Float[Array, 'B T K C']) -> Float
 def _decode(scoring: Scoring, q: Float[Array, 'B 1 H C'], k: Float[Array, 'B 1 K C'], v: Float[Array, 'B 1 K C'], place: Place,
             cache: Cache) -> tuple[Float[Array, 'B 1 H C'], Cache]:
   """Attention of one more token of each row, which the cache takes up in place of the oldest that it has no room for."""
+  assert place.filled is not None
   size = cache.keys.shape[1]
   start = (0, place.filled % size, 0, 0)
   cache = Cache(jax.lax.dynamic_update_slice(cache.keys, k, start), jax.lax.dynamic_update_slice(cache.values, v, start))
   token = place.filled - (place.filled - jnp.arange(size)) % size  # that lies at each place; below 0: none yet
   first = jnp.zeros(q.shape[0], jnp.int32) if place.first is None else place.first
-  return attend(scoring, q, *_for_heads(q, *cache), (token >= first[:, None])[:, None], 0.0, None), cache
+  keys, values = _for_heads(q, cache.keys, cache.values)
+  return attend(scoring, q, keys, values, (token >= first[:, None])[:, None], 0.0, None), cache
 
 
 def _for_heads(q, *keys_and_values):

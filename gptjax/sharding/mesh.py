@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from gptjax.config import Config, MeshConfig, UserError
+from gptjax.config import Config, MeshConfig, ModelConfig, UserError
 
 AXES = ('replica', 'data', 'model')
 """From the slowest network to the fastest."""
@@ -78,12 +78,18 @@ def check_sizes(config: Config, mesh: AnyMesh) -> None:
     size = shared * config.microbatches
     part = '' if config.microbatches == 1 else f' * microbatches={config.microbatches}'
     raise UserError('batch_size', config.batch_size, f'a multiple of {axes}={shared}{part}: {_nearest(config.batch_size, size)}')
-  if m.heads % model:
-    fitting = ', '.join(str(n) for n in range(1, mesh.size + 1) if m.heads % n == 0 and mesh.size % n == 0)
-    raise UserError('mesh.model', model, f'a divisor of model.heads={m.heads} and of the {mesh.size} devices: {fitting}')
+  check_heads(m, mesh)
   tokens = config.sequences // shared * config.data.context
   if m.sequence_parallel and tokens % model:
     raise UserError('model.sequence_parallel', True, f'false, or a multiple of mesh.model={model} tokens on a device, not {tokens}')
+
+
+def check_heads(config: ModelConfig, mesh: AnyMesh) -> None:
+  """Raises a UserError for heads that the mesh cannot split."""
+  heads, model = config.heads, mesh.shape['model']
+  if heads % model:
+    fitting = ', '.join(str(n) for n in range(1, mesh.size + 1) if heads % n == 0 and mesh.size % n == 0)
+    raise UserError('mesh.model', model, f'a divisor of model.heads={heads} and of the {mesh.size} devices: {fitting}')
 
 
 def _nearest(value: int, factor: int) -> str:

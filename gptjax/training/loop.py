@@ -15,7 +15,7 @@ from gptjax.config import Config, UserError, in_unit_of_steps
 from gptjax.data import Prepared, batches, cores, export, prepare
 from gptjax.evaluation import Scorer
 from gptjax.files import write_whole
-from gptjax.inference import Generator, Sampling, never_drawn
+from gptjax.inference import Generator
 from gptjax.model import flops_per_token
 from gptjax.processes import company, first, share
 from gptjax.sharding import make_mesh, my_rows, place_rows
@@ -230,15 +230,15 @@ class _Loop:
     scores = self.scorer.sets(self.state.parameters, self.run.valid, self.data.tags, count=0 if final else settings.rows)
     self.book.validation(step, scores.named())
     if settings.sample_tokens:
-      pieces = self.generator.text(self.state.parameters, self.data.tokenizer, settings.prompt, settings.sample_tokens,
-                                   jax.random.key(self.run.config.seed))
-      self.book.sample(step, settings.prompt, ''.join(pieces))
+      said = self.generator(self.generator.prepare(self.state.parameters), [self.generator.prompt(settings.prompt, 'eval.prompt')],
+                            max_tokens=settings.sample_tokens, seeds=[self.run.config.seed])
+      self.book.sample(step, settings.prompt, said[0].text)
     return scores.overall.loss
 
   @functools.cached_property
   def generator(self) -> Generator:
     """For samples."""
-    return Generator(self.run.blueprint, self.run.mesh, Sampling(), never_drawn(self.data.tokenizer, self.run.config.model))
+    return Generator(self.run.blueprint, self.run.mesh, self.data.tokenizer, self.run.config.zero_stage)
 
   def _start_trace(self, step: int) -> None:
     if first() and self.options.profile_steps and step == self.options.profile_steps[0]:

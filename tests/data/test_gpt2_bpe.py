@@ -96,7 +96,7 @@ def test_a_lone_surrogate_is_named_with_its_place(ours):
 
 def test_what_is_saved_is_the_same_tokenizer(ours, folder, tmp_path):
   ours.save(tmp_path / 'new')
-  assert json.loads((tmp_path / 'new/tokenizer.json').read_text()) == {'kind': 'gpt2'}
+  assert json.loads((tmp_path / 'new/gptjax_tokenizer.json').read_text()) == {'kind': 'gpt2'}
   for name in ('encoder.json', 'vocab.bpe'):
     assert (tmp_path / 'new' / name).read_bytes() == (folder / name).read_bytes()
   loaded = load_tokenizer(tmp_path / 'new')
@@ -114,12 +114,12 @@ def copy(folder, tmp_path, **changed):
 @pytest.mark.parametrize(('name', 'change', 'message'), [
   ('encoder', lambda old: old[:-5], r"encoder.json:1: '.*', accepted: JSON"),
   ('encoder', lambda old: b'[1]', r"encoder.json: '\[1\]', accepted: an object of tokens"),
-  ('encoder', lambda old: old.replace(b'"!": 0', b'"!": 1'), r"encoder.json: '!': 1, accepted: 0, the id that vocab.bpe gives"),
+  ('encoder', lambda old: old.replace(b'"!": 0', b'"!": 1'), r"encoder.json: '!': 1, accepted: 0, the id that the merges give"),
   ('encoder', lambda old: old.replace(b'"!": 0, ', b''), r"encoder.json: '!': None, accepted: 0"),
   ('encoder', lambda old: old.replace(b'"!": 0', b'"!": 0, "new": 9999'), r"encoder.json: 'new': 9999, accepted: None"),
   ('encoder', lambda old: old.replace(b'<|endoftext|>', b'<|end|>'), r"encoder.json: '<\|endoftext\|>': None, accepted: \d+"),
   ('encoder', lambda old: b'\xff', r"encoder.json, byte 0: b'\\xff', accepted: UTF-8"),
-  ('vocab', lambda old: old.rstrip(b'\n').rpartition(b'\n')[0], r'encoder.json: .*, accepted: \d+, the id that vocab.bpe gives it'),
+  ('vocab', lambda old: old.rstrip(b'\n').rpartition(b'\n')[0], r'encoder.json: .*, accepted: \d+, the id that the merges give it'),
   ('vocab', lambda old: old.rstrip(b'\n') + b'\nabc\n', r"vocab.bpe:\d+: 'abc', accepted: two tokens"),
   ('vocab', lambda old: old.replace(b'\n', b'\r\n'), r"vocab.bpe:2: .*, accepted: two tokens"),
   ('vocab', lambda old: b'', r'encoder.json: ')])

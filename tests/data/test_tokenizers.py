@@ -15,6 +15,7 @@ from gptjax.config import TokenizerConfig, UserError
 from gptjax.data.sources.source import Document
 from gptjax.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, TextStream, load_tokenizer, subwords, train_tokenizer
 
+FILE = 'gptjax_tokenizer.json'
 ODD = [
     '▁', '▁▁ ▁', '␠', 'Ġ', '⁇', '\0', '\t', '\r\n', '\r', ' ', '    ', '\n\n        ', ' \n \t\n', '\x1c', '\x85',
     '\u2028', '\ufeff', '\ufffd', 'e\u0301', '👩\u200d👩\u200d👧', '日本語', '<s>', '</s>', '<pad>', '<unk>', '<bos>',
@@ -154,7 +155,7 @@ def test_the_same_documents_give_the_same_tokenizer(trained, kind):
 @pytest.mark.parametrize('kind', [*KINDS, 'chars'])
 def test_a_saved_tokenizer_comes_back(trained, kind, tmp_path):
   trained[kind].save(tmp_path / 'new')
-  assert json.loads((tmp_path / 'new/tokenizer.json').read_text())['kind'] == kind
+  assert json.loads((tmp_path / 'new/gptjax_tokenizer.json').read_text())['kind'] == kind
   assert {path.suffix for path in (tmp_path / 'new').iterdir()} <= {'.json', '.model'}
   loaded = load_tokenizer(tmp_path / 'new')
   text = code_documents()[0].text
@@ -174,8 +175,8 @@ def test_other_tokenizers_have_other_digests(trained, with_symbols):
 
 
 @pytest.mark.parametrize(('name', 'text', 'message'), [
-  ('tokenizer.json', '{"kind": "bpe"', 'whole'), ('tokenizer.json', '[]', 'whole'), ('tokenizer.json', '{"kind": "bpe"}', 'whole'),
-  ('tokenizer.json', '{"kind": "wordpiece"}', "'wordpiece', accepted: a kind"), ('tokenizer.model', 'x', 'whole'),
+  (FILE, '{"kind": "bpe"', 'whole'), (FILE, '[]', 'whole'), (FILE, '{"kind": "bpe"}', 'whole'),
+  (FILE, '{"kind": "wordpiece"}', "'wordpiece', accepted: a kind"), ('tokenizer.model', 'x', 'whole'),
   ('tokenizer.model', None, 'No such file')])
 def test_a_damaged_folder_is_one_mistake(trained, tmp_path, name, text, message):
   trained['bpe'].save(tmp_path)
@@ -213,7 +214,7 @@ def test_long_texts_without_words_take_no_long_time(trained, text):
 
 
 def test_a_folder_without_tokenizer_is_named(tmp_path):
-  with pytest.raises(UserError, match=rf'{tmp_path}.*tokenizer.json'):
+  with pytest.raises(UserError, match=rf'{tmp_path}.*gptjax_tokenizer.json'):
     load_tokenizer(tmp_path)
 
 

@@ -1,82 +1,18 @@
-"""Generation with a cache says what the whole model, asked anew for each token, would say."""
+"""Text of the ids that are drawn: where it ends, and the pieces it comes in."""
 
-import dataclasses
 import itertools
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from published_tokenizers import FAMILIES
 
-from gptjax.config import MeshConfig, ModelConfig, TokenizerConfig, UserError
+from gptjax.config import ModelConfig, TokenizerConfig, UserError
 from gptjax.data import train_tokenizer
-from gptjax.data.tokenizers import CharTokenizer
+from gptjax.data.tokenizers import CharTokenizer, load_tokenizer
 from gptjax.inference import Generator, Sampling, never_drawn
 from gptjax.model import blueprint
-from gptjax.sharding import make_mesh
-from gptjax.training.hardware import CompileCounter
 
-GREEDY = Sampling(temperature=0.0)
-
-
-@pytest.fixture
-def style(style):
-  """Each style with a head of its own: a random model with a tied one likes to repeat its last id."""
-  return dataclasses.replace(style, tied=False)
-
-
-def take(generator, parameters, prompt, count, key=None):
-  return list(itertools.islice(generator(parameters, prompt, jax.random.key(7) if key is None else key), count))
-
-
-def recomputed(plan, parameters, prompt, count, forbidden=()):
-  """The likeliest continuation by full forward passes over the text so far.
-
-  Text that has filled the context is continued from its later half.
-  """
-  logits = jax.jit(lambda parameters, tokens: plan.merge(parameters)(tokens)[0])
-  text, window = list(prompt), list(prompt)[-plan.context:]
-  for _ in range(count):
-    padded = np.zeros((1, plan.context), np.int32)  # what comes later changes nothing before it
-    padded[0, :len(window)] = window
-    row = np.array(logits(parameters, padded)[len(window) - 1])
-    row[list(forbidden)] = -np.inf
-    text.append(int(row.argmax()))
-    full = len(window) == plan.context
-    window = text[-max(plan.context // 2, 1):] if full else window + text[-1:]
-  return text[len(prompt):]
-
-
-@pytest.mark.parametrize('scan', [False, True])
-def test_greedy_text_is_that_of_full_forward_passes_even_beyond_the_context(style, scan, one_device, random_parameters):
-  plan = blueprint(dataclasses.replace(style, scan=scan), 12)
-  parameters = random_parameters(plan)
-  generator = Generator(plan, one_device, GREEDY)
-  for length in (1, 5, 11, 12, 13, 30):  # of the prompt: shorter than the context, as long, longer
-    prompt = np.random.default_rng(length).integers(0, 50, length).tolist()
-    drawn = take(generator, parameters, prompt, 30)
-    assert drawn == recomputed(plan, parameters, prompt, 30)
-    assert len(set(drawn)) > 3  # no text that would agree by accident
-
-
-@pytest.mark.parametrize('context', [1, 5])
-@pytest.mark.parametrize('style', ['modern'], indirect=True)
-def test_a_context_of_any_size_will_do(style, context, one_device, random_parameters):
-  plan = blueprint(style, context)
-  parameters = random_parameters(plan)
-  drawn = take(Generator(plan, one_device, GREEDY), parameters, [3, 1, 4], 12)
-  assert drawn == recomputed(plan, parameters, [3, 1, 4], 12)
-
-
-def test_forbidden_and_padded_ids_never_appear(style, one_device, random_parameters):
-  plan = blueprint(style, 12)
-  parameters = random_parameters(plan)
-  free = take(Generator(plan, one_device, GREEDY), parameters, [9], 20)
-  forbidden = tuple(sorted(set(free)))[:6]
-  assert take(Generator(plan, one_device, GREEDY, forbidden), parameters, [9], 20) == recomputed(
-      plan, parameters, [9], 20, forbidden)
-  wild = take(Generator(plan, one_device, Sampling(temperature=50.0), forbidden), parameters, [9], 400)
-  assert set(wild) == set(range(style.vocab_size)) - set(forbidden)  # and all others do
+WILD = Sampling(temperature=2.0)
 
 
 def test_ids_no_text_continues_with_are_all_special_ones_but_eos_and_all_the_tokenizer_has_not():
@@ -85,71 +21,87 @@ def test_ids_no_text_continues_with_are_all_special_ones_but_eos_and_all_the_tok
   assert set(range(264)) - set(never_drawn(tokenizer, config)) == {tokenizer.eos_id, *range(3, 259)}
 
 
-def test_draws_repeat_with_their_key(style, one_device, random_parameters):
-  plan = blueprint(style, 12)
-  parameters = random_parameters(plan)
-  generator = Generator(plan, one_device, Sampling(temperature=1.0))
-  one, again, other = (take(generator, parameters, [5, 6], 30, jax.random.key(seed)) for seed in (0, 0, 1))
-  assert one == again != other
-
-
-def test_the_text_is_the_same_on_one_device_and_spread_over_eight(style, random_parameters):
-  plan = blueprint(style, 12)
-  texts = []
-  for sizes in ((1, 1), (4, 2)):
-    with jax.set_mesh(mesh := make_mesh(MeshConfig(*sizes))):
-      parameters = random_parameters(plan, zero_stage=0 if sizes == (1, 1) else 3)
-      texts.append(take(Generator(plan, mesh, Sampling(temperature=1.0)), parameters, [1, 2, 3], 30))
-  assert texts[0] == texts[1]
-
-
-def test_prompts_of_every_length_share_two_programs(style, one_device, random_parameters):
-  plan = blueprint(style, 12)
-  parameters = random_parameters(plan)
-  generator = Generator(plan, one_device, Sampling())
-  take(generator, parameters, [1], 20)
-  counter = CompileCounter()
-  try:
-    for length in (2, 11, 12, 20):
-      take(generator, parameters, list(range(length)), 20)
-    assert counter.count == 0
-  finally:
-    counter.close()
+def test_nor_with_what_begins_a_text_where_that_is_not_what_ends_it(tmp_path):
+  FAMILIES['gemma'](tmp_path)
+  tokenizer = load_tokenizer(tmp_path)
+  never = never_drawn(tokenizer, ModelConfig(vocab_size=tokenizer.vocab_size, vocab_multiple=1))
+  assert set(never) == {tokenizer.bos_id, tokenizer.pad_id, tokenizer.unk_id}
+  assert not {*never} & {*tokenizer.stop_ids}
 
 
 @pytest.fixture
-def byte_model(one_device, random_parameters):
-  """A tokenizer of bytes, a random model for it and a generator; bytes of text hardly ever form whole characters."""
+def byte_generator(one_device, random_parameters):
+  """A generator of a random model for bytes, and its weights; bytes of text hardly ever form whole characters."""
   tokenizer = train_tokenizer(TokenizerConfig(kind='bytes'), [])
   plan = blueprint(ModelConfig(layers=1, width=16, heads=2, vocab_size=tokenizer.vocab_size), 64)
-  parameters = random_parameters(plan)
-  return tokenizer, plan, parameters, Generator(plan, one_device, Sampling(temperature=2.0), (tokenizer.pad_id,))
+  generator = Generator(plan, one_device, tokenizer)
+  return generator, generator.prepare(random_parameters(plan))
 
 
-@pytest.mark.parametrize('seed', range(3))
-def test_pieces_of_text_join_to_the_decoded_ids_and_end_before_eos(byte_model, seed):
-  tokenizer, _, parameters, generator = byte_model
-  key = jax.random.key(seed)
-  prompt = 'naïve'
-  ids = take(generator, parameters, [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()], 600, key)
-  end = ids.index(tokenizer.eos_id)  # a random model says it once in 260 ids
-  for most in (0, 1, 10, end, end + 1, 600):
-    pieces = list(generator.text(parameters, tokenizer, prompt, most, key))
-    assert ''.join(pieces) == tokenizer.decode(ids[:min(most, end)])
-    assert len(pieces) == min(most, end) + 1  # one an id, and what was held back
+def test_text_is_the_decoded_ids_and_ends_before_eos(byte_generator):
+  generator, weights = byte_generator
+  prompt = generator.prompt('naïve')
+  whole = generator(weights, [prompt] * 3, max_tokens=600, sampling=WILD, stop_ids=())  # a random model says eos once in 260 ids
+  for most in (1, 10, 600):
+    for row, (one, long) in enumerate(zip(generator(weights, [prompt] * 3, max_tokens=most, sampling=WILD), whole, strict=True)):
+      eos = generator.tokenizer.eos_id
+      end = long.ids.index(eos) + 1 if eos in long.ids else 600
+      assert one.ids == long.ids[:min(most, end)], row
+      assert one.ended == ('id' if end <= most else 'length')
+      assert one.text == generator.tokenizer.decode(one.ids)
+      assert len(one.logprobs) == len(one.ids)
+  assert any(generator.tokenizer.eos_id in row.ids for row in whole)
 
 
-def test_a_prompt_the_tokenizer_cannot_encode_is_named(one_device, random_parameters, style):
-  tokenizer = CharTokenizer('abc')
-  plan = blueprint(style, 4)
-  generator = Generator(plan, one_device, GREEDY)
+def test_streamed_pieces_of_each_row_join_to_its_text(byte_generator):
+  generator, weights = byte_generator
+  prompts = [generator.prompt(text) for text in ('', 'a', 'naïve')]
+  settings = {'max_tokens': 300, 'sampling': WILD, 'stop': ['zq', 'q', 'uvw']}
+  stream = generator.stream(weights, prompts, **settings)
+  pieces = ['', '', '']
+  while True:
+    try:
+      row, piece = next(stream)
+    except StopIteration as done:
+      rows = done.value
+      break
+    assert piece
+    pieces[row] += piece
+  assert pieces == [row.text for row in rows]
+  assert rows == generator(weights, prompts, **settings)
+
+
+def cuts(text, strings):
+  """The text before the first of the strings in it."""
+  return text[:min((text.find(one) for one in strings if one in text), default=len(text))]
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_a_stop_string_ends_the_text_wherever_its_characters_come_from(byte_generator, seed):
+  generator, weights = byte_generator
+  prompt = [generator.prompt('x')]
+  free = generator(weights, prompt, max_tokens=120, sampling=WILD, seeds=[seed], stop_ids=())[0].text
+  letters = [(free[i:i + n], i) for n, i in itertools.product((1, 2, 5), (3, 17, 40)) if i + n < len(free)]
+  for string, _ in letters:
+    for stop in ([string], [string, free[60:63]], ['no such text', string]):
+      found = generator(weights, prompt, max_tokens=120, sampling=WILD, seeds=[seed], stop=stop, stop_ids=())[0]
+      assert (found.text, found.ended) == (cuts(free, stop), 'text')
+
+
+def test_rows_that_ended_say_nothing_while_others_go_on(byte_generator):
+  generator, weights = byte_generator
+  prompts = [generator.prompt(text) for text in 'abcdefgh']
+  free = generator(weights, prompts, max_tokens=200, sampling=WILD, stop_ids=())
+  stop_id = free[0].ids[20]
+  for whole, found in zip(free, generator(weights, prompts, max_tokens=200, sampling=WILD, stop_ids=[stop_id]), strict=True):
+    end = whole.ids.index(stop_id) + 1 if stop_id in whole.ids else 200
+    assert found.ids == whole.ids[:end]
+    np.testing.assert_allclose(found.logprobs, whole.logprobs[:end], 1e-6)
+
+
+def test_a_prompt_the_tokenizer_cannot_encode_is_named(one_device):
+  generator = Generator(blueprint(ModelConfig(vocab_size=6, width=16, heads=2), 4), one_device, CharTokenizer('abc'))
   with pytest.raises(UserError, match='^--prompt, character 2'):
-    next(generator.text(random_parameters(plan), tokenizer, 'abz', 5, jax.random.key(0)))
-
-
-def test_generation_leaves_the_parameters_alone(style, one_device, random_parameters):
-  plan = blueprint(style, 8)
-  parameters = random_parameters(plan)
-  before = jax.tree.map(np.array, parameters)
-  take(Generator(plan, one_device, GREEDY), parameters, [1], 10)
-  assert all(jnp.array_equal(parameters[name], before[name]) for name in before)
+    generator.prompt('abz')
+  with pytest.raises(UserError, match='^prompts.txt:3, character 0'):
+    generator.prompt('z', 'prompts.txt:3')

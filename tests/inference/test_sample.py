@@ -7,6 +7,7 @@ import pytest
 
 from gptjax.config import UserError
 from gptjax.inference import Sampling, sample
+from gptjax.inference.sampling import penalized
 
 pytestmark = pytest.mark.usefixtures('one_device')
 
@@ -14,7 +15,7 @@ LOGITS = np.array([1.2, -0.4, 2.0, 0.3, -1.6, 1.9, -1.1, 0.9], np.float32)
 
 
 def distribution(logits, sampling):
-  """Probability of each id: tempered, cut to the top k, then to the fewest likeliest ids that reach top_p."""
+  """Probability of each id: tempered, cut to the top k, then to the fewest likeliest ids that reach top_p and to min_p."""
   order = np.argsort(-logits)
   kept = order[:sampling.top_k or None]
   weights = np.exp((logits[kept] - logits.max()) / sampling.temperature)
@@ -23,24 +24,29 @@ def distribution(logits, sampling):
   while count < len(kept) and weights[:count].sum() < sampling.top_p:
     count += 1
   probabilities = np.zeros(len(logits))
-  probabilities[kept[:count]] = weights[:count] / weights[:count].sum()
-  return probabilities
+  probabilities[kept[:count]] = weights[:count]
+  probabilities[probabilities < sampling.min_p * weights[0]] = 0
+  return probabilities / probabilities.sum()
 
 
-def draws(logits, sampling, key, count=20_000):
+def keys_of(seed, count):
+  return jax.random.split(jax.random.key(seed), count)
+
+
+def draws(logits, sampling, seed, count=20_000):
   rows = jnp.broadcast_to(jnp.asarray(logits), (count, len(logits)))
-  return np.asarray(jax.jit(lambda rows, key: sample(rows, sampling, key))(rows, key))
+  return np.asarray(jax.jit(lambda rows, keys: sample(rows, sampling, keys))(rows, keys_of(seed, count)))
 
 
 @pytest.mark.parametrize('sampling', [
     Sampling(1.0), Sampling(0.5), Sampling(3.0), Sampling(1.0, top_k=1), Sampling(1.0, top_k=3), Sampling(0.7, top_k=7),
     Sampling(1.0, top_k=8), Sampling(1.0, top_k=100), Sampling(1.0, top_p=0.9), Sampling(1.0, top_p=0.5),
     Sampling(2.0, top_p=0.8), Sampling(1.0, top_p=0.01), Sampling(1.0, top_k=3, top_p=0.8),
-    Sampling(1.5, top_k=5, top_p=0.95),
+    Sampling(1.5, top_k=5, top_p=0.95), Sampling(1.0, min_p=0.3), Sampling(2.0, min_p=0.5), Sampling(1.0, top_k=6, top_p=0.99, min_p=0.2),
 ], ids=str)
 def test_draws_follow_the_distribution_that_was_asked_for(sampling):
   probabilities = distribution(LOGITS, sampling)
-  frequencies = np.bincount(draws(LOGITS, sampling, jax.random.key(0)), minlength=8) / 20_000
+  frequencies = np.bincount(draws(LOGITS, sampling, 0), minlength=8) / 20_000
   np.testing.assert_array_equal(frequencies > 0, probabilities > 0)
   error = 5 * np.sqrt(probabilities * (1 - probabilities) / 20_000)
   assert (np.abs(frequencies - probabilities) <= error).all()
@@ -51,14 +57,14 @@ def test_draws_follow_the_distribution_that_was_asked_for(sampling):
 def test_an_id_of_no_probability_is_never_drawn(sampling):
   logits = LOGITS.copy()
   logits[[2, 5]] = -np.inf  # the two likeliest
-  assert not np.isin(draws(logits, sampling, jax.random.key(1)), [2, 5]).any()
+  assert not np.isin(draws(logits, sampling, 1), [2, 5]).any()
 
 
 def test_top_k_and_top_p_hold_for_each_row_by_itself():
   rows = np.stack([np.roll(LOGITS, shift) for shift in range(8)])
   best = np.argsort(-rows, -1)[:, :2]
   for sampling in (Sampling(1.0, top_k=2), Sampling(1.0, top_p=0.5)):
-    drawn = [np.asarray(sample(jnp.asarray(rows), sampling, jax.random.key(seed))) for seed in range(30)]
+    drawn = [np.asarray(sample(jnp.asarray(rows), sampling, keys_of(seed, 8))) for seed in range(30)]
     assert all((best == each[:, None]).any(1).all() for each in drawn)
     assert len({each.tobytes() for each in drawn}) > 20
 
@@ -67,11 +73,17 @@ def test_top_k_and_top_p_hold_for_each_row_by_itself():
 def test_temperature_0_takes_the_likeliest(sampling):
   logits = np.random.default_rng(2).standard_normal((50, 30), np.float32)
   for seed in (0, 1):
-    np.testing.assert_array_equal(sample(jnp.asarray(logits), sampling, jax.random.key(seed)), logits.argmax(-1))
+    np.testing.assert_array_equal(sample(jnp.asarray(logits), sampling, keys_of(seed, 50)), logits.argmax(-1))
+
+
+def test_a_penalty_divides_positive_logits_and_multiplies_negative_ones():
+  seen = np.array([True, True, False, True, True, False, False, False])
+  found = penalized(jnp.asarray(LOGITS)[None], jnp.asarray(seen)[None], Sampling(repetition_penalty=2.0))[0]
+  np.testing.assert_allclose(found, [0.6, -0.8, 2.0, 0.15, -3.2, 1.9, -1.1, 0.9])
 
 
 def test_a_key_gives_its_draws_again_and_another_key_others():
-  one, again, other = (draws(LOGITS, Sampling(), jax.random.key(seed), 100) for seed in (3, 3, 4))
+  one, again, other = (draws(LOGITS, Sampling(), seed, 100) for seed in (3, 3, 4))
   np.testing.assert_array_equal(one, again)
   assert (one != other).any()
 
@@ -83,6 +95,8 @@ def test_a_key_gives_its_draws_again_and_another_key_others():
     ({'top_k': -1}, '--top_k: -1, accepted: 0 or more'),
     ({'top_p': 0.0}, '--top_p: 0.0, accepted: above 0 and at most 1'),
     ({'top_p': 1.1}, '--top_p: 1.1, accepted: above 0 and at most 1'),
+    ({'min_p': 1.5}, '--min_p: 1.5, accepted: 0 to 1'),
+    ({'repetition_penalty': 0.0}, '--repetition_penalty: 0.0, accepted: a number above 0'),
 ])
 def test_impossible_settings_are_refused(values, message):
   with pytest.raises(UserError) as caught:

@@ -29,7 +29,8 @@ SHAPES = {
   'gemma2': [DECODER | {'head_dim': 16, 'sliding_window': 7, 'query_pre_attn_scalar': 20},
              DECODER | {'num_key_value_heads': 4, 'head_dim': 8, 'sliding_window': 16, 'num_hidden_layers': 2,
                         'attn_logit_softcapping': 1.0, 'final_logit_softcapping': 2.0}],
-  'gemma3_text': [DECODER | {'head_dim': 16, 'sliding_window': 7, 'layer_types': ['sliding_attention', 'full_attention', 'sliding_attention']},
+  'gemma3_text': [DECODER | {'head_dim': 16, 'sliding_window': 7,
+                             'layer_types': ['sliding_attention', 'full_attention', 'sliding_attention']},
                   DECODER | {'num_key_value_heads': 1, 'head_dim': 8, 'sliding_window': 5, 'num_hidden_layers': 7}],
   'olmo2': [DECODER, DECODER | {'num_key_value_heads': 4, 'num_hidden_layers': 2}],
 }

@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import flags
 
 from gptjax.config import UserError
-from tools import bench
+from tools.bench.machine import machine
 
 _DATA = flags.DEFINE_string(
   'data', '', 'folder with tinyshakespeare/input.txt, books/{train,valid}/*.txt, gsm8k/train.jsonl and gpt2_bpe/')
@@ -78,6 +78,12 @@ def evaluate(workdir: Path, *args: str) -> dict:
   return json.loads(python('gptjax.evaluate', f'--workdir={workdir}', *args).stdout.splitlines()[-1])
 
 
+def timed(*names: str) -> list[dict]:
+  """What tools.bench says of these contests."""
+  lines = python('tools.bench', f'--only={",".join(names)}').stdout.splitlines()
+  return [json.loads(line) for line in lines if line.startswith('{')]
+
+
 def write(results: dict[str, Result]) -> None:
   """Puts rows into docs/bars.md, beside those of bars that did not run now."""
   rows = {}
@@ -85,7 +91,7 @@ def write(results: dict[str, Result]) -> None:
     rows = {line.split('|')[1].strip(): line for line in _OUT.read_text().splitlines() if re.match(r'\| [a-z0-9_]+ \| ', line)}
   for name, r in results.items():
     verdict = 'met' if r.met else '**not met**'
-    rows[name] = f'| {name} | {r.promise} | {r.figure} | {verdict} | `{r.command}` | {datetime.date.today()}, {bench.machine()} |'
+    rows[name] = f'| {name} | {r.promise} | {r.figure} | {verdict} | `{r.command}` | {datetime.date.today()}, {machine()} |'
   ordered = [rows[name] for name in BARS if name in rows]
   head = ['# Bars', '', '`make bars` measured these, each with the commands a user would type.', '',
           '| name | promise | figure | verdict | command | date and machine |', '| --- | --- | --- | --- | --- | --- |']

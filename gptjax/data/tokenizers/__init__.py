@@ -1,12 +1,14 @@
 """Tokenizers: text to ids and back, exactly, whatever the text."""
 
 from gptjax.data.tokenizers.gpt2 import Gpt2Tokenizer
+from gptjax.data.tokenizers.hugging_face import HuggingFaceTokenizer
 from gptjax.data.tokenizers.loading import load_tokenizer
+from gptjax.data.tokenizers.sentencepiece_model import SentencePieceModel
 from gptjax.data.tokenizers.subwords import SentencePieceTokenizer, Words
 from gptjax.data.tokenizers.tokenizer import ByteTokenizer, CharTokenizer, TextStream, Tokenizer
 from gptjax.data.tokenizers.training import train_tokenizer
 
 __all__ = [
-    'ByteTokenizer', 'CharTokenizer', 'Gpt2Tokenizer', 'SentencePieceTokenizer', 'TextStream', 'Tokenizer', 'Words',
-    'load_tokenizer', 'train_tokenizer',
+    'ByteTokenizer', 'CharTokenizer', 'Gpt2Tokenizer', 'HuggingFaceTokenizer', 'SentencePieceModel', 'SentencePieceTokenizer',
+    'TextStream', 'Tokenizer', 'Words', 'load_tokenizer', 'train_tokenizer',
 ]

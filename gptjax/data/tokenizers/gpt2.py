@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 
 from gptjax.config import UserError
+from gptjax.data.tokenizers import export
 from gptjax.data.tokenizers.tokenizer import ALPHABET, Tokenizer, in_bytes, utf8, write
 
 ENCODER, MERGES = 'encoder.json', 'vocab.bpe'
 """The files: ids of tokens as JSON, and below a first line `#version: 0.2` the two halves of each merge, in their order."""
+VOCAB, MERGES_TEXT = 'vocab.json', 'merges.txt'
+"""What Hugging Face calls them."""
 
 _SEPARATOR = '<|endoftext|>'
 
@@ -32,7 +35,8 @@ class Gpt2Tokenizer(Tokenizer):
   by ids, so the separator serves.
 
   Args:
-    directory: folder with encoder.json and vocab.bpe; any byte-level BPE of that form will do.
+    directory: folder with encoder.json and vocab.bpe, or with vocab.json and merges.txt, which are the same; any byte-level BPE
+      of that form will do.
 
   Raises:
     UserError: tiktoken is not there, a file is missing or damaged, or the two do not agree.
@@ -43,9 +47,11 @@ class Gpt2Tokenizer(Tokenizer):
 
   def __init__(self, directory: Path):
     directory = Path(directory)
-    self._files = {name: _read(directory / name) for name in (ENCODER, MERGES)}
-    pieces = [in_bytes(character) for character in sorted(ALPHABET)] + list(_merged(self._files[MERGES], directory / MERGES))
-    _check(pieces, self._files[ENCODER], directory)
+    theirs = (directory / MERGES_TEXT).exists() and not (directory / ENCODER).exists()
+    names = (VOCAB, MERGES_TEXT) if theirs else (ENCODER, MERGES)
+    self._files = {name: _read(directory / there) for name, there in zip((ENCODER, MERGES), names)}
+    pieces = [in_bytes(character) for character in sorted(ALPHABET)] + list(_merged(self._files[MERGES], directory / names[1]))
+    _check(pieces, self._files[ENCODER], directory / names[0])
     super().__init__([*pieces, b''])
     self.pad_id = self.bos_id = self.eos_id = len(pieces)
     self._encoding = _encoding({piece: rank for rank, piece in enumerate(pieces)})
@@ -61,7 +67,16 @@ class Gpt2Tokenizer(Tokenizer):
 
   def save(self, directory: Path) -> None:
     write(directory, {'kind': self.kind})
-    for name, content in self._files.items():
+    self._write(directory, ENCODER, MERGES)
+
+  def save_hugging_face(self, directory: Path) -> None:
+    merges = [line.split(' ') for line in self._files[MERGES].split('\n')[1:] if line]
+    description = export.gpt2(json.loads(self._files[ENCODER]), merges, _SEPARATOR)
+    export.write_tokenizer(directory, description, dict.fromkeys(('bos_token', 'eos_token'), _SEPARATOR))
+    self._write(directory, VOCAB, MERGES_TEXT)
+
+  def _write(self, directory: Path, *names: str) -> None:
+    for name, content in zip(names, (self._files[ENCODER], self._files[MERGES])):
       (directory / name).write_text(content, encoding='utf-8', newline='')
 
 
@@ -95,9 +110,8 @@ def _merged(merges: str, path: Path) -> Iterator[bytes]:
     yield left + right
 
 
-def _check(pieces: list[bytes], encoder: str, directory: Path) -> None:
+def _check(pieces: list[bytes], encoder: str, path: Path) -> None:
   """Refuses files that disagree: encoder.json has each piece at its place, the separator behind them and nothing else."""
-  path = directory / ENCODER
   try:
     found = json.loads(encoder)
   except json.JSONDecodeError as error:
@@ -108,4 +122,4 @@ def _check(pieces: list[bytes], encoder: str, directory: Path) -> None:
   wanted[_SEPARATOR] = len(pieces)
   for token in [*wanted, *found]:
     if found.get(token) != wanted.get(token):
-      raise UserError(f'{path}: {token!r}', found.get(token), f'{wanted.get(token)}, the id that {MERGES} gives it')
+      raise UserError(f'{path}: {token!r}', found.get(token), f'{wanted.get(token)}, the id that the merges give it')

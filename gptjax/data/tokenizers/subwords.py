@@ -9,7 +9,8 @@ import numpy as np
 import sentencepiece
 
 from gptjax.config import UserError
-from gptjax.data.tokenizers.tokenizer import SPECIALS, Tokenizer, in_alphabet, in_bytes, utf8, write
+from gptjax.data.tokenizers import export
+from gptjax.data.tokenizers.tokenizer import ALPHABET, SPECIALS, Tokenizer, in_alphabet, in_bytes, utf8, write
 
 MODEL = 'tokenizer.model'
 """SentencePiece's own file in a tokenizer's folder."""
@@ -117,3 +118,12 @@ class SentencePieceTokenizer(Tokenizer):
   def save(self, directory: Path) -> None:
     write(directory, {'kind': self.kind, 'words': self.words.pattern, 'symbols': list(self.words.symbols)})
     (directory / MODEL).write_bytes(self.model)
+
+  def save_hugging_face(self, directory: Path) -> None:
+    for symbol in self.words.symbols:
+      if not symbol.isascii() and set(symbol) <= set(ALPHABET):
+        raise UserError('symbol', symbol, "for Hugging Face's files, symbols of ASCII or with a character that is no byte's in GPT-2's "
+                        'alphabet: the tokenizers package would read this one as bytes')
+    processor = self._ids.processor
+    scores = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(SPECIALS, self.vocab_size)]
+    export.write_tokenizer(directory, export.subwords(self.kind, scores, self.words.pattern, self.words.symbols))

@@ -6,21 +6,25 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from gptjax.config import UserError
+from gptjax.data.tokenizers import export
 
-FILE = 'tokenizer.json'
-"""What `load_tokenizer` looks for in a folder."""
+FILE = 'gptjax_tokenizer.json'
+"""What `Tokenizer.save` writes into a folder, among other files. (Hugging Face's is tokenizer.json.)"""
 SPECIALS = 3
 """Special ids of a tokenizer of ours."""
 
 
 class Tokenizer(abc.ABC):
   """Turns text into ids and ids into text; `decode(encode(text)) == text` for any text that can be written as UTF-8.
+
+  Published tokenizers (PublishedTokenizer) may lose a little; they say what.
 
   Text never becomes a special id, however much it looks like one. What an id stands for is a string of bytes, because
   an id may hold only a part of a character.
@@ -36,6 +40,8 @@ class Tokenizer(abc.ABC):
   eos_id: int = 1  # one separator: the stream of a store is circular, a document's end is the next one's beginning
   unk_id: int | None = 2
   """never made of text; None: the tokenizer has none"""
+  prefix: bytes = b''
+  """what `encode` puts before a text and `decode` takes away: a space where SentencePiece writes one before every text"""
 
   def __init__(self, pieces: Sequence[bytes]):
     self.pieces = tuple(pieces)
@@ -44,6 +50,16 @@ class Tokenizer(abc.ABC):
   def vocab_size(self) -> int:
     """Count of ids, special ones included."""
     return len(self.pieces)
+
+  @property
+  def start_ids(self) -> tuple[int, ...]:
+    """Ids that a text has in front where it is a model's prompt: bos_id, but for published tokenizers that put none there."""
+    return (self.bos_id,)
+
+  @property
+  def stop_ids(self) -> tuple[int, ...]:
+    """Ids that end a text, or a turn of a conversation; eos_id is one of them."""
+    return (self.eos_id,)
 
   @functools.cached_property
   def sha256(self) -> str:
@@ -71,26 +87,59 @@ class Tokenizer(abc.ABC):
 
   def decode(self, ids: Iterable[int]) -> str:
     """Text of ids; special ids give nothing, bytes that are not UTF-8 give U+FFFD."""
-    return b''.join(self.pieces[i] for i in ids).decode('utf-8', errors='replace')
+    return b''.join(self.pieces[i] for i in ids).removeprefix(self.prefix).decode('utf-8', errors='replace')
+
+  def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **options: object) -> np.ndarray:
+    """Ids of a conversation as int32 [n], special ones included, as the tokenizer's chat template writes it.
+
+    Only the template makes special ids; what looks like one in a message is text.
+
+    Args:
+      messages: {'role': ..., 'content': ...} each, in order; the template says which roles there are.
+      add_generation_prompt: end with what comes before the assistant's answer.
+      options: what else the template asks for, such as enable_thinking.
+
+    Raises:
+      UserError: the tokenizer has no template, or the template refuses the messages.
+    """
+    raise UserError('tokenizer', self.kind, 'one with a chat template (chat_template.jinja, or chat_template in tokenizer_config.json)')
 
   @abc.abstractmethod
   def save(self, directory: Path) -> None:
-    """Writes all that `load_tokenizer` needs into a folder: JSON and, of SentencePiece or GPT-2, the files it is made of."""
+    """Writes all that `load_tokenizer` needs into a folder: JSON and the files that the tokenizer is made of, if it is of files."""
+
+  @abc.abstractmethod
+  def save_hugging_face(self, directory: Path) -> None:
+    """Writes files with which transformers' `AutoTokenizer.from_pretrained(directory)` gives the same ids and texts.
+
+    Which ids a model begins and stops with is said by config.json and generation_config.json, too; those are the model's.
+
+    Raises:
+      UserError: those files cannot say what this tokenizer does.
+    """
 
 
 class TextStream:
   """Text of ids that arrive a few at a time; all pieces together are the `decode` of all ids.
 
   A character whose bytes have not all arrived is held back until they have.
+
+  Args:
+    tokenizer: of the ids.
+    continues: whether text came before, so that a space in front is one.
   """
 
-  def __init__(self, tokenizer: Tokenizer):
+  def __init__(self, tokenizer: Tokenizer, continues: bool = False):
     self._pieces = tokenizer.pieces
+    self._prefix = b'' if continues else tokenizer.prefix
     self._decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
 
   def push(self, ids: Iterable[int]) -> str:
     """Text that these ids complete."""
-    return self._decoder.decode(b''.join(self._pieces[i] for i in ids))
+    data = b''.join(self._pieces[i] for i in ids)
+    if data:
+      data, self._prefix = data.removeprefix(self._prefix), b''
+    return self._decoder.decode(data)
 
   def finish(self) -> str:
     """What was held back: U+FFFD if the last character is incomplete."""
@@ -110,6 +159,9 @@ class ByteTokenizer(Tokenizer):
 
   def save(self, directory: Path) -> None:
     write(directory, {'kind': self.kind})
+
+  def save_hugging_face(self, directory: Path) -> None:
+    export.write_tokenizer(directory, export.bytes_alone(ALPHABET))
 
 
 class CharTokenizer(Tokenizer):
@@ -135,6 +187,9 @@ class CharTokenizer(Tokenizer):
 
   def save(self, directory: Path) -> None:
     write(directory, {'kind': self.kind, 'characters': self.characters})
+
+  def save_hugging_face(self, directory: Path) -> None:
+    export.write_tokenizer(directory, export.characters_alone(self.characters))
 
 
 def _byte_alphabet() -> str:

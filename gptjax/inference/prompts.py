@@ -1,0 +1,41 @@
+"""What is continued: texts and conversations."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gptjax.config import UserError
+
+Prompt = str | Sequence[Mapping[str, Any]]
+"""A text, or the messages of a conversation: {'role': ..., 'content': ...} each."""
+
+
+def read_prompts(path: Path) -> list[tuple[str, Prompt]]:
+  """What to continue, and what an error calls it, of each line of a file that is not empty.
+
+  Args:
+    path: a text a line, or (.jsonl) an object with a text "prompt" or a conversation "messages".
+
+  Raises:
+    UserError: the file cannot be read, has nothing, or a line is no such object.
+  """
+  try:
+    lines = path.read_text(encoding='utf-8').splitlines()
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError('--prompts', str(path), f'a file of UTF-8 text ({getattr(error, "strerror", None) or error})') from None
+  named = [(f'{path}:{number}', line) for number, line in enumerate(lines, 1) if line]
+  if not named:
+    raise UserError('--prompts', str(path), 'a file with a prompt in it')
+  return [(source, _parsed(source, line) if path.suffix == '.jsonl' else line) for source, line in named]
+
+
+def _parsed(source: str, line: str) -> Prompt:
+  try:
+    given = json.loads(line)
+    prompt = given['messages'] if 'messages' in given else given['prompt']
+  except (ValueError, KeyError, TypeError):
+    prompt = None
+  if not isinstance(prompt, str) and not (isinstance(prompt, list) and prompt and all(isinstance(one, dict) for one in prompt)):
+    raise UserError(source, line[:80], 'a JSON object with a text "prompt" or a list "messages"')
+  return prompt

@@ -1,0 +1,70 @@
+"""How the next token is drawn."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from gptjax.config import ModelConfig, UserError
+from gptjax.data import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """The distribution that the next token is drawn from: of the model, then penalized, tempered and narrowed, in this order."""
+
+  temperature: float = 0.8
+  """logits are divided by it; 0: always the likeliest token"""
+  top_k: int = 0
+  """only the k likeliest tokens; 0: all"""
+  top_p: float = 1.0
+  """only the likeliest tokens that together have this probability (arXiv:1904.09751); 1: all"""
+  min_p: float = 0.0
+  """only tokens of at least this share of the likeliest one's probability (arXiv:2407.01082); 0: all"""
+  repetition_penalty: float = 1.0
+  """logits of tokens that the text has already are divided by it, or multiplied where negative (arXiv:1909.05858); 1: they stay"""
+
+  def __post_init__(self):
+    if not 0 <= self.temperature < math.inf:
+      raise UserError('--temperature', self.temperature, 'a number from 0 on')
+    if self.top_k < 0:
+      raise UserError('--top_k', self.top_k, '0 or more')
+    if not 0 < self.top_p <= 1:
+      raise UserError('--top_p', self.top_p, 'above 0 and at most 1')
+    if not 0 <= self.min_p <= 1:
+      raise UserError('--min_p', self.min_p, '0 to 1')
+    if not 0 < self.repetition_penalty < math.inf:
+      raise UserError('--repetition_penalty', self.repetition_penalty, 'a number above 0')
+
+
+def penalized(logits: Float[Array, 'B V'], seen: Bool[Array, 'B V'], sampling: Sampling) -> Float[Array, 'B V']:
+  """Logits with those of tokens that were seen made smaller."""
+  penalty = sampling.repetition_penalty
+  return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def sample(logits: Float[Array, 'B V'], sampling: Sampling, keys: Key[Array, 'B']) -> Int[Array, 'B']:
+  """One token id a row, each drawn with its own key."""
+  if sampling.temperature == 0:
+    return jnp.argmax(logits, -1)
+  logits = logits / sampling.temperature
+  narrow = 0 < sampling.top_k < logits.shape[-1]
+  if narrow or sampling.top_p < 1:
+    ordered = jax.lax.top_k(logits, sampling.top_k)[0] if narrow else jnp.sort(logits, -1, descending=True)
+    lowest = ordered[:, -1:] if narrow else -jnp.inf
+    if sampling.top_p < 1:
+      probabilities = jax.nn.softmax(ordered, -1)
+      before = jnp.cumsum(probabilities, -1) - probabilities  # a token stays if those above it do not reach top_p
+      lowest = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), -1, keepdims=True)
+    logits = jnp.where(logits < lowest, -jnp.inf, logits)
+  if sampling.min_p:
+    logits = jnp.where(logits < logits.max(-1, keepdims=True) + math.log(sampling.min_p), -jnp.inf, logits)
+  return jax.vmap(jax.random.categorical)(keys, logits)
+
+
+def never_drawn(tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, ...]:
+  """Ids that no text continues with: what begins a text, padding, unknown, and what the model has beyond the tokenizer's."""
+  special = {tokenizer.bos_id, tokenizer.pad_id, tokenizer.unk_id} - {*tokenizer.stop_ids, None}
+  return (*special, *range(tokenizer.vocab_size, config.table_rows))

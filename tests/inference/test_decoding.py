@@ -1,0 +1,154 @@
+"""Decoding with a cache says what the whole model, asked anew for each token, would say."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from gptjax.config import MeshConfig
+from gptjax.inference import Decoder, Sampling
+from gptjax.model import blueprint
+from gptjax.sharding import make_mesh
+from gptjax.training.hardware import CompileCounter
+
+GREEDY = Sampling(temperature=0.0)
+
+
+@pytest.fixture
+def style(style):
+  """Each style with a head of its own: a random model with a tied one likes to repeat its last id."""
+  return dataclasses.replace(style, tied=False)
+
+
+def draw(decoder, parameters, prompts, most, sampling=GREEDY, seeds=None):
+  """(ids [B, most], log-probabilities [B, most])"""
+  steps = decoder(decoder.prepare(parameters), prompts, sampling, range(len(prompts)) if seeds is None else seeds, most)
+  ids, logprobs = zip(*steps, strict=True)
+  return np.stack(ids, 1), np.stack(logprobs, 1)
+
+
+def recomputed(plan, parameters, prompt, count, forbidden=(), penalty=1.0):
+  """The likeliest continuation by full forward passes over the text so far, and its log-probabilities.
+
+  Text that has filled the context is continued from its later half.
+  """
+  logits = jax.jit(lambda parameters, tokens: plan.merge(parameters)(tokens)[0])
+  text, window, logprobs = list(prompt), list(prompt)[-plan.context:], []
+  for _ in range(count):
+    padded = np.zeros((1, plan.context), np.int32)  # what comes later changes nothing before it
+    padded[0, :len(window)] = window
+    row = np.array(logits(parameters, padded)[len(window) - 1])
+    allowed = row.copy()
+    allowed[list(forbidden)] = -np.inf
+    seen = list(set(text))
+    allowed[seen] *= np.where(allowed[seen] > 0, 1 / penalty, penalty)
+    text.append(int(allowed.argmax()))
+    logprobs.append(row[text[-1]] - np.log(np.exp(row - row.max()).sum()) - row.max())
+    full = len(window) == plan.context
+    window = text[-max(plan.context // 2, 1):] if full else window + text[-1:]
+  return text[len(prompt):], logprobs
+
+
+def prompts_of(*lengths):
+  return [np.random.default_rng(length).integers(0, 50, length).tolist() for length in lengths]
+
+
+@pytest.mark.parametrize('style, changes', [
+  ('gpt2', {}), ('modern', {'scan': True}), ('modern', {'window': 5}), ('modern', {'window': 3, 'global_every': 2, 'layers': 4}),
+  ('modern', {'attention_cap': 2.0, 'logit_cap': 3.0, 'norm_at': 'sandwich'})], indirect=['style'], ids=str)
+def test_greedy_text_of_unequal_prompts_is_that_of_full_forward_passes(style, changes, one_device, random_parameters):
+  plan = blueprint(dataclasses.replace(style, **changes), 40)
+  parameters = random_parameters(plan)
+  prompts = prompts_of(1, 5, 17, 20)
+  ids, logprobs = draw(Decoder(plan, one_device), parameters, prompts, 20)
+  for row, prompt in enumerate(prompts):
+    wanted, scores = recomputed(plan, parameters, prompt, 20)
+    assert ids[row].tolist() == wanted
+    np.testing.assert_allclose(logprobs[row], scores, 1e-4, 1e-4)
+  assert len({tuple(row) for row in ids.tolist()}) == 4 and len(set(ids.flatten().tolist())) > 3  # no text that agrees by accident
+
+
+@pytest.mark.parametrize('context', [1, 5, 12])
+def test_text_goes_on_beyond_the_context(style, context, one_device, random_parameters):
+  plan = blueprint(style, context)
+  parameters = random_parameters(plan)
+  decoder = Decoder(plan, one_device)
+  for lengths in ((1, 4), (11, 12), (13, 30)):  # shorter than the context, as long, longer
+    prompts = prompts_of(*lengths)
+    ids, _ = draw(decoder, parameters, prompts, 30)
+    if max(lengths) + 30 <= context or min(map(len, prompts)) >= context:  # rows that fill the context together
+      assert ids.tolist() == [recomputed(plan, parameters, prompt, 30)[0] for prompt in prompts]
+    alone, _ = draw(decoder, parameters, prompts[1:], 30)
+    assert alone[0].tolist() == recomputed(plan, parameters, prompts[1], 30)[0]
+
+
+def test_a_row_is_the_same_alone_and_beside_others(style, one_device, random_parameters):
+  plan = blueprint(style, 64)
+  parameters = random_parameters(plan)
+  decoder = Decoder(plan, one_device)
+  prompts = prompts_of(3, 9, 1, 30, 2)
+  sampling = Sampling(temperature=1.0, top_p=0.95, repetition_penalty=1.2)
+  together, _ = draw(decoder, parameters, prompts, 20, sampling, seeds=[7, 8, 9, 10, 2**32 - 1])
+  for row, seed in ((1, 8), (3, 10), (4, 2**32 - 1)):
+    assert draw(decoder, parameters, [prompts[row]], 20, sampling, [seed])[0].tolist() == together[row:row + 1].tolist()
+  again, _ = draw(decoder, parameters, [prompts[0]] * 3, 20, sampling, [7, 7, 8])
+  assert again[0].tolist() == again[1].tolist() == together[0].tolist() != again[2].tolist()
+
+
+@pytest.mark.parametrize('style', ['modern'], indirect=True)
+@pytest.mark.parametrize('zero_stage', [0, 3])
+def test_text_is_the_same_on_one_device_and_spread_over_eight(style, zero_stage, random_parameters):
+  plan = blueprint(style, 64)
+  texts = []
+  for sizes in ((1, 1), (4, 2), (2, 4), (8, 1)):
+    with jax.set_mesh(mesh := make_mesh(MeshConfig(*sizes))):
+      parameters = random_parameters(plan, zero_stage=0 if sizes == (1, 1) else 3)
+      decoder = Decoder(plan, mesh, zero_stage=zero_stage)
+      texts.append(draw(decoder, parameters, prompts_of(3, 9, 1), 16, Sampling(temperature=1.0))[0].tolist())
+  assert texts[0] == texts[1] == texts[2] == texts[3]
+
+
+def test_forbidden_and_padded_ids_never_appear(style, one_device, random_parameters):
+  plan = blueprint(style, 64)
+  parameters = random_parameters(plan)
+  free, _ = draw(Decoder(plan, one_device), parameters, [[9]], 20)
+  forbidden = tuple(sorted(set(free[0].tolist())))[:6]
+  decoder = Decoder(plan, one_device, forbidden)
+  assert draw(decoder, parameters, [[9]], 20)[0][0].tolist() == recomputed(plan, parameters, [9], 20, forbidden)[0]
+  wild, _ = draw(decoder, parameters, [[9]] * 8, 60, Sampling(temperature=50.0))
+  assert set(wild.flatten().tolist()) == set(range(style.vocab_size)) - set(forbidden)  # and all others do
+
+
+def test_ids_of_prompt_and_text_are_penalized(style, one_device, random_parameters):
+  plan = blueprint(dataclasses.replace(style, tied=True), 24)  # which likes to repeat; and the text outgrows the context
+  parameters = random_parameters(plan)
+  prompts = prompts_of(9, 9)
+  ids, _ = draw(Decoder(plan, one_device), parameters, prompts, 40, Sampling(0.0, repetition_penalty=1.7))
+  assert ids.tolist() == [recomputed(plan, parameters, prompt, 40, penalty=1.7)[0] for prompt in prompts]
+  assert ids.tolist() != [recomputed(plan, parameters, prompt, 40)[0] for prompt in prompts]
+
+
+def test_a_bucket_of_shapes_is_compiled_once(style, one_device, random_parameters):
+  plan = blueprint(style, 64)
+  decoder = Decoder(plan, one_device)
+  weights = decoder.prepare(random_parameters(plan))
+  run = lambda lengths, most: list(decoder(weights, prompts_of(*lengths), Sampling(), range(len(lengths)), most))
+  run((1, 2, 9), 20)
+  counter = CompileCounter()
+  try:
+    for lengths, most in (((3, 4, 16), 17), ((16, 1, 2, 8), 24), ((11,) * 3, 20)):
+      run(lengths, most)
+    assert counter.count == 0
+    run((17,), 20)
+    assert counter.count > 0
+  finally:
+    counter.close()
+
+
+def test_preparing_and_decoding_leave_the_parameters_alone(style, one_device, random_parameters):
+  plan = blueprint(style, 8)
+  parameters = random_parameters(plan)
+  before = jax.tree.map(np.array, parameters)
+  draw(Decoder(plan, one_device), parameters, [[1]], 10)
+  assert all(np.array_equal(parameters[name], before[name]) for name in before)

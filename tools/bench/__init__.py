@@ -1,0 +1,1 @@
+"""Speed beside torch and transformers on this machine's CPU: python -m tools.bench"""

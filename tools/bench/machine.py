@@ -1,0 +1,13 @@
+"""What a figure was measured on."""
+
+import os
+from importlib import metadata
+from pathlib import Path
+
+
+def machine() -> str:
+  """Processor, cores and versions, for beside a figure."""
+  names = [line.split(':')[1].strip() for line in Path('/proc/cpuinfo').read_text().splitlines() if 'model name' in line]
+  installed = {d.name for d in metadata.distributions()}
+  versions = ', '.join(f'{name} {metadata.version(name)}' for name in ('jax', 'torch', 'transformers') if name in installed)
+  return f'{os.cpu_count()} cores of {names[0] if names else "unknown"}, {versions}'
