@@ -20,7 +20,7 @@ from gptjax.interop.folders import CONFIG, copy_words, has_tokenizer, read_objec
 from gptjax.interop.matching import Match, check, match
 from gptjax.interop.tensor_files import Entry, create, fill
 from gptjax.model import Parameters, blueprint
-from gptjax.sharding import make_mesh
+from gptjax.sharding import check_heads, make_mesh
 
 KEPT, RECORD, BUFFERS = 'hf', 'gptjax.json', 'buffers.safetensors'
 """In a workdir: the folder of what our config and checkpoint cannot say; in it, the types of tensors, and those without parameters."""
@@ -70,6 +70,7 @@ def import_folder(folder: Path, workdir: Path, options: Import) -> str:
   chosen = options.check.chosen()
   tokens = chosen.tokens(tokenizer, matched.plan)
   mesh = make_mesh(options.mesh)
+  check_heads(config.model, mesh)
   with building(workdir, resumes=False) as out:
     assert out, 'the workdir was not there'
     (out / 'config.json').write_text(configs.to_json(config))

@@ -8,7 +8,6 @@ from tiny import config as tiny_config
 from tiny import files_below, run, write_text
 
 from gptjax.config import UserError
-from gptjax.data import Tokenizer
 from gptjax.data.tokenizers import ByteTokenizer
 from gptjax.interop import Check, Export, Import, comparison, export_run, import_folder, importing
 from gptjax.interop.folders import read_tensors
@@ -27,7 +26,7 @@ def saved(tmp_path):
   torch.manual_seed(0)
   model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model('gemma2', **SHAPE), dtype=torch.bfloat16)
   model.save_pretrained(tmp_path / 'in', max_shard_size='40KB')
-  ByteTokenizer().save(tmp_path / 'in')
+  ByteTokenizer().save_hugging_face(tmp_path / 'in')
   return tmp_path / 'in'
 
 
@@ -60,8 +59,7 @@ def test_what_transformers_does_not_open_is_an_error_line(saved, tmp_path, monke
   assert [path.name for path in tmp_path.iterdir()] == ['in']
 
 
-def test_a_run_trained_here_opens_in_transformers(tmp_path, monkeypatch):
-  monkeypatch.setattr(Tokenizer, 'save_hugging_face', lambda self, directory: self.save(directory), raising=False)
+def test_a_run_trained_here_opens_in_transformers(tmp_path):
   run(tiny_config(write_text(tmp_path / 'text.txt'), steps=3, eval__every=0), tmp_path / 'run', tmp_path / 'cache')
   words = export_run(tmp_path / 'run', tmp_path / 'out', Export(dtype='bfloat16', check=Check('transformers')))
   assert float(words.split('largest difference of logits ')[1].split()[0]) < 1e-5
