@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -72,11 +73,21 @@ def building(directory: Path, worth_keeping: Callable[[Path], bool] = lambda fol
       yield folder
     except BaseException as error:
       if not resumes or (isinstance(error, UserError) and not worth_keeping(folder)):
-        shutil.rmtree(folder)
+        _remove(folder)
       raise
     sync(folder)
     folder.rename(directory)
     sync(directory.parent)
+
+
+def _remove(folder: Path) -> None:
+  """Removes a folder for good: threads of a save that failed go on for a moment, and would make it anew."""
+  for _ in range(100):
+    shutil.rmtree(folder, ignore_errors=True)
+    time.sleep(0.2)
+    if not folder.exists():
+      return
+  shutil.rmtree(folder)  # tells what keeps it
 
 
 def sync(path: Path) -> None:
