@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,13 +47,20 @@ def read_json(path: Path) -> Any:
     raise UserError(str(path), str(error), 'a whole JSON file') from None
 
 
+def write_json(path: Path, values: Any) -> None:
+  """Writes JSON for people to read, whole or not at all."""
+  write_whole(path, json.dumps(values, indent=2) + '\n')
+
+
 @contextlib.contextmanager
-def building(directory: Path, worth_keeping: Callable[[Path], bool] = lambda folder: False) -> Iterator[Path | None]:
+def building(directory: Path, worth_keeping: Callable[[Path], bool] = lambda folder: False,
+             resumes: bool = True) -> Iterator[Path | None]:
   """A folder that appears whole or not at all: the body fills another beside it, which then takes its place.
 
   Yields the folder to fill, or None where `directory` is there already. One process at a time; others wait. A killed
   process, or one that found the disk full, leaves what it had to be found there by the next; a body that raises a UserError
-  leaves nothing, unless it is `worth_keeping`.
+  leaves nothing, unless it is `worth_keeping`. Where the body cannot go on with what another began, `resumes` is False: it
+  finds an empty folder, and whatever it raises leaves nothing.
   """
   if directory.exists():
     yield None
@@ -63,16 +71,28 @@ def building(directory: Path, worth_keeping: Callable[[Path], bool] = lambda fol
       yield None
       return
     folder = directory.with_name(f'{directory.name}.building')
+    if not resumes:
+      shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(exist_ok=True)
     try:
       yield folder
-    except UserError:
-      if not worth_keeping(folder):
-        shutil.rmtree(folder)
+    except BaseException as error:
+      if not resumes or (isinstance(error, UserError) and not worth_keeping(folder)):
+        _remove(folder)
       raise
     sync(folder)
     folder.rename(directory)
     sync(directory.parent)
+
+
+def _remove(folder: Path) -> None:
+  """Removes a folder for good: threads of a save that failed go on for a moment, and would make it anew."""
+  for _ in range(100):
+    shutil.rmtree(folder, ignore_errors=True)
+    time.sleep(0.2)
+    if not folder.exists():
+      return
+  shutil.rmtree(folder)  # tells what keeps it
 
 
 def sync(path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 from documented import ROOT, commands_of, run
@@ -42,6 +44,16 @@ def test_commands_of_the_guide_to_clusters_run_as_written(tmp_path):
             for file in sorted((tmp_path / 'runs').glob('*/metrics.jsonl'))]
   assert len(scores) == sum('gptjax.train' in command for command in commands)
   assert scores[0] and all(score == pytest.approx(scores[0], rel=1e-5) for score in scores)
+
+
+def test_commands_of_the_guide_to_models_run_as_written(tmp_path):
+  printed = list(run(commands_of('docs/models.md'), tmp_path).values())
+  assert len(printed) == 5 and all('roundtrip: all 24 tensors are the same bits' in words for words in printed[1:3])
+  assert printed[3].startswith('Permission')
+  assert len((tmp_path / 'samples.jsonl').read_text().splitlines()) == 3
+  notebook = '\n'.join(commands_of('docs/models.md', 'python'))
+  done = subprocess.run([sys.executable, '-c', notebook], cwd=tmp_path, capture_output=True, text=True)
+  assert done.returncode == 0 and done.stdout.count(' length -') == 2, done.stderr
 
 
 def test_commands_for_clusters_name_what_is_there():

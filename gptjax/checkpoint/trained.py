@@ -33,6 +33,18 @@ class Trained:
             f'attention {attention_backend(model, self.config.data.context)}, {model.compute_dtype}')
 
 
+def config_of(workdir: Path) -> Config:
+  """The config of the run in a folder.
+
+  Raises:
+    UserError: there is no run, or its config is damaged.
+  """
+  file = workdir / 'config.json'
+  if not file.exists():
+    raise UserError('--workdir', str(workdir), 'a folder that gptjax.train made, with its config.json')
+  return configs.from_json(file.read_text(), str(file))
+
+
 def load_trained(workdir: Path, step: str = 'latest', model_axis: int = 0) -> Trained:
   """Restores the parameters of a run onto all devices, each with a whole copy or, where they divide, a part over `model`.
 
@@ -59,10 +71,7 @@ class Restorer:
   """
 
   def __init__(self, workdir: Path, model_axis: int = 0):
-    file = workdir / 'config.json'
-    if not file.exists():
-      raise UserError('--workdir', str(workdir), 'a folder that gptjax.train made, with its config.json')
-    self.config = configs.from_json(file.read_text(), str(file))
+    self.config = config_of(workdir)
     # How it is computed is for the devices that are here now.
     model = dataclasses.replace(self.config.model, attention='auto', sequence_parallel=False)
     self.blueprint = blueprint(model, self.config.data.context)

@@ -149,7 +149,7 @@ def family_for(config: ModelConfig, context: int) -> Family:
       got = comparable(one.read(Fields(one.write(config, context)))[0])
     except UserError:
       continue
-    differs = [name for name in wanted if wanted[name] != got[name]]
+    differs = [name for name in wanted if wanted[name] != got.get(name)]  # one without rope has no such field
     if not differs:
       return one
     nearest = min(nearest, (len(differs), one.model_type, differs))
@@ -250,7 +250,7 @@ def _qwen3(fields: Fields) -> tuple[ModelConfig, int]:
 def _olmo2(fields: Fields) -> tuple[ModelConfig, int]:
   fields.must('hidden_act', 'silu')
   fields.must('attention_bias', False)
-  return _decoder(fields, norm_at='post', qk_norm='width')
+  return _decoder(fields, norm_at='post', qk_norm='width', norm_eps=fields.number('rms_norm_eps', 1e-5))
 
 
 def _pattern(fields: Fields, default: int) -> int:
@@ -286,7 +286,9 @@ def _gemma2(fields: Fields) -> tuple[ModelConfig, int]:
 
 def _gemma3(fields: Fields) -> tuple[ModelConfig, int]:
   fields.must('use_bidirectional_attention', False)
-  return _gemma(fields, 6, qk_norm='head', rope=fields.rope(8192, 1e6),
+  rope = fields.rope(8192, 1e6)
+  rope = dataclasses.replace(rope, local_theta=rope.local_theta or 10000.0)  # what its class takes where the folder says nothing
+  return _gemma(fields, 6, qk_norm='head', rope=rope,
                 attention_cap=float(fields.values.get('attn_logit_softcapping') or 0),
                 logit_cap=float(fields.values.get('final_logit_softcapping') or 0))
 

@@ -1,0 +1,68 @@
+"""Folders that transformers writes, and folders that it opens."""
+
+import json
+
+import numpy as np
+import pytest
+from tiny import config as tiny_config
+from tiny import files_below, run, write_text
+
+from gptjax.config import UserError
+from gptjax.data.tokenizers import ByteTokenizer
+from gptjax.interop import Check, Export, Import, comparison, export_run, import_folder, importing
+from gptjax.interop.folders import read_tensors
+from gptjax.interop.matching import raw
+
+torch = pytest.importorskip('torch')
+transformers = pytest.importorskip('transformers')
+
+SHAPE = {'vocab_size': 261, 'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 3, 'num_attention_heads': 4,
+         'num_key_value_heads': 2, 'max_position_embeddings': 128, 'head_dim': 16, 'sliding_window': 7, 'initializer_range': 0.3}
+
+
+@pytest.fixture
+def saved(tmp_path):
+  """A Gemma 2 in bfloat16 and shards, as transformers saves it."""
+  torch.manual_seed(0)
+  model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model('gemma2', **SHAPE), dtype=torch.bfloat16)
+  model.save_pretrained(tmp_path / 'in', max_shard_size='40KB')
+  ByteTokenizer().save_hugging_face(tmp_path / 'in')
+  return tmp_path / 'in'
+
+
+def test_a_folder_of_transformers_goes_in_and_out(saved, tmp_path):
+  assert len(list(saved.glob('*.safetensors'))) > 1
+  for words in (import_folder(saved, tmp_path / 'run', Import(check=Check('transformers'))),
+                export_run(tmp_path / 'run', tmp_path / 'out', Export(check=Check('transformers', prompt='any text'), shard_bytes=50_000))):
+    assert float(words.split('largest difference of logits ')[1].split()[0]) < 1e-4
+    assert abs(float(words.split('mean KL ')[1].split()[0])) < 1e-8
+  one, other = read_tensors(saved), read_tensors(tmp_path / 'out')
+  assert one.keys() == other.keys() and all(np.array_equal(raw(one[name].view()), raw(other[name].view())) for name in one)
+  theirs = [transformers.AutoModelForCausalLM.from_pretrained(folder) for folder in (saved, tmp_path / 'out')]
+  assert theirs[0].dtype == theirs[1].dtype == torch.bfloat16
+  same = zip(*(model.state_dict().items() for model in theirs), strict=True)
+  assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in same)
+
+
+def test_logits_that_differ_leave_nothing(saved, tmp_path, monkeypatch):
+  monkeypatch.setattr(importing, 'our_logits', lambda *args: comparison.our_logits(*args) + np.float32(0.01))
+  with pytest.raises(UserError, match='--check=transformers: .*1.00e-02.*nothing is kept'):
+    import_folder(saved, tmp_path / 'run', Import(check=Check('transformers')))
+  assert [path.name for path in tmp_path.iterdir()] == ['in']
+
+
+def test_what_transformers_does_not_open_is_an_error_line(saved, tmp_path, monkeypatch):
+  values = json.loads((saved / 'config.json').read_text())
+  (saved / 'config.json').write_text(json.dumps(values | {'attention_dropout': 'none'}))
+  with pytest.raises(UserError, match='a folder that transformers opens'):
+    import_folder(saved, tmp_path / 'run', Import(check=Check('transformers')))
+  assert [path.name for path in tmp_path.iterdir()] == ['in']
+
+
+def test_a_run_trained_here_opens_in_transformers(tmp_path):
+  run(tiny_config(write_text(tmp_path / 'text.txt'), steps=3, eval__every=0), tmp_path / 'run', tmp_path / 'cache')
+  words = export_run(tmp_path / 'run', tmp_path / 'out', Export(dtype='bfloat16', check=Check('transformers')))
+  assert float(words.split('largest difference of logits ')[1].split()[0]) < 1e-5
+  model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / 'out')
+  assert model.dtype == torch.bfloat16 and model.config.eos_token_id == 1
+  assert 'generation_config.json' in files_below(tmp_path / 'out')
