@@ -6,7 +6,6 @@
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -90,7 +89,6 @@ def _tasks(restorer, tokenizer) -> Callable[[Any], tuple[Any, list]]:
   """A function of parameters: the results of the tasks and their samples, (None, []) where there are none."""
   if not _TASKS.value:
     return lambda parameters: (None, [])
-  os.environ['TQDM_DISABLE'] = '1'  # the harness would draw bars of its own; read when it is imported
   try:
     from gptjax.evaluation import harness
     from gptjax.evaluation.tasks import Options, Tasks
