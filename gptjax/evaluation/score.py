@@ -106,14 +106,21 @@ class Scorer:
     """
     indices = np.arange(rows.count) if not 0 < count < rows.count else np.arange(count) * rows.count // count
     mine = my_rows(self._mesh, self._batch_size)
-    loss, tokens, sums = 0.0, 0, []
+    loss, tokens = 0.0, 0
+    # The sums of a batch are read when the next one is on its way; more at once may wait for each other for ever on virtual CPU devices.
+    waiting = None
     for start in range(0, len(indices), self._batch_size):
       chosen = indices[start:start + self._batch_size]
       # Rows beyond the last are all padding and count nothing.
       filled = np.concatenate([chosen, np.full(self._batch_size - len(chosen), rows.count)])
-      sums.append(self._sums(parameters, place_rows(self._mesh, rows.batch(filled[mine]), self._batch_size)))
+      before, waiting = waiting, self._sums(parameters, place_rows(self._mesh, rows.batch(filled[mine]), self._batch_size))
+      loss, tokens = _added(loss, tokens, before)
       advance(len(chosen))
-    for batch_loss, batch_tokens in jax.device_get(sums):
-      loss, tokens = loss + float(batch_loss), tokens + int(batch_tokens)
+    loss, tokens = _added(loss, tokens, waiting)
     # A part of the rows stands for the same part of the bytes.
     return score_of(loss, tokens, rows.store.bytes * tokens / rows.store.targets)
+
+
+def _added(loss: float, tokens: int, sums: tuple[jax.Array, jax.Array] | None) -> tuple[float, int]:
+  """Loss and tokens with those of a batch, where there is one."""
+  return (loss + float(sums[0]), tokens + int(sums[1])) if sums is not None else (loss, tokens)
