@@ -135,6 +135,7 @@ def test_a_mistake_in_training_is_one_line_and_leaves_nothing(flags, message, ho
   ('evaluate', [], '--workdir: None, accepted: '),
   ('evaluate', ['--workdir={home}/nothing'], "--workdir: '{home}/nothing', accepted: "),
   ('evaluate', ['--workdir={home}/run', '--step=99'], "--step: '99', accepted: latest, best, 6"),
+  ('evaluate', ['--workdir={home}/run', '--sets=others'], "--sets: 'others', accepted: valid; or NAME=STORE"),
   ('generate', ['--workdir={home}/run', '--prompt=the Ä'], "--prompt, character 4: 'Ä', accepted: "),
 ])
 def test_a_mistake_with_a_trained_model_is_one_line(name, flags, message, trained, home):

@@ -55,4 +55,4 @@ def table(records: Sequence[Record]) -> str:
 
 
 def _short(value: float) -> str:
-  return f'{value:.4f}' if abs(value) < 1000 else f'{value:,.1f}'
+  return f'{value:.4f}' if abs(value) < 1e3 else f'{value:,.1f}' if abs(value) < 1e7 else f'{value:.4g}'

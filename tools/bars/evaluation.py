@@ -28,7 +28,7 @@ def harness(folder: Path) -> Result:
   # Of a family that can be exported; larger would take longer and prove no more.
   train('default', folder / 'run', f'--config.data.source.path={given("books/train")}', f'--config.data.tokenizer.path={given("gpt2_bpe")}',
         '--config.data.valid_fraction=0.01', '--config.model.width=128', '--config.model.heads=4', '--config.model.mlp_width=384',
-        '--config.model.qk_norm=none', '--config.steps=500', '--config.eval.rows=16', '--config.eval.sample_tokens=0')
+        '--config.model.qk_norm=none', '--config.steps=300', '--config.eval.rows=16', '--config.eval.sample_tokens=0')
   python('tools.export_hf', f'--workdir={folder}/run', f'--folder={folder}/hf')
   put = ('--tasks=lambada,piqa', f'--task_data={data}')
   ours = evaluate(folder / 'run', *put, '--sets=none', '--batch_size=32', f'--samples={folder}/ours.jsonl')['tasks']
