@@ -131,3 +131,10 @@ def test_what_a_family_writes_it_reads_again(name, shape):
   # transformers understands it alike.
   theirs = transformers.AutoConfig.for_model(name, **written).to_dict()
   assert FAMILIES[name].read(Fields(theirs)) == (config, context)
+
+
+@pytest.mark.parametrize('name', SHAPES)
+def test_what_a_config_leaves_out_is_what_its_class_takes(name):
+  sparse = SHAPES['gpt2'][0] if name == 'gpt2' else DECODER | {'head_dim': 8, 'num_hidden_layers': 6}
+  full = transformers.AutoConfig.for_model(name, **sparse).to_dict()
+  assert FAMILIES[name].read(Fields(sparse)) == FAMILIES[name].read(Fields(full))

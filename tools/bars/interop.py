@@ -60,9 +60,10 @@ def families(folder: Path) -> Result:
   found = re.findall(r'worst of (\w+): logits (\S+), gradients (\S+)\n', done.stdout)
   logits, gradients = (max(float(one[at]) for one in found) for at in (1, 2))
   return Result(
-    'every family, random weights, two shapes or three, grouped queries or not, tied and untied, scanned or not, 3 lengths, float32: logits '
-    'within 1e-4 of transformers, gradients within 1e-3 relative', f'{len(found)} models of {len({name for name, *_ in found})} families; '
-    f'logits {logits:.1e}, gradients {gradients:.1e}', done.returncode == 0 and {name for name, *_ in found} == set(FAMILIES),
+    'every family, random weights, two shapes or three, grouped queries or not, tied and untied, scanned or not, 3 lengths, float32: '
+    'logits within 1e-4 of transformers, gradients within 1e-3 relative',
+    f'{len(found)} models of {len({name for name, *_ in found})} families; logits '
+    f'{logits:.1e}, gradients {gradients:.1e}', done.returncode == 0 and {name for name, *_ in found} == set(FAMILIES),
     'pytest tests/parity/test_families.py')
 
 
