@@ -1,62 +1,148 @@
-"""Scores a trained model on its held-out documents: python -m gptjax.evaluate --workdir=DIR"""
+"""Scores a trained model's checkpoints on held-out documents and on tasks.
 
-import dataclasses
+  python -m gptjax.evaluate --workdir=DIR
+  python -m gptjax.evaluate --workdir=DIR --step=all --tasks=lambada,piqa --task_data=FOLDER
+"""
+
+import contextlib
+import json
+import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
 from gptjax import config as configs
 from gptjax import processes
+from gptjax.config import UserError
 from gptjax.files import json_line, write_whole
 from gptjax.start import start
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a run', required=True)
-_STEP = flags.DEFINE_string('step', 'latest', 'checkpoint to score: latest, best (lowest validation loss), or a step')
+_STEP = flags.DEFINE_string('step', 'latest', 'checkpoints to score: latest, best (lowest validation loss), all, or steps, N,N,...')
+_MODEL_AXIS = flags.DEFINE_integer(
+  'model_axis', 0, 'devices that share each matrix; 0: as in training, where the devices here allow it', lower_bound=0)
+_BATCH = flags.DEFINE_integer('batch_size', 0, 'rows of a whole context scored together; 0: as many as in training', lower_bound=0)
+_SETS = flags.DEFINE_list(
+  'sets', None, "documents to score instead of the run's own sets: NAME of one of these, NAME=STORE (tools.prepare_data with the run's "
+  'tokenizer) or NAME=PATH of text, JSON lines or Parquet; none: no documents')
+_TASKS = flags.DEFINE_list('tasks', [], "tasks of lm-evaluation-harness: lambada, piqa, or any in --task_path or of the harness's own")
+_TASK_PATH = flags.DEFINE_string('task_path', 'configs/tasks', 'folder of task files (YAML)')
+_TASK_DATA = flags.DEFINE_string('task_data', '', 'folder that local tasks read: lambada/lambada_test.jsonl, piqa/valid.jsonl, ...')
+_LIMIT = flags.DEFINE_integer('limit', 0, 'most examples of each task; 0: all', lower_bound=0)
+_FEWSHOT = flags.DEFINE_integer(
+  'num_fewshot', None, 'solved examples before each question of a task; default: as the task says', lower_bound=0)
+_ADD_BOS = flags.DEFINE_enum('add_bos', 'auto', ['auto', 'true', 'false'], "whether every context of a task begins with the tokenizer's "
+                              'bos; auto: where transformers puts one, which it does for some imported tokenizers and for none of ours')
+_SAMPLES = flags.DEFINE_string('samples', None, 'file for what tasks asked and what was answered, a JSON object an example')
 
 
 def main(_) -> None:
-  start()
+  cache = start()
   import jax
-  from rich.console import Console
-  from rich.progress import Progress
 
-  from gptjax import checkpoint, data, evaluation, training
+  from gptjax import checkpoint, data, evaluation
 
   workdir = Path(_WORKDIR.value).expanduser()
-  trained = checkpoint.load_trained(workdir, _STEP.value)
+  if _SAMPLES.value and not (folder := Path(_SAMPLES.value).expanduser().absolute().parent).is_dir():
+    raise UserError('--samples', _SAMPLES.value, f'a file in a folder that is there; {folder} is not')
+  with checkpoint.Restorer(workdir, _MODEL_AXIS.value) as restorer:
+    steps = restorer.steps(_STEP.value)
+    held_out = data.open_held_out(workdir / 'data')
+    sets, tags = evaluation.choose_sets([] if _SETS.value == ['none'] else _SETS.value, held_out, cache)
+    if not sets and not _TASKS.value:
+      raise UserError('--sets', _SETS.value, 'NAME=STORE or NAME=PATH, or --tasks: the run, as an imported model, has no sets of its own')
+    with jax.set_mesh(restorer.mesh):
+      score, answer = _documents(restorer, sets, tags), _tasks(restorer, held_out.tokenizer)
+      records, samples = [], []
+      for step in steps:
+        trained = restorer.restore(step)
+        if processes.first():
+          print(trained.description, file=sys.stderr)
+        scores = score(trained.parameters)
+        results, asked = answer(trained.parameters)
+        del trained  # before the next one comes
+        records.append(evaluation.record(step, scores, results))
+        samples += [{'step': step, **one} for one in asked]
   if processes.first():
-    print(trained.description, file=sys.stderr)
-  held_out = data.open_held_out(workdir / 'data')
-  if not held_out.valid:
-    raise configs.UserError('--workdir', str(workdir), 'a run with validation documents; an imported model has none')
-  config = trained.config
-  sets = {name: data.EvalRows(store, config.data.context, config.data.isolate_documents) for name, store in held_out.valid.items()}
-  devices = trained.mesh.shape['replica'] * trained.mesh.shape['data']
-  console = Console(stderr=True)
-  shown = console.is_terminal and processes.first()
-  with jax.set_mesh(trained.mesh), Progress(console=console, transient=True, disable=not shown) as bar:
-    scorer = evaluation.Scorer(trained.blueprint, training.next_token(), trained.mesh, -(-config.sequences // devices) * devices)
-    task = bar.add_task('rows', total=sum(rows.count for rows in sets.values()))
-    scores = scorer.sets(trained.parameters, sets, held_out.tags, advance=lambda count: bar.advance(task, count))
+    _tell(workdir, records, samples, data.compression_yardsticks(held_out.tokenizer, sets) if sets else {})
+
+
+def _documents(restorer, sets, tags) -> Callable[[Any], Any]:
+  """A function of parameters: the scores of the sets, None where there are none."""
+  if not sets:
+    return lambda parameters: None
+  from gptjax import data, evaluation, training
+  config = restorer.config.data
+  rows = {name: data.EvalRows(store, config.context, config.isolate_documents) for name, store in sets.items()}
+  shared = restorer.mesh.shape['replica'] * restorer.mesh.shape['data']
+  scorer = evaluation.Scorer(restorer.blueprint, training.next_token(), restorer.mesh, -(-_rows(restorer) // shared) * shared)
+
+  def score(parameters):
+    with _watched('documents', sum(one.count for one in rows.values()), 'rows') as advance:
+      return scorer.sets(parameters, rows, tags, advance=advance)
+  return score
+
+
+def _tasks(restorer, tokenizer) -> Callable[[Any], tuple[Any, list]]:
+  """A function of parameters: the results of the tasks and their samples, (None, []) where there are none."""
+  if not _TASKS.value:
+    return lambda parameters: (None, [])
+  os.environ['TQDM_DISABLE'] = '1'  # the harness would draw bars of its own; read when it is imported
+  try:
+    from gptjax.evaluation import harness
+    from gptjax.evaluation.tasks import Options, Tasks
+  except ModuleNotFoundError as error:
+    raise UserError('--tasks', ','.join(_TASKS.value), f'a machine with {error.name}: pip install -r requirements-eval.txt') from None
+  tasks = Tasks(_TASKS.value, Options(_TASK_PATH.value, _TASK_DATA.value, _LIMIT.value, _FEWSHOT.value))
+  model = harness.HarnessModel(restorer.blueprint, restorer.mesh, tokenizer, _rows(restorer) * restorer.config.data.context,
+                               {'auto': None, 'true': True, 'false': False}[_ADD_BOS.value], _watched)
+
+  def answer(parameters):
+    model.use(parameters)
+    with contextlib.redirect_stdout(sys.stderr):  # the harness prints there
+      found = tasks(model, samples=bool(_SAMPLES.value))
+    model.use(None)
+    return found
+  return answer
+
+
+def _rows(restorer) -> int:
+  return _BATCH.value or restorer.config.sequences
+
+
+@contextlib.contextmanager
+def _watched(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+  """Shows the progress of long work."""
+  from gptjax.data.progress import Work
   if not processes.first():
+    yield lambda done: None
     return
-  result = {**dataclasses.asdict(scores.overall), 'step': trained.step}
-  if len(sets) > 1:
-    _print(scores.named())
-  for group in ('sets', 'tags'):
-    result[group] = {name: dataclasses.asdict(score) for name, score in getattr(scores, group).items()}
-  yardsticks = data.compression_yardsticks(held_out.tokenizer, held_out.valid)
-  write_whole(workdir / 'evaluation.json', json_line(result | {'yardsticks': yardsticks}) + '\n')
+  with Work(title, total, unit) as work:
+    yield work.advance
+
+
+def _tell(workdir: Path, records: list[dict[str, Any]], samples: list[dict[str, Any]], yardsticks: dict[str, float]) -> None:
+  """Prints and keeps what was found: evaluation.json of one checkpoint; of several evaluations.jsonl and evaluation.png."""
+  from gptjax import evaluation
+  kept = [json_line(record | ({'yardsticks': yardsticks} if 'sets' in record else {})) for record in records]
+  if len(records) == 1:
+    write_whole(workdir / 'evaluation.json', kept[0] + '\n')
+  else:
+    write_whole(workdir / 'evaluations.jsonl', '\n'.join(kept) + '\n')
+    partial = workdir / 'evaluation.partial.png'
+    evaluation.draw(records, partial)
+    partial.rename(workdir / 'evaluation.png')
+  if _SAMPLES.value:
+    write_whole(Path(_SAMPLES.value).expanduser(), ''.join(json.dumps(one) + '\n' for one in samples))
+  if table := evaluation.table(records):
+    print(table)
   for name, bits in yardsticks.items():
     print(f'{name} of the same documents: {bits:.4f} bits per byte')
-  print(json_line(result))
-
-
-def _print(scores: dict) -> None:
-  print(f'{"set":<24}{"loss":>10}{"perplexity":>14}{"bits/byte":>12}{"tokens":>14}')
-  for name, score in scores.items():
-    print(f'{name:<24}{score.loss:>10.4f}{score.perplexity:>14.3f}{score.bits_per_byte:>12.4f}{score.tokens:>14,}')
+  for record in records:
+    print(json_line(record))
 
 
 if __name__ == '__main__':

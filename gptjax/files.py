@@ -24,8 +24,13 @@ def write_whole(path: Path, text: str) -> None:
 
 def json_line(record: dict[str, Any]) -> str:
   """One line of JSON; numbers that are not finite, which JSON does not have, become null."""
-  finite = lambda value: None if isinstance(value, float) and not math.isfinite(value) else value
-  return json.dumps({name: finite(value) for name, value in record.items()})
+  def finite(value: Any) -> Any:
+    if isinstance(value, dict):
+      return {name: finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+      return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+  return json.dumps(finite(record))
 
 
 def read_json(path: Path) -> Any:

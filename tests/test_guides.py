@@ -18,6 +18,24 @@ def test_commands_of_the_guide_to_data_run_as_written(tmp_path):
   assert {*score['sets']} == {'licence', 'readme'} and {*score['tags']} == {'law'}
 
 
+def test_commands_of_the_guide_to_evaluation_run_as_written(tmp_path):
+  pytest.importorskip('lm_eval')
+  for name, text in {'lambada/lambada_test.jsonl': '{"text": "the cat sat on the mat"}\n' * 3, 'piqa/valid-labels.lst': '0\n1\n',
+                     'piqa/valid.jsonl': '{"goal": "sit", "sol1": "use a chair", "sol2": "use a door"}\n' * 2}.items():
+    (tmp_path / 'task_data' / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / 'task_data' / name).write_text(text)
+  printed = list(run(commands_of('docs/evaluation.md'), tmp_path).values())
+  last = [[json.loads(line) for line in text.splitlines() if line.startswith('{')] for text in printed]
+  assert [[one['step'] for one in some] for some in last] == [[], [8], [4, 8], [4, 8]]
+  workdir = tmp_path / 'runs/evaluated'
+  assert {*last[1][0]['sets']} == {'valid'} and json.loads((workdir / 'evaluation.json').read_text()).items() >= last[1][0].items()
+  assert all({*one['sets']} == {'valid', 'readme'} for one in last[2]) and last[2][1]['sets']['valid'] == last[1][0]['sets']['valid']
+  assert [json.loads(line) for line in (workdir / 'evaluations.jsonl').read_text().splitlines()] == last[3]
+  assert all(one['tasks']['lambada']['examples'] == 3 and 0 <= one['tasks']['piqa']['acc'] <= 1 for one in last[3])
+  assert len((tmp_path / 'answers.jsonl').read_text().splitlines()) == 2 * (3 + 2)
+  assert (workdir / 'evaluation.png').read_bytes().startswith(b'\x89PNG')
+
+
 def test_commands_of_the_guide_to_clusters_run_as_written(tmp_path):
   commands = commands_of('docs/clusters.md')
   assert len(commands) == 5

@@ -70,6 +70,16 @@ class Checkpoints:
     best = ', best' if scored else ''
     raise UserError('--step', wanted, f'latest{best}, {", ".join(map(str, steps))}')
 
+  def resolve_all(self, wanted: str) -> list[int]:
+    """The steps, oldest first, that 'all' means, or a list such as '100,200,best'.
+
+    Raises:
+      UserError: one of them is not there.
+    """
+    if wanted == 'all' and (steps := self.steps()):
+      return steps
+    return sorted({self.resolve(one.strip()) for one in wanted.split(',')})
+
   def save(self, progress: Progress, state: Any, loss: float | None) -> None:
     """Starts to save; a save still running is waited for, and what went wrong with it raised here.
 

@@ -56,17 +56,50 @@ def load_trained(workdir: Path, step: str = 'latest', model_axis: int = 0) -> Tr
   Raises:
     UserError: no run in the folder, no such checkpoint, or a mesh that devices or heads do not allow.
   """
-  config = config_of(workdir)
-  # How it is computed is for the devices that are here now.
-  plan = blueprint(dataclasses.replace(config.model, attention='auto', sequence_parallel=False), config.data.context)
-  fits = jax.device_count() % config.mesh.model == 0
-  mesh = make_mesh(MeshConfig(model=model_axis or (config.mesh.model if fits else 1)))
-  check_heads(config.model, mesh)
-  checkpoints = Checkpoints(workdir / 'checkpoints')
-  try:
-    number = share('checkpoint', checkpoints.resolve(step))
-    shardings = plan.shardings(0, mesh)
-    abstract = {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=shardings[name]) for name, s in plan.shapes.items()}
-    return Trained(config, plan, mesh, checkpoints.restore_parameters(number, abstract), number)
-  finally:
-    checkpoints.close()
+  with Restorer(workdir, model_axis) as restorer:
+    return restorer.restore(share('checkpoint', restorer.checkpoints.resolve(step)))
+
+
+class Restorer:
+  """Restores checkpoints of a run one after another onto the same mesh, so that a program compiled for one does for all. A context.
+
+  Args:
+    workdir, model_axis: as for `load_trained`.
+
+  Raises:
+    UserError: no run in the folder, or a mesh that devices or heads do not allow.
+  """
+
+  def __init__(self, workdir: Path, model_axis: int = 0):
+    self.config = config_of(workdir)
+    # How it is computed is for the devices that are here now.
+    model = dataclasses.replace(self.config.model, attention='auto', sequence_parallel=False)
+    self.blueprint = blueprint(model, self.config.data.context)
+    fits = jax.device_count() % self.config.mesh.model == 0
+    self.mesh = make_mesh(MeshConfig(model=model_axis or (self.config.mesh.model if fits else 1)))
+    check_heads(model, self.mesh)
+    self.checkpoints = Checkpoints(workdir / 'checkpoints')
+
+  def steps(self, wanted: str) -> list[int]:
+    """The steps, oldest first, that 'all', a name or a list of names and numbers means; the same in every process.
+
+    Raises:
+      UserError: one of them is not there.
+    """
+    return share('checkpoints', self.checkpoints.resolve_all(wanted))
+
+  def restore(self, step: int) -> Trained:
+    """The parameters of a step.
+
+    Raises:
+      UserError: a checkpoint that does not fit the run's config.
+    """
+    shardings = self.blueprint.shardings(0, self.mesh)
+    abstract = {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=shardings[name]) for name, s in self.blueprint.shapes.items()}
+    return Trained(self.config, self.blueprint, self.mesh, self.checkpoints.restore_parameters(step, abstract), step)
+
+  def __enter__(self) -> 'Restorer':
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    self.checkpoints.close()

@@ -89,7 +89,7 @@ class Decoder:
     while drawn < most:
       room = min(most - drawn, context - max(windows) + 1)
       rows = [text[-window:] for text, window in zip(texts, windows, strict=True)]
-      state, out = self._start(parameters, rows, texts, seeds, drawn, _bucket(room), sampling)
+      state, out = self._start(parameters, rows, texts, seeds, drawn, bucket(room), sampling)
       for left in reversed(range(room)):
         # The next step is on its way before this one's tokens are looked at.
         state, following = self._decode(parameters, state, sampling=sampling) if left else (None, None)
@@ -103,7 +103,7 @@ class Decoder:
   def _start(self, parameters, rows, texts, seeds, drawn, room, sampling):
     shared = self._mesh.shape['replica'] * self._mesh.shape['data']
     batch = -(-_power(len(rows)) // shared) * shared
-    length = _bucket(max(map(len, rows)))
+    length = bucket(max(map(len, rows)))
     tokens = np.zeros((batch, length), np.int32)
     first = np.full(batch, length - 1, np.int32)
     for index, row in enumerate(rows):
@@ -172,7 +172,7 @@ def _power(n: int) -> int:
   return 1 << (n - 1).bit_length()
 
 
-def _bucket(n: int) -> int:
+def bucket(n: int) -> int:
   """The next of 16, 24, 32, 48, 64, 96, ...: shapes that programs are compiled for."""
   power = max(_power(n), 16)
   return power * 3 // 4 if 16 < power and n <= power * 3 // 4 else power

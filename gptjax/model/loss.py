@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from gptjax.model.layers import capped
 from gptjax.model.weights import axes_of, by_hand, given_back, home, read, summed
@@ -45,6 +45,55 @@ def cross_entropy(hidden: Float[Array, 'N D'], head: nnx.Param, targets: Int[Arr
   return total, jax.lax.stop_gradient(loss)
 
 
+def log_probabilities(hidden: Float[Array, 'N D'], head: nnx.Param, targets: Int[Array, 'N'], vocab_size: int, transposed: bool = False,
+                      cap: float = 0.0) -> tuple[Float[Array, 'N'], Bool[Array, 'N']]:
+  """log softmax(hidden W)[target] of each token, in nats, and whether its target is the likeliest id (of equal ones the lowest).
+
+  The arguments are those of `cross_entropy`; so are the chunks and the split vocabulary. Has no gradients.
+  """
+  place, batch = spec(*axes_of(head)), PartitionSpec(RULES['batch'])
+  axis = place[0 if transposed else 1]
+  dtype = head.get_metadata('dtype')
+
+  def local(h, w, targets):
+    w = w if transposed else w.T  # [V, D]
+    ids = _ids(w, axis)
+
+    def chunk(_, part):
+      h, targets = part
+      logits, highest, exponentials = _logits(h, w, ids, vocab_size, cap, axis)[1:]
+      own = _everywhere(jnp.where(ids == targets[:, None], logits, 0).sum(-1), axis)
+      likeliest = jnp.where(logits == highest[:, None], ids, vocab_size).min(-1)
+      likeliest = likeliest if axis is None else jax.lax.pmin(likeliest, axis)
+      return None, (own - highest - jnp.log(_everywhere(exponentials.sum(-1), axis)), likeliest == targets)
+
+    return _in_chunks(chunk, None, (h, targets), 4 * w.shape[0])[1]
+
+  h = jax.reshard(hidden, PartitionSpec(*batch, None))
+  return by_hand(local, in_specs=(PartitionSpec(*batch, None), place, batch), out_specs=(batch, batch))(
+    h.astype(dtype), read(head.get_value(), dtype, place), targets)
+
+
+def _ids(w, axis):
+  """Ids [v] of this device's rows of W [v, D]."""
+  return (0 if axis is None else jax.lax.axis_index(axis) * w.shape[0]) + jnp.arange(w.shape[0])
+
+
+def _everywhere(x, axis):
+  """The sum of x over the devices that share out the ids."""
+  return x if axis is None else jax.lax.psum(x, axis)
+
+
+def _logits(h, w, ids, vocab_size, cap, axis):
+  """Of this device's ids: logits [n, v] with their cap, those with -1e30 for ids that pad the table, the highest [n] on any device,
+  and exponentials [n, v] of the distance to it."""
+  soft = capped(jnp.matmul(h, w.T, preferred_element_type=jnp.float32), cap)
+  logits = jnp.where(ids < vocab_size, soft, -1e30)
+  highest = logits.max(-1)
+  highest = highest if axis is None else jax.lax.pmax(highest, axis)
+  return soft, logits, highest, jnp.exp(logits - highest[:, None])
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7, 8, 9))
 def _cross_entropy(hidden, weight, targets, mask, *static):
   return _pass(hidden, weight, targets, mask, *static, gradients=False)[:2]
@@ -68,24 +117,18 @@ def _pass(hidden, weight, targets, mask, dtype, place, vocab_size, z_loss, cap, 
   vocab = 0 if transposed else 1
   axis, tokens = place[vocab], jax.typeof(hidden).sharding.spec[0]
   w, batch = read(weight, dtype, place), PartitionSpec(RULES['batch'])
-  everywhere = lambda x: x if axis is None else jax.lax.psum(x, axis)
 
   def local(h, w, targets, mask):
     w = w if transposed else w.T  # [V, D]
-    first = 0 if axis is None else jax.lax.axis_index(axis) * w.shape[0]
-    ids = first + jnp.arange(w.shape[0])
+    ids = _ids(w, axis)
 
     def chunk(sums, part):
       h, targets, mask = part
-      soft = capped(jnp.matmul(h, w.T, preferred_element_type=jnp.float32), cap)
-      logits = jnp.where(ids < vocab_size, soft, -1e30)
-      highest = logits.max(-1)
-      highest = highest if axis is None else jax.lax.pmax(highest, axis)
-      exponentials = jnp.exp(logits - highest[:, None])
-      total = everywhere(exponentials.sum(-1))
+      soft, logits, highest, exponentials = _logits(h, w, ids, vocab_size, cap, axis)
+      total = _everywhere(exponentials.sum(-1), axis)
       hit = ids == targets[:, None]
       normalizer = highest + jnp.log(total)
-      losses = mask * (normalizer - everywhere(jnp.where(hit, logits, 0).sum(-1)))
+      losses = mask * (normalizer - _everywhere(jnp.where(hit, logits, 0).sum(-1), axis))
       z = mask * z_loss * jnp.square(normalizer)
       loss, extra = sums[0] + losses.sum(), sums[1] + z.sum()
       if not gradients:

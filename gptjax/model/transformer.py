@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from gptjax.config import ModelConfig
 from gptjax.model.attention import Attention, Cache, Caches, Place
 from gptjax.model.layers import Embedding, Linear, Norm, capped, dropout
-from gptjax.model.loss import cross_entropy
+from gptjax.model.loss import cross_entropy, log_probabilities
 from gptjax.model.weights import Stack, product
 from gptjax.sharding import Axis, spec
 
@@ -141,6 +141,10 @@ class Transformer(nnx.Module):
     """As `cross_entropy`, of this model's head."""
     return cross_entropy(hidden, self.head_weight, targets, mask, self.config.vocab_size, z_loss, self.head is None,
                          self.config.logit_cap)
+
+  def log_probabilities(self, hidden: Float[Array, 'N D'], targets: Int[Array, 'N']) -> tuple[Float[Array, 'N'], Bool[Array, 'N']]:
+    """As `log_probabilities`, of this model's head."""
+    return log_probabilities(hidden, self.head_weight, targets, self.config.vocab_size, self.head is None, self.config.logit_cap)
 
   @property
   def head_weight(self) -> nnx.Param:

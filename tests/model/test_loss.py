@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from gptjax.config import MeshConfig
-from gptjax.model import cross_entropy, loss
+from gptjax.model import cross_entropy, log_probabilities, loss
 from gptjax.sharding import make_mesh, place, spec
 
 TOKENS, WIDTH, IDS, TABLE = 48, 16, 29, 32
@@ -65,6 +65,30 @@ def test_losses_and_gradients_are_numpys(transposed, rows, cap, in_chunks, mesh,
   values = examples()
   for got, want in zip(run(values, mesh, rows, transposed=transposed, cap=cap), reference(*values, 0.01, cap), strict=True):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize('mesh', ['1x1', '8x1', '2x4'], indirect=True)
+@pytest.mark.parametrize('in_chunks', [False, True])
+@pytest.mark.parametrize('transposed, cap, table', [(False, 0.0, TABLE), (True, 2.0, TABLE), (True, 0.0, IDS)])
+def test_log_probabilities_and_the_likeliest_ids_are_numpys(transposed, cap, table, in_chunks, mesh, monkeypatch):
+  if in_chunks:
+    monkeypatch.setattr(loss, 'CHUNK_ROWS', 5)
+    monkeypatch.setattr(loss, 'CHUNK_BYTES', 0)
+  hidden, head, targets, _ = examples(table=table)
+  head[:, 20] = head[:, 3]  # equally likely wherever they lie: the lower one it is
+  logits = hidden.astype(np.float64) @ head[:, :IDS]
+  logits = cap * np.tanh(logits / cap) if cap else logits
+  targets = np.where(np.arange(TOKENS) % 2, logits.argmax(-1), targets).astype(np.int32)
+  axes = (('vocab', table), 'embed') if transposed else ('embed', ('vocab', table))
+
+  @jax.jit
+  def run(hidden, weight, targets):
+    return log_probabilities(hidden, nnx.Param(weight, axes=axes, dtype='float32'), targets, IDS, transposed, cap)
+
+  weight = place(mesh, head.T if transposed else head, *axes)
+  got, likeliest = run(place(mesh, hidden, 'batch', 'embed'), weight, place(mesh, targets, 'batch'))
+  np.testing.assert_allclose(got, (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[np.arange(TOKENS), targets], 1e-4, 1e-4)
+  np.testing.assert_array_equal(likeliest, np.where(logits == np.sort(logits)[:, -1:], np.arange(IDS), IDS).min(-1) == targets)
 
 
 @pytest.mark.parametrize('mesh', ['2x4'], indirect=True)

@@ -1,0 +1,24 @@
+"""What the tasks beside this file read: files below a folder, --task_data of gptjax.evaluate or --metadata of lm_eval itself."""
+
+import json
+from pathlib import Path
+
+from datasets import Dataset
+
+
+def lambada(task_data: str = '', **_) -> dict[str, Dataset]:
+  """The passages of lambada/lambada_test.jsonl."""
+  return {'test': Dataset.from_list(_records(Path(task_data, 'lambada/lambada_test.jsonl')))}
+
+
+def piqa(task_data: str = '', **_) -> dict[str, Dataset]:
+  """The questions of piqa/valid.jsonl, each with its label of piqa/valid-labels.lst."""
+  questions = _records(Path(task_data, 'piqa/valid.jsonl'))
+  labels = Path(task_data, 'piqa/valid-labels.lst').read_text().split()
+  if len(labels) != len(questions):
+    raise ValueError(f'{len(questions)} questions in piqa/valid.jsonl, {len(labels)} labels in piqa/valid-labels.lst')
+  return {'validation': Dataset.from_list([question | {'label': int(label)} for question, label in zip(questions, labels)])}
+
+
+def _records(path: Path) -> list[dict]:
+  return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines() if line.strip()]

@@ -1,0 +1,48 @@
+"""Scores over a run's checkpoints, as curves."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gptjax.evaluation.results import Record, documents, metrics
+
+Curve = tuple[list[int], list[float], list[float]]
+"""Steps, values and standard errors (0: not known)."""
+
+
+def draw(records: Sequence[Record], path: Path) -> None:
+  """Writes a PNG: bits per byte and loss of each set, shares (such as accuracies) and other metrics of tasks, by step."""
+  from matplotlib.figure import Figure
+
+  panels: list[tuple[str, str, dict[str, Curve]]] = []
+  for title, unit, field in (('held-out text', 'bits per byte', 'bits_per_byte'), ('held-out text', 'nats per token', 'loss')):
+    panels.append((title, unit, _curves(records, lambda one: ((name, (score[field], None)) for name, score in documents(one).items()))))
+  shares, others = (lambda value: 0 <= value <= 1), (lambda value: value > 1)
+  for unit, fits in (('share (bars: standard error)', shares), ('value', others)):
+    ours = {key for key in {key for one in records for key in metrics(one)} if all(fits(metrics(one)[key][0]) for one in records)}
+    panels.append(('tasks', unit, _curves(records, lambda one: ((f'{task} {name}', value) for (task, name), value in metrics(one).items()
+                                                                 if (task, name) in ours))))
+  panels = [panel for panel in panels if panel[2]]
+  figure = Figure(figsize=(4.6 * len(panels), 3.6), layout='constrained')
+  for axis, (title, unit, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+    for name, (steps, values, errors) in curves.items():
+      axis.errorbar(steps, values, errors if any(errors) else None, marker='o', markersize=3, linewidth=1, capsize=2, label=name)
+    axis.set(title=title, xlabel='step', ylabel=unit)
+    if min(min(values) for _, values, _ in curves.values()) > 0 and unit == 'value':
+      axis.set_yscale('log')
+    axis.legend(fontsize='small', frameon=False)
+    axis.grid(alpha=0.3)
+  figure.savefig(path, dpi=130)
+
+
+def _curves(records: Sequence[Record], values: Callable[[Record], Iterable[tuple[str, Any]]]) -> dict[str, Curve]:
+  curves: dict[str, Curve] = {}
+  for one in records:
+    for name, (value, error) in values(one):
+      if math.isfinite(value):
+        steps, means, errors = curves.setdefault(name, ([], [], []))
+        steps.append(one['step'])
+        means.append(value)
+        errors.append(error or 0.0)
+  return curves

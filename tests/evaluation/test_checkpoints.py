@@ -1,0 +1,64 @@
+"""Checkpoints of a run are scored one after another with the same programs, on any mesh."""
+
+import jax
+import numpy as np
+import pytest
+
+from small_stores import make_store
+
+from gptjax import config as configs
+from gptjax.checkpoint import Checkpoints, Progress, Restorer
+from gptjax.config import CheckpointConfig, Config, DataConfig, ModelConfig, UserError
+from gptjax.data import EvalRows
+from gptjax.evaluation import Asked, LikelihoodScorer, Scorer
+from gptjax.model import blueprint
+from gptjax.training import next_token
+from gptjax.training.hardware import CompileCounter
+
+MODEL = ModelConfig(layers=1, width=32, heads=4, vocab_size=259)
+ASKED = [Asked([1, 20, 30], [40, 50]), Asked([1], [60] * 12)]
+
+
+@pytest.fixture
+def workdir(tmp_path):
+  """A run's folder with checkpoints of steps 3, 5 and 8, the second of them the best."""
+  (tmp_path / 'config.json').write_text(configs.to_json(Config(model=MODEL, data=DataConfig(context=16))))
+  checkpoints = Checkpoints(tmp_path / 'checkpoints', CheckpointConfig(keep=3))
+  for step, loss in ((3, 2.0), (5, 1.0), (8, 3.0)):
+    rng = np.random.default_rng(step)
+    parameters = {name: 0.2 * rng.standard_normal(s.shape, np.float32) for name, s in blueprint(MODEL, 16).shapes.items()}
+    checkpoints.save(Progress(step), {'parameters': parameters, 'step': np.array(step)}, loss)
+  checkpoints.close()
+  return tmp_path
+
+
+def test_steps_are_told_by_names_and_numbers(workdir):
+  with Restorer(workdir) as restorer:
+    for wanted, steps in (('all', [3, 5, 8]), ('latest', [8]), ('best', [5]), ('8, 3', [3, 8]), ('best,5,latest', [5, 8])):
+      assert restorer.steps(wanted) == steps
+    with pytest.raises(UserError, match="^--step: '4', accepted: latest, best, 3, 5, 8"):
+      restorer.steps('3,4')
+
+
+def test_all_checkpoints_are_scored_alike_on_every_mesh_without_another_program(workdir):
+  store = make_store(workdir / 'store', [30, 12], vocab_size=259, draw=lambda count: np.random.default_rng(0).integers(4, 259, count))
+  found = {}
+  counter = CompileCounter()
+  try:
+    for model_axis in (1, 4):
+      with Restorer(workdir, model_axis) as restorer, jax.set_mesh(restorer.mesh):
+        scorer = Scorer(restorer.blueprint, next_token(), restorer.mesh, 8)
+        likelihoods = LikelihoodScorer(restorer.blueprint, restorer.mesh, 64)
+        compiled = []
+        for step in restorer.steps('all'):
+          before = counter.count
+          trained = restorer.restore(step)
+          score = scorer(trained.parameters, EvalRows(store, 16, True))
+          found[model_axis, step] = [score.loss, *(one.nats for one in likelihoods(trained.parameters, ASKED))]
+          compiled.append(counter.count - before)
+        assert compiled[0] and not any(compiled[1:])
+  finally:
+    counter.close()
+  for step in (3, 5, 8):
+    np.testing.assert_allclose(found[1, step], found[4, step], rtol=1e-5)
+  assert len({values[0] for values in found.values()}) >= 3

@@ -1,0 +1,82 @@
+"""What was found, as records, tables and pictures; the sets that are asked for."""
+
+import json
+
+import numpy as np
+import pytest
+
+from small_stores import make_store
+
+from gptjax.config import UserError
+from gptjax.data import HeldOut
+from gptjax.data.store import manifest_sha256
+from gptjax.data.tokenizers import ByteTokenizer
+from gptjax.evaluation import Score, Scores, choose_sets, draw, record, table
+from gptjax.files import json_line
+
+TOKENIZER = ByteTokenizer()
+TASK = {'acc': 0.5, 'acc_stderr': 0.1, 'perplexity': 12345.678, 'examples': 7, 'fewshot': 0, 'version': 1.0}
+
+
+def scores(loss):
+  one = lambda loss: Score(loss, 2.0, loss / 2, 10, 30.0)
+  return Scores({'a': one(loss), 'b': one(loss + 1)}, {'both': one(loss + 0.5)})
+
+
+def test_a_record_has_what_was_scored_and_nothing_else():
+  found = record(3, scores(1.0), {'piqa': TASK})
+  assert found['loss'] == 1.5 and found['tokens'] == 20 and found['step'] == 3
+  assert found['sets']['b']['loss'] == 2.0 and {*found['tags']} == {'both'} and found['tasks'] == {'piqa': TASK}
+  assert {*record(3, scores(1.0), None)} == {'loss', 'perplexity', 'bits_per_byte', 'tokens', 'bytes', 'step', 'sets', 'tags'}
+  assert record(3, None, {'piqa': TASK}) == {'step': 3, 'tasks': {'piqa': TASK}}
+  assert json.loads(json_line(record(3, None, {'x': {'acc': float('nan')}}))) == {'step': 3, 'tasks': {'x': {'acc': None}}}
+
+
+def test_a_table_has_a_line_a_score():
+  found = table([record(step, scores(step / 100), {'piqa': TASK}) for step in (100, 200)]).splitlines()
+  assert [line.split()[:2] for line in found[1:9]] == [[step, name] for step in ('100', '200') for name in ('a', 'b', 'tag/both', 'valid')]
+  assert found[5].split() == ['200', 'a', '2.0000', '2.000', '1.0000', '10']
+  assert [line.split()[1:] for line in found[-2:]] == [['piqa', 'acc', '0.5000', '0.1000', '7'], ['piqa', 'perplexity', '12,345.7', '7']]
+  alone = Scores({'a': scores(1.0).sets['a']}, {})
+  assert table([record(100, alone, None)]) == '' and len(table([record(step, alone, None) for step in (1, 2)]).splitlines()) == 3
+
+
+def test_a_picture_is_drawn_of_whatever_was_scored(tmp_path):
+  for index, kinds in enumerate([(True, True), (True, False), (False, True)]):
+    records = [record(step, scores(1 / step) if kinds[0] else None, {'piqa': TASK} if kinds[1] else None) for step in (1, 2, 3)]
+    draw(records, tmp_path / f'{index}.png')
+    assert (tmp_path / f'{index}.png').read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.fixture
+def held_out(tmp_path):
+  stores = {name: make_store(tmp_path / name, [5, 9], vocab_size=259, draw=lambda count: np.full(count, 7)) for name in ('a', 'b')}
+  return HeldOut(TOKENIZER, stores, {'both': ['a', 'b'], 'one': ['b']})
+
+
+def test_sets_are_the_runs_own_unless_others_are_asked_for(held_out, tmp_path):
+  assert choose_sets(None, held_out, tmp_path) == (held_out.valid, held_out.tags)
+  assert choose_sets([], held_out, tmp_path) == ({}, {})
+  text = tmp_path / 'text.txt'
+  text.write_text('a few words, déjà vu')
+  chosen, tags = choose_sets(['b', f'mine={tmp_path}/a', f'text={text}'], held_out, tmp_path / 'cache')
+  assert [*chosen] == ['b', 'mine', 'text'] and tags == {'one': ['b']}
+  assert chosen['mine'].sha256 == held_out.valid['a'].sha256
+  assert (chosen['text'].documents, [*chosen['text'].texts(0, 1)]) == (1, ['a few words, déjà vu'])
+  again, _ = choose_sets([f'text={text}'], held_out, tmp_path / 'cache')
+  assert again['text'].sha256 == chosen['text'].sha256 and len([*(tmp_path / 'cache/data').iterdir()]) == 1
+
+
+def test_a_mistake_with_sets_is_one_line(held_out, tmp_path):
+  make_store(tmp_path / 'other', [5], vocab_size=259)
+  manifest = json.loads((tmp_path / 'other/manifest.json').read_text()) | {'tokenizer_sha256': 'f' * 64}
+  (tmp_path / 'other/manifest.json').write_text(json.dumps(manifest | {'sha256': manifest_sha256(manifest)}))
+  for wanted, message in [
+      (['c'], "^--sets: 'c', accepted: a, b; or NAME=STORE"), (['a', 'a'], "^--sets: 'a', accepted: NAME, "),
+      (['a='], "^--sets: 'a=', accepted: "),
+      ([f'x={tmp_path}/other'], "^--sets: 'x=.*other', accepted: a store made with the run's tokenizer .*, not ffffffffffff"),
+      ([f'x={tmp_path}/nothing.txt'], "nothing.txt', accepted: ")]:
+    with pytest.raises(UserError, match=message):
+      choose_sets(wanted, held_out, tmp_path)
+  with pytest.raises(UserError, match="^--sets: 'c', accepted: no names, since the run has no sets of its own"):
+    choose_sets(['c'], HeldOut(TOKENIZER, {}, {}), tmp_path)
