@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,20 @@ def same_tensors(one: Path, other: Path) -> bool:
   return ours.keys() == theirs.keys() and all(
     (ours[name].dtype, ours[name].shape) == (theirs[name].dtype, theirs[name].shape)
     and np.array_equal(raw(ours[name].view()), raw(theirs[name].view())) for name in ours)
+
+
+@bar
+def families(folder: Path) -> Result:
+  done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-s', 'tests/parity/test_families.py', '-k', 'logits_and_gradients'],
+                        stdout=subprocess.PIPE, text=True)
+  found = re.findall(r'worst of (\w+): logits (\S+), gradients (\S+)\n', done.stdout)
+  logits, gradients = (max(float(one[at]) for one in found) for at in (1, 2))
+  return Result(
+    'every family, random weights, two shapes or three, grouped queries or not, tied and untied, scanned or not, 3 lengths, float32: '
+    'logits within 1e-4 of transformers, gradients within 1e-3 relative',
+    f'{len(found)} models of {len({name for name, *_ in found})} families; logits '
+    f'{logits:.1e}, gradients {gradients:.1e}', done.returncode == 0 and {name for name, *_ in found} == set(FAMILIES),
+    'pytest tests/parity/test_families.py')
 
 
 @bar
