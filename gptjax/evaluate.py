@@ -16,7 +16,7 @@ from absl import flags
 from gptjax import config as configs
 from gptjax import processes
 from gptjax.config import UserError
-from gptjax.files import json_line, write_whole
+from gptjax.files import json_line, read_json, write_whole
 from gptjax.start import start
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a run', required=True)
@@ -34,7 +34,7 @@ _LIMIT = flags.DEFINE_integer('limit', 0, 'most examples of each task; 0: all', 
 _FEWSHOT = flags.DEFINE_integer(
   'num_fewshot', None, 'solved examples before each question of a task; default: as the task says', lower_bound=0)
 _ADD_BOS = flags.DEFINE_enum('add_bos', 'auto', ['auto', 'true', 'false'], "whether every context of a task begins with the tokenizer's "
-                              'bos; auto: where transformers puts one, which it does for some imported tokenizers and for none of ours')
+                              "bos; auto: where transformers puts one: with ours but GPT-2's, and with published ones that ask for it")
 _SAMPLES = flags.DEFINE_string('samples', None, 'file for what tasks asked and what was answered, a JSON object an example')
 
 
@@ -95,7 +95,7 @@ def _tasks(restorer, tokenizer) -> Callable[[Any], tuple[Any, list]]:
   except ModuleNotFoundError as error:
     raise UserError('--tasks', ','.join(_TASKS.value), f'a machine with {error.name}: pip install -r requirements-eval.txt') from None
   tasks = Tasks(_TASKS.value, Options(_TASK_PATH.value, _TASK_DATA.value, _LIMIT.value, _FEWSHOT.value))
-  model = harness.HarnessModel(restorer.blueprint, restorer.mesh, tokenizer, _rows(restorer) * restorer.config.data.context,
+  model = harness.HarnessModel(restorer.blueprint, restorer.mesh, tokenizer, _task_tokens(restorer),
                                {'auto': None, 'true': True, 'false': False}[_ADD_BOS.value], _watched)
 
   def answer(parameters):
@@ -105,6 +105,13 @@ def _tasks(restorer, tokenizer) -> Callable[[Any], tuple[Any, list]]:
     model.use(None)
     return found
   return answer
+
+
+def _task_tokens(restorer) -> int:
+  """Tokens of a batch of a task's requests, most of which are far shorter than the context."""
+  whole = _rows(restorer) * restorer.config.data.context
+  shared = restorer.mesh.shape['replica'] * restorer.mesh.shape['data']
+  return whole if _BATCH.value else min(whole, 2**14 * shared)
 
 
 def _rows(restorer) -> int:
@@ -127,20 +134,25 @@ def _tell(workdir: Path, records: list[dict[str, Any]], samples: list[dict[str, 
   from gptjax import evaluation
   kept = [json_line(record | ({'yardsticks': yardsticks} if 'sets' in record else {})) for record in records]
   if len(records) == 1:
-    write_whole(workdir / 'evaluation.json', kept[0] + '\n')
+    file = workdir / 'evaluation.json'
+    earlier = read_json(file) if file.exists() else {}
+    # What this one left out, such as the documents beside tasks, stays if it is of the same checkpoint.
+    whole = (earlier if earlier.get('step') == records[0]['step'] else {}) | json.loads(kept[0])
+    write_whole(file, json_line(whole) + '\n')
   else:
     write_whole(workdir / 'evaluations.jsonl', '\n'.join(kept) + '\n')
     partial = workdir / 'evaluation.partial.png'
-    evaluation.draw(records, partial)
-    partial.rename(workdir / 'evaluation.png')
-  if _SAMPLES.value:
-    write_whole(Path(_SAMPLES.value).expanduser(), ''.join(json.dumps(one) + '\n' for one in samples))
+    if evaluation.draw(records, partial):
+      partial.rename(workdir / 'evaluation.png')
   if table := evaluation.table(records):
     print(table)
   for name, bits in yardsticks.items():
     print(f'{name} of the same documents: {bits:.4f} bits per byte')
   for record in records:
     print(json_line(record))
+  if _SAMPLES.value:
+    plain = lambda value: value.tolist() if hasattr(value, 'tolist') else str(value)  # numpy's, as some metrics have them
+    write_whole(Path(_SAMPLES.value).expanduser(), ''.join(json.dumps(one, default=plain) + '\n' for one in samples))
 
 
 if __name__ == '__main__':

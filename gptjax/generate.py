@@ -54,21 +54,23 @@ def main(_) -> None:
   workdir = Path(_WORKDIR.value).expanduser()
   trained = checkpoint.load_trained(workdir, _STEP.value, _MODEL_AXIS.value)
   tokenizer = data.open_held_out(workdir / 'data').tokenizer
+  context = trained.blueprint.context
   with jax.set_mesh(trained.mesh):
     generator = inference.Generator(trained.blueprint, trained.mesh, tokenizer)
 
     def read(prompt, source):
       ids = generator.prompt(prompt, source)
-      if len(ids) > trained.blueprint.context and processes.first():
-        print(f'{source}: {len(ids)} tokens, of which the model reads the last {trained.blueprint.context}', file=sys.stderr)
+      if len(ids) > context and processes.first():
+        print(f'{source}: {len(ids)} tokens, of which the model reads the last {context}', file=sys.stderr)
       return ids
 
     # What is wrong with one is told before anything is printed.
-    rows = [(prompt, read(prompt, source)) for source, prompt in prompts for _ in range(_SAMPLES.value)]
+    rows = [row for source, prompt in prompts for row in [(prompt, read(prompt, source))] * _SAMPLES.value]
     if processes.first():
       print(trained.description, file=sys.stderr)
     settings: dict[str, Any] = {'max_tokens': _MAX_TOKENS.value, 'sampling': sampling, 'stop': _STOP.value, 'stop_ids': _STOP_IDS.value}
     weights = generator.prepare(trained.parameters)
+    del trained  # what is as it was restored may go
     if _CHAT.value:
       _chat(read, lambda ids, turn: generator.stream(weights, [ids], seeds=[(_SEED.value + turn) % 2**32], **settings))
     elif len(rows) == 1 and not _OUT.value and isinstance(rows[0][0], str):

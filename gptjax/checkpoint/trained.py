@@ -95,7 +95,9 @@ class Restorer:
       UserError: a checkpoint that does not fit the run's config.
     """
     shardings = self.blueprint.shardings(0, self.mesh)
-    abstract = {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=shardings[name]) for name, s in self.blueprint.shapes.items()}
+    # In the type that the model reads them in: nothing else is asked of them here.
+    abstract = {name: jax.ShapeDtypeStruct(s.shape, self.blueprint.dtypes[name], sharding=shardings[name])
+                for name, s in self.blueprint.shapes.items()}
     return Trained(self.config, self.blueprint, self.mesh, self.checkpoints.restore_parameters(step, abstract), step)
 
   def __enter__(self) -> 'Restorer':

@@ -16,6 +16,7 @@ from gptjax.config.flags import (
     run,
     to_json,
 )
+from gptjax.config.model import ModelConfig, RopeConfig
 from gptjax.config.schema import (
     CheckpointConfig,
     Component,
@@ -24,10 +25,8 @@ from gptjax.config.schema import (
     Duration,
     EvalConfig,
     MeshConfig,
-    ModelConfig,
     OptimizerConfig,
     Phase,
-    RopeConfig,
     SourceConfig,
     TokenizerConfig,
     ValidationSet,

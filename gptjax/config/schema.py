@@ -5,14 +5,12 @@ import math
 import re
 from typing import Literal
 
+from gptjax.config.checks import at_least, divisors, fraction
 from gptjax.config.errors import UserError
+from gptjax.config.model import ModelConfig
 
 Duration = int | str
 """A length of training: steps (2000), or text with a unit: '2000 steps', '1.5e6 tokens', '3 epochs'."""
-
-Activation = Literal['block', 'attention_norm', 'q', 'k', 'v', 'attention', 'attention_out', 'mlp_norm', 'gate', 'up', 'hidden']
-"""What a block computes on its way, in order: its input, the normalized input, queries, keys and values, the mixed values before
-and after their product, the normalized input of the feed-forward layer, its two products, and what they become."""
 
 _DURATION = re.compile(
     r'\s*([0-9]+(?:_[0-9]+)*\.?[0-9]*(?:e[+]?[0-9]+)?)\s*(steps?|tokens?|epochs?)?\s*', re.IGNORECASE)
@@ -38,175 +36,6 @@ def in_unit_of_steps(value: Duration) -> bool:
   """Whether a Duration is given in steps, and so depends on the batch size."""
   match = _DURATION.fullmatch(str(value))
   return match is not None and (match[2] or 'steps').lower().startswith('step')
-
-
-def _at_least(prefix: str, config: object, lowest: float, *names: str) -> None:
-  for name in names:
-    value = getattr(config, name)
-    if value < lowest:
-      raise UserError(f'{prefix}{name}', value, f'{lowest} or more')
-
-
-def _fraction(prefix: str, config: object, *names: str) -> None:
-  for name in names:
-    value = getattr(config, name)
-    if not 0 <= value < 1:
-      raise UserError(f'{prefix}{name}', value, 'at least 0 and below 1')
-
-
-def _divisors(n: int) -> str:
-  return ', '.join(str(d) for d in range(1, n + 1) if n % d == 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeConfig:
-  """Rotary positions (arXiv:2104.09864), and how they are stretched beyond the context they were trained for."""
-
-  theta: float = 10000.0
-  """base of the wavelengths"""
-  local_theta: float = 0.0
-  """base in layers with a window, which are never stretched (Gemma 3); 0: as in the others"""
-  scaling: Literal['none', 'linear', 'llama3'] = 'none'
-  """linear: all wavelengths times factor (arXiv:2306.15595); llama3: long ones alone (arXiv:2407.21783)"""
-  factor: float = 1.0
-  """how much longer the wavelengths become"""
-  low: float = 1.0
-  """llama3: wavelengths that turn fewer times than this in original_context are stretched in full"""
-  high: float = 4.0
-  """llama3: wavelengths that turn more often than this stay; those between are stretched in part"""
-  original_context: int = 8192
-  """llama3: tokens a row before stretching"""
-
-  def __post_init__(self):
-    for field in ('theta', 'factor'):
-      if getattr(self, field) <= 0:
-        raise UserError(f'model.rope.{field}', getattr(self, field), 'a number above 0')
-    _at_least('model.rope.', self, 0, 'local_theta')
-    _at_least('model.rope.', self, 1, 'original_context')
-    if not 0 < self.low < self.high:
-      raise UserError('model.rope.high', self.high, f'a number above model.rope.low={self.low}, which is above 0')
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """The transformer: GPT-2's style, the modern one, and what published families do differently, a choice a field."""
-
-  layers: int = 4
-  """transformer blocks"""
-  width: int = 128
-  """size of the residual stream, in features"""
-  heads: int = 4
-  """query heads"""
-  kv_heads: int = 0
-  """key/value heads, each shared by heads/kv_heads query heads; 0: as many as heads"""
-  head_size: int = 0
-  """features of a head; 0: width / heads, which must be whole then"""
-  mlp_width: int = 0
-  """hidden size of the feed-forward layer, in features; 0: 4 * width"""
-  vocab_size: int = 0
-  """token ids the model can read and predict; 0: as many as the tokenizer has"""
-  vocab_multiple: int = 8
-  """the embedding table is padded to a multiple of this many rows; padded ids are never predicted"""
-  positions: Literal['learned', 'rope'] = 'learned'
-  """learned: a table over positions (GPT-2); rope: rotary embeddings (arXiv:2104.09864)"""
-  rope: RopeConfig = RopeConfig()
-  """rotary positions"""
-  norm: Literal['layernorm', 'rmsnorm', 'rmsnorm1p'] = 'layernorm'
-  """layernorm (arXiv:1607.06450), rmsnorm (arXiv:1910.07467), or rmsnorm1p, whose gains are stored less 1 (Gemma)"""
-  norm_at: Literal['pre', 'post', 'sandwich'] = 'pre'
-  """where a block normalizes: what attention and feed-forward layer read (pre), what they give (post, OLMo 2) or both (Gemma 2)"""
-  norm_eps: float = 1e-5
-  """added to the mean square"""
-  mlp: Literal['gelu', 'swiglu', 'geglu'] = 'gelu'
-  """gelu: two matrices, tanh approximation (GPT-2); swiglu, geglu: three, gated by silu or that gelu (arXiv:2002.05202)"""
-  qk_norm: Literal['none', 'head', 'width'] = 'none'
-  """normalize queries and keys per head (arXiv:2302.05442), or over all heads (OLMo 2)"""
-  bias: bool = True
-  """biases in linear layers and layernorms"""
-  qkv_bias: bool = False
-  """biases of queries, keys and values, where bias is off (Qwen 2)"""
-  tied: bool = True
-  """one table for the embedding and the output head"""
-  scaled_embedding: bool = False
-  """multiply embeddings by the root of width (arXiv:1706.03762, section 3.4)"""
-  window: int = 0
-  """tokens that a token sees, itself included (sliding window, arXiv:2004.05150); 0: all before it"""
-  global_every: int = 0
-  """every so many layers one has no window, the last of them; 0: none has"""
-  query_scale: float = 0.0
-  """scores are divided by the root of it; 0: the features of a head (arXiv:1706.03762)"""
-  attention_cap: float = 0.0
-  """scores s become cap * tanh(s / cap) (Gemma 2, arXiv:2408.00118); 0: they stay"""
-  logit_cap: float = 0.0
-  """the same for logits"""
-  dropout: float = 0.0
-  """probability that a feature is dropped after embeddings, attention weights, attention and feed-forward"""
-  scan: bool = False
-  """run the layers as one scan over stacked parameters: compiles in constant time, slower on CPU"""
-  remat: Literal['none', 'dots', 'full', 'names'] = 'none'
-  """what the backward pass recomputes of a block: nothing, all but products with weights (dots), all (full), or all but the \
-activations that saved and offloaded name (names)"""
-  saved: tuple[Activation, ...] = ()
-  """activations kept under remat 'names'; JSON on a command line: '["attention", "hidden"]'"""
-  offloaded: tuple[Activation, ...] = ()
-  """activations kept in the host's memory under remat 'names'; for devices with a memory of their own"""
-  sequence_parallel: bool = False
-  """split the activations between products over mesh.model too, by token (arXiv:2205.05198)"""
-  attention: Literal['auto', 'blocks', 'xla', 'splash', 'cudnn'] = 'auto'
-  """blocks: causal blocks, on any device; xla: the full square; splash: TPU kernels; cudnn: NVIDIA's; auto: the device's own \
-where it can, else blocks"""
-  compute_dtype: Literal['float32', 'bfloat16'] = 'float32'
-  """precision of matrix products and activations; parameters, norms, softmax and loss stay float32"""
-
-  def __post_init__(self):
-    _at_least('model.', self, 1, 'layers', 'width', 'heads', 'vocab_multiple')
-    _at_least('model.', self, 0, 'kv_heads', 'mlp_width', 'vocab_size', 'head_size', 'window', 'global_every', 'query_scale',
-              'attention_cap', 'logit_cap', 'norm_eps')
-    _fraction('model.', self, 'dropout')
-    if not self.head_size and self.width % self.heads:
-      raise UserError('model.heads', self.heads, f'a divisor of model.width={self.width}: {_divisors(self.width)}')
-    if self.kv_heads and self.heads % self.kv_heads:
-      raise UserError('model.kv_heads', self.kv_heads, f'a divisor of model.heads={self.heads}: {_divisors(self.heads)}')
-    if self.positions == 'rope' and self.head_width % 2:
-      if self.head_size:
-        raise UserError('model.head_size', self.head_size, 'an even number for rope')
-      raise UserError('model.heads', self.heads, f'an even model.width/model.heads for rope, not {self.head_width}')
-    if self.global_every and not self.window:
-      raise UserError('model.global_every', self.global_every, '0 unless model.window says how far the other layers see')
-    if self.remat != 'names' and (self.saved or self.offloaded):
-      field = 'saved' if self.saved else 'offloaded'
-      raise UserError(f'model.{field}', list(getattr(self, field)), f"none unless model.remat is 'names', and it is '{self.remat}'")
-    if twice := set(self.saved) & set(self.offloaded):
-      raise UserError('model.offloaded', sorted(twice)[0], 'activations that model.saved does not name')
-
-  @property
-  def head_width(self) -> int:
-    """Features of one attention head."""
-    return self.head_size or self.width // self.heads
-
-  @property
-  def key_heads(self) -> int:
-    """Key/value heads, with 0 resolved."""
-    return self.kv_heads or self.heads
-
-  @property
-  def gated(self) -> bool:
-    """Whether the feed-forward layer has a gate."""
-    return self.mlp != 'gelu'
-
-  def sees_all(self, layer: int) -> bool:
-    """Whether a layer, counted from 0, has no window."""
-    return not self.window or (self.global_every > 0 and (layer + 1) % self.global_every == 0)
-
-  @property
-  def hidden_width(self) -> int:
-    """Feed-forward features, with 0 resolved."""
-    return self.mlp_width or 4 * self.width
-
-  @property
-  def table_rows(self) -> int:
-    """Rows of the embedding table: vocab_size rounded up to vocab_multiple."""
-    return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +72,7 @@ class TokenizerConfig:
 
   def __post_init__(self):
     if self.kind in ('bpe', 'unigram'):
-      _at_least('data.tokenizer.', self, 300, 'vocab_size')
+      at_least('data.tokenizer.', self, 300, 'vocab_size')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +87,7 @@ class Component:
   """most passes over it; once they are done its share goes to the others; 0: no limit"""
 
   def __post_init__(self):
-    _at_least('data.train: ', self, 0, 'weight', 'epochs')
+    at_least('data.train: ', self, 0, 'weight', 'epochs')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,8 +152,8 @@ class DataConfig:
   """processes that make them; 0: a thread"""
 
   def __post_init__(self):
-    _at_least('data.', self, 1, 'context')
-    _at_least('data.', self, 0, 'prefetch', 'workers')
+    at_least('data.', self, 1, 'context')
+    at_least('data.', self, 0, 'prefetch', 'workers')
     if not 0 < self.valid_fraction < 1:
       raise UserError('data.valid_fraction', self.valid_fraction, 'above 0 and below 1')
     if self.workers and not self.prefetch:
@@ -385,8 +214,8 @@ class OptimizerConfig:
   """largest global norm of the gradient; 0: no clipping"""
 
   def __post_init__(self):
-    _at_least('optimizer.', self, 0, 'peak_lr', 'muon_lr', 'weight_decay', 'clip', 'eps')
-    _fraction('optimizer.', self, 'b1', 'b2', 'momentum')
+    at_least('optimizer.', self, 0, 'peak_lr', 'muon_lr', 'weight_decay', 'clip', 'eps')
+    fraction('optimizer.', self, 'b1', 'b2', 'momentum')
     if not 0 <= self.final_fraction <= 1:
       raise UserError('optimizer.final_fraction', self.final_fraction, '0 to 1')
 
@@ -405,11 +234,11 @@ class MeshConfig:
   """largest share of the parameters' bytes that may stay whole on devices that should split them"""
 
   def __post_init__(self):
-    _at_least('mesh.', self, 1, 'replica', 'model')
+    at_least('mesh.', self, 1, 'replica', 'model')
     if not 0 <= self.whole <= 1:
       raise UserError('mesh.whole', self.whole, '0 to 1')
     if self.data != -1:
-      _at_least('mesh.', self, 1, 'data')
+      at_least('mesh.', self, 1, 'data')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -426,7 +255,7 @@ class EvalConfig:
   """text the sample continues"""
 
   def __post_init__(self):
-    _at_least('eval.', self, 0, 'rows', 'sample_tokens')
+    at_least('eval.', self, 0, 'rows', 'sample_tokens')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -441,7 +270,7 @@ class CheckpointConfig:
   """also keep the checkpoint with the lowest validation loss"""
 
   def __post_init__(self):
-    _at_least('checkpoint.', self, 1, 'keep')
+    at_least('checkpoint.', self, 1, 'keep')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -479,12 +308,12 @@ class Config:
     return self.batch_size // self.microbatches
 
   def __post_init__(self):
-    _at_least('', self, 1, 'batch_size', 'microbatches')
-    _at_least('', self, 0, 'z_loss', 'seed')
+    at_least('', self, 1, 'batch_size', 'microbatches')
+    at_least('', self, 0, 'z_loss', 'seed')
     if self.zero_stage not in range(4):
       raise UserError('zero_stage', self.zero_stage, '0, 1, 2 or 3')
     if self.batch_size % self.microbatches:
-      accepted = f'a divisor of batch_size={self.batch_size}: {_divisors(self.batch_size)}'
+      accepted = f'a divisor of batch_size={self.batch_size}: {divisors(self.batch_size)}'
       raise UserError('microbatches', self.microbatches, accepted)
     for field, value in (('steps', self.steps), ('eval.every', self.eval.every), ('checkpoint.every', self.checkpoint.every),
                          ('optimizer.warmup', self.optimizer.warmup), ('optimizer.decay', self.optimizer.decay)):

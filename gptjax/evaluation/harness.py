@@ -17,7 +17,6 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from gptjax.config import UserError
 from gptjax.data import Tokenizer
 from gptjax.data.progress import announce
-from gptjax.data.tokenizers.published import PublishedTokenizer
 from gptjax.evaluation.likelihood import Asked, LikelihoodScorer
 from gptjax.inference import Generator, Sampling
 from gptjax.model import Blueprint, Parameters
@@ -25,6 +24,9 @@ from gptjax.processes import first
 
 MOST_TOKENS = 256
 """That are generated where a task says nothing, as in the harness's torch backend."""
+
+_KNOWN = ('until', 'max_gen_toks', 'do_sample', 'temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
+_WITHOUT_EFFECT = {'num_beams': 1, 'num_return_sequences': 1, 'length_penalty': 1.0, 'use_cache': True}
 
 Watch = Callable[[str, int, str], contextlib.AbstractContextManager[Callable[[int], None]]]
 """(title, total, unit): a context of long work, which is told of every so much that is done."""
@@ -50,8 +52,8 @@ class HarnessModel(TemplateLM):
     mesh: where the parameters lie.
     tokenizer: of the model.
     batch_tokens: of a batch, padding included.
-    add_bos: whether every context begins with the tokenizer's bos. None: as in HFLM, where transformers puts one, as the files of some
-      published tokenizers ask for; those of exported runs do not.
+    add_bos: whether every context begins with the tokenizer's bos. None: as in HFLM, where transformers puts one: for all of ours but
+      GPT-2's, and for published ones whose files ask for it.
     watch: shows progress.
   """
 
@@ -59,7 +61,7 @@ class HarnessModel(TemplateLM):
                watch: Watch = unwatched):
     super().__init__()
     self._tokenizer, self._watch, self._context = tokenizer, watch, blueprint.context
-    self._add_bos = isinstance(tokenizer, PublishedTokenizer) and bool(tokenizer.start_ids) if add_bos is None else add_bos
+    self._add_bos = bool(tokenizer.start_ids) if add_bos is None else add_bos
     self._rows = max(batch_tokens // blueprint.context, 1)
     self._scorer = LikelihoodScorer(blueprint, mesh, batch_tokens)
     self._generator = Generator(blueprint, mesh, tokenizer)
@@ -154,7 +156,10 @@ class HarnessModel(TemplateLM):
     most = told['max_gen_toks']
     if not 0 < most < self._context:
       raise UserError('--tasks', f'max_gen_toks={most}', f"1 or more, and fewer than the model's context of {self._context}")
-    sampling = Sampling(told['temperature'] if told['do_sample'] else 0.0, int(told.get('top_k', 0)), float(told.get('top_p', 1.0)))
+    if more := sorted(name for name in told if name not in _KNOWN and told[name] != _WITHOUT_EFFECT.get(name)):
+      raise UserError('--tasks', f'{more[0]}={told[more[0]]}', f'a task that generates with {", ".join(_KNOWN)}')
+    sampling = Sampling(told['temperature'] if told['do_sample'] else 0.0, int(told.get('top_k', 0)), float(told.get('top_p', 1.0)),
+                        float(told.get('min_p', 0.0)), float(told.get('repetition_penalty', 1.0)))
     return {'max_tokens': most, 'sampling': sampling, 'stop': [stop for stop in told['until'] if stop]}
 
   def _given(self) -> Parameters:

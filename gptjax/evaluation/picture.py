@@ -11,19 +11,24 @@ Curve = tuple[list[int], list[float], list[float]]
 """Steps, values and standard errors (0: not known)."""
 
 
-def draw(records: Sequence[Record], path: Path) -> None:
-  """Writes a PNG: bits per byte and loss of each set, shares (such as accuracies) and other metrics of tasks, by step."""
+def draw(records: Sequence[Record], path: Path) -> bool:
+  """Writes a PNG: bits per byte and loss of each set, shares (such as accuracies) and other metrics of tasks, by step.
+
+  Returns whether there was a number to draw.
+  """
   from matplotlib.figure import Figure
 
   panels: list[tuple[str, str, dict[str, Curve]]] = []
   for title, unit, field in (('held-out text', 'bits per byte', 'bits_per_byte'), ('held-out text', 'nats per token', 'loss')):
     panels.append((title, unit, _curves(records, lambda one: ((name, (score[field], None)) for name, score in documents(one).items()))))
-  shares, others = (lambda value: 0 <= value <= 1), (lambda value: value > 1)
-  for unit, fits in (('share (bars: standard error)', shares), ('value', others)):
-    ours = {key for key in {key for one in records for key in metrics(one)} if all(fits(metrics(one)[key][0]) for one in records)}
+  keys = {key for one in records for key in metrics(one)}
+  shares = {key for key in keys if all(0 <= metrics(one)[key][0] <= 1 for one in records if key in metrics(one))}
+  for unit, ours in (('share (bars: standard error)', shares), ('value', keys - shares)):
     panels.append(('tasks', unit, _curves(records, lambda one: ((f'{task} {name}', value) for (task, name), value in metrics(one).items()
                                                                  if (task, name) in ours))))
   panels = [panel for panel in panels if panel[2]]
+  if not panels:
+    return False
   figure = Figure(figsize=(4.6 * len(panels), 3.6), layout='constrained')
   for axis, (title, unit, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
     for name, (steps, values, errors) in curves.items():
@@ -34,6 +39,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
     axis.legend(fontsize='small', frameon=False)
     axis.grid(alpha=0.3)
   figure.savefig(path, dpi=130)
+  return True
 
 
 def _curves(records: Sequence[Record], values: Callable[[Record], Iterable[tuple[str, Any]]]) -> dict[str, Curve]:

@@ -83,7 +83,13 @@ class Tasks:
       results, and of each example its task, doc_id, arguments, resps and metrics.
     """
     os.environ['DISABLE_MULTIPROC'] = '1'  # the harness would fork beside JAX's threads
-    told = evaluator.evaluate(model, self._loaded, limit=self._limit, log_samples=samples, bootstrap_iters=_RESAMPLES)
+    try:
+      told = evaluator.evaluate(model, self._loaded, limit=self._limit, log_samples=samples, bootstrap_iters=_RESAMPLES)
+    except UserError:
+      raise
+    except Exception as error:  # whatever a task's own code may raise
+      names = ', '.join(self._loaded['tasks'])
+      raise UserError('--tasks', names, f'tasks whose code runs on their data ({type(error).__name__}: {error})') from error
     assert told is not None
     kept = ('doc_id', 'arguments', 'resps', 'filter', 'target')
     asked = [{'task': name, **{key: sample[key] for key in (*kept, *sample['metrics'])}}
@@ -109,7 +115,12 @@ def _put(task: Any, fewshot: int | None) -> None:
 
 
 def _result(name: str, metrics: dict[str, Any], told: Any) -> dict[str, Any]:
-  # 'acc,none' is the metric acc after the filter none.
-  numbers = {key.removesuffix(',none'): float(value) for key, value in metrics.items() if ',' in key and isinstance(value, int | float)}
+  numbers = {}
+  for key, value in metrics.items():
+    # 'acc,none' is the metric acc after the filter none, 'acc_stderr,none' its standard error.
+    metric, _, which = key.partition(',')
+    if which and isinstance(value, int | float):
+      of = metric.removesuffix('_stderr') + ('' if which == 'none' else f',{which}')
+      numbers[of + '_stderr' * metric.endswith('_stderr')] = float(value)
   examples = told.get('n-samples', {}).get(name, {}).get('effective')
   return numbers | {'examples': examples, 'fewshot': told.get('n-shot', {}).get(name), 'version': told.get('versions', {}).get(name)}

@@ -60,13 +60,17 @@ class Decoder:
     self._plan = _unrolled(blueprint)
     self._forbidden = np.zeros(blueprint.config.table_rows, bool)
     self._forbidden[list(forbidden)] = True
-    self._prepare = jax.jit(self._unstacked, out_shardings=self._plan.shardings(zero_stage, mesh))
+    self._places = self._plan.shardings(zero_stage, mesh)
+    self._prepare = jax.jit(self._unstacked, out_shardings=self._places)
     self._prefill = jax.jit(self._prefill_step, static_argnames=('room', 'sampling'))
     self._decode = jax.jit(self._decode_step, static_argnames='sampling', donate_argnames='state')
 
   def prepare(self, parameters: Parameters) -> Parameters:
-    """Parameters as decoding reads them: layer by layer, in the type that computes."""
-    return self._prepare(parameters)
+    """Parameters as decoding reads them: layer by layer, in the type that computes; the very same where they are so already."""
+    ready = parameters.keys() == self._places.keys() and all(
+      value.dtype == self._plan.dtypes[name] and value.sharding.is_equivalent_to(self._places[name], value.ndim)
+      for name, value in parameters.items())
+    return parameters if ready else self._prepare(parameters)
 
   def __call__(self, parameters: Parameters, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int],
                most: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -89,7 +93,7 @@ class Decoder:
     while drawn < most:
       room = min(most - drawn, context - max(windows) + 1)
       rows = [text[-window:] for text, window in zip(texts, windows, strict=True)]
-      state, out = self._start(parameters, rows, texts, seeds, drawn, bucket(room), sampling)
+      state, out = self._start(parameters, rows, texts, seeds, drawn, min(bucket(room), context), sampling)
       for left in reversed(range(room)):
         # The next step is on its way before this one's tokens are looked at.
         state, following = self._decode(parameters, state, sampling=sampling) if left else (None, None)
@@ -103,7 +107,7 @@ class Decoder:
   def _start(self, parameters, rows, texts, seeds, drawn, room, sampling):
     shared = self._mesh.shape['replica'] * self._mesh.shape['data']
     batch = -(-_power(len(rows)) // shared) * shared
-    length = bucket(max(map(len, rows)))
+    length = min(bucket(max(map(len, rows))), self._plan.context)
     tokens = np.zeros((batch, length), np.int32)
     first = np.full(batch, length - 1, np.int32)
     for index, row in enumerate(rows):
@@ -163,7 +167,8 @@ class Decoder:
 
 def _unrolled(plan: Blueprint) -> Blueprint:
   """The same model with its layers one by one."""
-  config = dataclasses.replace(plan.config, scan=False, remat='none', saved=(), offloaded=(), sequence_parallel=False, dropout=0.0)
+  config = dataclasses.replace(plan.config, attention='auto', scan=False, remat='none', saved=(), offloaded=(), sequence_parallel=False,
+                               dropout=0.0)
   return blueprint(config, plan.context)
 
 

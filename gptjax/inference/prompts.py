@@ -21,7 +21,7 @@ def read_prompts(path: Path) -> list[tuple[str, Prompt]]:
     UserError: the file cannot be read, has nothing, or a line is no such object.
   """
   try:
-    lines = path.read_text(encoding='utf-8').splitlines()
+    lines = path.read_text(encoding='utf-8').split('\n')  # and not where Unicode sees ends of lines too
   except (OSError, UnicodeDecodeError) as error:
     raise UserError('--prompts', str(path), f'a file of UTF-8 text ({getattr(error, "strerror", None) or error})') from None
   named = [(f'{path}:{number}', line) for number, line in enumerate(lines, 1) if line]

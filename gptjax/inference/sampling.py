@@ -18,7 +18,7 @@ class Sampling:
   temperature: float = 0.8
   """logits are divided by it; 0: always the likeliest token"""
   top_k: int = 0
-  """only the k likeliest tokens; 0: all"""
+  """only the k likeliest tokens, and what is as likely as the k-th; 0: all"""
   top_p: float = 1.0
   """only the likeliest tokens that together have this probability (arXiv:1904.09751); 1: all"""
   min_p: float = 0.0
@@ -49,7 +49,8 @@ def sample(logits: Float[Array, 'B V'], sampling: Sampling, keys: Key[Array, 'B'
   """One token id a row, each drawn with its own key."""
   if sampling.temperature == 0:
     return jnp.argmax(logits, -1)
-  logits = logits / sampling.temperature
+  # From the highest on, and never by a number that float32 takes for 0.
+  logits = (logits - logits.max(-1, keepdims=True)) / max(sampling.temperature, 1e-30)
   narrow = 0 < sampling.top_k < logits.shape[-1]
   if narrow or sampling.top_p < 1:
     ordered = jax.lax.top_k(logits, sampling.top_k)[0] if narrow else jnp.sort(logits, -1, descending=True)

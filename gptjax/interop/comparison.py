@@ -133,7 +133,7 @@ def our_logits(plan: Blueprint, parameters: Parameters, mesh: Mesh, tokens: Int[
   config = dataclasses.replace(plan.config, compute_dtype='float32', attention='auto', sequence_parallel=False, remat='none', saved=(),
                                offloaded=())
   exact = blueprint(config, plan.context)
-  with jax.set_mesh(mesh):
+  with jax.set_mesh(mesh), jax.default_matmul_precision('highest'):  # accelerators round float32 otherwise
     # One row for each device that shares the batch: they are all the same.
     rows = np.tile(tokens, (mesh.shape['replica'] * mesh.shape['data'], 1))
     logits = jax.jit(lambda parameters, tokens: exact.merge(parameters)(tokens))(parameters, place(mesh, rows, 'batch', None))

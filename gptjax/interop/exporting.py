@@ -15,7 +15,7 @@ from gptjax.data import Tokenizer, load_tokenizer
 from gptjax.data.progress import Work
 from gptjax.files import building, write_json
 from gptjax.interop.comparison import Agreement, Check, compare_tensors, our_logits, restored, their_logits
-from gptjax.interop.families import Family, Fields, comparable, family, family_for
+from gptjax.interop.families import Family, comparable, described, family_for
 from gptjax.interop.folders import CONFIG, GENERATION, Writer, copy_words, read_object, read_tensors
 from gptjax.interop.importing import BUFFERS, KEPT, RECORD, load
 from gptjax.interop.matching import Match, match
@@ -63,7 +63,7 @@ def export_run(workdir: Path, folder: Path, options: Export) -> str:
   buffers = read_header(kept / BUFFERS) if (kept / BUFFERS).exists() else {}
   chosen = options.check.chosen()
   tokens = chosen.tokens(tokenizer, matched.plan)
-  mesh = make_mesh(MeshConfig(data=1))
+  mesh = make_mesh(MeshConfig())
   with contextlib.closing(Checkpoints(workdir / 'checkpoints')) as checkpoints, building(folder, resumes=False) as out:
     assert out, 'the folder was not there'
     step = checkpoints.resolve(options.step)
@@ -89,8 +89,8 @@ def _described(config: Config, kept: Path, tokenizer: Tokenizer, dtype: str) -> 
     return kind, {'architectures': [kind.architecture], 'model_type': kind.model_type,
                   'dtype': 'float32' if dtype == 'auto' else dtype} | kind.write(config.model, context) | ids
   values = read_object(kept / CONFIG)
-  kind = family(values, str(kept / CONFIG))
-  was, now = (comparable(model) for model in (kind.read(Fields(values, str(kept / CONFIG)))[0], config.model))
+  kind, model, _ = described(values, str(kept / CONFIG))
+  was, now = comparable(model), comparable(config.model)
   for field in was:
     if was[field] != now[field]:
       raise UserError(f'model.{field}', now[field], f'{was[field]!r}, as the model was imported ({kept / CONFIG})')

@@ -90,6 +90,13 @@ class Fields:
       raise UserError(f'{self.file}: {name}', value, 'a number')
     return float(value)
 
+  def flag(self, name: str, default: bool) -> bool:
+    """A field that must be true or false."""
+    value = self(name, default)
+    if not isinstance(value, bool):
+      raise UserError(f'{self.file}: {name}', value, 'true or false')
+    return value
+
   def must(self, name: str, *accepted: Any) -> Any:
     """A field of which only some values can be done; the first is the default."""
     value = self(name, accepted[0])
@@ -136,6 +143,21 @@ def family(values: Json, file: str = 'config.json') -> Family:
   return found
 
 
+def described(values: Json, file: str) -> tuple[Family, ModelConfig, int]:
+  """Family, config and context of a config.json that may say anything.
+
+  Raises:
+    UserError: it is of no family, or says what the transformer cannot do or nobody can read.
+  """
+  try:
+    kind = family(values, file)
+    return kind, *kind.read(Fields(values, file))
+  except UserError:
+    raise
+  except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+    raise UserError(file, f'{type(error).__name__}: {error}', 'a config.json whose fields have the types of its family') from None
+
+
 def family_for(config: ModelConfig, context: int) -> Family:
   """The family that a config is of: the first that it comes back from as it is.
 
@@ -174,12 +196,13 @@ def comparable(config: ModelConfig) -> Json:
 def _decoder(fields: Fields, **others: Any) -> tuple[ModelConfig, int]:
   """What the families since Llama share."""
   heads, width, context = fields.count('num_attention_heads'), fields.count('hidden_size'), fields.count('max_position_embeddings', 2048)
+  common: Json = {
+    'rope': fields.rope(context), 'norm': 'rmsnorm', 'norm_eps': fields.number('rms_norm_eps', 1e-6), 'mlp': 'swiglu', 'bias': False,
+    'tied': fields.flag('tie_word_embeddings', False)}
   return ModelConfig(
     layers=fields.count('num_hidden_layers'), width=width, heads=heads, kv_heads=fields.count('num_key_value_heads', heads),
     head_size=fields.count('head_dim', width // heads), mlp_width=fields.count('intermediate_size'),
-    vocab_size=fields.count('vocab_size'), positions='rope', **{
-      'rope': fields.rope(context), 'norm': 'rmsnorm', 'norm_eps': fields.number('rms_norm_eps', 1e-6), 'mlp': 'swiglu', 'bias': False,
-      'tied': fields('tie_word_embeddings', False)} | others), context
+    vocab_size=fields.count('vocab_size'), positions='rope', **common | others), context
 
 
 def _decoder_json(config: ModelConfig, context: int, **others: Any) -> Json:
@@ -205,7 +228,7 @@ def _gpt2(fields: Fields) -> tuple[ModelConfig, int]:
   return ModelConfig(
     layers=fields.count('n_layer', 12), width=width, heads=fields.count('n_head', 12), mlp_width=fields.count('n_inner', 4 * width),
     vocab_size=fields.count('vocab_size', 50257), norm_eps=fields.number('layer_norm_epsilon', 1e-5),
-    tied=fields('tie_word_embeddings', True)), fields.count('n_positions', 1024)
+    tied=fields.flag('tie_word_embeddings', True)), fields.count('n_positions', 1024)
 
 
 def _gpt2_json(config: ModelConfig, context: int) -> Json:
@@ -274,7 +297,7 @@ def _gemma(fields: Fields, every: int, **others: Any) -> tuple[ModelConfig, int]
   fields.must('hidden_activation', 'gelu_pytorch_tanh')
   fields.must('attention_bias', False)
   return _decoder(
-    fields, norm='rmsnorm1p', norm_at='sandwich', mlp='geglu', scaled_embedding=True, tied=fields('tie_word_embeddings', True),
+    fields, norm='rmsnorm1p', norm_at='sandwich', mlp='geglu', scaled_embedding=True, tied=fields.flag('tie_word_embeddings', True),
     window=fields.count('sliding_window', 4096), global_every=_pattern(fields, every),
     query_scale=fields.number('query_pre_attn_scalar', 256.0), **others)
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import jax
 from jax.sharding import Mesh
@@ -15,7 +16,7 @@ from gptjax.data import Prepared, Tokenizer, export, load_tokenizer
 from gptjax.data.progress import Work
 from gptjax.files import building, write_json
 from gptjax.interop.comparison import Agreement, Check, compare_tensors, our_logits, their_logits
-from gptjax.interop.families import Fields, family
+from gptjax.interop.families import described
 from gptjax.interop.folders import CONFIG, copy_words, has_tokenizer, read_object, read_tensors
 from gptjax.interop.matching import Match, check, match
 from gptjax.interop.tensor_files import Entry, create, fill
@@ -26,6 +27,10 @@ KEPT, RECORD, BUFFERS = 'hf', 'gptjax.json', 'buffers.safetensors'
 """In a workdir: the folder of what our config and checkpoint cannot say; in it, the types of tensors, and those without parameters."""
 
 
+BATCH_TOKENS = 2**14
+"""Most tokens of a batch that scores documents, unless one row is longer."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Import:
   """How a folder is taken in."""
@@ -34,6 +39,8 @@ class Import:
   """tokens a row; 0: as many as the model is meant for"""
   scan: bool = False
   """stack the layers, as model.scan has them"""
+  compute_dtype: Literal['float32', 'bfloat16'] = 'float32'
+  """precision of matrix products and activations, as model.compute_dtype"""
   mesh: MeshConfig = MeshConfig()
   """devices that share the parameters"""
   tokenizer: Path | None = None
@@ -57,12 +64,13 @@ def import_folder(folder: Path, workdir: Path, options: Import) -> str:
   if not folder.is_dir():
     raise UserError('--folder', str(folder), f'a folder with {CONFIG} and safetensors')
   values = read_object(folder / CONFIG)
-  kind = family(values, str(folder / CONFIG))
-  model, positions = kind.read(Fields(values, str(folder / CONFIG)))
+  kind, model, positions = described(values, str(folder / CONFIG))
   if not 0 <= options.context <= positions:
     raise UserError('--context', options.context, f'1 to {positions:,}, the positions of the model, or 0 for all')
-  config = Config(model=dataclasses.replace(model, scan=options.scan), data=DataConfig(context=options.context or positions),
-                  mesh=MeshConfig(model=options.mesh.model))
+  context = options.context or positions
+  model = dataclasses.replace(model, scan=options.scan, compute_dtype=options.compute_dtype)
+  config = Config(model=model, data=DataConfig(context=context),
+                  batch_size=max(1, min(Config().batch_size, BATCH_TOKENS // context)), mesh=MeshConfig(model=options.mesh.model))
   entries = read_tensors(folder)
   matched = match(kind, blueprint(config.model, config.data.context), positions, entries)
   others = check(matched, kind, str(folder), entries)

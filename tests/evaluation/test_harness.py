@@ -38,7 +38,7 @@ def plan():
 @pytest.fixture
 def model(plan, random_parameters, one_device):
   """The adapter, with random parameters."""
-  found = harness.HarnessModel(plan, one_device, TOKENIZER, 128)
+  found = harness.HarnessModel(plan, one_device, TOKENIZER, 128, add_bos=False)
   found.use(random_parameters(plan))
   return found
 
@@ -66,8 +66,9 @@ def test_pairs_become_ids_as_in_the_torch_backend(model, scored):
   np.testing.assert_allclose([nats for nats, _ in got], want, rtol=1e-5)
 
 
-def test_a_bos_comes_where_it_is_asked_for(plan, random_parameters, one_device, scored):
-  model = harness.HarnessModel(plan, one_device, TOKENIZER, 128, add_bos=True)
+@pytest.mark.parametrize('add_bos', [True, None])
+def test_a_bos_comes_where_the_tokenizer_or_the_user_wants_one(add_bos, plan, random_parameters, one_device, scored):
+  model = harness.HarnessModel(plan, one_device, TOKENIZER, 128, add_bos)
   model.use(random_parameters(plan))
   got = model.loglikelihood(requests('loglikelihood', ('one', ' two'), ('', 'two')))
   want = scored(([TOKENIZER.bos_id, *ids('one')], ids(' two')), ([TOKENIZER.bos_id], ids('two')))

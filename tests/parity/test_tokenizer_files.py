@@ -78,6 +78,10 @@ def test_so_does_a_folder_with_only_sentencepiece(name, tmp_path):
   # transformers loses a space in front of Llama's and Mistral's texts; SentencePiece and we do not.
   check_texts(tokenizer, reference, [text for text in TEXTS if name == 'gemma' or not text.startswith(' ')], split_special_tokens=True)
   check_start(tokenizer, reference)
+  config = json.loads((tmp_path / 'tokenizer_config.json').read_text())
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps(config | {'add_bos_token': True}))
+  check_start(load_tokenizer(tmp_path), opened(tmp_path))
+  assert load_tokenizer(tmp_path).start_ids == (tokenizer.bos_id,)
 
 
 @pytest.mark.parametrize('prompt', [True, False])
@@ -117,7 +121,8 @@ def test_an_exported_tokenizer_gives_the_same_ids_and_texts(exported):
   assert len(reference) == again.vocab_size == tokenizer.vocab_size
   for name in ('pad', 'bos', 'eos', 'unk'):
     assert getattr(reference, f'{name}_token_id') == getattr(again, f'{name}_id') == getattr(tokenizer, f'{name}_id')
-  assert again.pieces == tokenizer.pieces
+  assert again.pieces == tokenizer.pieces and again.start_ids == tokenizer.start_ids
+  check_start(tokenizer, reference)
   texts = [SAMPLE, *(document.text for document in code())]
   texts += [text for text in TEXTS if tokenizer.kind != 'chars' or set(text) <= set(tokenizer.characters)]
   check_texts(tokenizer, reference, texts)

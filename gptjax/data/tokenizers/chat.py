@@ -57,7 +57,7 @@ class ChatTemplate:
       return self._template.render(messages=[_plain(message, special) for message in messages], **variables)
     except UserError:
       raise
-    except (self._errors, TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
+    except (self._errors, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
       roles = [message.get('role') for message in messages]
       raise UserError('messages', roles, f'a conversation that {self._place} can write ({error})') from None
 

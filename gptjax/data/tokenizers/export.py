@@ -101,9 +101,16 @@ def _special_ids() -> list[tuple[int, str, bool]]:
   return [(i, name, True) for i, name in enumerate(_NAMES)]
 
 
+_BEGINS = {
+  'type': 'TemplateProcessing', 'single': [{'SpecialToken': {'id': _NAMES[1], 'type_id': 0}}, {'Sequence': {'id': 'A', 'type_id': 0}}],
+  'pair': [{'Sequence': {'id': one, 'type_id': 0}} for one in 'AB'],
+  'special_tokens': {_NAMES[1]: {'id': _NAMES[1], 'ids': [1], 'tokens': [_NAMES[1]]}}}
+"""A separator before a text: what training has there."""
+
+
 def _whole(model: Description, words: Description | None, decoder: Description, added: Sequence[tuple[int, str, bool]] = ()) -> Description:
   """A tokenizer.json; `added` are (id, text, whether it is special), by default our special ids."""
   tokens = [{'id': i, 'content': content, 'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False, 'special': special}
             for i, content, special in added or _special_ids()]
   return {'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': tokens, 'normalizer': None, 'pre_tokenizer': words,
-          'post_processor': None, 'decoder': decoder, 'model': model}
+          'post_processor': None if added and added[0][1] != _NAMES[0] else _BEGINS, 'decoder': decoder, 'model': model}

@@ -44,6 +44,7 @@ class Gpt2Tokenizer(Tokenizer):
 
   kind = 'gpt2'
   unk_id = None
+  start_ids = ()  # OpenAI and transformers put nothing before a prompt
 
   def __init__(self, directory: Path):
     directory = Path(directory)

@@ -1,6 +1,7 @@
 """Tokenizers of Hugging Face's tokenizer.json: byte-level BPE (GPT-2, Qwen, Llama 3, OLMo 2) and that with ▁ for a space."""
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -47,8 +48,8 @@ class HuggingFaceTokenizer(PublishedTokenizer):
 
   @functools.cached_property
   def start_ids(self) -> tuple[int, ...]:
-    # Of a prompt nothing is wanted behind it, whatever the file says.
-    return tuple(i for i in self._parsing.encode('', add_special_tokens=True).ids if i == self.bos_id != self.eos_id)
+    with_them, alone = (self._parsing.encode('a', add_special_tokens=add).ids for add in (True, False))
+    return tuple(itertools.takewhile(lambda i: i != alone[0], with_them))  # of a prompt nothing is wanted behind it
 
   def encode(self, text: str, source: str = 'text') -> np.ndarray:
     utf8(text, source)

@@ -57,7 +57,7 @@ class SentencePieceModel(PublishedTokenizer):
 
   @property
   def start_ids(self) -> tuple[int, ...]:
-    return (self.bos_id,) if self.published.config.get('add_bos_token', True) else ()
+    return (self.bos_id,) if self.published.config.get('add_bos_token', False) else ()
 
   def encode(self, text: str, source: str = 'text') -> np.ndarray:
     utf8(text, source)

@@ -1,0 +1,162 @@
+"""The transformer of a run: its sizes, its style, and how it is computed."""
+
+import dataclasses
+from typing import Literal
+
+from gptjax.config.checks import at_least, divisors, fraction
+from gptjax.config.errors import UserError
+
+Activation = Literal['block', 'attention_norm', 'q', 'k', 'v', 'attention', 'attention_out', 'mlp_norm', 'gate', 'up', 'hidden']
+"""What a block computes on its way, in order: its input, the normalized input, queries, keys and values, the mixed values before
+and after their product, the normalized input of the feed-forward layer, its two products, and what they become."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+  """Rotary positions (arXiv:2104.09864), and how they are stretched beyond the context they were trained for."""
+
+  theta: float = 10000.0
+  """base of the wavelengths"""
+  local_theta: float = 0.0
+  """base in layers with a window, which are never stretched (Gemma 3); 0: as in the others"""
+  scaling: Literal['none', 'linear', 'llama3'] = 'none'
+  """linear: all wavelengths times factor (arXiv:2306.15595); llama3: long ones alone (arXiv:2407.21783)"""
+  factor: float = 1.0
+  """how much longer the wavelengths become"""
+  low: float = 1.0
+  """llama3: wavelengths that turn fewer times than this in original_context are stretched in full"""
+  high: float = 4.0
+  """llama3: wavelengths that turn more often than this stay; those between are stretched in part"""
+  original_context: int = 8192
+  """llama3: tokens a row before stretching"""
+
+  def __post_init__(self):
+    for field in ('theta', 'factor'):
+      if getattr(self, field) <= 0:
+        raise UserError(f'model.rope.{field}', getattr(self, field), 'a number above 0')
+    at_least('model.rope.', self, 0, 'local_theta')
+    at_least('model.rope.', self, 1, 'original_context')
+    if not 0 < self.low < self.high:
+      raise UserError('model.rope.high', self.high, f'a number above model.rope.low={self.low}, which is above 0')
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """The transformer: GPT-2's style, the modern one, and what published families do differently, a choice a field."""
+
+  layers: int = 4
+  """transformer blocks"""
+  width: int = 128
+  """size of the residual stream, in features"""
+  heads: int = 4
+  """query heads"""
+  kv_heads: int = 0
+  """key/value heads, each shared by heads/kv_heads query heads; 0: as many as heads"""
+  head_size: int = 0
+  """features of a head; 0: width / heads, which must be whole then"""
+  mlp_width: int = 0
+  """hidden size of the feed-forward layer, in features; 0: 4 * width"""
+  vocab_size: int = 0
+  """token ids the model can read and predict; 0: as many as the tokenizer has"""
+  vocab_multiple: int = 8
+  """the embedding table is padded to a multiple of this many rows; padded ids are never predicted"""
+  positions: Literal['learned', 'rope'] = 'learned'
+  """learned: a table over positions (GPT-2); rope: rotary embeddings (arXiv:2104.09864)"""
+  rope: RopeConfig = RopeConfig()
+  """rotary positions"""
+  norm: Literal['layernorm', 'rmsnorm', 'rmsnorm1p'] = 'layernorm'
+  """layernorm (arXiv:1607.06450), rmsnorm (arXiv:1910.07467), or rmsnorm1p, whose gains are stored less 1 (Gemma)"""
+  norm_at: Literal['pre', 'post', 'sandwich'] = 'pre'
+  """where a block normalizes: what attention and feed-forward layer read (pre), what they give (post, OLMo 2) or both (Gemma 2)"""
+  norm_eps: float = 1e-5
+  """added to the mean square"""
+  mlp: Literal['gelu', 'swiglu', 'geglu'] = 'gelu'
+  """gelu: two matrices, tanh approximation (GPT-2); swiglu, geglu: three, gated by silu or that gelu (arXiv:2002.05202)"""
+  qk_norm: Literal['none', 'head', 'width'] = 'none'
+  """normalize queries and keys per head (arXiv:2302.05442), or over all heads (OLMo 2)"""
+  bias: bool = True
+  """biases in linear layers and layernorms"""
+  qkv_bias: bool = False
+  """biases of queries, keys and values, where bias is off (Qwen 2)"""
+  tied: bool = True
+  """one table for the embedding and the output head"""
+  scaled_embedding: bool = False
+  """multiply embeddings by the root of width (arXiv:1706.03762, section 3.4)"""
+  window: int = 0
+  """tokens that a token sees, itself included (sliding window, arXiv:2004.05150); 0: all before it"""
+  global_every: int = 0
+  """every so many layers one has no window, the last of them; 0: none has"""
+  query_scale: float = 0.0
+  """scores are divided by the root of it; 0: the features of a head (arXiv:1706.03762)"""
+  attention_cap: float = 0.0
+  """scores s become cap * tanh(s / cap) (Gemma 2, arXiv:2408.00118); 0: they stay"""
+  logit_cap: float = 0.0
+  """the same for logits"""
+  dropout: float = 0.0
+  """probability that a feature is dropped after embeddings, attention weights, attention and feed-forward"""
+  scan: bool = False
+  """run the layers as one scan over stacked parameters: compiles in constant time, slower on CPU"""
+  remat: Literal['none', 'dots', 'full', 'names'] = 'none'
+  """what the backward pass recomputes of a block: nothing, all but products with weights (dots), all (full), or all but the \
+activations that saved and offloaded name (names)"""
+  saved: tuple[Activation, ...] = ()
+  """activations kept under remat 'names'; JSON on a command line: '["attention", "hidden"]'"""
+  offloaded: tuple[Activation, ...] = ()
+  """activations kept in the host's memory under remat 'names'; for devices with a memory of their own"""
+  sequence_parallel: bool = False
+  """split the activations between products over mesh.model too, by token (arXiv:2205.05198)"""
+  attention: Literal['auto', 'blocks', 'xla', 'splash', 'cudnn'] = 'auto'
+  """blocks: causal blocks, on any device; xla: the full square; splash: TPU kernels; cudnn: NVIDIA's; auto: the device's own \
+where it can, else blocks"""
+  compute_dtype: Literal['float32', 'bfloat16'] = 'float32'
+  """precision of matrix products and activations; parameters, norms, softmax and loss stay float32"""
+
+  def __post_init__(self):
+    at_least('model.', self, 1, 'layers', 'width', 'heads', 'vocab_multiple')
+    at_least('model.', self, 0, 'kv_heads', 'mlp_width', 'vocab_size', 'head_size', 'window', 'global_every', 'query_scale',
+              'attention_cap', 'logit_cap', 'norm_eps')
+    fraction('model.', self, 'dropout')
+    if not self.head_size and self.width % self.heads:
+      raise UserError('model.heads', self.heads, f'a divisor of model.width={self.width}: {divisors(self.width)}')
+    if self.kv_heads and self.heads % self.kv_heads:
+      raise UserError('model.kv_heads', self.kv_heads, f'a divisor of model.heads={self.heads}: {divisors(self.heads)}')
+    if self.positions == 'rope' and self.head_width % 2:
+      if self.head_size:
+        raise UserError('model.head_size', self.head_size, 'an even number for rope')
+      raise UserError('model.heads', self.heads, f'an even model.width/model.heads for rope, not {self.head_width}')
+    if self.global_every and not self.window:
+      raise UserError('model.global_every', self.global_every, '0 unless model.window says how far the other layers see')
+    if self.remat != 'names' and (self.saved or self.offloaded):
+      field = 'saved' if self.saved else 'offloaded'
+      raise UserError(f'model.{field}', list(getattr(self, field)), f"none unless model.remat is 'names', and it is '{self.remat}'")
+    if twice := set(self.saved) & set(self.offloaded):
+      raise UserError('model.offloaded', sorted(twice)[0], 'activations that model.saved does not name')
+
+  @property
+  def head_width(self) -> int:
+    """Features of one attention head."""
+    return self.head_size or self.width // self.heads
+
+  @property
+  def key_heads(self) -> int:
+    """Key/value heads, with 0 resolved."""
+    return self.kv_heads or self.heads
+
+  @property
+  def gated(self) -> bool:
+    """Whether the feed-forward layer has a gate."""
+    return self.mlp != 'gelu'
+
+  def sees_all(self, layer: int) -> bool:
+    """Whether a layer, counted from 0, has no window."""
+    return not self.window or (self.global_every > 0 and (layer + 1) % self.global_every == 0)
+
+  @property
+  def hidden_width(self) -> int:
+    """Feed-forward features, with 0 resolved."""
+    return self.mlp_width or 4 * self.width
+
+  @property
+  def table_rows(self) -> int:
+    """Rows of the embedding table: vocab_size rounded up to vocab_multiple."""
+    return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
