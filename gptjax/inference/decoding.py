@@ -60,17 +60,13 @@ class Decoder:
     self._plan = _unrolled(blueprint)
     self._forbidden = np.zeros(blueprint.config.table_rows, bool)
     self._forbidden[list(forbidden)] = True
-    self._places = self._plan.shardings(zero_stage, mesh)
-    self._prepare = jax.jit(self._unstacked, out_shardings=self._places)
+    self._prepare = jax.jit(self._unstacked, out_shardings=self._plan.shardings(zero_stage, mesh))
     self._prefill = jax.jit(self._prefill_step, static_argnames=('room', 'sampling'))
     self._decode = jax.jit(self._decode_step, static_argnames='sampling', donate_argnames='state')
 
   def prepare(self, parameters: Parameters) -> Parameters:
-    """Parameters as decoding reads them: layer by layer, in the type that computes; the very same where they are so already."""
-    ready = parameters.keys() == self._places.keys() and all(
-      value.dtype == self._plan.dtypes[name] and value.sharding.is_equivalent_to(self._places[name], value.ndim)
-      for name, value in parameters.items())
-    return parameters if ready else self._prepare(parameters)
+    """Parameters as decoding reads them: layer by layer, transposed, in the type that computes."""
+    return self._prepare(parameters)
 
   def __call__(self, parameters: Parameters, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int],
                most: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -162,14 +158,15 @@ class Decoder:
       layers = {f'blocks/{layer}/{name.removeprefix("blocks/")}': value[layer] for name, value in parameters.items()
                 if name.startswith('blocks/') for layer in range(self._given.config.layers)}
       parameters = {name: value for name, value in parameters.items() if not name.startswith('blocks/')} | layers
-    return {name: parameters[name].astype(dtype) for name, dtype in self._plan.dtypes.items()}
+    return {name: (parameters[name].T if name.endswith('kernel') else parameters[name]).astype(dtype)
+            for name, dtype in self._plan.dtypes.items()}
 
 
 def _unrolled(plan: Blueprint) -> Blueprint:
-  """The same model with its layers one by one."""
+  """The same model with its layers one by one, and kernels as few rows read them best."""
   config = dataclasses.replace(plan.config, attention='auto', scan=False, remat='none', saved=(), offloaded=(), sequence_parallel=False,
                                dropout=0.0)
-  return blueprint(config, plan.context)
+  return blueprint(config, plan.context).transposed()
 
 
 def _power(n: int) -> int:

@@ -25,10 +25,13 @@ PARTS = 8
 
 
 class Cache(NamedTuple):
-  """Keys and values of the tokens read so far, for one layer: that of token i at i modulo S."""
+  """Keys and values of the tokens read so far, for one layer: that of token i at i modulo S.
 
-  keys: Float[Array, 'B S K C']
-  values: Float[Array, 'B S K C']
+  Heads come before tokens, so that the products of each head read what lies together; else a step would copy all of it.
+  """
+
+  keys: Float[Array, 'B K S C']
+  values: Float[Array, 'B K S C']
 
 
 Caches = tuple[Cache, ...]
@@ -196,24 +199,25 @@ def attention(config: ModelConfig, scoring: Scoring, q: Float[Array, 'B T H C'],
   return causal_attention(scoring, q, k, v, segments, config.dropout, key, BLOCK if backend == 'blocks' else q.shape[1])
 
 
-def _filled(cache: Float[Array, 'B S K C'], x: Float[Array, 'B T K C']) -> Float[Array, 'B S K C']:
+def _filled(cache: Float[Array, 'B K S C'], x: Float[Array, 'B T K C']) -> Float[Array, 'B K S C']:
   """A fresh cache with the last tokens that it can keep."""
-  size, length = cache.shape[1], x.shape[1]
+  size, length, x = cache.shape[2], x.shape[1], jnp.swapaxes(x, 1, 2)
   if length <= size:
     return jax.lax.dynamic_update_slice(cache, x, (0, 0, 0, 0))
-  return jnp.roll(x[:, length - size:], length % size, 1)
+  return jnp.roll(x[:, :, length - size:], length % size, 2)
 
 
 def _decode(scoring: Scoring, q: Float[Array, 'B 1 H C'], k: Float[Array, 'B 1 K C'], v: Float[Array, 'B 1 K C'], place: Place,
             cache: Cache) -> tuple[Float[Array, 'B 1 H C'], Cache]:
   """Attention of one more token of each row, which the cache takes up in place of the oldest that it has no room for."""
   assert place.filled is not None
-  size = cache.keys.shape[1]
-  start = (0, place.filled % size, 0, 0)
-  cache = Cache(jax.lax.dynamic_update_slice(cache.keys, k, start), jax.lax.dynamic_update_slice(cache.values, v, start))
+  size = cache.keys.shape[2]
+  start = (0, 0, place.filled % size, 0)
+  swapped = lambda x: jnp.swapaxes(x, 1, 2)
+  cache = Cache(*(jax.lax.dynamic_update_slice(old, swapped(new), start) for old, new in zip(cache, (k, v))))
   token = place.filled - (place.filled - jnp.arange(size)) % size  # that lies at each place; below 0: none yet
   first = jnp.zeros(q.shape[0], jnp.int32) if place.first is None else place.first
-  keys, values = _for_heads(q, cache.keys, cache.values)
+  keys, values = _for_heads(q, swapped(cache.keys), swapped(cache.values))
   return attend(scoring, q, keys, values, (token >= first[:, None])[:, None], 0.0, None), cache
 
 

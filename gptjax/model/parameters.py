@@ -74,6 +74,18 @@ class Blueprint:
     return nnx.merge(self.graph, nnx.from_flat_state(flat))
 
 
+  def transposed(self) -> 'Blueprint':
+    """The same model, its layers one by one, with kernels kept as [output, input]: products of few rows read them so half as fast again
+    on a CPU."""
+    def turned(name, variable):
+      if not name.endswith('kernel'):
+        return variable
+      value, axes = variable.get_value(), variable.get_metadata('axes')
+      return variable.replace(jax.ShapeDtypeStruct(value.shape[::-1], value.dtype), axes=axes[::-1], transposed=True)
+    assert not self.config.scan
+    return dataclasses.replace(self, variables={name: (path, turned(name, v)) for name, (path, v) in self.variables.items()})
+
+
 def split(model: Transformer) -> Parameters:
   """The parameters of a module."""
   return {_name(path): variable[...] for path, variable in nnx.to_flat_state(nnx.split(model)[1])}

@@ -174,7 +174,7 @@ def empty_cache(config: ModelConfig, batch: int, size: int) -> Caches:
   """A cache for `size` tokens of `batch` sequences, in the compute dtype; layers with a window keep no more than that."""
   def layer(index):
     kept = size if config.sees_all(index) else min(size, config.window)
-    return jnp.zeros((batch, kept, config.key_heads, config.head_width), config.compute_dtype,
-                     out_sharding=spec('batch', None, ('kv_heads', config.key_heads), None))
+    return jnp.zeros((batch, config.key_heads, kept, config.head_width), config.compute_dtype,
+                     out_sharding=spec('batch', ('kv_heads', config.key_heads), None, None))
   return tuple(Cache(layer(index), layer(index)) for index in range(config.layers))
 

@@ -55,12 +55,12 @@ def product(x: Float[Array, 'N I'], param: nnx.Param, rows: Axis, transposed: bo
 
   Args:
     x: activations; where their rows lie over `model` too, they are gathered over it, here and in the backward pass.
-    param: W [I, O], or [O, I] if transposed.
+    param: W [I, O], or [O, I] if transposed here or in the parameter's metadata.
     rows: logical axis of the result's rows, 'batch' or 'tokens'. Where the sum over I ends the split over `model`, 'tokens' scatters it.
     transposed: multiply by W^T.
     again: whether the compiler must be kept from holding the gathered W until the backward pass. Scans and recomputed blocks keep nothing.
   """
-  places = spec(*axes_of(param))
+  places, transposed = spec(*axes_of(param)), transposed or param.get_metadata('transposed', False)
   out = PartitionSpec(*spec(rows), places[0 if transposed else 1])
   return _product(x, param.get_value(), param.get_metadata('dtype'), places, out, transposed, again)
 
@@ -125,7 +125,9 @@ _read.defvjp(lambda weight, dtype, place: (_read(weight, dtype, place), weight),
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
 def _product(x, weight, dtype, place, out, transposed, again):
   w = read(weight, dtype, place)
-  return jnp.matmul(_gathered(x), w.T if transposed else w, out_sharding=out)
+  if transposed:  # in this order XLA reads W as it lies, however few rows x has
+    return jnp.matmul(w, _gathered(x).T, out_sharding=PartitionSpec(*out[::-1])).T
+  return jnp.matmul(_gathered(x), w, out_sharding=out)
 
 
 def _product_forward(x, weight, *static):

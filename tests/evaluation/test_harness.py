@@ -163,3 +163,16 @@ def test_a_mistake_with_tasks_is_one_line(data, tmp_path, monkeypatch):
   (data / 'piqa/valid-labels.lst').write_text('0\n')
   with pytest.raises(UserError, match="^--tasks: 'piqa', accepted: a task that can be loaded .*4 questions in piqa/valid.jsonl, 1 labels"):
     tasks.Tasks(['piqa'], options(data))
+
+
+def test_settings_of_a_task_that_nobody_knows_are_refused(model):
+  ask = lambda **settings: model.generate_until(requests('generate_until', ('one', {'until': ['x'], 'max_gen_toks': 4, **settings})))
+  with pytest.raises(UserError, match="^--tasks: 'num_beams=4', accepted: a task that generates with until, max_gen_toks"):
+    ask(num_beams=4)
+  assert ask(num_beams=1) == ask() != ask(repetition_penalty=1e-3)
+
+
+def test_standard_errors_belong_to_their_metrics():
+  told = {'n-samples': {'t': {'effective': 3}}, 'n-shot': {'t': 0}, 'versions': {'t': 1}}
+  found = tasks._result('t', {'alias': 't', 'acc,none': 0.5, 'acc_stderr,none': 0.1, 'em,strict': 0.25, 'em_stderr,strict': 0.2}, told)
+  assert found == {'acc': 0.5, 'acc_stderr': 0.1, 'em,strict': 0.25, 'em,strict_stderr': 0.2, 'examples': 3, 'fewshot': 0, 'version': 1}

@@ -80,3 +80,10 @@ def test_a_mistake_with_sets_is_one_line(held_out, tmp_path):
       choose_sets(wanted, held_out, tmp_path)
   with pytest.raises(UserError, match="^--sets: 'c', accepted: no names, since the run has no sets of its own"):
     choose_sets(['c'], HeldOut(TOKENIZER, {}, {}), tmp_path)
+
+
+def test_only_numbers_are_drawn(tmp_path):
+  of = lambda *values: [record(step, None, {'t': {'bits': value, 'examples': 1, 'fewshot': 0, 'version': 1}})
+                        for step, value in enumerate(values)]
+  assert not draw(of(float('nan'), float('nan')), tmp_path / 'none.png') and not (tmp_path / 'none.png').exists()
+  assert draw(of(1.2, 0.9), tmp_path / 'some.png')  # neither a share nor above all shares

@@ -69,7 +69,8 @@ def test_top_k_and_top_p_hold_for_each_row_by_itself():
     assert len({each.tobytes() for each in drawn}) > 20
 
 
-@pytest.mark.parametrize('sampling', [Sampling(0.0), Sampling(0.0, top_k=3), Sampling(0.0, top_p=0.1)], ids=str)
+@pytest.mark.parametrize('sampling', [
+  Sampling(0.0), Sampling(0.0, top_k=3), Sampling(0.0, top_p=0.1), Sampling(1e-39), Sampling(1e-30, top_p=0.9)], ids=str)
 def test_temperature_0_takes_the_likeliest(sampling):
   logits = np.random.default_rng(2).standard_normal((50, 30), np.float32)
   for seed in (0, 1):

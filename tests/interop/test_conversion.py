@@ -15,6 +15,7 @@ from gptjax.data import open_held_out
 from gptjax.data.tokenizers import ByteTokenizer
 from gptjax.interop import FAMILIES, Check, Export, Fields, Import, export_run, import_folder
 from gptjax.interop.comparison import Agreement
+from gptjax.interop.families import described
 from gptjax.interop.folders import Writer, read_tensors
 from gptjax.interop.importing import load
 from gptjax.interop.matching import Match, match, raw
@@ -187,6 +188,7 @@ MISTAKES = {
                 'lm_head.weight'),
   'context': (None, {}, {'context': 17}, '--context: 17, accepted: 1 to 16'),
   'architecture': (None, {'model_type': 'mamba'}, {}, 'model_type'),
+  'no name': (None, {'model_type': ['llama']}, {}, 'a config.json whose fields have the types of its family'),
   'vocabulary': (None, {'vocab_size': 258}, {}, '--tokenizer: .*259 ids'),
 }
 
@@ -261,3 +263,12 @@ def test_a_full_disk_leaves_nothing(tmp_path):
       with pytest.raises((UserError, OSError)) as caught:
         convert()
       assert ending(caught.value)[0] == 2 and not files_below(disk)
+
+
+@pytest.mark.parametrize('fields', [
+  {'rope_scaling': {'type': 'linear'}}, {'rope_scaling': {'rope_type': 'linear', 'factor': None}}, {'rope_scaling': 'linear'},
+  {'rope_parameters': {'full_attention': {}}}, {'architectures': [None]}, {'tie_word_embeddings': 'false'}, {'hidden_size': '16'},
+  {'model_type': 'mistral', 'sliding_window': '4096'}], ids=str)
+def test_a_config_of_odd_types_is_one_line(fields):
+  with pytest.raises(UserError, match='^some/config.json'):
+    described({'architectures': ['LlamaForCausalLM'], 'model_type': 'llama', **DECODER, **fields}, 'some/config.json')

@@ -1,0 +1,27 @@
+"""Files of prompts, line by line."""
+
+import json
+
+import pytest
+
+from gptjax.config import UserError
+from gptjax.inference import read_prompts
+
+ODD = 'page one\x0cpage two\u2028three\x85'  # which are no ends of lines
+
+
+def test_each_line_that_is_not_empty_is_a_prompt(tmp_path):
+  text, objects = tmp_path / 'prompts.txt', tmp_path / 'prompts.jsonl'
+  text.write_text(f'{ODD}\n\nnext\n', encoding='utf-8')
+  assert read_prompts(text) == [(f'{text}:1', ODD), (f'{text}:3', 'next')]
+  messages = [{'role': 'user', 'content': ODD}]
+  given = [{'prompt': ODD}, {'messages': messages}]
+  objects.write_text(''.join(json.dumps(one, ensure_ascii=False) + '\n' for one in given), encoding='utf-8')
+  assert read_prompts(objects) == [(f'{objects}:1', ODD), (f'{objects}:2', messages)]
+
+
+@pytest.mark.parametrize('line', ['{', '[]', '{"text": "a"}', '{"prompt": 3}', '{"messages": []}', '{"messages": ["a"]}'])
+def test_a_line_that_is_none_is_named(line, tmp_path):
+  (tmp_path / 'prompts.jsonl').write_text(f'{{"prompt": "a"}}\n{line}\n')
+  with pytest.raises(UserError, match=r'prompts.jsonl:2: .*accepted: a JSON object with a text "prompt" or a list "messages"'):
+    read_prompts(tmp_path / 'prompts.jsonl')
