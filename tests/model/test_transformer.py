@@ -123,7 +123,7 @@ def test_reading_with_a_cache_gives_the_logits_of_the_whole(style, changes, rand
     return model.logits(hidden).reshape(*tokens.shape, -1), cache
 
   logits, cache = read(parameters, tokens[:, :prompt], 0, None, empty_cache(config, batch, length + 3))
-  kept = [layer.keys.shape[1] for layer in cache]
+  kept = [layer.keys.shape[2] for layer in cache]
   assert kept == [length + 3 if config.sees_all(layer) else config.window for layer in range(config.layers)]
   pieces = [logits]
   for filled in range(prompt, length):
