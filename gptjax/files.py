@@ -22,6 +22,21 @@ def write_whole(path: Path, text: str) -> None:
   partial.rename(path)
 
 
+def append_line(path: Path, line: str) -> None:
+  """Appends a line, and returns when it is on the disk."""
+  with path.open('a') as file:
+    file.write(line)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def complete_lines(path: Path) -> list[str]:
+  """The lines of a file, where there is one, without a last one that was never finished."""
+  if not path.exists():
+    return []
+  return [line for line in path.read_text(errors='replace').splitlines(keepends=True) if line.endswith('\n')]
+
+
 def json_line(record: dict[str, Any]) -> str:
   """One line of JSON; numbers that are not finite, which JSON does not have, become null."""
   def finite(value: Any) -> Any:

@@ -13,13 +13,18 @@ _LOG_EVERY = flags.DEFINE_integer('log_every', 10, 'steps between logged lines',
 _STOP_AT = flags.DEFINE_integer(
   'stop_at', 0, 'save and end after this step, with the schedule as it is; 0: the last', lower_bound=0)
 _PROFILE = flags.DEFINE_string('profile_steps', None, 'first and last step of a profiler trace, as 10:13')
+_ACCEPT = flags.DEFINE_bool(
+  'accept_changes', False, "go on in a workdir with a config that computes something else than the one it was begun with")
+_HANG = flags.DEFINE_float(
+  'hang_timeout', 1800, "seconds without a step, validation batch or save after which every thread's stack is written and the process "
+  'ends; 0: never', lower_bound=0)
 _PRINT = flags.DEFINE_bool('print_config', False, 'print the config with all overrides in, and end')
 
 
-def main(config: configs.Config) -> None:
+def main(config: configs.Config) -> int:
   if _PRINT.value:
     print(configs.describe(config))
-    return
+    return 0
   if not _WORKDIR.value:
     raise configs.UserError('--workdir', _WORKDIR.value, 'a folder for the run')
   workdir = Path(_WORKDIR.value).expanduser()
@@ -28,8 +33,9 @@ def main(config: configs.Config) -> None:
   profile_steps = _steps(_PROFILE.value)
   cache = start(config)
   from gptjax import training
-  training.train(config, training.Options(
-    workdir, cache, log_every=_LOG_EVERY.value, stop_at=_STOP_AT.value, profile_steps=profile_steps))
+  return training.train(config, training.Options(
+    workdir, cache, log_every=_LOG_EVERY.value, stop_at=_STOP_AT.value, profile_steps=profile_steps, accept_changes=_ACCEPT.value,
+    hang_timeout=_HANG.value))
 
 
 def _steps(text: str | None) -> tuple[int, int] | None:

@@ -1,16 +1,31 @@
-"""Checkpoints of a run, through Orbax."""
+"""Checkpoints of a run: Orbax writes and reads the arrays; what is a checkpoint, and which are kept, is told here.
+
+A checkpoint is a folder named after its step. It appears by one rename, when every file, with a manifest of their SHA-256, is on
+the disk; it is compared with its manifest before anything of it is used, since Orbax loads a flipped bit without a word.
+"""
 
 import dataclasses
 import errno
 import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from gptjax.config import CheckpointConfig, UserError
+from gptjax.checkpoint.manifest import Damaged, damage, read, seal
+from gptjax.config import UserError
+from gptjax.data.progress import announce
+from gptjax.files import sync
 from gptjax.model import Parameters
+from gptjax.processes import company, first, gather, share
+
+DAMAGED = 'damaged'
+"""Folder beside the checkpoints where damaged ones are put."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,58 +40,96 @@ class Progress:
   """targets seen; more than an int32 on a device could count"""
 
 
+@dataclasses.dataclass(frozen=True)
+class Retention:
+  """Which checkpoints stay when a newer one is there."""
+
+  latest: int = 2
+  """so many of the newest; 0: all"""
+  every: int = 0
+  """those whose step is a multiple of it; 0: none for that"""
+  best: bool = False
+  """the one with the lowest validation loss"""
+
+  def kept(self, losses: Mapping[int, float | None]) -> set[int]:
+    """Of checkpoints with their losses, those that stay."""
+    steps = sorted(losses)
+    kept = set(steps[-self.latest:]) | {step for step in steps if self.every and step % self.every == 0}
+    scored = {step: loss for step, loss in losses.items() if loss is not None}
+    return kept | ({_best(scored)} if self.best and scored else set())
+
+
 class Checkpoints:
   """The checkpoints of one folder; saving goes on in the background.
 
   Args:
-    directory: made if missing.
-    config: retention; None: for reading only.
+    directory: made by the first save.
+    retention: None: for reading only. With it this is the one run that writes here, and what killed ones left is removed.
+    beside: files and folders that each checkpoint holds a copy of.
   """
 
-  def __init__(self, directory: Path, config: CheckpointConfig | None = None):
-    self._directory = directory
-    self._pending = None
-    registry = ocp.handlers.local_registry()
-    registry.add(ocp.handlers.JsonHandler, checkpointable_name='progress')
-    context = ocp.Context()
-    context.checkpointables.registry = registry
-    # Random floats do not compress: without it a save needs no second copy of the state in memory.
-    context.array.saving.use_compression = False
-    context.pytree.loading.partial_load = config is None  # readers want the parameters alone
-    self._checkpointer = ocp.training.Checkpointer(
-      directory.absolute(), context=context, preservation_policy=_retention(config) if config else None,
-      cleanup_tmp_directories=config is not None)
+  def __init__(self, directory: Path, retention: Retention | None = None, beside: tuple[Path, ...] = ()):
+    self._directory, self._retention, self._beside = directory.absolute(), retention, beside
+    self._pending: Future | None = None
+    self._whole: set[int] = set()  # compared with their manifests, or written here
+    self._background = ThreadPoolExecutor(1, 'checkpoints')
+    if retention and first() and directory.exists():
+      for path in directory.iterdir():
+        if '.saving' in path.name or '.dropped' in path.name:
+          shutil.rmtree(path)
 
   def steps(self) -> list[int]:
-    """Steps that can be restored, oldest first."""
-    return sorted(c.step for c in self._checkpointer.checkpoints)
+    """Steps that have a checkpoint, damaged or not, oldest first."""
+    names = [path.name for path in self._directory.iterdir()] if self._directory.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal())
+
+  def newest(self) -> int | None:
+    """The newest step whose checkpoint is as it was written; to be called by all processes.
+
+    Newer ones that are damaged are told and, by a run that writes here, put into the folder `damaged` beside.
+
+    Raises:
+      UserError: there are checkpoints, and all are damaged.
+    """
+    steps = share('checkpoints', self.steps())
+    for step in reversed(steps):
+      wrong = self._wrong(step)
+      if not wrong:
+        return step
+      if first():
+        announce(f'checkpoint {step} is damaged: {wrong}' + (f'; put into {self._set_aside(step)}' if self._retention else '; passed over'))
+    if steps:
+      raise UserError('checkpoint', str(self._directory), f'a checkpoint that is not damaged, and none of {steps} is')
+    return None
 
   def resolve(self, wanted: str) -> int:
-    """The step that 'latest', 'best' (lowest validation loss) or a number means.
+    """The step that 'latest', 'best' (lowest validation loss) or a number means; to be called by all processes.
 
     Raises:
       UserError: there is no such checkpoint.
     """
-    steps = self.steps()
+    steps = share('checkpoints', self.steps())
     if not steps:
       raise UserError('--workdir', str(self._directory.parent), 'a folder with checkpoints, which gptjax.train makes')
     if wanted == 'latest':
-      return steps[-1]
-    scored = {c.step: c.metrics['loss'] for c in self._checkpointer.checkpoints if c.metrics}
+      newest = self.newest()
+      assert newest is not None
+      return newest
+    scored = {step: loss for step, loss in share('losses', list(self._losses().items())) if loss is not None}
     if wanted == 'best' and scored:
-      return min(scored, key=scored.__getitem__)
+      return _best(scored)
     if wanted.isdecimal() and int(wanted) in steps:
       return int(wanted)
     best = ', best' if scored else ''
     raise UserError('--step', wanted, f'latest{best}, {", ".join(map(str, steps))}')
 
   def resolve_all(self, wanted: str) -> list[int]:
-    """The steps, oldest first, that 'all' means, or a list such as '100,200,best'.
+    """The steps, oldest first, that 'all' means, or a list such as '100,200,best'; to be called by all processes.
 
     Raises:
       UserError: one of them is not there.
     """
-    if wanted == 'all' and (steps := self.steps()):
+    if wanted == 'all' and (steps := share('checkpoints', self.steps())):
       return steps
     return sorted({self.resolve(one.strip()) for one in wanted.split(',')})
 
@@ -87,18 +140,52 @@ class Checkpoints:
       progress: stored beside the state; its step names the checkpoint.
       state: a tree of arrays.
       loss: validation loss at this step, by which the best checkpoint is kept; None: not validated.
+
+    Raises:
+      UserError: no space, no leave to write, or no folder; what was saved before stays.
     """
+    assert self._retention, 'these checkpoints are for reading'
     self.wait()
+    saving = self._directory / f'{progress.step}.saving'
     # Not a number would count as the best of all.
-    metrics = {'loss': loss} if loss is not None and math.isfinite(loss) else None
+    facts = {'progress': dataclasses.asdict(progress), 'loss': loss if loss is not None and math.isfinite(loss) else None,
+             'saved': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}
     try:
-      self._pending = self._checkpointer.save_checkpointables_async(
-        progress.step, {'state': state, 'progress': dataclasses.asdict(progress)}, metrics=metrics, force=True)
+      with _context():
+        response = ocp.save_async(saving, state, overwrite=True)
     except Exception as error:
       raise self._explained(error) from error
+    self._pending = self._background.submit(self._finish, response.result, saving, progress.step, facts)
+
+  def _finish(self, written: Callable[[], None], saving: Path, step: int, facts: dict[str, Any]) -> None:
+    try:
+      written()
+      if first():
+        self._commit(saving, step, facts)
+    except BaseException:
+      if first():  # the space is for what comes next; threads of Orbax may still write, and the next start removes the rest
+        for path in saving.parent.glob(f'{saving.name}*'):
+          shutil.rmtree(path, ignore_errors=True)
+      raise
+
+  def _commit(self, saving: Path, step: int, facts: dict[str, Any]) -> None:
+    for path in self._beside:
+      shutil.copytree(path, saving / path.name) if path.is_dir() else shutil.copyfile(path, saving / path.name)
+    seal(saving, facts)
+    self._drop(step)  # a run that was told to do it again
+    saving.rename(self._directory / str(step))
+    sync(self._directory)
+    self._whole.add(step)
+    assert self._retention
+    for old in {*self.steps()} - self._retention.kept(self._losses()):
+      self._drop(old)
 
   def wait(self) -> None:
-    """Returns when everything saved is on disk."""
+    """Returns when everything saved is on disk.
+
+    Raises:
+      UserError: as for `save`.
+    """
     pending, self._pending = self._pending, None
     if pending is not None:
       try:
@@ -106,49 +193,124 @@ class Checkpoints:
       except Exception as error:
         raise self._explained(error) from error
 
+  @property
+  def saving(self) -> bool:
+    """Whether a save is still running; what went wrong with one that is not, `wait` raises."""
+    return self._pending is not None and not self._pending.done()
+
   def restore(self, step: int, state: Any) -> tuple[Any, Progress]:
-    """Loads the checkpoint of a step into the shapes, dtypes and shardings of an abstract tree."""
-    loaded = self._load(step, {'state': state, 'progress': None})
-    return loaded['state'], Progress(**loaded['progress'])
+    """Loads the checkpoint of a step into the shapes, dtypes and shardings of an abstract tree.
+
+    Raises:
+      UserError: a checkpoint that is damaged, or of other shapes.
+    """
+    return self._load(step, state), self.progress(step)
+
+  def progress(self, step: int) -> Progress:
+    """How far the run was at a step."""
+    return Progress(**self.facts(step)['progress'])
+
+  def facts(self, step: int) -> dict[str, Any]:
+    """The progress, validation loss and time of a checkpoint.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    try:
+      return read(self._directory / str(step))['facts']
+    except Damaged as damaged:
+      raise self._unfit(step, str(damaged)) from None
 
   def restore_parameters(self, step: int, parameters: dict[str, jax.ShapeDtypeStruct]) -> Parameters:
-    """Loads only the parameters of a TrainState, and neither reads nor allocates its optimizer state."""
-    loaded = self._load(step, {'state': {'parameters': parameters}})['state']['parameters']
+    """Loads only the parameters of a TrainState, and allocates no optimizer state.
+
+    Raises:
+      UserError: a checkpoint that is damaged, or of other shapes.
+    """
+    loaded = self._load(step, {'parameters': parameters}, partial=True)['parameters']
     for name, value in loaded.items():
       if isinstance(value, jax.ShapeDtypeStruct):  # Orbax leaves what it did not find as it was asked for
         raise self._unfit(step, f'it has no {name}')
     return loaded
 
-  def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
-    try:
-      return self._checkpointer.load_checkpointables(step, wanted)
-    except Exception as error:
-      # Orbax wraps every failure in one about handlers; the cause is what a person can act on.
-      reason = ' '.join(str(error.__cause__ or error).split())[:300]
-      raise self._unfit(step, reason) from error
-
-  def _unfit(self, step: int, reason: str) -> UserError:
-    return UserError('checkpoint', str(self._directory / str(step)), f'a checkpoint that fits this config; {reason}')
+  def drop_after(self, step: int) -> None:
+    """Removes the checkpoints of later steps."""
+    self.wait()
+    for later in [one for one in self.steps() if one > step] if first() else []:
+      self._drop(later)
+    share('dropped')
 
   def close(self) -> None:
     """Waits and lets go of the folder."""
     try:
       self.wait()
     finally:
+      self._background.shutdown()
+
+  def _load(self, step: int, wanted: Any, partial: bool = False) -> Any:
+    if wrong := self._wrong(step):
+      raise self._unfit(step, f'it is damaged: {wrong}')
+    try:
+      with _context(partial):
+        return ocp.load(self._directory / str(step), wanted)
+    except Exception as error:
+      # Orbax wraps every failure in one about handlers; the cause is what a person can act on.
+      raise self._unfit(step, f'it does not fit this config: {" ".join(str(error.__cause__ or error).split())[:300]}') from error
+
+  def _wrong(self, step: int) -> str:
+    """What is wrong with a checkpoint, '' where nothing is; every process reads a part of it."""
+    group = company().group
+    mine = '' if step in self._whole else damage(self._directory / str(step), group.process, group.processes)
+    wrong = next(filter(None, gather('damage', mine)), '')
+    if not wrong:
+      self._whole.add(step)
+    return wrong
+
+  def _losses(self) -> dict[int, float | None]:
+    losses: dict[int, float | None] = {}
+    for step in self.steps():
       try:
-        self._checkpointer.close()
-      except Exception as error:  # Orbax tells a failed save once more
-        raise self._explained(error) from error
+        losses[step] = read(self._directory / str(step))['facts']['loss']
+      except Damaged:  # told when it is used
+        losses[step] = None
+    return losses
+
+  def _drop(self, step: int) -> None:
+    """Removes a checkpoint; a kill meanwhile leaves nothing that looks like one."""
+    self._whole.discard(step)
+    folder = self._directory / str(step)
+    if folder.exists():
+      dropped = folder.with_name(f'{step}.dropped')
+      folder.rename(dropped)
+      shutil.rmtree(dropped)
+
+  def _set_aside(self, step: int) -> Path:
+    aside = self._directory.with_name(DAMAGED) / f'{step}-{time.strftime("%Y%m%d-%H%M%S")}'
+    aside.parent.mkdir(exist_ok=True)
+    (self._directory / str(step)).rename(aside)
+    return aside
+
+  def _unfit(self, step: int, reason: str) -> UserError:
+    return UserError('checkpoint', str(self._directory / str(step)), f'a whole checkpoint of this config; {reason}')
 
   def _explained(self, error: Exception) -> Exception:
-    full = getattr(error, 'errno', None) == errno.ENOSPC or 'RESOURCE_EXHAUSTED' in str(error)
-    return UserError('checkpoint', str(self._directory), 'a disk with space left') if full else error
+    """The UserError for what a disk does, which is no fault of ours; any other error as it is."""
+    code = getattr(error, 'errno', None)
+    if code == errno.ENOSPC or 'RESOURCE_EXHAUSTED' in str(error):
+      return UserError('checkpoint', str(self._directory), 'a disk with space left')
+    if isinstance(error, OSError) or 'PERMISSION_DENIED' in str(error) or 'NOT_FOUND' in str(error):
+      return UserError('checkpoint', str(self._directory), f'a folder that can be written; {" ".join(str(error).split())[:200]}')
+    return error
 
 
-def _retention(config: CheckpointConfig):
-  policies = ocp.training.preservation_policies
-  kept = [policies.LatestN(config.keep)]
-  if config.keep_best:
-    kept.append(policies.BestN(get_metric_fn=lambda metrics: metrics['loss'], reverse=True, n=1,
-                               keep_checkpoints_without_metrics=False))
-  return policies.AnyPreservationPolicy(kept)
+def _best(losses: Mapping[int, float]) -> int:
+  """The step with the lowest loss; of equal ones the newest."""
+  return min(losses, key=lambda step: (losses[step], -step))
+
+
+def _context(partial: bool = False) -> ocp.Context:
+  context = ocp.Context()
+  # Random floats do not compress: without it a save needs no second copy of the state in memory.
+  context.array.saving.use_compression = False
+  context.pytree.loading.partial_load = partial
+  return context

@@ -4,6 +4,10 @@ import difflib
 from collections.abc import Iterable, Mapping
 
 
+class Fault(Exception):
+  """What went wrong with a machine, and no mistake of its user; binaries print it as one `error:` line and exit with 1."""
+
+
 class UserError(ValueError):
   """A mistake in a config, a flag or an input file; binaries print it as one `error:` line and exit with 2.
 

@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from absl import app, flags
 
-from gptjax.config.errors import UserError
+from gptjax.config.errors import Fault, UserError
 from gptjax.config.schema import Config, Duration
 
 Value = int | float | str | tuple
@@ -286,7 +286,7 @@ def run(main: Callable[[Any], int | None], *, needs_config: bool | None = True) 
   try:
     with at_end:
       app.run(main, flags_parser=functools.partial(_parse_command_line, needs_config=needs_config))
-  except (UserError, OSError, KeyboardInterrupt) as error:
+  except (UserError, Fault, OSError, KeyboardInterrupt) as error:
     if isinstance(error, BrokenPipeError):
       # Python must not try to flush the rest at exit.
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -305,6 +305,8 @@ def ending(error: BaseException) -> tuple[int, str | None]:
   match error:
     case UserError():
       return 2, f'error: {error}'
+    case Fault():
+      return 1, f'error: {error}'
     case BrokenPipeError():  # whoever read our output, such as head, has what they wanted
       return 0, ''
     case OSError():

@@ -264,13 +264,34 @@ class CheckpointConfig:
 
   every: Duration = 1000
   """duration between checkpoints; 0: only at the end"""
+  minutes: float = 0.0
+  """minutes of the clock after which one is saved in any case; 0: none for that"""
   keep: int = 2
-  """latest checkpoints kept"""
+  """latest checkpoints kept; with one alone nothing is left where it is damaged"""
+  keep_every: Duration = 0
+  """also keep the checkpoints at multiples of this duration; 0: none for that"""
   keep_best: bool = False
   """also keep the checkpoint with the lowest validation loss"""
 
   def __post_init__(self):
     at_least('checkpoint.', self, 1, 'keep')
+    at_least('checkpoint.', self, 0, 'minutes')
+
+
+@dataclasses.dataclass(frozen=True)
+class FaultsConfig:
+  """What a run does about bad steps and devices that err silently."""
+
+  bad_step: Literal['stop', 'skip', 'rollback'] = 'stop'
+  """the update of a step whose loss or gradient is not finite, or a spike, is never made: then end the run, go on with the next
+  batch, or go back to the last checkpoint and pass over the batch"""
+  spike: float = 0.0
+  """running deviations above its running mean from which on a loss or gradient norm is a spike; 0: none is"""
+  compare_every: Duration = 0
+  """duration between comparisons of what several devices hold copies of; 0: only before each checkpoint"""
+
+  def __post_init__(self):
+    at_least('faults.', self, 0, 'spike')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,6 +310,8 @@ class Config:
   """validation and samples"""
   checkpoint: CheckpointConfig = CheckpointConfig()
   """checkpoints"""
+  faults: FaultsConfig = FaultsConfig()
+  """bad steps and silent errors"""
   steps: Duration = 1000
   """duration of training"""
   batch_size: int = 16
@@ -316,6 +339,7 @@ class Config:
       accepted = f'a divisor of batch_size={self.batch_size}: {divisors(self.batch_size)}'
       raise UserError('microbatches', self.microbatches, accepted)
     for field, value in (('steps', self.steps), ('eval.every', self.eval.every), ('checkpoint.every', self.checkpoint.every),
+                         ('checkpoint.keep_every', self.checkpoint.keep_every), ('faults.compare_every', self.faults.compare_every),
                          ('optimizer.warmup', self.optimizer.warmup), ('optimizer.decay', self.optimizer.decay)):
       duration_in_steps(field, value, batch_size=self.batch_size, context=self.data.context, rows_per_epoch=self.batch_size)
     wsd = self.optimizer.schedule == 'wsd'

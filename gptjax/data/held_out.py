@@ -1,6 +1,5 @@
 """What a workdir keeps of its data, so that a model can be scored and sampled where the data is not."""
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -35,7 +34,7 @@ class HeldOut:
   """names of the sets that each tag has"""
 
 
-def export(prepared: Prepared, directory: Path) -> None:
+def export(prepared: Prepared, directory: Path, replace: bool = False) -> None:
   """Copies the tokenizer and the validation sets into a run's folder; it appears there whole or not at all.
 
   Raises:
@@ -44,10 +43,11 @@ def export(prepared: Prepared, directory: Path) -> None:
   identity = directory / 'identity.json'
   if identity.exists():
     was = read_json(identity)['fingerprint']
-    if was != prepared.fingerprint:
+    if was == prepared.fingerprint:
+      return
+    if not replace:
       raise UserError('data', prepared.fingerprint, f'{was}, the fingerprint of the documents, split and tokenizer that '
                       f'{directory} was made from; another --workdir for other data')
-    return
   partial = directory.with_suffix('.partial')
   shutil.rmtree(partial, ignore_errors=True)
   prepared.tokenizer.save(partial / 'tokenizer')
@@ -57,11 +57,14 @@ def export(prepared: Prepared, directory: Path) -> None:
       open_folder(store.place).copy(partial / 'valid' / name)
   except UserError:
     shutil.rmtree(partial)
-    with contextlib.suppress(OSError):
-      partial.parent.rmdir()  # where the run has not begun
     raise
   facts = {'fingerprint': prepared.fingerprint, 'valid': list(prepared.valid), 'tags': prepared.tags}
   (partial / identity.name).write_text(json.dumps(facts))
+  if directory.exists():
+    old = directory.with_suffix('.replaced')
+    shutil.rmtree(old, ignore_errors=True)
+    directory.rename(old)
+    shutil.rmtree(old)
   partial.rename(directory)
 
 

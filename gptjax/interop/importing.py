@@ -10,8 +10,8 @@ import jax
 from jax.sharding import Mesh
 
 from gptjax import config as configs
-from gptjax.checkpoint import Checkpoints, Progress
-from gptjax.config import CheckpointConfig, Config, DataConfig, MeshConfig, ModelConfig, UserError
+from gptjax.checkpoint import Checkpoints, Progress, Retention
+from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, UserError
 from gptjax.data import Prepared, Tokenizer, export, load_tokenizer
 from gptjax.data.progress import Work
 from gptjax.files import building, write_json
@@ -86,7 +86,7 @@ def import_folder(folder: Path, workdir: Path, options: Import) -> str:
     _keep(folder, out / KEPT, matched, entries, others, own_tokenizer=options.tokenizer is None)
     parameters = load(matched, mesh, entries)
     ours = our_logits(matched.plan, parameters, mesh, tokens) if chosen.kind == 'transformers' else None
-    with contextlib.closing(Checkpoints(out / 'checkpoints', CheckpointConfig())) as checkpoints:
+    with contextlib.closing(Checkpoints(out / 'checkpoints', Retention())) as checkpoints:
       checkpoints.save(Progress(), {'parameters': parameters}, None)
       checkpoints.wait()
     count = sum(parameter.size for parameter in parameters.values())

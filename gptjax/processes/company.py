@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, cast
 
 from gptjax.config import ending
@@ -39,7 +39,7 @@ class Company:
     self.group = group or Group()
     self._peers = {peer.connection: peer for peer in peers or []}
     self._hosts = sorted({peer.host for peer in self._peers.values()} | {os.uname().nodename})
-    self._came: queue.Queue[str] = queue.Queue()  # names that peers said to wait for; of process 0
+    self._came: queue.Queue[tuple[int, str, Any]] = queue.Queue()  # who waits for what, and brought which value; of process 0
     self._told: queue.Queue[dict[str, Any]] = queue.Queue()  # what process 0 said to go on with; of the others
     self._ending = threading.Lock()  # who has it ends this process
     self._over = threading.Event()  # another process ended with an error
@@ -60,19 +60,35 @@ class Company:
 
     It takes no device and has no timeout: a process may work for hours while the others wait here for it.
     """
+    return self._meet(name, None if self.group.process else value, lambda values: values[0])
+
+  def gather(self, name: str, value: Any) -> list[Any]:
+    """Waits until all processes are here; returns the values, small ones of JSON, that they came with, in their order."""
+    return self._meet(name, value, lambda values: values)
+
+  def _meet(self, name: str, value: Any, answer: Callable[[list[Any]], Any]) -> Any:
+    """Process 0 makes the answer out of the values of all, and every process returns it."""
     if not self._peers:
-      return value
+      return answer([value])
     if self.group.process == 0:
+      values = {0: value}
       for _ in self._peers:
-        other = self._came.get()
-        assert other == name, f'a process is at {other!r}, this one at {name!r}'
+        index, other, values[index] = self._came.get()
+        assert other == name, f'process {index} is at {other!r}, this one at {name!r}'
+      value = answer([values[index] for index in sorted(values)])
       for peer in self._peers.values():
         peer.connection.send(go_on=name, value=value)
       return value
-    self._leader.connection.send(at=name)
+    self._leader.connection.send(at=name, value=value)
     message = self._told.get()
     assert message['go_on'] == name, f'process 0 is at {message["go_on"]!r}, this one at {name!r}'
     return message['value']
+
+  def end(self, status: int, text: str) -> NoReturn:
+    """Ends this process at once from any thread, and the others with it, which say `text`."""
+    if not self._ending.acquire(blocking=False):
+      threading.Event().wait()  # another thread is at it
+    self._leave(status, None, f'process {self.group.process}: {text}' if self._peers else text)
 
   def __enter__(self) -> 'Company':
     return self
@@ -117,8 +133,8 @@ class Company:
 
   def _heard(self, peer: Peer, message: dict[str, Any]) -> None:
     match message:
-      case {'at': str(name)}:
-        self._came.put(name)
+      case {'at': str(name), 'value': value}:
+        self._came.put((peer.index, name, value))
       case {'go_on': _}:
         self._told.put(message)
       case {'end': None}:
@@ -189,3 +205,8 @@ def first() -> bool:
 def share(name: str, value: Any = None) -> Any:
   """Waits until all processes are here; returns the value that process 0 came with."""
   return _company.share(name, value)
+
+
+def gather(name: str, value: Any) -> list[Any]:
+  """Waits until all processes are here; returns the values that they came with, in their order."""
+  return _company.gather(name, value)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
 
-from gptjax.files import json_line, write_whole
+from gptjax.config import UserError
+from gptjax.data.progress import announce
+from gptjax.files import complete_lines, json_line, write_whole
 
 
 class Logbook:
@@ -27,7 +30,8 @@ class Logbook:
 
   def __init__(self, workdir: Path, step: int, steps: int):
     self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-    self._files = {name: _cut(workdir / name, step).open('a') for name in ('metrics.jsonl', 'samples.jsonl')}
+    self._workdir = workdir
+    self._files = {name: _Lines(workdir / name, step) for name in ('metrics.jsonl', 'samples.jsonl')}
     self._board = _Board(workdir / 'tensorboard', step + 1)
     self._steps = steps
     self._bar = Progress(
@@ -54,6 +58,24 @@ class Logbook:
       left = (self._steps - step) * (time.monotonic() - self._started) / max(step - self._first, 1)
       self.console.print(f'step {step}/{self._steps}  {figures}  {_clock(left)} left', markup=False)
 
+  def rewind(self, step: int) -> None:
+    """Forgets what is later than a step, from which the run goes on."""
+    self._board.close()
+    for name, file in self._files.items():
+      file.close()
+      self._files[name] = _Lines(self._workdir / name, step)
+    self._board = _Board(self._workdir / 'tensorboard', step + 1)
+    self.advance(step)
+
+  def flush(self) -> None:
+    """Returns when every line is on the disk.
+
+    Raises:
+      UserError: there is no space for them; they stay in memory.
+    """
+    for file in self._files.values():
+      file.flush()
+
   def advance(self, step: int) -> None:
     """Moves the progress bar."""
     self._bar.update(self._task, completed=step)
@@ -68,7 +90,6 @@ class Logbook:
                          markup=False)
     self._write('metrics.jsonl', {'step': step, **metrics})
     self._board.scalars(step, metrics)
-    self._board.flush()
 
   def sample(self, step: int, prompt: str, text: str) -> None:
     """Records a sample."""
@@ -88,8 +109,10 @@ class Logbook:
         stack.callback(close)
 
   def _write(self, name: str, record: dict[str, Any]) -> None:
-    self._files[name].write(json_line(record) + '\n')
-    self._files[name].flush()
+    file = self._files[name]
+    waited = file.waiting
+    if (error := file.write(json_line(record) + '\n')) and not waited:
+      self.say(f'{self._workdir / name}: {error}; its lines wait in memory')
 
 
 class Silence(Logbook):
@@ -101,11 +124,51 @@ class Silence(Logbook):
   def _nothing(self, *args: Any, **named: Any) -> None:
     pass
 
-  header = step = advance = validation = sample = say = close = _nothing
+  header = step = rewind = flush = advance = validation = sample = say = close = _nothing
+
+
+class _Lines:
+  """A JSONL file. Lines that find no space wait in memory for the next; what a kill leaves of one is cut off at the next start.
+
+  Args:
+    path: of the file.
+    step: later lines are cut off.
+  """
+
+  def __init__(self, path: Path, step: int):
+    self._path = _cut(path, step)
+    self._file = self._path.open('ab', buffering=0)
+    self._waiting = b''
+
+  @property
+  def waiting(self) -> bool:
+    """Whether a line waits."""
+    return bool(self._waiting)
+
+  def write(self, line: str) -> str:
+    """Writes a line; returns what kept it from the disk."""
+    self._waiting += line.encode()
+    try:
+      while self._waiting:
+        self._waiting = self._waiting[self._file.write(self._waiting):]
+    except OSError as error:
+      return error.strerror or str(error)
+    return ''
+
+  def flush(self) -> None:
+    """Returns when all lines are on the disk, or raises a UserError."""
+    if error := self.write(''):
+      raise UserError(str(self._path), error, 'a disk with space left')
+    os.fsync(self._file.fileno())
+
+  def close(self) -> None:
+    self._file.close()
 
 
 class _Board:
   """TensorBoard's file, written as the figures come: tensorboardX's own thread dies on a full disk, and the run then hangs.
+
+  A record that finds no space ends this file, which TensorBoard reads up to there; metrics.jsonl has all.
 
   Args:
     folder: made if missing.
@@ -114,8 +177,7 @@ class _Board:
 
   def __init__(self, folder: Path, first: int):
     folder.mkdir(parents=True, exist_ok=True)
-    self._file = RecordWriter(str(folder / f'events.out.tfevents.{time.time():.6f}'))
-    self.flush, self.close = self._file.flush, self._file.close
+    self._file: RecordWriter | None = RecordWriter(str(folder / f'events.out.tfevents.{time.time():.6f}'))
     self._add(0, file_version='brain.Event:2')
     self._add(first, session_log=SessionLog(status=SessionLog.START))
 
@@ -127,15 +189,32 @@ class _Board:
     self._add(step, summary=summary.text(name, indented))
 
   def _add(self, step: int, **content: Any) -> None:
-    self._file.write(Event(step=step, wall_time=time.time(), **content).SerializeToString())
+    if self._file is None:
+      return
+    try:
+      self._file.write(Event(step=step, wall_time=time.time(), **content).SerializeToString())
+      self._file.flush()
+    except OSError as error:
+      self._file = None
+      announce(f'tensorboard: {error.strerror}; it is not written any more by this process')
+
+  def close(self) -> None:
+    if self._file is not None:
+      self._file.close()
+      self._file = None
 
 
 def _cut(path: Path, step: int) -> Path:
   """Drops the lines of a JSONL file that are of a later step, or that a killed process left unfinished."""
+  kept = []
+  for number, line in enumerate(complete_lines(path), 1):
+    try:
+      if json.loads(line)['step'] <= step:
+        kept.append(line)
+    except (ValueError, LookupError, TypeError):
+      announce(f'{path}:{number} is damaged and left out: {line.strip()[:60]!r}')
   if path.exists():
-    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith('\n')]
-    kept = ''.join(line for line in lines if json.loads(line)['step'] <= step)
-    write_whole(path, kept)
+    write_whole(path, ''.join(kept))
   return path
 
 

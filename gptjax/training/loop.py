@@ -5,31 +5,37 @@ import dataclasses
 import functools
 import json
 import time
+from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from gptjax import config as configs
-from gptjax.checkpoint import Checkpoints, Progress
-from gptjax.config import Config, UserError, in_unit_of_steps
-from gptjax.data import Prepared, batches, cores, export, prepare
+from gptjax.checkpoint import Checkpoints, Progress, Retention
+from gptjax.config import Config, Fault, UserError
+from gptjax.data import Prepared, batches, cores, prepare
 from gptjax.evaluation import Scorer
 from gptjax.files import write_whole
-from gptjax.inference import Generator
+from gptjax import inference
 from gptjax.model import flops_per_token
-from gptjax.processes import company, first, share
+from gptjax.processes import company, first, gather, share
 from gptjax.sharding import make_mesh, my_rows, place_rows
+from gptjax.training.copies import copies_check
+from gptjax.training.guard import BadSteps, Rollback
 from gptjax.training.hardware import CompileCounter, peak_flops
+from gptjax.training.interruptions import TO_BE_CONTINUED, Interruptions, Wish
 from gptjax.training.logbook import Logbook, Silence
+from gptjax.training.resuming import alone, claim, see
 from gptjax.training.run import Run, header, resolve
 from gptjax.training.step import TrainState
+from gptjax.training.watchdog import Watchdog
 
-MAY_CHANGE = ('steps', 'batch_size', 'microbatches', 'zero_stage', 'z_loss', 'mesh.', 'eval.', 'checkpoint.', 'optimizer.',
-              'model.attention', 'model.remat', 'model.saved', 'model.offloaded', 'model.sequence_parallel', 'model.dropout',
-              'model.compute_dtype', 'data.source.path', 'data.source.skip',
-              'data.tokenizer.path', 'data.prefetch', 'data.workers')
-"""Fields a resumed run may change; others would make its checkpoint or its place in the data meaningless."""
-
+RETRY = 30.0
+"""Seconds after which a save that failed is tried again."""
+MOST_RETRIES = 10
+"""of the last save, which the run waits for"""
+MOST_ROLLBACKS = 10
+"""in a row without a new checkpoint"""
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -43,37 +49,46 @@ class Options:
   """step after which this process saves and ends; 0: the last"""
   profile_steps: tuple[int, int] | None = None
   """first and last step of a profiler trace"""
+  accept_changes: bool = False
+  """go on with a config that computes something else than the workdir's"""
+  hang_timeout: float = 0.0
+  """seconds without progress after which the process ends; 0: none"""
 
 
-def train(config: Config, options: Options) -> None:
-  """Trains, or goes on where the workdir's latest checkpoint stands."""
+def train(config: Config, options: Options) -> int:
+  """Trains, or goes on where the workdir's newest whole checkpoint stands; returns the exit status, `TO_BE_CONTINUED` if interrupted."""
   data = _prepare(config, options.cache_dir)
   mesh = make_mesh(config.mesh)
   assert jax.process_count() == company().group.processes, 'processes of one run join through gptjax.start'
   with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
     run = resolve(config, data, mesh)
-    changed = _claim(options.workdir, run.config, data) if first() else []
-    _see(options.workdir)
-    checkpoints = stack.enter_context(contextlib.closing(Checkpoints(options.workdir / 'checkpoints', config.checkpoint)))
-    newest = share('newest checkpoint', max(checkpoints.steps(), default=None))
-    if newest is not None:
-      state, progress = checkpoints.restore(newest, run.abstract_state)
-    else:
-      state, progress = run.initialize(), Progress()
     last = min(run.steps, options.stop_at or run.steps)
+    if first():
+      stack.enter_context(alone(options.workdir))
+    share('lock')
+    folder = options.workdir
+    checkpoints = stack.enter_context(contextlib.closing(Checkpoints(
+      folder / 'checkpoints', Retention(config.checkpoint.keep, run.keep_every, config.checkpoint.keep_best),
+      beside=(folder / 'config.json', folder / 'data' / 'identity.json', folder / 'data' / 'tokenizer'))))
+    newest = checkpoints.newest()
+    progress = Progress() if newest is None else checkpoints.progress(newest)
+    changed = claim(folder, run, data, progress, options.accept_changes) if first() else []
+    see(folder)
     _check_profile(options.profile_steps, progress.step, last)
     _check_rows(run, progress, last)
+    state = run.initialize() if newest is None else checkpoints.restore(newest, run.abstract_state)[0]
     peak = peak_flops(list(mesh.devices.flatten()), run.config.model.compute_dtype)
-    book = stack.enter_context(contextlib.closing(
-      Logbook(options.workdir, progress.step, run.steps) if first() else Silence()))
+    book = stack.enter_context(contextlib.closing(Logbook(folder, progress.step, run.steps) if first() else Silence()))
     facts = header(run, data, progress, peak)
     book.header(facts | ({'changed': '; '.join(changed)} if changed else {}))
     if progress.step >= last:
       book.say(f'nothing to do: step {progress.step} of {last} is done')
-      return
+      return 0
     if first():
-      write_whole(options.workdir / 'run.json', json.dumps(facts, indent=2) + '\n')
-    _Loop(run, data, checkpoints, book, options, peak[0]).go(state, progress, last)
+      write_whole(folder / 'run.json', json.dumps(facts, indent=2) + '\n')
+    watchdog = stack.enter_context(Watchdog(options.hang_timeout, folder))
+    interruptions = stack.enter_context(Interruptions(mesh, run.config.checkpoint.minutes))
+    return _Loop(run, data, checkpoints, book, options, peak[0], watchdog, interruptions).go(state, progress, last)
 
 
 def _prepare(config: Config, cache_dir: Path) -> Prepared:
@@ -84,47 +99,6 @@ def _prepare(config: Config, cache_dir: Path) -> Prepared:
   if data.fingerprint != fingerprint:
     raise UserError('data', data.fingerprint, f'{fingerprint}, the fingerprint of documents, split and tokenizer in process 0')
   return data
-
-
-def _see(workdir: Path) -> None:
-  """Waits until every process sees the workdir as process 0 left it."""
-  share('workdir')
-  deadline = time.monotonic() + 60  # network file systems may remember for so long that a file was not there
-  while not (workdir / 'config.json').exists():
-    if time.monotonic() > deadline:
-      raise UserError('--workdir', str(workdir), 'a folder of a file system that all processes share; process 0 wrote what is not here')
-    time.sleep(0.1)
-
-
-def _claim(workdir: Path, config: Config, data: Prepared) -> list[str]:
-  """Makes the workdir self-contained, or checks that it is of this run; returns what changed since it started."""
-  file = workdir / 'config.json'
-  different = configs.differences(configs.from_json(file.read_text(), str(file)), config) if file.exists() else {}
-  vocabulary = different.pop('model.vocab_size', None)
-  _check_mixture(different, config)
-  for name, (was, now) in different.items():
-    if not name.startswith(MAY_CHANGE) or name == 'optimizer.name':
-      raise _another_run(name, was, now)
-  export(data, workdir / 'data')
-  if vocabulary:  # last, because it follows from tokenizer and text, and their errors say more
-    raise _another_run('model.vocab_size', *vocabulary)
-  write_whole(file, configs.to_json(config))
-  return [f'{name} {was} -> {now}' for name, (was, now) in different.items()]
-
-
-def _check_mixture(different: dict[str, tuple], config: Config) -> None:
-  """Takes stores that only moved out of what is different; their content is in the fingerprint of the data."""
-  for name in ('data.train', 'data.valid'):
-    was, now = different.get(name, ((), ()))
-    if name in different and [dataclasses.replace(one, store='') for one in was] == [dataclasses.replace(one, store='') for one in now]:
-      del different[name]
-  if 'batch_size' in different and any(in_unit_of_steps(phase.start) for phase in config.data.phases):
-    raise UserError('batch_size', config.batch_size, f'{different["batch_size"][0]}, with which this workdir was started, where '
-                    "data.phases start at steps; phases that start at '1e9 tokens' do not depend on it")
-
-
-def _another_run(name: str, was: object, now: object) -> UserError:
-  return UserError(name, now, f'{was!r}, with which this workdir was started; another --workdir for another run')
 
 
 def _check_profile(steps: tuple[int, int] | None, done: int, last: int) -> None:
@@ -143,62 +117,90 @@ def _check_rows(run: Run, done: Progress, last: int) -> None:
 class _Loop:
   """One process's part of a run."""
 
-  def __init__(self, run: Run, data: Prepared, checkpoints: Checkpoints, book: Logbook, options: Options, peak: float):
+  def __init__(self, run: Run, data: Prepared, checkpoints: Checkpoints, book: Logbook, options: Options, peak: float,
+               watchdog: Watchdog, interruptions: Interruptions):
     self.run, self.data, self.checkpoints, self.book, self.options, self.peak = run, data, checkpoints, book, options, peak
+    self.watchdog, self.interruptions = watchdog, interruptions
     config = run.config
     self.scorer = Scorer(run.blueprint, run.objective, run.mesh, config.sequences)
     self.flops = flops_per_token(config.model, config.data.context)
+    self.bad_steps = BadSteps(config.faults, options.workdir, writes=first())
+    self.copies = copies_check(run.abstract_state, run.mesh) if run.mesh.size > 1 else None
     self.compiles = 0
+    self.rollbacks = 0  # since the last checkpoint
     self.tracing = False
     self.clock = (0.0, 0)  # seconds and tokens at the last logged step
     self.waited = 0.0  # seconds since then in which there was no batch
-    self.pending: tuple[int, dict[str, jax.Array]] | None = None
 
-  def go(self, state: TrainState, progress: Progress, last: int) -> None:
-    """Runs to step `last`."""
-    self.state, self.progress = state, progress
-    config, mesh = self.run.config, self.run.mesh
-    self.batches = batches(self.run.rows, progress.rows, config.batch_size, my_rows(mesh, config.batch_size),
-                           prefetch=config.data.prefetch, workers=config.data.workers)
+  def go(self, state: TrainState, progress: Progress, last: int) -> int:
+    """Runs to step `last`; returns the exit status."""
     counter = CompileCounter()
-    self._restart_clock(self.progress.tokens)
+    self._begin(state, progress)
     try:
       while self.progress.step < last:
-        self._start_trace(self.progress.step + 1)
-        self._step(counter)
-        self._stop_trace(last)
-        self._after_step(last)
+        try:
+          self._start_trace(self.progress.step + 1)
+          self._step(counter)
+          self._stop_trace(last)
+          if self._after_step(last) == Wish.END:
+            self.book.say(f'{self.interruptions.reason}: saved step {self.progress.step} of {last}, ending; the same command goes on')
+            return TO_BE_CONTINUED
+        except Rollback as reason:
+          self._roll_back(reason)
+      return 0
     finally:
       counter.close()
       self.batches.close()
       if self.tracing:
         jax.profiler.stop_trace()
 
+  def _begin(self, state: TrainState, progress: Progress) -> None:
+    """Stands at a state, as fresh from the start or from a checkpoint."""
+    self.state, self.progress = state, progress
+    self.pending: tuple[int, tuple[int, int], dict[str, jax.Array]] | None = None
+    self.bad_steps.forget_after(progress.step)
+    self.batches = self._batches(progress.rows)
+    self._restart_clock(progress.tokens)
+
+  def _batches(self, row: int) -> Generator[Any, None, None]:
+    config = self.run.config
+    return batches(self.run.rows, row, config.batch_size, my_rows(self.run.mesh, config.batch_size),
+                   prefetch=config.data.prefetch, workers=config.data.workers)
+
   def _step(self, counter: CompileCounter) -> None:
-    run, done = self.run, self.progress
+    run, done, size = self.run, self.progress, self.run.config.batch_size
+    row = self.bad_steps.passed(done.rows, size)
+    if row != done.rows:
+      self.batches.close()
+      self.batches = self._batches(row)
+      self.book.say(f'step {done.step + 1}: rows {done.rows:,} to {row - 1:,} are passed over')
     start = time.perf_counter()
     batch = next(self.batches)
     self.waited += time.perf_counter() - start
-    self.progress = Progress(done.step + 1, done.rows + run.config.batch_size, done.tokens)
+    self.progress = Progress(done.step + 1, row + size, done.tokens)
     before = counter.count
-    self.state, metrics = run.step(self.state, place_rows(run.mesh, batch, run.config.batch_size))
+    self.state, metrics = run.step(self.state, place_rows(run.mesh, batch, size))
     self.compiles += counter.count - before
     assert self.compiles == 1, f'the step was compiled {self.compiles} times'
+    dispatched = (self.progress.step, (row, row + size), metrics)
     self._read_pending()
-    self.pending = (self.progress.step, metrics)
+    self.pending = dispatched
+    self.watchdog.progress()
 
   def _read_pending(self) -> None:
     """Waits for the step before the one just dispatched, and logs it where it is due."""
     if self.pending is None:
       return
-    (step, metrics), self.pending = self.pending, None
+    (step, rows, metrics), self.pending = self.pending, None
     # Waits for the step, so never more than one is ahead; and counted on the host, since a run outgrows an int32.
     self.progress = dataclasses.replace(self.progress, tokens=self.progress.tokens + int(metrics['targets']))
     tokens = self.progress.tokens
     self.book.advance(step)
+    if metrics['bad']:
+      self.book.say(f'{self.bad_steps.add(step, rows, float(metrics["loss"]), float(metrics["grad_norm"]))}: left out')
     if step % self.options.log_every and step not in (1, self.run.steps):
       return
-    values = {name: float(value) for name, value in jax.device_get(metrics).items() if name != 'targets'}
+    values = {name: float(value) for name, value in jax.device_get(metrics).items() if name not in ('targets', 'bad')}
     now = time.perf_counter()
     seconds = now - self.clock[0]
     speed = (tokens - self.clock[1]) / seconds
@@ -209,25 +211,98 @@ class _Loop:
   def _restart_clock(self, tokens: int) -> None:
     self.clock, self.waited = (time.perf_counter(), tokens), 0.0
 
-  def _after_step(self, last: int) -> None:
+  def _after_step(self, last: int) -> Wish:
+    """Compares, validates and saves where that is due; tells whether to end after it."""
     run, step = self.run, self.progress.step
+    wish = self.interruptions.wish()
     final = step == run.steps
     due = lambda every: bool(every) and step % every == 0
     scheduled = due(run.checkpoint_every)
-    save = scheduled or step == last
+    save = scheduled or step == last or wish > Wish.GO_ON
     # Which checkpoint is best can only be told of those that were validated; stop_at adds no line to the metrics.
     validate = final or due(run.eval_every) or (scheduled and run.config.checkpoint.keep_best)
-    if not (validate or save):
-      return
-    self._read_pending()
-    loss = self._validate(final) if validate else None
+    if save or due(run.compare_every):
+      self._read_pending()
+      self._compare()
+    loss = None
+    if validate:
+      self._read_pending()
+      loss = self._validate(final)
     if save:
-      self.checkpoints.save(self.progress, self.state, loss)
-    self._restart_clock(self.progress.tokens)
+      self._save(loss, waits=step == last or wish == Wish.END)
+    elif not self.checkpoints.saving:
+      self._heed_failure(self.checkpoints.wait)
+    if validate or save:
+      self._restart_clock(self.progress.tokens)
+    return wish if step < last else Wish.GO_ON
+
+  def _compare(self) -> None:
+    """Raises where devices do not hold the same copies: a checkpoint shall be of none of them."""
+    if self.copies and (different := self.copies(self.state)):
+      text = f'copies: {different} differ at step {self.progress.step}, accepted: what the other devices hold'
+      if self.run.config.faults.bad_step == 'rollback':
+        raise Rollback(text)
+      raise Fault(f'{text}; run the same command again to go on from the last checkpoint, without that device if it errs again')
+
+  def _save(self, loss: float | None, waits: bool) -> None:
+    """Saves; one that fails is tried again later, by all processes, and now if it is the last."""
+    self.interruptions.saved()
+    for left in reversed(range(MOST_RETRIES if waits else 1)):
+      self._heed_failure(self.checkpoints.wait)  # of the save before
+      failed = self._heed_failure(lambda: self._save_once(loss, waits), final=waits and not left)
+      if not waits or not any(gather('saved', failed)):
+        return
+      time.sleep(RETRY)
+
+  def _save_once(self, loss: float | None, waits: bool) -> None:
+    # To save is the work of all: what keeps process 0 from it, keeps all.
+    if refusal := share('save', self._refusal() if first() else None):
+      raise UserError.told(refusal)
+    self.checkpoints.save(self.progress, self.state, loss)
+    self.rollbacks = 0
+    if waits:
+      self.checkpoints.wait()
+
+  def _refusal(self) -> str:
+    """Why process 0 cannot save."""
+    try:
+      if not (self.options.workdir / 'config.json').exists():
+        raise UserError('--workdir', str(self.options.workdir), 'the folder of the run, which is gone')
+      self.book.flush()  # a checkpoint's lines are on the disk before it is
+    except UserError as error:
+      return str(error)
+    return ''
+
+  def _heed_failure(self, save: Callable[[], None], final: bool = False) -> bool:
+    """Whether a save failed for what may pass; training goes on meanwhile."""
+    try:
+      save()
+    except UserError as error:
+      if final:
+        raise
+      self.interruptions.save_in(RETRY)
+      self.book.say(f'not saved: {error}; tried again in {RETRY:g} s')
+      return True
+    return False
+
+  def _roll_back(self, reason: Rollback) -> None:
+    """Goes back to the newest checkpoint, and to the start where there is none."""
+    self.rollbacks += 1
+    if self.rollbacks > MOST_ROLLBACKS:
+      raise Fault(f'{reason}; the run went back {MOST_ROLLBACKS} times since its last checkpoint, accepted: good steps in between')
+    self._heed_failure(self.checkpoints.wait)
+    self.batches.close()
+    newest = self.checkpoints.newest()
+    del self.state
+    state, progress = (self.run.initialize(), Progress()) if newest is None else self.checkpoints.restore(newest, self.run.abstract_state)
+    self.book.rewind(progress.step)
+    self.book.say(f'{reason}: back to step {progress.step}')
+    self._begin(state, progress)
 
   def _validate(self, final: bool) -> float:
     settings, step = self.run.config.eval, self.progress.step
-    scores = self.scorer.sets(self.state.parameters, self.run.valid, self.data.tags, count=0 if final else settings.rows)
+    scores = self.scorer.sets(self.state.parameters, self.run.valid, self.data.tags, count=0 if final else settings.rows,
+                              advance=self.watchdog.progress)
     self.book.validation(step, scores.named())
     if settings.sample_tokens:
       said = self.generator(self.generator.prepare(self.state.parameters), [self.generator.prompt(settings.prompt, 'eval.prompt')],
@@ -236,9 +311,9 @@ class _Loop:
     return scores.overall.loss
 
   @functools.cached_property
-  def generator(self) -> Generator:
+  def generator(self) -> inference.Generator:
     """For samples."""
-    return Generator(self.run.blueprint, self.run.mesh, self.data.tokenizer, self.run.config.zero_stage)
+    return inference.Generator(self.run.blueprint, self.run.mesh, self.data.tokenizer, self.run.config.zero_stage)
 
   def _start_trace(self, step: int) -> None:
     if first() and self.options.profile_steps and step == self.options.profile_steps[0]:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from gptjax import config as configs
 from gptjax.checkpoint import Progress
-from gptjax.config import Config, UserError, duration_in_steps
+from gptjax.config import Config, Duration, UserError, duration_in_steps
 from gptjax.data import EvalRows, Prepared, TrainRows, train_rows
 from gptjax.model import Blueprint, attention_backend, blueprint, flops_per_token, parameter_count
 from gptjax.processes import company
@@ -39,6 +39,8 @@ class Run:
   steps: int
   eval_every: int
   checkpoint_every: int
+  keep_every: int
+  compare_every: int
 
   @property
   def abstract_state(self) -> TrainState:
@@ -56,12 +58,11 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
   data.tokenizer.encode(config.eval.prompt, 'eval.prompt')  # a prompt that cannot be sampled from is told before training
   check_sizes(config, mesh)
   rows = train_rows(config, data)
-  in_steps = lambda field, value: duration_in_steps(
-    field, value, batch_size=config.batch_size, context=config.data.context, rows_per_epoch=rows.rows_per_epoch)
+  steps_of = lambda field, value: in_steps(config, rows, field, value)
   opt = config.optimizer
-  steps = in_steps('steps', config.steps)
-  durations = {'steps': steps, 'warmup': in_steps('optimizer.warmup', opt.warmup),
-               'decay': in_steps('optimizer.decay', opt.decay)}
+  steps = steps_of('steps', config.steps)
+  durations = {'steps': steps, 'warmup': steps_of('optimizer.warmup', opt.warmup),
+               'decay': steps_of('optimizer.decay', opt.decay)}
   if steps < 1:
     raise UserError('steps', config.steps, '1 step or more')
   if durations['decay'] > steps:
@@ -78,10 +79,18 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
     config=config, mesh=mesh, blueprint=plan, objective=objective, rows=rows, steps=steps,
     initialize=initializer(plan, optimizer, config.zero_stage, mesh, config.seed),
     step=train_step(plan, objective, optimizer, schedule(opt, opt.peak_lr, **durations),
-                    zero_stage=config.zero_stage, mesh=mesh, microbatches=config.microbatches, seed=config.seed),
+                    zero_stage=config.zero_stage, mesh=mesh, microbatches=config.microbatches, seed=config.seed, spike=config.faults.spike),
     valid={name: EvalRows(store, config.data.context, config.data.isolate_documents) for name, store in data.valid.items()},
-    eval_every=in_steps('eval.every', config.eval.every),
-    checkpoint_every=in_steps('checkpoint.every', config.checkpoint.every))
+    eval_every=steps_of('eval.every', config.eval.every),
+    checkpoint_every=steps_of('checkpoint.every', config.checkpoint.every),
+    keep_every=steps_of('checkpoint.keep_every', config.checkpoint.keep_every),
+    compare_every=steps_of('faults.compare_every', config.faults.compare_every))
+
+
+def in_steps(config: Config, rows: TrainRows, field: str, value: Duration) -> int:
+  """A duration of a config in steps."""
+  return duration_in_steps(
+    field, value, batch_size=config.batch_size, context=config.data.context, rows_per_epoch=rows.rows_per_epoch)
 
 
 def check_whole(plan: Blueprint, config: Config, mesh: AnyMesh) -> None:

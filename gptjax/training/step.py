@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.model import Blueprint, Copy, Parameters
 from gptjax.sharding import AnyMesh, Places
+from gptjax.training.guard import Watch, fresh_watch, judge, keep_if
 from gptjax.training.objective import Batch, Objective
 
 
@@ -21,6 +22,8 @@ class TrainState(NamedTuple):
   """updates done, int32"""
   parameters: Parameters
   optimizer: Any
+  watch: Watch
+  """of loss and gradient norm, by which a bad step is known"""
 
 
 def initializer(blueprint: Blueprint, optimizer: optax.GradientTransformation, zero_stage: int, mesh: AnyMesh,
@@ -30,7 +33,8 @@ def initializer(blueprint: Blueprint, optimizer: optax.GradientTransformation, z
 
   def initialize():
     parameters = blueprint.initialize(jax.random.key(seed), shardings)
-    return TrainState(jnp.zeros((), jnp.int32), parameters, optimizer.init(_put(parameters, places, 'optimizer')))
+    moments = optimizer.init(_put(parameters, places, 'optimizer'))
+    return TrainState(jnp.zeros((), jnp.int32), parameters, moments, fresh_watch())
 
   return jax.jit(initialize)
 
@@ -45,11 +49,12 @@ def abstract(initialize: Callable[[], TrainState], mesh: AnyMesh) -> TrainState:
 
 
 def train_step(blueprint: Blueprint, objective: Objective, optimizer: optax.GradientTransformation, rate: optax.Schedule,
-               *, zero_stage: int, mesh: AnyMesh, microbatches: int, seed: int) -> Callable[[TrainState, Batch], tuple]:
+               *, zero_stage: int, mesh: AnyMesh, microbatches: int, seed: int, spike: float = 0.0) -> Callable[[TrainState, Batch], tuple]:
   """The jitted step: (state, batch) -> (state, metrics), with the old state's memory reused.
 
   The gradient is that of the summed loss over the count of targets of the whole batch, however it is cut into microbatches
-  and spread over devices. Dropout keys are folded from (seed, step, microbatch, layer).
+  and spread over devices. Dropout keys are folded from (seed, step, microbatch, layer). A bad step, by `judge`, leaves parameters and
+  optimizer state as they were, bit by bit.
 
   What ZeRO (arXiv:1910.02054) shares out over `data` are the places of parameters, gradients and optimizer state, and the
   exchanges follow: from its place each parameter is gathered (stage 3 layer by layer where it is read, others once a step, after
@@ -99,11 +104,13 @@ def train_step(blueprint: Blueprint, objective: Objective, optimizer: optax.Grad
     targets = sums.pop('targets')
     gradient = _put({name: g / targets for name, g in gradient.items()}, places, 'optimizer')
     parameters = _put(state.parameters, places, 'optimizer')
-    updates, moments = optimizer.update(gradient, state.optimizer, parameters)
     metrics = {name: value / targets for name, value in sums.items()}
     metrics |= {'grad_norm': optax.global_norm(gradient), 'learning_rate': rate(state.step), 'targets': targets}
-    parameters = _put(optax.apply_updates(parameters, updates), places, 'stored')
-    return TrainState(state.step + 1, parameters, moments), metrics
+    good, watch = judge(state.watch, metrics['loss'], metrics['grad_norm'], spike)
+    updates, moments = optimizer.update(gradient, state.optimizer, parameters)
+    updated = optax.apply_updates(parameters, updates), moments
+    parameters, moments = keep_if(good, updated, (parameters, state.optimizer))
+    return TrainState(state.step + 1, _put(parameters, places, 'stored'), moments, watch), metrics | {'bad': ~good}
 
   return jax.jit(step, donate_argnums=0)
 

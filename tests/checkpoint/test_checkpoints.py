@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 from tiny import DURATIONS
 
-from gptjax.checkpoint import Checkpoints, Progress
-from gptjax.config import CheckpointConfig, MeshConfig, ModelConfig, OptimizerConfig, UserError
+from gptjax.checkpoint import Checkpoints, Progress, Retention
+from gptjax.config import MeshConfig, ModelConfig, OptimizerConfig, UserError
 from gptjax.model import blueprint
 from gptjax.sharding import make_mesh
 from gptjax.training import TrainState, abstract, initializer, make_optimizer
@@ -41,7 +41,7 @@ def fill(described, seed=0):
 
 def saved(folder, steps=(1,), config=None, losses=None):
   """Checkpoints of small states, open for writing."""
-  checkpoints = Checkpoints(folder, config or CheckpointConfig(keep=100))
+  checkpoints = Checkpoints(folder, config or Retention(latest=100))
   for step in steps:
     checkpoints.save(Progress(step), {'x': np.full(3, step, np.float32)}, (losses or {}).get(step))
   checkpoints.wait()
@@ -51,12 +51,12 @@ def saved(folder, steps=(1,), config=None, losses=None):
 @pytest.mark.parametrize('source', LAYOUTS[:2])
 def test_a_train_state_comes_back_bit_by_bit_on_any_mesh(source, tmp_path):
   state = fill(description(devices=source[0], zero_stage=source[1]))
-  checkpoints = Checkpoints(tmp_path / 'checkpoints', CheckpointConfig())
+  checkpoints = Checkpoints(tmp_path / 'checkpoints', Retention())
   checkpoints.save(PROGRESS, state, 1.0)
   checkpoints.close()
   for devices, zero_stage in LAYOUTS:
     target = description(devices=devices, zero_stage=zero_stage)
-    checkpoints = Checkpoints(tmp_path / 'checkpoints', CheckpointConfig())
+    checkpoints = Checkpoints(tmp_path / 'checkpoints', Retention())
     restored, progress = checkpoints.restore(7, target)
     assert progress == PROGRESS and isinstance(restored, TrainState)
     assert jax.tree.structure(restored) == jax.tree.structure(state)
@@ -65,13 +65,13 @@ def test_a_train_state_comes_back_bit_by_bit_on_any_mesh(source, tmp_path):
       assert got.sharding == like.sharding, path
     # On to the next mesh from here, as a run would that moves from one machine to another.
     shutil.rmtree(tmp_path / 'checkpoints')
-    checkpoints = Checkpoints(tmp_path / 'checkpoints', CheckpointConfig())
+    checkpoints = Checkpoints(tmp_path / 'checkpoints', Retention())
     checkpoints.save(PROGRESS, restored, None)
     checkpoints.close()
 
 
 def test_a_restored_state_can_be_given_up(tmp_path):
-  checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+  checkpoints = Checkpoints(tmp_path, Retention())
   target = description(devices=(4, 2), zero_stage=3)
   checkpoints.save(Progress(1), fill(target), None)
   checkpoints.wait()
@@ -89,7 +89,7 @@ def test_a_restored_state_can_be_given_up(tmp_path):
   (True, {}, [5, 6]),
 ])
 def test_the_latest_are_kept_and_the_best(keep_best, losses, kept, tmp_path):
-  config = CheckpointConfig(keep=2, keep_best=keep_best)
+  config = Retention(latest=2, best=keep_best)
   checkpoints = saved(tmp_path, range(1, 4), config, losses)
   checkpoints.close()
   checkpoints = saved(tmp_path, range(4, 7), config, losses)  # a resumed run forgets nothing
@@ -127,7 +127,7 @@ def test_a_folder_without_checkpoints_is_told(tmp_path):
 def test_parameters_come_back_alone(tmp_path):
   target = description()
   state = fill(target)
-  checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+  checkpoints = Checkpoints(tmp_path, Retention())
   checkpoints.save(Progress(1), state, None)
   checkpoints.close()
   before = len(jax.live_arrays())
@@ -144,20 +144,20 @@ def test_parameters_come_back_alone(tmp_path):
   (dataclasses.replace(MODEL, scan=False), 'muon'), (dataclasses.replace(MODEL, tied=False), 'muon'),
   (dataclasses.replace(MODEL, bias=False), 'muon'), (MODEL, 'adamw')])
 def test_a_checkpoint_of_another_config_is_one_line(model, optimizer, tmp_path):
-  checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+  checkpoints = Checkpoints(tmp_path, Retention())
   checkpoints.save(Progress(1), fill(description()), None)
   checkpoints.wait()
-  with pytest.raises(UserError, match=r"^checkpoint: '.*/1', accepted: a checkpoint that fits this config; ") as caught:
+  with pytest.raises(UserError, match=r"^checkpoint: '.*/1', accepted: a whole checkpoint of this config; ") as caught:
     checkpoints.restore(1, description(model, optimizer))
   assert '\n' not in str(caught.value) and len(str(caught.value)) < 600
 
 
-@pytest.mark.parametrize('lost', ['state', 'progress', 'state/manifest.ocdbt', 'state/_METADATA'])
+@pytest.mark.parametrize('lost', ['state', 'manifest.json', 'state/manifest.ocdbt', 'state/_METADATA'])
 def test_a_damaged_checkpoint_is_one_line_and_harms_no_other(lost, tmp_path):
   saved(tmp_path, (1, 2)).close()
   path = tmp_path / '2' / lost
   shutil.rmtree(path) if path.is_dir() else path.unlink()
-  checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+  checkpoints = Checkpoints(tmp_path, Retention())
   with pytest.raises(UserError, match=r"^checkpoint: '.*/2', ") as caught:
     checkpoints.restore(2, SMALL)
   assert '\n' not in str(caught.value)

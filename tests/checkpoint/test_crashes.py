@@ -2,6 +2,7 @@
 
 import multiprocessing
 import random
+import shutil
 import time
 
 import jax
@@ -10,8 +11,8 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 from tiny import small_disk
 
-from gptjax.checkpoint import Checkpoints, Progress
-from gptjax.config import CheckpointConfig, UserError
+from gptjax.checkpoint import Checkpoints, Progress, Retention
+from gptjax.config import UserError
 
 SIZE = 2**21  # float32 each of four arrays: a save takes long enough to be killed in
 
@@ -34,7 +35,7 @@ def assert_good(checkpoints, step):
 def save_on_and_on(folder, committed):
   """What a run does: goes on from the latest checkpoint, and saves; tells of each step that is on disk."""
   jax.config.update('jax_platforms', 'cpu')
-  checkpoints = Checkpoints(folder, CheckpointConfig(keep=2))
+  checkpoints = Checkpoints(folder, Retention(latest=2))
   step = max(checkpoints.steps(), default=0)
   if step:
     assert_good(checkpoints, step)
@@ -78,15 +79,20 @@ def test_a_kill_while_saving_loses_nothing_that_was_saved(tmp_path):
 
 def test_a_full_disk_is_one_line_and_loses_nothing_that_was_saved(tmp_path):
   with small_disk(tmp_path / 'disk', '80m') as disk:
-    checkpoints = Checkpoints(disk / 'checkpoints', CheckpointConfig(keep=5))
+    checkpoints = Checkpoints(disk / 'checkpoints', Retention(latest=5))
     for step in (1, 2):
       checkpoints.save(Progress(step), state(step), None)
     checkpoints.save(Progress(3), state(3), None)
-    for end in (checkpoints.wait, checkpoints.close):
-      with pytest.raises(UserError, match=r"^checkpoint: '.*', accepted: a disk with space left$"):
-        end()
-    resumed = Checkpoints(disk / 'checkpoints', CheckpointConfig(keep=5))
-    assert resumed.steps() == [1, 2]
-    for step in (1, 2):
+    with pytest.raises(UserError, match=r"^checkpoint: '.*', accepted: a disk with space left$"):
+      checkpoints.wait()
+    shutil.rmtree(disk / 'checkpoints' / '1')  # somebody makes space, and the same process saves the same step
+    checkpoints.save(Progress(3), state(3), None)
+    checkpoints.wait()
+    checkpoints.save(Progress(4), state(4), None)
+    with pytest.raises(UserError, match='a disk with space left'):
+      checkpoints.close()
+    resumed = Checkpoints(disk / 'checkpoints', Retention(latest=5))
+    assert resumed.steps() == [2, 3] and not list((disk / 'checkpoints').glob('*.saving*'))
+    for step in (2, 3):
       assert_good(resumed, step)
     resumed.close()

@@ -7,8 +7,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from gptjax import config as configs
-from gptjax.checkpoint import Checkpoints, Progress, load_trained
-from gptjax.config import CheckpointConfig, Config, DataConfig, MeshConfig, ModelConfig, UserError
+from gptjax.checkpoint import Checkpoints, Progress, Retention, load_trained
+from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, UserError
 from gptjax.model import blueprint
 
 # What Orbax was still reading when it failed.
@@ -23,7 +23,7 @@ def workdir(tmp_path):
   def make(model_axis):
     config = Config(model=MODEL, data=DataConfig(context=16), mesh=MeshConfig(model=model_axis), zero_stage=3)
     (tmp_path / 'config.json').write_text(configs.to_json(config))
-    checkpoints = Checkpoints(tmp_path / 'checkpoints', CheckpointConfig(keep=2))
+    checkpoints = Checkpoints(tmp_path / 'checkpoints', Retention(latest=2))
     for step, loss in ((3, 1.0), (5, 2.0)):
       state = {'parameters': parameters(step), 'optimizer': {'mu': np.zeros(1000)}, 'step': np.array(step)}
       checkpoints.save(Progress(step), state, loss)
@@ -69,6 +69,6 @@ def test_parameters_of_another_config_are_one_line(workdir):
   config = configs.from_json((folder / 'config.json').read_text())
   for model in (dataclasses.replace(MODEL, width=64), dataclasses.replace(MODEL, layers=2)):
     (folder / 'config.json').write_text(configs.to_json(dataclasses.replace(config, model=model)))
-    with pytest.raises(UserError, match=r"^checkpoint: '.*/5', accepted: a checkpoint that fits this config") as caught:
+    with pytest.raises(UserError, match=r"^checkpoint: '.*/5', accepted: a whole checkpoint of this config; it ") as caught:
       load_trained(folder)
     assert '\n' not in str(caught.value)

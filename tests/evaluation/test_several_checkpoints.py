@@ -7,8 +7,8 @@ import pytest
 from small_stores import make_store
 
 from gptjax import config as configs
-from gptjax.checkpoint import Checkpoints, Progress, Restorer
-from gptjax.config import CheckpointConfig, Config, DataConfig, ModelConfig, UserError
+from gptjax.checkpoint import Checkpoints, Progress, Restorer, Retention
+from gptjax.config import Config, DataConfig, ModelConfig, UserError
 from gptjax.data import EvalRows
 from gptjax.evaluation import Asked, LikelihoodScorer, Scorer
 from gptjax.model import blueprint
@@ -23,7 +23,7 @@ ASKED = [Asked([1, 20, 30], [40, 50]), Asked([1], [60] * 12)]
 def workdir(tmp_path):
   """A run's folder with checkpoints of steps 3, 5 and 8, the second of them the best."""
   (tmp_path / 'config.json').write_text(configs.to_json(Config(model=MODEL, data=DataConfig(context=16))))
-  checkpoints = Checkpoints(tmp_path / 'checkpoints', CheckpointConfig(keep=3))
+  checkpoints = Checkpoints(tmp_path / 'checkpoints', Retention(latest=3))
   for step, loss in ((3, 2.0), (5, 1.0), (8, 3.0)):
     rng = np.random.default_rng(step)
     parameters = {name: 0.2 * rng.standard_normal(s.shape, np.float32) for name, s in blueprint(MODEL, 16).shapes.items()}

@@ -9,8 +9,8 @@ import pytest
 from tiny import config as tiny_config
 from tiny import files_below, run, small_disk, write_text
 
-from gptjax.checkpoint import Checkpoints, Progress, load_trained
-from gptjax.config import CheckpointConfig, MeshConfig, UserError, ending
+from gptjax.checkpoint import Checkpoints, Progress, Retention, load_trained
+from gptjax.config import MeshConfig, UserError, ending
 from gptjax.data import open_held_out
 from gptjax.data.tokenizers import ByteTokenizer
 from gptjax.interop import FAMILIES, Check, Export, Fields, Import, export_run, import_folder
@@ -146,7 +146,7 @@ def test_changed_parameters_are_exported_in_the_type_asked_for(tmp_path):
 def change(workdir, function):
   """Saves another checkpoint, of step 1."""
   parameters = {name: function(value) for name, value in load_trained(workdir).parameters.items()}
-  checkpoints = Checkpoints(workdir / 'checkpoints', CheckpointConfig())
+  checkpoints = Checkpoints(workdir / 'checkpoints', Retention())
   checkpoints.save(Progress(1), {'parameters': parameters}, None)
   checkpoints.close()
 

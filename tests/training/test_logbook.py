@@ -1,13 +1,14 @@
 """metrics.jsonl and samples.jsonl: one JSON object a line, cut back to where a run goes on."""
 
-import contextlib
 import json
 
 import pytest
 from tensorboardX.proto import event_pb2
 from tiny import small_disk
 
+from gptjax.config import UserError
 from gptjax.evaluation import Score
+from gptjax.files import complete_lines
 from gptjax.training.logbook import Logbook
 
 METRICS = {'loss': 2.5, 'tokens_per_second': 1e4, 'mfu': 0.25}
@@ -104,14 +105,20 @@ def test_tensorboard_gets_the_same_figures_and_is_told_what_to_forget(checkpoint
   assert starts[-1] == checkpoint + 1  # TensorBoard drops what earlier processes wrote from this step on
 
 
-def test_a_full_disk_is_an_error_and_no_hang(tmp_path):
+def test_lines_that_find_the_disk_full_wait_for_space(tmp_path, capsys):
   with small_disk(tmp_path / 'disk', '64k') as disk:
+    (disk / 'filler').write_bytes(b'x' * 40_000)
     book = Logbook(disk, 0, 1000)
-    with pytest.raises(OSError, match='No space left'):  # noqa: PT012
-      for step in range(1000):
-        book.step(step, METRICS)
-    with contextlib.suppress(OSError):
-      book.close()
+    for step in range(1, 501):
+      book.step(step, METRICS)
+    with pytest.raises(UserError, match='a disk with space left'):
+      book.flush()
+    assert len(complete_lines(disk / 'metrics.jsonl')) < 500
+    (disk / 'filler').unlink()
+    book.flush()
+    assert [json.loads(line)['step'] for line in complete_lines(disk / 'metrics.jsonl')] == [*range(1, 501)]
+    book.close()
+  assert capsys.readouterr().err.count('its lines wait in memory') == 1
 
 
 def test_the_terminal_has_a_line_a_step_on_stderr(open_book, capsys):

@@ -1,17 +1,19 @@
 """One run from start to end: what it writes, how often it compiles, and that mistakes leave nothing behind."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
-from tiny import config, files_below, options, records, run, write_text
+from tiny import config, files_below, options, records, run, small_disk, write_text
 
 from gptjax import config as configs
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import UserError
 from gptjax.data import train_rows, prepare
 from gptjax.training import loop, train
+from gptjax.training.logbook import Logbook
 
 
 @pytest.fixture(scope='module')
@@ -77,7 +79,7 @@ def test_a_run_writes_all_it_promises(tmp_path, text, cache, capsys):
   captured = capsys.readouterr()
   assert captured.out == '' and all(f'{name}  {value}' in captured.err for name, value in header.items())
   assert {path.split('/')[0] for path in files_below(tmp_path)} == {
-    'checkpoints', 'config.json', 'data', 'metrics.jsonl', 'run.json', 'samples.jsonl', 'tensorboard'}
+    'checkpoints', 'config.json', 'data', 'lock', 'metrics.jsonl', 'run.json', 'samples.jsonl', 'tensorboard'}
 
 
 def test_a_run_that_is_done_does_nothing(tmp_path, text, cache, capsys):
@@ -86,7 +88,8 @@ def test_a_run_that_is_done_does_nothing(tmp_path, text, cache, capsys):
   capsys.readouterr()
   assert run(settings, tmp_path, cache) == lines
   assert 'nothing to do: step 2 of 2 is done' in capsys.readouterr().err
-  assert run(configs.override(settings, {'steps': 3}), tmp_path, cache)[:2] == lines[:2]
+  more = configs.override(settings, {'steps': 3})
+  assert run(more, tmp_path, cache, accept_changes=True)[:2] == lines[:2]
 
 
 def test_a_trace_ends_with_the_run_at_the_latest(tmp_path, text, cache):
@@ -95,15 +98,15 @@ def test_a_trace_ends_with_the_run_at_the_latest(tmp_path, text, cache):
   jax.profiler.start_trace(tmp_path / 'other')  # which would fail if one were still going on
   jax.profiler.stop_trace()
   with pytest.raises(UserError, match=r"^--profile_steps: '4:5', accepted: "):  # of steps that were done before
-    run(config(text, steps=6), tmp_path, cache, profile_steps=(4, 5))
+    run(config(text, steps=6), tmp_path, cache, profile_steps=(4, 5), accept_changes=True)
 
 
 def test_a_run_that_diverges_says_so_and_keeps_the_best(tmp_path, text, cache):
-  # At such a rate the second validation is of parameters that are no numbers.
+  # At such a rate the second validation is of parameters that give no number.
   settings = config(text, steps=6, eval__every=2, eval__rows=0, checkpoint__every=2, checkpoint__keep=1,
-                    checkpoint__keep_best=True)
+                    checkpoint__keep_best=True, faults__bad_step='skip')
   run(settings, tmp_path, cache, stop_at=2)
-  lines = run(configs.override(settings, {'optimizer.peak_lr': 1e30}), tmp_path, cache)
+  lines = run(configs.override(settings, {'optimizer.peak_lr': 1e30}), tmp_path, cache, accept_changes=True)
   losses = [line['eval/valid/loss'] for line in lines if 'eval/valid/loss' in line]
   assert losses[0] > 0 and losses[1:] == [None, None]
   checkpoints = Checkpoints(tmp_path / 'checkpoints')
@@ -124,3 +127,39 @@ def test_a_mistake_leaves_no_workdir(values, message, tmp_path, text, cache):
   with pytest.raises(UserError) as caught:
     train(config(text, **values), options(tmp_path / 'run', cache))
   assert str(caught.value).startswith(message) and not (tmp_path / 'run').exists()
+
+
+def test_a_run_on_a_full_disk_goes_on_and_saves_when_there_is_space(tmp_path, text, cache, monkeypatch, capsys):
+  monkeypatch.setattr(loop, 'RETRY', 0.01)
+  settings = config(text, steps=12, eval__every=0, checkpoint__every=2)
+  straight = run(settings, tmp_path / 'straight', cache)
+  with small_disk(tmp_path / 'disk', '700k') as disk:
+    filler = disk / 'filler'
+    said = Logbook.say
+
+    def say(self, line):
+      said(self, line)
+      if line.startswith('not saved: ') and self.failures == 0:
+        filler.unlink()
+      self.failures -= line.startswith('not saved: ')
+
+    monkeypatch.setattr(Logbook, 'say', say)
+    monkeypatch.setattr(Logbook, 'failures', 2, raising=False)
+    run(settings, disk / 'run', cache, stop_at=4)
+    used = shutil.disk_usage(disk)
+    filler.write_bytes(b'x' * (used.free - 20_000))
+    assert run(settings, disk / 'run', cache) == straight
+    assert capsys.readouterr().err.count('a disk with space left; tried again') >= 3
+    assert Checkpoints(disk / 'run' / 'checkpoints').newest() == 12
+
+
+def test_a_run_whose_disk_stays_full_ends_with_one_line_and_keeps_what_it_had(tmp_path, text, cache, monkeypatch):
+  monkeypatch.setattr(loop, 'RETRY', 0.01)
+  settings = config(text, steps=12, eval__every=0, checkpoint__every=2)
+  with small_disk(tmp_path / 'disk', '700k') as disk:
+    run(settings, disk / 'run', cache, stop_at=4)
+    (disk / 'filler').write_bytes(b'x' * (shutil.disk_usage(disk).free - 20_000))
+    with pytest.raises(UserError, match='a disk with space left'):
+      run(settings, disk / 'run', cache)
+    checkpoints = Checkpoints(disk / 'run' / 'checkpoints')
+    assert checkpoints.steps() == [2, 4] and checkpoints.newest() == 4

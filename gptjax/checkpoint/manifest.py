@@ -1,0 +1,87 @@
+"""The manifest of a checkpoint: what it is of, and the SHA-256 of every file; it is written last and compared before use."""
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from gptjax.data import cores
+from gptjax.files import sync
+
+MANIFEST = 'manifest.json'
+
+
+class Damaged(Exception):
+  """A checkpoint that is not what was written; the text says which file, and how it differs."""
+
+
+def seal(folder: Path, facts: dict[str, Any]) -> None:
+  """Writes the manifest of a folder's files, and returns when all of it is on the disk and not only on its way there.
+
+  Args:
+    folder: whose files are complete.
+    facts: of JSON, what the checkpoint is of.
+  """
+  files = sorted(path for path in folder.rglob('*') if path.is_file())
+  # Training goes on meanwhile: half of the cores at most.
+  with ThreadPoolExecutor(max(1, cores() // 2)) as pool:
+    digests = pool.map(_digest, files)
+    found = {str(path.relative_to(folder)): [path.stat().st_size, digest] for path, digest in zip(files, digests)}
+  content = {'facts': facts, 'files': found}
+  (folder / MANIFEST).write_text(json.dumps({'sha256': _self_digest(content), **content}, indent=1) + '\n')
+  for path in (*folder.rglob('*'), folder):
+    sync(path)
+
+
+def read(folder: Path) -> dict[str, Any]:
+  """The facts and files of a manifest.
+
+  Raises:
+    Damaged: it is missing, or not as it was written.
+  """
+  try:
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    content = {'facts': manifest['facts'], 'files': manifest['files']}
+    whole = manifest['sha256'] == _self_digest(content)
+  except FileNotFoundError:
+    raise Damaged(f'{MANIFEST} is missing') from None
+  except (ValueError, LookupError, TypeError, RecursionError):
+    whole = False
+  if not whole:
+    raise Damaged(f'{MANIFEST} is damaged')
+  return content
+
+
+def damage(folder: Path, part: int = 0, parts: int = 1) -> str:
+  """What is wrong with a checkpoint, '' where nothing is; of several parts only that part of the files is read."""
+  try:
+    files = read(folder)['files']
+  except Damaged as damaged:
+    return str(damaged)
+  mine = list(files.items())[part::parts]
+  with ThreadPoolExecutor(cores()) as pool:
+    return next(filter(None, pool.map(lambda item: _difference(folder, item[0], *item[1]), mine)), '')
+
+
+def _difference(folder: Path, name: str, size: int, digest: str) -> str:
+  path = folder / name
+  try:
+    found = path.stat().st_size
+    if found != size:
+      return f'{name} has {found:,} bytes, not {size:,}'
+    return '' if _digest(path) == digest else f'{name} is not what was written: its SHA-256 differs'
+  except FileNotFoundError:
+    return f'{name} is missing'
+  except OSError as error:  # a broken disk says so when it is read
+    return f'{name} cannot be read: {error.strerror}'
+
+
+def _digest(path: Path) -> str:
+  with path.open('rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def _self_digest(content: dict[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+

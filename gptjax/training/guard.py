@@ -1,0 +1,150 @@
+"""Bad steps: how the compiled step finds one, and what the run then does."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from gptjax.config import FaultsConfig, UserError
+from gptjax.files import append_line, complete_lines, json_line, write_whole
+from gptjax.processes import share
+
+DECAY = 0.99
+"""of the running mean and deviation, per good step"""
+WARMUP = 50
+"""good steps before anything counts as a spike"""
+BAD_STEPS = 'bad_steps.jsonl'
+
+
+class Watch(NamedTuple):
+  """Running statistics of loss and gradient norm over good steps."""
+
+  steps: Int[Array, '']
+  mean: Float[Array, '2']
+  variance: Float[Array, '2']
+
+
+def fresh_watch() -> Watch:
+  """Of no step."""
+  return Watch(jnp.zeros((), jnp.int32), jnp.zeros(2), jnp.zeros(2))
+
+
+def judge(watch: Watch, loss: Float[Array, ''], grad_norm: Float[Array, ''], spike: float) -> tuple[Bool[Array, ''], Watch]:
+  """Whether a step is good, and the statistics after it, which a bad one leaves as they were.
+
+  Args:
+    watch: of the steps before.
+    loss, grad_norm: of this step.
+    spike: running deviations above the running mean from which on a step is bad; 0: only one that is not finite is.
+  """
+  values = jnp.stack([loss, grad_norm]).astype(jnp.float32)
+  good = jnp.all(jnp.isfinite(values))
+  away = values - watch.mean
+  if spike:
+    good &= (watch.steps < WARMUP) | jnp.all(away <= spike * jnp.sqrt(watch.variance))
+  # The first steps weigh alike, as in a plain mean.
+  weight = jnp.maximum(1 - DECAY, 1 / (watch.steps + 1))
+  new = Watch(watch.steps + 1, watch.mean + weight * away, (1 - weight) * (watch.variance + weight * away**2))
+  return good, keep_if(good, new, watch)
+
+
+def keep_if(good: Bool[Array, ''], new: Any, old: Any) -> Any:
+  """One tree of arrays or the other."""
+  return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
+
+
+@dataclasses.dataclass(frozen=True)
+class BadStep:
+  """A step whose update was not made."""
+
+  step: int
+  rows: tuple[int, int]
+  """first row of its batch, and the one after its last"""
+  loss: float
+  grad_norm: float
+  action: str
+  """what was done: FaultsConfig.bad_step"""
+
+  def __str__(self) -> str:
+    finite = bool(np.isfinite([self.loss, self.grad_norm]).all())
+    return (f'step {self.step} is bad: loss {self.loss:.6g}, gradient norm {self.grad_norm:.6g}'
+            f'{", a spike" if finite else ""}; rows {self.rows[0]:,} to {self.rows[1] - 1:,}')
+
+
+class Rollback(Exception):
+  """Raised where the run has to go back to its last checkpoint; the text says why."""
+
+
+class BadSteps:
+  """What a run knows of its bad steps, in bad_steps.jsonl of its workdir.
+
+  Args:
+    config: what to do.
+    workdir: of the run.
+    writes: whether this process reads and writes the file, for all.
+  """
+
+  def __init__(self, config: FaultsConfig, workdir: Path, writes: bool):
+    self._config, self._file, self._writes = config, workdir / BAD_STEPS, writes
+    self.found = _read(self._file) if writes else []
+    # Every process passes over the same rows, whatever its file system shows it of the file.
+    self._passed = [tuple(rows) for rows in share('bad steps', sorted(bad.rows for bad in self.found if bad.action == 'rollback'))]
+
+  def passed(self, first: int, size: int) -> int:
+    """The row from which on a batch of `size` rows touches no batch that was passed over, at or after row `first`."""
+    for begin, end in self._passed:
+      if first < end and begin < first + size:
+        first = end
+    return first
+
+  def forget_after(self, step: int) -> None:
+    """Drops what was left out after a step from which the run goes on: it comes again. What is passed over stays so."""
+    kept = [bad for bad in self.found if bad.step <= step or bad.action == 'rollback']
+    if len(kept) < len(self.found) and self._writes:
+      write_whole(self._file, ''.join(_line(bad) for bad in kept))
+    self.found = kept
+
+  def add(self, step: int, rows: tuple[int, int], loss: float, grad_norm: float) -> BadStep:
+    """Writes down a bad step, and raises what it leads to.
+
+    Raises:
+      UserError: it ends the run.
+      Rollback: the run goes back.
+    """
+    bad = BadStep(step, rows, loss, grad_norm, self._config.bad_step)
+    self.found.append(bad)
+    if self._writes:
+      append_line(self._file, _line(bad))
+    if bad.action == 'stop':
+      raise UserError('loss' if not np.isfinite(loss) else 'gradient', loss if not np.isfinite(loss) else grad_norm,
+                      f'a good step, or --config.faults.bad_step=skip or rollback; {bad}; its update was not made')
+    if bad.action == 'rollback':
+      self._passed = sorted([*self._passed, rows])
+      raise Rollback(str(bad))
+    return bad
+
+
+def _line(bad: BadStep) -> str:
+  return json_line(dataclasses.asdict(bad)) + '\n'
+
+
+def _read(file: Path) -> list[BadStep]:
+  found = []
+  for number, line in enumerate(complete_lines(file), 1):
+    try:
+      match json.loads(line):
+        case {'step': int(step), 'rows': [int(begin), int(end)], 'loss': float() | None as loss, 'grad_norm': float() | None as norm,
+              'action': 'stop' | 'skip' | 'rollback' as action}:
+          number_of = lambda value: float('nan') if value is None else value
+          found.append(BadStep(step, (begin, end), number_of(loss), number_of(norm), action))
+          continue
+    except ValueError:
+      pass
+    # To leave it out could change which rows the run takes.
+    raise UserError(f'{file}:{number}', line.strip()[:80], 'a line that the run wrote: step, rows, loss, grad_norm, action')
+  return found

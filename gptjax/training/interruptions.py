@@ -1,0 +1,103 @@
+"""What asks a run to save, or to save and end, before its time; and how all its processes come to do it after the same step."""
+
+import enum
+import os
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gptjax.processes import first, watch_notices
+
+TO_BE_CONTINUED = os.EX_TEMPFAIL
+"""Exit status, 75, of a run that was asked to end, and saved: the same command goes on."""
+
+
+class Wish(enum.IntEnum):
+  """What a process would do after a step."""
+
+  GO_ON = 0
+  SAVE = 1
+  END = 2
+  """save, and end"""
+
+
+class Interruptions:
+  """Hears SIGTERM, SIGINT, the cloud and the clock. A context; inside it the first signal is a wish and the second ends at once.
+
+  Args:
+    mesh: of the run.
+    minutes: of the clock between two saves; 0: none for that.
+  """
+
+  def __init__(self, mesh: Mesh, minutes: float = 0):
+    self.reason = 'another process'
+    """why this process ends, for people"""
+    self._seconds, self._saved, self._later = 60 * minutes, time.monotonic(), float('inf')
+    self._end = False
+    self._agree = _Agreement(mesh) if jax.process_count() > 1 else None
+    self._before: dict[int, Any] = {}
+
+  def __enter__(self) -> 'Interruptions':
+    if threading.current_thread() is threading.main_thread():
+      self._before = {number: signal.signal(number, self._signalled) for number in (signal.SIGTERM, signal.SIGINT)}
+    watch_notices(self._asked)
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+  def _signalled(self, number: int, frame: object) -> None:
+    del frame
+    for one in self._before:
+      signal.signal(one, signal.SIG_DFL)
+    self._asked(signal.Signals(number).name)
+    print(f'{self.reason}: saving after this step and ending; once more ends at once', file=sys.stderr)
+
+  def _asked(self, reason: str) -> None:
+    self.reason, self._end = reason, True
+
+  def save_in(self, seconds: float) -> None:
+    """Wishes for a save when so much time is over, as after one that failed."""
+    self._later = time.monotonic() + seconds
+
+  def saved(self) -> None:
+    """Every process saves: nobody waits for that any more."""
+    self._saved, self._later = time.monotonic(), float('inf')
+    if self._agree:
+      self._agree.forget()
+
+  def wish(self) -> Wish:
+    """What all processes do now; to be asked by each, once after each step. Several agree one step later than one alone."""
+    now = time.monotonic()
+    due = now >= self._later or bool(first() and self._seconds and now - self._saved >= self._seconds)
+    mine = Wish.END if self._end else Wish.SAVE if due else Wish.GO_ON
+    return self._agree(mine) if self._agree else mine
+
+
+class _Agreement:
+  """The largest wish of all processes, computed by the devices beside the step, so that nobody waits for it.
+
+  What is dispatched after one step is read after the next, when every process has the same value of it.
+  """
+
+  def __init__(self, mesh: Mesh):
+    self._count, self._sharding = mesh.size, NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    self._largest = jax.jit(jnp.max)
+    self._waiting: jax.Array | None = None
+
+  def __call__(self, wish: Wish) -> Wish:
+    mine = lambda index: np.full(len(range(*index[0].indices(self._count))), wish, np.int32)
+    wishes = jax.make_array_from_callback((self._count,), self._sharding, mine)
+    before, self._waiting = self._waiting, self._largest(wishes)
+    return Wish.GO_ON if before is None else Wish(int(before))
+
+  def forget(self) -> None:
+    self._waiting = None
