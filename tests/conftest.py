@@ -1,6 +1,7 @@
 """What every room's tests share: eight virtual CPU devices, checked shapes, meshes, tiny random models."""
 
 import functools
+import gc
 import pathlib
 
 import numpy as np
@@ -22,6 +23,13 @@ def pytest_pycollect_makemodule(module_path):
   """Sets JAX up before the first test module that may use it is imported."""
   if module_path.parent.name not in WITHOUT_JAX:
     _set_up_jax()
+
+
+def pytest_collection_finish():
+  """Leaves what was imported out of the garbage collector's rounds, and has fewer of them: they took a tenth of the time."""
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(200_000, 50, 100)
 
 
 @functools.cache
