@@ -17,7 +17,7 @@ from gptjax.start import start
 _PICTURE = flags.DEFINE_string('picture', None, 'PNG file to draw the table into')
 _JSON = flags.DEFINE_string('json', None, 'file for the figures')
 
-MODEL = ModelConfig(layers=4, width=256, heads=8, vocab_size=4096)
+MODEL = ModelConfig(layers=4, width=256, heads=8, vocab_size=4096, scan=True)
 PARTS = ('parameters', 'gradients', 'optimizer')
 
 

@@ -1,6 +1,7 @@
 """A model's parameters as plain data: one flat dict from 'blocks/0/attention/q/kernel' to an array."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -93,6 +94,12 @@ def split(model: Transformer) -> Parameters:
 
 def blueprint(config: ModelConfig, context: int) -> Blueprint:
   """Describes the transformer of a config; nothing is computed or allocated."""
+  return _blueprint(config, context, jax.sharding.get_abstract_mesh())
+
+
+@functools.lru_cache(maxsize=64)  # a run asks some times, the search for a layout hundreds of times, and each takes 0.1 s
+def _blueprint(config: ModelConfig, context: int, mesh: AnyMesh) -> Blueprint:
+  """`mesh`: the one in force, which the traced types name."""
   graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, context, nnx.Rngs(params=0))))
   return Blueprint(config, context, graph, {_name(path): (path, v) for path, v in nnx.to_flat_state(state)})
 

@@ -1,6 +1,7 @@
 """Decoding with a cache says what the whole model, asked anew for each token, would say."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -28,12 +29,19 @@ def draw(decoder, parameters, prompts, most, sampling=GREEDY, seeds=None):
   return np.stack(ids, 1), np.stack(logprobs, 1)
 
 
+@functools.cache
+def whole(config, context):
+  """A full forward pass, compiled once for all texts of a model."""
+  plan = blueprint(config, context)
+  return jax.jit(lambda parameters, tokens: plan.merge(parameters)(tokens)[0])
+
+
 def recomputed(plan, parameters, prompt, count, forbidden=(), penalty=1.0):
   """The likeliest continuation by full forward passes over the text so far, and its log-probabilities.
 
   Text that has filled the context is continued from its later half.
   """
-  logits = jax.jit(lambda parameters, tokens: plan.merge(parameters)(tokens)[0])
+  logits = whole(plan.config, plan.context)
   text, window, logprobs = list(prompt), list(prompt)[-plan.context:], []
   for _ in range(count):
     padded = np.zeros((1, plan.context), np.int32)  # what comes later changes nothing before it
@@ -69,7 +77,7 @@ def test_greedy_text_of_unequal_prompts_is_that_of_full_forward_passes(style, ch
   assert len({tuple(row) for row in ids.tolist()}) == 4 and len(set(ids.flatten().tolist())) > 3  # no text that agrees by accident
 
 
-@pytest.mark.parametrize('context', [1, 5, 12])
+@pytest.mark.parametrize('context', [1, 11])
 def test_text_goes_on_beyond_the_context(style, context, one_device, random_parameters):
   plan = blueprint(style, context)
   parameters = random_parameters(plan)
@@ -90,7 +98,7 @@ def test_a_row_is_the_same_alone_and_beside_others(style, one_device, random_par
   prompts = prompts_of(3, 9, 1, 30, 2)
   sampling = Sampling(temperature=1.0, top_p=0.95, repetition_penalty=1.2)
   together, _ = draw(decoder, parameters, prompts, 20, sampling, seeds=[7, 8, 9, 10, 2**32 - 1])
-  for row, seed in ((1, 8), (3, 10), (4, 2**32 - 1)):
+  for row, seed in ((1, 8), (4, 2**32 - 1)):
     assert draw(decoder, parameters, [prompts[row]], 20, sampling, [seed])[0].tolist() == together[row:row + 1].tolist()
   again, _ = draw(decoder, parameters, [prompts[0]] * 3, 20, sampling, [7, 7, 8])
   assert again[0].tolist() == again[1].tolist() == together[0].tolist() != again[2].tolist()
@@ -101,12 +109,12 @@ def test_a_row_is_the_same_alone_and_beside_others(style, one_device, random_par
 def test_text_is_the_same_on_one_device_and_spread_over_eight(style, zero_stage, random_parameters):
   plan = blueprint(style, 64)
   texts = []
-  for sizes in ((1, 1), (4, 2), (2, 4), (8, 1)):
+  for sizes in ((1, 1), (4, 2), (8, 1)) if zero_stage else ((1, 1), (2, 4)):
     with jax.set_mesh(mesh := make_mesh(MeshConfig(*sizes))):
       parameters = random_parameters(plan, zero_stage=0 if sizes == (1, 1) else 3)
       decoder = Decoder(plan, mesh, zero_stage=zero_stage)
       texts.append(draw(decoder, parameters, prompts_of(3, 9, 1), 16, Sampling(temperature=1.0))[0].tolist())
-  assert texts[0] == texts[1] == texts[2] == texts[3]
+  assert all(text == texts[0] for text in texts)
 
 
 def test_forbidden_and_padded_ids_never_appear(style, one_device, random_parameters):
