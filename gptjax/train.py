@@ -1,12 +1,15 @@
 """Trains a model: python -m gptjax.train --config=configs/NAME.py --workdir=DIR [--config.FIELD=VALUE ...]"""
 
+import os
 import re
+import sys
 from pathlib import Path
 
 from absl import flags
 
 from gptjax import config as configs
 from gptjax.start import start
+from gptjax.supervision import supervise
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the run; one that holds a run is resumed')
 _LOG_EVERY = flags.DEFINE_integer('log_every', 10, 'steps between logged lines', lower_bound=1)
@@ -18,6 +21,9 @@ _ACCEPT = flags.DEFINE_bool(
 _HANG = flags.DEFINE_float(
   'hang_timeout', 1800, "seconds without a step, validation batch or save after which every thread's stack is written and the process "
   'ends; 0: never', lower_bound=0)
+_RESTARTS = flags.DEFINE_integer(
+  'max_restarts', 0, 'most times that the run is started again after a crash, with a pause and for as long as it gets on; 0: it is '
+  'not supervised', lower_bound=0)
 _PRINT = flags.DEFINE_bool('print_config', False, 'print the config with all overrides in, and end')
 
 
@@ -31,6 +37,10 @@ def main(config: configs.Config) -> int:
   if workdir.exists() and not workdir.is_dir():
     raise configs.UserError('--workdir', str(workdir), 'a folder, not a file')
   profile_steps = _steps(_PROFILE.value)
+  if _RESTARTS.value:
+    # Done, a mistake, and saved when asked to end.
+    return supervise([sys.executable, '-m', 'gptjax.train', *sys.argv[1:], '--max_restarts=0'], workdir, _RESTARTS.value,
+                     ended=(0, 2, os.EX_TEMPFAIL))
   cache = start(config)
   from gptjax import training
   return training.train(config, training.Options(

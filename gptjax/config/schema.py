@@ -322,6 +322,10 @@ class Config:
   """weight of the squared log-normalizer in the training loss (arXiv:2204.02311, section 5)"""
   zero_stage: int = 0
   """what the data axis shares out (arXiv:1910.02054): 0 nothing, 1 the optimizer state, 2 gradients too, 3 parameters too"""
+  init_from: str = ''
+  """workdir, or one checkpoint in it, whose parameters a new run begins with; its optimizer, step and data are its own"""
+  init_partial: bool = False
+  """take of init_from what fits: the first rows of tables, the first layers, what has a name in both; the rest is fresh"""
   seed: int = 0
   """of initialization, data order and dropout"""
 
@@ -347,6 +351,8 @@ class Config:
       raise UserError('optimizer.decay', self.optimizer.decay, "a duration above 0 when optimizer.schedule is 'wsd'")
     if self.checkpoint.keep_best and self.eval.rows:
       raise UserError('eval.rows', self.eval.rows, '0 with checkpoint.keep_best: scores of other rows do not compare')
+    if self.init_partial and not self.init_from:
+      raise UserError('init_partial', True, 'false without init_from')
     if self.seed >= 2**32:
       raise UserError('seed', self.seed, 'below 2**32')
     if not wsd and self.optimizer.decay:

@@ -27,6 +27,7 @@ from gptjax.training.interruptions import TO_BE_CONTINUED, Interruptions, Wish
 from gptjax.training.logbook import Logbook, Silence
 from gptjax.training.resuming import alone, claim, see
 from gptjax.training.run import Run, header, resolve
+from gptjax.training.starting import beginning
 from gptjax.training.step import TrainState
 from gptjax.training.watchdog import Watchdog
 
@@ -76,10 +77,13 @@ def train(config: Config, options: Options) -> int:
     see(folder)
     _check_profile(options.profile_steps, progress.step, last)
     _check_rows(run, progress, last)
-    state = run.initialize() if newest is None else checkpoints.restore(newest, run.abstract_state)[0]
+    if newest is None:
+      state, begun = beginning(run, data.tokenizer)
+    else:
+      state, begun = checkpoints.restore(newest, run.abstract_state)[0], f'step {progress.step}, {progress.tokens:,} tokens'
     peak = peak_flops(list(mesh.devices.flatten()), run.config.model.compute_dtype)
     book = stack.enter_context(contextlib.closing(Logbook(folder, progress.step, run.steps) if first() else Silence()))
-    facts = header(run, data, progress, peak)
+    facts = header(run, data, begun, peak)
     book.header(facts | ({'changed': '; '.join(changed)} if changed else {}))
     if progress.step >= last:
       book.say(f'nothing to do: step {progress.step} of {last} is done')
@@ -193,10 +197,12 @@ class _Loop:
       return
     (step, rows, metrics), self.pending = self.pending, None
     # Waits for the step, so never more than one is ahead; and counted on the host, since a run outgrows an int32.
-    self.progress = dataclasses.replace(self.progress, tokens=self.progress.tokens + int(metrics['targets']))
-    tokens = self.progress.tokens
+    bad = bool(metrics['bad'])
+    tokens = self.progress.tokens + (0 if bad else int(metrics['targets']))
+    self.progress = dataclasses.replace(self.progress, tokens=tokens)
     self.book.advance(step)
-    if metrics['bad']:
+    if bad:
+      self._compare()  # it may be a device, and not the batch
       self.book.say(f'{self.bad_steps.add(step, rows, float(metrics["loss"]), float(metrics["grad_norm"]))}: left out')
     if step % self.options.log_every and step not in (1, self.run.steps):
       return
@@ -294,7 +300,10 @@ class _Loop:
     self.batches.close()
     newest = self.checkpoints.newest()
     del self.state
-    state, progress = (self.run.initialize(), Progress()) if newest is None else self.checkpoints.restore(newest, self.run.abstract_state)
+    if newest is None:
+      state, progress = beginning(self.run, self.data.tokenizer)[0], Progress()
+    else:
+      state, progress = self.checkpoints.restore(newest, self.run.abstract_state)
     self.book.rewind(progress.step)
     self.book.say(f'{reason}: back to step {progress.step}')
     self._begin(state, progress)

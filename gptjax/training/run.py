@@ -12,7 +12,6 @@ import jax
 from jax.sharding import Mesh
 
 from gptjax import config as configs
-from gptjax.checkpoint import Progress
 from gptjax.config import Config, Duration, UserError, duration_in_steps
 from gptjax.data import EvalRows, Prepared, TrainRows, train_rows
 from gptjax.model import Blueprint, attention_backend, blueprint, flops_per_token, parameter_count
@@ -108,8 +107,8 @@ def with_vocabulary(config: Config, tokens: int) -> Config:
   return configs.override(config, {'model.vocab_size': config.model.vocab_size or tokens})
 
 
-def header(run: Run, data: Prepared, progress: Progress, peak: tuple[float, str]) -> dict[str, Any]:
-  """The facts of a run that its figures depend on."""
+def header(run: Run, data: Prepared, begun: str, peak: tuple[float, str]) -> dict[str, Any]:
+  """The facts of a run that its figures depend on; `begun`: in words, what its state was at first."""
   config, mesh = run.config, run.mesh
   devices = mesh.devices.flatten()
   tokens = config.batch_size * config.data.context
@@ -130,7 +129,7 @@ def header(run: Run, data: Prepared, progress: Progress, peak: tuple[float, str]
     'precision': f'{model.compute_dtype} compute, float32 parameters',
     'versions': ', '.join(f'{name} {metadata.version(name)}' for name in ('jax', 'flax', 'optax', 'orbax-checkpoint')),
     'commit': _commit(),
-    'restored': f'step {progress.step}, {progress.tokens:,} tokens' if progress.step else 'nothing, fresh parameters',
+    'restored': begun,
   }
 
 

@@ -1,0 +1,221 @@
+"""Bad steps are found inside the compiled step and change nothing; each policy does what it says; copies that differ are found."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import batch, config, options, put, records, run, trainer, write_text
+
+from gptjax import config as configs
+from gptjax.checkpoint import Checkpoints
+from gptjax.config import Fault, FaultsConfig, ModelConfig, UserError
+from gptjax.data import prepare, train_rows
+from gptjax.training import loop, train
+from gptjax.training.copies import copies_check
+from gptjax.training.guard import WARMUP, BadSteps, Rollback, fresh_watch, judge
+
+MODEL = ModelConfig(layers=1, width=16, heads=2, vocab_size=50)
+
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory):
+  return tmp_path_factory.mktemp('cache')
+
+
+@pytest.fixture(scope='module')
+def settings(cache):
+  return config(write_text(cache / 'text.txt'), steps=10, eval__every=0, checkpoint__every=3, checkpoint__keep=5)
+
+
+@pytest.fixture(autouse=True)
+def known_peak(monkeypatch):
+  monkeypatch.setattr(loop, 'peak_flops', lambda devices, dtype: (1e12, 'assumed'))
+
+
+@pytest.mark.parametrize('mesh, zero_stage, microbatches', [('1x1', 0, 1), ('4x2', 0, 2), ('4x2', 3, 1)], indirect=['mesh'])
+@pytest.mark.parametrize('where', ['loss', 'gradient'])
+def test_an_update_that_is_not_finite_is_not_made(mesh, zero_stage, microbatches, where):
+  state, step = trainer(MODEL, zero_stage=zero_stage, microbatches=microbatches)
+  good = put(batch())
+  state, metrics = step(state, good)
+  assert not metrics['bad']
+  before = jax.device_get(state)
+  rows = batch()
+  if where == 'loss':
+    rows['mask'][3, 3] = np.nan
+    state, metrics = step(state, put(rows))
+    assert math.isnan(metrics['loss'])
+  else:  # one value of one parameter, and so all gradients, while the good batch itself would do
+    name = 'blocks/0/attention_norm/gain'
+    gain = before.parameters[name].copy()
+    gain[0] = np.inf
+    before = before._replace(parameters=before.parameters | {name: gain})
+    placed = jax.device_put(gain, state.parameters[name].sharding)
+    state, metrics = step(state._replace(parameters=state.parameters | {name: placed}), good)
+  assert metrics['bad']
+  after = jax.device_get(state)
+  assert after.step == before.step + 1
+  for one, other in zip(jax.tree.leaves(after[1:]), jax.tree.leaves(before[1:]), strict=True):
+    assert one.tobytes() == other.tobytes()
+  if where == 'loss':  # and training goes on
+    state, metrics = step(state, good)
+    assert not metrics['bad'] and np.isfinite(metrics['loss'])
+
+
+def test_a_spike_is_told_from_what_is_usual():
+  rng = np.random.default_rng(0)
+  values = rng.normal(3.0, 0.1, (400, 2)).astype(np.float32)
+  watch, check = fresh_watch(), jax.jit(judge, static_argnums=3)
+  early = jnp.float32(4.0)
+  good, _ = check(watch, early, early, 6.0)
+  assert good  # nothing is known yet
+  for loss, norm in values:
+    good, watch = check(watch, loss, norm, 6.0)
+    assert good
+  np.testing.assert_allclose(watch.mean, 3.0, atol=0.05)
+  np.testing.assert_allclose(np.sqrt(watch.variance), 0.1, atol=0.03)
+  mean, deviation = np.asarray(watch.mean), np.sqrt(watch.variance)
+  for away, expected in ((5.9, True), (6.1, False), (-50.0, True), (np.nan, False), (np.inf, False)):
+    for index in (0, 1):
+      pair = mean.copy()
+      pair[index] += away * deviation[index]
+      good, after = check(watch, *pair, 6.0)
+      assert good == expected, (away, index)
+      assert expected or all((a == b).all() for a, b in zip(after, watch))
+  good, _ = check(watch, *(mean + 1000 * deviation), 0.0)
+  assert good  # spikes are not looked for
+  assert int(watch.steps) == 400 > WARMUP
+
+
+@pytest.fixture
+def spoil(settings, cache, monkeypatch):
+  """A function (step): makes the batch of a step of the undisturbed run not finite."""
+  rows, place = train_rows(settings, prepare(settings.data, cache)), loop.place_rows
+
+  def spoil(step):
+    bad = rows.batch(4 * (step - 1) + np.arange(4))['tokens']
+
+    def spoiled(mesh, batch, size):
+      if (batch['tokens'] == bad).all():
+        batch = batch | {'mask': np.where(batch['mask'] > 0, np.nan, batch['mask']).astype(np.float32)}
+      return place(mesh, batch, size)
+
+    monkeypatch.setattr(loop, 'place_rows', spoiled)
+
+  return spoil
+
+
+def bad_steps(workdir):
+  return [json.loads(line) for line in (workdir / 'bad_steps.jsonl').read_text().splitlines()]
+
+
+def test_stop_ends_the_run_and_names_the_batch(settings, cache, tmp_path, spoil):
+  straight = run(settings, tmp_path / 'straight', cache)
+  spoil(8)
+  with pytest.raises(UserError, match=r'^loss: nan, accepted: .*step 8 is bad.*rows 28 to 31; its update was not made$'):
+    train(settings, options(tmp_path / 'run', cache))
+  assert bad_steps(tmp_path / 'run') == [{'step': 8, 'rows': [28, 32], 'loss': None, 'grad_norm': None, 'action': 'stop'}]
+  assert records(tmp_path / 'run') == [line for line in straight if line['step'] < 8]
+  assert Checkpoints(tmp_path / 'run' / 'checkpoints').steps() == [3, 6]
+
+
+def test_skip_leaves_the_update_out_and_goes_on(settings, cache, tmp_path, spoil, capsys):
+  settings = configs.override(settings, {'faults.bad_step': 'skip'})
+  spoil(8)
+  lines = run(settings, tmp_path / 'run', cache)
+  assert [line['step'] for line in lines] == [*range(1, 11), 10]
+  assert lines[7]['loss'] is None and all(line['loss'] for line in (*lines[:7], *lines[8:10]))
+  assert [bad['step'] for bad in bad_steps(tmp_path / 'run')] == [8]
+  assert 'step 8 is bad' in capsys.readouterr().err
+  (tmp_path / 'other').mkdir()
+  again = run(settings, tmp_path / 'other', cache, stop_at=9)  # stopped and gone on, it does the same
+  assert run(settings, tmp_path / 'other', cache) == lines and again == [line for line in lines if line['step'] <= 9]
+  assert [bad['step'] for bad in bad_steps(tmp_path / 'other')] == [8]
+
+
+def test_rollback_goes_back_and_passes_over_the_batch(settings, cache, tmp_path, spoil, capsys):
+  straight = run(settings, tmp_path / 'straight', cache)
+  spoil(8)
+  settings = configs.override(settings, {'faults.bad_step': 'rollback'})
+  lines = run(settings, tmp_path / 'run', cache)
+  said = capsys.readouterr().err
+  assert 'back to step 6' in said and 'step 8: rows 28 to 31 are passed over' in said
+  assert lines[:7] == straight[:7]  # steps 7 again, bit by bit
+  assert [line['step'] for line in lines] == [*range(1, 11), 10]
+  assert lines[7]['loss'] != straight[7]['loss'] and all(line['loss'] for line in lines[:10])
+  checkpoints = Checkpoints(tmp_path / 'run' / 'checkpoints')
+  assert checkpoints.progress(10).rows == 44  # ten batches, and the one passed over
+  # One that is killed after that knows it from its folder.
+  again = run(settings, tmp_path / 'other', cache, stop_at=9)
+  assert run(settings, tmp_path / 'other', cache) == lines and len(again) == 9
+
+
+def test_a_bad_step_before_the_first_checkpoint_goes_back_to_the_start(settings, cache, tmp_path, spoil):
+  spoil(2)
+  lines = run(configs.override(settings, {'faults.bad_step': 'rollback'}), tmp_path / 'run', cache)
+  assert [line['step'] for line in lines] == [*range(1, 11), 10] and all(line['loss'] for line in lines[:10])
+
+
+def test_rows_passed_over_are_known_to_any_batch_size(tmp_path):
+  bad = BadSteps(FaultsConfig(bad_step='rollback'), tmp_path, writes=True)
+  for step, rows in ((8, (28, 32)), (9, (32, 36)), (20, (76, 80))):
+    with pytest.raises(Rollback):
+      bad.add(step, rows, math.nan, 1.0)
+  again = BadSteps(FaultsConfig(), tmp_path, writes=True)
+  assert [again.passed(row, 4) for row in (20, 24, 28, 32, 36, 72, 76)] == [20, 24, 36, 36, 36, 72, 80]
+  assert [again.passed(row, 8) for row in (16, 24, 64, 72)] == [16, 36, 64, 80]
+
+
+def test_a_damaged_line_of_bad_steps_is_a_mistake(tmp_path):
+  (tmp_path / 'bad_steps.jsonl').write_text('{"step": 3, "rows": [1], "loss": 1.0, "grad_norm": 1.0, "action": "skip"}\n')
+  with pytest.raises(UserError, match=r'bad_steps.jsonl:1: '):
+    BadSteps(FaultsConfig(), tmp_path, writes=True)
+
+
+@pytest.mark.parametrize('mesh, zero_stage', [('8x1', 0), ('4x2', 1)], indirect=['mesh'])
+def test_a_copy_that_differs_is_found_on_its_device(mesh, zero_stage):
+  state, step = trainer(dataclasses.replace(MODEL, heads=4), zero_stage=zero_stage)
+  check = copies_check(state, mesh)
+  state, _ = step(state, put(batch()))
+  assert check(state) == ''
+  name = 'blocks/0/mlp/up/kernel'
+  parts = [np.array(shard.data) for shard in state.parameters[name].addressable_shards]
+  devices = [shard.device for shard in state.parameters[name].addressable_shards]
+  parts[5].view(np.uint32)[3, 1] ^= 1  # one bit
+  array = state.parameters[name]
+  changed = jax.make_array_from_single_device_arrays(array.shape, array.sharding, [
+    jax.device_put(part, device) for part, device in zip(parts, devices)])
+  assert check(state._replace(parameters=state.parameters | {name: changed})) == f'parameters/{name} on device {devices[5].id} of process 0'
+
+
+@pytest.mark.parametrize('action', ['skip', 'rollback'])
+def test_a_replica_that_diverges_is_found_within_the_interval(action, settings, cache, tmp_path, monkeypatch, capsys):
+  settings = configs.override(settings, {'mesh.data': 4, 'faults.compare_every': 2, 'faults.bad_step': action, 'checkpoint.every': 4})
+  straight = run(settings, tmp_path / 'straight', cache)
+  errs = [7]
+  after = loop._Loop._after_step
+
+  def err_once(self, last):
+    if errs == [self.progress.step]:
+      errs.clear()
+      name, array = next(item for item in self.state.parameters.items() if item[0].endswith('kernel'))
+      parts = [np.array(shard.data) for shard in array.addressable_shards]
+      parts[2][:] = np.nan
+      array = jax.make_array_from_single_device_arrays(array.shape, array.sharding, [
+        jax.device_put(part, shard.device) for part, shard in zip(parts, array.addressable_shards)])
+      self.state = self.state._replace(parameters=self.state.parameters | {name: array})
+    return after(self, last)
+
+  monkeypatch.setattr(loop._Loop, '_after_step', err_once)
+  if action == 'skip':
+    with pytest.raises(Fault, match='differ at step 8'):
+      train(settings, options(tmp_path / 'run', cache))
+    assert Checkpoints(tmp_path / 'run' / 'checkpoints').steps() == [4]
+    assert run(settings, tmp_path / 'run', cache) == straight
+  else:
+    assert run(settings, tmp_path / 'run', cache) == straight
+    assert 'back to step 4' in capsys.readouterr().err
