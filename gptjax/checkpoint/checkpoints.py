@@ -233,13 +233,6 @@ class Checkpoints:
         raise self._unfit(step, f'it has no {name}')
     return loaded
 
-  def drop_after(self, step: int) -> None:
-    """Removes the checkpoints of later steps."""
-    self.wait()
-    for later in [one for one in self.steps() if one > step] if first() else []:
-      self._drop(later)
-    share('dropped')
-
   def close(self) -> None:
     """Waits and lets go of the folder."""
     try:

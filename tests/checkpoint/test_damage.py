@@ -1,0 +1,118 @@
+"""A damaged checkpoint is told by its file, set aside by the run that writes there, and the one before it is used."""
+
+import random
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from gptjax.checkpoint import DAMAGED, Checkpoints, Progress, Retention
+from gptjax.config import UserError
+
+ABSTRACT = {name: jax.ShapeDtypeStruct((64, 5), np.float32, sharding=SingleDeviceSharding(jax.devices()[0])) for name in 'ab'}
+
+
+def state(step):
+  return {name: np.full((64, 5), step + i, np.float32) for i, name in enumerate('ab')}
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+  """A workdir with checkpoints 10 and 20, each with a file and a folder beside its state."""
+  folder = tmp_path_factory.mktemp('run')
+  (folder / 'config.json').write_text('{"a": 1}')
+  (folder / 'tokenizer').mkdir()
+  (folder / 'tokenizer' / 'rules.json').write_text('{}')
+  checkpoints = Checkpoints(folder / 'checkpoints', Retention(), beside=(folder / 'config.json', folder / 'tokenizer'))
+  for step in (10, 20):
+    checkpoints.save(Progress(step, 4 * step, 9 * step), state(step), None)
+  checkpoints.close()
+  return folder
+
+
+@pytest.fixture
+def workdir(saved, tmp_path):
+  return shutil.copytree(saved, tmp_path / 'run')
+
+
+def files(folder):
+  return sorted(path for path in folder.rglob('*') if path.is_file())
+
+
+def damage(path, how, dice):
+  data = bytearray(path.read_bytes())
+  match how:
+    case 'flip':
+      data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
+      path.write_bytes(data)
+    case 'truncate':
+      path.write_bytes(data[:dice.randrange(len(data))])
+    case 'empty':
+      path.write_bytes(b'')
+    case 'remove':
+      path.unlink()
+
+
+def test_each_holds_what_is_beside_and_a_manifest_of_all(saved):
+  names = {str(path.relative_to(saved / 'checkpoints' / '20')) for path in files(saved / 'checkpoints' / '20')}
+  assert {'manifest.json', 'config.json', 'tokenizer/rules.json', 'state/_METADATA'} <= names
+  assert not list(saved.rglob('*.saving*'))
+
+
+@pytest.mark.parametrize('how', ['flip', 'truncate', 'empty', 'remove'])
+def test_every_file_that_is_damaged_is_found(how, workdir, capsys):
+  dice = random.Random(how)
+  folder = workdir / 'checkpoints' / '20'
+  for path in files(folder):
+    if not path.stat().st_size and how != 'remove':
+      continue  # an empty file has nothing to lose
+    whole, inside = path.read_bytes(), path.relative_to(folder)
+    damage(path, how, dice)
+    checkpoints = Checkpoints(workdir / 'checkpoints')
+    assert checkpoints.resolve('latest') == 10
+    assert f'checkpoint 20 is damaged: {inside} ' in capsys.readouterr().err
+    with pytest.raises(UserError, match=f'^checkpoint: .*/20.*{inside}'):
+      checkpoints.restore(20, ABSTRACT)
+    with pytest.raises(UserError, match=f'^checkpoint: .*/20.*{inside}'):
+      checkpoints.restore_parameters(20, ABSTRACT)
+    path.write_bytes(whole)
+  assert Checkpoints(workdir / 'checkpoints').newest() == 20
+
+
+def test_a_run_sets_damaged_ones_aside_and_goes_on_from_the_one_before(workdir, capsys):
+  damage(workdir / 'checkpoints' / '20' / 'state' / 'manifest.ocdbt', 'flip', random.Random(0))
+  checkpoints = Checkpoints(workdir / 'checkpoints', Retention())
+  assert checkpoints.newest() == 10 and checkpoints.steps() == [10]
+  restored, progress = checkpoints.restore(10, ABSTRACT)
+  assert progress == Progress(10, 40, 90)
+  assert all((restored[name] == value).all() for name, value in state(10).items())
+  aside, = (workdir / DAMAGED).iterdir()
+  assert aside.name.startswith('20-') and str(aside) in capsys.readouterr().err
+  checkpoints.save(Progress(20), state(20), None)
+  checkpoints.close()
+  assert Checkpoints(workdir / 'checkpoints').newest() == 20
+
+
+def test_where_all_are_damaged_nothing_is_begun_anew(workdir):
+  for step in ('10', '20'):
+    (workdir / 'checkpoints' / step / 'manifest.json').unlink()
+  with pytest.raises(UserError, match=r'and none of \[10, 20\] is$'):
+    Checkpoints(workdir / 'checkpoints').newest()
+
+
+def test_what_a_kill_left_is_no_checkpoint_and_the_next_run_removes_it(workdir):
+  for name in ('30.saving', '30.saving.orbax-checkpoint-tmp', '5.dropped'):
+    shutil.copytree(workdir / 'checkpoints' / '20', workdir / 'checkpoints' / name)
+  reader = Checkpoints(workdir / 'checkpoints')
+  assert reader.steps() == [10, 20] and len(list((workdir / 'checkpoints').iterdir())) == 5
+  assert Checkpoints(workdir / 'checkpoints', Retention()).steps() == [10, 20]
+  assert {path.name for path in (workdir / 'checkpoints').iterdir()} == {'10', '20'}
+
+
+@pytest.mark.parametrize('retention, kept', [
+  (Retention(latest=2), {40, 50}), (Retention(latest=1, every=20), {20, 40, 50}), (Retention(latest=1, best=True), {20, 50}),
+  (Retention(latest=0), {10, 20, 30, 40, 50}), (Retention(latest=1, every=30, best=True), {20, 30, 50})])
+def test_policies_add_up(retention, kept):
+  assert retention.kept({10: 3.0, 20: 1.0, 30: None, 40: 2.0, 50: 1.5}) == kept
