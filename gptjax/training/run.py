@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from gptjax import config as configs
 from gptjax.checkpoint import Progress
-from gptjax.config import Config, UserError, duration_in_steps
+from gptjax.config import LARGEST, Config, Duration, UserError, duration_in_steps
 from gptjax.data import EvalRows, Prepared, TrainRows, train_rows
 from gptjax.model import Blueprint, attention_backend, blueprint, flops_per_token, parameter_count
 from gptjax.processes import company
@@ -56,8 +56,14 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
   data.tokenizer.encode(config.eval.prompt, 'eval.prompt')  # a prompt that cannot be sampled from is told before training
   check_sizes(config, mesh)
   rows = train_rows(config, data)
-  in_steps = lambda field, value: duration_in_steps(
-    field, value, batch_size=config.batch_size, context=config.data.context, rows_per_epoch=rows.rows_per_epoch)
+
+  def in_steps(field: str, value: Duration) -> int:
+    found = duration_in_steps(
+      field, value, batch_size=config.batch_size, context=config.data.context, rows_per_epoch=rows.rows_per_epoch)
+    if found > LARGEST:
+      raise UserError(field, value, f'at most {LARGEST:,} steps, and it is {found:.3g}')
+    return found
+
   opt = config.optimizer
   steps = in_steps('steps', config.steps)
   durations = {'steps': steps, 'warmup': in_steps('optimizer.warmup', opt.warmup),
