@@ -24,8 +24,8 @@ def here(tmp_path, monkeypatch):
 
 def test_mutated_configs_run_or_are_told_in_one_line(here):
   cases = Configs(here, CACHE, 60)
-  found = search(mutated(), cases.wrong, 40)
-  assert found.cases == 40 and cases.ran and not found.wrong, found
+  found = search(mutated(), cases.wrong, 30)
+  assert found.cases == 30 and cases.ran and not found.wrong, found
   for way, *change in (('flags', 'data.tokenizer.path', '~nobody_of_this_name/x'), ('recipe', 'z_loss', '10**5000'),
                        ('json', 'model.width', '9' * 5000)):
     assert not cases.wrong(Mutated(way, (tuple(change),)))
@@ -36,8 +36,8 @@ def test_damaged_files_are_told_in_one_line_and_nothing_else_is_lost(here):
   assert sorted(cases.parameters) == [2, 4, 6]
   # What a run and its checkpoints say to damage is tested in their rooms.
   ours = cases.strategy().filter(lambda damage: 'checkpoints/' not in damage.file and damage.command != 'train')
-  found = search(ours, cases.wrong, 30)
-  assert found.cases == 30 and cases.refused and not found.wrong, found
+  found = search(ours, cases.wrong, 16)
+  assert found.cases == 16 and cases.refused and not found.wrong, found
   assert not cases.wrong(Damage('run/evaluation.json', 'shape', 5, 'evaluate'))
 
 

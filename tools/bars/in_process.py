@@ -112,7 +112,7 @@ def _own_flags(file: str) -> Iterator[None]:
   """Flags as a new process has them: defaults, and of all binaries only those that the body's own defines."""
   known = flags.FLAGS
   others = {module: list(found) for module, found in known.flags_by_module_dict().items()
-            if module.startswith(('gptjax.', 'tools.')) and module.count('.') == 1 and hasattr(sys.modules.get(module), 'main')}
+            if module == sys.argv[0] or (module.startswith(('gptjax.', 'tools.')) and hasattr(sys.modules.get(module), 'main'))}
   for found in others.values():
     for flag in found:
       delattr(known, flag.name)
