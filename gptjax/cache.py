@@ -4,9 +4,11 @@ from pathlib import Path
 
 from absl import flags
 
+from gptjax.files import expanded
+
 _CACHE_DIR = flags.DEFINE_string('cache_dir', '~/.cache/gptjax', 'folder of prepared data and compiled programs')
 
 
 def cache_dir() -> Path:
   """The folder of --cache_dir."""
-  return Path(_CACHE_DIR.value).expanduser()
+  return expanded(_CACHE_DIR.value)

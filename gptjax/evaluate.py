@@ -16,7 +16,7 @@ from absl import flags
 from gptjax import config as configs
 from gptjax import processes
 from gptjax.config import UserError
-from gptjax.files import json_line, read_json, write_whole
+from gptjax.files import expanded, json_line, read_json, write_whole
 from gptjax.start import start
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a run', required=True)
@@ -44,8 +44,8 @@ def main(_) -> None:
 
   from gptjax import checkpoint, data, evaluation
 
-  workdir = Path(_WORKDIR.value).expanduser()
-  if _SAMPLES.value and not (folder := Path(_SAMPLES.value).expanduser().absolute().parent).is_dir():
+  workdir = expanded(_WORKDIR.value)
+  if _SAMPLES.value and not (folder := expanded(_SAMPLES.value).absolute().parent).is_dir():
     raise UserError('--samples', _SAMPLES.value, f'a file in a folder that is there; {folder} is not')
   with checkpoint.Restorer(workdir, _MODEL_AXIS.value) as restorer:
     steps = restorer.steps(_STEP.value)
@@ -136,6 +136,8 @@ def _tell(workdir: Path, records: list[dict[str, Any]], samples: list[dict[str, 
   if len(records) == 1:
     file = workdir / 'evaluation.json'
     earlier = read_json(file) if file.exists() else {}
+    if not isinstance(earlier, dict):
+      raise UserError(str(file), earlier, 'the JSON object of an earlier evaluation; remove it')
     # What this one left out, such as the documents beside tasks, stays if it is of the same checkpoint.
     whole = (earlier if earlier.get('step') == records[0]['step'] else {}) | json.loads(kept[0])
     write_whole(file, json_line(whole) + '\n')
@@ -152,7 +154,7 @@ def _tell(workdir: Path, records: list[dict[str, Any]], samples: list[dict[str, 
     print(json_line(record))
   if _SAMPLES.value:
     plain = lambda value: value.tolist() if hasattr(value, 'tolist') else str(value)  # numpy's, as some metrics have them
-    write_whole(Path(_SAMPLES.value).expanduser(), ''.join(json.dumps(one, default=plain) + '\n' for one in samples))
+    write_whole(expanded(_SAMPLES.value), ''.join(json.dumps(one, default=plain) + '\n' for one in samples))
 
 
 if __name__ == '__main__':

@@ -15,6 +15,11 @@ from typing import Any
 from gptjax.config import UserError
 
 
+def expanded(path: Path | str) -> Path:
+  """The path with ~ as a shell reads it: that of a user whom nobody knows stays as it is (and pathlib raises)."""
+  return Path(os.path.expanduser(path))
+
+
 def write_whole(path: Path, text: str) -> None:
   """Writes a file beside its place and then moves it there: who reads it never sees a part."""
   partial = path.with_name(f'{path.name}.partial')
@@ -58,7 +63,7 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
   except FileNotFoundError:
     raise UserError(str(path), None, 'a JSON file; there is none') from None
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+  except (ValueError, RecursionError) as error:  # the latter of brackets within brackets
     raise UserError(str(path), str(error), 'a whole JSON file') from None
 
 

@@ -8,7 +8,6 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -16,6 +15,7 @@ from absl import flags
 from gptjax import config as configs
 from gptjax import processes
 from gptjax.config import UserError
+from gptjax.files import expanded
 from gptjax.start import start
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a run', required=True)
@@ -51,7 +51,7 @@ def main(_) -> None:
   sampling = inference.Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _MIN_P.value, _PENALTY.value)
   _check_flags()
   prompts = _prompts()
-  workdir = Path(_WORKDIR.value).expanduser()
+  workdir = expanded(_WORKDIR.value)
   trained = checkpoint.load_trained(workdir, _STEP.value, _MODEL_AXIS.value)
   tokenizer = data.open_held_out(workdir / 'data').tokenizer
   context = trained.blueprint.context
@@ -91,7 +91,7 @@ def _check_flags() -> None:
       raise UserError('--chat', f'{count} processes', 'one process, which has the keyboard')
   elif _SYSTEM.value:
     raise UserError('--system', _SYSTEM.value, 'none without --chat; in --prompts, a first message with the role "system"')
-  if _OUT.value and not (folder := Path(_OUT.value).expanduser().absolute().parent).is_dir():
+  if _OUT.value and not (folder := expanded(_OUT.value).absolute().parent).is_dir():
     raise UserError('--out', _OUT.value, f'a file in a folder that is there; {folder} is not')
 
 
@@ -103,7 +103,7 @@ def _prompts() -> list[tuple[str, Any]]:
     return [('--system', [*_system(), {'role': 'user', 'content': 'Hello'}])]  # read to see whether the template can
   if not _PROMPTS.value:
     return [('--prompt', _PROMPT.value)]
-  return inference.read_prompts(Path(_PROMPTS.value).expanduser())
+  return inference.read_prompts(expanded(_PROMPTS.value))
 
 
 def _system() -> list[dict[str, Any]]:
@@ -168,7 +168,7 @@ def _write(rows, run) -> None:
       else:
         print(f'{prompt if given == "prompt" else ""}{said.text}\n---', flush=True)
   if _OUT.value and processes.first():
-    write_whole(Path(_OUT.value).expanduser(), '\n'.join(lines) + '\n')
+    write_whole(expanded(_OUT.value), '\n'.join(lines) + '\n')
 
 
 if __name__ == '__main__':

@@ -3,11 +3,11 @@
 import os
 import re
 import sys
-from pathlib import Path
 
 from absl import flags
 
 from gptjax import config as configs
+from gptjax.files import expanded
 from gptjax.start import start
 from gptjax.supervision import supervise
 
@@ -33,7 +33,7 @@ def main(config: configs.Config) -> int:
     return 0
   if not _WORKDIR.value:
     raise configs.UserError('--workdir', _WORKDIR.value, 'a folder for the run')
-  workdir = Path(_WORKDIR.value).expanduser()
+  workdir = expanded(_WORKDIR.value)
   if workdir.exists() and not workdir.is_dir():
     raise configs.UserError('--workdir', str(workdir), 'a folder, not a file')
   profile_steps = _steps(_PROFILE.value)

@@ -4,12 +4,12 @@ A run that was imported gives its folder back, tensors of the same names and typ
 family that its model is of. Memory: some parameters at a time, beside 2 GB the largest of them twice.
 """
 
-from pathlib import Path
 
 from absl import flags
 
 from gptjax import config as configs
 from gptjax.config import UserError
+from gptjax.files import expanded
 from gptjax.processes import company
 from gptjax.start import start
 from tools import check_flags
@@ -29,7 +29,7 @@ def main(_: None) -> None:
   if company().group.processes > 1:
     raise UserError('--processes', company().group.processes, '1: a single process exports')
   options = interop.Export(_STEP.value, _DTYPE.value, int(_SHARD_GB.value * 1e9), check_flags.check())
-  print(interop.export_run(Path(_WORKDIR.value).expanduser(), Path(_FOLDER.value).expanduser(), options))
+  print(interop.export_run(expanded(_WORKDIR.value), expanded(_FOLDER.value), options))
   print(_FOLDER.value)
 
 

@@ -4,12 +4,12 @@ RUN then has the model's config, its tokenizer and its parameters as the checkpo
 RUN/hf what tools.export_hf needs to give the folder back. Memory: the parameters in float32, and about 1 GB.
 """
 
-from pathlib import Path
 
 from absl import flags
 
 from gptjax import config as configs
 from gptjax.config import MeshConfig, UserError
+from gptjax.files import expanded
 from gptjax.processes import company
 from gptjax.start import start
 from tools import check_flags
@@ -30,7 +30,7 @@ def main(_: None) -> None:
   from gptjax import interop
   if company().group.processes > 1:
     raise UserError('--processes', company().group.processes, '1: a single process imports, with all devices that it has')
-  path = lambda text: Path(text).expanduser()
+  path = lambda text: expanded(text)
   options = interop.Import(_CONTEXT.value, _SCAN.value, _COMPUTE.value, MeshConfig(data=_MESH_DATA.value, model=_MESH_MODEL.value),
                            path(_TOKENIZER.value) if _TOKENIZER.value else None, check_flags.check())
   print(interop.import_folder(path(_FOLDER.value), path(_WORKDIR.value), options))

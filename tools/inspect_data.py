@@ -24,6 +24,7 @@ from gptjax.cache import cache_dir
 from gptjax.config import Config, UserError
 from gptjax.data import Batch, Tokenizer, TokenStore, TrainRows, cores, prepare, train_rows
 from gptjax.data.progress import counted
+from gptjax.files import expanded
 
 _STORE = flags.DEFINE_string('store', None, 'folder or URL of a token store')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a run, whose config is taken')
@@ -67,10 +68,10 @@ def _rows(config: Config | None) -> tuple[TrainRows, Tokenizer, Config]:
   if not config:
     if not _WORKDIR.value:
       raise UserError('--store', None, 'a token store; or --config or --workdir for what a run reads')
-    file = Path(_WORKDIR.value).expanduser() / 'config.json'
+    file = expanded(_WORKDIR.value) / 'config.json'
     if not file.exists():
       raise UserError('--workdir', _WORKDIR.value, 'a folder that gptjax.train made, with its config.json')
-    config = configs.from_json(file.read_text(), str(file))
+    config = configs.read(file)
   config = configs.override(config, {'data.isolate_documents': True})  # segments are shown either way
   data = prepare(config.data, cache_dir(), cores())
   print(data.description, file=sys.stderr)

@@ -6,7 +6,6 @@ command goes on after the last finished shard. Equal arguments make equal stores
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 
 from absl import flags
 
@@ -19,6 +18,7 @@ from gptjax.data.sources import documents
 from gptjax.data.store import MANIFEST
 from gptjax.data.progress import announce, counted
 from gptjax.data.tokenizers import ByteTokenizer
+from gptjax.files import expanded
 from tools import source_flags
 
 _TOKENIZER = flags.DEFINE_string(
@@ -38,10 +38,10 @@ for _field in dataclasses.fields(Filters):
 
 
 def main(_) -> None:
-  out = Path(_OUT.value).expanduser()
+  out = expanded(_OUT.value)
   if '://' in _OUT.value or out.is_file():
     raise UserError('--out', _OUT.value, 'a folder on this machine')
-  tokenizer = ByteTokenizer() if _TOKENIZER.value == 'bytes' else load_tokenizer(Path(_TOKENIZER.value).expanduser())
+  tokenizer = ByteTokenizer() if _TOKENIZER.value == 'bytes' else load_tokenizer(expanded(_TOKENIZER.value))
   recipe = Recipe(_source(), tokenizer, Filters(**{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Filters)}),
                   _contamination(), _DEDUPLICATE.value, _SHARD.value)
   if out.exists():
@@ -97,7 +97,7 @@ def _contamination() -> Contamination | None:
 
 
 def _evaluation_documents(place: str) -> Iterator[Document]:
-  if not place.startswith('{') and Path(place, MANIFEST).expanduser().exists():
+  if not place.startswith('{') and (expanded(place) / MANIFEST).exists():
     store = TokenStore.open(place)
     return (Document(str(number), text) for number, text in enumerate(store.texts(0, store.documents)))
   return documents(open_source(source_flags.source(place, '--decontaminate', {})))

@@ -11,6 +11,7 @@ import json
 import math
 import pathlib
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -21,7 +22,8 @@ from absl import flags
 from jaxtyping import Float
 from matplotlib import axes, figure, ticker
 
-from gptjax.config import Config, UserError, describe, differences, from_json, run
+from gptjax.config import LARGEST, Config, UserError, describe, differences, from_json, run
+from gptjax.files import expanded
 
 Row = Mapping[str, Any]
 _SCORES = ('loss', 'perplexity', 'bits_per_byte', 'tokens', 'step')
@@ -86,14 +88,36 @@ def _objects(path: pathlib.Path, *numbers: str) -> list[dict[str, Any]]:
   text, found = _read(path), []
   for n, line in enumerate(text.split('\n')[:-1] if path.suffix == '.jsonl' else [text], 1):
     try:
-      found.append(dict(json.loads(line)))
-    except (TypeError, ValueError) as error:
+      found.append(json.loads(line))
+    except (ValueError, RecursionError) as error:
       raise UserError(f'{path}:{n}', line[:80], f'a JSON object ({error})') from error
-    for name in numbers:
-      if found[-1].get(name, '') is None:
-        found[-1][name] = math.nan  # JSON has no other way to say so
-      elif not isinstance(found[-1].get(name), (int, float)):
-        raise UserError(f'{path}:{n}: {name}', found[-1].get(name), 'a number')
+    _check_numbers(found[-1], numbers, f'{path}:{n}')
+  return found
+
+
+def _check_numbers(found: Any, names: Iterable[str], place: str) -> None:
+  """Checks that an object has the named numbers; null becomes NaN, since JSON has no other way to say so."""
+  if not isinstance(found, dict):
+    raise UserError(place, found, 'a JSON object')
+  for name in names:
+    value = found.get(name, '')
+    if value is None and name != 'step':
+      found[name] = math.nan
+    elif name == 'step' and not (isinstance(value, int) and 0 <= value <= LARGEST):
+      raise UserError(f'{place}: {name}', value, 'a count of steps')
+    elif not isinstance(value, (int, float)) or sys.float_info.max < abs(value) < math.inf:  # an int may be larger than any
+      raise UserError(f'{place}: {name}', value, 'a number')
+
+
+def _evaluation(path: pathlib.Path) -> dict[str, Any]:
+  """Returns what gptjax.evaluate found, checked as far as it is shown."""
+  [found] = _objects(path, *_SCORES)
+  found['yardsticks'] = found.get('yardsticks') or {}
+  _check_numbers(found['yardsticks'], found['yardsticks'], f'{path}: yardsticks')
+  for group in ('sets', 'tags'):
+    _check_numbers(found.setdefault(group, {}), (), f'{path}: {group}')
+    for name, score in found[group].items():
+      _check_numbers(score, _SCORES[:4], f'{path}: {group}: {name}')
   return found
 
 
@@ -255,7 +279,7 @@ def _scores(evaluation: Row, yardsticks: Mapping[str, float], rows: Sequence[Row
     cells = ''.join(f'<td>{cell}</td>' for cell in (html.escape(name), f'{value:.3f}', bar, words))
     bars += f'<tr class="{kind}">{cells}</tr>'
   named = [(name, *(one[metric] for metric in _SCORES[:4]))
-           for group in ('sets', 'tags') for name, one in evaluation.get(group, {}).items()]
+           for group in ('sets', 'tags') for name, one in evaluation[group].items()]
   sets = _table(named, 'set or tag', *names) if named else ''
   return f'<dl>{tiles}</dl>' + f'<table class="bars">{bars}</table>' * bool(yardsticks) + sets
 
@@ -268,9 +292,11 @@ def page(workdir: pathlib.Path) -> str:
   """
   path = workdir / 'config.json'
   config, rows = from_json(_read(path), str(path)), _objects(workdir / 'metrics.jsonl', 'step')
-  [header], [evaluation] = _objects(workdir / 'run.json'), _objects(workdir / 'evaluation.json', *_SCORES)
+  for n, row in enumerate(rows, 1):
+    _check_numbers(row, row, f'{workdir / "metrics.jsonl"}:{n}')
+  [header], evaluation = _objects(workdir / 'run.json'), _evaluation(workdir / 'evaluation.json')
   samples = _objects(workdir / 'samples.jsonl', 'step') if (workdir / 'samples.jsonl').is_file() else []
-  yardsticks = {name: value for name, value in (evaluation.get('yardsticks') or {}).items() if value is not None}
+  yardsticks = {name: value for name, value in evaluation['yardsticks'].items() if not math.isnan(value)}
   changed = differences(Config(), config)
   fields = [(line.partition(' = ')[0] in changed, html.escape(line)) for line in describe(config).split('\n')]
   texts = [[html.escape(_shown(sample.get(name, ''))) for name in ('step', 'prompt', 'text')] for sample in samples]
@@ -285,8 +311,8 @@ def page(workdir: pathlib.Path) -> str:
 
 def main(_: None) -> None:
   """Writes the report of --workdir."""
-  workdir = pathlib.Path(flags.FLAGS.workdir).expanduser()
-  out = pathlib.Path(flags.FLAGS.out or workdir / 'report.html').expanduser()
+  workdir = expanded(flags.FLAGS.workdir)
+  out = expanded(flags.FLAGS.out or workdir / 'report.html')
   data = page(workdir).encode(errors='replace')
   try:
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:  # the page appears whole, or not at all

@@ -31,6 +31,6 @@ def source(text: str, flag: str, common: dict[str, object]) -> SourceConfig:
   if text.startswith('{'):
     try:
       fields = json.loads(text)
-    except json.JSONDecodeError as error:
-      raise UserError(flag, text, f'a path, or a JSON object ({error.msg})') from None
+    except (ValueError, RecursionError) as error:
+      raise UserError(flag, text, f'a path, or a JSON object ({error})') from None
   return configs.checked(SourceConfig, common | fields if isinstance(fields, dict) else fields, flag)

@@ -16,6 +16,7 @@ from gptjax.data.sampling import TRAINING_CHARACTERS, sample
 from gptjax.data.sources import Document, Source, is_held_out, open_source
 from gptjax.data.tokenizers import Gpt2Tokenizer, Tokenizer, load_tokenizer, train_tokenizer
 from gptjax.data.tokenizers.tokenizer import utf8
+from gptjax.files import expanded
 from tools import source_flags
 
 _SCORED_BYTES = 5_000_000
@@ -115,13 +116,13 @@ def _save(tokenizer: Tokenizer, out: pathlib.Path, already: Tokenizer | None) ->
 def main(_: None) -> None:
   """Trains a tokenizer on --source and writes it to --out."""
   values = flags.FLAGS
-  out = pathlib.Path(values.out).expanduser()
+  out = expanded(values.out)
   vocab_size = -(-values.vocab_size // values.multiple) * values.multiple
   config = TokenizerConfig(kind=values.kind, vocab_size=vocab_size)
   chosen = source_flags.sources()
   characters = budgets(values.weights, len(chosen), values.characters)
   already = _already(out)
-  gpt2 = {f'gpt2 ({values.gpt2_bpe})': Gpt2Tokenizer(pathlib.Path(values.gpt2_bpe).expanduser())} if values.gpt2_bpe else {}
+  gpt2 = {f'gpt2 ({values.gpt2_bpe})': Gpt2Tokenizer(expanded(values.gpt2_bpe))} if values.gpt2_bpe else {}
   corpus = Corpus([open_source(source, cache_dir()) for source in chosen], characters, values.held_out)
   tokenizer = train_tokenizer(config, corpus, digits=values.digits, symbols=values.symbol)
   _save(tokenizer, out, already)

@@ -42,7 +42,7 @@ def config_of(workdir: Path) -> Config:
   file = workdir / 'config.json'
   if not file.exists():
     raise UserError('--workdir', str(workdir), 'a folder that gptjax.train made, with its config.json')
-  return configs.from_json(file.read_text(), str(file))
+  return configs.read(file)
 
 
 def load_trained(workdir: Path, step: str = 'latest', model_axis: int = 0) -> Trained:

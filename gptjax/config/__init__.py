@@ -1,5 +1,6 @@
 """The config room: typed, frozen dataclasses that say what a run is, and the flags and errors around them."""
 
+from gptjax.config.checks import LARGEST
 from gptjax.config.errors import Fault, UserError
 from gptjax.config.flags import (
     at_end,
@@ -13,6 +14,7 @@ from gptjax.config.flags import (
     load,
     override,
     own_flags,
+    read,
     run,
     to_json,
 )
@@ -36,8 +38,8 @@ from gptjax.config.schema import (
 )
 
 __all__ = [
-    'CheckpointConfig', 'Component', 'Config', 'DataConfig', 'Duration', 'EvalConfig', 'Fault', 'FaultsConfig', 'MeshConfig', 'ModelConfig',
-    'OptimizerConfig', 'Phase', 'RopeConfig', 'SourceConfig', 'TokenizerConfig', 'UserError', 'ValidationSet', 'at_end', 'checked',
-    'describe', 'differences', 'docstrings', 'duration_in_steps', 'ending', 'flatten', 'from_json', 'in_unit_of_steps', 'load', 'override',
-    'own_flags', 'run', 'to_json',
+    'CheckpointConfig', 'Component', 'Config', 'DataConfig', 'Duration', 'EvalConfig', 'Fault', 'FaultsConfig', 'LARGEST', 'MeshConfig',
+    'ModelConfig', 'OptimizerConfig', 'Phase', 'RopeConfig', 'SourceConfig', 'TokenizerConfig', 'UserError', 'ValidationSet',
+    'at_end', 'checked', 'describe', 'differences', 'docstrings', 'duration_in_steps', 'ending', 'flatten', 'from_json', 'in_unit_of_steps',
+    'load', 'override', 'own_flags', 'read', 'run', 'to_json',
 ]

@@ -1,6 +1,11 @@
 """What fields of several configs have to be."""
 
+import math
+
 from gptjax.config.errors import UserError
+
+LARGEST = 2**31 - 1
+"""What devices count steps, ids and places with is an int32."""
 
 
 def at_least(prefix: str, config: object, lowest: float, *names: str) -> None:
@@ -8,6 +13,13 @@ def at_least(prefix: str, config: object, lowest: float, *names: str) -> None:
     value = getattr(config, name)
     if value < lowest:
       raise UserError(f'{prefix}{name}', value, f'{lowest} or more')
+
+
+def at_most(prefix: str, config: object, highest: int, *names: str) -> None:
+  for name in names:
+    value = getattr(config, name)
+    if value > highest:
+      raise UserError(f'{prefix}{name}', value, f'{highest} or less')
 
 
 def fraction(prefix: str, config: object, *names: str) -> None:
@@ -18,4 +30,5 @@ def fraction(prefix: str, config: object, *names: str) -> None:
 
 
 def divisors(n: int) -> str:
-  return ', '.join(str(d) for d in range(1, n + 1) if n % d == 0)
+  small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+  return ', '.join(map(str, [*small, *(n // d for d in reversed(small) if d * d < n)]))

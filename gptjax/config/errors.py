@@ -1,7 +1,20 @@
 """The one exception for what a user got wrong."""
 
 import difflib
+import sys
 from collections.abc import Iterable, Mapping
+
+
+_SHOWN = 200
+"""Most characters of a value in an error."""
+
+
+def _shown(value: object) -> str:
+  try:
+    text = repr(value)
+  except ValueError:  # Python writes no longer integers
+    text = f'an integer of more than {sys.get_int_max_str_digits()} digits'
+  return text if len(text) <= _SHOWN else f'{text[:_SHOWN]}... ({len(text):,} characters)'
 
 
 class Fault(Exception):
@@ -22,8 +35,9 @@ class UserError(ValueError):
 
   def __init__(
       self, field: str, value: object, accepted: str, names: Iterable[str] | Mapping[str, str] = (), given: str = ''):
-    text = f'{field}: {value!r}, accepted: {accepted}'
-    nearest = difflib.get_close_matches(given or str(value), list(names), n=1, cutoff=0.5)
+    text = f'{field if len(field) <= _SHOWN else f"{field[:_SHOWN]}..."}: {_shown(value)}, accepted: {accepted}'
+    given = given or (value if isinstance(value, str) else _shown(value))
+    nearest = difflib.get_close_matches(given, list(names), n=1, cutoff=0.5)
     if nearest:
       text += f'; did you mean {names[nearest[0]] if isinstance(names, Mapping) else nearest[0]}?'
     super().__init__(' '.join(text.split()))

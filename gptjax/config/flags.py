@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import inspect
 import json
-import math
 import os
 import pathlib
 import re
@@ -165,7 +164,7 @@ def _accepts(hint: Any, value: object) -> bool:
   if isinstance(value, bool) or hint is bool:
     return isinstance(value, bool) and hint is bool
   if hint is float:
-    return isinstance(value, (int, float)) and abs(value) < math.inf
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max  # an int may be larger than any
   return isinstance(value, hint)
 
 
@@ -191,7 +190,7 @@ def _parse(hint: Any, text: str | None) -> object:
     return _BOOLEANS.get(text.lower(), text)
   try:
     return json.loads(text) if _item(hint) else int(text) if hint == Duration else hint(text)
-  except ValueError:
+  except (ValueError, RecursionError):  # the latter of JSON, brackets in brackets
     return text
 
 
@@ -211,6 +210,8 @@ def from_json(text: str, file: str = 'config.json') -> Config:
   except json.JSONDecodeError as error:
     line = text.split('\n')[error.lineno - 1]
     raise UserError(f'{file}:{error.lineno}', line[:80], f'JSON ({error.msg})') from error
+  except (ValueError, RecursionError) as error:  # numbers too long for Python, brackets too deep
+    raise UserError(file, text[:80], f'JSON of a config ({error})') from error
   if not isinstance(tree, dict):
     raise UserError(file, tree, 'an object of config fields')
   values = _flatten(tree)
@@ -219,6 +220,18 @@ def from_json(text: str, file: str = 'config.json') -> Config:
     if name not in values:
       raise UserError(f'{file}: {name}', None, f'{_accepted(hint)}; the field is missing')
   return config
+
+
+def read(file: pathlib.Path) -> Config:
+  """Returns the config of a run's config.json.
+
+  Raises:
+    UserError: as from_json, or the file is no text.
+  """
+  try:
+    return from_json(file.read_text(encoding='utf-8'), str(file))
+  except UnicodeDecodeError as error:
+    raise UserError(str(file), str(error), 'JSON of a config, in UTF-8') from None
 
 
 def _shown(value: object) -> str:

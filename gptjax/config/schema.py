@@ -5,7 +5,7 @@ import math
 import re
 from typing import Literal
 
-from gptjax.config.checks import at_least, divisors, fraction
+from gptjax.config.checks import LARGEST, at_least, at_most, divisors, fraction
 from gptjax.config.errors import UserError
 from gptjax.config.model import ModelConfig
 
@@ -22,9 +22,9 @@ def duration_in_steps(field: str, value: Duration, *, batch_size: int, context: 
   A token here is a position of a row, so a step is batch_size * context of them; an epoch is rows_per_epoch rows.
   """
   match = _DURATION.fullmatch(str(value))
-  if not match or math.isinf(float(match[1])):
+  amount = float(match[1]) if match else math.inf
+  if not match or math.isinf(amount * rows_per_epoch):
     raise UserError(field, value, "a count of steps (2000), or one with its unit: '1.5e6 tokens', '3 epochs'")
-  amount = float(match[1])
   unit = (match[2] or 'steps').lower().rstrip('s')
   steps = {'step': amount, 'token': amount / (batch_size * context), 'epoch': amount * rows_per_epoch / batch_size}[unit]
   if unit == 'step' and steps != int(steps):
@@ -73,6 +73,7 @@ class TokenizerConfig:
   def __post_init__(self):
     if self.kind in ('bpe', 'unigram'):
       at_least('data.tokenizer.', self, 300, 'vocab_size')
+      at_most('data.tokenizer.', self, 2**24, 'vocab_size')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +155,8 @@ class DataConfig:
   def __post_init__(self):
     at_least('data.', self, 1, 'context')
     at_least('data.', self, 0, 'prefetch', 'workers')
+    at_most('data.', self, LARGEST, 'context')
+    at_most('data.', self, 1000, 'prefetch', 'workers')
     if not 0 < self.valid_fraction < 1:
       raise UserError('data.valid_fraction', self.valid_fraction, 'above 0 and below 1')
     if self.workers and not self.prefetch:
@@ -256,6 +259,7 @@ class EvalConfig:
 
   def __post_init__(self):
     at_least('eval.', self, 0, 'rows', 'sample_tokens')
+    at_most('eval.', self, LARGEST, 'rows', 'sample_tokens')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,6 +280,7 @@ class CheckpointConfig:
   def __post_init__(self):
     at_least('checkpoint.', self, 1, 'keep')
     at_least('checkpoint.', self, 0, 'minutes')
+    at_most('checkpoint.', self, LARGEST, 'keep')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,6 +341,7 @@ class Config:
 
   def __post_init__(self):
     at_least('', self, 1, 'batch_size', 'microbatches')
+    at_most('', self, LARGEST, 'batch_size')
     at_least('', self, 0, 'z_loss', 'seed')
     if self.zero_stage not in range(4):
       raise UserError('zero_stage', self.zero_stage, '0, 1, 2 or 3')

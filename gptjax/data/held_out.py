@@ -42,7 +42,7 @@ def export(prepared: Prepared, directory: Path, replace: bool = False) -> None:
   """
   identity = directory / 'identity.json'
   if identity.exists():
-    was = read_json(identity)['fingerprint']
+    was = _identity(identity)['fingerprint']
     if was == prepared.fingerprint:
       return
     if not replace:
@@ -76,9 +76,24 @@ def open_held_out(directory: Path) -> HeldOut:
   """
   if not (directory / 'identity.json').exists():
     raise UserError('--workdir', str(directory.parent), 'a folder that gptjax.train made')
-  identity = read_json(directory / 'identity.json')
+  identity = _identity(directory / 'identity.json')
   sets = {name: TokenStore.open(directory / 'valid' / name) for name in identity['valid']}
   return HeldOut(load_tokenizer(directory / 'tokenizer'), sets, identity['tags'])
+
+
+def _identity(file: Path) -> dict[str, Any]:
+  """What `export` wrote last.
+
+  Raises:
+    UserError: something else is in the file.
+  """
+  found = read_json(file)
+  texts = lambda values: isinstance(values, list) and all(isinstance(one, str) for one in values)
+  match found:
+    case {'fingerprint': str(), 'valid': valid, 'tags': dict(tags)} if texts(valid) and all(
+        texts(names) and {*names} <= {*valid} for names in tags.values()):
+      return found
+  raise UserError(str(file), found, 'the fingerprint, validation sets and tags of a run, as they were written; restore it')
 
 
 def compression_yardsticks(tokenizer: Tokenizer, stores: Mapping[str, TokenStore]) -> dict[str, float]:

@@ -112,6 +112,7 @@ def best_fit(lengths: np.ndarray, context: int) -> list[list[int]]:
   Returns:
     Indices of the pieces of each row.
   """
+  context = min(context, int(lengths.sum()))  # no row holds more, and there is a list for each space
   rows: list[list[int]] = []
   with_space: list[list[list[int]]] = [[] for _ in range(context + 1)]
   spaces = 0  # bit s is set where some row has space s left

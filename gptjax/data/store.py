@@ -140,7 +140,7 @@ class TokenStore:
       manifest = json.loads(open_folder(str(place)).read(MANIFEST))
     except UserError:
       raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
       reason = 'none is there' if isinstance(error, FileNotFoundError) else str(error)
       raise UserError('token store', str(place), f'a folder or URL with a token store, which tools.prepare_data makes ({reason})') from None
     version = manifest.get('version') if isinstance(manifest, dict) else None

@@ -6,6 +6,7 @@ from pathlib import Path
 from gptjax.config import SourceConfig, UserError
 from gptjax.data import HeldOut, Recipe, TokenStore, cores, open_source, write_store
 from gptjax.data.store import MANIFEST
+from gptjax.files import expanded
 from gptjax.processes import first, share
 
 
@@ -36,9 +37,9 @@ def choose_sets(wanted: Sequence[str] | None, held_out: HeldOut, cache_dir: Path
 
 
 def _open(name: str, place: str, held_out: HeldOut, cache_dir: Path) -> TokenStore:
-  if '://' not in place and not Path(place, MANIFEST).expanduser().exists():
+  if '://' not in place and not (expanded(place) / MANIFEST).exists():
     return _tokenized(name, place, held_out, cache_dir)
-  store = TokenStore.open(place if '://' in place else Path(place).expanduser())
+  store = TokenStore.open(place if '://' in place else expanded(place))
   if store.tokenizer_sha256 != held_out.tokenizer.sha256:
     raise UserError('--sets', f'{name}={place}', f"a store made with the run's tokenizer {held_out.tokenizer.sha256[:12]}, not "
                     f'{store.tokenizer_sha256[:12]}: tools.prepare_data --tokenizer=WORKDIR/data/tokenizer, or the documents themselves')

@@ -4,7 +4,6 @@ import dataclasses
 import logging
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lm_eval import evaluator
@@ -12,6 +11,7 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
 from gptjax.config import UserError
+from gptjax.files import expanded
 
 _RESAMPLES = 100
 """For standard errors that have no formula, such as that of a perplexity."""
@@ -48,11 +48,11 @@ class Tasks:
   def __init__(self, names: Sequence[str], options: Options):
     logging.getLogger('lm_eval').setLevel(logging.ERROR)
     self._limit = options.limit or None
-    if not Path(options.path).expanduser().is_dir():
+    if not expanded(options.path).is_dir():
       raise UserError('--task_path', options.path, 'a folder of task files (YAML)')
-    local = Path(options.path).expanduser()
+    local = expanded(options.path)
     # A task's data_files and loaders get the folder through its metadata.
-    found = {'include_path': local, 'metadata': {'task_data': str(Path(options.data).expanduser())} if options.data else {}}
+    found = {'include_path': local, 'metadata': {'task_data': str(expanded(options.data))} if options.data else {}}
     manager = TaskManager(include_defaults=False, **found)
     own = manager.all_tasks
     if not set(names) <= set(own):

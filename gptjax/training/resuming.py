@@ -67,7 +67,7 @@ def claim(workdir: Path, run: Run, data: Prepared, done: Progress, accept: bool)
     UserError: a change that is not allowed; every one is named.
   """
   file, config = workdir / 'config.json', run.config
-  old = configs.from_json(file.read_text(), str(file)) if file.exists() else config
+  old = configs.read(file) if file.exists() else config
   different = configs.differences(old, config)
   vocabulary = different.pop('model.vocab_size', None)  # the last to be told: it follows from tokenizer and text, which say more
   _leave_moved_stores(different)

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from gptjax import config as configs
-from gptjax.config import Config, Duration, UserError, duration_in_steps
+from gptjax.config import LARGEST, Config, Duration, UserError, duration_in_steps
 from gptjax.data import EvalRows, Prepared, TrainRows, train_rows
 from gptjax.model import Blueprint, attention_backend, blueprint, flops_per_token, parameter_count
 from gptjax.processes import company
@@ -87,9 +87,16 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
 
 
 def in_steps(config: Config, rows: TrainRows, field: str, value: Duration) -> int:
-  """A duration of a config in steps."""
-  return duration_in_steps(
+  """A duration of a config in steps.
+
+  Raises:
+    UserError: more of them than a device counts.
+  """
+  found = duration_in_steps(
     field, value, batch_size=config.batch_size, context=config.data.context, rows_per_epoch=rows.rows_per_epoch)
+  if found > LARGEST:
+    raise UserError(field, value, f'at most {LARGEST:,} steps, and it is {found:.3g}')
+  return found
 
 
 def check_whole(plan: Blueprint, config: Config, mesh: AnyMesh) -> None:

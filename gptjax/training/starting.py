@@ -14,6 +14,7 @@ from gptjax.checkpoint import Checkpoints, config_of
 from gptjax.checkpoint.manifest import MANIFEST
 from gptjax.config import UserError
 from gptjax.data import Tokenizer, load_tokenizer
+from gptjax.files import expanded
 from gptjax.model import Blueprint, Parameters, blueprint
 from gptjax.sharding import Axis
 from gptjax.training.run import Run
@@ -36,7 +37,7 @@ def beginning(run: Run, tokenizer: Tokenizer) -> tuple[TrainState, str]:
   path = run.config.init_from
   if not path:
     return run.initialize(), 'nothing, fresh parameters'
-  source = _open(Path(path).expanduser())
+  source = _open(expanded(path))
   plan = run.blueprint
   shapes = jax.eval_shape(functools.partial(_in_form, plan), source.plan.shapes)
   differences = _differences(plan, shapes)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from gptjax.config import (
     Component, Config, Duration, ModelConfig, Phase, UserError, ValidationSet, describe, differences, flatten, from_json, load,
-    override, run, to_json)
+    override, read, run, to_json)
 from gptjax.config.flags import _FIELDS, _item
 
 TEXTS = [name for name, hint in _FIELDS.items() if hint is str]
@@ -169,6 +169,7 @@ def test_all_overrides_are_in_before_any_is_checked(command):
     ('--config.data.source.path', '--config.data.source.path: None, accepted: text'),
     ('--config.model.norm=rms', "--config.model.norm: 'rms', accepted: layernorm, rmsnorm, rmsnorm1p; did you mean rmsnorm?"),
     ('--config.steps=soon', "steps: 'soon', accepted: a count of steps (2000), or one with its unit: *"),
+    ('--config.data.train=' + '[' * 100_000, "--config.data.train: '[[[*, accepted: a JSON list of objects with *"),
     ('--config.steps=1e999', "steps: '1e999', accepted: a count of steps *"),
     ('--config', "--config: '', accepted: configs/base.py, configs/wide.py"),
     ('--log_evry=3', "--log_evry: '3', accepted: --config, *, --log_every, *; see --help; did you mean --log_every?"),
@@ -198,6 +199,25 @@ def test_a_flag_is_not_taken_for_the_value_of_the_flag_before_it(command):
 
 
 # Recipes
+
+
+@pytest.mark.parametrize('value', ['10**400', '10**5000'])
+def test_a_number_larger_than_any_float_is_told(command, value):
+  pathlib.Path('huge.py').write_text(f'from gptjax.config import *\ndef get_config():\n  return Config(z_loss={value})\n')
+  line = command('--config=huge.py').error
+  assert line.startswith('huge.py: z_loss: ') and line.endswith(', accepted: a number') and len(line) < 300
+
+
+@pytest.mark.parametrize('text', ['[' * 100_000, '{"seed": ' + '9' * 5000 + '}'])
+def test_json_that_python_cannot_hold_is_told(text):
+  with pytest.raises(UserError, match='^config.json: .*accepted: JSON of a config'):
+    from_json(text)
+
+
+def test_a_config_that_is_no_text_is_told(tmp_path):
+  (tmp_path / 'config.json').write_bytes(b'{"seed": \xff}')
+  with pytest.raises(UserError, match="config.json: .*can't decode.*accepted: JSON of a config"):
+    read(tmp_path / 'config.json')
 
 
 @pytest.mark.parametrize('path, error', [
@@ -383,6 +403,7 @@ def configs(draw):
       'model.kv_heads': draw(st.sampled_from([0, kv_heads])), 'model.heads': kv_heads * group,
       'model.width': kv_heads * group * 2 * pairs, 'model.head_size': draw(st.sampled_from([0, 2 * pairs])),
       'model.rope.low': 0.5, 'model.rope.high': 1 + draw(_values(float)), 'data.tokenizer.vocab_size': draw(st.integers(300, 10**6)),
+      'model.layers': draw(st.integers(1, 10_000)), 'data.prefetch': draw(st.integers(0, 1000)), 'data.workers': draw(st.integers(0, 1000)),
       'mesh.data': draw(st.just(-1) | st.integers(1, 64)), 'zero_stage': draw(st.integers(0, 3)),
       'microbatches': microbatches, 'batch_size': microbatches * draw(st.integers(1, 64)),
   }

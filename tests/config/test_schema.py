@@ -25,7 +25,7 @@ def test_durations_become_steps_rounded_up(value, steps):
   assert in_steps(value) == steps
 
 
-@pytest.mark.parametrize('value', ['', 'soon', '-1', '1.5', '1.5 steps', '3 hours', '1_', '1e400', '9' * 5000, 'nan'])
+@pytest.mark.parametrize('value', ['', 'soon', '-1', '1.5', '1.5 steps', '3 hours', '1_', '1e400', '9' * 5000, 'nan', '1e308 epochs'])
 def test_what_is_no_duration_is_refused_by_name(value):
   with pytest.raises(UserError, match='^steps: .*accepted: '):
     in_steps(value)
@@ -33,6 +33,10 @@ def test_what_is_no_duration_is_refused_by_name(value):
 
 @pytest.mark.parametrize('group, values, message', [
     (ModelConfig, {'layers': 0}, 'model.layers: 0, accepted: 1 or more'),
+    (ModelConfig, {'layers': 2**31}, 'model.layers: 2147483648, accepted: 10000 or less'),
+    (ModelConfig, {'window': 10**30}, 'model.window: 1000000000000000000000000000000, accepted: 2147483647 or less'),
+    (ModelConfig, {'width': 2**31 - 1, 'heads': 2}, 'model.heads: 2, accepted: a divisor of model.width=2147483647: 1, 2147483647'),
+    (DataConfig, {'workers': 10**6}, 'data.workers: 1000000, accepted: 1000 or less'),
     (ModelConfig, {'width': 12, 'heads': 5}, 'model.heads: 5, accepted: a divisor of model.width=12: 1, 2, 3, 4, 6'),
     (ModelConfig, {'heads': 4, 'kv_heads': 3}, 'model.kv_heads: 3, accepted: a divisor of model.heads=4: 1, 2, 4'),
     (ModelConfig, {'width': 12, 'heads': 4, 'positions': 'rope'}, 'model.heads: 4, accepted: an even '),

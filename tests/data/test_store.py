@@ -79,7 +79,7 @@ def test_only_rows_on_damaged_blocks_fail(store):
     damaged.read([9000], [100])
 
 
-@pytest.mark.parametrize('damage', ['truncate', 'remove', 'empty', 'index', 'manifest', 'version'])
+@pytest.mark.parametrize('damage', ['truncate', 'remove', 'empty', 'index', 'manifest', 'deep manifest', 'version'])
 def test_a_store_that_is_not_whole_is_refused_before_training(store, damage):
   folder = Path(store.place)
   match damage:
@@ -93,10 +93,13 @@ def test_a_store_that_is_not_whole_is_refused_before_training(store, damage):
       flip(folder / 'index.bin', 3)
     case 'manifest':
       (folder / 'manifest.json').write_text('{"version": 1')
+    case 'deep manifest':
+      (folder / 'manifest.json').write_text('[' * 100_000)
     case 'version':
       manifest = json.loads((folder / 'manifest.json').read_text())
       (folder / 'manifest.json').write_text(json.dumps(manifest | {'version': 0}))
-  with pytest.raises(UserError, match={'index': 'index.bin', 'manifest': 'token store', 'version': 'version'}.get(damage, '00002.shard')):
+  named = {'index': 'index.bin', 'manifest': 'token store', 'deep manifest': 'token store', 'version': 'version'}
+  with pytest.raises(UserError, match=named.get(damage, '00002.shard')):
     TokenStore.open(folder).check()
 
 

@@ -176,6 +176,7 @@ def test_other_tokenizers_have_other_digests(trained, with_symbols):
 
 @pytest.mark.parametrize(('name', 'text', 'message'), [
   (FILE, '{"kind": "bpe"', 'whole'), (FILE, '[]', 'whole'), (FILE, '{"kind": "bpe"}', 'whole'),
+  (FILE, '[' * 100_000, 'whole'), (FILE, '{"kind": "bpe", "words": "(", "symbols": []}', 'whole'),
   (FILE, '{"kind": "wordpiece"}', "'wordpiece', accepted: a kind"), ('tokenizer.model', 'x', 'whole'),
   ('tokenizer.model', None, 'No such file')])
 def test_a_damaged_folder_is_one_mistake(trained, tmp_path, name, text, message):
@@ -186,6 +187,11 @@ def test_a_damaged_folder_is_one_mistake(trained, tmp_path, name, text, message)
   with pytest.raises(UserError, match=message) as error:
     load_tokenizer(tmp_path)
   assert str(tmp_path) in str(error.value)
+
+
+def test_a_home_of_nobody_is_one_mistake():
+  with pytest.raises(UserError, match='~nobody_of_this_name/x'):
+    load_tokenizer('~nobody_of_this_name/x')
 
 
 def test_a_model_with_the_special_ids_of_old_is_refused(trained):

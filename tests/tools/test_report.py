@@ -202,6 +202,12 @@ def test_a_missing_file_is_named_with_the_command_that_writes_it(workdir: pathli
     ('run.json', '"text"', 'run.json'),
     ('evaluation.json', '{"loss": 2.0}', 'evaluation.json:1: perplexity'),
     ('config.json', '{', 'config.json'),
+    ('run.json', '[' * 100_000, 'run.json'),
+    ('metrics.jsonl', '{"step": null}\n', 'metrics.jsonl:1: step'),
+    ('metrics.jsonl', '{"step": 1, "loss": "x"}\n', 'metrics.jsonl:1: loss'),
+    ('metrics.jsonl', '{"step": 1, "loss": ' + '9' * 400 + '}\n', 'metrics.jsonl:1: loss'),
+    ('evaluation.json', json.dumps(SCORE | {'yardsticks': [1]}), 'evaluation.json: yardsticks'),
+    ('evaluation.json', json.dumps(SCORE | {'sets': {'valid': {'loss': 'x'}}}), 'evaluation.json: sets: valid: loss'),
 ])
 def test_a_damaged_file_is_named_with_the_place(workdir: pathlib.Path, name: str, text: str, place: str):
   (workdir / name).write_text(text)

@@ -13,6 +13,7 @@ from gptjax.data.sources.formats import open_files
 from gptjax.data.sources.source import Document, Malformed, Part, Record, Source, documents, refuse
 from gptjax.data.sources.split import is_held_out, split_source
 from gptjax.data.sources.stdlib import Stdlib
+from gptjax.files import expanded
 
 __all__ = ['Document', 'Malformed', 'Part', 'Record', 'Source', 'documents', 'is_held_out', 'open_source', 'refuse', 'split_source']
 
@@ -38,6 +39,6 @@ def open_source(config: SourceConfig, cache_dir: Path | None = None) -> Source:
   if config.path.startswith('hf:'):
     from gptjax.data.sources.hugging_face import HuggingFace
     return HuggingFace(config)
-  if '://' not in config.path and Path(config.path, 'index.bin').expanduser().exists():
+  if '://' not in config.path and (expanded(config.path) / 'index.bin').exists():
     raise UserError('data.source.path', config.path, 'documents; this is a token store, which data.train takes')
   return open_files(config)

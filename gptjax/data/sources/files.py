@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 from gptjax.config import UserError
 from gptjax.data.folders import remote_errors
 from gptjax.data.sources.packages import optional
+from gptjax.files import expanded
 
 _CLIENTS = {'s3': 's3fs', 's3a': 's3fs', 'gs': 'gcsfs', 'gcs': 'gcsfs'}
 """fsspec's packages for object stores, by what their URLs begin with."""
@@ -56,7 +57,7 @@ def find(pattern: str, suffixes: tuple[str, ...]) -> list[File]:
 def title(pattern: str) -> str:
   """What a pattern is called wherever it lies: the name of the file or folder, or a glob from its first wildcard on."""
   if '://' not in pattern and os.path.exists(os.path.expanduser(pattern)):
-    return Path(pattern).expanduser().resolve().name
+    return expanded(pattern).resolve().name
   fixed = _fixed_part(pattern)
   return pattern[len(fixed):].lstrip('/') if glob.has_magic(pattern) else posixpath.basename(pattern.rstrip('/'))
 
@@ -117,7 +118,7 @@ def _fixed_part(pattern: str) -> str:
 
 
 def _local(pattern: str, suffixes: tuple[str, ...]) -> list[File]:
-  path = Path(pattern).expanduser()
+  path = expanded(pattern)
   if path.is_file():
     root, found = path.parent, [path]
   elif path.is_dir():

@@ -117,6 +117,8 @@ def _check(pieces: list[bytes], encoder: str, path: Path) -> None:
     found = json.loads(encoder)
   except json.JSONDecodeError as error:
     raise UserError(f'{path}:{error.lineno}', encoder[error.pos:error.pos + 40], f'JSON ({error.msg})') from None
+  except (ValueError, RecursionError) as error:  # numbers too long for Python, brackets too deep
+    raise UserError(str(path), encoder[:40], f'JSON ({error})') from None
   if not isinstance(found, dict):
     raise UserError(str(path), encoder[:40], 'an object of tokens and their ids')
   wanted = {piece.decode('latin-1').translate(dict(enumerate(ALPHABET))): rank for rank, piece in enumerate(pieces)}

@@ -1,6 +1,7 @@
 """A saved tokenizer's way back."""
 
 import json
+import re
 from pathlib import Path
 
 from gptjax.config import UserError
@@ -10,6 +11,7 @@ from gptjax.data.tokenizers.published import DESCRIPTION, Published
 from gptjax.data.tokenizers.sentencepiece_model import SentencePieceModel
 from gptjax.data.tokenizers.subwords import MODEL, SentencePieceTokenizer, Words
 from gptjax.data.tokenizers.tokenizer import FILE, ByteTokenizer, CharTokenizer, Tokenizer
+from gptjax.files import expanded
 
 
 def load_tokenizer(directory: Path | str) -> Tokenizer:
@@ -19,7 +21,7 @@ def load_tokenizer(directory: Path | str) -> Tokenizer:
   Raises:
     UserError: the folder has no tokenizer, or a damaged one.
   """
-  folder = Path(directory).expanduser()
+  folder = expanded(directory)
   path = folder / FILE
   try:
     if not path.exists() and (published := _published(folder)):
@@ -43,7 +45,7 @@ def load_tokenizer(directory: Path | str) -> Tokenizer:
   except OSError as error:
     raise UserError('tokenizer', str(directory), f'a folder with {FILE} and what belongs to it, or with a published '
                     f"model's {DESCRIPTION}, {MODEL} or {ENCODER} ({error.strerror}: {error.filename})") from None
-  except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+  except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, re.error) as error:  # RecursionError is a RuntimeError
     raise UserError('tokenizer', str(directory), f'a folder whose tokenizer is whole ({type(error).__name__}: {error})') from None
   raise UserError(str(path), saved['kind'], 'a kind that this version of gptjax knows: bpe, unigram, chars, bytes, gpt2, '
                   'hugging_face, sentencepiece')

@@ -181,7 +181,7 @@ class PublishedTokenizer(Tokenizer):
 def _object(path: Path, data: bytes) -> dict[str, Any]:
   try:
     found = json.loads(data)
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise UserError(str(path), data[:40], f'JSON ({error})') from None
   if not isinstance(found, dict):
     raise UserError(str(path), data[:40], 'a JSON object')

@@ -1,0 +1,47 @@
+"""The bar of mutated configs and damaged files at its smallest."""
+
+import pathlib
+
+import jax
+import pytest
+
+from tools.bars.damaged import Damage, Damages
+from tools.bars.fuzz import search
+from tools.bars.mutated import Configs, Mutated, mutated
+
+CACHE = pathlib.Path(__file__).parents[1] / '.jax_cache' / 'fuzz'
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+  """An empty folder, the current one; the settings of JAX that a binary changes are put back."""
+  monkeypatch.chdir(tmp_path)
+  before = {name: getattr(jax.config, name) for name in ('jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs')}
+  yield tmp_path
+  for name, value in before.items():
+    jax.config.update(name, value)
+
+
+def test_mutated_configs_run_or_are_told_in_one_line(here):
+  cases = Configs(here, CACHE, 60)
+  found = search(mutated(), cases.wrong, 30)
+  assert found.cases == 30 and cases.ran and not found.wrong, found
+  for way, *change in (('flags', 'data.tokenizer.path', '~nobody_of_this_name/x'), ('recipe', 'z_loss', '10**5000'),
+                       ('json', 'model.width', '9' * 5000)):
+    assert not cases.wrong(Mutated(way, (tuple(change),)))
+
+
+def test_damaged_files_are_told_in_one_line_and_nothing_else_is_lost(here):
+  cases = Damages(here, CACHE, 60)
+  assert sorted(cases.parameters) == [2, 4, 6]
+  # What a run and its checkpoints say to damage is tested in their rooms.
+  ours = cases.strategy().filter(lambda damage: 'checkpoints/' not in damage.file and damage.command != 'train')
+  found = search(ours, cases.wrong, 16)
+  assert found.cases == 16 and cases.refused and not found.wrong, found
+  assert not cases.wrong(Damage('run/evaluation.json', 'shape', 5, 'evaluate'))
+
+
+def test_a_case_that_is_wrong_is_found_and_made_small():
+  from hypothesis import strategies as st
+  found = search(st.integers(0, 1000), lambda number: 'too large' if number > 300 else '', 50)
+  assert found.cases == 50 and 10 < len(found.wrong) < 50 and found.least == '301: too large'
