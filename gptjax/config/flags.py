@@ -103,7 +103,7 @@ def checked(hint: Any, value: Any, name: str) -> Any:
     return _checked_object(hint, value, name)
   if not _accepts(hint, value):
     raise UserError(name, value, _accepted(hint), map(str, _choices(hint)))
-  return value
+  return float(value) if hint is float else value
 
 
 def _checked_object(hint: Any, value: Any, name: str) -> Any:

@@ -357,8 +357,6 @@ class Config:
       raise UserError('optimizer.decay', self.optimizer.decay, "a duration above 0 when optimizer.schedule is 'wsd'")
     if self.checkpoint.keep_best and self.eval.rows:
       raise UserError('eval.rows', self.eval.rows, '0 with checkpoint.keep_best: scores of other rows do not compare')
-    if self.init_partial and not self.init_from:
-      raise UserError('init_partial', True, 'false without init_from')
     if self.seed >= 2**32:
       raise UserError('seed', self.seed, 'below 2**32')
     if not wsd and self.optimizer.decay:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -96,7 +97,7 @@ def _in_form(plan: Blueprint, parameters: Parameters) -> Parameters:
   return others | {name: jnp.stack([found[i] for i in sorted(found)]) for name, found in layers.items()}
 
 
-def _differences(plan: Blueprint, found: Parameters) -> list[str]:
+def _differences(plan: Blueprint, found: Mapping[str, jax.ShapeDtypeStruct]) -> list[str]:
   """What a plan has that was not found, what was found that it has not, and what is of another size, each in words.
 
   Raises:

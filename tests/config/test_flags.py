@@ -433,7 +433,7 @@ def configs(draw):
     ('[{"stor": "a"}]', "--config.data.train[0].stor: 'a', accepted: store, weight, epochs; did you mean store?"),
     ('[{"weight": 1}]', '--config.data.train[0].store: None, accepted: text; the field is missing'),
     ('[{"store": "a", "weight": "1"}]', "--config.data.train[0].weight: '1', accepted: a number"),
-    ('[{"store": "a", "weight": -1}]', 'data.train: weight: -1, accepted: 0 or more'),
+    ('[{"store": "a", "weight": -1}]', 'data.train: weight: -1.0, accepted: 0 or more'),
     ('[{"store": "a"}, {"store": "a"}]', "data.train: store: 'a', accepted: each one once"),
     ('[{"store": "a"}]', 'data.valid: [], accepted: a validation set or more, beside data.train'),
 ])
@@ -442,9 +442,9 @@ def test_a_list_of_objects_is_checked_through_and_through(command, value, error)
 
 
 @pytest.mark.parametrize('values, error', [
-    ({'data.phases': [{'start': '5 steps', 'weights': [1, 2]}]}, 'data.phases: weights: [1, 2], accepted: 1 weights'),
+    ({'data.phases': [{'start': '5 steps', 'weights': [1, 2]}]}, 'data.phases: weights: [1.0, 2.0], accepted: 1 weights'),
     ({'data.phases': [{'start': 'soon', 'weights': [1]}]}, "data.phases: start: 'soon', accepted: a count of steps"),
-    ({'data.phases': [{'start': 5, 'weights': [0]}]}, 'data.phases: weights: [0], accepted: 0 or more'),
+    ({'data.phases': [{'start': 5, 'weights': [0]}]}, 'data.phases: weights: [0.0], accepted: 0 or more'),
     ({'data.valid': [{'name': 'a/b', 'store': 'x'}]}, "data.valid: 'a/b', accepted: names and tags of letters"),
     ({'data.valid': [{'name': 'v', 'store': 'x'}, {'name': 'valid', 'store': 'y'}]}, "data.valid: name: 'valid', accepted: another"),
     ({'data.valid': [{'name': 'v', 'store': 'x', 'tags': ['a', 'a']}]}, "data.valid: tags: ['a', 'a'], accepted: each tag once"),

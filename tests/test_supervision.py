@@ -1,0 +1,73 @@
+"""A run that dies is started again for as long as it gets on."""
+
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from gptjax import supervision
+from gptjax.supervision import supervise
+
+RUN = """
+import os, pathlib, signal, sys, time
+folder, ends = pathlib.Path(sys.argv[1]), sys.argv[2].split(',')
+turn = len(list(folder.glob('turn*')))
+(folder / f'turn{turn}').touch()
+end = ends[min(turn, len(ends) - 1)]
+if 'saves' in end:
+  (folder / 'checkpoints' / str(turn + 1)).mkdir(parents=True)
+if 'waits' in end:
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+  (folder / 'waiting').touch()
+  time.sleep(60)
+if 'killed' in end:
+  os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(int(end[-1]))
+"""
+
+
+@pytest.fixture
+def supervised(tmp_path, monkeypatch, capfd):
+  """A function (ends of each turn, restarts): the exit status, how often it was started, the pauses, what was said."""
+  pauses = []
+  monkeypatch.setattr(supervision.time, 'sleep', pauses.append)
+
+  def run(ends, restarts):
+    status = supervise([sys.executable, '-c', RUN, str(tmp_path), ends], tmp_path, restarts, (0, 2, 75))
+    return status, len(list(tmp_path.glob('turn*'))), pauses, capfd.readouterr().err
+  return run
+
+
+def test_it_is_started_again_until_it_is_done(supervised):
+  status, turns, pauses, said = supervised('saves 1,saves killed,1,0', 9)
+  assert (status, turns, pauses) == (0, 4, [1.0, 1.0, 2.0])
+  assert 'ended with status 1 after checkpoint 1: started again in 1 s, restart 1 of 9' in said and 'SIGKILL after checkpoint 2' in said
+
+
+@pytest.mark.parametrize('ends, status', [('0', 0), ('2', 2)])
+def test_what_ended_by_itself_is_not_started_again(ends, status, supervised):
+  assert supervised(ends, 5)[:2] == (status, 1)
+
+
+def test_without_progress_it_stops(supervised):
+  status, turns, _, said = supervised('saves 1,1', 50)
+  assert (status, turns) == (1, 3) and '3 times in a row: not started again' in said
+
+
+def test_restarts_are_counted(supervised):
+  status, turns, _, said = supervised('saves 1', 2)
+  assert (status, turns) == (1, 3) and 'after 2 restarts' in said
+
+
+def test_a_signal_goes_on_to_the_run_and_its_status_comes_back(tmp_path):
+  code = ('import pathlib, sys; from gptjax.supervision import supervise; '
+          'sys.exit(supervise([sys.executable, "-c", *sys.argv[1:]], pathlib.Path(sys.argv[2]), 5, (0, 2, 75)))')
+  process = subprocess.Popen([sys.executable, '-c', code, RUN, tmp_path, 'waits'], cwd=pathlib.Path(__file__).parents[1])
+  deadline = time.monotonic() + 20
+  while not (tmp_path / 'waiting').exists() and time.monotonic() < deadline:
+    time.sleep(0.02)
+  process.send_signal(signal.SIGTERM)
+  assert process.wait(20) == 75 and len(list(tmp_path.glob('turn*'))) == 1

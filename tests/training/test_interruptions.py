@@ -1,0 +1,205 @@
+"""Signals, notices and the clock save at the next boundary and lose nothing; a hang ends with every stack."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import jax
+import pytest
+from tiny import config, options, records, run, write_text
+
+from gptjax import config as configs
+from gptjax.checkpoint import Checkpoints
+from gptjax.config import MeshConfig, UserError
+from gptjax.processes import watch_notices
+from gptjax.sharding import make_mesh
+from gptjax.training import loop, train
+from gptjax.training.interruptions import TO_BE_CONTINUED, Interruptions, Wish, _Agreement
+from gptjax.training.logbook import Logbook
+from gptjax.training.resuming import alone
+
+TESTS = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory):
+  return tmp_path_factory.mktemp('cache')
+
+
+@pytest.fixture(scope='module')
+def settings(cache):
+  return config(write_text(cache / 'text.txt'), steps=8, eval__every=0, model__dropout=0.1)
+
+
+@pytest.fixture(autouse=True)
+def known_peak(monkeypatch):
+  monkeypatch.setattr(loop, 'peak_flops', lambda devices, dtype: (1e12, 'assumed'))
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_that_step_and_the_same_command_goes_on(number, settings, cache, tmp_path, monkeypatch, capsys):
+  straight = run(settings, tmp_path / 'straight', cache)
+  advance = Logbook.advance
+
+  def signalled(self, step):
+    advance(self, step)
+    if step == 4:
+      os.kill(os.getpid(), number)
+
+  before = signal.getsignal(number)
+  monkeypatch.setattr(Logbook, 'advance', signalled)
+  assert train(settings, options(tmp_path / 'run', cache)) == TO_BE_CONTINUED == 75
+  assert signal.getsignal(number) == before
+  assert f'{number.name}: saved step 5 of 8' in capsys.readouterr().err
+  assert Checkpoints(tmp_path / 'run' / 'checkpoints').newest() == 5
+  assert records(tmp_path / 'run') == [line for line in straight if line['step'] <= 5]
+  monkeypatch.setattr(Logbook, 'advance', advance)
+  assert train(settings, options(tmp_path / 'run', cache)) == 0
+  assert records(tmp_path / 'run') == straight
+
+
+STUCK = """
+import sys, time, conftest
+conftest._set_up_jax()
+from tiny import config, options
+from gptjax.training import loop, train
+loop.peak_flops = lambda devices, dtype: (1e12, 'assumed')
+after = loop._Loop._after_step
+
+def stuck(self, last):
+  if self.progress.step == 3:
+    print('stuck', flush=True)
+    while True:
+      time.sleep(0.05)
+  return after(self, last)
+
+loop._Loop._after_step = stuck
+train(config(sys.argv[1], eval__every=0), options(sys.argv[2], sys.argv[3], hang_timeout=float(sys.argv[4])))
+"""
+
+
+def stuck(settings, workdir, cache, seconds):
+  return subprocess.Popen([sys.executable, '-c', STUCK, settings.data.source.path, workdir, cache, str(seconds)], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True, env=os.environ | {'PYTHONPATH': f'{TESTS}:{TESTS.parent}'})
+
+
+def test_a_hang_ends_with_every_stack_and_a_second_signal_at_once(settings, cache, tmp_path):
+  process, other = stuck(settings, tmp_path / 'run', cache, 8), stuck(settings, tmp_path / 'other', cache, 0)
+  assert other.stdout.readline() == 'stuck\n'
+  for _ in range(2):  # the first is heard by a loop that does not come to the end of its step
+    other.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+  said = other.communicate(timeout=10)[1]
+  assert other.returncode == -signal.SIGTERM and 'once more ends at once' in said
+  said = process.communicate(timeout=60)[1]
+  assert process.returncode == 1
+  assert 'error: hang: no step, batch or save was done for 8 s' in said and 'in stuck' in said
+  assert 'in stuck' in (tmp_path / 'run' / 'stacks-0.txt').read_text()
+
+
+def test_the_clock_saves_too(settings, cache, tmp_path, monkeypatch):
+  checkpoints = configs.override(settings, {'checkpoint.minutes': 1e-9, 'checkpoint.keep': 100})
+  run(checkpoints, tmp_path, cache)
+  assert Checkpoints(tmp_path / 'checkpoints').steps() == [*range(1, 9)]
+
+
+def test_wishes_of_all_processes_are_agreed_upon_a_step_later():
+  mesh = make_mesh(MeshConfig())
+  with jax.set_mesh(mesh):
+    agree = _Agreement(mesh)
+    assert [agree(wish) for wish in (Wish.GO_ON, Wish.SAVE, Wish.END, Wish.GO_ON, Wish.GO_ON)] == [
+      Wish.GO_ON, Wish.GO_ON, Wish.SAVE, Wish.END, Wish.GO_ON]
+    agree(Wish.SAVE)
+    agree.forget()  # all saved: nobody wishes for that twice
+    assert agree(Wish.GO_ON) == Wish.GO_ON
+
+
+def test_a_failed_save_is_wished_for_again_after_its_time():
+  interruptions = Interruptions(make_mesh(MeshConfig(1, 1)))
+  assert interruptions.wish() == Wish.GO_ON
+  interruptions.save_in(0.05)
+  assert interruptions.wish() == Wish.GO_ON
+  time.sleep(0.06)
+  assert interruptions.wish() == Wish.SAVE
+  interruptions.saved()
+  assert interruptions.wish() == Wish.GO_ON
+
+
+@pytest.fixture
+def cloud():
+  """A metadata server: answers by path and method, each a list that is served in order, the last one again and again."""
+  answers, asked = {}, []
+
+  class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+      asked.append((self.command, self.path, dict(self.headers)))
+      queue = answers.get((self.command, self.path.partition('?')[0]), [(404, '')])
+      status, text = queue.pop(0) if len(queue) > 1 else queue[0]
+      self.send_response(status)
+      self.send_header('ETag', 'seen')
+      self.end_headers()
+      self.wfile.write(text.encode())
+
+    do_PUT = do_GET
+
+    def log_message(self, *args):
+      pass
+
+  with ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f'127.0.0.1:{server.server_port}', answers, asked
+    server.shutdown()
+
+
+@pytest.mark.parametrize('last, said', [
+  ({'preempted': 'TRUE'}, 'takes the machine back'), ({'maintenanceEvent': 'TERMINATE_ON_HOST_MAINTENANCE'}, 'for maintenance')])
+def test_google_says_when_a_machine_is_taken_back(last, said, cloud):
+  host, answers, asked = cloud
+  answers['GET', '/computeMetadata/v1/instance/'] = [
+    (200, json.dumps(one)) for one in ({'preempted': 'FALSE', 'maintenanceEvent': 'NONE'}, {'preempted': 'FALSE'}, last)]
+  heard, told = threading.Event(), []
+  assert watch_notices(lambda text: (told.append(text), heard.set()), {'GCE_METADATA_HOST': host})
+  assert heard.wait(10) and said in told[0]
+  assert all(headers['Metadata-Flavor'] == 'Google' and 'wait_for_change=true' in path for _, path, headers in asked)
+  assert 'last_etag=0' in asked[0][1] and 'last_etag=seen' in asked[1][1]
+
+
+def test_ec2_says_when_a_machine_is_taken_back(cloud, monkeypatch):
+  from gptjax.processes import notices
+  monkeypatch.setattr(notices, '_EVERY', 0.01)
+  host, answers, asked = cloud
+  answers['PUT', '/latest/api/token'] = [(200, 'secret')]
+  answers['GET', '/latest/meta-data/spot/instance-action'] = [
+    (404, ''), (500, ''), (200, 'no JSON'), (200, json.dumps({'action': 'terminate', 'time': '2030-01-01T00:00:00Z'}))]
+  heard, told = threading.Event(), []
+  assert watch_notices(lambda text: (told.append(text), heard.set()), {'AWS_EC2_METADATA_SERVICE_ENDPOINT': f'http://{host}/'})
+  assert heard.wait(10) and told == ['EC2 will terminate the machine at 2030-01-01T00:00:00Z']
+  assert {headers.get('X-Aws-Ec2-Metadata-Token') for method, _, headers in asked if method == 'GET'} == {'secret'}
+
+
+def test_a_notice_ends_a_run_as_a_signal_does(settings, cache, tmp_path, cloud, monkeypatch, capsys):
+  host, answers, _ = cloud
+  answers['GET', '/computeMetadata/v1/instance/'] = [(200, '{"preempted": "TRUE"}')]
+  monkeypatch.setenv('GCE_METADATA_HOST', host)
+  slower = loop._Loop._after_step
+  monkeypatch.setattr(loop._Loop, '_after_step', lambda self, last: (time.sleep(0.2), slower(self, last))[1])
+  assert train(settings, options(tmp_path, cache)) == TO_BE_CONTINUED
+  assert 'Google Cloud takes the machine back: saved step' in capsys.readouterr().err
+
+
+def test_a_machine_of_no_cloud_asks_nobody():
+  assert not watch_notices(lambda text: None, {})
+
+
+def test_two_runs_do_not_share_a_workdir(settings, cache, tmp_path):
+  run(settings, tmp_path / 'run', cache, stop_at=2)
+  with alone(tmp_path / 'run'), pytest.raises(UserError, match=rf'no other run works in; in this one is process {os.getpid()} on '):
+    train(settings, options(tmp_path / 'run', cache))
+  assert records(tmp_path / 'run')[-1]['step'] == 2
+  assert run(settings, tmp_path / 'run', cache)[-1]['step'] == 8  # what a dead one left is in nobody's way

@@ -1,0 +1,124 @@
+"""A run may begin with another's weights: all of them, or in part what fits; everything else is its own."""
+
+import numpy as np
+import pytest
+from tiny import config, options, records, run, write_text
+
+from gptjax import config as configs
+from gptjax.checkpoint import Checkpoints
+from gptjax.config import MeshConfig, UserError
+from gptjax.data import prepare
+from gptjax.sharding import make_mesh
+from gptjax.training import loop, resolve, train
+from gptjax.training.starting import beginning
+
+import jax
+
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory):
+  return tmp_path_factory.mktemp('cache')
+
+
+@pytest.fixture(autouse=True, scope='module')
+def known_peak():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop, 'peak_flops', lambda devices, dtype: (1e12, 'assumed'))
+    yield
+
+
+@pytest.fixture(scope='module')
+def settings(cache):
+  return config(write_text(cache / 'text.txt'), steps=3, eval__every=0, model__layers=3, model__positions='learned', model__tied=False,
+                model__vocab_multiple=8)
+
+
+@pytest.fixture(scope='module')
+def source(settings, cache):
+  """The workdir of a run of 3 steps."""
+  run(settings, cache / 'source', cache)
+  return cache / 'source'
+
+
+def begun(settings, cache, mesh=MeshConfig(1, 1)):
+  """The state that a run begins with, on the host, and its words."""
+  mesh = make_mesh(mesh)
+  with jax.set_mesh(mesh):
+    data = prepare(settings.data, cache)
+    state, words = beginning(resolve(settings, data, mesh), data.tokenizer)
+    return jax.device_get(state), words
+
+
+@pytest.fixture(scope='module')
+def weights(settings, source, cache):
+  return begun(configs.override(settings, {'init_from': str(source)}), cache)[0].parameters
+
+
+def test_all_weights_come_and_nothing_else(settings, source, cache, weights, tmp_path, capsys):
+  fresh, words = begun(settings, cache)
+  assert words == 'nothing, fresh parameters'
+  state, words = begun(configs.override(settings, {'init_from': str(source / 'checkpoints' / '3')}), cache)
+  assert words == f'nothing, parameters of {source}/checkpoints/3, step 3'
+  assert state.step == 0 and all((state.parameters[name] == weights[name]).all() for name in fresh.parameters)
+  assert any((state.parameters[name] != fresh.parameters[name]).any() for name in fresh.parameters)
+  assert all((a == b).all() for a, b in zip(jax.tree.leaves(state.optimizer), jax.tree.leaves(fresh.optimizer)))
+  lines = run(configs.override(settings, {'init_from': str(source), 'seed': 5}), tmp_path, cache)
+  assert lines[0]['step'] == 1 and lines[0]['loss'] < records(source)[0]['loss']
+  assert f'parameters of {source}, step 3' in capsys.readouterr().err
+  # It resumes as itself, whatever became of the other.
+  assert train(configs.override(settings, {'init_from': str(source), 'seed': 5}), options(tmp_path, cache)) == 0
+
+
+@pytest.mark.parametrize('mesh, zero_stage', [(MeshConfig(1, 1), 0), (MeshConfig(4, 2), 3)])
+def test_layers_may_be_stacked_or_not_and_lie_anywhere(mesh, zero_stage, settings, source, cache, weights):
+  changed = configs.override(settings, {'init_from': str(source), 'model.scan': True, 'zero_stage': zero_stage, 'batch_size': 8,
+                                        'mesh.whole': 1.0})
+  state, _ = begun(changed, cache, mesh)
+  for name, value in state.parameters.items():
+    one_by_one = [weights[name.replace('blocks/', f'blocks/{i}/')] for i in range(3)] if name.startswith('blocks/') else weights[name]
+    assert (value == np.stack(one_by_one) if name.startswith('blocks/') else value == one_by_one).all()
+
+
+@pytest.mark.parametrize('mesh, scan', [(MeshConfig(1, 1), False), (MeshConfig(4, 2), True)])
+def test_what_fits_comes_and_the_rest_is_fresh(mesh, scan, settings, source, cache, weights):
+  values = {'model.layers': 2, 'model.vocab_size': 49, 'data.context': 32, 'model.scan': scan, 'mesh.whole': 1.0, 'batch_size': 8}
+  changed = configs.override(settings, values | {'init_from': str(source)})
+  with pytest.raises(UserError, match='^init_from: .*init_partial for what there is: blocks'):
+    begun(changed, cache, mesh)
+  fresh = begun(configs.override(settings, values), cache, mesh)[0].parameters
+  state, words = begun(configs.override(changed, {'init_partial': True}), cache, mesh)
+  assert 'in part: ' in words
+  table = state.parameters['tokens/table']
+  assert (table[:32] == weights['tokens/table']).all() and (table[32:] == fresh['tokens/table'][32:]).all()
+  positions = state.parameters['positions/table']
+  assert (positions[:16] == weights['positions/table']).all() and (positions[16:] == fresh['positions/table'][16:]).all()
+  up = state.parameters['blocks/mlp/up/kernel' if scan else 'blocks/1/mlp/up/kernel']
+  assert (up[1] == weights['blocks/1/mlp/up/kernel'] if scan else up == weights['blocks/1/mlp/up/kernel']).all()
+
+
+def test_another_width_is_no_part(settings, source, cache):
+  changed = configs.override(settings, {'model.width': 32, 'init_from': str(source), 'init_partial': True})
+  with pytest.raises(UserError, match=r"^init_from: .*accepted: the same sizes but for vocabulary, positions and number of layers$"):
+    begun(changed, cache)
+
+
+def test_another_tokenizer_is_told(settings, source, cache):
+  changed = configs.override(settings, {'data.tokenizer.kind': 'bytes', 'model.vocab_size': 512, 'init_from': str(source)})
+  with pytest.raises(UserError, match='^init_from: .*another tokenizer, of 32 ids'):
+    begun(changed, cache)
+
+
+@pytest.mark.parametrize('path', ['nowhere', 'empty'])
+def test_no_run_is_told(path, settings, cache, tmp_path):
+  (tmp_path / 'empty').mkdir()
+  with pytest.raises(UserError, match='^init_from: '):
+    begun(configs.override(settings, {'init_from': str(tmp_path / path)}), cache)
+
+
+def test_a_damaged_checkpoint_is_told(settings, source, cache, tmp_path):
+  import shutil
+  copy = shutil.copytree(source, tmp_path / 'copy')
+  (copy / 'checkpoints' / '3' / 'config.json').write_text('{}')
+  with pytest.raises(UserError, match='config.json'):
+    begun(configs.override(settings, {'init_from': str(copy / 'checkpoints' / '3')}), cache)
+  assert Checkpoints(source / 'checkpoints').newest() == 3
