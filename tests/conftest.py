@@ -30,9 +30,17 @@ def pytest_pycollect_makemodule(module_path):
     _set_up_jax()
 
 
+UNTRACED = ('parity', 'test_equal_on_meshes.py', 'test_meshes.py', 'test_decoding.py', 'test_transformer.py')
+"""Folders and files whose tests run what others run too, many times over: coverage's tracer, a fourth of their time, would find
+nothing new there, and so it is not in processes that tests start."""
+
+
 def pytest_collection_modifyitems(items):
   """The files of few long tests come first, so that no worker waits at the end for the other one's: whole runs, and all commands."""
   items.sort(key=lambda item: item.path.parent.name not in ('tests', 'training', 'parity'))  # stable
+  for item in items:
+    if {item.path.name, item.path.parent.name}.intersection(UNTRACED):
+      item.add_marker('no_cover')
 
 
 def pytest_collection_finish():

@@ -22,8 +22,6 @@ def run(commands, folder):
   # The caches of a home folder that tests may fill; compiled programs are shared with the other tests of this machine.
   environment = {**os.environ, 'HOME': str(ROOT / '.jax_cache' / 'home'),
                  'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}  # the python of commands within commands
-  # What these commands run, the tests of each room run too: the tracer, a fourth of their time, would find nothing new.
-  environment = {name: value for name, value in environment.items() if not name.startswith('COVERAGE_PROCESS_')}
   printed = {}
   for command in commands:
     program, *arguments = shlex.split(command)
