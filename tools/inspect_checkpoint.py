@@ -1,0 +1,124 @@
+"""Looks at a run's checkpoints: python -m tools.inspect_checkpoint --workdir=DIR [--step=STEP [--against=STEP or FOLDER]] [--match=TEXT]
+
+Without --step it lists them: step, tokens, validation loss, bytes, when it was saved, and whether every file is as it was written.
+With it, the tensors of one: shape, type, norm, smallest and largest value. With --against, how far each tensor is from the one of the
+same name in another checkpoint; the exit status is 1 where they differ.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from gptjax import config as configs
+from gptjax.config import UserError
+from gptjax.files import expanded
+
+_WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a run', required=True)
+_STEP = flags.DEFINE_string('step', None, 'latest, best or a number: list the tensors of that checkpoint')
+_AGAINST = flags.DEFINE_string('against', None, 'another step of the run, another workdir (its newest) or a folder checkpoints/STEP')
+_MATCH = flags.DEFINE_string('match', '', 'only tensors whose name has this in it, such as parameters/')
+
+
+def main(_) -> int:
+  import jax
+  jax.config.update('jax_platforms', 'cpu')  # to look takes no accelerator from those that train
+  from gptjax.checkpoint import Checkpoints
+  workdir = expanded(_WORKDIR.value)
+  checkpoints = Checkpoints(workdir / 'checkpoints')
+  console = Console(highlight=False, soft_wrap=True)
+  if _STEP.value is None:
+    if _AGAINST.value:
+      raise UserError('--step', None, 'the step to compare with --against')
+    return _list(console, workdir, checkpoints)
+  folder = workdir / 'checkpoints' / str(checkpoints.resolve(_STEP.value))
+  if _AGAINST.value is None:
+    _describe(console, folder)
+    return 0
+  return _compare(console, folder, _other(workdir, _AGAINST.value))
+
+
+def _list(console: Console, workdir: Path, checkpoints) -> int:
+  from gptjax.checkpoint import DAMAGED
+  from gptjax.checkpoint.manifest import MANIFEST, damage, read
+  steps = checkpoints.steps()
+  if not steps:
+    raise UserError('--workdir', str(workdir), 'a folder with checkpoints, which gptjax.train makes')
+  table = Table('step', 'tokens', 'loss', 'MB', 'saved', 'state')
+  wrong = ''
+  for step in steps:
+    folder = workdir / 'checkpoints' / str(step)
+    if wrong := damage(folder):
+      table.add_row(str(step), '', '', '', '', f'damaged: {wrong}')
+      continue
+    facts, files = (read(folder)[name] for name in ('facts', 'files'))
+    size = sum(size for size, _ in files.values()) + (folder / MANIFEST).stat().st_size
+    loss = '' if facts['loss'] is None else f'{facts["loss"]:.4f}'
+    table.add_row(str(step), f'{facts["progress"]["tokens"]:,}', loss, f'{size / 1e6:,.1f}', facts['saved'], 'whole')
+  console.print(table)
+  aside = sorted(path.name for path in (workdir / DAMAGED).iterdir()) if (workdir / DAMAGED).exists() else []
+  if aside:
+    console.print(f'set aside as damaged, in {workdir / DAMAGED}: {", ".join(aside)}')
+  return int(bool(wrong))
+
+
+def _describe(console: Console, folder: Path) -> None:
+  from gptjax.checkpoint.contents import Contents
+  contents = Contents(folder)
+  names = _chosen(contents.shapes)
+  table = Table('tensor', 'shape', 'type', 'norm', 'smallest', 'largest')
+  count = 0
+  for name, value in contents.read(names):
+    wide = value.astype(np.float64)
+    table.add_row(name, ' x '.join(map(str, value.shape)) or 'scalar', str(value.dtype), f'{np.linalg.norm(wide):.6g}',
+                  f'{wide.min():.4g}', f'{wide.max():.4g}')
+    count += value.size
+  console.print(table)
+  console.print(f'{folder}: {len(names)} tensors, {count:,} values')
+
+
+def _compare(console: Console, folder: Path, other: Path) -> int:
+  from gptjax.checkpoint.contents import Contents
+  one, two = Contents(folder), Contents(other)
+  names = _chosen({**one.shapes, **two.shapes})
+  table = Table('tensor', 'difference', 'of its norm')
+  alike = [name for name in names if name in one.shapes and name in two.shapes and one.shapes[name].shape == two.shapes[name].shape]
+  different = 0
+  for name in names:
+    if name not in alike:
+      shapes = [list(found.shapes[name].shape) if name in found.shapes else 'missing' for found in (one, two)]
+      table.add_row(name, f'{shapes[0]} and {shapes[1]}', '')
+      different += 1
+  for (name, a), (_, b) in zip(one.read(alike), two.read(alike)):
+    if a.tobytes() != b.tobytes():
+      away = a.astype(np.float64) - b.astype(np.float64)
+      norm = np.linalg.norm(a.astype(np.float64))
+      table.add_row(name, f'at most {np.abs(away).max():.4g}', f'{np.linalg.norm(away) / norm:.2e}' if norm else '')
+      different += 1
+  if different:
+    console.print(table)
+  console.print(f'{folder} and {other}: {len(names) - different} of {len(names)} tensors equal bit by bit')
+  return int(different > 0)
+
+
+def _chosen(names: Iterable[str]) -> list[str]:
+  chosen = sorted(name for name in names if _MATCH.value in name)
+  if not chosen:
+    raise UserError('--match', _MATCH.value, 'a part of the name of a tensor', list(names))
+  return chosen
+
+
+def _other(workdir: Path, text: str) -> Path:
+  from gptjax.checkpoint import Checkpoints
+  path = expanded(text)
+  if path.is_dir() and path.name.isdecimal() and path.parent.name == 'checkpoints':
+    return path
+  home, step = (path, 'latest') if path.is_dir() else (workdir, text)
+  return home / 'checkpoints' / str(Checkpoints(home / 'checkpoints').resolve(step))
+
+
+if __name__ == '__main__':
+  configs.run(main, needs_config=False)
