@@ -17,10 +17,11 @@ from gptjax import config as configs
 from gptjax.config import Config, DataConfig, EvalConfig, ModelConfig, OptimizerConfig, SourceConfig, TokenizerConfig
 from gptjax.model import blueprint
 from gptjax.sharding import place
+from gptjax.training.replaying import CLOCK
 from gptjax.training import Options, initializer, make_optimizer, next_token, schedule, train, train_step
 
 DURATIONS = {'steps': 100, 'warmup': 2, 'decay': 0}
-WALL_CLOCK = ('tokens_per_second', 'mfu', 'data_wait')
+WALL_CLOCK = CLOCK
 """Fields of metrics.jsonl that two equal runs need not share."""
 
 

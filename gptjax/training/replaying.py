@@ -1,0 +1,94 @@
+"""Replaying: steps of a run done once more from its checkpoint, to be compared with what was logged of them."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gptjax.checkpoint import Checkpoints, Progress, config_of
+from gptjax.config import UserError
+from gptjax.data import batches, prepare
+from gptjax.files import complete_lines, json_line
+from gptjax.sharding import make_mesh, my_rows, place_rows
+from gptjax.training.guard import BadSteps
+from gptjax.training.run import resolve
+from gptjax.training.starting import beginning
+
+CLOCK = ('tokens_per_second', 'mfu', 'data_wait')
+"""Fields of metrics.jsonl that depend on the clock."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Replayed:
+  """A logged step, and what it came to when it was done again."""
+
+  step: int
+  logged: dict[str, float | int | None]
+  again: dict[str, float | int | None]
+
+  @property
+  def difference(self) -> float:
+    """The largest relative difference of a field; 0: equal to the last bit, infinite: one alone is a number."""
+    return max(_difference(value, self.again.get(name)) for name, value in self.logged.items())
+
+
+def replay(workdir: Path, step: int, cache_dir: Path, begin: Callable[[str], None] = lambda words: None) -> Iterator[Replayed]:
+  """Does the steps from the newest checkpoint before a step up to it again, and yields those that were logged.
+
+  Args:
+    workdir: of the run, in which nothing is written.
+    step: the last one; it must have been logged.
+    cache_dir: where the data of the run is prepared, or found.
+    begin: told in words where it begins.
+
+  Raises:
+    UserError: the step was not logged, or the run's data is not what it was.
+  """
+  logged = _logged(workdir / 'metrics.jsonl')
+  if step not in logged:
+    nearest = sorted(sorted(logged, key=lambda one: abs(one - step))[:5])
+    raise UserError('--step', step, f'a step that was logged, such as {", ".join(map(str, nearest)) or "none: no step was"}')
+  config = config_of(workdir)
+  data = prepare(config.data, cache_dir)
+  if (was := json.loads((workdir / 'data' / 'identity.json').read_text())['fingerprint']) != data.fingerprint:
+    raise UserError('data', data.fingerprint, f'{was}, the fingerprint of the documents, split and tokenizer of the run')
+  mesh = make_mesh(config.mesh)
+  with jax.set_mesh(mesh):
+    run = resolve(config, data, mesh)
+    checkpoints = Checkpoints(workdir / 'checkpoints')
+    before = [one for one in checkpoints.steps() if one < step]
+    if before:
+      state, progress = checkpoints.restore(before[-1], run.abstract_state)
+    else:
+      state, progress = beginning(run, data.tokenizer)[0], Progress()
+    begin(f'from {f"checkpoint {before[-1]}" if before else "the start: no checkpoint before it is left"}, {step - progress.step} steps')
+    bad = BadSteps(config.faults, workdir, writes=True)
+    size, tokens, row = config.batch_size, progress.tokens, progress.rows
+    for number in range(progress.step + 1, step + 1):
+      if number == progress.step + 1 or bad.passed(row, size) != row:
+        row = bad.passed(row, size)
+        feed = batches(run.rows, row, size, my_rows(mesh, size), prefetch=config.data.prefetch, workers=config.data.workers)
+      state, metrics = run.step(state, place_rows(mesh, next(feed), size))
+      row += size
+      found: dict[str, Any] = jax.device_get(metrics)
+      tokens += 0 if found['bad'] else int(found['targets'])
+      if number in logged:
+        values = {name: float(value) for name, value in found.items() if name not in ('bad', 'targets')} | {'tokens': tokens}
+        yield Replayed(number, logged[number], json.loads(json_line(values)))
+
+
+def _logged(file: Path) -> dict[int, dict[str, float | int | None]]:
+  """The fields of each logged step that do not depend on the clock."""
+  lines = [json.loads(line) for line in complete_lines(file)]
+  return {line.pop('step'): {name: value for name, value in line.items() if name not in CLOCK} for line in lines if 'loss' in line}
+
+
+def _difference(one: float | int | None, other: float | int | None) -> float:
+  if one == other:
+    return 0.0
+  if one is None or other is None:
+    return float('inf')
+  return abs(one - other) / max(abs(one), abs(other))

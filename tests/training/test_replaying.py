@@ -1,0 +1,97 @@
+"""Any logged step can be done again, and comes to the same bits; a checkpoint can be looked at and compared without its run."""
+
+import json
+import shutil
+import subprocess
+import sys
+import pathlib
+
+import numpy as np
+import pytest
+from tiny import config, run, write_text
+
+from gptjax import config as configs
+from gptjax.checkpoint import Checkpoints
+from gptjax.checkpoint.contents import Contents
+from gptjax.config import UserError
+from gptjax.training import loop
+from gptjax.training.replaying import replay
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True, scope='module')
+def known_peak():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop, 'peak_flops', lambda devices, dtype: (1e12, 'assumed'))
+    yield
+
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory):
+  return tmp_path_factory.mktemp('cache')
+
+
+@pytest.fixture(scope='module')
+def trained(cache):
+  settings = config(write_text(cache / 'text.txt'), eval__every=3, model__dropout=0.2, mesh__data=2, zero_stage=3, checkpoint__every=3)
+  run(settings, cache / 'run', cache)
+  return cache / 'run'
+
+
+@pytest.mark.parametrize('step, first', [(8, 7), (6, 1)])
+def test_steps_come_to_the_same_bits(step, first, trained, cache):
+  shutil.rmtree(cache / 'copy', ignore_errors=True)
+  copy = shutil.copytree(trained, cache / 'copy')
+  before = {path: path.read_bytes() for path in copy.rglob('*') if path.is_file()}
+  found = list(replay(copy, step, cache))
+  assert [one.step for one in found] == [*range(first, step + 1)] and [one.difference for one in found] == [0.0] * len(found)
+  assert all({'loss', 'grad_norm', 'learning_rate', 'tokens'} == set(one.again) for one in found)
+  assert {path: path.read_bytes() for path in copy.rglob('*') if path.is_file()} == before
+
+
+def test_what_was_logged_otherwise_is_found(trained, cache, tmp_path):
+  copy = shutil.copytree(trained, tmp_path / 'run')
+  lines = [json.loads(line) for line in (copy / 'metrics.jsonl').read_text().splitlines()]
+  line = next(line for line in lines if line['step'] == 7)
+  line['loss'] = float(np.nextafter(np.float32(line['loss']), np.float32(9)))
+  (copy / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  assert [one.difference > 0 for one in replay(copy, 8, cache)] == [True, False]
+  with pytest.raises(UserError, match=r'^--step: 99, accepted: a step that was logged, such as 4, 5, 6, 7, 8$'):
+    list(replay(copy, 99, cache))
+
+
+def test_elsewhere_it_comes_close(trained, cache, tmp_path):
+  copy = shutil.copytree(trained, tmp_path / 'run')
+  settings = configs.override(configs.read(copy / 'config.json'), {'mesh.data': 1, 'zero_stage': 0})
+  (copy / 'config.json').write_text(configs.to_json(settings))
+  assert 0 < max(one.difference for one in replay(copy, 8, cache)) < 1e-5
+
+
+def test_a_checkpoint_is_read_tensor_by_tensor(trained):
+  folder = trained / 'checkpoints' / '8'
+  contents = Contents(folder)
+  assert {'step', 'parameters/tokens/table', 'watch/mean'} <= set(contents.shapes)
+  names = list(contents.shapes)[::-1]
+  found = dict(contents.read(names))
+  assert list(found) == names and found['step'] == 8
+  shapes = {name.removeprefix('parameters/'): shape for name, shape in contents.shapes.items() if name.startswith('parameters/')}
+  parameters = Checkpoints(trained / 'checkpoints').restore_parameters(8, shapes)
+  assert all((found[f'parameters/{name}'] == np.asarray(value)).all() for name, value in parameters.items())
+
+
+def call(*args):
+  return subprocess.run([sys.executable, '-m', *args], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_tools_say_it(trained, tmp_path):
+  done = call('tools.inspect_checkpoint', f'--workdir={trained}')
+  assert done.returncode == 0 and done.stdout.count('whole') == 2
+  done = call('tools.inspect_checkpoint', f'--workdir={trained}', '--step=8', '--against=6', '--match=parameters/')
+  assert done.returncode == 1 and 'parameters/tokens/table' in done.stdout and ' 0 of ' in done.stdout
+  copy = shutil.copytree(trained, tmp_path / 'run')
+  done = call('tools.inspect_checkpoint', f'--workdir={trained}', '--step=latest', f'--against={copy}')
+  assert done.returncode == 0 and 'tensors equal bit by bit' in done.stdout
+  (copy / 'checkpoints' / '8' / 'config.json').write_text('{}')
+  done = call('tools.inspect_checkpoint', f'--workdir={copy}', '--step=8')
+  assert done.returncode == 2 and 'config.json has 2 bytes' in done.stderr.splitlines()[-1]

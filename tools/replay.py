@@ -1,0 +1,59 @@
+"""Does logged steps of a run again and compares: python -m tools.replay --workdir=DIR --step=STEP [--cpu_devices=N]
+
+It begins at the newest checkpoint before that step, writes nothing into the workdir, and prints what was logged beside what came now.
+On the devices of the run, with its versions, all is equal to the last bit; the exit status is 1 where a difference is above --tolerance.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from gptjax import config as configs
+from gptjax.files import expanded
+from gptjax.start import start
+
+_WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a run', required=True)
+_STEP = flags.DEFINE_integer('step', None, 'the logged step', required=True, lower_bound=1)
+_TOLERANCE = flags.DEFINE_float('tolerance', 0.0, 'largest relative difference that is none; 0: bit by bit', lower_bound=0)
+
+
+def main(_) -> int:
+  workdir = expanded(_WORKDIR.value)
+  configs_there = workdir / 'config.json'
+  if not configs_there.exists():
+    raise configs.UserError('--workdir', str(workdir), 'a folder that gptjax.train made, with its config.json')
+  cache = start(configs.read(configs_there))
+  from gptjax.processes import first
+  from gptjax.training.replaying import replay
+  table = Table('step', 'field', 'logged', 'now', 'relative difference')
+  worst, steps = 0.0, 0
+  for one in replay(workdir, _STEP.value, cache, begin=lambda words: print(words, file=sys.stderr)):
+    worst, steps = max(worst, one.difference), steps + 1
+    for name, was in one.logged.items():
+      now = one.again.get(name)
+      same = was == now
+      if not same or one.step == _STEP.value:
+        away = '' if same else f'{abs(was - now) / max(abs(was), abs(now)):.1e}' if None not in (was, now) else 'one is no number'
+        table.add_row(str(one.step), name, repr(was), repr(now), away)
+  if first():
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    equal = 'equal to the last bit' if not worst else f'largest relative difference {worst:.1e}{_elsewhere(workdir)}'
+    console.print(f'{steps} logged steps done again: {equal}')
+  return int(worst > _TOLERANCE.value)
+
+
+def _elsewhere(workdir: Path) -> str:
+  """What of the machine differs from the run's, which may be why."""
+  import jax
+  facts = json.loads((workdir / 'run.json').read_text())
+  now = f'{jax.device_count()} {jax.devices()[0].device_kind}, jax {jax.__version__}'
+  return f'; now on {now}, then on {facts["device"]}, {facts["versions"].partition(",")[0]}'
+
+
+if __name__ == '__main__':
+  configs.run(main, needs_config=False)
