@@ -68,3 +68,12 @@ def test_commands_for_clusters_name_what_is_there():
 def test_recipes_of_the_readme_are_those_of_the_folder():
   listed = set(re.findall(r'`(configs/\w+\.py)`', (ROOT / 'README.md').read_text()))
   assert listed == {f'configs/{path.name}' for path in (ROOT / 'configs').glob('*.py')}
+
+
+def test_commands_of_the_guide_to_faults_run_as_written(tmp_path):
+  printed = list(run(commands_of('docs/faults.md'), tmp_path).values())
+  assert len(printed) == 7
+  steps = [json.loads(line)['step'] for line in (tmp_path / 'runs/faults/metrics.jsonl').read_text().splitlines()]
+  assert sorted({*steps}) == [*range(1, 13)]
+  assert printed[3].count('whole') == 3 and 'parameters/tokens/table' in printed[4] and 'tensors equal bit by bit' in printed[5]
+  assert '2 logged steps done again: equal to the last bit' in printed[6]

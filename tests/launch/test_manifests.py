@@ -56,7 +56,8 @@ def check(kind, text):
   (container,) = pod['containers']
   assert {mount['name'] for mount in container['volumeMounts']} == {volume['name'] for volume in pod['volumes']}
   reasons = job['template']['spec']['podFailurePolicy']['rules']
-  assert [rule['onExitCodes']['containerName'] for rule in reasons] == [container['name']]
+  assert [(rule['action'], rule['onExitCodes']['containerName'], rule['onExitCodes']['values']) for rule in reasons] == [
+    ('FailJob', container['name'], [2]), ('Ignore', container['name'], [75])]
   check_counts(kind, container, pod, hosts, job['replicas'])
   labels = {'jobset.sigs.k8s.io/jobset-name': name, 'jobset.sigs.k8s.io/replicatedjob-name': job['name']}  # JobSet's, of every pod
   check_meeting(kind, container, labels, hosts)
@@ -122,7 +123,8 @@ def test_a_cluster_would_take_it(kind):
   ('gpu', 'nvidia.com/gpu: 8', 'nvidia.com/gpu: 4'),
   ('gpu', 'name: gpt2-774m', 'name: gpt2_774m'),
   ('gpu', 'mountPath: /dev/shm', 'path: /dev/shm'),
-  ('gpu', 'containerName: train', 'containerName: trainer'),
+  ('gpu', 'values: [2]', 'values: [3]'),
+  ('tpu', 'values: [75]', 'values: [57]'),
 ])
 def test_a_mistake_is_found(kind, right, wrong):
   assert MANIFESTS[kind].count(right) == 1

@@ -24,8 +24,13 @@ workdir = pathlib.Path(sys.argv[-1].removeprefix('--workdir='))
 print('process', os.environ['SLURM_PROCID'], 'restart', os.environ.get('SLURM_RESTART_COUNT', 0), flush=True)
 '''
 SLEEP = PROBE + '''
-import time
+import signal, time
+def save(*_):
+  (workdir / f'saved-{os.environ["SLURM_PROCID"]}').touch()
+  sys.exit(75)
 if 'SLURM_RESTART_COUNT' not in os.environ:
+  signal.signal(signal.SIGTERM, save)
+  (workdir / f'{os.environ["SLURM_PROCID"]}.waits').touch()
   time.sleep(300)
 '''
 FAIL = PROBE + '''
@@ -169,9 +174,10 @@ def test_every_task_learns_who_and_where_it_is(cluster, tmp_path, probe):
 def test_a_job_that_runs_out_of_time_is_queued_again(cluster, tmp_path, probe):
   workdir = tmp_path / 'run'
   number = cluster.submit(workdir, *probe(SLEEP))
-  cluster.until(lambda: len(list(workdir.glob('?.json'))) == 2)
+  cluster.until(lambda: len(list(workdir.glob('?.waits'))) == 2)
   cluster.ask('scancel', '--batch', '--signal=USR1', number)  # as Slurm does at --signal=B:USR1@120
   cluster.wait_for(number, 'PENDING')
+  assert list(workdir.glob('saved-*'))  # one that ends first takes the others with it, which would have saved the same
   cluster.ask('scontrol', 'update', f'JobId={number}', 'StartTime=now')  # a job that is queued again waits for two minutes
   assert cluster.wait_for(number, 'COMPLETED', 'FAILED') == ('COMPLETED', '0:0')
   text = Path(f'{workdir}.out').read_text()

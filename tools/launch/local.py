@@ -4,6 +4,7 @@
 
 Each process has so many virtual CPU devices, or without --devices its share of this machine's GPUs. The output of process 0 is
 shown as it is, that of the others on stderr with [their number] before each line. When one fails all end, and the status is its.
+SIGTERM and SIGINT go on to all, which may save before they end; once more ends them.
 """
 
 import contextlib
@@ -47,6 +48,8 @@ def launch(command: list[str], processes: int, devices: int = 0) -> int:
   running: list[subprocess.Popen] = []
   relays: list[threading.Thread] = []
   coordinator = f'localhost:{_free_port()}'
+  if threading.current_thread() is threading.main_thread():
+    _pass_on(running)
   try:
     for index in range(processes):
       more = [f'--coordinator={coordinator}', f'--processes={processes}', f'--process={index}']
@@ -113,9 +116,23 @@ def _free_port() -> int:
     return found.getsockname()[1]
 
 
+def _pass_on(running: list[subprocess.Popen]) -> None:
+  """Hands the first signal on to all; the second, and SIGHUP, end them by way of `finally`."""
+  def end(number, frame):
+    sys.exit(128 + number)
+
+  def pass_on(number, frame):
+    for one in (signal.SIGTERM, signal.SIGINT):
+      signal.signal(one, end)
+    for process in running:
+      process.send_signal(number)
+
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, pass_on)
+  signal.signal(signal.SIGHUP, end)
+
+
 def main(_) -> int:
-  for number in (signal.SIGTERM, signal.SIGHUP):
-    signal.signal(number, lambda number, frame: sys.exit(128 + number))  # by way of `finally`
   return launch(_COMMAND, _COUNT.value, _DEVICES.value)
 
 
