@@ -5,15 +5,14 @@ a line `row digest` for each row of a device of this process: its number in the 
 of it. Runs of one config agree on every row, however many processes, devices, batches ahead, and rows a step they have.
 """
 
-import hashlib
 from pathlib import Path
 
-import numpy as np
 from absl import flags
 
 from gptjax import config as configs
 from gptjax.processes import company
 from gptjax.start import start
+from tools.row_digests import digests
 
 _OUT = flags.DEFINE_string('out', None, 'file to write', required=True)
 _STEPS = flags.DEFINE_integer('steps', 200, 'steps to feed', lower_bound=1)
@@ -34,18 +33,6 @@ def main(config: configs.Config) -> None:
       batch = place_rows(mesh, next(feed), size)
       for row, digest in digests(batch):
         file.write(f'{_FIRST.value + step * size + row} {digest}\n')
-
-
-def digests(batch: dict) -> list[tuple[int, str]]:
-  """The digest of each row of a batch that a device of this process has, by its place in the batch."""
-  found: dict[int, hashlib._Hash] = {}
-  for name in sorted(batch):
-    for shard in batch[name].addressable_shards:
-      if shard.replica_id == 0:
-        first = shard.index[0].start or 0
-        for row, values in enumerate(np.asarray(shard.data), first):
-          found.setdefault(row, hashlib.sha256()).update(name.encode() + values.tobytes())
-  return [(row, digest.hexdigest()) for row, digest in sorted(found.items())]
 
 
 if __name__ == '__main__':

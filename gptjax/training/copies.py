@@ -1,6 +1,7 @@
-"""Whether devices that should hold the same do: a digest of every array's part on every device, compared on the host."""
+"""Whether a state is fit to go on with: devices that should hold the same do, by a digest of every array's part on every device, which
+are compared on the host; and what they hold is finite, since where ZeRO shares all out there is no copy that would differ."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -10,9 +11,14 @@ from jax.sharding import Mesh, PartitionSpec
 
 from gptjax.sharding import AXES
 
+_FINITE = ('parameters/', 'optimizer/')
+"""What must be; the variance of a loss may overflow."""
 
-def copies_check(state: Any, mesh: Mesh) -> Callable[[Any], str]:
-  """A function of a state: which devices do not hold what most others hold of an array, '' where all agree.
+
+def state_check(state: Any, mesh: Mesh) -> Callable[[Any], str]:
+  """A function of a state: which devices do not hold what most others hold of an array, or what is not finite; '' where all is well.
+
+  No good step leaves a parameter or a moment that is not finite, so a device or the memory did.
 
   Every single changed value changes its digest: values as integers are summed with odd weights, modulo 2^32. The state is read once
   and nothing of its size is allocated.
@@ -24,21 +30,28 @@ def copies_check(state: Any, mesh: Mesh) -> Callable[[Any], str]:
   paths = [jax.tree_util.keystr(path, simple=True, separator='/') for path, _ in jax.tree.leaves_with_path(state)]
   specs = tuple(leaf.sharding.spec for leaf in jax.tree.leaves(state))
 
+  digest = _digest if mesh.size > 1 else lambda part: jnp.uint32(0)  # of one device there is nothing to compare, and a CPU takes a while
+
   def local(*parts):
-    return jnp.stack([_digest(part) for part in parts])[None, None, None]
+    finite = [_finite(part) if path.startswith(_FINITE) else jnp.uint32(1) for path, part in zip(paths, parts)]
+    return jnp.stack([jnp.stack([digest(part) for part in parts]), jnp.stack(finite)])[None, None, None]
 
   @jax.jit
-  def digests(state):
-    every = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(*AXES, None), check_vma=False)
+  def facts(state):
+    every = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(*AXES, None, None), check_vma=False)
     return jax.reshard(every(*jax.tree.leaves(state)), PartitionSpec())
 
   def check(state: Any) -> str:
-    found = np.asarray(digests(state))
-    wrong = [f'{path} on {text}' for i, (path, spec) in enumerate(zip(paths, specs)) if (text := _deviating(found[..., i], spec, mesh))]
-    more = f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''
-    return '; '.join(wrong[:3]) + more
+    digests, finite = np.moveaxis(np.asarray(facts(state)), -2, 0)
+    differ = [(path, _deviating(digests[..., i], spec, mesh)) for i, (path, spec) in enumerate(zip(paths, specs))]
+    infinite = [(path, _named(mesh.devices[finite[..., i] == 0])) for i, path in enumerate(paths)]
+    return _listed('state', infinite, 'not finite') or _listed('copies', differ, 'differ')
 
   return check
+
+
+def _finite(part: jax.Array) -> jax.Array:
+  return jnp.all(jnp.isfinite(part)).astype(jnp.uint32)
 
 
 def _digest(part: jax.Array) -> jax.Array:
@@ -58,4 +71,14 @@ def _deviating(digests: np.ndarray, spec: PartitionSpec, mesh: Mesh) -> str:
     if len(different) > 1:
       usual = different[counts.argmax()] if 2 * counts.max() > len(values) else None  # of two that differ either may err
       wrong += [device for value, device in zip(values, devices) if value != usual]
-  return ', '.join(f'device {device.id} of process {device.process_index}' for device in wrong[:8])
+  return _named(wrong)
+
+
+def _named(devices: Iterable[Any]) -> str:
+  return ', '.join(f'device {device.id} of process {device.process_index}' for device in list(devices)[:8])
+
+
+def _listed(what: str, found: list[tuple[str, str]], how: str) -> str:
+  wrong = [f'{path} on {devices}' for path, devices in found if devices]
+  more = f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''
+  return f'{what}: {"; ".join(wrong[:3])}{more} {how}' if wrong else ''

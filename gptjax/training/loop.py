@@ -20,7 +20,7 @@ from gptjax import inference
 from gptjax.model import flops_per_token
 from gptjax.processes import company, first, gather, share
 from gptjax.sharding import make_mesh, my_rows, place_rows
-from gptjax.training.copies import copies_check
+from gptjax.training.copies import state_check
 from gptjax.training.guard import BadSteps, Rollback
 from gptjax.training.hardware import CompileCounter, peak_flops
 from gptjax.training.interruptions import TO_BE_CONTINUED, Interruptions, Wish
@@ -129,7 +129,7 @@ class _Loop:
     self.scorer = Scorer(run.blueprint, run.objective, run.mesh, config.sequences)
     self.flops = flops_per_token(config.model, config.data.context)
     self.bad_steps = BadSteps(config.faults, options.workdir, writes=first())
-    self.copies = copies_check(run.abstract_state, run.mesh) if run.mesh.size > 1 else None
+    self.check = state_check(run.abstract_state, run.mesh)
     self.compiles = 0
     self.rollbacks = 0  # since the last checkpoint
     self.tracing = False
@@ -243,9 +243,9 @@ class _Loop:
     return wish if step < last else Wish.GO_ON
 
   def _compare(self) -> None:
-    """Raises where devices do not hold the same copies: a checkpoint shall be of none of them."""
-    if self.copies and (different := self.copies(self.state)):
-      text = f'copies: {different} differ at step {self.progress.step}, accepted: what the other devices hold'
+    """Raises where a device spoiled the state: no checkpoint shall be of it, and no step that is left out makes it good."""
+    if wrong := self.check(self.state):
+      text = f'{wrong} at step {self.progress.step}, accepted: finite values, the same in all copies'
       if self.run.config.faults.bad_step == 'rollback':
         raise Rollback(text)
       raise Fault(f'{text}; run the same command again to go on from the last checkpoint, without that device if it errs again')

@@ -15,7 +15,7 @@ from gptjax.checkpoint import Checkpoints
 from gptjax.config import Fault, FaultsConfig, ModelConfig, UserError
 from gptjax.data import prepare, train_rows
 from gptjax.training import loop, train
-from gptjax.training.copies import copies_check
+from gptjax.training.copies import state_check
 from gptjax.training.guard import WARMUP, BadSteps, Rollback, fresh_watch, judge
 
 MODEL = ModelConfig(layers=1, width=16, heads=2, vocab_size=50)
@@ -179,7 +179,7 @@ def test_a_damaged_line_of_bad_steps_is_a_mistake(tmp_path):
 @pytest.mark.parametrize('mesh, zero_stage', [('8x1', 0), ('4x2', 1)], indirect=['mesh'])
 def test_a_copy_that_differs_is_found_on_its_device(mesh, zero_stage):
   state, step = trainer(dataclasses.replace(MODEL, heads=4), zero_stage=zero_stage)
-  check = copies_check(state, mesh)
+  check = state_check(state, mesh)
   state, _ = step(state, put(batch()))
   assert check(state) == ''
   name = 'blocks/0/mlp/up/kernel'
@@ -189,12 +189,14 @@ def test_a_copy_that_differs_is_found_on_its_device(mesh, zero_stage):
   array = state.parameters[name]
   changed = jax.make_array_from_single_device_arrays(array.shape, array.sharding, [
     jax.device_put(part, device) for part, device in zip(parts, devices)])
-  assert check(state._replace(parameters=state.parameters | {name: changed})) == f'parameters/{name} on device {devices[5].id} of process 0'
+  assert check(state._replace(parameters=state.parameters | {name: changed})) == (
+    f'copies: parameters/{name} on device {devices[5].id} of process 0 differ')
 
 
-@pytest.mark.parametrize('action', ['skip', 'rollback'])
-def test_a_replica_that_diverges_is_found_within_the_interval(action, settings, cache, tmp_path, monkeypatch, capsys):
-  settings = configs.override(settings, {'mesh.data': 4, 'faults.compare_every': 2, 'faults.bad_step': action, 'checkpoint.every': 4})
+@pytest.mark.parametrize('action, zero_stage', [('skip', 0), ('rollback', 0), ('skip', 3)])
+def test_a_device_that_spoils_its_state_is_found_within_the_interval(action, zero_stage, settings, cache, tmp_path, monkeypatch, capsys):
+  settings = configs.override(settings, {'mesh.data': 4, 'faults.compare_every': 2, 'faults.bad_step': action, 'checkpoint.every': 4,
+                                         'zero_stage': zero_stage, 'mesh.whole': 1.0})
   straight = run(settings, tmp_path / 'straight', cache)
   errs = [7]
   after = loop._Loop._after_step
@@ -202,7 +204,7 @@ def test_a_replica_that_diverges_is_found_within_the_interval(action, settings, 
   def err_once(self, last):
     if errs == [self.progress.step]:
       errs.clear()
-      name, array = next(item for item in self.state.parameters.items() if item[0].endswith('kernel'))
+      name, array = next(item for item in self.state.parameters.items() if item[0].endswith('up/kernel'))
       parts = [np.array(shard.data) for shard in array.addressable_shards]
       parts[2][:] = np.nan
       array = jax.make_array_from_single_device_arrays(array.shape, array.sharding, [
@@ -212,7 +214,7 @@ def test_a_replica_that_diverges_is_found_within_the_interval(action, settings, 
 
   monkeypatch.setattr(loop._Loop, '_after_step', err_once)
   if action == 'skip':
-    with pytest.raises(Fault, match='differ at step 8'):
+    with pytest.raises(Fault, match='^state: parameters/blocks/0/mlp/up/kernel on device 2 of process 0 not finite at step 8'):
       train(settings, options(tmp_path / 'run', cache))
     assert Checkpoints(tmp_path / 'run' / 'checkpoints').steps() == [4]
     assert run(settings, tmp_path / 'run', cache) == straight

@@ -11,7 +11,18 @@ from pathlib import Path
 from absl import flags
 
 from gptjax import config as configs
-from tools.bars import datasets, evaluation, fuzz, generation, interop, processes, sharding, training  # noqa: F401  (they register bars)
+from tools.bars import (  # noqa: F401  (they register their bars)
+  datasets,
+  evaluation,
+  faults,
+  fuzz,
+  generation,
+  interop,
+  processes,
+  restoring,
+  sharding,
+  training,
+)
 from tools.bars.record import BARS, write
 
 _ONLY = flags.DEFINE_list('only', [], 'bars to run; empty: all')

@@ -2,7 +2,8 @@
 
   python -m tools.bars.kept_state --config=... --workdir=DIR
 
-writes DIR/saved-STEP.PROCESS.npz with the parts of every array that the devices of this process hold, and restored-STEP.PROCESS.npz.
+writes DIR/saved-STEP.PROCESS.npz with the parts of every array that the devices of this process hold, and restored-STEP.PROCESS.npz;
+and in rows.PROCESS a line for each row that they were given: its batch, counted from the start, its place in it, and its digest.
 """
 
 import itertools
@@ -15,10 +16,12 @@ from absl import flags
 from gptjax import config as configs
 from gptjax import train
 from gptjax.processes import company
+from tools.row_digests import digests
 
 
 def main(config: configs.Config) -> None:
   from gptjax.checkpoint import Checkpoints
+  from gptjax.training import loop
   save, restore = Checkpoints.save, Checkpoints.restore
 
   def keep_and_save(self, progress, state, loss):
@@ -30,7 +33,16 @@ def main(config: configs.Config) -> None:
     _keep(f'restored-{step}', state)
     return state, progress
 
+  batches, place = itertools.count(), loop.place_rows
+
+  def place_and_tell(mesh, batch, size):
+    placed, number = place(mesh, batch, size), next(batches)
+    with Path(flags.FLAGS.workdir, f'rows.{company().group.process}').open('a' if number else 'w') as file:
+      file.writelines(f'{number} {row} {digest}\n' for row, digest in digests(placed))
+    return placed
+
   Checkpoints.save, Checkpoints.restore = keep_and_save, restore_and_keep
+  loop.place_rows = place_and_tell
   train.main(config)
 
 
