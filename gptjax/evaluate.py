@@ -74,9 +74,10 @@ def _documents(restorer, sets, tags) -> Callable[[Any], Any]:
   if not sets:
     return lambda parameters: None
   from gptjax import data, evaluation, training
+  from gptjax.sharding import row_groups
   config = restorer.config.data
   rows = {name: data.EvalRows(store, config.context, config.isolate_documents) for name, store in sets.items()}
-  shared = restorer.mesh.shape['replica'] * restorer.mesh.shape['data']
+  shared = row_groups(restorer.mesh)
   scorer = evaluation.Scorer(restorer.blueprint, training.next_token(), restorer.mesh, -(-_rows(restorer) // shared) * shared)
 
   def score(parameters):
@@ -110,7 +111,8 @@ def _tasks(restorer, tokenizer) -> Callable[[Any], tuple[Any, list]]:
 def _task_tokens(restorer) -> int:
   """Tokens of a batch of a task's requests, most of which are far shorter than the context."""
   whole = _rows(restorer) * restorer.config.data.context
-  shared = restorer.mesh.shape['replica'] * restorer.mesh.shape['data']
+  from gptjax.sharding import row_groups
+  shared = row_groups(restorer.mesh)
   return whole if _BATCH.value else min(whole, 2**14 * shared)
 
 

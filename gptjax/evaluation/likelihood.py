@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gptjax.inference import bucket
 from gptjax.model import Blueprint, Parameters, Place
-from gptjax.sharding import my_rows, place_rows, spec
+from gptjax.sharding import my_rows, place_rows, row_groups, spec
 
 
 class Asked(NamedTuple):
@@ -90,7 +90,7 @@ class LikelihoodScorer:
     return bucket(read), min(end, bucket(read))
 
   def _rows(self, length: int, count: int) -> int:
-    shared = self._mesh.shape['replica'] * self._mesh.shape['data']
+    shared = row_groups(self._mesh)
     rows = min(max(self._batch_tokens // length, 1), 1 << (count - 1).bit_length())
     return -(-rows // shared) * shared
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gptjax.inference.sampling import Sampling, penalized, sample
 from gptjax.model import Blueprint, Caches, Parameters, Place, blueprint, empty_cache
-from gptjax.sharding import my_rows, place_rows, spec
+from gptjax.sharding import my_rows, place_rows, row_groups, spec
 
 
 class Drawn(NamedTuple):
@@ -101,7 +101,7 @@ class Decoder:
       windows = [window + room if window + room <= context else max(context // 2, 1) for window in windows]
 
   def _start(self, parameters, rows, texts, seeds, drawn, room, sampling):
-    shared = self._mesh.shape['replica'] * self._mesh.shape['data']
+    shared = row_groups(self._mesh)
     batch = -(-_power(len(rows)) // shared) * shared
     length = min(bucket(max(map(len, rows))), self._plan.context)
     tokens = np.zeros((batch, length), np.int32)

@@ -21,7 +21,7 @@ from gptjax.data.progress import Work, announce
 from gptjax.interop.matching import Match, raw
 from gptjax.interop.tensor_files import Entry
 from gptjax.model import Blueprint, Parameters, blueprint
-from gptjax.sharding import place
+from gptjax.sharding import place, row_groups
 
 CHECKS = ('auto', 'transformers', 'roundtrip', 'none')
 
@@ -135,7 +135,7 @@ def our_logits(plan: Blueprint, parameters: Parameters, mesh: Mesh, tokens: Int[
   exact = blueprint(config, plan.context)
   with jax.set_mesh(mesh), jax.default_matmul_precision('highest'):  # accelerators round float32 otherwise
     # One row for each device that shares the batch: they are all the same.
-    rows = np.tile(tokens, (mesh.shape['replica'] * mesh.shape['data'], 1))
+    rows = np.tile(tokens, (row_groups(mesh), 1))
     logits = jax.jit(lambda parameters, tokens: exact.merge(parameters)(tokens))(parameters, place(mesh, rows, 'batch', None))
     return np.asarray(logits)[0, :, :config.vocab_size]
 

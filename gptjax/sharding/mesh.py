@@ -64,6 +64,11 @@ def _arranged(replica: int, data: int, model: int, devices: Sequence[Any]) -> np
     (replica // between, data * between // count, model), (between, count // between, 1), devices, allow_split_physical_axes=True)
 
 
+def row_groups(mesh: AnyMesh) -> int:
+  """Into how many parts the rows of a batch are cut: the sizes of `replica` and `data`."""
+  return mesh.shape['replica'] * mesh.shape['data']
+
+
 def describe(mesh: Mesh) -> str:
   """The mesh in words: 'data 4 x model 2', and the replicas where there are several."""
   return ' x '.join(f'{name} {size}' for name, size in mesh.shape.items() if size > 1 or name != 'replica')
@@ -72,7 +77,7 @@ def describe(mesh: Mesh) -> str:
 def check_sizes(config: Config, mesh: AnyMesh) -> None:
   """Raises a UserError for a batch, heads or tokens that the mesh cannot split."""
   sizes, m = mesh.shape, config.model
-  shared, model = sizes['replica'] * sizes['data'], sizes['model']
+  shared, model = row_groups(mesh), sizes['model']
   if config.sequences % shared:
     axes = 'mesh.data' if sizes['replica'] == 1 else 'mesh.replica * mesh.data'
     size = shared * config.microbatches
