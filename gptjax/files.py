@@ -21,10 +21,12 @@ def expanded(path: Path | str) -> Path:
 
 
 def write_whole(path: Path, text: str) -> None:
-  """Writes a file beside its place and then moves it there: who reads it never sees a part."""
+  """Writes a file beside its place and then moves it there: who reads it never sees a part, even after a power cut."""
   partial = path.with_name(f'{path.name}.partial')
   partial.write_text(text)
+  sync(partial)
   partial.rename(path)
+  sync(path.parent)
 
 
 def append_line(path: Path, line: str) -> None:

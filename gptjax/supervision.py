@@ -18,7 +18,7 @@ _IDLE = 3
 def supervise(command: Sequence[str], workdir: Path, restarts: int, ended: Sequence[int]) -> int:
   """Runs a command until it ends by itself, and returns its exit status.
 
-  SIGTERM and SIGINT go on to the command. It is started again where it crashed or was killed, after a pause, but not more often
+  SIGTERM, SIGINT and SIGHUP go on to the command. It is started again where it crashed or was killed, after a pause, but not more often
   than allowed, and not when its last starts led to no new checkpoint.
 
   Args:
@@ -65,7 +65,7 @@ def _passing_on(child: subprocess.Popen) -> Iterator[list[int]]:
     signals.append(number)
     child.send_signal(number)
 
-  before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+  before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
   try:
     yield signals
   finally:
@@ -87,4 +87,5 @@ def _named(status: int) -> str:
 
 
 def _say(line: str) -> None:
-  print(line, file=sys.stderr, flush=True)
+  with contextlib.suppress(OSError):
+    print(line, file=sys.stderr, flush=True)

@@ -43,9 +43,13 @@ def main(config: configs.Config) -> int:
                      ended=(0, 2, os.EX_TEMPFAIL))
   cache = start(config)
   from gptjax import training
-  return training.train(config, training.Options(
-    workdir, cache, log_every=_LOG_EVERY.value, stop_at=_STOP_AT.value, profile_steps=profile_steps, accept_changes=_ACCEPT.value,
-    hang_timeout=_HANG.value))
+  options = training.Options(workdir, cache, log_every=_LOG_EVERY.value, stop_at=_STOP_AT.value, profile_steps=profile_steps,
+                             accept_changes=_ACCEPT.value, hang_timeout=_HANG.value)
+  try:
+    return training.train(config, options)
+  except OSError as error:  # a machine's fault, after which another start may do, and no mistake
+    place = error.filename or 'system'
+    raise configs.Fault(f'{place}: {error.strerror or error}, accepted: a place that can be read and written') from error
 
 
 def _steps(text: str | None) -> tuple[int, int] | None:

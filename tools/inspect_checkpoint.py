@@ -48,10 +48,11 @@ def _list(console: Console, workdir: Path, checkpoints) -> int:
   if not steps:
     raise UserError('--workdir', str(workdir), 'a folder with checkpoints, which gptjax.train makes')
   table = Table('step', 'tokens', 'loss', 'MB', 'saved', 'state')
-  wrong = ''
+  bad = False
   for step in steps:
     folder = workdir / 'checkpoints' / str(step)
     if wrong := damage(folder):
+      bad = True
       table.add_row(str(step), '', '', '', '', f'damaged: {wrong}')
       continue
     facts, files = (read(folder)[name] for name in ('facts', 'files'))
@@ -62,7 +63,7 @@ def _list(console: Console, workdir: Path, checkpoints) -> int:
   aside = sorted(path.name for path in (workdir / DAMAGED).iterdir()) if (workdir / DAMAGED).exists() else []
   if aside:
     console.print(f'set aside as damaged, in {workdir / DAMAGED}: {", ".join(aside)}')
-  return int(bool(wrong))
+  return int(bad)
 
 
 def _describe(console: Console, folder: Path) -> None:

@@ -4,6 +4,7 @@ A checkpoint is a folder named after its step. It appears by one rename, when ev
 the disk; it is compared with its manifest before anything of it is used, since Orbax loads a flipped bit without a word.
 """
 
+import contextlib
 import dataclasses
 import errno
 import math
@@ -81,17 +82,17 @@ class Checkpoints:
   def steps(self) -> list[int]:
     """Steps that have a checkpoint, damaged or not, oldest first."""
     names = [path.name for path in self._directory.iterdir()] if self._directory.is_dir() else []
-    return sorted(int(name) for name in names if name.isdecimal())
+    return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
-  def newest(self) -> int | None:
-    """The newest step whose checkpoint is as it was written; to be called by all processes.
+  def newest(self, below: int | None = None) -> int | None:
+    """The newest step, or the newest below one, whose checkpoint is as it was written; to be called by all processes.
 
     Newer ones that are damaged are told and, by a run that writes here, put into the folder `damaged` beside.
 
     Raises:
       UserError: there are checkpoints, and all are damaged.
     """
-    steps = share('checkpoints', self.steps())
+    steps = [step for step in share('checkpoints', self.steps()) if below is None or step < below]
     for step in reversed(steps):
       wrong = self._wrong(step)
       if not wrong:
@@ -240,6 +241,13 @@ class Checkpoints:
     finally:
       self._background.shutdown()
 
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+    with contextlib.suppress(*[UserError] if error else []):  # the error that ends a run is the one to tell
+      self.close()
+
   def _load(self, step: int, wanted: Any, partial: bool = False) -> Any:
     if wrong := self._wrong(step):
       raise self._unfit(step, f'it is damaged: {wrong}')
@@ -274,8 +282,9 @@ class Checkpoints:
     folder = self._directory / str(step)
     if folder.exists():
       dropped = folder.with_name(f'{step}.dropped')
+      shutil.rmtree(dropped, ignore_errors=True)  # what does not go now, the next start removes: the checkpoint beside it is whole
       folder.rename(dropped)
-      shutil.rmtree(dropped)
+      shutil.rmtree(dropped, ignore_errors=True)
 
   def _set_aside(self, step: int) -> Path:
     aside = self._directory.with_name(DAMAGED) / f'{step}-{time.strftime("%Y%m%d-%H%M%S")}'
@@ -291,6 +300,8 @@ class Checkpoints:
     code = getattr(error, 'errno', None)
     if code == errno.ENOSPC or 'RESOURCE_EXHAUSTED' in str(error):
       return UserError('checkpoint', str(self._directory), 'a disk with space left')
+    if 'DEADLINE_EXCEEDED' in str(error):
+      return UserError('checkpoint', str(self._directory), 'a save that all processes finish; another one failed')
     if isinstance(error, OSError) or 'PERMISSION_DENIED' in str(error) or 'NOT_FOUND' in str(error):
       return UserError('checkpoint', str(self._directory), f'a folder that can be written; {" ".join(str(error).split())[:200]}')
     return error

@@ -46,6 +46,8 @@ def read(folder: Path) -> dict[str, Any]:
     whole = manifest['sha256'] == _self_digest(content)
   except FileNotFoundError:
     raise Damaged(f'{MANIFEST} is missing') from None
+  except OSError as error:
+    raise Damaged(f'{MANIFEST} cannot be read: {error.strerror}') from None
   except (ValueError, LookupError, TypeError, RecursionError):
     whole = False
   if not whole:

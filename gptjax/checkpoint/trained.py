@@ -10,7 +10,6 @@ from gptjax import config as configs
 from gptjax.checkpoint.checkpoints import Checkpoints
 from gptjax.config import Config, MeshConfig, UserError
 from gptjax.model import Blueprint, Parameters, attention_backend, blueprint
-from gptjax.processes import share
 from gptjax.sharding import check_heads, describe, make_mesh
 
 
@@ -57,7 +56,7 @@ def load_trained(workdir: Path, step: str = 'latest', model_axis: int = 0) -> Tr
     UserError: no run in the folder, no such checkpoint, or a mesh that devices or heads do not allow.
   """
   with Restorer(workdir, model_axis) as restorer:
-    return restorer.restore(share('checkpoint', restorer.checkpoints.resolve(step)))
+    return restorer.restore(restorer.checkpoints.resolve(step))
 
 
 class Restorer:
@@ -86,7 +85,7 @@ class Restorer:
     Raises:
       UserError: one of them is not there.
     """
-    return share('checkpoints', self.checkpoints.resolve_all(wanted))
+    return self.checkpoints.resolve_all(wanted)
 
   def restore(self, step: int) -> Trained:
     """The parameters of a step.

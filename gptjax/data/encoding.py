@@ -120,12 +120,12 @@ def encoded(tasks: Iterator[list[Part]], recipe: Recipe, processes: int) -> Gene
 
 
 def _start_worker(recipe: Recipe) -> None:
-  threading.Thread(target=_end_with_parent, daemon=True).start()
+  threading.Thread(target=end_with_parent, daemon=True).start()
   _worker['encode'] = _encoder(recipe)
 
 
-def _end_with_parent() -> None:
-  """A pool's processes would wait for ever for a parent that was killed."""
+def end_with_parent() -> None:
+  """Ends a worker when its parent was killed, for which it would wait for ever; to be run by a thread of it."""
   parent = multiprocessing.parent_process()
   if parent:
     parent.join()

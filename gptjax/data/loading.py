@@ -2,10 +2,13 @@
 
 import contextlib
 import dataclasses
+import signal
+import threading
 from collections.abc import Generator
 
 import numpy as np
 
+from gptjax.data.encoding import end_with_parent
 from gptjax.data.rows import Batch, TrainRows
 
 _STEPS = 2**62  # as good as endless; Grain asks for a length
@@ -31,6 +34,13 @@ class _Batches:
     return self.rows.batch(self.first_row + index * self.batch_size + self.mine)
 
 
+def _start_worker(index: int, count: int) -> None:
+  del index, count
+  for number in (signal.SIGINT, signal.SIGTERM):  # a terminal and Slurm tell them to workers too, which the run needs to end well
+    signal.signal(number, signal.SIG_IGN)
+  threading.Thread(target=end_with_parent, daemon=True).start()
+
+
 def batches(rows: TrainRows, first_row: int, batch_size: int, mine: np.ndarray, *, prefetch: int,
             workers: int) -> Generator[Batch, None, None]:
   """The batches of a run from some row on, without end; to be closed, so that its threads and processes end.
@@ -51,7 +61,8 @@ def batches(rows: TrainRows, first_row: int, batch_size: int, mine: np.ndarray, 
     from absl import flags
     flags.FLAGS.mark_as_parsed()  # Grain hands the flags of a process on to its workers, and asks whether there are any
     alone = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    ready = alone.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=-(-prefetch // workers)))
+    ready = alone.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=-(-prefetch // workers)),
+                              worker_init_fn=_start_worker)
   iterator = iter(ready)
   try:
     yield from iterator

@@ -1,5 +1,6 @@
 """What a cloud says before it takes a machine back: Google Cloud and EC2 tell it to a process that asks."""
 
+import http.client
 import json
 import os
 import threading
@@ -44,7 +45,7 @@ def _watch(ask: Callable[[str | None], tuple[str | None, str | None]], heard: Ca
   while True:
     try:
       notice, seen = ask(seen)
-    except (OSError, ValueError):  # it may be away for a moment; a server that is none says so each time, to nobody
+    except (OSError, ValueError, http.client.HTTPException):  # it may be away for a moment
       time.sleep(_EVERY)
       continue
     if notice:

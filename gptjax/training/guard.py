@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from gptjax.config import FaultsConfig, UserError
+from gptjax.config import Fault, FaultsConfig, UserError
 from gptjax.files import append_line, complete_lines, json_line, write_whole
 from gptjax.processes import share
 
@@ -19,6 +19,8 @@ DECAY = 0.99
 WARMUP = 50
 """good steps before anything counts as a spike"""
 BAD_STEPS = 'bad_steps.jsonl'
+MOST_IN_A_ROW = 100
+"""bad steps that are skipped; statistics stand still meanwhile, so after so many none would be good again"""
 
 
 class Watch(NamedTuple):
@@ -91,6 +93,7 @@ class BadSteps:
 
   def __init__(self, config: FaultsConfig, workdir: Path, writes: bool):
     self._config, self._file, self._writes = config, workdir / BAD_STEPS, writes
+    self._last, self._in_a_row = 0, 0
     self.found = _read(self._file) if writes else []
     # Every process passes over the same rows, whatever its file system shows it of the file.
     self._passed = [tuple(rows) for rows in share('bad steps', sorted(bad.rows for bad in self.found if bad.action == 'rollback'))]
@@ -105,7 +108,7 @@ class BadSteps:
   def forget_after(self, step: int) -> None:
     """Drops what was left out after a step from which the run goes on: it comes again. What is passed over stays so."""
     kept = [bad for bad in self.found if bad.step <= step or bad.action == 'rollback']
-    if len(kept) < len(self.found) and self._writes:
+    if self._writes and self._file.exists():  # without what a kill left of a line, too
       write_whole(self._file, ''.join(_line(bad) for bad in kept))
     self.found = kept
 
@@ -114,12 +117,17 @@ class BadSteps:
 
     Raises:
       UserError: it ends the run.
+    Fault: there were too many in a row.
       Rollback: the run goes back.
     """
     bad = BadStep(step, rows, loss, grad_norm, self._config.bad_step)
     self.found.append(bad)
     if self._writes:
       append_line(self._file, _line(bad))
+    self._in_a_row = self._in_a_row + 1 if step == self._last + 1 else 1
+    self._last = step
+    if self._in_a_row == MOST_IN_A_ROW:
+      raise Fault(f'{bad}; it is the {MOST_IN_A_ROW}th in a row, accepted: good steps in between')
     if bad.action == 'stop':
       raise UserError('loss' if not np.isfinite(loss) else 'gradient', loss if not np.isfinite(loss) else grad_norm,
                       f'a good step, or --config.faults.bad_step=skip or rollback; {bad}; its update was not made')

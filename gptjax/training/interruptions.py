@@ -1,9 +1,9 @@
 """What asks a run to save, or to save and end, before its time; and how all its processes come to do it after the same step."""
 
+import contextlib
 import enum
 import os
 import signal
-import sys
 import threading
 import time
 from typing import Any
@@ -59,7 +59,8 @@ class Interruptions:
     for one in self._before:
       signal.signal(one, signal.SIG_DFL)
     self._asked(signal.Signals(number).name)
-    print(f'{self.reason}: saving after this step and ending; once more ends at once', file=sys.stderr)
+    with contextlib.suppress(OSError):  # whoever reads stderr may have got the same signal
+      os.write(2, f'{self.reason}: saving after this step and ending; once more ends at once\n'.encode())
 
   def _asked(self, reason: str) -> None:
     self.reason, self._end = reason, True

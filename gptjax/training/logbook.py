@@ -19,6 +19,13 @@ from gptjax.data.progress import announce
 from gptjax.files import complete_lines, json_line, write_whole
 
 
+class _Console(Console):
+  """A run goes on where nobody reads what it says any more, as when its terminal or tee is gone."""
+
+  def on_broken_pipe(self) -> None:
+    self.quiet = True
+
+
 class Logbook:
   """The records of a run in its workdir; lines after `step` left by an earlier process are cut off.
 
@@ -29,7 +36,7 @@ class Logbook:
   """
 
   def __init__(self, workdir: Path, step: int, steps: int):
-    self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+    self.console = _Console(stderr=True, highlight=False, soft_wrap=True)
     self._workdir = workdir
     self._files = {name: _Lines(workdir / name, step) for name in ('metrics.jsonl', 'samples.jsonl')}
     self._board = _Board(workdir / 'tensorboard', step + 1)
@@ -159,7 +166,10 @@ class _Lines:
     """Returns when all lines are on the disk, or raises a UserError."""
     if error := self.write(''):
       raise UserError(str(self._path), error, 'a disk with space left')
-    os.fsync(self._file.fileno())
+    try:
+      os.fsync(self._file.fileno())
+    except OSError as late:  # some file systems say only here that there is no space
+      raise UserError(str(self._path), late.strerror, 'a disk with space left') from None
 
   def close(self) -> None:
     self._file.close()

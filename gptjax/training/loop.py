@@ -68,17 +68,20 @@ def train(config: Config, options: Options) -> int:
       stack.enter_context(alone(options.workdir))
     share('lock')
     folder = options.workdir
-    checkpoints = stack.enter_context(contextlib.closing(Checkpoints(
+    checkpoints = stack.enter_context(Checkpoints(
       folder / 'checkpoints', Retention(config.checkpoint.keep, run.keep_every, config.checkpoint.keep_best),
-      beside=(folder / 'config.json', folder / 'data' / 'identity.json', folder / 'data' / 'tokenizer'))))
+      beside=(folder / 'config.json', folder / 'data' / 'identity.json', folder / 'data' / 'tokenizer')))
     newest = checkpoints.newest()
     progress = Progress() if newest is None else checkpoints.progress(newest)
-    changed = claim(folder, run, data, progress, options.accept_changes) if first() else []
-    see(folder)
-    _check_profile(options.profile_steps, progress.step, last)
+    _check_profile(options.profile_steps, last)
     _check_rows(run, progress, last)
+    changed = claim(folder, run, data, None if newest is None else progress, options.accept_changes) if first() else []
+    see(folder)
     if newest is None:
       state, begun = beginning(run, data.tokenizer)
+      if config.init_from:  # from now on it needs the other run no more
+        checkpoints.save(progress, state, None)
+        checkpoints.wait()
     else:
       state, begun = checkpoints.restore(newest, run.abstract_state)[0], f'step {progress.step}, {progress.tokens:,} tokens'
     peak = peak_flops(list(mesh.devices.flatten()), run.config.model.compute_dtype)
@@ -105,10 +108,9 @@ def _prepare(config: Config, cache_dir: Path) -> Prepared:
   return data
 
 
-def _check_profile(steps: tuple[int, int] | None, done: int, last: int) -> None:
-  if steps and not done < steps[0] <= last:
-    accepted = f'a first step from {done + 1} to {last}, which this process runs' if done < last else f'no trace: step {done} is done'
-    raise UserError('--profile_steps', f'{steps[0]}:{steps[1]}', accepted)
+def _check_profile(steps: tuple[int, int] | None, last: int) -> None:
+  if steps and steps[0] > last:  # those that are done were traced by a process before
+    raise UserError('--profile_steps', f'{steps[0]}:{steps[1]}', f'a first step of at most {last}, the last of this process')
 
 
 def _check_rows(run: Run, done: Progress, last: int) -> None:
@@ -161,6 +163,7 @@ class _Loop:
   def _begin(self, state: TrainState, progress: Progress) -> None:
     """Stands at a state, as fresh from the start or from a checkpoint."""
     self.state, self.progress = state, progress
+    self.watchdog.progress()
     self.pending: tuple[int, tuple[int, int], dict[str, jax.Array]] | None = None
     self.bad_steps.forget_after(progress.step)
     self.batches = self._batches(progress.rows)
@@ -255,7 +258,9 @@ class _Loop:
     self.interruptions.saved()
     for left in reversed(range(MOST_RETRIES if waits else 1)):
       self._heed_failure(self.checkpoints.wait)  # of the save before
+      self.watchdog.progress()
       failed = self._heed_failure(lambda: self._save_once(loss, waits), final=waits and not left)
+      self.watchdog.progress()
       if not waits or not any(gather('saved', failed)):
         return
       time.sleep(RETRY)
@@ -275,7 +280,7 @@ class _Loop:
       if not (self.options.workdir / 'config.json').exists():
         raise UserError('--workdir', str(self.options.workdir), 'the folder of the run, which is gone')
       self.book.flush()  # a checkpoint's lines are on the disk before it is
-    except UserError as error:
+    except (UserError, OSError) as error:
       return str(error)
     return ''
 
@@ -325,7 +330,7 @@ class _Loop:
     return inference.Generator(self.run.blueprint, self.run.mesh, self.data.tokenizer, self.run.config.zero_stage)
 
   def _start_trace(self, step: int) -> None:
-    if first() and self.options.profile_steps and step == self.options.profile_steps[0]:
+    if first() and self.options.profile_steps and not self.tracing and step == self.options.profile_steps[0]:
       self._read_pending()
       jax.profiler.start_trace(self.options.workdir / 'profile')
       self.tracing = True

@@ -59,17 +59,19 @@ def replay(workdir: Path, step: int, cache_dir: Path, begin: Callable[[str], Non
   with jax.set_mesh(mesh):
     run = resolve(config, data, mesh)
     checkpoints = Checkpoints(workdir / 'checkpoints')
-    before = [one for one in checkpoints.steps() if one < step]
-    if before:
-      state, progress = checkpoints.restore(before[-1], run.abstract_state)
+    before = checkpoints.newest(below=step)
+    if before is not None:
+      state, progress = checkpoints.restore(before, run.abstract_state)
     else:
       state, progress = beginning(run, data.tokenizer)[0], Progress()
-    begin(f'from {f"checkpoint {before[-1]}" if before else "the start: no checkpoint before it is left"}, {step - progress.step} steps')
+    words = 'the start: no checkpoint before it is left' if before is None else f'checkpoint {before}'
+    begin(f'from {words}, {step - progress.step} steps')
     bad = BadSteps(config.faults, workdir, writes=True)
     size, tokens, row = config.batch_size, progress.tokens, progress.rows
     for number in range(progress.step + 1, step + 1):
-      if number == progress.step + 1 or bad.passed(row, size) != row:
-        row = bad.passed(row, size)
+      start = bad.passed(row, size)
+      if number == progress.step + 1 or start != row:
+        row = start
         feed = batches(run.rows, row, size, my_rows(mesh, size), prefetch=config.data.prefetch, workers=config.data.workers)
       state, metrics = run.step(state, place_rows(mesh, next(feed), size))
       row += size

@@ -51,13 +51,13 @@ def alone(workdir: Path) -> Iterator[None]:
           workdir.rmdir()
 
 
-def claim(workdir: Path, run: Run, data: Prepared, done: Progress, accept: bool) -> list[str]:
+def claim(workdir: Path, run: Run, data: Prepared, done: Progress | None, accept: bool) -> list[str]:
   """Makes the workdir self-contained, or checks that it is of this run.
 
   Args:
     workdir: of the run.
     run, data: as asked for now.
-    done: how far the run is.
+    done: how far the run is; None: it has no checkpoint, and may still be any run.
     accept: whether changes of what is computed are accepted.
 
   Returns:
@@ -67,7 +67,7 @@ def claim(workdir: Path, run: Run, data: Prepared, done: Progress, accept: bool)
     UserError: a change that is not allowed; every one is named.
   """
   file, config = workdir / 'config.json', run.config
-  old = configs.read(file) if file.exists() else config
+  old = configs.read(file) if done and file.exists() else config
   different = configs.differences(old, config)
   vocabulary = different.pop('model.vocab_size', None)  # the last to be told: it follows from tokenizer and text, which say more
   _leave_moved_stores(different)
@@ -75,13 +75,16 @@ def claim(workdir: Path, run: Run, data: Prepared, done: Progress, accept: bool)
     raise UserError('batch_size', config.batch_size, f'{old.batch_size}, with which this workdir was started, where data.phases start at '
                     "steps; phases that start at '1e9 tokens' do not depend on it")
   bound = {name: change for name, change in different.items() if not name.startswith(FREE)}
-  if _open_ended(old, run, done):
+  if done and _open_ended(old, run, done):
     bound.pop('steps', None)
+  opt = config.optimizer
+  if 'batch_size' in different and not all(in_unit_of_steps(value) for value in (config.steps, opt.warmup, opt.decay) if value):
+    bound['batch_size'] = different['batch_size']  # the same epochs or tokens would be other steps
   never = {name: change for name, change in bound.items()
            if name == 'optimizer.name' or (name.startswith('model.') and name not in _HOLDABLE)}
   if never or (bound and not accept):
     raise _another_run(never or bound, bound, accepted=not never)
-  export(data, workdir / 'data', replace=accept and not vocabulary)
+  export(data, workdir / 'data', replace=(accept and not vocabulary) or not done)
   if vocabulary:
     raise _another_run({'model.vocab_size': vocabulary}, {}, accepted=False)
   write_whole(file, configs.to_json(config))

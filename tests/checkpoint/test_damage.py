@@ -95,6 +95,12 @@ def test_a_run_sets_damaged_ones_aside_and_goes_on_from_the_one_before(workdir, 
   assert Checkpoints(workdir / 'checkpoints').newest() == 20
 
 
+def test_only_names_that_are_steps_count(workdir):
+  for name in ('0300', '\u0663', '40x'):
+    (workdir / 'checkpoints' / name).mkdir()
+  assert Checkpoints(workdir / 'checkpoints', Retention()).newest() == 20
+
+
 def test_where_all_are_damaged_nothing_is_begun_anew(workdir):
   for step in ('10', '20'):
     (workdir / 'checkpoints' / step / 'manifest.json').unlink()

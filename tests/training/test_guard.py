@@ -170,6 +170,28 @@ def test_rows_passed_over_are_known_to_any_batch_size(tmp_path):
   assert [again.passed(row, 8) for row in (16, 24, 64, 72)] == [16, 36, 64, 80]
 
 
+def test_what_a_kill_left_of_a_line_is_in_no_ones_way(tmp_path):
+  bad = BadSteps(FaultsConfig(bad_step='skip'), tmp_path, writes=True)
+  bad.add(8, (28, 32), math.nan, 1.0)
+  with (tmp_path / 'bad_steps.jsonl').open('a') as file:
+    file.write('{"step": 9, "ro')
+  for _ in range(2):
+    bad = BadSteps(FaultsConfig(bad_step='skip'), tmp_path, writes=True)
+    assert [one.step for one in bad.found] == [8]
+    bad.forget_after(8)
+    bad.add(9, (32, 36), math.nan, 1.0)
+    assert [line['step'] for line in bad_steps(tmp_path)] == [8, 9]
+    BadSteps(FaultsConfig(), tmp_path, writes=True).forget_after(8)
+
+
+def test_bad_steps_in_a_row_end_a_run_that_skips(tmp_path):
+  bad = BadSteps(FaultsConfig(bad_step='skip'), tmp_path, writes=False)
+  for step in [*range(1, 99), *range(100, 199)]:
+    bad.add(step, (step, step + 1), math.nan, 1.0)
+  with pytest.raises(Fault, match='step 199 is bad.*100th in a row'):
+    bad.add(199, (199, 200), math.nan, 1.0)
+
+
 def test_a_damaged_line_of_bad_steps_is_a_mistake(tmp_path):
   (tmp_path / 'bad_steps.jsonl').write_text('{"step": 3, "rows": [1], "loss": 1.0, "grad_norm": 1.0, "action": "skip"}\n')
   with pytest.raises(UserError, match=r'bad_steps.jsonl:1: '):

@@ -64,6 +64,17 @@ def test_a_signal_saves_that_step_and_the_same_command_goes_on(number, settings,
   assert records(tmp_path / 'run') == straight
 
 
+def test_a_signal_is_heard_where_nobody_reads_what_is_said(monkeypatch):
+  # Ctrl-C ends the tee behind a run as well.
+  def broken(descriptor, data):
+    raise BrokenPipeError
+
+  monkeypatch.setattr(os, 'write', broken)
+  with Interruptions(make_mesh(MeshConfig(1, 1))) as interruptions:
+    os.kill(os.getpid(), signal.SIGINT)
+    assert interruptions.wish() == Wish.END and interruptions.reason == 'SIGINT'
+
+
 STUCK = """
 import sys, time, conftest
 conftest._set_up_jax()

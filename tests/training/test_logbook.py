@@ -1,5 +1,6 @@
 """metrics.jsonl and samples.jsonl: one JSON object a line, cut back to where a run goes on."""
 
+import io
 import json
 
 import pytest
@@ -131,3 +132,16 @@ def test_the_terminal_has_a_line_a_step_on_stderr(open_book, capsys):
   start = ' mesh  data 1 x model 1\nsteps  10\nstep 5/10  loss 2.5000  10,000 tokens/s  MFU 25.0%  0:00:0'
   assert captured.err.startswith(start)
   assert captured.err.endswith('[bold] is no markup\n')
+
+
+def test_a_run_goes_on_where_nobody_reads_its_terminal(tmp_path, open_book):
+  class Broken(io.StringIO):
+    def write(self, text):
+      raise BrokenPipeError
+
+  book = open_book()
+  book.console.file = Broken()
+  book.say('to nobody')
+  book.step(1, METRICS)
+  book.close()
+  assert [line['step'] for line in lines(tmp_path)] == [1]

@@ -97,8 +97,9 @@ def test_a_trace_ends_with_the_run_at_the_latest(tmp_path, text, cache):
   assert any(path.endswith('.xplane.pb') for path in files_below(tmp_path))
   jax.profiler.start_trace(tmp_path / 'other')  # which would fail if one were still going on
   jax.profiler.stop_trace()
-  with pytest.raises(UserError, match=r"^--profile_steps: '4:5', accepted: "):  # of steps that were done before
-    run(config(text, steps=6), tmp_path, cache, profile_steps=(4, 5), accept_changes=True)
+  with pytest.raises(UserError, match=r"^--profile_steps: '7:8', accepted: a first step of at most 6"):
+    run(config(text, steps=6), tmp_path, cache, profile_steps=(7, 8), accept_changes=True)
+  run(config(text, steps=6), tmp_path, cache, profile_steps=(3, 4), accept_changes=True)  # which the process before traced
 
 
 def test_a_run_that_diverges_says_so_and_keeps_the_best(tmp_path, text, cache):

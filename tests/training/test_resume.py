@@ -190,3 +190,15 @@ def test_a_run_goes_on_elsewhere(values, settings, stopped, straight, cache):
   lines = run(configs.override(settings, values), stopped, cache)
   for ours, theirs in zip(lines, records(straight), strict=True):
     np.testing.assert_allclose([*ours.values()], [*theirs.values()], rtol=1e-4, err_msg=f'{ours}\n{theirs}')
+
+
+def test_another_batch_size_needs_durations_in_steps(settings, stopped, cache):
+  changed = configs.override(settings, {'steps': '1 epoch', 'optimizer.warmup': '64 tokens', 'batch_size': 8})
+  with pytest.raises(UserError, match='batch_size 4 -> 8'):
+    train(changed, options(stopped, cache))
+
+
+def test_a_run_without_a_checkpoint_may_still_be_any(settings, tmp_path, cache):
+  with pytest.raises(UserError, match='^init_from: '):
+    train(configs.override(settings, {'init_from': str(tmp_path / 'mistyped'), 'seed': 3}), options(tmp_path / 'run', cache))
+  assert run(settings, tmp_path / 'run', cache, stop_at=1)[0]['step'] == 1
