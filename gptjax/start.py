@@ -5,6 +5,7 @@ import os
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from absl import flags, logging
 
@@ -33,6 +34,7 @@ def start(config: Config | None = None) -> Path:
     config: of the run, which must be the same in all processes.
   """
   logging.set_verbosity(logging.FATAL)  # what libraries log of a failure, they also raise
+  sys.unraisablehook = _tell_unraisable
   cache = cache_dir()
   group = processes.discover(_CLUSTER.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
   # Before JAX is imported, which takes seconds: who is missing is told early.
@@ -46,6 +48,12 @@ def start(config: Config | None = None) -> Path:
   if group.processes > 1:
     _initialize(group)
   return cache
+
+
+def _tell_unraisable(unraisable: Any) -> None:
+  """As Python does, but for what TensorStore's threads have left when a save failed: a traceback for each array, of a closed loop."""
+  if str(unraisable.exc_value) != 'Event loop is closed':
+    sys.__unraisablehook__(unraisable)
 
 
 def _initialize(group: processes.Group) -> None:
