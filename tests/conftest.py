@@ -24,6 +24,16 @@ STYLES = {
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
 
 
+def pytest_addoption(parser):
+  parser.addoption('--full', action='store_true', help='every case of a property, as its bar runs it, where a test keeps the fewest')
+
+
+@pytest.fixture
+def full(request):
+  """Whether every case is asked for."""
+  return request.config.getoption('--full')
+
+
 def pytest_pycollect_makemodule(module_path):
   """Sets JAX up before the first test module that may use it is imported."""
   if module_path.parent.name not in WITHOUT_JAX:
