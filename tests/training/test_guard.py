@@ -22,18 +22,8 @@ MODEL = ModelConfig(layers=1, width=16, heads=2, vocab_size=50)
 
 
 @pytest.fixture(scope='module')
-def cache(tmp_path_factory):
-  return tmp_path_factory.mktemp('cache')
-
-
-@pytest.fixture(scope='module')
 def settings(cache):
   return config(write_text(cache / 'text.txt'), steps=10, eval__every=0, checkpoint__every=3, checkpoint__keep=5)
-
-
-@pytest.fixture(autouse=True)
-def known_peak(monkeypatch):
-  monkeypatch.setattr(loop, 'peak_flops', lambda devices, dtype: (1e12, 'assumed'))
 
 
 @pytest.mark.parametrize('mesh, zero_stage, microbatches', [('1x1', 0, 1), ('4x2', 0, 2), ('4x2', 3, 1)], indirect=['mesh'])

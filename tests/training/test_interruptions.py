@@ -28,18 +28,8 @@ TESTS = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture(scope='module')
-def cache(tmp_path_factory):
-  return tmp_path_factory.mktemp('cache')
-
-
-@pytest.fixture(scope='module')
 def settings(cache):
   return config(write_text(cache / 'text.txt'), steps=8, eval__every=0, model__dropout=0.1)
-
-
-@pytest.fixture(autouse=True)
-def known_peak(monkeypatch):
-  monkeypatch.setattr(loop, 'peak_flops', lambda devices, dtype: (1e12, 'assumed'))
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
@@ -129,6 +119,17 @@ def test_wishes_of_all_processes_are_agreed_upon_a_step_later():
     agree(Wish.SAVE)
     agree.forget()  # all saved: nobody wishes for that twice
     assert agree(Wish.GO_ON) == Wish.GO_ON
+
+
+def test_a_save_that_all_agreed_upon_is_made_once():
+  mesh = make_mesh(MeshConfig())
+  with jax.set_mesh(mesh):
+    interruptions = Interruptions(mesh)
+    interruptions._agree = _Agreement(mesh)  # as where several processes are
+    interruptions.save_in(0)
+    assert [interruptions.wish(), interruptions.wish()] == [Wish.GO_ON, Wish.SAVE]
+    interruptions.saved()
+    assert [interruptions.wish(), interruptions.wish()] == [Wish.GO_ON, Wish.GO_ON]
 
 
 def test_a_failed_save_is_wished_for_again_after_its_time():

@@ -17,18 +17,8 @@ from gptjax.training.logbook import Logbook
 
 
 @pytest.fixture(scope='module')
-def cache(tmp_path_factory):
-  return tmp_path_factory.mktemp('cache')
-
-
-@pytest.fixture(scope='module')
 def text(cache):
   return write_text(cache / 'text.txt')
-
-
-@pytest.fixture(autouse=True)
-def known_peak(monkeypatch):
-  monkeypatch.setattr(loop, 'peak_flops', lambda devices, dtype: (1e12, 'assumed'))  # to measure takes a second
 
 
 @pytest.fixture

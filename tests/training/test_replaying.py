@@ -14,22 +14,9 @@ from gptjax import config as configs
 from gptjax.checkpoint import Checkpoints
 from gptjax.checkpoint.contents import Contents
 from gptjax.config import UserError
-from gptjax.training import loop
 from gptjax.training.replaying import replay
 
 ROOT = pathlib.Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True, scope='module')
-def known_peak():
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop, 'peak_flops', lambda devices, dtype: (1e12, 'assumed'))
-    yield
-
-
-@pytest.fixture(scope='module')
-def cache(tmp_path_factory):
-  return tmp_path_factory.mktemp('cache')
 
 
 @pytest.fixture(scope='module')

@@ -16,7 +16,7 @@ from tiny import config, options, records, run, write_text
 from gptjax import config as configs
 from gptjax.config import UserError
 from gptjax.data import train_rows, prepare
-from gptjax.training import loop, train
+from gptjax.training import train
 
 TESTS = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings('ignore:Sharding info not provided')
@@ -24,18 +24,6 @@ pytestmark = pytest.mark.filterwarnings('ignore:Sharding info not provided')
 SETTINGS = {
   'model__dropout': 0.2, 'model__width': 32, 'optimizer__name': 'muon', 'microbatches': 2, 'mesh__data': 2,
   'zero_stage': 3, 'eval__every': 2, 'eval__sample_tokens': 8, 'checkpoint__every': 3}
-
-
-@pytest.fixture(autouse=True, scope='module')
-def known_peak():
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop, 'peak_flops', lambda devices, dtype: (1e12, 'assumed'))  # to measure takes a second
-    yield
-
-
-@pytest.fixture(scope='module')
-def cache(tmp_path_factory):
-  return tmp_path_factory.mktemp('cache')
 
 
 @pytest.fixture(scope='module')

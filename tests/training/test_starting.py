@@ -9,22 +9,10 @@ from gptjax.checkpoint import Checkpoints
 from gptjax.config import MeshConfig, UserError
 from gptjax.data import prepare
 from gptjax.sharding import make_mesh
-from gptjax.training import loop, resolve, train
+from gptjax.training import resolve, train
 from gptjax.training.starting import beginning
 
 import jax
-
-
-@pytest.fixture(scope='module')
-def cache(tmp_path_factory):
-  return tmp_path_factory.mktemp('cache')
-
-
-@pytest.fixture(autouse=True, scope='module')
-def known_peak():
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop, 'peak_flops', lambda devices, dtype: (1e12, 'assumed'))
-    yield
 
 
 @pytest.fixture(scope='module')
