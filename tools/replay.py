@@ -33,12 +33,9 @@ def main(_) -> int:
   worst, steps = 0.0, 0
   for one in replay(workdir, _STEP.value, cache, begin=lambda words: print(words, file=sys.stderr)):
     worst, steps = max(worst, one.difference), steps + 1
-    for name, was in one.logged.items():
-      now = one.again.get(name)
-      same = was == now
-      if not same or one.step == _STEP.value:
-        away = '' if same else f'{abs(was - now) / max(abs(was), abs(now)):.1e}' if None not in (was, now) else 'one is no number'
-        table.add_row(str(one.step), name, repr(was), repr(now), away)
+    for name, away in one.differences.items():
+      if away or one.step == _STEP.value:
+        table.add_row(str(one.step), name, repr(one.logged[name]), repr(one.again.get(name)), f'{away:.1e}' if away else '')
   if first():
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)

@@ -30,9 +30,14 @@ class Replayed:
   again: dict[str, float | int | None]
 
   @property
+  def differences(self) -> dict[str, float]:
+    """The relative difference of each logged field; 0: equal to the last bit, infinite: one alone is a number."""
+    return {name: _difference(value, self.again.get(name)) for name, value in self.logged.items()}
+
+  @property
   def difference(self) -> float:
-    """The largest relative difference of a field; 0: equal to the last bit, infinite: one alone is a number."""
-    return max(_difference(value, self.again.get(name)) for name, value in self.logged.items())
+    """The largest of them."""
+    return max(self.differences.values())
 
 
 def replay(workdir: Path, step: int, cache_dir: Path, begin: Callable[[str], None] = lambda words: None) -> Iterator[Replayed]:
