@@ -75,15 +75,15 @@ def train(config: Config, options: Options) -> int:
     progress = Progress() if newest is None else checkpoints.progress(newest)
     _check_profile(options.profile_steps, last)
     _check_rows(run, progress, last)
+    if newest is None:  # before the workdir is made, which a mistake in init_from should leave undone
+      state, begun = beginning(run, data.tokenizer)
     changed = claim(folder, run, data, None if newest is None else progress, options.accept_changes) if first() else []
     see(folder)
-    if newest is None:
-      state, begun = beginning(run, data.tokenizer)
-      if config.init_from:  # from now on it needs the other run no more
-        checkpoints.save(progress, state, None)
-        checkpoints.wait()
-    else:
+    if newest is not None:
       state, begun = checkpoints.restore(newest, run.abstract_state)[0], f'step {progress.step}, {progress.tokens:,} tokens'
+    elif config.init_from:  # from now on the run needs the other one no more
+      checkpoints.save(progress, state, None)
+      checkpoints.wait()
     peak = peak_flops(list(mesh.devices.flatten()), run.config.model.compute_dtype)
     book = stack.enter_context(contextlib.closing(Logbook(folder, progress.step, run.steps) if first() else Silence()))
     facts = header(run, data, begun, peak)

@@ -189,4 +189,7 @@ def test_another_batch_size_needs_durations_in_steps(settings, stopped, cache):
 def test_a_run_without_a_checkpoint_may_still_be_any(settings, tmp_path, cache):
   with pytest.raises(UserError, match='^init_from: '):
     train(configs.override(settings, {'init_from': str(tmp_path / 'mistyped'), 'seed': 3}), options(tmp_path / 'run', cache))
+  assert not (tmp_path / 'run').exists()
+  (tmp_path / 'run').mkdir()
+  (tmp_path / 'run' / 'config.json').write_text(configs.to_json(configs.override(settings, {'seed': 3})))
   assert run(settings, tmp_path / 'run', cache, stop_at=1)[0]['step'] == 1
