@@ -126,7 +126,7 @@ def test_a_save_that_all_agreed_upon_is_made_once():
   with jax.set_mesh(mesh):
     interruptions = Interruptions(mesh)
     interruptions._agree = _Agreement(mesh)  # as where several processes are
-    interruptions.save_in(0)
+    interruptions.save_in(0.0)
     assert [interruptions.wish(), interruptions.wish()] == [Wish.GO_ON, Wish.SAVE]
     interruptions.saved()
     assert [interruptions.wish(), interruptions.wish()] == [Wish.GO_ON, Wish.GO_ON]
