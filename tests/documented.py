@@ -3,11 +3,10 @@
 import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from commands import ROOT, run_module
 
 
 def commands_of(page, language='sh'):
@@ -24,9 +23,9 @@ def run(commands, folder):
                  'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}  # the python of commands within commands
   printed = {}
   for command in commands:
-    program, *arguments = shlex.split(command)
-    assert program == 'python', command
-    done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+    program, flag, module, *arguments = shlex.split(command)
+    assert (program, flag) == ('python', '-m'), command
+    done = run_module(module, *arguments, folder=folder, environment=environment)
     assert done.returncode == 0, f'{command}\n{done.stderr}'
     printed[command] = done.stdout
   return printed

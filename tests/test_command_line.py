@@ -2,18 +2,16 @@
 
 import json
 import os
-import pathlib
 import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from commands import ROOT, run_module
 from tiny import files_below, write_text
 
 from gptjax import config as configs
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 CACHE = ROOT / '.jax_cache' / 'commands'
 """Compiled programs are found again only where the cache lies in the same place."""
@@ -29,12 +27,8 @@ def get_config():
 """
 
 
-def command(name, *flags):
-  return [sys.executable, '-m', f'gptjax.{name}', *map(str, flags)]
-
-
-def call(name, *flags):
-  return subprocess.run(command(name, *flags), capture_output=True, text=True, cwd=ROOT)
+def call(name, *flags, given=''):
+  return run_module(f'gptjax.{name}', *flags, given=given)
 
 
 @pytest.fixture(scope='module')
@@ -90,7 +84,7 @@ def test_generate_streams_the_same_text_for_the_same_seed(trained, home):
   flags = (f'--workdir={workdir}', f'--cache_dir={CACHE}', '--prompt=the cat', '--max_tokens=300',
            '--top_k=8')  # the end of the text is not among the 8 likeliest
   pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.DEVNULL}
-  with subprocess.Popen(command('generate', *flags, '--seed=1'), **pipes, cwd=ROOT) as process:
+  with subprocess.Popen([sys.executable, '-m', 'gptjax.generate', *flags, '--seed=1'], **pipes, cwd=ROOT) as process:
     pieces = [*iter(lambda: os.read(process.stdout.fileno(), 4096), b'')]
   assert len(pieces) > 10  # as they came, not all at the end
   streamed = b''.join(pieces).decode()

@@ -1,11 +1,10 @@
 """gptjax.generate as a user types it: files of prompts, conversations, and what it says to a mistake."""
 
 import json
-import subprocess
 
 import pytest
 from published_tokenizers import qwen2
-from test_command_line import CACHE, RECIPE, ROOT, call, command
+from test_command_line import CACHE, RECIPE, call
 from tiny import files_below, write_text
 
 SHORT = ('--max_tokens=12', f'--cache_dir={CACHE}')
@@ -40,8 +39,8 @@ def test_a_file_of_prompts_becomes_a_file_of_continuations(run, tmp_path):
 
 
 def test_a_conversation_is_read_from_the_keyboard_and_forgotten_at_new(run):
-  done = subprocess.run(command('generate', f'--workdir={run}', '--chat', '--system=Be kind.', '--temperature=0', '--stop=\n', *SHORT),
-                        input='Hello\nand\n/new\nHello\n', capture_output=True, text=True, cwd=ROOT)
+  done = call('generate', f'--workdir={run}', '--chat', '--system=Be kind.', '--temperature=0', '--stop=\n', *SHORT,
+              given='Hello\nand\n/new\nHello\n')
   assert done.returncode == 0 and 'Traceback' not in done.stderr
   one, two, three, rest = done.stdout.split('\n')
   assert one == three != two and not rest

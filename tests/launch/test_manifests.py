@@ -2,17 +2,14 @@
 
 import math
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import kubernetes_validate
 import pytest
 import yaml
+from commands import ROOT, run_module
 
 from gptjax import config as configs
 
-ROOT = Path(__file__).parents[2]
 MANIFESTS = {name: (ROOT / f'tools/launch/jobset_{name}.yaml').read_text() for name in ('tpu', 'gpu')}
 CHIPS = {'tpu': 'google.com/tpu', 'gpu': 'nvidia.com/gpu'}
 KUBERNETES = '1.30'
@@ -135,9 +132,9 @@ def test_a_mistake_is_found(kind, right, wrong):
 @pytest.mark.parametrize('kind', MANIFESTS)
 def test_the_command_is_one(kind):
   container, args = container_of(kind)
-  assert container['command'][0] == 'python'
+  assert container['command'][:2] == ['python', '-m']
   args = [arg.replace('/gptjax/', f'{ROOT}/') for arg in args]
-  done = subprocess.run([sys.executable, *container['command'][1:], *args, '--print_config'], cwd=ROOT, capture_output=True, text=True)
+  done = run_module(*container['command'][2:], *args, '--print_config')
   assert done.returncode == 0, done.stderr
 
 

@@ -2,10 +2,9 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 
 import pytest
+from commands import run_module
 
 from gptjax import config as configs
 from gptjax.config import UserError
@@ -100,7 +99,6 @@ def test_the_command_plans_gpus(tmp_path):
   recipe = tmp_path / 'recipe.py'
   recipe.write_text("from gptjax.config import Config, ModelConfig\n"
                     "def get_config():\n  return Config(model=ModelConfig(vocab_size=512), steps='1e6 tokens')\n")
-  command = [sys.executable, '-m', 'gptjax.plan', f'--config={recipe}', '--topology=h100:8', f'--json={tmp_path}/plan.json']
-  done = subprocess.run(command, capture_output=True, text=True)
+  done = run_module('gptjax.plan', f'--config={recipe}', '--topology=h100:8', f'--json={tmp_path}/plan.json')
   assert done.returncode == 0 and 'chip-hours' in done.stdout and '72.0 GiB' in done.stdout, done.stderr
   assert json.loads((tmp_path / 'plan.json').read_text())['plan']['available'] == pytest.approx(0.9 * 80 * GIB)

@@ -5,16 +5,14 @@ import json
 import math
 import pathlib
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from commands import run_module
 
 from gptjax.config import Config, UserError, override, to_json
 from tools.report import page, series, smooth, verdict
 
-ROOT = pathlib.Path(__file__).parents[2]
 EVIL = '</pre></style><script>alert(1)</script><img src=https://example.com/x onerror=alert(1)>"\'&$\\frac{'
 SCORE = {'loss': 2.25, 'perplexity': 9.49, 'bits_per_byte': 1.43, 'tokens': 1_203_456, 'step': 200}
 YARDSTICKS = {'gzip -9': 1.98, 'xz -9': 1.6}
@@ -85,10 +83,6 @@ def assert_self_contained(text: str, found: Page) -> None:
     assert not name.startswith('on') and name not in ('src', 'srcset', 'data', 'action')
     assert not name.endswith('href') or (value or '').startswith('#')
   assert not re.search(r'url\((?!#)|@import', text)
-
-
-def run_command(*flags: str) -> subprocess.CompletedProcess[str]:
-  return subprocess.run([sys.executable, '-m', 'tools.report', *flags], cwd=ROOT, capture_output=True, text=True)
 
 
 def test_page_holds_every_part(workdir: pathlib.Path):
@@ -237,7 +231,7 @@ def test_smoothing_keeps_levels_and_the_start_and_takes_out_noise():
 
 
 def test_command_line(workdir: pathlib.Path):
-  done = run_command(f'--workdir={workdir}')
+  done = run_module('tools.report', f'--workdir={workdir}')
   report = workdir / 'report.html'
   assert (done.returncode, done.stdout, done.stderr) == (0, f'{report}\n', '')
   written = report.read_text(encoding='utf-8')
@@ -245,9 +239,9 @@ def test_command_line(workdir: pathlib.Path):
 
   (workdir / 'taken').mkdir()
   before = sorted(workdir.rglob('*'))
-  refused = run_command(f'--workdir={workdir}', f'--out={workdir / "taken"}')  # fails once all is rendered
+  refused = run_module('tools.report', f'--workdir={workdir}', f'--out={workdir / "taken"}')  # fails once all is rendered
   (workdir / 'evaluation.json').rename(workdir.parent / 'elsewhere.json')
-  missing = run_command(f'--workdir={workdir}')
+  missing = run_module('tools.report', f'--workdir={workdir}')
   (workdir.parent / 'elsewhere.json').rename(workdir / 'evaluation.json')
   for done, named in ((refused, f'--out: {str(workdir / "taken")!r}'), (missing, str(workdir / 'evaluation.json'))):
     assert (done.returncode, done.stdout) == (2, '')

@@ -2,12 +2,10 @@
 
 import json
 import shutil
-import subprocess
-import sys
-import pathlib
 
 import numpy as np
 import pytest
+from commands import run_module
 from tiny import config, run, write_text
 
 from gptjax import config as configs
@@ -15,8 +13,6 @@ from gptjax.checkpoint import Checkpoints
 from gptjax.checkpoint.contents import Contents
 from gptjax.config import UserError
 from gptjax.training.replaying import replay
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope='module')
@@ -67,18 +63,14 @@ def test_a_checkpoint_is_read_tensor_by_tensor(trained):
   assert all((found[f'parameters/{name}'] == np.asarray(value)).all() for name, value in parameters.items())
 
 
-def call(*args):
-  return subprocess.run([sys.executable, '-m', *args], cwd=ROOT, capture_output=True, text=True)
-
-
 def test_the_tools_say_it(trained, tmp_path):
-  done = call('tools.inspect_checkpoint', f'--workdir={trained}')
+  done = run_module('tools.inspect_checkpoint', f'--workdir={trained}')
   assert done.returncode == 0 and done.stdout.count('whole') == 2
-  done = call('tools.inspect_checkpoint', f'--workdir={trained}', '--step=8', '--against=6', '--match=parameters/')
+  done = run_module('tools.inspect_checkpoint', f'--workdir={trained}', '--step=8', '--against=6', '--match=parameters/')
   assert done.returncode == 1 and 'parameters/tokens/table' in done.stdout and ' 0 of ' in done.stdout
   copy = shutil.copytree(trained, tmp_path / 'run')
-  done = call('tools.inspect_checkpoint', f'--workdir={trained}', '--step=latest', f'--against={copy}')
+  done = run_module('tools.inspect_checkpoint', f'--workdir={trained}', '--step=latest', f'--against={copy}')
   assert done.returncode == 0 and 'tensors equal bit by bit' in done.stdout
   (copy / 'checkpoints' / '8' / 'config.json').write_text('{}')
-  done = call('tools.inspect_checkpoint', f'--workdir={copy}', '--step=8')
+  done = run_module('tools.inspect_checkpoint', f'--workdir={copy}', '--step=8')
   assert done.returncode == 2 and 'config.json has 2 bytes' in done.stderr.splitlines()[-1]
