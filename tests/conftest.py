@@ -4,6 +4,7 @@ import functools
 import gc
 import os
 import pathlib
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -22,6 +23,8 @@ STYLES = {
 
 # Commands that tests start compile as quickly as the tests themselves: with all optimizations a small run spends most of its time there.
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+if metadata.version('jaxlib').startswith('0.10.'):  # newer ones know no such flag, and end
+  os.environ.setdefault('XLA_FLAGS', '--xla_cpu_use_fusion_emitters=false')  # the older emitters compile in half the time
 
 
 def pytest_addoption(parser):
