@@ -29,12 +29,41 @@ def write_whole(path: Path, text: str) -> None:
   sync(path.parent)
 
 
-def append_line(path: Path, line: str) -> None:
-  """Appends a line, and returns when it is on the disk."""
-  with path.open('a') as file:
-    file.write(line)
-    file.flush()
-    os.fsync(file.fileno())
+class Lines:
+  """Appends to a file of lines. Those that find no space, or no folder, wait in memory for the next."""
+
+  def __init__(self, path: Path):
+    self._path, self._waiting = path, b''
+
+  @property
+  def waiting(self) -> bool:
+    """Whether a line waits."""
+    return bool(self._waiting)
+
+  def write(self, line: str) -> str:
+    """Writes a line; returns what kept it from the disk."""
+    self._waiting += line.encode()
+    try:
+      with self._path.open('ab', buffering=0) as file:
+        while self._waiting:
+          self._waiting = self._waiting[file.write(self._waiting):]
+    except OSError as error:
+      return error.strerror or str(error)
+    return ''
+
+  def flush(self) -> None:
+    """Returns when all lines are on the disk.
+
+    Raises:
+      UserError: something keeps them from it.
+    """
+    try:
+      if error := self.write('') if self._waiting else '':
+        raise UserError(str(self._path), error, 'a disk with space left')
+      if self._path.exists():
+        sync(self._path)
+    except OSError as late:  # some file systems say only here that there is no space
+      raise UserError(str(self._path), late.strerror, 'a disk with space left') from None
 
 
 def complete_lines(path: Path) -> list[str]:

@@ -6,12 +6,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
-"""Seconds before the first restart; twice as many before each further one without progress."""
-_IDLE = 3
+_PAUSES = (1, 4, 15, 60)
+"""Seconds before the restarts that follow one another without progress; what is away for a minute is waited for."""
+_IDLE = len(_PAUSES) + 1
 """Ends in a row at the same checkpoint, after which another start would end there too."""
 
 
@@ -19,7 +19,7 @@ def supervise(command: Sequence[str], workdir: Path, restarts: int, ended: Seque
   """Runs a command until it ends by itself, and returns its exit status.
 
   SIGTERM, SIGINT and SIGHUP go on to the command. It is started again where it crashed or was killed, after a pause, but not more often
-  than allowed, and not when its last starts led to no new checkpoint.
+  than allowed, and not when its last starts led to no new checkpoint. Told to end during a pause, it returns os.EX_TEMPFAIL.
 
   Args:
     command: to run.
@@ -27,50 +27,71 @@ def supervise(command: Sequence[str], workdir: Path, restarts: int, ended: Seque
     restarts: most of them.
     ended: exit statuses with which it ended by itself, and another start would end alike.
   """
-  idle, newest = 0, _newest(workdir)
-  for restart in range(restarts + 1):
-    status, interrupted = _run(command)
-    if status in ended or interrupted:
-      return status
-    before, newest = newest, _newest(workdir)
-    idle = 1 if newest != before else idle + 1
-    words = f'the run ended with {_named(status)} after checkpoint {newest}' if newest is not None else (
-      f'the run ended with {_named(status)} before its first checkpoint')
-    if idle == _IDLE:
-      _say(f'{words}, {_IDLE} times in a row: not started again')
-      return status
-    if restart == restarts:
-      _say(f'{words}: not started again, after {restarts} restarts')
-      return status
-    pause = min(_FIRST_PAUSE * 2**(idle - 1), _LONGEST_PAUSE)
-    _say(f'{words}: started again in {pause:g} s, restart {restart + 1} of {restarts}')
-    time.sleep(pause)
+  with _Signals() as signals:
+    idle, newest = 0, _newest(workdir)
+    for restart in range(restarts + 1):
+      status = signals.run(command)
+      if status in ended or signals.told:
+        return status
+      before, newest = newest, _newest(workdir)
+      idle = 1 if newest != before else idle + 1
+      words = f'the run ended with {_named(status)} after checkpoint {newest}' if newest is not None else (
+        f'the run ended with {_named(status)} before its first checkpoint')
+      if idle == _IDLE:
+        _say(f'{words}, {_IDLE} times in a row: not started again')
+        return status
+      if restart == restarts:
+        _say(f'{words}: not started again, after {restarts} restarts')
+        return status
+      pause = _PAUSES[idle - 1]
+      _say(f'{words}: started again in {pause} s, restart {restart + 1} of {restarts}')
+      if signals.told_within(pause):
+        return os.EX_TEMPFAIL
   raise AssertionError('the last turn returns')
 
 
-def _run(command: Sequence[str]) -> tuple[int, bool]:
-  """Exit status, as a shell tells it, and whether it was asked to end."""
-  # A group of its own: what a terminal sends to ours reaches it once, through us.
-  with subprocess.Popen(command, process_group=0) as child, _passing_on(child) as signals:
-    status = child.wait()
-  return (status if status >= 0 else 128 - status), bool(signals)
+class _Signals:
+  """What asks this process to end: it goes on to the child, or ends a pause."""
 
+  def __init__(self) -> None:
+    self.told = False
+    self._pending: list[int] = []
+    self._child: subprocess.Popen | None = None
 
-@contextlib.contextmanager
-def _passing_on(child: subprocess.Popen) -> Iterator[list[int]]:
-  signals: list[int] = []
+  def __enter__(self) -> '_Signals':
+    self._before = {number: signal.signal(number, self._heed) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    return self
 
-  def pass_on(number: int, frame: object) -> None:
-    del frame
-    signals.append(number)
-    child.send_signal(number)
-
-  before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-  try:
-    yield signals
-  finally:
-    for number, handler in before.items():
+  def __exit__(self, *error: object) -> None:
+    for number, handler in self._before.items():
       signal.signal(number, handler)
+
+  def run(self, command: Sequence[str]) -> int:
+    """The exit status of a command, as a shell tells it."""
+    # A group of its own: what a terminal sends to ours reaches it once, through us.
+    with subprocess.Popen(command, process_group=0) as child:
+      self._child = child
+      self._pass_on()  # what came while it started
+      status = child.wait()
+      self._child = None
+    return status if status >= 0 else 128 - status
+
+  def told_within(self, seconds: float) -> bool:
+    """Waits for so long, or until this process is told to end."""
+    deadline = time.monotonic() + seconds
+    while not self.told and (left := deadline - time.monotonic()) > 0:
+      time.sleep(min(left, 0.2))  # Python sleeps on after a signal
+    return self.told
+
+  def _heed(self, number: int, frame: object) -> None:
+    del frame
+    self.told = True
+    self._pending.append(number)
+    self._pass_on()
+
+  def _pass_on(self) -> None:
+    while self._child and self._pending:
+      self._child.send_signal(self._pending.pop())
 
 
 def _newest(workdir: Path) -> int | None:

@@ -33,7 +33,7 @@ sys.exit(int(end[-1]))
 def supervised(tmp_path, monkeypatch, capfd):
   """A function (ends of each turn, restarts): the exit status, how often it was started, the pauses, what was said."""
   pauses = []
-  monkeypatch.setattr(supervision.time, 'sleep', pauses.append)
+  monkeypatch.setattr(supervision._Signals, 'told_within', lambda self, seconds: pauses.append(seconds))
 
   def run(ends, restarts):
     status = supervise([sys.executable, '-c', RUN, str(tmp_path), ends], tmp_path, restarts, (0, 2, 75))
@@ -43,7 +43,7 @@ def supervised(tmp_path, monkeypatch, capfd):
 
 def test_it_is_started_again_until_it_is_done(supervised):
   status, turns, pauses, said = supervised('saves 1,saves killed,1,0', 9)
-  assert (status, turns, pauses) == (0, 4, [1.0, 1.0, 2.0])
+  assert (status, turns, pauses) == (0, 4, [1, 1, 4])
   assert 'ended with status 1 after checkpoint 1: started again in 1 s, restart 1 of 9' in said and 'SIGKILL after checkpoint 2' in said
 
 
@@ -53,8 +53,8 @@ def test_what_ended_by_itself_is_not_started_again(ends, status, supervised):
 
 
 def test_without_progress_it_stops(supervised):
-  status, turns, _, said = supervised('saves 1,1', 50)
-  assert (status, turns) == (1, 3) and '3 times in a row: not started again' in said
+  status, turns, pauses, said = supervised('saves 1,1', 50)
+  assert (status, turns, pauses) == (1, 5, [1, 4, 15, 60]) and '5 times in a row: not started again' in said
 
 
 def test_restarts_are_counted(supervised):
@@ -62,12 +62,22 @@ def test_restarts_are_counted(supervised):
   assert (status, turns) == (1, 3) and 'after 2 restarts' in said
 
 
-def test_a_signal_goes_on_to_the_run_and_its_status_comes_back(tmp_path):
-  code = ('import pathlib, sys; from gptjax.supervision import supervise; '
-          'sys.exit(supervise([sys.executable, "-c", *sys.argv[1:]], pathlib.Path(sys.argv[2]), 5, (0, 2, 75)))')
-  process = subprocess.Popen([sys.executable, '-c', code, RUN, tmp_path, 'waits'], cwd=pathlib.Path(__file__).parents[1])
+SUPERVISOR = '''
+import pathlib, sys
+from gptjax import supervision
+supervision._PAUSES = (60,) * 4
+sys.exit(supervision.supervise([sys.executable, '-c', *sys.argv[1:]], pathlib.Path(sys.argv[2]), 5, (0, 2, 75)))
+'''
+
+
+@pytest.mark.parametrize('ends, said', [('waits', ''), ('1', 'started again in 60 s')])
+def test_a_signal_goes_on_to_the_run_or_ends_the_pause(ends, said, tmp_path):
+  process = subprocess.Popen([sys.executable, '-c', SUPERVISOR, RUN, tmp_path, ends], cwd=pathlib.Path(__file__).parents[1],
+                             stderr=subprocess.PIPE, text=True)
+  if said:
+    assert said in process.stderr.readline()
   deadline = time.monotonic() + 20
-  while not (tmp_path / 'waiting').exists() and time.monotonic() < deadline:
+  while not said and not (tmp_path / 'waiting').exists() and time.monotonic() < deadline:
     time.sleep(0.02)
   process.send_signal(signal.SIGTERM)
   assert process.wait(20) == 75 and len(list(tmp_path.glob('turn*'))) == 1

@@ -52,6 +52,8 @@ def _list(console: Console, workdir: Path, checkpoints) -> int:
   for step in steps:
     folder = workdir / 'checkpoints' / str(step)
     if wrong := damage(folder):
+      if step not in checkpoints.steps():  # its run removed it meanwhile
+        continue
       bad = True
       table.add_row(str(step), '', '', '', '', f'damaged: {wrong}')
       continue

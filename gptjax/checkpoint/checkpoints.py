@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import errno
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from gptjax.checkpoint.manifest import Damaged, damage, read, seal
-from gptjax.config import UserError
+from gptjax.config import Fault, UserError
 from gptjax.data.progress import announce
 from gptjax.files import sync
 from gptjax.model import Parameters
@@ -72,7 +73,7 @@ class Checkpoints:
   def __init__(self, directory: Path, retention: Retention | None = None, beside: tuple[Path, ...] = ()):
     self._directory, self._retention, self._beside = directory.absolute(), retention, beside
     self._pending: Future | None = None
-    self._whole: set[int] = set()  # compared with their manifests, or written here
+    self._whole: set[int] = set()  # compared with their manifests
     self._background = ThreadPoolExecutor(1, 'checkpoints')
     if retention and first() and directory.exists():
       for path in directory.iterdir():
@@ -90,18 +91,28 @@ class Checkpoints:
     Newer ones that are damaged are told and, by a run that writes here, put into the folder `damaged` beside.
 
     Raises:
-      UserError: there are checkpoints, and all are damaged.
+      UserError: there are checkpoints, and all are damaged; they stay where they are.
+      OSError: one cannot be read, which may pass.
     """
-    steps = [step for step in share('checkpoints', self.steps()) if below is None or step < below]
-    for step in reversed(steps):
+    damaged: dict[int, str] = {}
+    for step in reversed([step for step in self._listed() if below is None or step < below]):
       wrong = self._wrong(step)
       if not wrong:
+        for other, words in damaged.items() if first() else ():
+          what = f'put into {self._set_aside(other)}' if self._retention else 'passed over'
+          announce(f'checkpoint {other} is damaged: {words}; {what}')
         return step
-      if first():
-        announce(f'checkpoint {step} is damaged: {wrong}' + (f'; put into {self._set_aside(step)}' if self._retention else '; passed over'))
-    if steps:
-      raise UserError('checkpoint', str(self._directory), f'a checkpoint that is not damaged, and none of {steps} is')
+      if step not in self._listed():  # the run that writes here removed it meanwhile, and has newer ones
+        return self.newest(below)
+      damaged[step] = wrong
+    if damaged:
+      told = '; '.join(f'{step}: {words}' for step, words in damaged.items())
+      raise UserError('checkpoint', str(self._directory), f'a checkpoint that is not damaged, and all are ({told})')
     return None
+
+  def _listed(self) -> list[int]:
+    """`steps` as process 0 sees them."""
+    return share('checkpoints', self.steps())
 
   def resolve(self, wanted: str) -> int:
     """The step that 'latest', 'best' (lowest validation loss) or a number means; to be called by all processes.
@@ -109,7 +120,7 @@ class Checkpoints:
     Raises:
       UserError: there is no such checkpoint.
     """
-    steps = share('checkpoints', self.steps())
+    steps = self._listed()
     if not steps:
       raise UserError('--workdir', str(self._directory.parent), 'a folder with checkpoints, which gptjax.train makes')
     if wanted == 'latest':
@@ -130,7 +141,7 @@ class Checkpoints:
     Raises:
       UserError: one of them is not there.
     """
-    if wanted == 'all' and (steps := share('checkpoints', self.steps())):
+    if wanted == 'all' and (steps := self._listed()):
       return steps
     return sorted({self.resolve(one.strip()) for one in wanted.split(',')})
 
@@ -170,13 +181,13 @@ class Checkpoints:
       raise
 
   def _commit(self, saving: Path, step: int, facts: dict[str, Any]) -> None:
+    if step in self.steps():  # the same, when another process failed; it is done again by all
+      return shutil.rmtree(saving)
     for path in self._beside:
       shutil.copytree(path, saving / path.name) if path.is_dir() else shutil.copyfile(path, saving / path.name)
     seal(saving, facts)
-    self._drop(step)  # a run that was told to do it again
     saving.rename(self._directory / str(step))
     sync(self._directory)
-    self._whole.add(step)
     assert self._retention
     for old in {*self.steps()} - self._retention.kept(self._losses()):
       self._drop(old)
@@ -228,11 +239,7 @@ class Checkpoints:
     Raises:
       UserError: a checkpoint that is damaged, or of other shapes.
     """
-    loaded = self._load(step, {'parameters': parameters}, partial=True)['parameters']
-    for name, value in loaded.items():
-      if isinstance(value, jax.ShapeDtypeStruct):  # Orbax leaves what it did not find as it was asked for
-        raise self._unfit(step, f'it has no {name}')
-    return loaded
+    return self._load(step, {'parameters': parameters}, partial=True)['parameters']
 
   def close(self) -> None:
     """Waits and lets go of the folder."""
@@ -251,12 +258,20 @@ class Checkpoints:
   def _load(self, step: int, wanted: Any, partial: bool = False) -> Any:
     if wrong := self._wrong(step):
       raise self._unfit(step, f'it is damaged: {wrong}')
+    folder = self._directory / str(step)
+    asked, found = shapes_of(wanted), shapes_of(ocp.metadata(folder).metadata)
+    for name, shape in asked.items():
+      if found.get(name) != shape:
+        raise self._unfit(step, f'it has {f"{list(found[name])} for {list(shape)}, " if name in found else "no "}{name}')
+    if not partial and (more := sorted(found.keys() - asked.keys())):
+      raise self._unfit(step, f'it has {", ".join(more[:3])} beside')
     try:
       with _context(partial):
-        return ocp.load(self._directory / str(step), wanted)
+        return ocp.load(folder, wanted)
     except Exception as error:
       # Orbax wraps every failure in one about handlers; the cause is what a person can act on.
-      raise self._unfit(step, f'it does not fit this config: {" ".join(str(error.__cause__ or error).split())[:300]}') from error
+      words = ' '.join(str(error.__cause__ or error).split())[:300]
+      raise Fault(f'{folder}: {words}, accepted: a checkpoint that can be loaded') from error
 
   def _wrong(self, step: int) -> str:
     """What is wrong with a checkpoint, '' where nothing is; every process reads a part of it."""
@@ -297,8 +312,8 @@ class Checkpoints:
 
   def _explained(self, error: Exception) -> Exception:
     """The UserError for what a disk does, which is no fault of ours; any other error as it is."""
-    code = getattr(error, 'errno', None)
-    if code == errno.ENOSPC or 'RESOURCE_EXHAUSTED' in str(error):
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if getattr(error, 'errno', None) in full or any(os.strerror(code) in str(error) for code in full):  # TensorStore's are texts
       return UserError('checkpoint', str(self._directory), 'a disk with space left')
     if 'DEADLINE_EXCEEDED' in str(error):
       return UserError('checkpoint', str(self._directory), 'a save that all processes finish; another one failed')
@@ -310,6 +325,12 @@ class Checkpoints:
 def _best(losses: Mapping[int, float]) -> int:
   """The step with the lowest loss; of equal ones the newest."""
   return min(losses, key=lambda step: (losses[step], -step))
+
+
+def shapes_of(tree: Any) -> dict[str, tuple[int, ...]]:
+  """The shapes of a tree of arrays, or of Orbax's word of one, by names such as 'parameters/NAME'."""
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): tuple(leaf.shape)
+          for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def _context(partial: bool = False) -> ocp.Context:

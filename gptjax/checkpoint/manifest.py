@@ -10,6 +10,7 @@ from gptjax.data import cores
 from gptjax.files import sync
 
 MANIFEST = 'manifest.json'
+_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 class Damaged(Exception):
@@ -39,15 +40,14 @@ def read(folder: Path) -> dict[str, Any]:
 
   Raises:
     Damaged: it is missing, or not as it was written.
+    OSError: it cannot be read, which may pass.
   """
   try:
     manifest = json.loads((folder / MANIFEST).read_bytes())
     content = {'facts': manifest['facts'], 'files': manifest['files']}
     whole = manifest['sha256'] == _self_digest(content)
-  except FileNotFoundError:
+  except _MISSING:
     raise Damaged(f'{MANIFEST} is missing') from None
-  except OSError as error:
-    raise Damaged(f'{MANIFEST} cannot be read: {error.strerror}') from None
   except (ValueError, LookupError, TypeError, RecursionError):
     whole = False
   if not whole:
@@ -56,7 +56,11 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def damage(folder: Path, part: int = 0, parts: int = 1) -> str:
-  """What is wrong with a checkpoint, '' where nothing is; of several parts only that part of the files is read."""
+  """What is wrong with a checkpoint, '' where nothing is; of several parts only that part of the files is read.
+
+  Raises:
+    OSError: a file cannot be read, as where a network's disk is away: that may pass, and says nothing of what was written.
+  """
   try:
     files = read(folder)['files']
   except Damaged as damaged:
@@ -73,10 +77,8 @@ def _difference(folder: Path, name: str, size: int, digest: str) -> str:
     if found != size:
       return f'{name} has {found:,} bytes, not {size:,}'
     return '' if _digest(path) == digest else f'{name} is not what was written: its SHA-256 differs'
-  except FileNotFoundError:
+  except _MISSING:
     return f'{name} is missing'
-  except OSError as error:  # a broken disk says so when it is read
-    return f'{name} cannot be read: {error.strerror}'
 
 
 def _digest(path: Path) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from gptjax.config import Fault, FaultsConfig, UserError
-from gptjax.files import append_line, complete_lines, json_line, write_whole
+from gptjax.files import Lines, complete_lines, json_line, write_whole
 from gptjax.processes import share
 
 DECAY = 0.99
@@ -93,6 +93,7 @@ class BadSteps:
 
   def __init__(self, config: FaultsConfig, workdir: Path, writes: bool):
     self._config, self._file, self._writes = config, workdir / BAD_STEPS, writes
+    self._lines = Lines(self._file)
     self._last, self._in_a_row = 0, 0
     self.found = _read(self._file) if writes else []
     # Every process passes over the same rows, whatever its file system shows it of the file.
@@ -105,29 +106,47 @@ class BadSteps:
         first = end
     return first
 
-  def forget_after(self, step: int) -> None:
+  def passed_after(self, row: int) -> int:
+    """Rows that are passed over from a row on."""
+    return sum(end - max(begin, row) for begin, end in self._passed if end > row)
+
+  def go_on_from(self, step: int) -> None:
     """Drops what was left out after a step from which the run goes on: it comes again. What is passed over stays so."""
     kept = [bad for bad in self.found if bad.step <= step or bad.action == 'rollback']
     if self._writes and self._file.exists():  # without what a kill left of a line, too
-      write_whole(self._file, ''.join(_line(bad) for bad in kept))
+      write_whole(self._file, ''.join(map(_line, kept)))
+      self._lines = Lines(self._file)
     self.found = kept
+    left_out, in_a_row = {bad.step for bad in kept}, 0
+    while step - in_a_row in left_out:
+      in_a_row += 1
+    # Of starts that go on within a row of bad steps, none begins to count anew.
+    self._last, self._in_a_row = step, share('bad steps in a row', in_a_row)
+
+  def flush(self) -> None:
+    """Returns when every line is on the disk.
+
+    Raises:
+      UserError: there is no space for them; they stay in memory.
+    """
+    self._lines.flush()
 
   def add(self, step: int, rows: tuple[int, int], loss: float, grad_norm: float) -> BadStep:
     """Writes down a bad step, and raises what it leads to.
 
     Raises:
       UserError: it ends the run.
-    Fault: there were too many in a row.
+      Fault: there were too many in a row.
       Rollback: the run goes back.
     """
     bad = BadStep(step, rows, loss, grad_norm, self._config.bad_step)
     self.found.append(bad)
     if self._writes:
-      append_line(self._file, _line(bad))
+      self._lines.write(_line(bad))
     self._in_a_row = self._in_a_row + 1 if step == self._last + 1 else 1
     self._last = step
-    if self._in_a_row == MOST_IN_A_ROW:
-      raise Fault(f'{bad}; it is the {MOST_IN_A_ROW}th in a row, accepted: good steps in between')
+    if self._in_a_row >= MOST_IN_A_ROW:
+      raise Fault(f'{bad}; it is bad step {self._in_a_row} in a row, accepted: good steps in between')
     if bad.action == 'stop':
       raise UserError('loss' if not np.isfinite(loss) else 'gradient', loss if not np.isfinite(loss) else grad_norm,
                       f'a good step, or --config.faults.bad_step=skip or rollback; {bad}; its update was not made')

@@ -1,8 +1,6 @@
 """Where a run writes what happens: metrics.jsonl, TensorBoard, samples.jsonl and the terminal."""
 
-import contextlib
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
 
-from gptjax.config import UserError
 from gptjax.data.progress import announce
-from gptjax.files import complete_lines, json_line, write_whole
+from gptjax.files import Lines, complete_lines, json_line, write_whole
 
 
 class _Console(Console):
@@ -38,7 +35,7 @@ class Logbook:
   def __init__(self, workdir: Path, step: int, steps: int):
     self.console = _Console(stderr=True, highlight=False, soft_wrap=True)
     self._workdir = workdir
-    self._files = {name: _Lines(workdir / name, step) for name in ('metrics.jsonl', 'samples.jsonl')}
+    self._files = {name: Lines(_cut(workdir / name, step)) for name in ('metrics.jsonl', 'samples.jsonl')}
     self._board = _Board(workdir / 'tensorboard', step + 1)
     self._steps = steps
     self._bar = Progress(
@@ -68,9 +65,8 @@ class Logbook:
   def rewind(self, step: int) -> None:
     """Forgets what is later than a step, from which the run goes on."""
     self._board.close()
-    for name, file in self._files.items():
-      file.close()
-      self._files[name] = _Lines(self._workdir / name, step)
+    for name in self._files:
+      self._files[name] = Lines(_cut(self._workdir / name, step))
     self._board = _Board(self._workdir / 'tensorboard', step + 1)
     self.advance(step)
 
@@ -111,9 +107,7 @@ class Logbook:
   def close(self) -> None:
     """Flushes everything; the bar leaves the terminal as it found it."""
     self._bar.stop()
-    with contextlib.ExitStack() as stack:  # each, even where another finds the disk full
-      for close in (self._board.close, *(file.close for file in self._files.values())):
-        stack.callback(close)
+    self._board.close()
 
   def _write(self, name: str, record: dict[str, Any]) -> None:
     file = self._files[name]
@@ -132,47 +126,6 @@ class Silence(Logbook):
     pass
 
   header = step = rewind = flush = advance = validation = sample = say = close = _nothing
-
-
-class _Lines:
-  """A JSONL file. Lines that find no space wait in memory for the next; what a kill leaves of one is cut off at the next start.
-
-  Args:
-    path: of the file.
-    step: later lines are cut off.
-  """
-
-  def __init__(self, path: Path, step: int):
-    self._path = _cut(path, step)
-    self._file = self._path.open('ab', buffering=0)
-    self._waiting = b''
-
-  @property
-  def waiting(self) -> bool:
-    """Whether a line waits."""
-    return bool(self._waiting)
-
-  def write(self, line: str) -> str:
-    """Writes a line; returns what kept it from the disk."""
-    self._waiting += line.encode()
-    try:
-      while self._waiting:
-        self._waiting = self._waiting[self._file.write(self._waiting):]
-    except OSError as error:
-      return error.strerror or str(error)
-    return ''
-
-  def flush(self) -> None:
-    """Returns when all lines are on the disk, or raises a UserError."""
-    if error := self.write(''):
-      raise UserError(str(self._path), error, 'a disk with space left')
-    try:
-      os.fsync(self._file.fileno())
-    except OSError as late:  # some file systems say only here that there is no space
-      raise UserError(str(self._path), late.strerror, 'a disk with space left') from None
-
-  def close(self) -> None:
-    self._file.close()
 
 
 class _Board:

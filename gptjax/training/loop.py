@@ -74,7 +74,8 @@ def train(config: Config, options: Options) -> int:
     newest = checkpoints.newest()
     progress = Progress() if newest is None else checkpoints.progress(newest)
     _check_profile(options.profile_steps, last)
-    _check_rows(run, progress, last)
+    bad_steps = BadSteps(config.faults, folder, writes=first())
+    _check_rows(run, progress, last, bad_steps)
     if newest is None:  # before the workdir is made, which a mistake in init_from should leave undone
       state, begun = beginning(run, data.tokenizer)
     changed = claim(folder, run, data, None if newest is None else progress, options.accept_changes) if first() else []
@@ -95,7 +96,7 @@ def train(config: Config, options: Options) -> int:
       write_whole(folder / 'run.json', json.dumps(facts, indent=2) + '\n')
     watchdog = stack.enter_context(Watchdog(options.hang_timeout, folder))
     interruptions = stack.enter_context(Interruptions(mesh, run.config.checkpoint.minutes))
-    return _Loop(run, data, checkpoints, book, options, peak[0], watchdog, interruptions).go(state, progress, last)
+    return _Loop(run, data, checkpoints, book, options, peak[0], watchdog, interruptions, bad_steps).go(state, progress, last)
 
 
 def _prepare(config: Config, cache_dir: Path) -> Prepared:
@@ -113,24 +114,26 @@ def _check_profile(steps: tuple[int, int] | None, last: int) -> None:
     raise UserError('--profile_steps', f'{steps[0]}:{steps[1]}', f'a first step of at most {last}, the last of this process')
 
 
-def _check_rows(run: Run, done: Progress, last: int) -> None:
+def _check_rows(run: Run, done: Progress, last: int, bad_steps: BadSteps) -> None:
   rows, size = run.rows.mixture.rows, run.config.batch_size
-  if rows is not None and done.rows + (last - done.step) * size > rows:
-    raise UserError('steps', last, f'at most {done.step + max(rows - done.rows, 0) // size:,}: data.train has {rows:,} rows within the '
-                    f'epochs of its components, and {done.rows:,} are taken')
+  if rows is None:
+    return
+  taken = done.rows + bad_steps.passed_after(done.rows)
+  if taken + (last - done.step) * size > rows:
+    raise UserError('steps', last, f'at most {done.step + max(rows - taken, 0) // size:,}: data.train has {rows:,} rows within the '
+                    f'epochs of its components, and {taken:,} are taken or passed over')
 
 
 class _Loop:
   """One process's part of a run."""
 
   def __init__(self, run: Run, data: Prepared, checkpoints: Checkpoints, book: Logbook, options: Options, peak: float,
-               watchdog: Watchdog, interruptions: Interruptions):
+               watchdog: Watchdog, interruptions: Interruptions, bad_steps: BadSteps):
     self.run, self.data, self.checkpoints, self.book, self.options, self.peak = run, data, checkpoints, book, options, peak
-    self.watchdog, self.interruptions = watchdog, interruptions
+    self.watchdog, self.interruptions, self.bad_steps = watchdog, interruptions, bad_steps
     config = run.config
     self.scorer = Scorer(run.blueprint, run.objective, run.mesh, config.sequences)
     self.flops = flops_per_token(config.model, config.data.context)
-    self.bad_steps = BadSteps(config.faults, options.workdir, writes=first())
     self.check = state_check(run.abstract_state, run.mesh)
     self.compiles = 0
     self.rollbacks = 0  # since the last checkpoint
@@ -152,7 +155,7 @@ class _Loop:
             self.book.say(f'{self.interruptions.reason}: saved step {self.progress.step} of {last}, ending; the same command goes on')
             return TO_BE_CONTINUED
         except Rollback as reason:
-          self._roll_back(reason)
+          self._roll_back(reason, last)
       return 0
     finally:
       counter.close()
@@ -165,7 +168,7 @@ class _Loop:
     self.state, self.progress = state, progress
     self.watchdog.progress()
     self.pending: tuple[int, tuple[int, int], dict[str, jax.Array]] | None = None
-    self.bad_steps.forget_after(progress.step)
+    self.bad_steps.go_on_from(progress.step)
     self.batches = self._batches(progress.rows)
     self._restart_clock(progress.tokens)
 
@@ -280,6 +283,7 @@ class _Loop:
       if not (self.options.workdir / 'config.json').exists():
         raise UserError('--workdir', str(self.options.workdir), 'the folder of the run, which is gone')
       self.book.flush()  # a checkpoint's lines are on the disk before it is
+      self.bad_steps.flush()
     except (UserError, OSError) as error:
       return str(error)
     return ''
@@ -296,7 +300,7 @@ class _Loop:
       return True
     return False
 
-  def _roll_back(self, reason: Rollback) -> None:
+  def _roll_back(self, reason: Rollback, last: int) -> None:
     """Goes back to the newest checkpoint, and to the start where there is none."""
     self.rollbacks += 1
     if self.rollbacks > MOST_ROLLBACKS:
@@ -312,6 +316,7 @@ class _Loop:
     self.book.rewind(progress.step)
     self.book.say(f'{reason}: back to step {progress.step}')
     self._begin(state, progress)
+    _check_rows(self.run, progress, last, self.bad_steps)
 
   def _validate(self, final: bool) -> float:
     settings, step = self.run.config.eval, self.progress.step

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from gptjax.checkpoint import Checkpoints, Progress, config_of
-from gptjax.config import UserError
+from gptjax.config import Config, UserError
 from gptjax.data import batches, prepare
 from gptjax.files import complete_lines, json_line
 from gptjax.sharding import make_mesh, my_rows, place_rows
@@ -56,15 +56,17 @@ def replay(workdir: Path, step: int, cache_dir: Path, begin: Callable[[str], Non
   if step not in logged:
     nearest = sorted(sorted(logged, key=lambda one: abs(one - step))[:5])
     raise UserError('--step', step, f'a step that was logged, such as {", ".join(map(str, nearest)) or "none: no step was"}')
-  config = config_of(workdir)
+  checkpoints = Checkpoints(workdir / 'checkpoints')
+  before = checkpoints.newest(below=step)
+  config = _config_at(workdir, checkpoints, step)
+  if before is None and config.init_from:
+    raise UserError('--step', step, 'a step after a checkpoint: the one of the start, with the weights of init_from, is gone')
   data = prepare(config.data, cache_dir)
   if (was := json.loads((workdir / 'data' / 'identity.json').read_text())['fingerprint']) != data.fingerprint:
     raise UserError('data', data.fingerprint, f'{was}, the fingerprint of the documents, split and tokenizer of the run')
   mesh = make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     run = resolve(config, data, mesh)
-    checkpoints = Checkpoints(workdir / 'checkpoints')
-    before = checkpoints.newest(below=step)
     if before is not None:
       state, progress = checkpoints.restore(before, run.abstract_state)
     else:
@@ -85,6 +87,14 @@ def replay(workdir: Path, step: int, cache_dir: Path, begin: Callable[[str], Non
       if number in logged:
         values = {name: float(value) for name, value in found.items() if name not in ('bad', 'targets')} | {'tokens': tokens}
         yield Replayed(number, logged[number], json.loads(json_line(values)))
+
+
+def _config_at(workdir: Path, checkpoints: Checkpoints, step: int) -> Config:
+  """The config with which a step was done, that of the first checkpoint from it on; on the workdir's mesh, which may be of today."""
+  now = config_of(workdir)
+  later = next((one for one in checkpoints.steps() if one >= step), None)
+  then = now if later is None else config_of(workdir / 'checkpoints' / str(later))
+  return dataclasses.replace(then, mesh=now.mesh, zero_stage=now.zero_stage)
 
 
 def _logged(file: Path) -> dict[int, dict[str, float | int | None]]:

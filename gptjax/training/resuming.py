@@ -61,13 +61,13 @@ def claim(workdir: Path, run: Run, data: Prepared, done: Progress | None, accept
     accept: whether changes of what is computed are accepted.
 
   Returns:
-    What changed since it was last begun.
+    What changed since its checkpoint was made.
 
   Raises:
     UserError: a change that is not allowed; every one is named.
   """
-  file, config = workdir / 'config.json', run.config
-  old = configs.read(file) if done and file.exists() else config
+  config = run.config
+  old = configs.read(workdir / 'checkpoints' / str(done.step) / 'config.json') if done else config
   different = configs.differences(old, config)
   vocabulary = different.pop('model.vocab_size', None)  # the last to be told: it follows from tokenizer and text, which say more
   _leave_moved_stores(different)
@@ -77,6 +77,8 @@ def claim(workdir: Path, run: Run, data: Prepared, done: Progress | None, accept
   bound = {name: change for name, change in different.items() if not name.startswith(FREE)}
   if done and _open_ended(old, run, done):
     bound.pop('steps', None)
+  if 'microbatches' in different and config.model.dropout:  # each draws its own
+    bound['microbatches'] = different['microbatches']
   opt = config.optimizer
   if 'batch_size' in different and not all(in_unit_of_steps(value) for value in (config.steps, opt.warmup, opt.decay) if value):
     bound['batch_size'] = different['batch_size']  # the same epochs or tokens would be other steps
@@ -87,7 +89,7 @@ def claim(workdir: Path, run: Run, data: Prepared, done: Progress | None, accept
   export(data, workdir / 'data', replace=(accept and not vocabulary) or not done)
   if vocabulary:
     raise _another_run({'model.vocab_size': vocabulary}, {}, accepted=False)
-  write_whole(file, configs.to_json(config))
+  write_whole(workdir / 'config.json', configs.to_json(config))
   return [f'{name} {was} -> {now}' for name, (was, now) in different.items()]
 
 

@@ -1,5 +1,7 @@
 """A damaged checkpoint is told by its file, set aside by the run that writes there, and the one before it is used."""
 
+import errno
+import os
 import random
 import shutil
 
@@ -7,9 +9,10 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint import v1 as ocp
 
-from gptjax.checkpoint import DAMAGED, Checkpoints, Progress, Retention
-from gptjax.config import UserError
+from gptjax.checkpoint import DAMAGED, Checkpoints, Progress, Retention, manifest
+from gptjax.config import Fault, UserError
 
 ABSTRACT = {name: jax.ShapeDtypeStruct((64, 5), np.float32, sharding=SingleDeviceSharding(jax.devices()[0])) for name in 'ab'}
 
@@ -104,8 +107,56 @@ def test_only_names_that_are_steps_count(workdir):
 def test_where_all_are_damaged_nothing_is_begun_anew(workdir):
   for step in ('10', '20'):
     (workdir / 'checkpoints' / step / 'manifest.json').unlink()
-  with pytest.raises(UserError, match=r'and none of \[10, 20\] is$'):
-    Checkpoints(workdir / 'checkpoints').newest()
+  for retention in (None, Retention(), Retention()):  # given again, the command ends alike
+    checkpoints = Checkpoints(workdir / 'checkpoints', retention)
+    with pytest.raises(UserError, match=r'and all are \(20: manifest.json is missing; 10: manifest.json is missing\)$'):
+      checkpoints.newest()
+    assert checkpoints.steps() == [10, 20]
+
+
+def test_what_this_process_wrote_is_compared_too(workdir):
+  with Checkpoints(workdir / 'checkpoints', Retention(latest=0)) as checkpoints:
+    checkpoints.save(Progress(30), state(30), None)
+    checkpoints.wait()
+    file = max((workdir / 'checkpoints' / '30').rglob('d/*'), key=lambda path: path.stat().st_size)
+    damage(file, 'flip', random.Random(0))
+    assert checkpoints.newest() == 20
+
+
+def test_what_cannot_be_read_for_now_is_not_damaged(workdir, monkeypatch):
+  def away(file):
+    raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
+
+  monkeypatch.setattr(manifest, '_digest', away)
+  checkpoints = Checkpoints(workdir / 'checkpoints', Retention())
+  with pytest.raises(OSError, match='Input/output error'):
+    checkpoints.newest()
+  monkeypatch.undo()
+  assert checkpoints.newest() == 20 and not (workdir / DAMAGED).exists()
+  monkeypatch.setattr(ocp, 'load', lambda *args: away('array'))
+  with pytest.raises(Fault, match='checkpoints/20: .*Input/output error.*accepted: a checkpoint that can be loaded'):
+    checkpoints.restore(20, ABSTRACT)
+
+
+def test_what_its_run_removes_meanwhile_is_not_damaged(workdir, monkeypatch, capsys):
+  reader = Checkpoints(workdir / 'checkpoints')
+  whole = reader._wrong
+
+  def removed(step):
+    if step == 20:
+      (workdir / 'checkpoints' / '20').rename(workdir / 'checkpoints' / '30')
+    return whole(step)
+
+  monkeypatch.setattr(reader, '_wrong', removed)
+  assert reader.newest() == 30 and not capsys.readouterr().err
+
+
+def test_a_step_that_is_saved_is_not_replaced(workdir):
+  before = (workdir / 'checkpoints' / '20' / 'manifest.json').read_bytes()
+  with Checkpoints(workdir / 'checkpoints', Retention()) as checkpoints:
+    checkpoints.save(Progress(20), state(7), None)
+  assert (workdir / 'checkpoints' / '20' / 'manifest.json').read_bytes() == before
+  assert {path.name for path in (workdir / 'checkpoints').iterdir()} == {'10', '20'}
 
 
 def test_what_a_kill_left_is_no_checkpoint_and_the_next_run_removes_it(workdir):

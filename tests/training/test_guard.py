@@ -1,5 +1,6 @@
 """Bad steps are found inside the compiled step and change nothing; each policy does what it says; copies that differ are found."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import batch, config, options, put, records, run, trainer, write_text
+from tiny import batch, config, options, put, records, run, small_disk, trainer, write_text
 
 from gptjax import config as configs
 from gptjax.checkpoint import Checkpoints
@@ -158,6 +159,7 @@ def test_rows_passed_over_are_known_to_any_batch_size(tmp_path):
   again = BadSteps(FaultsConfig(), tmp_path, writes=True)
   assert [again.passed(row, 4) for row in (20, 24, 28, 32, 36, 72, 76)] == [20, 24, 36, 36, 36, 72, 80]
   assert [again.passed(row, 8) for row in (16, 24, 64, 72)] == [16, 36, 64, 80]
+  assert [again.passed_after(row) for row in (0, 30, 36, 76, 80)] == [12, 10, 4, 4, 0]
 
 
 def test_what_a_kill_left_of_a_line_is_in_no_ones_way(tmp_path):
@@ -168,18 +170,37 @@ def test_what_a_kill_left_of_a_line_is_in_no_ones_way(tmp_path):
   for _ in range(2):
     bad = BadSteps(FaultsConfig(bad_step='skip'), tmp_path, writes=True)
     assert [one.step for one in bad.found] == [8]
-    bad.forget_after(8)
+    bad.go_on_from(8)
     bad.add(9, (32, 36), math.nan, 1.0)
     assert [line['step'] for line in bad_steps(tmp_path)] == [8, 9]
-    BadSteps(FaultsConfig(), tmp_path, writes=True).forget_after(8)
+    BadSteps(FaultsConfig(), tmp_path, writes=True).go_on_from(8)
 
 
 def test_bad_steps_in_a_row_end_a_run_that_skips(tmp_path):
-  bad = BadSteps(FaultsConfig(bad_step='skip'), tmp_path, writes=False)
+  bad = BadSteps(FaultsConfig(bad_step='skip'), tmp_path, writes=True)
   for step in [*range(1, 99), *range(100, 199)]:
     bad.add(step, (step, step + 1), math.nan, 1.0)
-  with pytest.raises(Fault, match='step 199 is bad.*100th in a row'):
+  with pytest.raises(Fault, match='step 199 is bad.*bad step 100 in a row'):
     bad.add(199, (199, 200), math.nan, 1.0)
+  again = BadSteps(FaultsConfig(bad_step='skip'), tmp_path, writes=True)  # started again from a checkpoint among them
+  again.go_on_from(197)
+  again.add(198, (198, 199), math.nan, 1.0)
+  with pytest.raises(Fault, match='step 199 is bad.*bad step 100 in a row'):
+    again.add(199, (199, 200), math.nan, 1.0)
+
+
+def test_bad_steps_wait_in_memory_for_a_full_disk(tmp_path):
+  with small_disk(tmp_path / 'disk', '64k') as disk:
+    bad = BadSteps(FaultsConfig(bad_step='skip'), disk, writes=True)
+    filler = disk / 'filler'
+    with contextlib.suppress(OSError):
+      filler.write_bytes(bytes(2**20))
+    bad.add(3, (8, 12), math.nan, 1.0)
+    with pytest.raises(UserError, match='bad_steps.jsonl.*accepted: a disk with space left'):
+      bad.flush()
+    filler.unlink()
+    bad.flush()
+    assert [line['step'] for line in bad_steps(disk)] == [3]
 
 
 def test_a_damaged_line_of_bad_steps_is_a_mistake(tmp_path):

@@ -51,6 +51,13 @@ def test_elsewhere_it_comes_close(trained, cache, tmp_path):
   assert 0 < max(one.difference for one in replay(copy, 8, cache)) < 1e-5
 
 
+def test_a_step_is_done_with_the_config_it_was_done_with(trained, cache, tmp_path):
+  copy = shutil.copytree(trained, tmp_path / 'run')
+  settings = configs.override(configs.read(copy / 'config.json'), {'batch_size': 8, 'optimizer.b1': 0.5})
+  (copy / 'config.json').write_text(configs.to_json(settings))  # as it was resumed after step 8
+  assert [one.difference for one in replay(copy, 8, cache)] == [0.0, 0.0]
+
+
 def test_a_checkpoint_is_read_tensor_by_tensor(trained):
   folder = trained / 'checkpoints' / '8'
   contents = Contents(folder)

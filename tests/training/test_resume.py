@@ -163,6 +163,18 @@ def test_another_run_needs_another_workdir(values, field, settings, halfway, cac
   assert contents() == before
 
 
+def test_each_checkpoint_tells_of_which_run_it_is(settings, stopped, cache):
+  (stopped / 'config.json').unlink()
+  with pytest.raises(UserError, match='^seed: 1, accepted: 0, with which this workdir was started'):
+    train(configs.override(settings, {'seed': 1}), options(stopped, cache))
+
+
+def test_other_microbatches_draw_other_dropout(settings, stopped, cache):
+  assert settings.model.dropout and settings.microbatches != 1
+  with pytest.raises(UserError, match='^microbatches: 1, accepted: '):
+    train(configs.override(settings, {'microbatches': 1}), options(stopped, cache))
+
+
 @pytest.mark.parametrize('end', ['one more line.\n', 'Ä'])
 def test_changed_data_is_an_error(end, settings, halfway, tmp_path, cache):
   changed = tmp_path / 'text.txt'
