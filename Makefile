@@ -32,7 +32,7 @@ train: .venv/runtime  ## the default job: prepare, train, evaluate, sample, repo
 	$(RUN) tools.report --workdir=$(WORKDIR)
 
 test: .venv/dev  ## every property at its smallest, and coverage
-	$(RUN) pytest -n 2 --dist=loadfile --no-loadscope-reorder --cov --cov-report=term
+	$(RUN) pytest -n 3 --dist=loadfile --no-loadscope-reorder --cov --cov-report=term
 
 bars: .venv/parity  ## every bar at full size; writes docs/bars.md (DATA=FOLDER)
 	$(RUN) tools.bars --data=$(DATA)

@@ -43,7 +43,8 @@ def pytest_pycollect_makemodule(module_path):
     _set_up_jax()
 
 
-UNTRACED = ('parity', 'test_equal_on_meshes.py', 'test_meshes.py', 'test_decoding.py', 'test_transformer.py')
+UNTRACED = ('parity', 'test_attention.py', 'test_conversion.py', 'test_decoding.py', 'test_equal_on_meshes.py', 'test_fuzz.py',
+            'test_likelihood.py', 'test_memory.py', 'test_meshes.py', 'test_resume.py', 'test_step.py', 'test_transformer.py')
 """Folders and files whose tests run what others run too, many times over: coverage's tracer, a fourth of their time, would find
 nothing new there, and so it is not in processes that tests start."""
 

@@ -1,6 +1,6 @@
 """Checkpoints of a run: Orbax writes and reads the arrays; what is a checkpoint, and which are kept, is told here.
 
-A checkpoint is a folder named after its step. It appears by one rename, when every file, with a manifest of their SHA-256, is on
+A checkpoint is a folder named after its step. It appears by one rename, when every file, with a manifest of their checksums, is on
 the disk; it is compared with its manifest before anything of it is used, since Orbax loads a flipped bit without a word.
 """
 
@@ -10,6 +10,8 @@ import errno
 import math
 import os
 import shutil
+import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +21,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from gptjax.checkpoint.aside import Aside
 from gptjax.checkpoint.manifest import Damaged, damage, read, seal
 from gptjax.config import Fault, UserError
 from gptjax.data.progress import announce
@@ -74,7 +77,8 @@ class Checkpoints:
     self._directory, self._retention, self._beside = directory.absolute(), retention, beside
     self._pending: Future | None = None
     self._whole: set[int] = set()  # compared with their manifests
-    self._background = ThreadPoolExecutor(1, 'checkpoints')
+    self._aside = Aside()
+    self._background = ThreadPoolExecutor(1, 'checkpoints', _yield_to_training)
     if retention and first() and directory.exists():
       for path in directory.iterdir():
         if '.saving' in path.name or '.dropped' in path.name:
@@ -145,13 +149,14 @@ class Checkpoints:
       return steps
     return sorted({self.resolve(one.strip()) for one in wanted.split(',')})
 
-  def save(self, progress: Progress, state: Any, loss: float | None) -> None:
+  def save(self, progress: Progress, state: Any, loss: float | None, waits: bool = False) -> None:
     """Starts to save; a save still running is waited for, and what went wrong with it raised here.
 
     Args:
       progress: stored beside the state; its step names the checkpoint.
       state: a tree of arrays.
       loss: validation loss at this step, by which the best checkpoint is kept; None: not validated.
+      waits: return when it is saved; the state needs no copy then, since nothing else is done with it meanwhile.
 
     Raises:
       UserError: no space, no leave to write, or no folder; what was saved before stays.
@@ -163,11 +168,16 @@ class Checkpoints:
     facts = {'progress': dataclasses.asdict(progress), 'loss': loss if loss is not None and math.isfinite(loss) else None,
              'saved': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}
     try:
-      with _context():
-        response = ocp.save_async(saving, state, overwrite=True)
+      written = self._background.submit(self._begin, saving, state if waits else self._aside.copy(state)).result()
     except Exception as error:
       raise self._explained(error) from error
-    self._pending = self._background.submit(self._finish, response.result, saving, progress.step, facts)
+    self._pending = self._background.submit(self._finish, written, saving, progress.step, facts)
+    if waits:
+      self.wait()
+
+  def _begin(self, saving: Path, state: Any) -> Callable[[], None]:
+    with _context():
+      return ocp.save_async(saving, state, overwrite=True).result
 
   def _finish(self, written: Callable[[], None], saving: Path, step: int, facts: dict[str, Any]) -> None:
     try:
@@ -320,6 +330,12 @@ class Checkpoints:
     if isinstance(error, OSError) or 'PERMISSION_DENIED' in str(error) or 'NOT_FOUND' in str(error):
       return UserError('checkpoint', str(self._directory), f'a folder that can be written; {" ".join(str(error).split())[:200]}')
     return error
+
+
+def _yield_to_training() -> None:
+  """Gives this thread, and those that it starts, what the others leave of the processor."""
+  if sys.platform == 'linux':  # elsewhere it would be the whole process
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _best(losses: Mapping[int, float]) -> int:

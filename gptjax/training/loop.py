@@ -83,8 +83,7 @@ def train(config: Config, options: Options) -> int:
     if newest is not None:
       state, begun = checkpoints.restore(newest, run.abstract_state)[0], f'step {progress.step}, {progress.tokens:,} tokens'
     elif config.init_from:  # from now on the run needs the other one no more
-      checkpoints.save(progress, state, None)
-      checkpoints.wait()
+      checkpoints.save(progress, state, None, waits=True)
     peak = peak_flops(list(mesh.devices.flatten()), run.config.model.compute_dtype)
     book = stack.enter_context(contextlib.closing(Logbook(folder, progress.step, run.steps) if first() else Silence()))
     facts = header(run, data, begun, peak)
@@ -272,10 +271,8 @@ class _Loop:
     # To save is the work of all: what keeps process 0 from it, keeps all.
     if refusal := share('save', self._refusal() if first() else None):
       raise UserError.told(refusal)
-    self.checkpoints.save(self.progress, self.state, loss)
+    self.checkpoints.save(self.progress, self.state, loss, waits)
     self.rollbacks = 0
-    if waits:
-      self.checkpoints.wait()
 
   def _refusal(self) -> str:
     """Why process 0 cannot save."""

@@ -79,7 +79,7 @@ def committed(workdir: Path) -> list[int]:
 
 
 def whole(workdir: Path) -> list[int]:
-  """Those that are as they were written, every file by its SHA-256."""
+  """Those that are as they were written, every file by its checksum."""
   return [step for step in committed(workdir) if not damage(workdir / 'checkpoints' / str(step))]
 
 
