@@ -1,0 +1,38 @@
+"""What is written of a state on CPUs is a copy in memory of its own, whatever becomes of the state meanwhile."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gptjax.checkpoint.aside import Aside
+
+
+def state(mesh, seed):
+  draw = np.random.default_rng(seed).standard_normal
+  lie = lambda value, *spec: jax.device_put(value, NamedSharding(mesh, PartitionSpec(*spec)))
+  return {'split': lie(draw((8, 64), np.float32), 'data', 'model'), 'whole': lie(draw(33).astype(ml_dtypes.bfloat16)),
+          'scalar': lie(np.int32(seed)), 'host': draw(3)}
+
+
+@pytest.mark.parametrize('mesh', ['1x1', '4x2'], indirect=True)
+def test_a_copy_outlives_its_state_and_takes_the_same_memory_each_time(mesh):
+  aside, places = Aside(), []
+  step = jax.jit(lambda x: jax.tree.map(lambda leaf: leaf * 2, x), donate_argnums=0)
+  for seed in (0, 1):
+    one = state(mesh, seed)
+    one = step({name: value for name, value in one.items() if name != 'host'}) | {'host': one['host']}  # made by a step, as in a run
+    expected = jax.tree.map(np.array, one)
+    host = one.pop('host')
+    copied = aside.copy(one | {'host': host})
+    addresses = [shard.data.unsafe_buffer_pointer() for shard in one['split'].addressable_shards]
+    new = step(one)
+    assert [shard.data.unsafe_buffer_pointer() for shard in new['split'].addressable_shards] == addresses  # donated, not taken
+    for name, value in copied.items():
+      assert value.dtype == expected[name].dtype and (np.asarray(value) == expected[name]).all()
+    assert copied['split'].sharding == new['split'].sharding and copied['host'] is host
+    places.append([shard.data.unsafe_buffer_pointer() for shard in copied['split'].addressable_shards])
+  assert places[0] == places[1] and not set(places[0]) & set(addresses)
+  assert jnp.issubdtype(copied['whole'].dtype, jnp.bfloat16)
