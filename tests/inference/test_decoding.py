@@ -22,6 +22,9 @@ def style(style):
   return dataclasses.replace(style, tied=False)
 
 
+of_one_style = pytest.mark.parametrize('style', ['modern'], indirect=True)
+
+
 def draw(decoder, parameters, prompts, most, sampling=GREEDY, seeds=None):
   """(ids [B, most], log-probabilities [B, most])"""
   steps = decoder(decoder.prepare(parameters), prompts, sampling, range(len(prompts)) if seeds is None else seeds, most)
@@ -91,6 +94,7 @@ def test_text_goes_on_beyond_the_context(style, context, one_device, random_para
     assert alone[0].tolist() == recomputed(plan, parameters, prompts[1], 30)[0]
 
 
+@of_one_style
 def test_a_row_is_the_same_alone_and_beside_others(style, one_device, random_parameters):
   plan = blueprint(style, 64)
   parameters = random_parameters(plan)
@@ -104,7 +108,7 @@ def test_a_row_is_the_same_alone_and_beside_others(style, one_device, random_par
   assert again[0].tolist() == again[1].tolist() == together[0].tolist() != again[2].tolist()
 
 
-@pytest.mark.parametrize('style', ['modern'], indirect=True)
+@of_one_style
 @pytest.mark.parametrize('zero_stage', [0, 3])
 def test_text_is_the_same_on_one_device_and_spread_over_eight(style, zero_stage, random_parameters):
   plan = blueprint(style, 64)
@@ -117,6 +121,7 @@ def test_text_is_the_same_on_one_device_and_spread_over_eight(style, zero_stage,
   assert all(text == texts[0] for text in texts)
 
 
+@of_one_style
 def test_forbidden_and_padded_ids_never_appear(style, one_device, random_parameters):
   plan = blueprint(style, 64)
   parameters = random_parameters(plan)
@@ -128,6 +133,7 @@ def test_forbidden_and_padded_ids_never_appear(style, one_device, random_paramet
   assert set(wild.flatten().tolist()) == set(range(style.vocab_size)) - set(forbidden)  # and all others do
 
 
+@of_one_style
 def test_ids_of_prompt_and_text_are_penalized(style, one_device, random_parameters):
   plan = blueprint(dataclasses.replace(style, tied=True), 24)  # which likes to repeat; and the text outgrows the context
   parameters = random_parameters(plan)
@@ -137,6 +143,7 @@ def test_ids_of_prompt_and_text_are_penalized(style, one_device, random_paramete
   assert ids.tolist() != [recomputed(plan, parameters, prompt, 40)[0] for prompt in prompts]
 
 
+@of_one_style
 def test_a_bucket_of_shapes_is_compiled_once(style, one_device, random_parameters):
   plan = blueprint(style, 64)
   decoder = Decoder(plan, one_device)
@@ -154,6 +161,7 @@ def test_a_bucket_of_shapes_is_compiled_once(style, one_device, random_parameter
     counter.close()
 
 
+@of_one_style
 def test_preparing_and_decoding_leave_the_parameters_alone(style, one_device, random_parameters):
   plan = blueprint(style, 8)
   parameters = random_parameters(plan)
