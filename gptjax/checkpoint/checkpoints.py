@@ -192,12 +192,13 @@ class Checkpoints:
 
   def _commit(self, saving: Path, step: int, facts: dict[str, Any]) -> None:
     if step in self.steps():  # the same, when another process failed; it is done again by all
-      return shutil.rmtree(saving)
-    for path in self._beside:
-      shutil.copytree(path, saving / path.name) if path.is_dir() else shutil.copyfile(path, saving / path.name)
-    seal(saving, facts)
-    saving.rename(self._directory / str(step))
-    sync(self._directory)
+      shutil.rmtree(saving)
+    else:
+      for path in self._beside:
+        shutil.copytree(path, saving / path.name) if path.is_dir() else shutil.copyfile(path, saving / path.name)
+      seal(saving, facts)
+      saving.rename(self._directory / str(step))
+      sync(self._directory)
     assert self._retention
     for old in {*self.steps()} - self._retention.kept(self._losses()):
       self._drop(old)
@@ -297,7 +298,7 @@ class Checkpoints:
     for step in self.steps():
       try:
         losses[step] = read(self._directory / str(step))['facts']['loss']
-      except Damaged:  # told when it is used
+      except (Damaged, OSError):  # told when it is used
         losses[step] = None
     return losses
 

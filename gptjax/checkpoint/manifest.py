@@ -3,7 +3,9 @@
 128 bits find what disks and networks do to a file, at the speed of memory; against who forges a checkpoint no digest beside it would help.
 """
 
+import contextlib
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,8 @@ def read(folder: Path) -> dict[str, Any]:
     OSError: it cannot be read, which may pass.
   """
   try:
-    manifest = json.loads((folder / MANIFEST).read_bytes())
+    with _telling(folder / MANIFEST):
+      manifest = json.loads((folder / MANIFEST).read_bytes())
     content = {'facts': manifest['facts'], 'files': manifest['files']}
     whole = manifest['xxh3'] == _self_digest(content)
   except _MISSING:
@@ -77,12 +80,22 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str:
 def _difference(folder: Path, name: str, size: int, digest: str) -> str:
   path = folder / name
   try:
-    found = path.stat().st_size
-    if found != size:
-      return f'{name} has {found:,} bytes, not {size:,}'
-    return '' if _digest(path) == digest else f'{name} is not what was written: its XXH3 differs'
+    with _telling(path):
+      found = path.stat().st_size
+      if found != size:
+        return f'{name} has {found:,} bytes, not {size:,}'
+      return '' if _digest(path) == digest else f'{name} is not what was written: its XXH3 differs'
   except _MISSING:
     return f'{name} is missing'
+
+
+@contextlib.contextmanager
+def _telling(path: Path) -> Iterator[None]:
+  """Names the file in what the system says of it, which reading does not."""
+  try:
+    yield
+  except OSError as error:
+    raise OSError(error.errno, error.strerror, str(path)) from error  # Python makes it of the same class
 
 
 def _digest(path: Path) -> str:

@@ -113,11 +113,14 @@ class BadSteps:
   def go_on_from(self, step: int) -> None:
     """Drops what was left out after a step from which the run goes on: it comes again. What is passed over stays so."""
     kept = [bad for bad in self.found if bad.step <= step or bad.action == 'rollback']
-    if self._writes and self._file.exists():  # without what a kill left of a line, too
-      write_whole(self._file, ''.join(map(_line, kept)))
+    if self._writes:
       self._lines = Lines(self._file)
+      if self._file.exists():  # without what a kill left of a line, too
+        write_whole(self._file, ''.join(map(_line, kept)))
+      elif kept:
+        self._lines.write(''.join(map(_line, kept)))
     self.found = kept
-    left_out, in_a_row = {bad.step for bad in kept}, 0
+    left_out, in_a_row = {bad.step for bad in kept if bad.action != 'rollback'}, 0
     while step - in_a_row in left_out:
       in_a_row += 1
     # Of starts that go on within a row of bad steps, none begins to count anew.

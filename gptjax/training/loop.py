@@ -119,8 +119,9 @@ def _check_rows(run: Run, done: Progress, last: int, bad_steps: BadSteps) -> Non
     return
   taken = done.rows + bad_steps.passed_after(done.rows)
   if taken + (last - done.step) * size > rows:
-    raise UserError('steps', last, f'at most {done.step + max(rows - taken, 0) // size:,}: data.train has {rows:,} rows within the '
-                    f'epochs of its components, and {taken:,} are taken or passed over')
+    most = done.step + max(rows - taken, 0) // size
+    raise UserError('steps', last, f'at most {most}, or --stop_at={most}: data.train has {rows:,} rows within the epochs of its '
+                    f'components, and {taken:,} are taken or passed over')
 
 
 class _Loop:

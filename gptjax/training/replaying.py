@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from gptjax.checkpoint import Checkpoints, Progress, config_of
+from gptjax.checkpoint.manifest import damage
 from gptjax.config import Config, UserError
 from gptjax.data import batches, prepare
 from gptjax.files import complete_lines, json_line
@@ -90,11 +91,10 @@ def replay(workdir: Path, step: int, cache_dir: Path, begin: Callable[[str], Non
 
 
 def _config_at(workdir: Path, checkpoints: Checkpoints, step: int) -> Config:
-  """The config with which a step was done, that of the first checkpoint from it on; on the workdir's mesh, which may be of today."""
-  now = config_of(workdir)
-  later = next((one for one in checkpoints.steps() if one >= step), None)
-  then = now if later is None else config_of(workdir / 'checkpoints' / str(later))
-  return dataclasses.replace(then, mesh=now.mesh, zero_stage=now.zero_stage)
+  """The config with which a step was done, that of the first checkpoint from it on; mesh and data as they are in the workdir's today."""
+  now, folders = config_of(workdir), [workdir / 'checkpoints' / str(one) for one in checkpoints.steps() if one >= step]
+  then = next((config_of(folder) for folder in folders if not damage(folder)), now)
+  return dataclasses.replace(then, mesh=now.mesh, zero_stage=now.zero_stage, data=now.data)
 
 
 def _logged(file: Path) -> dict[int, dict[str, float | int | None]]:

@@ -12,6 +12,7 @@ from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from gptjax.checkpoint import DAMAGED, Checkpoints, Progress, Retention, manifest
+from gptjax.checkpoint import checkpoints as checkpoints_module
 from gptjax.config import Fault, UserError
 
 ABSTRACT = {name: jax.ShapeDtypeStruct((64, 5), np.float32, sharding=SingleDeviceSharding(jax.devices()[0])) for name in 'ab'}
@@ -124,18 +125,31 @@ def test_what_this_process_wrote_is_compared_too(workdir):
 
 
 def test_what_cannot_be_read_for_now_is_not_damaged(workdir, monkeypatch):
-  def away(file):
-    raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
+  def away(*args):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))  # as reading does, it names no file
 
   monkeypatch.setattr(manifest, '_digest', away)
   checkpoints = Checkpoints(workdir / 'checkpoints', Retention())
-  with pytest.raises(OSError, match='Input/output error'):
+  with pytest.raises(OSError, match='Input/output error: .*/checkpoints/20/'):
     checkpoints.newest()
   monkeypatch.undo()
   assert checkpoints.newest() == 20 and not (workdir / DAMAGED).exists()
-  monkeypatch.setattr(ocp, 'load', lambda *args: away('array'))
+  monkeypatch.setattr(ocp, 'load', away)
   with pytest.raises(Fault, match='checkpoints/20: .*Input/output error.*accepted: a checkpoint that can be loaded'):
     checkpoints.restore(20, ABSTRACT)
+
+
+def test_a_kept_checkpoint_that_cannot_be_read_is_in_no_save_s_way(workdir, monkeypatch):
+  def away(folder):
+    if folder.name == '10':
+      raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return manifest.read(folder)
+
+  monkeypatch.setattr(checkpoints_module, 'read', away)
+  with Checkpoints(workdir / 'checkpoints', Retention(latest=2)) as checkpoints:
+    checkpoints.save(Progress(30), state(30), None)
+    checkpoints.wait()
+    assert checkpoints.steps() == [20, 30]
 
 
 def test_what_its_run_removes_meanwhile_is_not_damaged(workdir, monkeypatch, capsys):

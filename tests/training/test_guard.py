@@ -189,6 +189,27 @@ def test_bad_steps_in_a_row_end_a_run_that_skips(tmp_path):
     again.add(199, (199, 200), math.nan, 1.0)
 
 
+def test_steps_that_were_done_again_are_not_bad_in_a_row(tmp_path):
+  bad = BadSteps(FaultsConfig(bad_step='rollback'), tmp_path, writes=True)
+  for step in range(1, 100):
+    with pytest.raises(Rollback):
+      bad.add(step, (step, step + 1), math.nan, 1.0)
+  again = BadSteps(FaultsConfig(bad_step='skip'), tmp_path, writes=True)
+  again.go_on_from(99)
+  again.add(100, (400, 401), math.nan, 1.0)
+
+
+def test_bad_steps_that_wait_are_forgotten_like_others(tmp_path):
+  folder = tmp_path / 'run'
+  bad = BadSteps(FaultsConfig(bad_step='skip'), folder, writes=True)
+  for step in (1, 5):
+    bad.add(step, (step, step + 1), math.nan, 1.0)
+  bad.go_on_from(2)
+  folder.mkdir()
+  bad.flush()
+  assert [line['step'] for line in bad_steps(folder)] == [1]
+
+
 def test_bad_steps_wait_in_memory_for_a_full_disk(tmp_path):
   with small_disk(tmp_path / 'disk', '64k') as disk:
     bad = BadSteps(FaultsConfig(bad_step='skip'), disk, writes=True)

@@ -177,7 +177,7 @@ class Damages:
     after = read(self._folder / 'run')
     writes = ['evaluation.json', 'report.html', 'tensorboard/', 'checkpoints/']
     if damage.command == 'train':  # it may have come some way before it met the damage
-      writes += ['run.json'] if refused else ['run.json', 'config.json', 'data/']
+      writes += ['lock', 'run.json'] if refused else ['lock', 'run.json', 'config.json', 'data/']
     for name, data in before.items():
       if not name.startswith(tuple(writes)) and f'run/{name}' != damage.file and not after.get(name, b'').startswith(data):
         return name

@@ -24,9 +24,9 @@ def main(config: configs.Config) -> None:
   from gptjax.training import loop
   save, restore = Checkpoints.save, Checkpoints.restore
 
-  def keep_and_save(self, progress, state, *more):
+  def keep_and_save(self, progress, state, *more, **named):
     _keep(f'saved-{progress.step}', state)
-    save(self, progress, state, *more)
+    save(self, progress, state, *more, **named)
 
   def restore_and_keep(self, step, abstract):
     state, progress = restore(self, step, abstract)
