@@ -19,7 +19,7 @@ from gptjax.processes import company
 from tools.row_digests import digests
 
 
-def main(config: configs.Config) -> None:
+def main(config: configs.Config) -> int:
   from gptjax.checkpoint import Checkpoints
   from gptjax.training import loop
   save, restore = Checkpoints.save, Checkpoints.restore
@@ -43,7 +43,7 @@ def main(config: configs.Config) -> None:
 
   Checkpoints.save, Checkpoints.restore = keep_and_save, restore_and_keep
   loop.place_rows = place_and_tell
-  train.main(config)
+  return train.main(config)
 
 
 def _keep(name: str, state) -> None:
