@@ -92,6 +92,12 @@ def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
     yield from _places(value)
 
 
+def _without_clock(lines: bytes) -> bytes:
+  from gptjax.training.replaying import CLOCK
+  records = [json.loads(line) for line in lines.splitlines()]
+  return b''.join(json.dumps({name: value for name, value in one.items() if name not in CLOCK}).encode() + b'\n' for one in records)
+
+
 def read(folder: Path) -> Files:
   """All files below a folder."""
   return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file()}
@@ -178,8 +184,12 @@ class Damages:
     writes = ['evaluation.json', 'report.html', 'tensorboard/', 'checkpoints/']
     if damage.command == 'train':  # it may have come some way before it met the damage
       writes += ['lock', 'run.json'] if refused else ['lock', 'run.json', 'config.json', 'data/']
+    # A run that goes back to the checkpoint before writes its lines again: the same, but for the clock's.
+    kept = lambda name, data: _without_clock(data) if name == 'metrics.jsonl' else data
     for name, data in before.items():
-      if not name.startswith(tuple(writes)) and f'run/{name}' != damage.file and not after.get(name, b'').startswith(data):
+      if name.startswith(tuple(writes)) or f'run/{name}' == damage.file:
+        continue
+      if not kept(name, after.get(name, b'')).startswith(kept(name, data)):
         return name
     return next((name for name in after if name.endswith(('.partial', '.building'))), '')
 
