@@ -172,7 +172,7 @@ class Damages:
           return done.wrong
         if touched := self._touched(damage, before, done.status == 2):
           return f'{touched} is another after status {done.status}: {done.err[-300:]}'
-        if path.parent.exists():  # or else the checkpoint was set aside
+        if path.parent.exists() and not (self._folder / 'run' / 'damaged').exists():  # or else the checkpoint was set aside, and made anew
           path.write_bytes(whole)
         return self._restored()
     finally:

@@ -62,11 +62,13 @@ class Ending:
 
 def alone(module: str, *args: str, seconds: float) -> Ending:
   """Runs a module in a process of its own, from the folder that this one is in."""
+  import jax
   started = time.monotonic()
   root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
   try:
     done = subprocess.run([sys.executable, '-m', module, *args], capture_output=True, text=True, errors='replace', timeout=seconds,
-                          env={**os.environ, 'PYTHONPATH': root})
+                          env={**os.environ, 'PYTHONPATH': root, 'JAX_NUM_CPU_DEVICES': str(jax.local_device_count()),
+                               'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'})  # where this one is so: figures are compared to the bit
   except subprocess.TimeoutExpired as late:
     return Ending(None, '', '', str(late), seconds)
   return Ending(done.returncode, done.stdout, done.stderr, '', time.monotonic() - started)
