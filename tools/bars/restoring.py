@@ -154,7 +154,7 @@ def disk_full(folder: Path) -> Result:
       status, log, kept_steps, failures = _on_full_disk(disk, flags, folder / 'log', freed)
       errors = [line for line in log.splitlines() if line.startswith('error: ')]
       said.append(f'space {"made later" if freed else "never made"}: {failures} saves failed, status {status}, '
-                  f'checkpoints {kept_steps} whole' + (f', {errors[0][:90]!r}' if errors else ''))
+                  f'checkpoints {kept_steps} whole' + (f', {errors[0].replace(f"{folder}/", "")[:90]!r}' if errors else ''))
       if not failures or 'Traceback' in log or not kept_steps or committed(disk / 'run') != kept_steps:
         wrong.append(f'{said[-1]}; there are {committed(disk / "run")}: {log[-400:]}')
       if status != (0 if freed else 2) or len(errors) != (0 if freed else 1):
