@@ -216,7 +216,7 @@ def _fill(file: Path, over: threading.Event) -> None:
 
 @bar
 def save_cost(folder: Path) -> Result:
-  flags = recipe(folder, '--config.model.layers=14', '--config.model.heads=12', '--config.model.width=768', '--config.batch_size=4',
+  flags = recipe(folder, '--config.model.layers=14', '--config.model.heads=12', '--config.model.width=768', '--config.batch_size=1',
                  '--config.data.context=128', '--config.eval.every=0', steps=1000)
   found = json.loads(python('tools.bars.saving', *flags, f'--workdir={folder}/run').stdout)
   seconds = {kind: [one['seconds'] for one in found[kind]] for kind in ('without', 'with')}
@@ -226,7 +226,7 @@ def save_cost(folder: Path) -> Result:
   beside = [(max(one['memory'][which] for one in found['with']) - found['without'][0]['memory'][which]) / state for which in (0, 1)]
   alone = [(after - before) / state for before, after in zip(found['before'], found['alone'])]
   told = lambda times: ', '.join(f'{one:.1f}' for one in times)
-  return Result('99M parameters, 512 tokens a step, a save every 50: it costs below 3 % of the run, by stretches with one and without; '
+  return Result('99M parameters, 128 tokens a step, a save every 50: it costs below 3 % of the run, by stretches with one and without; '
                 'memory of this process added by the writer alone at most 0.3 times the state, with training going on 1.2',
                 f'{cost:+.1%} of the time: {told(seconds["with"])} s with, {told(seconds["without"])} s without, the run waits for '
                 f'{told(found["calls"])} s of them; a save alone {found["whole_save"]:.1f} s; state {state / 1e9:.2f} GB; added alone '
