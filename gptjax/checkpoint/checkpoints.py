@@ -22,6 +22,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from gptjax.checkpoint.aside import Aside
+from gptjax.checkpoint.following import Following
 from gptjax.checkpoint.manifest import Damaged, damage, read, seal
 from gptjax.config import Fault, UserError
 from gptjax.data.progress import announce
@@ -149,6 +150,10 @@ class Checkpoints:
       return steps
     return sorted({self.resolve(one.strip()) for one in wanted.split(',')})
 
+  def prepare(self, state: Any) -> None:
+    """Takes, in the background, the memory that saves of such a state need, for which the first one would have to wait."""
+    self._pending = self._background.submit(self._aside.reserve(state))
+
   def save(self, progress: Progress, state: Any, loss: float | None, waits: bool = False) -> None:
     """Starts to save; a save still running is waited for, and what went wrong with it raised here.
 
@@ -181,22 +186,23 @@ class Checkpoints:
 
   def _finish(self, written: Callable[[], None], saving: Path, step: int, facts: dict[str, Any]) -> None:
     try:
-      written()
+      with Following(saving, company().group.process) as followed:
+        written()
       if first():
-        self._commit(saving, step, facts)
+        self._commit(saving, step, facts, followed.found)
     except BaseException:
       if first():  # the space is for what comes next; threads of Orbax may still write, and the next start removes the rest
         for path in saving.parent.glob(f'{saving.name}*'):
           shutil.rmtree(path, ignore_errors=True)
       raise
 
-  def _commit(self, saving: Path, step: int, facts: dict[str, Any]) -> None:
+  def _commit(self, saving: Path, step: int, facts: dict[str, Any], known: Mapping[int, tuple[int, str]]) -> None:
     if step in self.steps():  # the same, when another process failed; it is done again by all
       shutil.rmtree(saving)
     else:
       for path in self._beside:
         shutil.copytree(path, saving / path.name) if path.is_dir() else shutil.copyfile(path, saving / path.name)
-      seal(saving, facts)
+      seal(saving, facts, known)
       saving.rename(self._directory / str(step))
       sync(self._directory)
     assert self._retention

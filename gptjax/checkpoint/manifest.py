@@ -5,12 +5,12 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from xxhash import xxh3_128
+from xxhash import xxh3_128 as Digest
 
 from gptjax.data import cores
 from gptjax.files import sync
@@ -23,18 +23,18 @@ class Damaged(Exception):
   """A checkpoint that is not what was written; the text says which file, and how it differs."""
 
 
-def seal(folder: Path, facts: dict[str, Any]) -> None:
+def seal(folder: Path, facts: dict[str, Any], known: Mapping[int, tuple[int, str]] = {}) -> None:
   """Writes the manifest of a folder's files, and returns when all of it is on the disk and not only on its way there.
 
   Args:
     folder: whose files are complete.
     facts: of JSON, what the checkpoint is of.
+    known: by inode the size and XXH3 of files that need not be read once more.
   """
   files = sorted(path for path in folder.rglob('*') if path.is_file())
   # Training goes on meanwhile: half of the cores at most.
   with ThreadPoolExecutor(max(1, cores() // 2)) as pool:
-    digests = pool.map(_digest, files)
-    found = {str(path.relative_to(folder)): [path.stat().st_size, digest] for path, digest in zip(files, digests)}
+    found = dict(zip((str(path.relative_to(folder)) for path in files), pool.map(lambda path: _entry(path, known), files)))
   content = {'facts': facts, 'files': found}
   (folder / MANIFEST).write_text(json.dumps({'xxh3': _self_digest(content), **content}, indent=1) + '\n')
   for path in (*folder.rglob('*'), folder):
@@ -98,8 +98,14 @@ def _telling(path: Path) -> Iterator[None]:
     raise OSError(error.errno, error.strerror, str(path)) from error  # Python makes it of the same class
 
 
+def _entry(path: Path, known: Mapping[int, tuple[int, str]]) -> tuple[int, str]:
+  status = path.stat()
+  size, digest = known.get(status.st_ino, (-1, ''))
+  return (size, digest) if size == status.st_size else (status.st_size, _digest(path))
+
+
 def _digest(path: Path) -> str:
-  digest, buffer = xxh3_128(), memoryview(bytearray(2**20))
+  digest, buffer = Digest(), memoryview(bytearray(2**20))
   with path.open('rb', buffering=0) as file:
     while size := file.readinto(buffer):
       digest.update(buffer[:size])
@@ -107,5 +113,5 @@ def _digest(path: Path) -> str:
 
 
 def _self_digest(content: dict[str, Any]) -> str:
-  return xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
+  return Digest(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -93,6 +93,8 @@ def train(config: Config, options: Options) -> int:
       return 0
     if first():
       write_whole(folder / 'run.json', json.dumps(facts, indent=2) + '\n')
+    if 0 < run.checkpoint_every < last - progress.step:  # the step compiles meanwhile, which leaves processors idle
+      checkpoints.prepare(state)
     watchdog = stack.enter_context(Watchdog(options.hang_timeout, folder))
     interruptions = stack.enter_context(Interruptions(mesh, run.config.checkpoint.minutes))
     return _Loop(run, data, checkpoints, book, options, peak[0], watchdog, interruptions, bad_steps).go(state, progress, last)
