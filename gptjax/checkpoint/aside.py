@@ -24,7 +24,11 @@ class Aside:
   def reserve(self, state: Any) -> Callable[[], None]:
     """Has memory for such a state; what is returned makes the system hand it over, which takes a while, and ends before `copy`."""
     memories = [self._memory_for(place, part) for place, part in _parts(jax.tree.leaves(state)).items()]
-    return lambda: [memory.fill(0) for memory in memories] and None
+
+    def touch() -> None:
+      for memory in memories:
+        memory.fill(0)
+    return touch
 
   def copy(self, state: Any) -> Any:
     """The same values; those on CPUs in memory of their own, until the next call."""

@@ -25,6 +25,9 @@ def test_a_copy_outlives_its_state_and_takes_the_same_memory_each_time(mesh):
     one = state(mesh, seed)
     one = step({name: value for name, value in one.items() if name != 'host'}) | {'host': one['host']}  # made by a step, as in a run
     expected = jax.tree.map(np.array, one)
+    if not seed:
+      aside.reserve(one)()
+      places.append([memory.ctypes.data for memory in aside._memory.values()])
     host = one.pop('host')
     copied = aside.copy(one | {'host': host})
     addresses = [shard.data.unsafe_buffer_pointer() for shard in one['split'].addressable_shards]
@@ -33,6 +36,8 @@ def test_a_copy_outlives_its_state_and_takes_the_same_memory_each_time(mesh):
     for name, value in copied.items():
       assert value.dtype == expected[name].dtype and (np.asarray(value) == expected[name]).all()
     assert copied['split'].sharding == new['split'].sharding and copied['host'] is host
-    places.append([shard.data.unsafe_buffer_pointer() for shard in copied['split'].addressable_shards])
-  assert places[0] == places[1] and not set(places[0]) & set(addresses)
+    places.append([shard.data.unsafe_buffer_pointer() for name in sorted(expected) if name != 'host'
+                   for shard in copied[name].addressable_shards])
+    assert not set(places[-1]) & set(addresses)
+  assert places[0] == places[1] == places[2]
   assert jnp.issubdtype(copied['whole'].dtype, jnp.bfloat16)

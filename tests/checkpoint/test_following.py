@@ -1,0 +1,81 @@
+"""What a save writes is read once, while it is written, and does not stay in the system's memory."""
+
+import ctypes
+import json
+import mmap
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from gptjax.checkpoint import Checkpoints, Progress, Retention, manifest
+from gptjax.checkpoint.following import Following
+
+SIZE = 3 * 2**20 + 5
+
+
+def folder(tmp_path: Path, process: int = 0) -> Path:
+  made = tmp_path / '7.saving.for-now' / 'state' / f'ocdbt.process_{process}' / 'd'
+  made.mkdir(parents=True)
+  return made
+
+
+def resident(path: Path) -> int:
+  """Pages of a file that the system has in memory."""
+  with path.open('r+b') as file, mmap.mmap(file.fileno(), 0) as view:
+    pages = -(-len(view) // mmap.PAGESIZE)
+    found, start = (ctypes.c_ubyte * pages)(), ctypes.c_char.from_buffer(view)
+    assert not ctypes.CDLL(None, use_errno=True).mincore(ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(len(view)), found)
+    del start
+  return sum(one & 1 for one in found)
+
+
+def test_a_growing_file_has_the_digest_of_the_whole(tmp_path):
+  mine, other = folder(tmp_path), folder(tmp_path, 1)
+  shutil.copyfile(sys.executable, other / 'of-another-process')
+  with Following(tmp_path / '7.saving', 0) as followed, (mine / 'data').open('wb') as file:
+    for piece in range(6):
+      file.write(os.urandom(SIZE + piece))
+      file.flush()
+      os.fsync(file.fileno())
+  path = mine / 'data'
+  assert followed.found == {path.stat().st_ino: (path.stat().st_size, manifest._digest(path))}
+
+
+@pytest.mark.skipif(not hasattr(os, 'posix_fadvise'), reason='the system cannot be told to let go of pages')
+def test_what_was_read_does_not_stay_in_memory(tmp_path):
+  mine = folder(tmp_path)
+  if subprocess.run(['stat', '-f', '-c', '%T', tmp_path], capture_output=True, text=True).stdout.strip() == 'tmpfs':
+    pytest.skip('this file system is memory')
+  with Following(tmp_path / '7.saving', 0), (mine / 'data').open('wb') as file:
+    file.write(bytes(SIZE))
+    file.flush()
+    os.fsync(file.fileno())
+  (mine / 'not-followed').write_bytes(bytes(SIZE))
+  assert resident(mine / 'not-followed') > SIZE // mmap.PAGESIZE and resident(mine / 'data') == 0
+
+
+def test_a_save_reads_no_array_once_more(tmp_path, monkeypatch):
+  read, digest = [], manifest._digest
+  monkeypatch.setattr(manifest, '_digest', lambda path: read.append(path.stat().st_size) or digest(path))
+  with Checkpoints(tmp_path / 'checkpoints', Retention()) as checkpoints:
+    checkpoints.save(Progress(3), {'a': jnp.arange(2**20, dtype=jnp.float32)}, None)
+  assert sum(read) < 2**16 < 2**22
+  saved = tmp_path / 'checkpoints' / '3'
+  assert not manifest.damage(saved)
+  files = json.loads((saved / 'manifest.json').read_text())['files']
+  assert {name: [(saved / name).stat().st_size, digest(saved / name)] for name in files} == files
+
+
+def test_a_file_that_changed_after_it_was_read_is_read_again(tmp_path):
+  mine = folder(tmp_path)
+  path, whole = mine / 'data', tmp_path / '7.saving.for-now'
+  with Following(tmp_path / '7.saving', 0) as followed:
+    path.write_bytes(b'a part')
+  path.write_bytes(b'all of it')
+  manifest.seal(whole, {}, followed.found)
+  assert not manifest.damage(whole)
