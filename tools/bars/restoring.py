@@ -219,11 +219,12 @@ def save_cost(folder: Path) -> Result:
   flags = recipe(folder, '--config.model.layers=14', '--config.model.heads=12', '--config.model.width=768', '--config.batch_size=1',
                  '--config.data.context=128', '--config.eval.every=0', steps=1000)
   found = json.loads(python('tools.bars.saving', *flags, f'--workdir={folder}/run').stdout)
+  unsaved = json.loads(python('tools.bars.saving', *flags, f'--workdir={folder}/unsaved', '--every=10', '--saves=0').stdout)
   seconds = {kind: [one['seconds'] for one in found[kind]] for kind in ('without', 'with')}
   cost = sum(seconds['with']) / sum(seconds['without']) - 1
   state = found['state']
-  # Memory that a save took may stay with the process: what it adds is told by the stretch before the first one.
-  beside = [(max(one['memory'][which] for one in found['with']) - found['without'][0]['memory'][which]) / state for which in (0, 1)]
+  # Memory for saving is taken before the first one, and stays: what it adds is told by a run that never saves beside training.
+  beside = [(max(one['memory'][which] for one in found['with']) - unsaved['without'][0]['memory'][which]) / state for which in (0, 1)]
   alone = [(after - before) / state for before, after in zip(found['before'], found['alone'])]
   told = lambda times: ', '.join(f'{one:.1f}' for one in times)
   return Result('99M parameters, 128 tokens a step, a save every 50: it costs below 3 % of the run, by stretches with one and without; '

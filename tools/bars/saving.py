@@ -1,7 +1,8 @@
 """Measures what saving costs a run, in time and memory: python -m tools.bars.saving --config=... --workdir=DIR [--every=50 --saves=3]
 
 Trains, and saves after every second stretch of so many steps: a stretch that begins with a save, and in whose background it is written,
-is compared with the one before, in which nothing is saved. The last save is made while training stands still. Prints a JSON object.
+is compared with the one before, in which nothing is saved. The last save is made while training stands still. With --saves=0 there is
+one stretch, and no save but the last. Prints a JSON object.
 """
 
 import gc
@@ -20,7 +21,7 @@ from gptjax.config import Config
 from gptjax.start import start
 
 _EVERY = flags.DEFINE_integer('every', 50, 'steps of a stretch', lower_bound=1)
-_SAVES = flags.DEFINE_integer('saves', 3, 'stretches with a save', lower_bound=1)
+_SAVES = flags.DEFINE_integer('saves', 3, 'stretches with a save', lower_bound=0)
 
 
 class Memory:
@@ -61,7 +62,7 @@ def main(config: Config) -> None:
   from gptjax.training import Options, loop, train
   cache, workdir, every = start(config), Path(flags.FLAGS.workdir), _EVERY.value
   config = configs.override(config, {'checkpoint.every': 2 * every})
-  last = (2 * _SAVES.value + 1) * every
+  last = max(2 * _SAVES.value + 1, 2) * every
   after, save = loop._Loop._after_step, loop._Loop._save
   times: list[float] = []
   peaks: list[tuple[int, int]] = []
