@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -79,3 +80,11 @@ def test_a_file_that_changed_after_it_was_read_is_read_again(tmp_path):
   path.write_bytes(b'all of it')
   manifest.seal(whole, {}, followed.found)
   assert not manifest.damage(whole)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='a priority is of the whole process')
+def test_who_writes_yields_to_who_trains(tmp_path):
+  before = os.getpriority(os.PRIO_PROCESS, 0)
+  with Checkpoints(tmp_path, Retention()) as checkpoints:
+    assert checkpoints._background.submit(lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id())).result() == 19
+  assert os.getpriority(os.PRIO_PROCESS, 0) == before

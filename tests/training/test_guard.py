@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import pytest
 from tiny import batch, config, options, put, records, run, small_disk, trainer, write_text
 
 from gptjax import config as configs
-from gptjax.checkpoint import Checkpoints
+from gptjax.checkpoint import Checkpoints, Progress
 from gptjax.config import Fault, FaultsConfig, ModelConfig, UserError
 from gptjax.data import prepare, train_rows
 from gptjax.training import loop, train
@@ -160,6 +161,18 @@ def test_rows_passed_over_are_known_to_any_batch_size(tmp_path):
   assert [again.passed(row, 4) for row in (20, 24, 28, 32, 36, 72, 76)] == [20, 24, 36, 36, 36, 72, 80]
   assert [again.passed(row, 8) for row in (16, 24, 64, 72)] == [16, 36, 64, 80]
   assert [again.passed_after(row) for row in (0, 30, 36, 76, 80)] == [12, 10, 4, 4, 0]
+
+
+def test_rows_passed_over_are_gone_from_an_epoch(tmp_path):
+  bad = BadSteps(FaultsConfig(bad_step='rollback'), tmp_path, writes=True)
+  of_rows = lambda rows: SimpleNamespace(rows=SimpleNamespace(mixture=SimpleNamespace(rows=rows)), config=SimpleNamespace(batch_size=4))
+  loop._check_rows(of_rows(40), Progress(6, 24), 10, bad)
+  with pytest.raises(Rollback):
+    bad.add(8, (28, 32), math.nan, 1.0)
+  loop._check_rows(of_rows(44), Progress(6, 24), 10, bad)
+  loop._check_rows(of_rows(None), Progress(6, 24), 10, bad)
+  with pytest.raises(UserError, match=r'^steps: 10, accepted: at most 9, or --stop_at=9: data.train has 40 rows .*, and 28 are taken or passed'):
+    loop._check_rows(of_rows(40), Progress(6, 24), 10, bad)
 
 
 def test_what_a_kill_left_of_a_line_is_in_no_ones_way(tmp_path):

@@ -58,6 +58,17 @@ def test_a_step_is_done_with_the_config_it_was_done_with(trained, cache, tmp_pat
   assert [one.difference for one in replay(copy, 8, cache)] == [0.0, 0.0]
 
 
+def test_a_step_is_done_again_where_the_data_has_moved(trained, cache, tmp_path):
+  copy, text = shutil.copytree(trained, tmp_path / 'run'), cache / 'text.txt'
+  moved = text.rename(tmp_path / 'elsewhere.txt')
+  try:
+    settings = configs.override(configs.read(copy / 'config.json'), {'data.source.path': str(moved)})
+    (copy / 'config.json').write_text(configs.to_json(settings))
+    assert [one.difference for one in replay(copy, 8, tmp_path / 'cache')] == [0.0, 0.0]
+  finally:
+    moved.rename(text)
+
+
 def test_a_checkpoint_is_read_tensor_by_tensor(trained):
   folder = trained / 'checkpoints' / '8'
   contents = Contents(folder)
