@@ -46,17 +46,18 @@ class Following:
       os.close(file.descriptor)
 
   def _follow(self) -> None:
-    with contextlib.suppress(OSError):  # the writer meets it too, or who seals the checkpoint, and tells it
-      while not self._over.wait(_PAUSE):
-        self._look()
+    while not self._over.wait(_PAUSE):
       self._look()
+    self._look()
 
   def _look(self) -> None:
-    for path in self._saving.parent.glob(f'{self._saving.name}*/*/ocdbt.process_{self._process}/d/*'):
-      inode = path.stat().st_ino
-      if inode not in self._files:
-        self._files[inode] = _File(path)
-      self._files[inode].follow()
+    # A folder gets its last name meanwhile; and what cannot be read the writer meets too, or who seals the checkpoint, and tells it.
+    with contextlib.suppress(OSError):
+      for path in self._saving.parent.glob(f'{self._saving.name}*/*/ocdbt.process_{self._process}/d/*'):
+        inode = path.stat().st_ino
+        if inode not in self._files:
+          self._files[inode] = _File(path)
+        self._files[inode].follow()
 
 
 class _File:
