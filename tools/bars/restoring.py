@@ -222,14 +222,18 @@ def save_cost(folder: Path) -> Result:
   unsaved = json.loads(python('tools.bars.saving', *flags, f'--workdir={folder}/unsaved', '--every=10', '--saves=0').stdout)
   seconds = {kind: [one['seconds'] for one in found[kind]] for kind in ('without', 'with')}
   cost = sum(seconds['with']) / sum(seconds['without']) - 1
+  by_steps = sum(found['more']) / len(seconds['with']) / (sum(seconds['without']) / len(seconds['without']))
   state = found['state']
   # Memory for saving is taken before the first one, and stays: what it adds is told by a run that never saves beside training.
   beside = [(max(one['memory'][which] for one in found['with']) - unsaved['without'][0]['memory'][which]) / state for which in (0, 1)]
   alone = [(after - before) / state for before, after in zip(found['before'], found['alone'])]
   told = lambda times: ', '.join(f'{one:.1f}' for one in times)
-  return Result('99M parameters, 128 tokens a step, a save every 50: it costs below 3 % of the run, by stretches with one and without; '
-                'memory of this process added by the writer alone at most 0.3 times the state, with training going on 1.2',
-                f'{cost:+.1%} of the time: {told(seconds["with"])} s with, {told(seconds["without"])} s without, the run waits for '
-                f'{told(found["calls"])} s of them; a save alone {found["whole_save"]:.1f} s; state {state / 1e9:.2f} GB; added alone '
-                f'{alone[0]:.2f}, beside training {beside[0]:.2f} times that (with pages of files {alone[1]:.2f} and {beside[1]:.2f})',
-                cost < 0.03 and alone[0] <= 0.3 and beside[0] <= 1.2 and len(seconds['with']) >= 3, 'python -m tools.bars --only=save_cost')
+  return Result('99M parameters, 128 tokens a step, a save every 50: it costs below 3 % of the run, by stretches with one and without, '
+                'and by the steps beside which it is written and others; memory of this process added by the writer alone at most 0.3 '
+                'times the state, with training going on 1.2',
+                f'{cost:+.1%} of the time by stretches ({told(seconds["with"])} s with, {told(seconds["without"])} s without), '
+                f'{by_steps:+.1%} by steps ({told(found["more"])} s more); the run waits for {told(found["calls"])} s of them; a save '
+                f'alone {found["whole_save"]:.1f} s; state {state / 1e9:.2f} GB; added alone {alone[0]:.2f}, beside training '
+                f'{beside[0]:.2f} times that (with pages of files {alone[1]:.2f} and {beside[1]:.2f})',
+                max(cost, by_steps) < 0.03 and alone[0] <= 0.3 and beside[0] <= 1.2 and len(seconds['with']) >= 3,
+                'python -m tools.bars --only=save_cost')

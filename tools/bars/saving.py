@@ -1,13 +1,15 @@
 """Measures what saving costs a run, in time and memory: python -m tools.bars.saving --config=... --workdir=DIR [--every=50 --saves=3]
 
 Trains, and saves after every second stretch of so many steps: a stretch that begins with a save, and in whose background it is written,
-is compared with the one before, in which nothing is saved. The last save is made while training stands still. With --saves=0 there is
+is compared with the one before, in which nothing is saved; and, since a machine's speed drifts by more than a save costs, the steps
+beside which it is written with the others around them. The last save is made while training stands still. With --saves=0 there is
 one stretch, and no save but the last. Prints a JSON object.
 """
 
 import gc
 import json
 import re
+import statistics
 import threading
 import time
 from pathlib import Path
@@ -64,17 +66,20 @@ def main(config: Config) -> None:
   config = configs.override(config, {'checkpoint.every': 2 * every})
   last = max(2 * _SAVES.value + 1, 2) * every
   after, save = loop._Loop._after_step, loop._Loop._save
-  times: list[float] = []
+  ends: list[float] = []
+  busy: set[int] = set()  # steps beside which something is saved
   peaks: list[tuple[int, int]] = []
   calls: list[float] = []
   found: dict = {}
 
   def at_the_end_of_a_step(self, last):
     step = self.progress.step
+    self._read_pending()
+    jax.block_until_ready(self.state)
+    ends.append(time.perf_counter())
+    if self.checkpoints.saving:
+      busy.update((step, step + 1))
     if step % every == 0:
-      self._read_pending()
-      jax.block_until_ready(self.state)  # in every stretch alike
-      times.append(time.perf_counter())
       peaks.append(memory.most())
     return after(self, last)
 
@@ -92,13 +97,20 @@ def main(config: Config) -> None:
       found.update(before=before, alone=memory.most(), whole_save=seconds, state=sum(x.nbytes for x in jax.tree.leaves(self.state)))
     else:
       calls.append(seconds)
+      busy.add(self.progress.step + 1)
 
   with Memory() as memory, mock.patch.object(loop._Loop, '_after_step', at_the_end_of_a_step), mock.patch.object(
       loop._Loop, '_save', timed_save):
     train(config, Options(workdir, cache, log_every=every, stop_at=last))
   # The first stretch compiles; then one without a save and one with it take turns.
+  times = ends[every - 1::every]
   stretches = [{'seconds': b - a, 'memory': peak} for a, b, peak in zip(times, times[1:], peaks[1:])]
-  print(json.dumps({'without': stretches[0::2], 'with': stretches[1::2], 'calls': calls, **found}))
+  lasted = {step: ends[step - 1] - ends[step - 2] for step in range(every + 1, last + 1)}
+  more = []
+  for begin in range(2 * every, last - every, 2 * every):
+    usual = statistics.median(lasted[step] for step in range(begin - every // 2, begin + every) if step not in busy)
+    more.append(sum(lasted[step] - usual for step in range(begin + 1, begin + every + 1) if step in busy))
+  print(json.dumps({'without': stretches[0::2], 'with': stretches[1::2], 'more': more, 'calls': calls, **found}))
 
 
 if __name__ == '__main__':
