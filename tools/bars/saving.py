@@ -107,7 +107,7 @@ def main(config: Config) -> None:
   stretches = [{'seconds': b - a, 'memory': peak} for a, b, peak in zip(times, times[1:], peaks[1:])]
   lasted = {step: ends[step - 1] - ends[step - 2] for step in range(every + 1, last + 1)}
   more = []
-  for begin in range(2 * every, last - every, 2 * every):
+  for begin in range(2 * every, last, 2 * every):
     usual = statistics.median(lasted[step] for step in range(begin - every // 2, begin + every) if step not in busy)
     more.append(sum(lasted[step] - usual for step in range(begin + 1, begin + every + 1) if step in busy))
   print(json.dumps({'without': stretches[0::2], 'with': stretches[1::2], 'more': more, 'calls': calls, **found}))
