@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from gptjax.data import prepare, train_rows
 from gptjax.training import loop, train
 from gptjax.training.copies import state_check
 from gptjax.training.guard import WARMUP, BadSteps, Rollback, fresh_watch, judge
+from gptjax.training.run import Run
 
 MODEL = ModelConfig(layers=1, width=16, heads=2, vocab_size=50)
 
@@ -165,7 +167,12 @@ def test_rows_passed_over_are_known_to_any_batch_size(tmp_path):
 
 def test_rows_passed_over_are_gone_from_an_epoch(tmp_path):
   bad = BadSteps(FaultsConfig(bad_step='rollback'), tmp_path, writes=True)
-  of_rows = lambda rows: SimpleNamespace(rows=SimpleNamespace(mixture=SimpleNamespace(rows=rows)), config=SimpleNamespace(batch_size=4))
+
+  def of_rows(rows):
+    run = mock.Mock(spec=Run)
+    run.rows, run.config = SimpleNamespace(mixture=SimpleNamespace(rows=rows)), SimpleNamespace(batch_size=4)
+    return run
+
   loop._check_rows(of_rows(40), Progress(6, 24), 10, bad)
   with pytest.raises(Rollback):
     bad.add(8, (28, 32), math.nan, 1.0)
