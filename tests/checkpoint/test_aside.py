@@ -1,5 +1,7 @@
 """What is written of a state on CPUs is a copy in memory of its own, whatever becomes of the state meanwhile."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gptjax.checkpoint import Checkpoints, Progress, Retention
 from gptjax.checkpoint.aside import Aside
 
 
@@ -41,3 +44,19 @@ def test_a_copy_outlives_its_state_and_takes_the_same_memory_each_time(mesh):
     assert not set(places[-1]) & set(addresses)
   assert places[0] == places[1] == places[2]
   assert jnp.issubdtype(copied['whole'].dtype, jnp.bfloat16)
+
+
+def test_a_save_waits_until_its_memory_is_there(tmp_path, monkeypatch):
+  reserve, values = Aside.reserve, jnp.arange(1, 65, dtype=jnp.float32)
+
+  def slowly(self, state):
+    touch = reserve(self, state)
+    return lambda: [time.sleep(0.5), touch()][1]
+
+  monkeypatch.setattr(Aside, 'reserve', slowly)
+  with Checkpoints(tmp_path / 'checkpoints', Retention()) as checkpoints:
+    checkpoints.prepare({'a': values})
+    checkpoints.save(Progress(3), {'a': values}, None)
+    checkpoints.wait()
+    restored, _ = checkpoints.restore(3, {'a': jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=values.sharding)})
+  assert (restored['a'] == values).all()
