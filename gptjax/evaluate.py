@@ -14,7 +14,7 @@ from typing import Any
 from absl import flags
 
 from gptjax import config as configs
-from gptjax import processes
+from gptjax import distributed
 from gptjax.config import UserError
 from gptjax.files import expanded, json_line, read_json, write_whole
 from gptjax.start import start
@@ -58,14 +58,14 @@ def main(_) -> None:
       records, samples = [], []
       for step in steps:
         trained = restorer.restore(step)
-        if processes.first():
+        if distributed.is_primary():
           print(trained.description, file=sys.stderr)
         scores = score(trained.parameters)
         results, asked = answer(trained.parameters)
         del trained  # before the next one comes
         records.append(evaluation.record(step, scores, results))
         samples += [{'step': step, **one} for one in asked]
-  if processes.first():
+  if distributed.is_primary():
     _tell(workdir, records, samples, data.compression_yardsticks(held_out.tokenizer, sets) if sets else {})
 
 
@@ -124,7 +124,7 @@ def _rows(restorer) -> int:
 def _watched(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
   """Shows the progress of long work."""
   from gptjax.data.progress import Work
-  if not processes.first():
+  if not distributed.is_primary():
     yield lambda done: None
     return
   with Work(title, total, unit) as work:

@@ -13,7 +13,7 @@ from typing import Any
 from absl import flags
 
 from gptjax import config as configs
-from gptjax import processes
+from gptjax import distributed
 from gptjax.config import UserError
 from gptjax.files import expanded
 from gptjax.start import start
@@ -60,13 +60,13 @@ def main(_) -> None:
 
     def read(prompt, source):
       ids = generator.prompt(prompt, source)
-      if len(ids) > context and processes.first():
+      if len(ids) > context and distributed.is_primary():
         print(f'{source}: {len(ids)} tokens, of which the model reads the last {context}', file=sys.stderr)
       return ids
 
     # What is wrong with one is told before anything is printed.
     rows = [row for source, prompt in prompts for row in [(prompt, read(prompt, source))] * _SAMPLES.value]
-    if processes.first():
+    if distributed.is_primary():
       print(trained.description, file=sys.stderr)
     settings: dict[str, Any] = {'max_tokens': _MAX_TOKENS.value, 'sampling': sampling, 'stop': _STOP.value, 'stop_ids': _STOP_IDS.value}
     weights = generator.prepare(trained.parameters)
@@ -87,7 +87,7 @@ def _check_flags() -> None:
     for flag in (_PROMPT, _PROMPTS, _OUT):
       if flag.value:
         raise UserError(f'--{flag.name}', flag.value, 'none beside --chat, which reads the keyboard')
-    if (count := processes.company().group.processes) > 1:
+    if (count := distributed.process_group().group.processes) > 1:
       raise UserError('--chat', f'{count} processes', 'one process, which has the keyboard')
   elif _SYSTEM.value:
     raise UserError('--system', _SYSTEM.value, 'none without --chat; in --prompts, a first message with the role "system"')
@@ -158,7 +158,7 @@ def _write(rows, run) -> None:
   console = Console(stderr=True)
   lines = []
   for at in track(range(0, len(rows), _BATCH.value), 'generating', console=console, transient=True,
-                  disable=not (console.is_terminal and processes.first())):
+                  disable=not (console.is_terminal and distributed.is_primary())):
     some = rows[at:at + _BATCH.value]
     seeds = [(_SEED.value + at + index) % 2**32 for index in range(len(some))]
     for (prompt, _), said in zip(some, run([ids for _, ids in some], seeds), strict=True):
@@ -167,7 +167,7 @@ def _write(rows, run) -> None:
         lines.append(json.dumps({given: prompt, 'text': said.text, 'ids': said.ids, 'logprobs': said.logprobs, 'ended': said.ended}))
       else:
         print(f'{prompt if given == "prompt" else ""}{said.text}\n---', flush=True)
-  if _OUT.value and processes.first():
+  if _OUT.value and distributed.is_primary():
     write_whole(expanded(_OUT.value), '\n'.join(lines) + '\n')
 
 

@@ -10,14 +10,14 @@ from typing import Any
 from absl import flags, logging
 
 from gptjax import config as configs
-from gptjax import processes
+from gptjax import distributed
 from gptjax.cache import cache_dir
 from gptjax.config import Config
 
 CPU_DEVICES = flags.DEFINE_integer(
   'cpu_devices', 0, 'virtual CPU devices to run on; 0: the devices of the machine', lower_bound=0)
 _CLUSTER = flags.DEFINE_enum(
-  'cluster', 'auto', ['auto', 'none', *processes.CLUSTERS], 'what tells which processes make up the run; auto: whatever is there')
+  'cluster', 'auto', ['auto', 'none', *distributed.CLUSTERS], 'what tells which processes make up the run; auto: whatever is there')
 _COORDINATOR = flags.DEFINE_string('coordinator', None, 'HOST:PORT where process 0 listens; unless a cluster tells it')
 _PROCESSES = flags.DEFINE_integer('processes', None, 'processes of the run; unless a cluster tells it', lower_bound=1)
 _PROCESS = flags.DEFINE_integer('process', None, 'which of them this is, from 0 on; unless a cluster tells it', lower_bound=0)
@@ -36,9 +36,9 @@ def start(config: Config | None = None) -> Path:
   logging.set_verbosity(logging.FATAL)  # what libraries log of a failure, they also raise
   sys.unraisablehook = _tell_unraisable
   cache = cache_dir()
-  group = processes.discover(_CLUSTER.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+  group = distributed.discover(_CLUSTER.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
   # Before JAX is imported, which takes seconds: who is missing is told early.
-  configs.at_end.enter_context(processes.join(group, _facts(config) if group.processes > 1 else {}, _TIMEOUT.value))
+  configs.at_end.enter_context(distributed.join(group, _facts(config) if group.processes > 1 else {}, _TIMEOUT.value))
   import jax  # only now: --help and mistakes in flags should not wait for it
   if CPU_DEVICES.value:
     jax.config.update('jax_platforms', 'cpu')
@@ -56,14 +56,14 @@ def _tell_unraisable(unraisable: Any) -> None:
     sys.__unraisablehook__(unraisable)
 
 
-def _initialize(group: processes.Group) -> None:
+def _initialize(group: distributed.Group) -> None:
   import jax
   assert group.coordinator
   _keep_stdout(group.process == 0)
-  host, port = processes.bind_address(group), group.coordinator.rpartition(':')[2]
+  host, port = distributed.bind_address(group), group.coordinator.rpartition(':')[2]
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   # A proxy of the login shell would stand between the processes: gRPC asks it for every host that is not named here.
-  os.environ['no_grpc_proxy'] = ','.join(filter(None, (os.environ.get('no_grpc_proxy'), processes.address(group)[0])))
+  os.environ['no_grpc_proxy'] = ','.join(filter(None, (os.environ.get('no_grpc_proxy'), distributed.address(group)[0])))
   jax.config.update('jax_check_proxy_envs', False)
   jax.distributed.initialize(
     group.coordinator, group.processes, group.process, local_device_ids=group.gpus, cluster_detection_method='deactivate',

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-WITHOUT_JAX = ('config', 'data', 'launch', 'processes', 'sources', 'tools')
+WITHOUT_JAX = ('config', 'data', 'launch', 'distributed', 'sources', 'tools')
 """Rooms whose tests start without JAX, which takes seconds to import."""
 
 STYLES = {

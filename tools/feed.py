@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import flags
 
 from gptjax import config as configs
-from gptjax.processes import company
+from gptjax.distributed import process_group
 from gptjax.start import start
 from tools.row_digests import digests
 
@@ -26,7 +26,7 @@ def main(config: configs.Config) -> None:
   rows = train_rows(config, prepare(config.data, cache))
   mesh, size = make_mesh(config.mesh), config.batch_size
   feed = batches(rows, _FIRST.value, size, my_rows(mesh, size), prefetch=config.data.prefetch, workers=config.data.workers)
-  group = company().group
+  group = process_group().group
   out = Path(f'{_OUT.value}.{group.process}' if group.processes > 1 else _OUT.value)
   with out.open('w') as file:
     for step in range(_STEPS.value):

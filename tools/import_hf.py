@@ -10,7 +10,7 @@ from absl import flags
 from gptjax import config as configs
 from gptjax.config import MeshConfig, UserError
 from gptjax.files import expanded
-from gptjax.processes import company
+from gptjax.distributed import process_group
 from gptjax.start import start
 from tools import check_flags
 
@@ -28,8 +28,8 @@ def main(_: None) -> None:
   """Imports --folder."""
   start()
   from gptjax import interop
-  if company().group.processes > 1:
-    raise UserError('--processes', company().group.processes, '1: a single process imports, with all devices that it has')
+  if process_group().group.processes > 1:
+    raise UserError('--processes', process_group().group.processes, '1: a single process imports, with all devices that it has')
   path = lambda text: expanded(text)
   options = interop.Import(_CONTEXT.value, _SCAN.value, _COMPUTE.value, MeshConfig(data=_MESH_DATA.value, model=_MESH_MODEL.value),
                            path(_TOKENIZER.value) if _TOKENIZER.value else None, check_flags.check())

@@ -27,7 +27,7 @@ def main(_) -> int:
   if not configs_there.exists():
     raise configs.UserError('--workdir', str(workdir), 'a folder that gptjax.train made, with its config.json')
   cache = start(configs.read(configs_there))
-  from gptjax.processes import first
+  from gptjax.distributed import is_primary
   from gptjax.training.replaying import replay
   table = Table('step', 'field', 'logged', 'now', 'relative difference')
   worst, steps = 0.0, 0
@@ -36,7 +36,7 @@ def main(_) -> int:
     for name, away in one.differences.items():
       if away or one.step == _STEP.value:
         table.add_row(str(one.step), name, repr(one.logged[name]), repr(one.again.get(name)), f'{away:.1e}' if away else '')
-  if first():
+  if is_primary():
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     equal = 'equal to the last bit' if not worst else f'largest relative difference {worst:.1e}{_elsewhere(workdir)}'

@@ -28,7 +28,7 @@ from gptjax.config import Fault, UserError
 from gptjax.data.progress import announce
 from gptjax.files import sync
 from gptjax.model import Parameters
-from gptjax.processes import company, first, gather, share
+from gptjax.distributed import process_group, is_primary, all_gather, broadcast
 
 DAMAGED = 'damaged'
 """Folder beside the checkpoints where damaged ones are put."""
@@ -80,7 +80,7 @@ class Checkpoints:
     self._whole: set[int] = set()  # compared with their manifests
     self._aside = Aside()
     self._background = ThreadPoolExecutor(1, 'checkpoints', _yield_to_training)
-    if retention and first() and directory.exists():
+    if retention and is_primary() and directory.exists():
       for path in directory.iterdir():
         if '.saving' in path.name or '.dropped' in path.name:
           shutil.rmtree(path)
@@ -103,7 +103,7 @@ class Checkpoints:
     for step in reversed([step for step in self._listed() if below is None or step < below]):
       wrong = self._wrong(step)
       if not wrong:
-        for other, words in damaged.items() if first() else ():
+        for other, words in damaged.items() if is_primary() else ():
           what = f'put into {self._set_aside(other)}' if self._retention else 'passed over'
           announce(f'checkpoint {other} is damaged: {words}; {what}')
         return step
@@ -117,7 +117,7 @@ class Checkpoints:
 
   def _listed(self) -> list[int]:
     """`steps` as process 0 sees them."""
-    return share('checkpoints', self.steps())
+    return broadcast('checkpoints', self.steps())
 
   def resolve(self, wanted: str) -> int:
     """The step that 'latest', 'best' (lowest validation loss) or a number means; to be called by all processes.
@@ -132,7 +132,7 @@ class Checkpoints:
       newest = self.newest()
       assert newest is not None
       return newest
-    scored = {step: loss for step, loss in share('losses', list(self._losses().items())) if loss is not None}
+    scored = {step: loss for step, loss in broadcast('losses', list(self._losses().items())) if loss is not None}
     if wanted == 'best' and scored:
       return _best(scored)
     if wanted.isdecimal() and int(wanted) in steps:
@@ -186,12 +186,12 @@ class Checkpoints:
 
   def _finish(self, written: Callable[[], None], saving: Path, step: int, facts: dict[str, Any]) -> None:
     try:
-      with Following(saving, company().group.process) as followed:
+      with Following(saving, process_group().group.process) as followed:
         written()
-      if first():
+      if is_primary():
         self._commit(saving, step, facts, followed.found)
     except BaseException:
-      if first():  # the space is for what comes next; threads of Orbax may still write, and the next start removes the rest
+      if is_primary():  # the space is for what comes next; threads of Orbax may still write, and the next start removes the rest
         for path in saving.parent.glob(f'{saving.name}*'):
           shutil.rmtree(path, ignore_errors=True)
       raise
@@ -292,9 +292,9 @@ class Checkpoints:
 
   def _wrong(self, step: int) -> str:
     """What is wrong with a checkpoint, '' where nothing is; every process reads a part of it."""
-    group = company().group
+    group = process_group().group
     mine = '' if step in self._whole else damage(self._directory / str(step), group.process, group.processes)
-    wrong = next(filter(None, gather('damage', mine)), '')
+    wrong = next(filter(None, all_gather('damage', mine)), '')
     if not wrong:
       self._whole.add(step)
     return wrong

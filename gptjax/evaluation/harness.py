@@ -20,7 +20,7 @@ from gptjax.data.progress import announce
 from gptjax.evaluation.likelihood import Asked, LikelihoodScorer
 from gptjax.inference import Generator, Sampling
 from gptjax.model import Blueprint, Parameters
-from gptjax.processes import first
+from gptjax.distributed import is_primary
 
 MOST_TOKENS = 256
 """That are generated where a task says nothing, as in the harness's torch backend."""
@@ -120,7 +120,7 @@ class HarnessModel(TemplateLM):
     cut = sum(len(one.context) + len(one.continuation) > self._context + 1 for one in asked)
     with self._watch('log-likelihoods', len(asked), 'requests') as advance:
       found = self._scorer(self._given(), asked, advance)
-    if cut and first():
+    if cut and is_primary():
       announce(f"{cut:,} of {len(asked):,} requests are longer than the model's context of {self._context} tokens: cut at their beginning")
     return [(one.nats, one.greedy) for one in found]
 

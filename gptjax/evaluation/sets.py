@@ -7,7 +7,7 @@ from gptjax.config import SourceConfig, UserError
 from gptjax.data import HeldOut, Recipe, TokenStore, cores, open_source, write_store
 from gptjax.data.store import MANIFEST
 from gptjax.files import expanded
-from gptjax.processes import first, share
+from gptjax.distributed import is_primary, broadcast
 
 
 def choose_sets(wanted: Sequence[str] | None, held_out: HeldOut, cache_dir: Path) -> tuple[dict[str, TokenStore], dict[str, list[str]]]:
@@ -51,6 +51,6 @@ def _tokenized(name: str, place: str, held_out: HeldOut, cache_dir: Path) -> Tok
   recipe = Recipe(open_source(SourceConfig(place), cache_dir), held_out.tokenizer)
   make = lambda: write_store(cache_dir / 'data' / f'set-{recipe.fingerprint()[:16]}', recipe, processes=cores(), title=f'tokenizing {name}')
   # Process 0 first, so that the others find it in a cache they share, or make it on a disk of their own.
-  store = make() if first() else None
-  share(f'set {name}')
+  store = make() if is_primary() else None
+  broadcast(f'set {name}')
   return store or make()

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gptjax.config import Fault, FaultsConfig, UserError
 from gptjax.files import Lines, complete_lines, json_line, write_whole
-from gptjax.processes import share
+from gptjax.distributed import broadcast
 
 DECAY = 0.99
 """of the running mean and deviation, per good step"""
@@ -97,7 +97,7 @@ class BadSteps:
     self._last, self._in_a_row = 0, 0
     self.found = _read(self._file) if writes else []
     # Every process passes over the same rows, whatever its file system shows it of the file.
-    self._passed = [tuple(rows) for rows in share('bad steps', sorted(bad.rows for bad in self.found if bad.action == 'rollback'))]
+    self._passed = [tuple(rows) for rows in broadcast('bad steps', sorted(bad.rows for bad in self.found if bad.action == 'rollback'))]
 
   def passed(self, first: int, size: int) -> int:
     """The row from which on a batch of `size` rows touches no batch that was passed over, at or after row `first`."""
@@ -124,7 +124,7 @@ class BadSteps:
     while step - in_a_row in left_out:
       in_a_row += 1
     # Of starts that go on within a row of bad steps, none begins to count anew.
-    self._last, self._in_a_row = step, share('bad steps in a row', in_a_row)
+    self._last, self._in_a_row = step, broadcast('bad steps in a row', in_a_row)
 
   def flush(self) -> None:
     """Returns when every line is on the disk.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gptjax.processes import first, watch_notices
+from gptjax.distributed import is_primary, watch_notices
 
 TO_BE_CONTINUED = os.EX_TEMPFAIL
 """Exit status, 75, of a run that was asked to end, and saved: the same command goes on."""
@@ -78,7 +78,7 @@ class Interruptions:
   def wish(self) -> Wish:
     """What all processes do now; to be asked by each, once after each step. Several agree one step later than one alone."""
     now = time.monotonic()
-    due = now >= self._later or bool(first() and self._seconds and now - self._saved >= self._seconds)
+    due = now >= self._later or bool(is_primary() and self._seconds and now - self._saved >= self._seconds)
     mine = Wish.END if self._end else Wish.SAVE if due else Wish.GO_ON
     return self._agree(mine) if self._agree else mine
 

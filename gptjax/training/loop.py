@@ -18,7 +18,7 @@ from gptjax.evaluation import Scorer
 from gptjax.files import write_whole
 from gptjax import inference
 from gptjax.model import flops_per_token
-from gptjax.processes import company, first, gather, share
+from gptjax.distributed import process_group, is_primary, all_gather, broadcast
 from gptjax.sharding import make_mesh, my_rows, place_rows
 from gptjax.training.copies import state_check
 from gptjax.training.guard import BadSteps, Rollback
@@ -60,13 +60,13 @@ def train(config: Config, options: Options) -> int:
   """Trains, or goes on where the workdir's newest whole checkpoint stands; returns the exit status, `TO_BE_CONTINUED` if interrupted."""
   data = _prepare(config, options.cache_dir)
   mesh = make_mesh(config.mesh)
-  assert jax.process_count() == company().group.processes, 'processes of one run join through gptjax.start'
+  assert jax.process_count() == process_group().group.processes, 'processes of one run join through gptjax.start'
   with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
     run = resolve(config, data, mesh)
     last = min(run.steps, options.stop_at or run.steps)
-    if first():
+    if is_primary():
       stack.enter_context(alone(options.workdir))
-    share('lock')
+    broadcast('lock')
     folder = options.workdir
     checkpoints = stack.enter_context(Checkpoints(
       folder / 'checkpoints', Retention(config.checkpoint.keep, run.keep_every, config.checkpoint.keep_best),
@@ -74,24 +74,24 @@ def train(config: Config, options: Options) -> int:
     newest = checkpoints.newest()
     progress = Progress() if newest is None else checkpoints.progress(newest)
     _check_profile(options.profile_steps, last)
-    bad_steps = BadSteps(config.faults, folder, writes=first())
+    bad_steps = BadSteps(config.faults, folder, writes=is_primary())
     _check_rows(run, progress, last, bad_steps)
     if newest is None:  # before the workdir is made, which a mistake in init_from should leave undone
       state, begun = beginning(run, data.tokenizer)
-    changed = claim(folder, run, data, None if newest is None else progress, options.accept_changes) if first() else []
+    changed = claim(folder, run, data, None if newest is None else progress, options.accept_changes) if is_primary() else []
     see(folder)
     if newest is not None:
       state, begun = checkpoints.restore(newest, run.abstract_state)[0], f'step {progress.step}, {progress.tokens:,} tokens'
     elif config.init_from:  # from now on the run needs the other one no more
       checkpoints.save(progress, state, None, waits=True)
     peak = peak_flops(list(mesh.devices.flatten()), run.config.model.compute_dtype)
-    book = stack.enter_context(contextlib.closing(Logbook(folder, progress.step, run.steps) if first() else Silence()))
+    book = stack.enter_context(contextlib.closing(Logbook(folder, progress.step, run.steps) if is_primary() else Silence()))
     facts = header(run, data, begun, peak)
     book.header(facts | ({'changed': '; '.join(changed)} if changed else {}))
     if progress.step >= last:
       book.say(f'nothing to do: step {progress.step} of {last} is done')
       return 0
-    if first():
+    if is_primary():
       write_whole(folder / 'run.json', json.dumps(facts, indent=2) + '\n')
     if 0 < run.checkpoint_every < last - progress.step:  # the step compiles meanwhile, which leaves processors idle
       checkpoints.prepare(state)
@@ -102,8 +102,8 @@ def train(config: Config, options: Options) -> int:
 
 def _prepare(config: Config, cache_dir: Path) -> Prepared:
   """The data: process 0 makes it first, so that the others find it in a cache they share, or make it on a disk of their own."""
-  data = prepare(config.data, cache_dir, cores()) if first() else None
-  fingerprint = share('data', data and data.fingerprint)
+  data = prepare(config.data, cache_dir, cores()) if is_primary() else None
+  fingerprint = broadcast('data', data and data.fingerprint)
   data = data or prepare(config.data, cache_dir, cores())
   if data.fingerprint != fingerprint:
     raise UserError('data', data.fingerprint, f'{fingerprint}, the fingerprint of documents, split and tokenizer in process 0')
@@ -266,13 +266,13 @@ class _Loop:
       self.watchdog.progress()
       failed = self._heed_failure(lambda: self._save_once(loss, waits), final=waits and not left)
       self.watchdog.progress()
-      if not waits or not any(gather('saved', failed)):
+      if not waits or not any(all_gather('saved', failed)):
         return
       time.sleep(RETRY)
 
   def _save_once(self, loss: float | None, waits: bool) -> None:
     # To save is the work of all: what keeps process 0 from it, keeps all.
-    if refusal := share('save', self._refusal() if first() else None):
+    if refusal := broadcast('save', self._refusal() if is_primary() else None):
       raise UserError.told(refusal)
     self.checkpoints.save(self.progress, self.state, loss, waits)
     self.rollbacks = 0
@@ -335,7 +335,7 @@ class _Loop:
     return inference.Generator(self.run.blueprint, self.run.mesh, self.data.tokenizer, self.run.config.zero_stage)
 
   def _start_trace(self, step: int) -> None:
-    if first() and self.options.profile_steps and not self.tracing and step == self.options.profile_steps[0]:
+    if is_primary() and self.options.profile_steps and not self.tracing and step == self.options.profile_steps[0]:
       self._read_pending()
       jax.profiler.start_trace(self.options.workdir / 'profile')
       self.tracing = True

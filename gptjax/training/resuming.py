@@ -14,7 +14,7 @@ from gptjax.checkpoint import Progress
 from gptjax.config import Config, UserError, in_unit_of_steps
 from gptjax.data import Prepared, export
 from gptjax.files import write_whole
-from gptjax.processes import share
+from gptjax.distributed import broadcast
 from gptjax.training.run import Run, in_steps
 
 FREE = ('batch_size', 'microbatches', 'zero_stage', 'mesh.', 'eval.', 'checkpoint.', 'faults.', 'model.attention', 'model.remat',
@@ -95,7 +95,7 @@ def claim(workdir: Path, run: Run, data: Prepared, done: Progress | None, accept
 
 def see(workdir: Path) -> None:
   """Waits until every process sees the workdir as process 0 left it."""
-  share('workdir')
+  broadcast('workdir')
   deadline = time.monotonic() + 60  # network file systems may remember for so long that a file was not there
   while not (workdir / 'config.json').exists():
     if time.monotonic() > deadline:

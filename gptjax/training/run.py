@@ -15,7 +15,7 @@ from gptjax import config as configs
 from gptjax.config import LARGEST, Config, Duration, UserError, duration_in_steps
 from gptjax.data import EvalRows, Prepared, TrainRows, train_rows
 from gptjax.model import Blueprint, attention_backend, blueprint, flops_per_token, parameter_count
-from gptjax.processes import company
+from gptjax.distributed import process_group
 from gptjax.sharding import AnyMesh, check_sizes, describe
 from gptjax.training.objective import Objective, next_token
 from gptjax.training.optimizer import make_optimizer, schedule
@@ -123,7 +123,7 @@ def header(run: Run, data: Prepared, begun: str, peak: tuple[float, str]) -> dic
   share, reasons = run.blueprint.undivided(config.zero_stage, mesh)
   return {
     'device': f'{len(devices)} of {jax.device_count()} {devices[0].device_kind}',
-    'processes': company().description,
+    'processes': process_group().description,
     'mesh': f'{describe(mesh)}, ZeRO stage {config.zero_stage}',
     **({'whole': f'{share:.1%} of the parameters; ' + '; '.join(reasons)} if reasons else {}),
     'data': data.description,

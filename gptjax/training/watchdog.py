@@ -6,7 +6,7 @@ import threading
 import time
 from pathlib import Path
 
-from gptjax.processes import company
+from gptjax.distributed import process_group
 
 _GRACE = 60.0
 """Seconds after which C code ends a process that cannot even run this module's thread."""
@@ -22,7 +22,7 @@ class Watchdog:
 
   def __init__(self, seconds: float, folder: Path):
     self._seconds = seconds
-    self._file = folder / f'stacks-{company().group.process}.txt'
+    self._file = folder / f'stacks-{process_group().group.process}.txt'
     self._heard = time.monotonic()
     self._over = threading.Event()
     self._thread = threading.Thread(target=self._watch, name='watchdog', daemon=True)
@@ -60,4 +60,4 @@ class Watchdog:
       pass
     print(f'error: {line}', file=sys.stderr, flush=True)
     faulthandler.dump_traceback(sys.stderr)
-    company().end(1, line)
+    process_group().end(1, line)

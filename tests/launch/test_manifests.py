@@ -139,7 +139,7 @@ def test_the_command_is_one(kind):
 
 
 def test_gpu_pods_find_each_other():
-  from gptjax.processes import discover
+  from gptjax.distributed import discover
 
   container, args = container_of('gpu')
   labels = {'jobset.sigs.k8s.io/jobset-name': 'gpt2-774m', 'jobset.sigs.k8s.io/replicatedjob-name': 'node'}

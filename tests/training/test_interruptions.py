@@ -17,7 +17,7 @@ from tiny import config, options, records, run, write_text
 from gptjax import config as configs
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import MeshConfig, UserError
-from gptjax.processes import watch_notices
+from gptjax.distributed import watch_notices
 from gptjax.sharding import make_mesh
 from gptjax.training import loop, train
 from gptjax.training.interruptions import TO_BE_CONTINUED, Interruptions, Wish, _Agreement
@@ -183,7 +183,7 @@ def test_google_says_when_a_machine_is_taken_back(last, said, cloud):
 
 
 def test_ec2_says_when_a_machine_is_taken_back(cloud, monkeypatch):
-  from gptjax.processes import notices
+  from gptjax.distributed import notices
   monkeypatch.setattr(notices, '_EVERY', 0.01)
   host, answers, asked = cloud
   answers['PUT', '/latest/api/token'] = [(200, 'secret')]

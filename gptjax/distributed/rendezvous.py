@@ -2,7 +2,7 @@
 
 JAX's own start aborts the process from C++ where a peer is missing, and does not notice peers of other code or configs. So
 this comes first, at the same address: process 0 stops listening when all are there, and JAX's service takes the port. The
-connections stay, for `Company`.
+connections stay, for `ProcessGroup`.
 """
 
 import contextlib
@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from gptjax.config import UserError
-from gptjax.processes.connection import Closed, Connection
-from gptjax.processes.discovery import Group
+from gptjax.distributed.connection import Closed, Connection
+from gptjax.distributed.discovery import Group
 
 _STRANGER = 10.0
 """Seconds in which who connects has to say who it is."""

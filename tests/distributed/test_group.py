@@ -13,12 +13,12 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 MAIN = """
 import os, pathlib, sys, time
-from gptjax import config, processes
+from gptjax import config, distributed
 
 def main(_):
   folder, index, count, port = pathlib.Path(sys.argv[0]), *map(int, os.environ['PLACE'].split())
-  config.at_end.enter_context(processes.join(processes.Group(count, index, f'localhost:{port}'), {}, 20.0))
-  company, first, share = processes.company(), processes.first(), processes.share
+  config.at_end.enter_context(distributed.join(distributed.Group(count, index, f'localhost:{port}'), {}, 20.0))
+  group, first, broadcast = distributed.process_group(), distributed.is_primary(), distributed.broadcast
   exec(os.environ['BODY'])
 
 config.run(main, needs_config=False)
@@ -44,9 +44,9 @@ def run():
   return start
 
 
-def test_process_0_shares_what_it_has_and_all_wait_for_it(run):
+def test_process_0_broadcasts_what_it_has_and_all_wait_for_it(run):
   done, seconds = run('if first: time.sleep(1)\n'
-                      'print(share("a", index + 5), share("b", [index]), company.description.split(", ")[0])\n'
+                      'print(broadcast("a", index + 5), broadcast("b", [index]), group.description.split(", ")[0])\n'
                       'if first: time.sleep(1)')
   assert done == [(0, '5 [0] 3\n', '')] * 3 and seconds > 2
 
@@ -60,7 +60,7 @@ def test_none_leaves_before_all_are_done(run):
 
 @pytest.mark.parametrize('culprit', [0, 1])
 def test_a_mistake_in_one_ends_all_with_a_line_each(culprit, run):
-  done, seconds = run(f'if index == {culprit}: raise config.UserError("data", "x", "y")\nshare("never")')
+  done, seconds = run(f'if index == {culprit}: raise config.UserError("data", "x", "y")\nbroadcast("never")')
   told = f"error: process {culprit}: data: 'x', accepted: y\n"
   assert done == [(2, '', "error: data: 'x', accepted: y\n" if index == culprit else told) for index in range(3)] and seconds < 10
 
@@ -72,7 +72,7 @@ def test_the_same_mistake_in_all_is_told_in_their_own_words(run):
 
 @pytest.mark.parametrize('culprit', [0, 2])
 def test_a_killed_process_ends_the_others(culprit, run):
-  done, seconds = run(f'import signal\nif index == {culprit}: os.kill(os.getpid(), signal.SIGKILL)\nshare("never")')
+  done, seconds = run(f'import signal\nif index == {culprit}: os.kill(os.getpid(), signal.SIGKILL)\nbroadcast("never")')
   assert seconds < 10
   for index, (status, out, errors) in enumerate(done):
     if index != culprit:
@@ -82,17 +82,18 @@ def test_a_killed_process_ends_the_others(culprit, run):
 
 def test_a_computation_that_fails_because_a_peer_is_gone_is_not_told(run):
   # Gloo and NCCL raise where a peer is gone; what counts is why it is.
-  done, _ = run('if index == 1: raise config.UserError("data", "x", "y")\nif index == 2: raise RuntimeError("broken pipe")\nshare("never")')
+  done, _ = run('if index == 1: raise config.UserError("data", "x", "y")\nif index == 2: raise RuntimeError("broken pipe")\n'
+                'broadcast("never")')
   assert [errors for _, _, errors in done] == ["error: process 1: data: 'x', accepted: y\n", "error: data: 'x', accepted: y\n",
                                                "error: process 1: data: 'x', accepted: y\n"]
 
 
 def test_a_bug_in_one_is_a_traceback_there_and_a_line_elsewhere(run):
-  done, _ = run('if index == 1: raise RuntimeError("a bug")\nshare("never")')
+  done, _ = run('if index == 1: raise RuntimeError("a bug")\nbroadcast("never")')
   assert [status for status, _, _ in done] == [1] * 3
   assert 'Traceback' in done[1][2] and done[0][2] == done[2][2] == 'error: process 1: RuntimeError: a bug\n'
 
 
 def test_an_output_that_nobody_reads_any_more_ends_all_in_silence(run):
-  done, _ = run('if first: raise BrokenPipeError\nshare("never")')
+  done, _ = run('if first: raise BrokenPipeError\nbroadcast("never")')
   assert done == [(0, '', '')] * 3

@@ -3,7 +3,7 @@
 import pytest
 
 from gptjax.config import UserError
-from gptjax.processes import Group, discover
+from gptjax.distributed import Group, discover
 
 SLURM = {'SLURM_JOB_ID': '4711', 'SLURM_STEP_ID': '2', 'SLURM_PROCID': '3', 'SLURM_NTASKS': '4', 'SLURM_NODEID': '1', 'SLURM_LOCALID': '1',
          'SLURM_STEP_NODELIST': 'gpu[007-008]', 'SLURM_STEP_TASKS_PER_NODE': '2(x2)'}

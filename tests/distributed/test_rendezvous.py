@@ -9,8 +9,8 @@ import time
 import pytest
 
 from gptjax.config import UserError
-from gptjax.processes import Group
-from gptjax.processes.rendezvous import meet
+from gptjax.distributed import Group
+from gptjax.distributed.rendezvous import meet
 
 FACTS = {'jax': '1', '--config.seed': '0'}
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, cast
 
 from gptjax.config import ending
-from gptjax.processes.connection import Closed, Connection
-from gptjax.processes.discovery import Group
-from gptjax.processes.rendezvous import Peer, meet
+from gptjax.distributed.connection import Closed, Connection
+from gptjax.distributed.discovery import Group
+from gptjax.distributed.rendezvous import Peer, meet
 
 _OWN_WORDS = 1.0
 """Seconds in which a process may end by itself after another did: the same mistake is often found by all."""
@@ -23,7 +23,7 @@ _LAST = 5.0
 """Seconds that process 0 waits for the others to end: JAX's service dies with it, and aborts whoever is left."""
 
 
-class Company:
+class ProcessGroup:
   """The processes of a run, over the connections of their rendezvous, which stay open for as long as it lasts.
 
   A thread reads them, so that the end of a process ends the others even where they wait inside a device computation, which
@@ -45,7 +45,7 @@ class Company:
     self._over = threading.Event()  # another process ended with an error
     self._parted: set[int] = set()
     if self._peers:
-      threading.Thread(target=self._listen, name='company', daemon=True).start()
+      threading.Thread(target=self._listen, name='process group', daemon=True).start()
 
   @property
   def description(self) -> str:
@@ -55,14 +55,14 @@ class Company:
     hosts = f', hosts {", ".join(self._hosts[:8])}' + (', ...' if len(self._hosts) > 8 else '') if self.group.process == 0 else ''
     return f'{self.group.processes}, {self.group.found}{hosts}, coordinator {self.group.coordinator}'
 
-  def share(self, name: str, value: Any = None) -> Any:
+  def broadcast(self, name: str, value: Any = None) -> Any:
     """Waits until all processes are here; returns the value, of JSON, that process 0 came with.
 
     It takes no device and has no timeout: a process may work for hours while the others wait here for it.
     """
     return self._meet(name, None if self.group.process else value, lambda values: values[0])
 
-  def gather(self, name: str, value: Any) -> list[Any]:
+  def all_gather(self, name: str, value: Any) -> list[Any]:
     """Waits until all processes are here; returns the values, small ones of JSON, that they came with, in their order."""
     return self._meet(name, value, lambda values: values)
 
@@ -90,14 +90,14 @@ class Company:
       threading.Event().wait()  # another thread is at it
     self._leave(status, None, f'process {self.group.process}: {text}' if self._peers else text)
 
-  def __enter__(self) -> 'Company':
+  def __enter__(self) -> 'ProcessGroup':
     return self
 
   def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
     if not self._peers:
       return
     if error is None or isinstance(error, SystemExit):
-      self.share('end')
+      self.broadcast('end')
       for peer in self._peers.values():
         peer.connection.send(end=None)
       return
@@ -173,11 +173,11 @@ class Company:
           left.remove(connection)
 
 
-_company = Company()
+_process_group = ProcessGroup()
 
 
-def join(group: Group, facts: Mapping[str, str], timeout: float) -> Company:
-  """Meets the other processes of a group; from now on `company` is theirs.
+def join(group: Group, facts: Mapping[str, str], timeout: float) -> ProcessGroup:
+  """Meets the other processes of a group; from now on `process_group` is theirs.
 
   Args:
     group: of the run.
@@ -187,26 +187,26 @@ def join(group: Group, facts: Mapping[str, str], timeout: float) -> Company:
   Raises:
     UserError: they are not, or one is not of this run.
   """
-  global _company
-  _company = Company(group, meet(group, facts, timeout) if group.processes > 1 else [])
-  return _company
+  global _process_group
+  _process_group = ProcessGroup(group, meet(group, facts, timeout) if group.processes > 1 else [])
+  return _process_group
 
 
-def company() -> Company:
+def process_group() -> ProcessGroup:
   """The processes of the run that this one belongs to; this one alone unless it joined others."""
-  return _company
+  return _process_group
 
 
-def first() -> bool:
+def is_primary() -> bool:
   """Whether this is process 0, which alone writes and prints."""
-  return _company.group.process == 0
+  return _process_group.group.process == 0
 
 
-def share(name: str, value: Any = None) -> Any:
+def broadcast(name: str, value: Any = None) -> Any:
   """Waits until all processes are here; returns the value that process 0 came with."""
-  return _company.share(name, value)
+  return _process_group.broadcast(name, value)
 
 
-def gather(name: str, value: Any) -> list[Any]:
+def all_gather(name: str, value: Any) -> list[Any]:
   """Waits until all processes are here; returns the values that they came with, in their order."""
-  return _company.gather(name, value)
+  return _process_group.all_gather(name, value)
