@@ -49,7 +49,7 @@ def main(config: configs.Config) -> int:
     return training.train(config, options)
   except OSError as error:  # a machine's fault, after which another start may do, and no mistake
     place = error.filename or 'system'
-    raise configs.Fault(f'{place}: {error.strerror or error}, accepted: a place that can be read and written') from error
+    raise configs.Fault(f'{place}: {error.strerror or error}, expected: a place that can be read and written') from error
 
 
 def _steps(text: str | None) -> tuple[int, int] | None:

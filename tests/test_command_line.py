@@ -107,15 +107,15 @@ def test_print_config_and_help_start_nothing(home):
 
 
 @pytest.mark.parametrize('flags, message', [
-  (['--config=configs/defautl.py'], "--config: 'configs/defautl.py', accepted: "),
-  (['--config.model.widht=8'], "--config.model.widht: '8', accepted: "),
-  (['--config.batch_size=many'], "--config.batch_size: 'many', accepted: an integer"),
-  (['--config.zero_stage=4'], 'zero_stage: 4, accepted: 0, 1, 2 or 3'),
-  (['--config.batch_size=4', '--cpu_devices=8'], 'batch_size: 4, accepted: a multiple of mesh.data=8: 8'),
-  (['--config.data.source.path=nowhere/text.txt'], "data.source.path: 'nowhere/text.txt', accepted: "),
-  (['--profile_steps=3:2'], "--profile_steps: '3:2', accepted: "),
-  (['--stop_at=-1'], "--stop_at: '-1', accepted: "),
-  (['steps=3'], "argument: 'steps=3', accepted: "),
+  (['--config=configs/defautl.py'], "--config: 'configs/defautl.py', expected: "),
+  (['--config.model.widht=8'], "--config.model.widht: '8', expected: "),
+  (['--config.batch_size=many'], "--config.batch_size: 'many', expected: an integer"),
+  (['--config.zero_stage=4'], 'zero_stage: 4, expected: 0, 1, 2 or 3'),
+  (['--config.batch_size=4', '--cpu_devices=8'], 'batch_size: 4, expected: a multiple of mesh.data=8: 8'),
+  (['--config.data.source.path=nowhere/text.txt'], "data.source.path: 'nowhere/text.txt', expected: "),
+  (['--profile_steps=3:2'], "--profile_steps: '3:2', expected: "),
+  (['--stop_at=-1'], "--stop_at: '-1', expected: "),
+  (['steps=3'], "argument: 'steps=3', expected: "),
 ])
 def test_a_mistake_in_training_is_one_line_and_leaves_nothing(flags, message, home, tmp_path):
   done = call('train', f'--config={home}/recipe.py', f'--workdir={tmp_path}/run', f'--cache_dir={CACHE}', *flags)
@@ -125,11 +125,11 @@ def test_a_mistake_in_training_is_one_line_and_leaves_nothing(flags, message, ho
 
 
 @pytest.mark.parametrize('name, flags, message', [
-  ('evaluate', [], '--workdir: None, accepted: '),
-  ('evaluate', ['--workdir={home}/nothing'], "--workdir: '{home}/nothing', accepted: "),
-  ('evaluate', ['--workdir={home}/run', '--step=99'], "--step: '99', accepted: latest, best, 6"),
-  ('evaluate', ['--workdir={home}/run', '--sets=others'], "--sets: 'others', accepted: valid; or NAME=STORE"),
-  ('generate', ['--workdir={home}/run', '--prompt=the Ä'], "--prompt, character 4: 'Ä', accepted: "),
+  ('evaluate', [], '--workdir: None, expected: '),
+  ('evaluate', ['--workdir={home}/nothing'], "--workdir: '{home}/nothing', expected: "),
+  ('evaluate', ['--workdir={home}/run', '--step=99'], "--step: '99', expected: latest, best, 6"),
+  ('evaluate', ['--workdir={home}/run', '--sets=others'], "--sets: 'others', expected: valid; or NAME=STORE"),
+  ('generate', ['--workdir={home}/run', '--prompt=the Ä'], "--prompt, character 4: 'Ä', expected: "),
 ])
 def test_a_mistake_with_a_trained_model_is_one_line(name, flags, message, trained, home):
   before = files_below(home)

@@ -47,15 +47,15 @@ def test_a_conversation_is_read_from_the_keyboard_and_forgotten_at_new(run):
 
 
 @pytest.mark.parametrize('flags, message', [
-  (['--prompt=a', '--prompts={home}/none.txt'], "--prompt: 'a', accepted: none beside --prompts"),
-  (['--prompts={home}/none.txt'], "--prompts: '{home}/none.txt', accepted: a file of UTF-8 text (No such file or directory)"),
-  (['--prompts={home}/bad.jsonl'], "{home}/bad.jsonl:2: '{{\"prompt\": 3}}', accepted: a JSON object with a text"),
+  (['--prompt=a', '--prompts={home}/none.txt'], "--prompt: 'a', expected: none beside --prompts"),
+  (['--prompts={home}/none.txt'], "--prompts: '{home}/none.txt', expected: a file of UTF-8 text (No such file or directory)"),
+  (['--prompts={home}/bad.jsonl'], "{home}/bad.jsonl:2: '{{\"prompt\": 3}}', expected: a JSON object with a text"),
   (['--prompts={home}/roles.jsonl'], 'messages: '),
-  (['--chat', '--prompt=a'], "--prompt: 'a', accepted: none beside --chat"),
-  (['--out={home}/no/out.jsonl'], "--out: '{home}/no/out.jsonl', accepted: a file in a folder that is there"),
-  (['--min_p=2'], '--min_p: 2.0, accepted: 0 to 1'),
-  (['--model_axis=3', '--cpu_devices=8'], 'mesh.model: 3, accepted: a divisor of the 8 devices'),
-  (['--model_axis=8', '--cpu_devices=8'], 'mesh.model: 8, accepted: a divisor of model.heads=2'),
+  (['--chat', '--prompt=a'], "--prompt: 'a', expected: none beside --chat"),
+  (['--out={home}/no/out.jsonl'], "--out: '{home}/no/out.jsonl', expected: a file in a folder that is there"),
+  (['--min_p=2'], '--min_p: 2.0, expected: 0 to 1'),
+  (['--model_axis=3', '--cpu_devices=8'], 'mesh.model: 3, expected: a divisor of the 8 devices'),
+  (['--model_axis=8', '--cpu_devices=8'], 'mesh.model: 8, expected: a divisor of model.heads=2'),
 ])
 def test_a_mistake_is_one_line(flags, message, run, tmp_path):
   (tmp_path / 'bad.jsonl').write_text('{"prompt": "a"}\n{"prompt": 3}\n')

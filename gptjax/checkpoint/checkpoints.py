@@ -288,7 +288,7 @@ class Checkpoints:
     except Exception as error:
       # Orbax wraps every failure in one about handlers; the cause is what a person can act on.
       words = ' '.join(str(error.__cause__ or error).split())[:300]
-      raise Fault(f'{folder}: {words}, accepted: a checkpoint that can be loaded') from error
+      raise Fault(f'{folder}: {words}, expected: a checkpoint that can be loaded') from error
 
   def _wrong(self, step: int) -> str:
     """What is wrong with a checkpoint, '' where nothing is; every process reads a part of it."""

@@ -27,15 +27,15 @@ class UserError(ValueError):
   Args:
     field: what was wrong: a config field ('model.heads'), a flag ('--workdir') or a file with its place.
     value: what was given; strings are quoted.
-    accepted: what would have been accepted.
+    expected: what was expected.
     names: names to look for the nearest match in, where the mistake may be a misspelling; a mapping gives the text that
       is suggested for each.
     given: what to compare with the names, where it is not the value.
   """
 
   def __init__(
-      self, field: str, value: object, accepted: str, names: Iterable[str] | Mapping[str, str] = (), given: str = ''):
-    text = f'{field if len(field) <= _SHOWN else f"{field[:_SHOWN]}..."}: {_shown(value)}, accepted: {accepted}'
+      self, field: str, value: object, expected: str, names: Iterable[str] | Mapping[str, str] = (), given: str = ''):
+    text = f'{field if len(field) <= _SHOWN else f"{field[:_SHOWN]}..."}: {_shown(value)}, expected: {expected}'
     given = given or (value if isinstance(value, str) else _shown(value))
     nearest = difflib.get_close_matches(given, list(names), n=1, cutoff=0.5)
     if nearest:

@@ -97,12 +97,12 @@ def checked(hint: Any, value: Any, name: str) -> Any:
   """
   if item := _item(hint):
     if not isinstance(value, (list, tuple)):
-      raise UserError(name, value, _accepted(hint))
+      raise UserError(name, value, _expected(hint))
     return tuple(checked(item, one, f'{name}[{index}]') for index, one in enumerate(value))
   if dataclasses.is_dataclass(hint):
     return _checked_object(hint, value, name)
   if not _accepts(hint, value):
-    raise UserError(name, value, _accepted(hint), map(str, _choices(hint)))
+    raise UserError(name, value, _expected(hint), map(str, _choices(hint)))
   return float(value) if hint is float else value
 
 
@@ -117,7 +117,7 @@ def _checked_object(hint: Any, value: Any, name: str) -> Any:
       raise UserError(f'{name}.{field}', value[field], ', '.join(hints), list(hints), field)
   for field in dataclasses.fields(hint):
     if field.default is dataclasses.MISSING and field.name not in value:
-      raise UserError(f'{name}.{field.name}', None, f'{_accepted(hints[field.name])}; the field is missing')
+      raise UserError(f'{name}.{field.name}', None, f'{_expected(hints[field.name])}; the field is missing')
   return hint(**{field: checked(hints[field], one, f'{name}.{field}') for field, one in value.items()})
 
 
@@ -168,7 +168,7 @@ def _accepts(hint: Any, value: object) -> bool:
   return isinstance(value, hint)
 
 
-def _accepted(hint: Any) -> str:
+def _expected(hint: Any) -> str:
   if _choices(hint):
     return ', '.join(map(str, _choices(hint)))
   if item := _item(hint):
@@ -218,7 +218,7 @@ def from_json(text: str, file: str = 'config.json') -> Config:
   config = override(Config(), values, where=f'{file}: ')
   for name, hint in _FIELDS.items():
     if name not in values:
-      raise UserError(f'{file}: {name}', None, f'{_accepted(hint)}; the field is missing')
+      raise UserError(f'{file}: {name}', None, f'{_expected(hint)}; the field is missing')
   return config
 
 
@@ -282,8 +282,8 @@ def load(path: str) -> Config:
 def _no_recipe(path: str) -> UserError:
   folders = dict.fromkeys([*([pathlib.Path(path).parent] if path else []), pathlib.Path('configs')])
   there = {file.stem: str(file) for folder in folders for file in sorted(folder.glob('*.py'))}
-  accepted = ', '.join(there.values()) or 'a recipe, a Python file with get_config() -> Config'
-  return UserError('--config', path, accepted, there, pathlib.Path(path).stem)
+  expected = ', '.join(there.values()) or 'a recipe, a Python file with get_config() -> Config'
+  return UserError('--config', path, expected, there, pathlib.Path(path).stem)
 
 
 def run(main: Callable[[Any], int | None], *, needs_config: bool | None = True) -> None:
@@ -323,7 +323,7 @@ def ending(error: BaseException) -> tuple[int, str | None]:
     case BrokenPipeError():  # whoever read our output, such as head, has what they wanted
       return 0, ''
     case OSError():
-      return 2, f'error: {error.filename or "system"}: {error.strerror or error}, accepted: a place that can be read and written'
+      return 2, f'error: {error.filename or "system"}: {error.strerror or error}, expected: a place that can be read and written'
     case KeyboardInterrupt():
       return 130, ''  # 128 + SIGINT, as a shell reports it
   return 1, None
@@ -387,7 +387,7 @@ def own_flags() -> list[flags.Flag]:
 
 
 def _as_user_error(error: Exception, needs_config: bool) -> UserError:
-  """Says what absl found wrong in our form: name, value, what is accepted, and the nearest name."""
+  """Says what absl found wrong in our form: name, value, what is expected, and the nearest name."""
   if isinstance(error, flags.UnrecognizedFlagError):
     own = ['--config', '--config.FIELD'] * needs_config + [f'--{flag.name}' for flag in own_flags()]
     names = {}
@@ -410,8 +410,8 @@ def _as_user_error(error: Exception, needs_config: bool) -> UserError:
     missing = value == 'None'  # absl's way to say that a required flag is not there
     return UserError(f'--{flag.name}', None if missing else value, f'a value: {flag.help}' if missing else match[3])
   choices = getattr(flag.parser, 'enum_values', ())
-  accepted = ', '.join(choices) or flag.parser.syntactic_help or ('true or false' if flag.boolean else match[3])
-  return UserError(f'--{flag.name}', value, accepted, choices)
+  expected = ', '.join(choices) or flag.parser.syntactic_help or ('true or false' if flag.boolean else match[3])
+  return UserError(f'--{flag.name}', value, expected, choices)
 
 
 def docstrings(group: type) -> dict[str, str]:

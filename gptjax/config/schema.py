@@ -346,8 +346,8 @@ class Config:
     if self.zero_stage not in range(4):
       raise UserError('zero_stage', self.zero_stage, '0, 1, 2 or 3')
     if self.batch_size % self.microbatches:
-      accepted = f'a divisor of batch_size={self.batch_size}: {divisors(self.batch_size)}'
-      raise UserError('microbatches', self.microbatches, accepted)
+      expected = f'a divisor of batch_size={self.batch_size}: {divisors(self.batch_size)}'
+      raise UserError('microbatches', self.microbatches, expected)
     for field, value in (('steps', self.steps), ('eval.every', self.eval.every), ('checkpoint.every', self.checkpoint.every),
                          ('checkpoint.keep_every', self.checkpoint.keep_every), ('faults.compare_every', self.faults.compare_every),
                          ('optimizer.warmup', self.optimizer.warmup), ('optimizer.decay', self.optimizer.decay)):

@@ -55,4 +55,4 @@ def _stretches(part: int, documents: list[Document]) -> Iterator[tuple[float, Do
 
 
 def _refused(part: Part, record: Malformed) -> UserError:
-  return UserError(f'{part.file}, record {record.record + 1} from {part.start:,} on', record.value, record.accepted)
+  return UserError(f'{part.file}, record {record.record + 1} from {part.start:,} on', record.value, record.expected)

@@ -294,5 +294,5 @@ class TokenStore:
         raise self._damaged(shard.name, f'another CRC-32 from byte {block * BLOCK:,} on', 'the bytes')
       shard.checked[block] = 1
 
-  def _damaged(self, name: str, found: str, accepted: str) -> UserError:
-    return UserError(f'{self.place}/{name}', found, f'{accepted} as written; restore it, or prepare the store again')
+  def _damaged(self, name: str, found: str, expected: str) -> UserError:
+    return UserError(f'{self.place}/{name}', found, f'{expected} as written; restore it, or prepare the store again')

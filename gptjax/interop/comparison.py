@@ -120,7 +120,7 @@ class Agreement:
     words = f'largest difference of logits {self.largest:.2e} of {self.scale:.1f}, mean KL {self.divergence:.2e} nats'
     if not self.largest <= allowed:  # nor what is not a number
       raise UserError('--check=transformers', words, f'a difference of at most {allowed:.1e}; nothing is kept')
-    return f'transformers: {words}; at most {allowed:.1e} is accepted'
+    return f'transformers: {words}; at most {allowed:.1e} is allowed'
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

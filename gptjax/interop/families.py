@@ -97,11 +97,11 @@ class Fields:
       raise UserError(f'{self.file}: {name}', value, 'true or false')
     return value
 
-  def must(self, name: str, *accepted: Any) -> Any:
+  def must(self, name: str, *expected: Any) -> Any:
     """A field of which only some values can be done; the first is the default."""
-    value = self(name, accepted[0])
-    if value not in accepted:
-      raise UserError(f'{self.file}: {name}', value, ' or '.join(map(repr, accepted)))
+    value = self(name, expected[0])
+    if value not in expected:
+      raise UserError(f'{self.file}: {name}', value, ' or '.join(map(repr, expected)))
     return value
 
   def rope(self, original_context: int, theta: float = 10000.0) -> RopeConfig:

@@ -55,8 +55,8 @@ def read_tensors(folder: Path) -> dict[str, Entry]:
       raise UserError(str(folder / file), None, f'a shard of the model, which {INDEX} names; there is none')
     found = read_header(folder / file)
     for name in sorted({name for name, place in places.items() if place == file} ^ found.keys()):
-      accepted = f'a tensor that {INDEX} says is in here' if name in found else f'the tensor {name}, which {INDEX} says is in here'
-      raise UserError(str(folder / file), name if name in found else None, accepted)
+      expected = f'a tensor that {INDEX} says is in here' if name in found else f'the tensor {name}, which {INDEX} says is in here'
+      raise UserError(str(folder / file), name if name in found else None, expected)
     entries |= found
   return entries
 

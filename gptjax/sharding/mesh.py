@@ -32,9 +32,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   count, outer = len(devices), config.replica * config.model
   for field, value, limit in (('mesh.replica', config.replica, count), ('mesh.model', config.model, count // config.replica)):
     if value > limit or (config.data == -1 and limit % value):
-      accepted = ', '.join(str(n) for n in range(1, limit + 1) if limit % n == 0)
+      expected = ', '.join(str(n) for n in range(1, limit + 1) if limit % n == 0)
       of = '' if limit == count else f' that mesh.replica={config.replica} leaves'
-      raise UserError(field, value, f'a divisor of the {limit} devices{of}: {accepted}')
+      raise UserError(field, value, f'a divisor of the {limit} devices{of}: {expected}')
   data = count // outer if config.data == -1 else config.data
   others = (f'mesh.replica={config.replica} and ' if config.replica > 1 else '') + f'mesh.model={config.model}'
   if data * outer > count:

@@ -149,7 +149,7 @@ class BadSteps:
     self._in_a_row = self._in_a_row + 1 if step == self._last + 1 else 1
     self._last = step
     if self._in_a_row >= MOST_IN_A_ROW:
-      raise Fault(f'{bad}; it is bad step {self._in_a_row} in a row, accepted: good steps in between')
+      raise Fault(f'{bad}; it is bad step {self._in_a_row} in a row, expected: good steps in between')
     if bad.action == 'stop':
       raise UserError('loss' if not np.isfinite(loss) else 'gradient', loss if not np.isfinite(loss) else grad_norm,
                       f'a good step, or --config.faults.bad_step=skip or rollback; {bad}; its update was not made')

@@ -253,7 +253,7 @@ class _Loop:
   def _compare(self) -> None:
     """Raises where a device spoiled the state: no checkpoint shall be of it, and no step that is left out makes it good."""
     if wrong := self.check(self.state):
-      text = f'{wrong} at step {self.progress.step}, accepted: finite values, the same in all copies'
+      text = f'{wrong} at step {self.progress.step}, expected: finite values, the same in all copies'
       if self.run.config.faults.bad_step == 'rollback':
         raise Rollback(text)
       raise Fault(f'{text}; run the same command again to go on from the last checkpoint, without that device if it errs again')
@@ -304,7 +304,7 @@ class _Loop:
     """Goes back to the newest checkpoint, and to the start where there is none."""
     self.rollbacks += 1
     if self.rollbacks > MOST_ROLLBACKS:
-      raise Fault(f'{reason}; the run went back {MOST_ROLLBACKS} times since its last checkpoint, accepted: good steps in between')
+      raise Fault(f'{reason}; the run went back {MOST_ROLLBACKS} times since its last checkpoint, expected: good steps in between')
     self._heed_failure(self.checkpoints.wait)
     self.batches.close()
     newest = self.checkpoints.newest()

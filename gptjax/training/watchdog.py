@@ -51,7 +51,7 @@ class Watchdog:
         self._bite()
 
   def _bite(self) -> None:
-    line = (f'hang: no step, batch or save was done for {self._seconds:g} s, accepted: --hang_timeout above what they take; the stacks of '
+    line = (f'hang: no step, batch or save was done for {self._seconds:g} s, expected: --hang_timeout above what they take; the stacks of '
             f'all threads follow, and are in {self._file}')
     try:
       with self._file.open('w') as file:

@@ -108,11 +108,11 @@ def test_a_checkpoint_is_found_by_name_or_number(tmp_path):
   for name in ('3', '-2', '2.0', '', 'newest'):
     with pytest.raises(UserError) as caught:
       checkpoints.resolve(name)
-    assert str(caught.value) == f'--step: {name!r}, accepted: latest, best, 2, 4, 10'
+    assert str(caught.value) == f'--step: {name!r}, expected: latest, best, 2, 4, 10'
 
 
 def test_best_needs_a_validation(tmp_path):
-  with pytest.raises(UserError, match="^--step: 'best', accepted: latest, 1$"):
+  with pytest.raises(UserError, match="^--step: 'best', expected: latest, 1$"):
     saved(tmp_path).resolve('best')
 
 
@@ -120,7 +120,7 @@ def test_a_folder_without_checkpoints_is_told(tmp_path):
   checkpoints = Checkpoints(tmp_path / 'run' / 'checkpoints')
   assert checkpoints.steps() == []
   for name in ('latest', 'best', '1'):
-    with pytest.raises(UserError, match=r"^--workdir: '.*run', accepted: a folder with checkpoints"):
+    with pytest.raises(UserError, match=r"^--workdir: '.*run', expected: a folder with checkpoints"):
       checkpoints.resolve(name)
 
 
@@ -147,7 +147,7 @@ def test_a_checkpoint_of_another_config_is_one_line(model, optimizer, tmp_path):
   checkpoints = Checkpoints(tmp_path, Retention())
   checkpoints.save(Progress(1), fill(description()), None)
   checkpoints.wait()
-  with pytest.raises(UserError, match=r"^checkpoint: '.*/1', accepted: a whole checkpoint of this config; ") as caught:
+  with pytest.raises(UserError, match=r"^checkpoint: '.*/1', expected: a whole checkpoint of this config; ") as caught:
     checkpoints.restore(1, description(model, optimizer))
   assert '\n' not in str(caught.value) and len(str(caught.value)) < 600
 

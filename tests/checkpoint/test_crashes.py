@@ -87,7 +87,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing_that_was_saved(tmp_path):
     for step in (1, 2):
       checkpoints.save(Progress(step), state(step), None)
     checkpoints.save(Progress(3), state(3), None)
-    with pytest.raises(UserError, match=r"^checkpoint: '.*', accepted: a disk with space left$"):
+    with pytest.raises(UserError, match=r"^checkpoint: '.*', expected: a disk with space left$"):
       checkpoints.wait()
     shutil.rmtree(disk / 'checkpoints' / '1')  # somebody makes space, and the same process saves the same step
     checkpoints.save(Progress(3), state(3), None)

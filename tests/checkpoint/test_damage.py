@@ -135,7 +135,7 @@ def test_what_cannot_be_read_for_now_is_not_damaged(workdir, monkeypatch):
   monkeypatch.undo()
   assert checkpoints.newest() == 20 and not (workdir / DAMAGED).exists()
   monkeypatch.setattr(ocp, 'load', away)
-  with pytest.raises(Fault, match='checkpoints/20: .*Input/output error.*accepted: a checkpoint that can be loaded'):
+  with pytest.raises(Fault, match='checkpoints/20: .*Input/output error.*expected: a checkpoint that can be loaded'):
     checkpoints.restore(20, ABSTRACT)
 
 

@@ -51,16 +51,16 @@ def test_parameters_lie_on_all_devices(workdir, model_axis, expected):
 def test_a_step_is_chosen_by_name_or_number(workdir):
   folder = workdir(1)
   assert [load_trained(folder, step).step for step in ('latest', 'best', '3')] == [5, 3, 3]
-  with pytest.raises(UserError, match="^--step: '4', accepted: latest, best, 3, 5"):
+  with pytest.raises(UserError, match="^--step: '4', expected: latest, best, 3, 5"):
     load_trained(folder, '4')
 
 
 def test_a_folder_that_is_no_run_is_told_and_left_alone(workdir, tmp_path):
-  with pytest.raises(UserError, match=r"^--workdir: '.*nothing', accepted: a folder that gptjax.train made"):
+  with pytest.raises(UserError, match=r"^--workdir: '.*nothing', expected: a folder that gptjax.train made"):
     load_trained(tmp_path / 'nothing')
   assert not list(tmp_path.iterdir())
   (tmp_path / 'config.json').write_text(configs.to_json(Config(model=MODEL)))
-  with pytest.raises(UserError, match='^--workdir: .*, accepted: a folder with checkpoints'):
+  with pytest.raises(UserError, match='^--workdir: .*, expected: a folder with checkpoints'):
     load_trained(tmp_path)
 
 
@@ -69,6 +69,6 @@ def test_parameters_of_another_config_are_one_line(workdir):
   config = configs.from_json((folder / 'config.json').read_text())
   for model in (dataclasses.replace(MODEL, width=64), dataclasses.replace(MODEL, layers=2)):
     (folder / 'config.json').write_text(configs.to_json(dataclasses.replace(config, model=model)))
-    with pytest.raises(UserError, match=r"^checkpoint: '.*/5', accepted: a whole checkpoint of this config; it ") as caught:
+    with pytest.raises(UserError, match=r"^checkpoint: '.*/5', expected: a whole checkpoint of this config; it ") as caught:
       load_trained(folder)
     assert '\n' not in str(caught.value)

@@ -142,49 +142,49 @@ def test_all_overrides_are_in_before_any_is_checked(command):
   recipe = '--config=configs/base.py'
   seen = command(recipe, '--config.model.heads=3', '--config.model.width=96', '--config.model.kv_heads=3')
   assert (seen.config.model.width, seen.config.model.heads, seen.config.model.kv_heads) == (96, 3, 3)
-  assert command(recipe, '--config.model.heads=3').error.startswith('model.heads: 3, accepted: a divisor')
+  assert command(recipe, '--config.model.heads=3').error.startswith('model.heads: 3, expected: a divisor')
   seen = command(recipe, '--config.optimizer.decay=10', '--config.optimizer.schedule=wsd')
   assert seen.config.optimizer.decay == 10
 
 
 @pytest.mark.parametrize('arg, error', [
-    ('--config.model.layer=3', "--config.model.layer: '3', accepted: layers, *; did you mean --config.model.layers?"),
-    ('--config.width=3', "--config.width: '3', accepted: model, *, seed; did you mean --config.model.width?"),
-    ('--config.kv_heads=3', "--config.kv_heads: '3', accepted: model, *; did you mean --config.model.kv_heads?"),
-    ('--config.lr=3', "--config.lr: '3', accepted: model, *; did you mean --config.optimizer.peak_lr?"),
+    ('--config.model.layer=3', "--config.model.layer: '3', expected: layers, *; did you mean --config.model.layers?"),
+    ('--config.width=3', "--config.width: '3', expected: model, *, seed; did you mean --config.model.width?"),
+    ('--config.kv_heads=3', "--config.kv_heads: '3', expected: model, *; did you mean --config.model.kv_heads?"),
+    ('--config.lr=3', "--config.lr: '3', expected: model, *; did you mean --config.optimizer.peak_lr?"),
     ('--config.model.context=3', "--config.model.context: '3', *; did you mean --config.data.context?"),
-    ('--config.model.layers.x=3', "--config.model.layers.x: '3', accepted: layers, *, compute_dtype; did you mean *"),
-    ('--config.zzzzzz=3', "--config.zzzzzz: '3', accepted: model, *, seed"),
-    ('--config.=3', "--config.: '3', accepted: model, *, seed"),
-    ('--config.model=3', "--config.model: '3', accepted: only its fields, since it is a group: layers, *"),
-    ('--config.data.tokenizer=3', "--config.data.tokenizer: '3', accepted: only its fields, *: kind, vocab_size, path"),
-    ('--config.model.layers=many', "--config.model.layers: 'many', accepted: an integer"),
-    ('--config.model.layers=1.0', "--config.model.layers: '1.0', accepted: an integer"),
-    ('--config.model.layers=', "--config.model.layers: '', accepted: an integer"),
-    ('--config.model.layers', '--config.model.layers: None, accepted: an integer'),
-    ('--config.model.dropout=low', "--config.model.dropout: 'low', accepted: a number"),
-    ('--config.optimizer.clip=nan', '--config.optimizer.clip: nan, accepted: a number'),
-    ('--config.optimizer.clip=inf', '--config.optimizer.clip: inf, accepted: a number'),
-    ('--config.model.bias=maybe', "--config.model.bias: 'maybe', accepted: true or false"),
-    ('--config.data.source.path', '--config.data.source.path: None, accepted: text'),
-    ('--config.model.norm=rms', "--config.model.norm: 'rms', accepted: layernorm, rmsnorm, rmsnorm1p; did you mean rmsnorm?"),
-    ('--config.steps=soon', "steps: 'soon', accepted: a count of steps (2000), or one with its unit: *"),
-    ('--config.data.train=' + '[' * 100_000, "--config.data.train: '[[[*, accepted: a JSON list of objects with *"),
-    ('--config.steps=1e999', "steps: '1e999', accepted: a count of steps *"),
-    ('--config', "--config: '', accepted: configs/base.py, configs/wide.py"),
-    ('--log_evry=3', "--log_evry: '3', accepted: --config, *, --log_every, *; see --help; did you mean --log_every?"),
-    ('--layers=3', "--layers: '3', accepted: --config, *; did you mean --config.model.layers?"),
-    ('--confg=x', "--confg: 'x', accepted: --config, *; did you mean --config?"),
-    ('--cofig.seed=1', "--cofig.seed: '1', accepted: --config, *; did you mean --config.seed?"),
-    ('--log_every=a: b', "--log_every: 'a: b', accepted: a positive integer"),
-    ('--log_every=0', "--log_every: '0', accepted: a positive integer"),
-    ('--backend=gpus', "--backend: 'gpus', accepted: cpu, gpu; did you mean gpu?"),
-    ('--print_config=3', "--print_config: '3', accepted: true or false"),
-    ('--noprint_config=3', "flags: '--noprint_config=3 does not take an argument', accepted: see --help"),
-    ('--workdir', '--workdir: None, accepted: a value after it'),
-    ('--workdir=/', "--workdir: '/', accepted: not the root"),
-    ('--flagfile=none.txt', 'flags: *none.txt*, accepted: see --help'),
-    ('more', "argument: 'more', accepted: only flags, --NAME=VALUE; see --help"),
+    ('--config.model.layers.x=3', "--config.model.layers.x: '3', expected: layers, *, compute_dtype; did you mean *"),
+    ('--config.zzzzzz=3', "--config.zzzzzz: '3', expected: model, *, seed"),
+    ('--config.=3', "--config.: '3', expected: model, *, seed"),
+    ('--config.model=3', "--config.model: '3', expected: only its fields, since it is a group: layers, *"),
+    ('--config.data.tokenizer=3', "--config.data.tokenizer: '3', expected: only its fields, *: kind, vocab_size, path"),
+    ('--config.model.layers=many', "--config.model.layers: 'many', expected: an integer"),
+    ('--config.model.layers=1.0', "--config.model.layers: '1.0', expected: an integer"),
+    ('--config.model.layers=', "--config.model.layers: '', expected: an integer"),
+    ('--config.model.layers', '--config.model.layers: None, expected: an integer'),
+    ('--config.model.dropout=low', "--config.model.dropout: 'low', expected: a number"),
+    ('--config.optimizer.clip=nan', '--config.optimizer.clip: nan, expected: a number'),
+    ('--config.optimizer.clip=inf', '--config.optimizer.clip: inf, expected: a number'),
+    ('--config.model.bias=maybe', "--config.model.bias: 'maybe', expected: true or false"),
+    ('--config.data.source.path', '--config.data.source.path: None, expected: text'),
+    ('--config.model.norm=rms', "--config.model.norm: 'rms', expected: layernorm, rmsnorm, rmsnorm1p; did you mean rmsnorm?"),
+    ('--config.steps=soon', "steps: 'soon', expected: a count of steps (2000), or one with its unit: *"),
+    ('--config.data.train=' + '[' * 100_000, "--config.data.train: '[[[*, expected: a JSON list of objects with *"),
+    ('--config.steps=1e999', "steps: '1e999', expected: a count of steps *"),
+    ('--config', "--config: '', expected: configs/base.py, configs/wide.py"),
+    ('--log_evry=3', "--log_evry: '3', expected: --config, *, --log_every, *; see --help; did you mean --log_every?"),
+    ('--layers=3', "--layers: '3', expected: --config, *; did you mean --config.model.layers?"),
+    ('--confg=x', "--confg: 'x', expected: --config, *; did you mean --config?"),
+    ('--cofig.seed=1', "--cofig.seed: '1', expected: --config, *; did you mean --config.seed?"),
+    ('--log_every=a: b', "--log_every: 'a: b', expected: a positive integer"),
+    ('--log_every=0', "--log_every: '0', expected: a positive integer"),
+    ('--backend=gpus', "--backend: 'gpus', expected: cpu, gpu; did you mean gpu?"),
+    ('--print_config=3', "--print_config: '3', expected: true or false"),
+    ('--noprint_config=3', "flags: '--noprint_config=3 does not take an argument', expected: see --help"),
+    ('--workdir', '--workdir: None, expected: a value after it'),
+    ('--workdir=/', "--workdir: '/', expected: not the root"),
+    ('--flagfile=none.txt', 'flags: *none.txt*, expected: see --help'),
+    ('more', "argument: 'more', expected: only flags, --NAME=VALUE; see --help"),
 ])
 def test_a_mistake_is_one_line_that_names_field_value_accepted_and_nearest(command, arg, error):
   line = command('--config=configs/base.py', arg).error
@@ -195,7 +195,7 @@ def test_a_mistake_is_one_line_that_names_field_value_accepted_and_nearest(comma
 
 def test_a_flag_is_not_taken_for_the_value_of_the_flag_before_it(command):
   error = command('--config=configs/base.py', '--config.data.source.path', '--log_every=3').error
-  assert error == '--config.data.source.path: None, accepted: text'
+  assert error == '--config.data.source.path: None, expected: text'
 
 
 # Recipes
@@ -205,47 +205,47 @@ def test_a_flag_is_not_taken_for_the_value_of_the_flag_before_it(command):
 def test_a_number_larger_than_any_float_is_told(command, value):
   pathlib.Path('huge.py').write_text(f'from gptjax.config import *\ndef get_config():\n  return Config(z_loss={value})\n')
   line = command('--config=huge.py').error
-  assert line.startswith('huge.py: z_loss: ') and line.endswith(', accepted: a number') and len(line) < 300
+  assert line.startswith('huge.py: z_loss: ') and line.endswith(', expected: a number') and len(line) < 300
 
 
 @pytest.mark.parametrize('text', ['[' * 100_000, '{"seed": ' + '9' * 5000 + '}'])
 def test_json_that_python_cannot_hold_is_told(text):
-  with pytest.raises(UserError, match='^config.json: .*accepted: JSON of a config'):
+  with pytest.raises(UserError, match='^config.json: .*expected: JSON of a config'):
     from_json(text)
 
 
 def test_a_config_that_is_no_text_is_told(tmp_path):
   (tmp_path / 'config.json').write_bytes(b'{"seed": \xff}')
-  with pytest.raises(UserError, match="config.json: .*can't decode.*accepted: JSON of a config"):
+  with pytest.raises(UserError, match="config.json: .*can't decode.*expected: JSON of a config"):
     read(tmp_path / 'config.json')
 
 
 @pytest.mark.parametrize('path, error', [
-    ('configs/bas.py', "'configs/bas.py', accepted: configs/base.py, configs/wide.py; did you mean configs/base.py?"),
-    ('base', "'base', accepted: configs/base.py, configs/wide.py; did you mean configs/base.py?"),
-    ('configs', "'configs', accepted: configs/base.py, configs/wide.py"),
-    ('zzz.py', "'zzz.py', accepted: configs/base.py, configs/wide.py"),
+    ('configs/bas.py', "'configs/bas.py', expected: configs/base.py, configs/wide.py; did you mean configs/base.py?"),
+    ('base', "'base', expected: configs/base.py, configs/wide.py; did you mean configs/base.py?"),
+    ('configs', "'configs', expected: configs/base.py, configs/wide.py"),
+    ('zzz.py', "'zzz.py', expected: configs/base.py, configs/wide.py"),
 ])
 def test_a_recipe_that_is_not_there(command, path, error):
   assert command(f'--config={path}').error == f'--config: {error}'
 
 
 def test_the_recipe_must_be_given(command):
-  assert command('--config.seed=3').error == "--config: '', accepted: configs/base.py, configs/wide.py"
+  assert command('--config.seed=3').error == "--config: '', expected: configs/base.py, configs/wide.py"
 
 
 @pytest.mark.parametrize('text, error', [
-    ('x = 1', "r.py: 'no get_config', accepted: a recipe, a Python file with get_config() -> Config"),
-    ('def get_config():\n  return 3', "r.py: get_config(): 'int', accepted: a gptjax.config.Config"),
-    ('def get_config():\n  x = 1\n  return x / 0', "r.py:3: ZeroDivisionError('division by zero'), accepted: *"),
-    ('def get_config(\n', 'r.py:1: SyntaxError(*), accepted: *'),
-    ('import nowhere_to_be_found', "r.py:1: ModuleNotFoundError(*nowhere_to_be_found*), accepted: *"),
+    ('x = 1', "r.py: 'no get_config', expected: a recipe, a Python file with get_config() -> Config"),
+    ('def get_config():\n  return 3', "r.py: get_config(): 'int', expected: a gptjax.config.Config"),
+    ('def get_config():\n  x = 1\n  return x / 0', "r.py:3: ZeroDivisionError('division by zero'), expected: *"),
+    ('def get_config(\n', 'r.py:1: SyntaxError(*), expected: *'),
+    ('import nowhere_to_be_found', "r.py:1: ModuleNotFoundError(*nowhere_to_be_found*), expected: *"),
     ('from gptjax.config import *\ndef get_config():\n  return Config(\n      no=3)', 'r.py:3: TypeError(*no*), *'),
-    ('from gptjax.config import *\ndef get_config():\n  return ModelConfig(heads=3)', 'model.heads: 3, accepted: *'),
+    ('from gptjax.config import *\ndef get_config():\n  return ModelConfig(heads=3)', 'model.heads: 3, expected: *'),
     ('from gptjax.config import *\ndef get_config():\n  return Config(model=ModelConfig(mlp="gelo"))',
-     "r.py: model.mlp: 'gelo', accepted: gelu, swiglu, geglu; did you mean gelu?"),
+     "r.py: model.mlp: 'gelo', expected: gelu, swiglu, geglu; did you mean gelu?"),
     ('from gptjax.config import *\ndef get_config():\n  return Config(model=ModelConfig(layers=2.5))',
-     'r.py: model.layers: 2.5, accepted: an integer'),
+     'r.py: model.layers: 2.5, expected: an integer'),
 ])
 def test_a_recipe_that_fails_is_named_with_its_line(command, text, error):
   pathlib.Path('r.py').write_text(text)
@@ -272,7 +272,7 @@ def test_main_may_raise_a_user_error_or_return_a_status(command):
 
   seen = command('--config=configs/base.py', main=fails)
   seen.config = None
-  assert seen.error == '--stop_at: 3, accepted: a step after 10'
+  assert seen.error == '--stop_at: 3, expected: a step after 10'
   assert command('--config=configs/base.py', main=lambda config: 7).status == 7
 
 
@@ -297,7 +297,7 @@ def test_a_binary_without_a_recipe_takes_only_its_own_flags(command):
   seen = command('--workdir=w', needs_config=False)
   assert (seen.status, seen.config, seen.given['workdir']) == (None, None, 'w')
   error = command('--config=configs/base.py', needs_config=False).error
-  assert error.startswith("--config: 'configs/base.py', accepted: --workdir, --log_every, ")
+  assert error.startswith("--config: 'configs/base.py', expected: --workdir, --log_every, ")
   assert '--config.FIELD' not in error
   assert '--config' not in command('--help', needs_config=False).out
 
@@ -352,12 +352,12 @@ def test_describe_marks_what_differs_from_the_default():
 
 
 @pytest.mark.parametrize('values, error', [
-    ({'model.layer': 3}, 'model.layer: 3, accepted: layers, *; did you mean model.layers?'),
-    ({'model.layers': '3'}, "model.layers: '3', accepted: an integer"),
-    ({'model.layers': True}, 'model.layers: True, accepted: an integer'),
-    ({'model.bias': 1}, 'model.bias: 1, accepted: true or false'),
-    ({'steps': 1.5}, 'steps: 1.5, accepted: a count of steps *'),
-    ({'model': ModelConfig()}, 'model: *, accepted: only its fields, *'),
+    ({'model.layer': 3}, 'model.layer: 3, expected: layers, *; did you mean model.layers?'),
+    ({'model.layers': '3'}, "model.layers: '3', expected: an integer"),
+    ({'model.layers': True}, 'model.layers: True, expected: an integer'),
+    ({'model.bias': 1}, 'model.bias: 1, expected: true or false'),
+    ({'steps': 1.5}, 'steps: 1.5, expected: a count of steps *'),
+    ({'model': ModelConfig()}, 'model: *, expected: only its fields, *'),
 ])
 def test_override_checks_names_and_types(values, error):
   with pytest.raises(UserError) as caught:
@@ -366,13 +366,13 @@ def test_override_checks_names_and_types(values, error):
 
 
 @pytest.mark.parametrize('edit, error', [
-    (('"layers"', '"layer"'), 'run.json: model.layer: 4, accepted: layers, *; did you mean model.layers?'),
-    (('"seed": 0', '"zero_stage": 0'), 'run.json: seed: None, accepted: an integer; the field is missing'),
-    (('"layers": 4', '"layers": "4"'), "run.json: model.layers: '4', accepted: an integer"),
-    (('"clip": 1.0', '"clip": NaN'), 'run.json: optimizer.clip: nan, accepted: a number'),
-    (('"layers": 4,', '"layers" 4,'), 'run.json:3: *layers*, accepted: JSON (*)'),
-    ((to_json(Config()), '[]'), 'run.json: [], accepted: an object of config fields'),
-    ((to_json(Config()), ''), "run.json:1: '', accepted: JSON (*)"),
+    (('"layers"', '"layer"'), 'run.json: model.layer: 4, expected: layers, *; did you mean model.layers?'),
+    (('"seed": 0', '"zero_stage": 0'), 'run.json: seed: None, expected: an integer; the field is missing'),
+    (('"layers": 4', '"layers": "4"'), "run.json: model.layers: '4', expected: an integer"),
+    (('"clip": 1.0', '"clip": NaN'), 'run.json: optimizer.clip: nan, expected: a number'),
+    (('"layers": 4,', '"layers" 4,'), 'run.json:3: *layers*, expected: JSON (*)'),
+    ((to_json(Config()), '[]'), 'run.json: [], expected: an object of config fields'),
+    ((to_json(Config()), ''), "run.json:1: '', expected: JSON (*)"),
 ])
 def test_json_that_is_no_config_is_named_by_its_file(edit, error):
   with pytest.raises(UserError) as caught:
@@ -428,29 +428,29 @@ def configs(draw):
 
 
 @pytest.mark.parametrize('value, error', [
-    ('books', "--config.data.train: 'books', accepted: a JSON list of objects with store, weight, epochs, as '[{\"store\": ...}]'"),
-    ('["books"]', "--config.data.train[0]: 'books', accepted: an object with store, weight, epochs"),
-    ('[{"stor": "a"}]', "--config.data.train[0].stor: 'a', accepted: store, weight, epochs; did you mean store?"),
-    ('[{"weight": 1}]', '--config.data.train[0].store: None, accepted: text; the field is missing'),
-    ('[{"store": "a", "weight": "1"}]', "--config.data.train[0].weight: '1', accepted: a number"),
-    ('[{"store": "a", "weight": -1}]', 'data.train: weight: -1.0, accepted: 0 or more'),
-    ('[{"store": "a"}, {"store": "a"}]', "data.train: store: 'a', accepted: each one once"),
-    ('[{"store": "a"}]', 'data.valid: [], accepted: a validation set or more, beside data.train'),
+    ('books', "--config.data.train: 'books', expected: a JSON list of objects with store, weight, epochs, as '[{\"store\": ...}]'"),
+    ('["books"]', "--config.data.train[0]: 'books', expected: an object with store, weight, epochs"),
+    ('[{"stor": "a"}]', "--config.data.train[0].stor: 'a', expected: store, weight, epochs; did you mean store?"),
+    ('[{"weight": 1}]', '--config.data.train[0].store: None, expected: text; the field is missing'),
+    ('[{"store": "a", "weight": "1"}]', "--config.data.train[0].weight: '1', expected: a number"),
+    ('[{"store": "a", "weight": -1}]', 'data.train: weight: -1.0, expected: 0 or more'),
+    ('[{"store": "a"}, {"store": "a"}]', "data.train: store: 'a', expected: each one once"),
+    ('[{"store": "a"}]', 'data.valid: [], expected: a validation set or more, beside data.train'),
 ])
 def test_a_list_of_objects_is_checked_through_and_through(command, value, error):
   assert command('--config=configs/base.py', f'--config.data.train={value}').error == error
 
 
 @pytest.mark.parametrize('values, error', [
-    ({'data.phases': [{'start': '5 steps', 'weights': [1, 2]}]}, 'data.phases: weights: [1.0, 2.0], accepted: 1 weights'),
-    ({'data.phases': [{'start': 'soon', 'weights': [1]}]}, "data.phases: start: 'soon', accepted: a count of steps"),
-    ({'data.phases': [{'start': 5, 'weights': [0]}]}, 'data.phases: weights: [0.0], accepted: 0 or more'),
-    ({'data.valid': [{'name': 'a/b', 'store': 'x'}]}, "data.valid: 'a/b', accepted: names and tags of letters"),
-    ({'data.valid': [{'name': 'v', 'store': 'x'}, {'name': 'valid', 'store': 'y'}]}, "data.valid: name: 'valid', accepted: another"),
-    ({'data.valid': [{'name': 'v', 'store': 'x', 'tags': ['a', 'a']}]}, "data.valid: tags: ['a', 'a'], accepted: each tag once"),
-    ({'data.source.path': 'x.txt'}, "data.source.path: 'x.txt', accepted: no source where data.train names stores"),
-    ({'data.workers': 2, 'data.prefetch': 0}, 'data.prefetch: 0, accepted: 1 or more'),
-    ({'data.train': [{'store': 's', 'weight': 1}, {'store': 't'}]}, 'data.train: weight: 0.0, accepted: a weight above 0 for t too'),
+    ({'data.phases': [{'start': '5 steps', 'weights': [1, 2]}]}, 'data.phases: weights: [1.0, 2.0], expected: 1 weights'),
+    ({'data.phases': [{'start': 'soon', 'weights': [1]}]}, "data.phases: start: 'soon', expected: a count of steps"),
+    ({'data.phases': [{'start': 5, 'weights': [0]}]}, 'data.phases: weights: [0.0], expected: 0 or more'),
+    ({'data.valid': [{'name': 'a/b', 'store': 'x'}]}, "data.valid: 'a/b', expected: names and tags of letters"),
+    ({'data.valid': [{'name': 'v', 'store': 'x'}, {'name': 'valid', 'store': 'y'}]}, "data.valid: name: 'valid', expected: another"),
+    ({'data.valid': [{'name': 'v', 'store': 'x', 'tags': ['a', 'a']}]}, "data.valid: tags: ['a', 'a'], expected: each tag once"),
+    ({'data.source.path': 'x.txt'}, "data.source.path: 'x.txt', expected: no source where data.train names stores"),
+    ({'data.workers': 2, 'data.prefetch': 0}, 'data.prefetch: 0, expected: 1 or more'),
+    ({'data.train': [{'store': 's', 'weight': 1}, {'store': 't'}]}, 'data.train: weight: 0.0, expected: a weight above 0 for t too'),
 ])
 def test_a_mixture_has_to_fit_together(values, error):
   base = {'data.train': [{'store': 's'}], 'data.valid': [{'name': 'v', 'store': 'v'}]}
@@ -506,9 +506,9 @@ def process(tmp_path, *args, main='print(config.model.layers)'):
 
 
 @pytest.mark.parametrize('args, error', [
-    (['--config=tiny.py', '--workdir=w', '--config.model.heads=3'], 'error: model.heads: 3, accepted: a divisor of '),
-    (['--config=tiny.py', '--workdr=w'], "error: --workdr: 'w', accepted: --config, --config.FIELD, --workdir; see "),
-    (['--config=tiny.py'], 'error: --workdir: None, accepted: a value: the folder of the run'),
+    (['--config=tiny.py', '--workdir=w', '--config.model.heads=3'], 'error: model.heads: 3, expected: a divisor of '),
+    (['--config=tiny.py', '--workdr=w'], "error: --workdr: 'w', expected: --config, --config.FIELD, --workdir; see "),
+    (['--config=tiny.py'], 'error: --workdir: None, expected: a value: the folder of the run'),
 ])
 def test_a_process_says_one_line_and_exits_with_2(tmp_path, args, error):
   done = process(tmp_path, *args)

@@ -27,40 +27,40 @@ def test_durations_become_steps_rounded_up(value, steps):
 
 @pytest.mark.parametrize('value', ['', 'soon', '-1', '1.5', '1.5 steps', '3 hours', '1_', '1e400', '9' * 5000, 'nan', '1e308 epochs'])
 def test_what_is_no_duration_is_refused_by_name(value):
-  with pytest.raises(UserError, match='^steps: .*accepted: '):
+  with pytest.raises(UserError, match='^steps: .*expected: '):
     in_steps(value)
 
 
 @pytest.mark.parametrize('group, values, message', [
-    (ModelConfig, {'layers': 0}, 'model.layers: 0, accepted: 1 or more'),
-    (ModelConfig, {'layers': 2**31}, 'model.layers: 2147483648, accepted: 10000 or less'),
-    (ModelConfig, {'window': 10**30}, 'model.window: 1000000000000000000000000000000, accepted: 2147483647 or less'),
-    (ModelConfig, {'width': 2**31 - 1, 'heads': 2}, 'model.heads: 2, accepted: a divisor of model.width=2147483647: 1, 2147483647'),
-    (DataConfig, {'workers': 10**6}, 'data.workers: 1000000, accepted: 1000 or less'),
-    (ModelConfig, {'width': 12, 'heads': 5}, 'model.heads: 5, accepted: a divisor of model.width=12: 1, 2, 3, 4, 6'),
-    (ModelConfig, {'heads': 4, 'kv_heads': 3}, 'model.kv_heads: 3, accepted: a divisor of model.heads=4: 1, 2, 4'),
-    (ModelConfig, {'width': 12, 'heads': 4, 'positions': 'rope'}, 'model.heads: 4, accepted: an even '),
-    (ModelConfig, {'dropout': 1.0}, 'model.dropout: 1.0, accepted: at least 0 and below 1'),
-    (RopeConfig, {'theta': 0.0}, 'model.rope.theta: 0.0, accepted: a number above 0'),
-    (RopeConfig, {'low': 4.0}, 'model.rope.high: 4.0, accepted: a number above model.rope.low=4.0, which is above 0'),
-    (ModelConfig, {'global_every': 2}, 'model.global_every: 2, accepted: 0 unless model.window says how far the other layers see'),
-    (ModelConfig, {'head_size': 7, 'positions': 'rope'}, 'model.head_size: 7, accepted: an even number for rope'),
-    (TokenizerConfig, {'vocab_size': 10}, 'data.tokenizer.vocab_size: 10, accepted: 300 or more'),
-    (DataConfig, {'context': 0}, 'data.context: 0, accepted: 1 or more'),
-    (DataConfig, {'valid_fraction': 0.0}, 'data.valid_fraction: 0.0, accepted: above 0 and below 1'),
-    (OptimizerConfig, {'peak_lr': -1.0}, 'optimizer.peak_lr: -1.0, accepted: 0 or more'),
-    (OptimizerConfig, {'b2': 1.0}, 'optimizer.b2: 1.0, accepted: at least 0 and below 1'),
-    (OptimizerConfig, {'final_fraction': 2.0}, 'optimizer.final_fraction: 2.0, accepted: 0 to 1'),
-    (MeshConfig, {'data': 0}, 'mesh.data: 0, accepted: 1 or more'),
-    (MeshConfig, {'model': 0}, 'mesh.model: 0, accepted: 1 or more'),
-    (EvalConfig, {'rows': -1}, 'eval.rows: -1, accepted: 0 or more'),
-    (CheckpointConfig, {'keep': 0}, 'checkpoint.keep: 0, accepted: 1 or more'),
-    (Config, {'batch_size': 0}, 'batch_size: 0, accepted: 1 or more'),
-    (Config, {'batch_size': 6, 'microbatches': 4}, 'microbatches: 4, accepted: a divisor of batch_size=6: 1, 2, 3, 6'),
-    (Config, {'zero_stage': 7}, 'zero_stage: 7, accepted: '),
-    (Config, {'steps': 'soon'}, "steps: 'soon', accepted: a count of steps"),
-    (Config, {'eval': EvalConfig(every='often')}, "eval.every: 'often', accepted: a count of steps"),
-    (Config, {'optimizer': OptimizerConfig(decay=10)}, 'optimizer.decay: 10, accepted: 0 unless '),
+    (ModelConfig, {'layers': 0}, 'model.layers: 0, expected: 1 or more'),
+    (ModelConfig, {'layers': 2**31}, 'model.layers: 2147483648, expected: 10000 or less'),
+    (ModelConfig, {'window': 10**30}, 'model.window: 1000000000000000000000000000000, expected: 2147483647 or less'),
+    (ModelConfig, {'width': 2**31 - 1, 'heads': 2}, 'model.heads: 2, expected: a divisor of model.width=2147483647: 1, 2147483647'),
+    (DataConfig, {'workers': 10**6}, 'data.workers: 1000000, expected: 1000 or less'),
+    (ModelConfig, {'width': 12, 'heads': 5}, 'model.heads: 5, expected: a divisor of model.width=12: 1, 2, 3, 4, 6'),
+    (ModelConfig, {'heads': 4, 'kv_heads': 3}, 'model.kv_heads: 3, expected: a divisor of model.heads=4: 1, 2, 4'),
+    (ModelConfig, {'width': 12, 'heads': 4, 'positions': 'rope'}, 'model.heads: 4, expected: an even '),
+    (ModelConfig, {'dropout': 1.0}, 'model.dropout: 1.0, expected: at least 0 and below 1'),
+    (RopeConfig, {'theta': 0.0}, 'model.rope.theta: 0.0, expected: a number above 0'),
+    (RopeConfig, {'low': 4.0}, 'model.rope.high: 4.0, expected: a number above model.rope.low=4.0, which is above 0'),
+    (ModelConfig, {'global_every': 2}, 'model.global_every: 2, expected: 0 unless model.window says how far the other layers see'),
+    (ModelConfig, {'head_size': 7, 'positions': 'rope'}, 'model.head_size: 7, expected: an even number for rope'),
+    (TokenizerConfig, {'vocab_size': 10}, 'data.tokenizer.vocab_size: 10, expected: 300 or more'),
+    (DataConfig, {'context': 0}, 'data.context: 0, expected: 1 or more'),
+    (DataConfig, {'valid_fraction': 0.0}, 'data.valid_fraction: 0.0, expected: above 0 and below 1'),
+    (OptimizerConfig, {'peak_lr': -1.0}, 'optimizer.peak_lr: -1.0, expected: 0 or more'),
+    (OptimizerConfig, {'b2': 1.0}, 'optimizer.b2: 1.0, expected: at least 0 and below 1'),
+    (OptimizerConfig, {'final_fraction': 2.0}, 'optimizer.final_fraction: 2.0, expected: 0 to 1'),
+    (MeshConfig, {'data': 0}, 'mesh.data: 0, expected: 1 or more'),
+    (MeshConfig, {'model': 0}, 'mesh.model: 0, expected: 1 or more'),
+    (EvalConfig, {'rows': -1}, 'eval.rows: -1, expected: 0 or more'),
+    (CheckpointConfig, {'keep': 0}, 'checkpoint.keep: 0, expected: 1 or more'),
+    (Config, {'batch_size': 0}, 'batch_size: 0, expected: 1 or more'),
+    (Config, {'batch_size': 6, 'microbatches': 4}, 'microbatches: 4, expected: a divisor of batch_size=6: 1, 2, 3, 6'),
+    (Config, {'zero_stage': 7}, 'zero_stage: 7, expected: '),
+    (Config, {'steps': 'soon'}, "steps: 'soon', expected: a count of steps"),
+    (Config, {'eval': EvalConfig(every='often')}, "eval.every: 'often', expected: a count of steps"),
+    (Config, {'optimizer': OptimizerConfig(decay=10)}, 'optimizer.decay: 10, expected: 0 unless '),
 ])
 def test_a_group_refuses_what_cannot_run(group, values, message):
   with pytest.raises(UserError) as caught:
@@ -87,6 +87,6 @@ def test_every_field_is_frozen_and_has_its_line_of_help(group):
 
 def test_an_error_is_one_line_and_suggests_the_nearest_name():
   error = UserError('data.files', 'a\nb', 'one of\n  these', ['abb', 'zzz'], given='abbb')
-  assert str(error) == r"data.files: 'a\nb', accepted: one of these; did you mean abb?"
+  assert str(error) == r"data.files: 'a\nb', expected: one of these; did you mean abb?"
   assert str(UserError('x', 1, 'y', {'abb': '--abb'}, 'ab')).endswith('did you mean --abb?')
   assert 'did you mean' not in str(UserError('x', 'far', 'y', ['off']))

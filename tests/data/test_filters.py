@@ -45,7 +45,7 @@ def test_a_bound_that_cannot_be_is_a_mistake_in_its_flag(field, value):
 
 
 def test_bounds_that_nothing_meets_are_a_mistake():
-  with pytest.raises(UserError, match=r'^--max_chars: 5, accepted: 0 \(no limit\), or at least the 6 of --min_chars'):
+  with pytest.raises(UserError, match=r'^--max_chars: 5, expected: 0 \(no limit\), or at least the 6 of --min_chars'):
     Filters(min_chars=6, max_chars=5)
 
 

@@ -112,16 +112,16 @@ def copy(folder, tmp_path, **changed):
 
 
 @pytest.mark.parametrize(('name', 'change', 'message'), [
-  ('encoder', lambda old: old[:-5], r"encoder.json:1: '.*', accepted: JSON"),
-  ('encoder', lambda old: b'[1]', r"encoder.json: '\[1\]', accepted: an object of tokens"),
-  ('encoder', lambda old: old.replace(b'"!": 0', b'"!": 1'), r"encoder.json: '!': 1, accepted: 0, the id that the merges give"),
-  ('encoder', lambda old: old.replace(b'"!": 0, ', b''), r"encoder.json: '!': None, accepted: 0"),
-  ('encoder', lambda old: old.replace(b'"!": 0', b'"!": 0, "new": 9999'), r"encoder.json: 'new': 9999, accepted: None"),
-  ('encoder', lambda old: old.replace(b'<|endoftext|>', b'<|end|>'), r"encoder.json: '<\|endoftext\|>': None, accepted: \d+"),
-  ('encoder', lambda old: b'\xff', r"encoder.json, byte 0: b'\\xff', accepted: UTF-8"),
-  ('vocab', lambda old: old.rstrip(b'\n').rpartition(b'\n')[0], r'encoder.json: .*, accepted: \d+, the id that the merges give it'),
-  ('vocab', lambda old: old.rstrip(b'\n') + b'\nabc\n', r"vocab.bpe:\d+: 'abc', accepted: two tokens"),
-  ('vocab', lambda old: old.replace(b'\n', b'\r\n'), r"vocab.bpe:2: .*, accepted: two tokens"),
+  ('encoder', lambda old: old[:-5], r"encoder.json:1: '.*', expected: JSON"),
+  ('encoder', lambda old: b'[1]', r"encoder.json: '\[1\]', expected: an object of tokens"),
+  ('encoder', lambda old: old.replace(b'"!": 0', b'"!": 1'), r"encoder.json: '!': 1, expected: 0, the id that the merges give"),
+  ('encoder', lambda old: old.replace(b'"!": 0, ', b''), r"encoder.json: '!': None, expected: 0"),
+  ('encoder', lambda old: old.replace(b'"!": 0', b'"!": 0, "new": 9999'), r"encoder.json: 'new': 9999, expected: None"),
+  ('encoder', lambda old: old.replace(b'<|endoftext|>', b'<|end|>'), r"encoder.json: '<\|endoftext\|>': None, expected: \d+"),
+  ('encoder', lambda old: b'\xff', r"encoder.json, byte 0: b'\\xff', expected: UTF-8"),
+  ('vocab', lambda old: old.rstrip(b'\n').rpartition(b'\n')[0], r'encoder.json: .*, expected: \d+, the id that the merges give it'),
+  ('vocab', lambda old: old.rstrip(b'\n') + b'\nabc\n', r"vocab.bpe:\d+: 'abc', expected: two tokens"),
+  ('vocab', lambda old: old.replace(b'\n', b'\r\n'), r"vocab.bpe:2: .*, expected: two tokens"),
   ('vocab', lambda old: b'', r'encoder.json: ')])
 def test_files_that_are_damaged_or_disagree_are_named(folder, tmp_path, name, change, message):
   with pytest.raises(UserError, match=message):
@@ -131,9 +131,9 @@ def test_files_that_are_damaged_or_disagree_are_named(folder, tmp_path, name, ch
 def test_a_missing_file_is_named(folder, tmp_path):
   copy(folder, tmp_path)
   (tmp_path / 'vocab.bpe').unlink()
-  with pytest.raises(UserError, match=r"vocab.bpe', accepted: GPT-2's vocab.bpe \(No such file"):
+  with pytest.raises(UserError, match=r"vocab.bpe', expected: GPT-2's vocab.bpe \(No such file"):
     load_tokenizer(tmp_path)
-  with pytest.raises(UserError, match=r"encoder.json', accepted: GPT-2's encoder.json"):
+  with pytest.raises(UserError, match=r"encoder.json', expected: GPT-2's encoder.json"):
     Gpt2Tokenizer(tmp_path / 'nowhere')
 
 

@@ -177,7 +177,7 @@ def test_stores_of_different_tokenizers_are_refused(stores, cache, tmp_path):
   write_store(tmp_path / 'other', Recipe(open_source(SourceConfig(str(tmp_path / 'a.txt'))), CharTokenizer('abcdefghijkls 0123456789\n')))
   for data in (dataclasses.replace(mixture(stores), train=(Component(stores['a']), Component(str(tmp_path / 'other')))),
                dataclasses.replace(mixture(stores), valid=(ValidationSet('v', str(tmp_path / 'other')),))):
-    with pytest.raises(UserError, match=r"^data: store: '.*other', accepted: a store made with the tokenizer of .*/a, "):
+    with pytest.raises(UserError, match=r"^data: store: '.*other', expected: a store made with the tokenizer of .*/a, "):
       prepare(data, cache)
 
 

@@ -170,16 +170,16 @@ def test_options_and_structured_messages_reach_the_template(ours):
 
 
 @pytest.mark.parametrize(('name', 'messages', 'message'), [
-  ('gpt2', MESSAGES, r"^tokenizer: 'hugging_face', accepted: one with a chat template \(chat_template.jinja"),
-  ('gemma', [{'role': 'system', 'content': 'x'}], r"^messages: \['system'\], accepted: .*Gemma knows no system role"),
-  ('mistral', [{'role': 'user'}], r"^messages: \['user'\], accepted: .*'content'"),
-  ('qwen2', [], r'^messages: \[\], accepted: one or more'),
-  ('qwen2', [{'content': 'x'}], r'^messages: .*accepted: one or more, each with a role'),
-  ('llama3', [{'role': 'user', 'content': object()}], "^messages: 'object', accepted: texts")])
+  ('gpt2', MESSAGES, r"^tokenizer: 'hugging_face', expected: one with a chat template \(chat_template.jinja"),
+  ('gemma', [{'role': 'system', 'content': 'x'}], r"^messages: \['system'\], expected: .*Gemma knows no system role"),
+  ('mistral', [{'role': 'user'}], r"^messages: \['user'\], expected: .*'content'"),
+  ('qwen2', [], r'^messages: \[\], expected: one or more'),
+  ('qwen2', [{'content': 'x'}], r'^messages: .*expected: one or more, each with a role'),
+  ('llama3', [{'role': 'user', 'content': object()}], "^messages: 'object', expected: texts")])
 def test_messages_that_no_template_can_write_are_a_mistake(ours, name, messages, message):
   with pytest.raises(UserError, match=message):
     ours[name].chat(messages)
-  with pytest.raises(UserError, match="^tokenizer: 'bytes', accepted: one with a chat template"):
+  with pytest.raises(UserError, match="^tokenizer: 'bytes', expected: one with a chat template"):
     ByteTokenizer().chat(MESSAGES)
 
 
@@ -197,24 +197,24 @@ def holes(folder):
 
 
 @pytest.mark.parametrize(('name', 'damage', 'message'), [
-  ('gpt2', lambda folder: (folder / 'tokenizer.json').write_text('{"model"'), r"gpt2/tokenizer.json: .*accepted: JSON \("),
-  ('gpt2', lambda folder: (folder / 'tokenizer.json').write_text('[1]'), r"gpt2/tokenizer.json: .*accepted: a JSON object"),
-  ('gpt2', lambda folder: (folder / 'tokenizer.json').write_text('{}'), r"accepted: a (file that the tokenizers package reads|folder)"),
-  ('gpt2', change('tokenizer.json', model={'type': 'Wordy'}), r"gpt2/tokenizer.json: .*accepted: a file that the tokenizers package reads"),
+  ('gpt2', lambda folder: (folder / 'tokenizer.json').write_text('{"model"'), r"gpt2/tokenizer.json: .*expected: JSON \("),
+  ('gpt2', lambda folder: (folder / 'tokenizer.json').write_text('[1]'), r"gpt2/tokenizer.json: .*expected: a JSON object"),
+  ('gpt2', lambda folder: (folder / 'tokenizer.json').write_text('{}'), r"expected: a (file that the tokenizers package reads|folder)"),
+  ('gpt2', change('tokenizer.json', model={'type': 'Wordy'}), r"gpt2/tokenizer.json: .*expected: a file that the tokenizers package reads"),
   ('gpt2', change('tokenizer.json', model={'type': 'WordLevel', 'vocab': {'a': 0}, 'unk_token': 'a'}),
-   "model: 'WordLevel', accepted: BPE or"),
+   "model: 'WordLevel', expected: BPE or"),
   ('gpt2', change('tokenizer.json', decoder={'type': 'WordPiece', 'prefix': '##', 'cleanup': False}),
-   "decoder: 'WordPiece', accepted: ByteLevel"),
-  ('gpt2', change('tokenizer.json', decoder=None), 'decoder: None, accepted: ByteLevel'),
-  ('gpt2', holes, r'tokenizer.json, id \d+: None, accepted: a token for each of'),
-  ('gpt2', change('tokenizer_config.json', eos_token='<nowhere>'), "eos_token: '<nowhere>', accepted: one of the tokens"),
-  ('gpt2', change('tokenizer_config.json', eos_token=None, bos_token=None), 'eos_token: None, accepted: what ends a text'),
-  ('gemma', change('generation_config.json', eos_token_id=[1, 99999]), r'eos_token_id: \[1, 99999\], accepted: ids of the tokenizer, 0 to'),
-  ('gemma', change('generation_config.json', eos_token_id='1'), "eos_token_id: '1', accepted: an id, or a list"),
-  ('llama2-spm', lambda folder: (folder / 'tokenizer.model').write_bytes(b'x' * 9), "tokenizer.model: '9 bytes', accepted: a model that"),
-  ('gpt2', change('tokenizer_config.json', eos_token=3), r'accepted: (one of the tokens|a folder whose tokenizer is whole)'),
-  ('llama2-spm', change('tokenizer_config.json', added_tokens_decoder=['x']), 'accepted: a folder whose tokenizer is whole'),
-  ('llama2-spm', lambda folder: (folder / 'tokenizer_config.json').write_text('no'), 'tokenizer_config.json: .*accepted: JSON')])
+   "decoder: 'WordPiece', expected: ByteLevel"),
+  ('gpt2', change('tokenizer.json', decoder=None), 'decoder: None, expected: ByteLevel'),
+  ('gpt2', holes, r'tokenizer.json, id \d+: None, expected: a token for each of'),
+  ('gpt2', change('tokenizer_config.json', eos_token='<nowhere>'), "eos_token: '<nowhere>', expected: one of the tokens"),
+  ('gpt2', change('tokenizer_config.json', eos_token=None, bos_token=None), 'eos_token: None, expected: what ends a text'),
+  ('gemma', change('generation_config.json', eos_token_id=[1, 99999]), r'eos_token_id: \[1, 99999\], expected: ids of the tokenizer, 0 to'),
+  ('gemma', change('generation_config.json', eos_token_id='1'), "eos_token_id: '1', expected: an id, or a list"),
+  ('llama2-spm', lambda folder: (folder / 'tokenizer.model').write_bytes(b'x' * 9), "tokenizer.model: '9 bytes', expected: a model that"),
+  ('gpt2', change('tokenizer_config.json', eos_token=3), r'expected: (one of the tokens|a folder whose tokenizer is whole)'),
+  ('llama2-spm', change('tokenizer_config.json', added_tokens_decoder=['x']), 'expected: a folder whose tokenizer is whole'),
+  ('llama2-spm', lambda folder: (folder / 'tokenizer_config.json').write_text('no'), 'tokenizer_config.json: .*expected: JSON')])
 def test_a_damaged_folder_is_one_mistake(folders, tmp_path, name, damage, message):
   copy = tmp_path / name
   copy.mkdir()
@@ -230,7 +230,7 @@ def test_a_damaged_folder_is_one_mistake(folders, tmp_path, name, damage, messag
 def test_a_template_that_is_none_is_named_with_its_line(ours, tmp_path):
   ours['mistral'].save_hugging_face(tmp_path)
   (tmp_path / 'chat_template.jinja').write_text('{{ bos_token }}\n{% for %}')
-  with pytest.raises(UserError, match=r"chat_template.jinja, line 2: '{% for %}', accepted: a Jinja template"):
+  with pytest.raises(UserError, match=r"chat_template.jinja, line 2: '{% for %}', expected: a Jinja template"):
     load_tokenizer(tmp_path).chat(MESSAGES)
   (tmp_path / 'chat_template.jinja').write_text("{{ ''.__class__.__mro__ }}")  # a stranger's program gets nowhere
   with pytest.raises(UserError, match=r'messages: .*unsafe'):
@@ -242,7 +242,7 @@ def test_sentencepiece_without_bytes_to_fall_back_to_is_refused(tmp_path):
   sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(['a b c'] * 3), model_writer=model, vocab_size=8, hard_vocab_limit=False,
                                            minloglevel=2)
   (tmp_path / 'tokenizer.model').write_bytes(model.getvalue())
-  with pytest.raises(UserError, match='accepted: a model trained with byte_fallback'):
+  with pytest.raises(UserError, match='expected: a model trained with byte_fallback'):
     load_tokenizer(tmp_path)
 
 

@@ -66,5 +66,5 @@ def test_what_is_damaged_there_is_named(stores, damage):
 
 @pytest.mark.parametrize('place', ['s3://stores/nothing', 's3://no-bucket/store', 'nosuch://bucket/store'])
 def test_a_store_that_is_not_there_is_one_line(stores, place):
-  with pytest.raises(UserError, match=f"^token store: '{place}', accepted: "):
+  with pytest.raises(UserError, match=f"^token store: '{place}', expected: "):
     TokenStore.open(place)

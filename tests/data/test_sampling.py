@@ -55,7 +55,7 @@ def test_one_huge_text_has_a_sample_whether_it_comes_whole_or_in_pieces(pieces):
 def test_malformed_records_are_left_out_up_to_a_share():
   records = [*documents(98), malformed(0), malformed(1)]
   assert len(list(sample(Memory(records, per_part=100, skip=0.02), 10**6))) == 98
-  with pytest.raises(UserError, match=r"^memory, record 1 from 0 on: '{', accepted: JSON$"):
+  with pytest.raises(UserError, match=r"^memory, record 1 from 0 on: '{', expected: JSON$"):
     list(sample(Memory(records, per_part=100, skip=0.01), 10**6))
   with pytest.raises(UserError):
     list(sample(Memory([malformed(0)]), 10**6))

@@ -102,7 +102,7 @@ def test_a_piece_holds_as_many_digits_as_it_may(kind):
   documents = [*code_documents(), Document('digits', '1234567 ' * 1000)]
   tokenizer = train_tokenizer(TokenizerConfig(kind=kind, vocab_size=512), documents, digits=3)
   assert [tokenizer.pieces[i] for i in tokenizer.encode('1234567')] == [b'123', b'456', b'7']
-  with pytest.raises(UserError, match='^digits: 0, accepted: 1 or more'):
+  with pytest.raises(UserError, match='^digits: 0, expected: 1 or more'):
     train(kind, digits=0)
 
 
@@ -138,12 +138,12 @@ def test_the_longest_symbol_wins_and_their_ids_come_first(with_symbols, kind, tm
 
 @pytest.mark.parametrize('symbols', [[''], ['a'], ['ab', 'cd', 'ab']])
 def test_a_symbol_is_no_byte_and_stands_once(symbols):
-  with pytest.raises(UserError, match=rf"^symbol: {symbols[0]!r}, accepted: texts of two bytes or more, each one once$"):
+  with pytest.raises(UserError, match=rf"^symbol: {symbols[0]!r}, expected: texts of two bytes or more, each one once$"):
     train('bpe', symbols=symbols)
 
 
 def test_symbols_that_leave_no_room_for_bytes_are_a_mistake():
-  with pytest.raises(UserError, match=r'^data.tokenizer.vocab_size: 300, accepted: 309 or more'):
+  with pytest.raises(UserError, match=r'^data.tokenizer.vocab_size: 300, expected: 309 or more'):
     train('bpe', 300, symbols=[f'<{i}>' for i in range(50)])
 
 
@@ -177,7 +177,7 @@ def test_other_tokenizers_have_other_digests(trained, with_symbols):
 @pytest.mark.parametrize(('name', 'text', 'message'), [
   (FILE, '{"kind": "bpe"', 'whole'), (FILE, '[]', 'whole'), (FILE, '{"kind": "bpe"}', 'whole'),
   (FILE, '[' * 100_000, 'whole'), (FILE, '{"kind": "bpe", "words": "(", "symbols": []}', 'whole'),
-  (FILE, '{"kind": "wordpiece"}', "'wordpiece', accepted: a kind"), ('tokenizer.model', 'x', 'whole'),
+  (FILE, '{"kind": "wordpiece"}', "'wordpiece', expected: a kind"), ('tokenizer.model', 'x', 'whole'),
   ('tokenizer.model', None, 'No such file')])
 def test_a_damaged_folder_is_one_mistake(trained, tmp_path, name, text, message):
   trained['bpe'].save(tmp_path)
@@ -199,7 +199,7 @@ def test_a_model_with_the_special_ids_of_old_is_refused(trained):
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(['a b']), model_writer=model, vocab_size=8, hard_vocab_limit=False, pad_id=0, bos_id=1, eos_id=2,
     unk_id=3, minloglevel=2)
-  with pytest.raises(UserError, match=r"'special ids \[0, 1, 2, 3\]', accepted: .* that this version of gptjax trained"):
+  with pytest.raises(UserError, match=r"'special ids \[0, 1, 2, 3\]', expected: .* that this version of gptjax trained"):
     SentencePieceTokenizer('unigram', model.getvalue(), trained['bpe'].words)
 
 
@@ -227,7 +227,7 @@ def test_a_folder_without_tokenizer_is_named(tmp_path):
 def test_an_unseen_character_is_named_with_its_place():
   tokenizer = train_tokenizer(TokenizerConfig(kind='chars'), [Document('a', 'abc'), Document('b', 'cd')])
   assert tokenizer.encode('dcba').tolist() == [6, 5, 4, 3]
-  with pytest.raises(UserError, match=r"^story.txt, character 2: 'é', accepted: one of the 4 characters"):
+  with pytest.raises(UserError, match=r"^story.txt, character 2: 'é', expected: one of the 4 characters"):
     tokenizer.encode('abé', 'story.txt')
   with pytest.raises(UserError, match=r'^text, character 0: '):
     tokenizer.encode('\U0010ffff')
@@ -242,7 +242,7 @@ def test_a_lone_surrogate_is_named_with_its_place(trained, kind):
 @pytest.mark.parametrize('kind', ['bpe', 'unigram'])
 def test_more_ids_than_the_documents_have_is_an_error_that_says_how_many(kind):
   documents = [Document('a', 'to be or not to be, that is the question\n' * 5)]
-  with pytest.raises(UserError, match=r'^data.tokenizer.vocab_size: 4096, accepted: at most ([0-9]+) ') as error:
+  with pytest.raises(UserError, match=r'^data.tokenizer.vocab_size: 4096, expected: at most ([0-9]+) ') as error:
     train_tokenizer(TokenizerConfig(kind=kind), documents)
   most = int(str(error.value).split('at most ')[1].split()[0])
   assert _train(kind, most, documents).vocab_size == most

@@ -242,7 +242,7 @@ def test_malformed_records_below_a_rate_are_left_out_and_counted(tmp_path, capsy
     assert store.manifest['malformed_first'][1].startswith('memory, record 6: ')
     assert 'left out: memory, record 6: ' in capsys.readouterr().err
   else:
-    with pytest.raises(UserError, match=r'^source.skip: 0.1, accepted: a share above the 20 malformed of 100 records'):
+    with pytest.raises(UserError, match=r'^source.skip: 0.1, expected: a share above the 20 malformed of 100 records'):
       make()
     assert not list(tmp_path.iterdir())
 
@@ -255,7 +255,7 @@ def test_a_source_of_which_nothing_is_left_is_refused(tmp_path):
 
 def test_an_error_in_a_worker_is_an_error_here(lines, tmp_path, small_tasks):
   from gptjax.data.tokenizers import CharTokenizer
-  with pytest.raises(UserError, match=r"lines.jsonl#\d+, character \d+: '\w', accepted: one of the 3 characters"):
+  with pytest.raises(UserError, match=r"lines.jsonl#\d+, character \d+: '\w', expected: one of the 3 characters"):
     write_store(tmp_path / 'store', Recipe(open_source(SourceConfig(str(lines))), CharTokenizer('abc')), processes=2)
   assert not (tmp_path / 'store.building').exists() and not multiprocessing.active_children()
 

@@ -61,13 +61,13 @@ def test_none_leaves_before_all_are_done(run):
 @pytest.mark.parametrize('culprit', [0, 1])
 def test_a_mistake_in_one_ends_all_with_a_line_each(culprit, run):
   done, seconds = run(f'if index == {culprit}: raise config.UserError("data", "x", "y")\nbroadcast("never")')
-  told = f"error: process {culprit}: data: 'x', accepted: y\n"
-  assert done == [(2, '', "error: data: 'x', accepted: y\n" if index == culprit else told) for index in range(3)] and seconds < 10
+  told = f"error: process {culprit}: data: 'x', expected: y\n"
+  assert done == [(2, '', "error: data: 'x', expected: y\n" if index == culprit else told) for index in range(3)] and seconds < 10
 
 
 def test_the_same_mistake_in_all_is_told_in_their_own_words(run):
   done, _ = run('time.sleep(index / 10)\nraise config.UserError("data", "x", "y")')
-  assert done == [(2, '', "error: data: 'x', accepted: y\n")] * 3
+  assert done == [(2, '', "error: data: 'x', expected: y\n")] * 3
 
 
 @pytest.mark.parametrize('culprit', [0, 2])
@@ -84,8 +84,8 @@ def test_a_computation_that_fails_because_a_peer_is_gone_is_not_told(run):
   # Gloo and NCCL raise where a peer is gone; what counts is why it is.
   done, _ = run('if index == 1: raise config.UserError("data", "x", "y")\nif index == 2: raise RuntimeError("broken pipe")\n'
                 'broadcast("never")')
-  assert [errors for _, _, errors in done] == ["error: process 1: data: 'x', accepted: y\n", "error: data: 'x', accepted: y\n",
-                                               "error: process 1: data: 'x', accepted: y\n"]
+  assert [errors for _, _, errors in done] == ["error: process 1: data: 'x', expected: y\n", "error: data: 'x', expected: y\n",
+                                               "error: process 1: data: 'x', expected: y\n"]
 
 
 def test_a_bug_in_one_is_a_traceback_there_and_a_line_elsewhere(run):

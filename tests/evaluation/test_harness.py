@@ -95,14 +95,14 @@ def test_generated_text_ends_where_it_is_told(model, plan, random_parameters, on
     'generate_until', ('one', {'until': ['no such text'], 'max_gen_toks': 16}), ('two' * 20, {'max_gen_toks': 16}),
     ('one', {'until': [stop], 'max_gen_toks': 16}), ('one', {'until': stop, 'max_gen_toks': 3}), ('', {'max_gen_toks': 1})))
   assert got[:2] == free and got[2] == free[0][:free[0].find(stop)] and len(got[3]) <= 3 and free[0].startswith(got[3])
-  with pytest.raises(UserError, match="^--tasks: 'max_gen_toks=32', accepted: 1 or more, and fewer than the model's context of 32"):
+  with pytest.raises(UserError, match="^--tasks: 'max_gen_toks=32', expected: 1 or more, and fewer than the model's context of 32"):
     model.generate_until(requests('generate_until', ('one', {'max_gen_toks': CONTEXT})))
 
 
 def test_what_cannot_be_scored_is_told(model, plan, one_device):
-  with pytest.raises(UserError, match="^--tasks: 'a continuation of 40 tokens', accepted: at most the model's context of 32"):
+  with pytest.raises(UserError, match="^--tasks: 'a continuation of 40 tokens', expected: at most the model's context of 32"):
     model.loglikelihood(requests('loglikelihood', ('a', 'b' * 40)))
-  with pytest.raises(UserError, match="^--tasks: 'one', accepted: a continuation with tokens of its own"):
+  with pytest.raises(UserError, match="^--tasks: 'one', expected: a continuation with tokens of its own"):
     model.loglikelihood(requests('loglikelihood', ('one', '')))
   letters = harness.HarnessModel(plan, one_device, CharTokenizer('abc'), 128)
   with pytest.raises(UserError, match="^text of a task, character 1: 'z'"):
@@ -154,20 +154,20 @@ def test_local_tasks_ask_what_the_harness_does(ours, theirs):
 
 def test_a_mistake_with_tasks_is_one_line(data, tmp_path, monkeypatch):
   monkeypatch.setattr(tasks, 'TaskManager', lambda **values: TaskManager(**values | {'include_defaults': False}))
-  with pytest.raises(UserError, match="^--tasks: 'lamdba', accepted: lambada, piqa in .*; did you mean lambada"):
+  with pytest.raises(UserError, match="^--tasks: 'lamdba', expected: lambada, piqa in .*; did you mean lambada"):
     tasks.Tasks(['lamdba'], options(data))
-  with pytest.raises(UserError, match=r'^--task_data: None, accepted: a folder with the data of piqa \(piqa/valid.jsonl'):
+  with pytest.raises(UserError, match=r'^--task_data: None, expected: a folder with the data of piqa \(piqa/valid.jsonl'):
     tasks.Tasks(['piqa'], tasks.Options(str(TASKS)))
-  with pytest.raises(UserError, match="^--task_path: 'nowhere', accepted: a folder of task files"):
+  with pytest.raises(UserError, match="^--task_path: 'nowhere', expected: a folder of task files"):
     tasks.Tasks(['piqa'], tasks.Options('nowhere'))
   (data / 'piqa/valid-labels.lst').write_text('0\n')
-  with pytest.raises(UserError, match="^--tasks: 'piqa', accepted: a task that can be loaded .*4 questions in piqa/valid.jsonl, 1 labels"):
+  with pytest.raises(UserError, match="^--tasks: 'piqa', expected: a task that can be loaded .*4 questions in piqa/valid.jsonl, 1 labels"):
     tasks.Tasks(['piqa'], options(data))
 
 
 def test_settings_of_a_task_that_nobody_knows_are_refused(model):
   ask = lambda **settings: model.generate_until(requests('generate_until', ('one', {'until': ['x'], 'max_gen_toks': 4, **settings})))
-  with pytest.raises(UserError, match="^--tasks: 'num_beams=4', accepted: a task that generates with until, max_gen_toks"):
+  with pytest.raises(UserError, match="^--tasks: 'num_beams=4', expected: a task that generates with until, max_gen_toks"):
     ask(num_beams=4)
   assert ask(num_beams=1) == ask() != ask(repetition_penalty=1e-3)
 

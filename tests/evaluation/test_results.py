@@ -72,13 +72,13 @@ def test_a_mistake_with_sets_is_one_line(held_out, tmp_path):
   manifest = json.loads((tmp_path / 'other/manifest.json').read_text()) | {'tokenizer_sha256': 'f' * 64}
   (tmp_path / 'other/manifest.json').write_text(json.dumps(manifest | {'sha256': manifest_sha256(manifest)}))
   for wanted, message in [
-      (['c'], "^--sets: 'c', accepted: a, b; or NAME=STORE"), (['a', 'a'], "^--sets: 'a', accepted: NAME, "),
-      (['a='], "^--sets: 'a=', accepted: "),
-      ([f'x={tmp_path}/other'], "^--sets: 'x=.*other', accepted: a store made with the run's tokenizer .*, not ffffffffffff"),
-      ([f'x={tmp_path}/nothing.txt'], "nothing.txt', accepted: ")]:
+      (['c'], "^--sets: 'c', expected: a, b; or NAME=STORE"), (['a', 'a'], "^--sets: 'a', expected: NAME, "),
+      (['a='], "^--sets: 'a=', expected: "),
+      ([f'x={tmp_path}/other'], "^--sets: 'x=.*other', expected: a store made with the run's tokenizer .*, not ffffffffffff"),
+      ([f'x={tmp_path}/nothing.txt'], "nothing.txt', expected: ")]:
     with pytest.raises(UserError, match=message):
       choose_sets(wanted, held_out, tmp_path)
-  with pytest.raises(UserError, match="^--sets: 'c', accepted: no names, since the run has no sets of its own"):
+  with pytest.raises(UserError, match="^--sets: 'c', expected: no names, since the run has no sets of its own"):
     choose_sets(['c'], HeldOut(TOKENIZER, {}, {}), tmp_path)
 
 

@@ -36,7 +36,7 @@ def test_steps_are_told_by_names_and_numbers(workdir):
   with Restorer(workdir) as restorer:
     for wanted, steps in (('all', [3, 5, 8]), ('latest', [8]), ('best', [5]), ('8, 3', [3, 8]), ('best,5,latest', [5, 8])):
       assert restorer.steps(wanted) == steps
-    with pytest.raises(UserError, match="^--step: '4', accepted: latest, best, 3, 5, 8"):
+    with pytest.raises(UserError, match="^--step: '4', expected: latest, best, 3, 5, 8"):
       restorer.steps('3,4')
 
 

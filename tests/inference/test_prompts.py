@@ -23,5 +23,5 @@ def test_each_line_that_is_not_empty_is_a_prompt(tmp_path):
 @pytest.mark.parametrize('line', ['{', '[]', '{"text": "a"}', '{"prompt": 3}', '{"messages": []}', '{"messages": ["a"]}'])
 def test_a_line_that_is_none_is_named(line, tmp_path):
   (tmp_path / 'prompts.jsonl').write_text(f'{{"prompt": "a"}}\n{line}\n')
-  with pytest.raises(UserError, match=r'prompts.jsonl:2: .*accepted: a JSON object with a text "prompt" or a list "messages"'):
+  with pytest.raises(UserError, match=r'prompts.jsonl:2: .*expected: a JSON object with a text "prompt" or a list "messages"'):
     read_prompts(tmp_path / 'prompts.jsonl')

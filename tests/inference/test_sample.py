@@ -90,14 +90,14 @@ def test_a_key_gives_its_draws_again_and_another_key_others():
 
 
 @pytest.mark.parametrize('values, message', [
-    ({'temperature': -0.1}, '--temperature: -0.1, accepted: a number from 0 on'),
-    ({'temperature': float('nan')}, '--temperature: nan, accepted: a number from 0 on'),
-    ({'temperature': float('inf')}, '--temperature: inf, accepted: a number from 0 on'),
-    ({'top_k': -1}, '--top_k: -1, accepted: 0 or more'),
-    ({'top_p': 0.0}, '--top_p: 0.0, accepted: above 0 and at most 1'),
-    ({'top_p': 1.1}, '--top_p: 1.1, accepted: above 0 and at most 1'),
-    ({'min_p': 1.5}, '--min_p: 1.5, accepted: 0 to 1'),
-    ({'repetition_penalty': 0.0}, '--repetition_penalty: 0.0, accepted: a number above 0'),
+    ({'temperature': -0.1}, '--temperature: -0.1, expected: a number from 0 on'),
+    ({'temperature': float('nan')}, '--temperature: nan, expected: a number from 0 on'),
+    ({'temperature': float('inf')}, '--temperature: inf, expected: a number from 0 on'),
+    ({'top_k': -1}, '--top_k: -1, expected: 0 or more'),
+    ({'top_p': 0.0}, '--top_p: 0.0, expected: above 0 and at most 1'),
+    ({'top_p': 1.1}, '--top_p: 1.1, expected: above 0 and at most 1'),
+    ({'min_p': 1.5}, '--min_p: 1.5, expected: 0 to 1'),
+    ({'repetition_penalty': 0.0}, '--repetition_penalty: 0.0, expected: a number above 0'),
 ])
 def test_impossible_settings_are_refused(values, message):
   with pytest.raises(UserError) as caught:

@@ -182,11 +182,11 @@ NORM = 'model.layers.1.input_layernorm.weight'
 MISTAKES = {
   'missing': (lambda arrays: arrays.pop(NORM) is None or {}, {}, {}, f'{NORM}: None'),
   'extra': (lambda arrays: {'model.layers.3.up.weight': np.ones(3, np.float32)}, {}, {}, 'model.layers.3.up.weight'),
-  'shape': (lambda arrays: {NORM: np.ones(17, np.float32)}, {}, {}, rf'{NORM}: \[17\], accepted: shape \[16\]'),
-  'type': (lambda arrays: {NORM: np.ones(16, np.int32)}, {}, {}, f"{NORM}: 'I32', accepted: F32, BF16, F16"),
+  'shape': (lambda arrays: {NORM: np.ones(17, np.float32)}, {}, {}, rf'{NORM}: \[17\], expected: shape \[16\]'),
+  'type': (lambda arrays: {NORM: np.ones(16, np.int32)}, {}, {}, f"{NORM}: 'I32', expected: F32, BF16, F16"),
   'tied head': (lambda arrays: {'lm_head.weight': arrays['model.embed_tokens.weight'] + 1}, {'tie_word_embeddings': True}, {},
                 'lm_head.weight'),
-  'context': (None, {}, {'context': 17}, '--context: 17, accepted: 1 to 16'),
+  'context': (None, {}, {'context': 17}, '--context: 17, expected: 1 to 16'),
   'architecture': (None, {'model_type': 'mamba'}, {}, 'model_type'),
   'no name': (None, {'model_type': ['llama']}, {}, 'a config.json whose fields have the types of its family'),
   'vocabulary': (None, {'vocab_size': 258}, {}, '--tokenizer: .*259 ids'),
@@ -208,7 +208,7 @@ def test_a_folder_without_a_tokenizer_needs_another_one(tmp_path):
   source = make_folder(tmp_path / 'in', 'llama', DECODER)
   (source / 'tokenizer.json').unlink()
   ByteTokenizer().save(tmp_path / 'other')
-  with pytest.raises(UserError, match="--tokenizer: None, accepted: a tokenizer's folder"):
+  with pytest.raises(UserError, match="--tokenizer: None, expected: a tokenizer's folder"):
     import_folder(source, tmp_path / 'run', Import(check=ROUNDTRIP))
   import_folder(source, tmp_path / 'run', Import(check=ROUNDTRIP, tokenizer=tmp_path / 'other'))
   assert open_held_out(tmp_path / 'run' / 'data').tokenizer.kind == 'bytes'

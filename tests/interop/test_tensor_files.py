@@ -109,7 +109,7 @@ def test_shards_are_as_large_as_they_may_be_and_have_an_index(tmp_path):
 
 @pytest.mark.parametrize('damage, told', [
   (lambda folder, index: (folder / 'model-00002-of-00002.safetensors').unlink(), 'model-00002-of-00002.safetensors: None'),
-  (lambda folder, index: index['weight_map'].pop('b'), "'b', accepted: a tensor that"),
+  (lambda folder, index: index['weight_map'].pop('b'), "'b', expected: a tensor that"),
   (lambda folder, index: index['weight_map'].update(d=index['weight_map']['a']), 'the tensor d'),
   (lambda folder, index: index['weight_map'].update(a='../model-00001-of-00002.safetensors'), 'a file in this folder'),
   (lambda folder, index: index.pop('weight_map'), 'weight_map')])
@@ -127,5 +127,5 @@ def test_an_index_that_does_not_fit_its_shards_is_refused(tmp_path, damage, told
 
 def test_pickles_are_never_read(tmp_path):
   (tmp_path / 'pytorch_model.bin').write_bytes(b'cos\nsystem\n')
-  with pytest.raises(UserError, match="'pytorch_model.bin', accepted: .* only safetensors are read"):
+  with pytest.raises(UserError, match="'pytorch_model.bin', expected: .* only safetensors are read"):
     read_tensors(tmp_path)

@@ -123,17 +123,17 @@ def test_auto_is_the_devices_own_kernel_where_it_can_be(platform, model, context
   assert attention_backend(ModelConfig(**model), context, platform) == expected
 
 
-@pytest.mark.parametrize('platform, model, context, accepted', [
+@pytest.mark.parametrize('platform, model, context, expected', [
     ('cpu', {'attention': 'splash'}, 256, 'auto, blocks, xla on a cpu'),
     ('gpu', {'attention': 'splash'}, 256, 'auto, blocks, xla, cudnn on a gpu'),
     ('tpu', {'attention': 'splash'}, 200, 'auto, blocks or xla: it needs a context of a multiple of 128, and it is 200'),
     ('tpu', {'attention': 'splash', 'dropout': 0.1}, 256, 'auto, blocks or xla: it needs no dropout, and model.dropout is 0.1'),
     ('gpu', {'attention': 'cudnn'}, 256, "auto, blocks or xla: it needs bfloat16, and model.compute_dtype is 'float32'"),
 ])
-def test_a_kernel_that_cannot_run_is_refused(platform, model, context, accepted):
+def test_a_kernel_that_cannot_run_is_refused(platform, model, context, expected):
   with pytest.raises(UserError) as caught:
     attention_backend(ModelConfig(**model), context, platform)
-  assert str(caught.value) == f"model.attention: '{model['attention']}', accepted: {accepted}"
+  assert str(caught.value) == f"model.attention: '{model['attention']}', expected: {accepted}"
 
 
 def test_rotary_turns_pairs_of_features_by_position_times_frequency():

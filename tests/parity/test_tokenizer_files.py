@@ -183,6 +183,6 @@ def test_gpt2_goes_out_as_it_came(tmp_path):
 def test_a_symbol_that_reads_as_bytes_cannot_go_out(tmp_path):
   documents = [*code(), Document('a', 'né ' * 9)]
   tokenizer = train_tokenizer(TokenizerConfig(kind='bpe', vocab_size=512), documents, symbols=['né'])
-  with pytest.raises(UserError, match="^symbol: 'né', accepted: for Hugging Face's files"):
+  with pytest.raises(UserError, match="^symbol: 'né', expected: for Hugging Face's files"):
     tokenizer.save_hugging_face(tmp_path)
   assert isinstance(tokenizer, SentencePieceTokenizer) and isinstance(tokenizer.words, Words)

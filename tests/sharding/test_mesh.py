@@ -23,11 +23,11 @@ def test_a_mesh_has_the_sizes_asked_for_as_explicit_axes(data, model, sizes):
 
 
 @pytest.mark.parametrize('data, model, message', [
-    (-1, 3, 'mesh.model: 3, accepted: a divisor of the 8 devices: 1, 2, 4, 8'),
-    (-1, 16, 'mesh.model: 16, accepted: a divisor of the 8 devices: 1, 2, 4, 8'),
-    (1, 9, 'mesh.model: 9, accepted: a divisor of the 8 devices: 1, 2, 4, 8'),
-    (9, 1, 'mesh.data: 9, accepted: -1 or at most 8 with 8 devices and mesh.model=1'),
-    (3, 4, 'mesh.data: 3, accepted: -1 or at most 2 with 8 devices and mesh.model=4'),
+    (-1, 3, 'mesh.model: 3, expected: a divisor of the 8 devices: 1, 2, 4, 8'),
+    (-1, 16, 'mesh.model: 16, expected: a divisor of the 8 devices: 1, 2, 4, 8'),
+    (1, 9, 'mesh.model: 9, expected: a divisor of the 8 devices: 1, 2, 4, 8'),
+    (9, 1, 'mesh.data: 9, expected: -1 or at most 8 with 8 devices and mesh.model=1'),
+    (3, 4, 'mesh.data: 3, expected: -1 or at most 2 with 8 devices and mesh.model=4'),
 ])
 def test_devices_that_do_not_suffice_or_divide_are_refused(data, model, message):
   with pytest.raises(UserError) as caught:
@@ -37,7 +37,7 @@ def test_devices_that_do_not_suffice_or_divide_are_refused(data, model, message)
 
 def test_several_processes_leave_no_device_out(monkeypatch):
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  with pytest.raises(UserError, match=r'^mesh\.data: 2, accepted: all 8 devices .*: mesh\.data=4$'):
+  with pytest.raises(UserError, match=r'^mesh\.data: 2, expected: all 8 devices .*: mesh\.data=4$'):
     make_mesh(MeshConfig(2, 2))
   assert make_mesh(MeshConfig(4, 2)).size == 8
 
@@ -58,13 +58,13 @@ MODEL = {'width': 32, 'heads': 4, 'vocab_size': 64}
 
 
 @pytest.mark.parametrize('model, rest, message', [
-    ({}, {'batch_size': 6}, 'batch_size: 6, accepted: a multiple of mesh.data=4: 4 or 8'),
-    ({}, {'batch_size': 3}, 'batch_size: 3, accepted: a multiple of mesh.data=4: 4'),
+    ({}, {'batch_size': 6}, 'batch_size: 6, expected: a multiple of mesh.data=4: 4 or 8'),
+    ({}, {'batch_size': 3}, 'batch_size: 3, expected: a multiple of mesh.data=4: 4'),
     ({}, {'batch_size': 24, 'microbatches': 4},
-     'batch_size: 24, accepted: a multiple of mesh.data=4 * microbatches=4: 16 or 32'),
-    ({'width': 9, 'heads': 3}, {}, 'mesh.model: 2, accepted: a divisor of model.heads=3 and of the 8 devices: 1'),
+     'batch_size: 24, expected: a multiple of mesh.data=4 * microbatches=4: 16 or 32'),
+    ({'width': 9, 'heads': 3}, {}, 'mesh.model: 2, expected: a divisor of model.heads=3 and of the 8 devices: 1'),
     ({'sequence_parallel': True}, {'batch_size': 4, 'data': DataConfig(context=7)},
-     'model.sequence_parallel: True, accepted: false, or a multiple of mesh.model=2 tokens on a device, not 7'),
+     'model.sequence_parallel: True, expected: false, or a multiple of mesh.model=2 tokens on a device, not 7'),
 ])
 def test_sizes_that_the_mesh_does_not_divide_are_refused(model, rest, message):
   config = Config(model=ModelConfig(**MODEL | model), **{'batch_size': 8} | rest)
@@ -76,7 +76,7 @@ def test_sizes_that_the_mesh_does_not_divide_are_refused(model, rest, message):
 
 def test_rows_are_shared_by_replicas_too():
   config = Config(model=ModelConfig(**MODEL), batch_size=6)
-  with pytest.raises(UserError, match=r'^batch_size: 6, accepted: a multiple of mesh\.replica \* mesh\.data=4: 4 or 8$'):
+  with pytest.raises(UserError, match=r'^batch_size: 6, expected: a multiple of mesh\.replica \* mesh\.data=4: 4 or 8$'):
     check_sizes(config, make_mesh(MeshConfig(2, 2, replica=2)))
 
 
@@ -115,8 +115,8 @@ def test_replica_goes_over_slices_first_and_model_stays_within_one(slices, sizes
 
 
 @pytest.mark.parametrize('slices, sizes, message', [
-  (4, (3, 2, 1), 'mesh.replica: 3, accepted: a divisor or a multiple of the 4 slices of the 8 devices: 1, 2, 4, 8, ...'),
-  (4, (2, 1, 4), 'mesh.model: 4, accepted: a divisor of the 2 devices of a slice: 1, 2'),
+  (4, (3, 2, 1), 'mesh.replica: 3, expected: a divisor or a multiple of the 4 slices of the 8 devices: 1, 2, 4, 8, ...'),
+  (4, (2, 1, 4), 'mesh.model: 4, expected: a divisor of the 2 devices of a slice: 1, 2'),
 ])
 def test_replicas_that_slices_do_not_allow_are_refused(slices, sizes, message):
   with pytest.raises(UserError) as caught:
@@ -126,7 +126,7 @@ def test_replicas_that_slices_do_not_allow_are_refused(slices, sizes, message):
 
 def test_replicas_are_of_whole_processes():
   devices = [FakeDevice(index, 0, process_index=index // 2) for index in range(12)]
-  with pytest.raises(UserError, match=r'^mesh\.replica: 4, accepted: .* of the 6 processes of the 12 devices: 1, 2, 3, 6, 12, '):
+  with pytest.raises(UserError, match=r'^mesh\.replica: 4, expected: .* of the 6 processes of the 12 devices: 1, 2, 3, 6, 12, '):
     mesh._arranged(4, 3, 1, devices)
   arranged = mesh._arranged(3, 2, 2, devices)
   assert [{device.process_index for device in group.flat} for group in arranged] == [{0, 1}, {2, 3}, {4, 5}]

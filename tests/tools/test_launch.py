@@ -38,7 +38,7 @@ def test_gpus_are_shared_out():
   done = finish(launch('--processes=2', body=body, env=os.environ | {'CUDA_VISIBLE_DEVICES': '0,1,4,5'}))
   assert done == (0, '0,1\n', '[1] 4,5\n')
   status, _, errors = finish(launch('--processes=2', body=body, env=os.environ | {'CUDA_VISIBLE_DEVICES': '0,1,4'}))
-  assert status == 2 and errors.startswith('error: --processes: 2, accepted: a divisor of the 3 GPUs here')
+  assert status == 2 and errors.startswith('error: --processes: 2, expected: a divisor of the 3 GPUs here')
 
 
 STUBBORN = """
@@ -82,4 +82,4 @@ def test_an_end_from_outside_ends_all(number, status, tmp_path):
 
 def test_no_command_is_one_line():
   done = subprocess.run([sys.executable, '-m', 'tools.launch.local', '--devices=1'], cwd=ROOT, capture_output=True, text=True)
-  assert done.returncode == 2 and done.stderr.startswith('error: command: None, accepted: one after --')
+  assert done.returncode == 2 and done.stderr.startswith('error: command: None, expected: one after --')

@@ -58,20 +58,20 @@ def test_evaluation_sets_are_sources_or_stores(home, tmp_path):
 
 
 @pytest.mark.parametrize('flags, message', [
-  (['--source={home}/qa.jsonl'], "{home}/qa.jsonl:1: 'text', accepted: a field that the record has: question, answer"),
+  (['--source={home}/qa.jsonl'], "{home}/qa.jsonl:1: 'text', expected: a field that the record has: question, answer"),
   (['--source={home}/broken.jsonl', '--text=question'], '{home}/broken.jsonl:8: '),
   (['--source={home}/binary.txt'], '{home}/binary.txt, byte 128: '),
-  (['--source={home}/empty.txt'], "data.source.path: '{home}/empty.txt', accepted: files that are not empty"),
-  (['--source={home}/qa.jsonl', '--text=question', '--decontaminate=a={home}/qa.jsonl'], "{home}/qa.jsonl:1: 'text', accepted: a field"),
-  (['--source={home}/qa.jsonl', '--text=question', '--decontaminate=a'], "--decontaminate: 'a', accepted: NAME=SOURCE"),
-  (['--source={"path": "x", "txt": 1}'], '--source.txt: 1, accepted: path, split, text, separator, skip; did you mean text?'),
-  (['--source={home}/qa.jsonl', '--min_chars=-1'], '--min_chars: -1, accepted: 0 or more characters'),
-  (['--source={home}/qa.jsonl', '--source={home}/binary.txt'], "--source: '{home}/binary.txt', accepted: one source"),
-  (['--source={home}/qa.jsonl', '--out={home}/store'], "--out: '{home}/store', accepted: another folder"),
-  (['--source={home}/store'], "data.source.path: '{home}/store', accepted: documents; this is a token store"),
-  (['--source={home}/qa.jsonl', '--out={home}'], "--out: '{home}', accepted: a folder that is not there yet"),
-  (['--source={home}/qa.jsonl', '--valid_fraction=0.1'], "--side: 'all', accepted: train or valid"),
-  (['--source={home}/qa.jsonl', '--out=s3://bucket/x'], "--out: 's3://bucket/x', accepted: a folder on this machine"),
+  (['--source={home}/empty.txt'], "data.source.path: '{home}/empty.txt', expected: files that are not empty"),
+  (['--source={home}/qa.jsonl', '--text=question', '--decontaminate=a={home}/qa.jsonl'], "{home}/qa.jsonl:1: 'text', expected: a field"),
+  (['--source={home}/qa.jsonl', '--text=question', '--decontaminate=a'], "--decontaminate: 'a', expected: NAME=SOURCE"),
+  (['--source={"path": "x", "txt": 1}'], '--source.txt: 1, expected: path, split, text, separator, skip; did you mean text?'),
+  (['--source={home}/qa.jsonl', '--min_chars=-1'], '--min_chars: -1, expected: 0 or more characters'),
+  (['--source={home}/qa.jsonl', '--source={home}/binary.txt'], "--source: '{home}/binary.txt', expected: one source"),
+  (['--source={home}/qa.jsonl', '--out={home}/store'], "--out: '{home}/store', expected: another folder"),
+  (['--source={home}/store'], "data.source.path: '{home}/store', expected: documents; this is a token store"),
+  (['--source={home}/qa.jsonl', '--out={home}'], "--out: '{home}', expected: a folder that is not there yet"),
+  (['--source={home}/qa.jsonl', '--valid_fraction=0.1'], "--side: 'all', expected: train or valid"),
+  (['--source={home}/qa.jsonl', '--out=s3://bucket/x'], "--out: 's3://bucket/x', expected: a folder on this machine"),
 ])
 def test_a_mistake_is_one_line_and_leaves_nothing(home, tmp_path, flags, message):
   before = files_below(home)
@@ -82,12 +82,12 @@ def test_a_mistake_is_one_line_and_leaves_nothing(home, tmp_path, flags, message
 
 
 @pytest.mark.parametrize('flags, message', [
-  ([], '--store: None, accepted: a token store; or --config'),
-  (['--store={home}'], "token store: '{home}', accepted: "),
-  (['--store={home}/store', '--plot=x.jpg'], "--plot: 'x.jpg', accepted: a file that ends in .png"),
-  (['--workdir={home}'], "--workdir: '{home}', accepted: a folder that gptjax.train made"),
-  (['--store={home}/store', '--workdir={home}'], "--store: '{home}/store', accepted: one of"),
-  (['--config.seed=1'], "--config: '', accepted: configs/"),
+  ([], '--store: None, expected: a token store; or --config'),
+  (['--store={home}'], "token store: '{home}', expected: "),
+  (['--store={home}/store', '--plot=x.jpg'], "--plot: 'x.jpg', expected: a file that ends in .png"),
+  (['--workdir={home}'], "--workdir: '{home}', expected: a folder that gptjax.train made"),
+  (['--store={home}/store', '--workdir={home}'], "--store: '{home}/store', expected: one of"),
+  (['--config.seed=1'], "--config: '', expected: configs/"),
 ])
 def test_a_mistake_in_looking_is_one_line(home, flags, message):
   done = tool('inspect_data', *(flag.format(home=home) for flag in flags))

@@ -69,22 +69,22 @@ def test_the_same_again_is_fine_and_another_is_refused(tmp_path):
   assert tool(*base).stdout == first.stdout
   done = tool(*base, '--digits=3')
   assert (done.returncode, done.stdout) == (2, '')
-  assert done.stderr.splitlines()[-1].startswith(f"error: --out: '{out}', accepted: a folder that there is not yet; another")
+  assert done.stderr.splitlines()[-1].startswith(f"error: --out: '{out}', expected: a folder that there is not yet; another")
   assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
   assert [path.name for path in tmp_path.iterdir()] == ['tok']
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [
-  (['--source=missing', '--out=DIR/x'], "error: data.source.path: 'missing', accepted: a file"),
-  (['--source=empty', '--out=DIR/x'], "error: --source: ['memory'], accepted: sources with text to train on"),
-  (['--source=a', '--out=DIR'], "error: --out: 'DIR', accepted: a folder that there is not yet, or one of the same tokenizer"),
-  (['--source=a', '--out=DIR/x', '--weights=1,2'], "error: --weights: '1,2', accepted: 1 numbers above 0, one for each --source"),
-  (['--source=a', '--out=DIR/x', '--gpt2_bpe=DIR'], "error: tokenizer: 'DIR/encoder.json', accepted: GPT-2's encoder.json"),
-  (['--source={"pth": "a"}', '--out=DIR/x'], "error: --source.pth: 'a', accepted: path, split, text, separator, skip; did you"),
-  (['--source=a', '--out=DIR/x', '--vocab_size=100000'], 'error: data.tokenizer.vocab_size: 100032, accepted: at most '),
-  (['--source=a', '--out=DIR/x', '--symbol=x'], "error: symbol: 'x', accepted: texts of two bytes or more"),
-  (['--source=a', '--out=DIR/x', '--digits=0'], "error: --digits: '0', accepted: "),
-  (['--source=a'], 'error: --out: None, accepted: a value')])
+  (['--source=missing', '--out=DIR/x'], "error: data.source.path: 'missing', expected: a file"),
+  (['--source=empty', '--out=DIR/x'], "error: --source: ['memory'], expected: sources with text to train on"),
+  (['--source=a', '--out=DIR'], "error: --out: 'DIR', expected: a folder that there is not yet, or one of the same tokenizer"),
+  (['--source=a', '--out=DIR/x', '--weights=1,2'], "error: --weights: '1,2', expected: 1 numbers above 0, one for each --source"),
+  (['--source=a', '--out=DIR/x', '--gpt2_bpe=DIR'], "error: tokenizer: 'DIR/encoder.json', expected: GPT-2's encoder.json"),
+  (['--source={"pth": "a"}', '--out=DIR/x'], "error: --source.pth: 'a', expected: path, split, text, separator, skip; did you"),
+  (['--source=a', '--out=DIR/x', '--vocab_size=100000'], 'error: data.tokenizer.vocab_size: 100032, expected: at most '),
+  (['--source=a', '--out=DIR/x', '--symbol=x'], "error: symbol: 'x', expected: texts of two bytes or more"),
+  (['--source=a', '--out=DIR/x', '--digits=0'], "error: --digits: '0', expected: "),
+  (['--source=a'], 'error: --out: None, expected: a value')])
 def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, arguments, message):
   done = tool(*(argument.replace('DIR', str(tmp_path)) for argument in arguments))
   assert (done.returncode, done.stdout) == (2, ''), done.stderr

@@ -110,7 +110,7 @@ def bad_steps(workdir):
 def test_stop_ends_the_run_and_names_the_batch(settings, cache, tmp_path, spoil):
   straight = run(settings, tmp_path / 'straight', cache)
   spoil(8)
-  with pytest.raises(UserError, match=r'^loss: nan, accepted: .*step 8 is bad.*rows 28 to 31; its update was not made$'):
+  with pytest.raises(UserError, match=r'^loss: nan, expected: .*step 8 is bad.*rows 28 to 31; its update was not made$'):
     train(settings, options(tmp_path / 'run', cache))
   assert bad_steps(tmp_path / 'run') == [{'step': 8, 'rows': [28, 32], 'loss': None, 'grad_norm': None, 'action': 'stop'}]
   assert records(tmp_path / 'run') == [line for line in straight if line['step'] < 8]
@@ -178,7 +178,7 @@ def test_rows_passed_over_are_gone_from_an_epoch(tmp_path):
     bad.add(8, (28, 32), math.nan, 1.0)
   loop._check_rows(of_rows(44), Progress(6, 24), 10, bad)
   loop._check_rows(of_rows(None), Progress(6, 24), 10, bad)
-  with pytest.raises(UserError, match=r'^steps: 10, accepted: at most 9, or --stop_at=9: .* 40 rows .*, and 28 are taken or passed over'):
+  with pytest.raises(UserError, match=r'^steps: 10, expected: at most 9, or --stop_at=9: .* 40 rows .*, and 28 are taken or passed over'):
     loop._check_rows(of_rows(40), Progress(6, 24), 10, bad)
 
 
@@ -237,7 +237,7 @@ def test_bad_steps_wait_in_memory_for_a_full_disk(tmp_path):
     with contextlib.suppress(OSError):
       filler.write_bytes(bytes(2**20))
     bad.add(3, (8, 12), math.nan, 1.0)
-    with pytest.raises(UserError, match='bad_steps.jsonl.*accepted: a disk with space left'):
+    with pytest.raises(UserError, match='bad_steps.jsonl.*expected: a disk with space left'):
       bad.flush()
     filler.unlink()
     bad.flush()

@@ -87,7 +87,7 @@ def test_a_trace_ends_with_the_run_at_the_latest(tmp_path, text, cache):
   assert any(path.endswith('.xplane.pb') for path in files_below(tmp_path))
   jax.profiler.start_trace(tmp_path / 'other')  # which would fail if one were still going on
   jax.profiler.stop_trace()
-  with pytest.raises(UserError, match=r"^--profile_steps: '7:8', accepted: a first step of at most 6"):
+  with pytest.raises(UserError, match=r"^--profile_steps: '7:8', expected: a first step of at most 6"):
     run(config(text, steps=6), tmp_path, cache, profile_steps=(7, 8), accept_changes=True)
   run(config(text, steps=6), tmp_path, cache, profile_steps=(3, 4), accept_changes=True)  # which the process before traced
 
@@ -105,14 +105,14 @@ def test_a_run_that_diverges_says_so_and_keeps_the_best(tmp_path, text, cache):
 
 
 @pytest.mark.parametrize('values, message', [
-  ({'batch_size': 6, 'mesh__data': 4}, 'batch_size: 6, accepted: '),
-  ({'batch_size': 8, 'microbatches': 2, 'mesh__data': 8}, 'batch_size: 8, accepted: '),
-  ({'mesh__data': 16}, 'mesh.data: 16, accepted: '),
-  ({'mesh__data': -1, 'mesh__model': 3}, 'mesh.model: 3, accepted: '),
-  ({'mesh__data': -1, 'mesh__model': 4}, 'mesh.model: 4, accepted: '),
-  ({'model__vocab_size': 5}, 'model.vocab_size: 5, accepted: '),
-  ({'data__source__path': 'nowhere.txt'}, "data.source.path: 'nowhere.txt', accepted: "),
-  ({'eval__prompt': 'Ä'}, "eval.prompt, character 0: 'Ä', accepted: "),
+  ({'batch_size': 6, 'mesh__data': 4}, 'batch_size: 6, expected: '),
+  ({'batch_size': 8, 'microbatches': 2, 'mesh__data': 8}, 'batch_size: 8, expected: '),
+  ({'mesh__data': 16}, 'mesh.data: 16, expected: '),
+  ({'mesh__data': -1, 'mesh__model': 3}, 'mesh.model: 3, expected: '),
+  ({'mesh__data': -1, 'mesh__model': 4}, 'mesh.model: 4, expected: '),
+  ({'model__vocab_size': 5}, 'model.vocab_size: 5, expected: '),
+  ({'data__source__path': 'nowhere.txt'}, "data.source.path: 'nowhere.txt', expected: "),
+  ({'eval__prompt': 'Ä'}, "eval.prompt, character 0: 'Ä', expected: "),
 ])
 def test_a_mistake_leaves_no_workdir(values, message, tmp_path, text, cache):
   with pytest.raises(UserError) as caught:

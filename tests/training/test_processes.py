@@ -100,7 +100,7 @@ def test_two_processes_score_and_sample_as_one_does(home, one, two):
 def test_a_mistake_that_process_0_finds_ends_both_with_one_line_each(home, two):
   workdir, _ = two
   done = train(home, 'two', 2, '--config.seed=1', check=False)
-  line = ('seed: 1, accepted: 0, with which this workdir was started; another --workdir for another run, or --accept_changes to go on '
+  line = ('seed: 1, expected: 0, with which this workdir was started; another --workdir for another run, or --accept_changes to go on '
           'all the same')
   assert done.returncode == 2
   told = [text for text in done.stderr.splitlines() if 'error' in text]
@@ -116,4 +116,4 @@ def test_processes_of_different_configs_do_not_start(home):
                         capture_output=True, text=True, timeout=60)
   lines = done.stderr.splitlines()
   assert done.returncode == 2 and len(lines) == 2 and not (home / 'never').exists()
-  assert all("error: --config.seed: '1', accepted: '0', as process 0 on " in line for line in lines)
+  assert all("error: --config.seed: '1', expected: '0', as process 0 on " in line for line in lines)

@@ -159,19 +159,19 @@ def test_another_run_needs_another_workdir(values, field, settings, halfway, cac
   was = configs.flatten(configs.from_json((halfway / 'config.json').read_text()))[name]
   with pytest.raises(UserError) as caught:
     train(configs.override(settings, values), options(halfway, cache))
-  assert str(caught.value).startswith(f'{field}: {value!r}, accepted: {was!r}, ')
+  assert str(caught.value).startswith(f'{field}: {value!r}, expected: {was!r}, ')
   assert contents() == before
 
 
 def test_each_checkpoint_tells_of_which_run_it_is(settings, stopped, cache):
   (stopped / 'config.json').unlink()
-  with pytest.raises(UserError, match='^seed: 1, accepted: 0, with which this workdir was started'):
+  with pytest.raises(UserError, match='^seed: 1, expected: 0, with which this workdir was started'):
     train(configs.override(settings, {'seed': 1}), options(stopped, cache))
 
 
 def test_other_microbatches_draw_other_dropout(settings, stopped, cache):
   assert settings.model.dropout and settings.microbatches != 1
-  with pytest.raises(UserError, match='^microbatches: 1, accepted: '):
+  with pytest.raises(UserError, match='^microbatches: 1, expected: '):
     train(configs.override(settings, {'microbatches': 1}), options(stopped, cache))
 
 

@@ -86,7 +86,7 @@ def test_what_fits_comes_and_the_rest_is_fresh(mesh, scan, settings, source, cac
 
 def test_another_width_is_no_part(settings, source, cache):
   changed = configs.override(settings, {'model.width': 32, 'init_from': str(source), 'init_partial': True})
-  with pytest.raises(UserError, match=r"^init_from: .*accepted: the same sizes but for vocabulary, positions and number of layers$"):
+  with pytest.raises(UserError, match=r"^init_from: .*expected: the same sizes but for vocabulary, positions and number of layers$"):
     begun(changed, cache)
 
 

@@ -162,21 +162,21 @@ def bad_mesh(folder: Path) -> Result:
   plan = ['gptjax.plan', '--config=configs/llama_7b.py']
   cases = {
     'mesh and devices': (train + ['--config.mesh.data=3', '--config.mesh.model=4'],
-                         'mesh.data: 3, accepted: -1 or at most 2 with 8 devices and mesh.model=4'),
-    'model axis': (train + ['--config.mesh.model=3'], 'mesh.model: 3, accepted: a divisor of the 8 devices: 1, 2, 4, 8'),
+                         'mesh.data: 3, expected: -1 or at most 2 with 8 devices and mesh.model=4'),
+    'model axis': (train + ['--config.mesh.model=3'], 'mesh.model: 3, expected: a divisor of the 8 devices: 1, 2, 4, 8'),
     'heads': (train + ['--config.mesh.model=8', '--config.batch_size=8'],
-              'mesh.model: 8, accepted: a divisor of model.heads=4 and of the 8 devices: 1, 2, 4'),
-    'batch': (train + ['--config.batch_size=12'], 'batch_size: 12, accepted: a multiple of mesh.data=8: 8 or 16'),
+              'mesh.model: 8, expected: a divisor of model.heads=4 and of the 8 devices: 1, 2, 4'),
+    'batch': (train + ['--config.batch_size=12'], 'batch_size: 12, expected: a multiple of mesh.data=8: 8 or 16'),
     'microbatches': (train + ['--config.batch_size=24', '--config.microbatches=2'],
-                     'batch_size: 24, accepted: a multiple of mesh.data=8 * microbatches=2: 16 or 32'),
+                     'batch_size: 24, expected: a multiple of mesh.data=8 * microbatches=2: 16 or 32'),
     'too much whole': (train + ['--config.model.mlp_width=511', '--config.mesh.model=2', '--config.batch_size=16'],
-                       'mesh.whole: 0.02, accepted: at least 0.6'),
-    'stage': (train + ['--config.zero_stage=4'], 'zero_stage: 4, accepted: 0, 1, 2 or 3'),
+                       'mesh.whole: 0.02, expected: at least 0.6'),
+    'stage': (train + ['--config.zero_stage=4'], 'zero_stage: 4, expected: 0, 1, 2 or 3'),
     'kernel': (train + ['--config.model.attention=splash', '--config.batch_size=16'],
-               "model.attention: 'splash', accepted: auto, blocks, xla on a cpu"),
-    'topology': (plan + ['--topology=v5q:4x4'], "--topology: 'v5q:4x4', accepted:"),
-    'topology and mesh': (plan + ['--topology=v5e:4x4'], 'mesh.data: 256, accepted: -1 or 16'),
-    'stray process': (train + ['--processes=2', '--process=2', '--coordinator=localhost:51790'], '--process: 2, accepted:'),
+               "model.attention: 'splash', expected: auto, blocks, xla on a cpu"),
+    'topology': (plan + ['--topology=v5q:4x4'], "--topology: 'v5q:4x4', expected:"),
+    'topology and mesh': (plan + ['--topology=v5e:4x4'], 'mesh.data: 256, expected: -1 or 16'),
+    'stray process': (train + ['--processes=2', '--process=2', '--coordinator=localhost:51790'], '--process: 2, expected:'),
   }
   wrong = []
   for name, (arguments, told) in cases.items():

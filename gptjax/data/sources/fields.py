@@ -70,7 +70,7 @@ class Fields:
         names = tuple(f'{above}{name}' for name in value) if isinstance(value, Mapping) else ()
         return Malformed(field, f'a field that the record has: {", ".join(names) or "none"}', index, names=names)
       value, above = value[key], f'{above}{key}.'
-    accepted = f'text{" or a number" * self._template} in the field {field}'
+    expected = f'text{" or a number" * self._template} in the field {field}'
     try:
       if isinstance(value, bytes):
         return value.decode()
@@ -78,10 +78,10 @@ class Fields:
         value.encode()  # JSON can hold halves of surrogate pairs, which are no text
         return value
     except (UnicodeEncodeError, UnicodeDecodeError) as error:
-      return Malformed(error.object[error.start:error.start + 4], f'UTF-8 {accepted}', index)
+      return Malformed(error.object[error.start:error.start + 4], f'UTF-8 {expected}', index)
     if self._template and isinstance(value, Number) and not isinstance(value, bool):
       return str(value)
-    return Malformed(shortened(str(value)), accepted, index)
+    return Malformed(shortened(str(value)), expected, index)
 
 
 def shortened(text: str) -> str:
@@ -91,14 +91,14 @@ def shortened(text: str) -> str:
 
 def _parse(text: str) -> list[tuple[str, str]]:
   """Literal text and the field behind it, by turns."""
-  accepted = "a field's name, or a template of fields and text such as '{question}\\n{answer}'"
+  expected = "a field's name, or a template of fields and text such as '{question}\\n{answer}'"
   try:
     pieces = list(string.Formatter().parse(unescaped(text)))
   except ValueError as error:
-    raise UserError('data.source.text', text, f'{accepted} ({error})') from None
+    raise UserError('data.source.text', text, f'{expected} ({error})') from None
   for _, field, how, conversion in pieces:
     if field is not None and (how or conversion or not _FIELD.fullmatch(field)):
-      raise UserError('data.source.text', text, f'{accepted}, with plain names in the braces')
+      raise UserError('data.source.text', text, f'{expected}, with plain names in the braces')
   if not any(field for _, field, _, _ in pieces):
-    raise UserError('data.source.text', text, f'{accepted}, with a field at least')
+    raise UserError('data.source.text', text, f'{expected}, with a field at least')
   return [(literal, field or '') for literal, field, _, _ in pieces]

@@ -105,8 +105,8 @@ def _missing(pattern: str, suffixes: tuple[str, ...], siblings: Iterable[str]) -
 
 def _empty(pattern: str, suffixes: tuple[str, ...]) -> UserError:
   other = posixpath.join(pattern, '**', '*.c')
-  accepted = f"a folder with files to read ({' '.join(suffixes)}); for others, a glob such as '{other}'"
-  return UserError('data.source.path', pattern, accepted)
+  expected = f"a folder with files to read ({' '.join(suffixes)}); for others, a glob such as '{other}'"
+  return UserError('data.source.path', pattern, expected)
 
 
 def _fixed_part(pattern: str) -> str:
@@ -143,8 +143,8 @@ def _file_system(url: str) -> tuple[Any, str]:
     return optional('fsspec', url).core.url_to_fs(url)
   except ImportError as error:
     package = _CLIENTS.get(url.partition('://')[0])
-    accepted = f'a machine with the {package} package: pip install {package}' if package else str(error)
-    raise UserError('data.source.path', url, accepted) from None
+    expected = f'a machine with the {package} package: pip install {package}' if package else str(error)
+    raise UserError('data.source.path', url, expected) from None
 
 
 def _remote(pattern: str, suffixes: tuple[str, ...]) -> list[File]:

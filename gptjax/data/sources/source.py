@@ -21,7 +21,7 @@ class Malformed:
 
   value: str | bytes
   """what was found, shortened"""
-  accepted: str
+  expected: str
   """what should have been there"""
   record: int
   """its index among the records of its part"""
@@ -121,4 +121,4 @@ def documents(source: Source) -> Iterator[Document]:
 def refuse(source: Source, part: Part, malformed: Malformed, before: int) -> UserError:
   """The error for a malformed record of a part; `before` is how many records the earlier parts of its file have."""
   place = malformed.place or source.place(part, before + malformed.record)
-  return UserError(place, malformed.value, malformed.accepted, names=malformed.names)
+  return UserError(place, malformed.value, malformed.expected, names=malformed.names)

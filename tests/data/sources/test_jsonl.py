@@ -53,22 +53,22 @@ def test_lines_in_parts_are_the_lines_of_the_file(tmp_path_factory, lines, step,
     good = [line for line in lines if 'é' in line or 'a' in line]
     assert [document.text for document in documents] == [json.loads(line)['text'] for line in good]
     assert [text.encode()[int(d.name.partition('#')[2]):].decode().split('\n')[0] for d in documents] == good
-    assert [error.partition(', accepted')[0] for error in errors(source)] == [
+    assert [error.partition(', expected')[0] for error in errors(source)] == [
         f'{path}:{i + 1}: {line!r}' for i, line in enumerate(lines) if line in ('[]', '{')]
 
 
 @pytest.mark.parametrize(('line', 'error'), [
-    (b'nonsense', ":5: 'nonsense', accepted: a JSON object on a line of its own"),
-    (b'{"text": NaN}', """:5: '{"text": NaN}', accepted: a JSON object on a line of its own"""),
-    (b'[' * 100_000, f":5: '{'[' * 59}…', accepted: a JSON object on a line of its own"),
-    (b'"text"', """:5: '"text"', accepted: a JSON object on a line of its own"""),
-    (b'{"txet": "a", "id": 1}', ":5: 'text', accepted: a field that the record has: txet, id; did you mean txet?"),
-    (b'{}', ":5: 'text', accepted: a field that the record has: none"),
-    (b'{"text": null}', ":5: 'None', accepted: text in the field text"),
-    (b'{"text": 3}', ":5: '3', accepted: text in the field text"),
-    (b'{"text": ["a"]}', """:5: "['a']", accepted: text in the field text"""),
-    (b'{"text": "a\xff"}', """:5: b'\\xff"}', accepted: UTF-8 text"""),
-    (b'{"text": "a\\ud800b"}', ":5: '\\ud800b', accepted: UTF-8 text in the field text"),
+    (b'nonsense', ":5: 'nonsense', expected: a JSON object on a line of its own"),
+    (b'{"text": NaN}', """:5: '{"text": NaN}', expected: a JSON object on a line of its own"""),
+    (b'[' * 100_000, f":5: '{'[' * 59}…', expected: a JSON object on a line of its own"),
+    (b'"text"', """:5: '"text"', expected: a JSON object on a line of its own"""),
+    (b'{"txet": "a", "id": 1}', ":5: 'text', expected: a field that the record has: txet, id; did you mean txet?"),
+    (b'{}', ":5: 'text', expected: a field that the record has: none"),
+    (b'{"text": null}', ":5: 'None', expected: text in the field text"),
+    (b'{"text": 3}', ":5: '3', expected: text in the field text"),
+    (b'{"text": ["a"]}', """:5: "['a']", expected: text in the field text"""),
+    (b'{"text": "a\xff"}', """:5: b'\\xff"}', expected: UTF-8 text"""),
+    (b'{"text": "a\\ud800b"}', ":5: '\\ud800b', expected: UTF-8 text in the field text"),
 ])
 def test_what_is_malformed_is_named_with_its_line(tmp_path, line, error):
   assert read_line(tmp_path, line) == error
@@ -84,11 +84,11 @@ def test_text_is_a_field_or_a_template(tmp_path, template, line, text):
 
 
 @pytest.mark.parametrize(('template', 'line', 'error'), [
-    ('{q}', '{"q": null}', "'None', accepted: text or a number in the field q"),
-    ('{q}', '{"q": true}', "'True', accepted: text or a number in the field q"),
-    ('{q}', '{"q": {}}', "'{}', accepted: text or a number in the field q"),
-    ('{q.x}', '{"q": {"y": 1}}', "'q.x', accepted: a field that the record has: q.y; did you mean q.y?"),
-    ('{q.x}', '{"q": 1}', "'q.x', accepted: a field that the record has: none"),
+    ('{q}', '{"q": null}', "'None', expected: text or a number in the field q"),
+    ('{q}', '{"q": true}', "'True', expected: text or a number in the field q"),
+    ('{q}', '{"q": {}}', "'{}', expected: text or a number in the field q"),
+    ('{q.x}', '{"q": {"y": 1}}', "'q.x', expected: a field that the record has: q.y; did you mean q.y?"),
+    ('{q.x}', '{"q": 1}', "'q.x', expected: a field that the record has: none"),
 ])
 def test_what_a_template_cannot_take_is_malformed(tmp_path, template, line, error):
   assert read_line(tmp_path, line.encode(), template) == f':5: {error}'

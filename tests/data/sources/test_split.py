@@ -71,7 +71,7 @@ def test_the_share_of_a_single_document_is_exact(length, tenths):
 
 
 def test_a_document_too_short_to_split_is_an_error():
-  with pytest.raises(UserError, match=r'^data.valid_fraction: 0.1, accepted: .*the 1 characters of a\.txt'):
+  with pytest.raises(UserError, match=r'^data.valid_fraction: 0.1, expected: .*the 1 characters of a\.txt'):
     split_source(Listed([Document('a.txt', 'x')]), 0.1)
 
 

@@ -75,8 +75,8 @@ def test_rows_that_hold_no_text_are_malformed(tmp_path):
   first, second, third, last = source.read(part)
   assert (first, last) == (Document('a.parquet#0', 'fine'), None)
   assert [str(refuse(source, part, record, 0)) for record in (second, third)] == [
-      f"{tmp_path}/a.parquet, record 2: 'None', accepted: text in the field text",
-      f"{tmp_path}/a.parquet, record 3: b'\\xe9', accepted: UTF-8 text in the field text"]
+      f"{tmp_path}/a.parquet, record 2: 'None', expected: text in the field text",
+      f"{tmp_path}/a.parquet, record 3: b'\\xe9', expected: UTF-8 text in the field text"]
 
 
 def test_a_column_that_is_missing_and_a_broken_file_are_named(tmp_path):

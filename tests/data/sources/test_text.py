@@ -60,7 +60,7 @@ def test_bytes_become_text_one_to_one(tmp_path):
 
 @pytest.mark.parametrize('scheme', ['', 'file://'])
 def test_a_missing_file_names_one_that_is_near(folder, scheme):
-  with pytest.raises(UserError, match=r"^data.source.path: '.*/b.tx', accepted: a file, a folder or .*did you mean .*/b.txt"):
+  with pytest.raises(UserError, match=r"^data.source.path: '.*/b.tx', expected: a file, a folder or .*did you mean .*/b.txt"):
     open_text(f'{scheme}{folder}/b.tx')
   with pytest.raises(UserError, match=r'^data.source.path: '):
     open_text(f'{scheme}{folder}/nowhere/b.txt')
@@ -97,7 +97,7 @@ def test_text_that_is_not_utf8_is_named_with_file_and_byte(tmp_path, separator):
   (part,) = source.parts()
   (malformed,) = (record for record in source.read(part) if isinstance(record, Malformed))
   assert str(refuse(source, part, malformed, 7)) == (
-      f"{tmp_path}/a.txt, byte 9: {malformed.value!r}, accepted: a file of UTF-8 text")
+      f"{tmp_path}/a.txt, byte 9: {malformed.value!r}, expected: a file of UTF-8 text")
   assert malformed.value == b'\xe9 au'[:len(malformed.value)]
 
 
