@@ -18,7 +18,8 @@ from gptjax.config.flags import (
     run,
     to_json,
 )
-from gptjax.config.model import ModelConfig, RopeConfig
+from gptjax.config.mesh import AXES, AXIS_NAMES, MATRIX_AXIS, ROW_AXES, STATE_AXIS, MeshAxis, MeshConfig
+from gptjax.config.model import ComputeConfig, ModelConfig, RopeConfig
 from gptjax.config.schema import (
     CheckpointConfig,
     Component,
@@ -27,7 +28,6 @@ from gptjax.config.schema import (
     Duration,
     EvalConfig,
     FaultsConfig,
-    MeshConfig,
     OptimizerConfig,
     Phase,
     SourceConfig,
@@ -38,8 +38,8 @@ from gptjax.config.schema import (
 )
 
 __all__ = [
-    'CheckpointConfig', 'Component', 'Config', 'DataConfig', 'Duration', 'EvalConfig', 'Fault', 'FaultsConfig', 'LARGEST', 'MeshConfig',
-    'ModelConfig', 'OptimizerConfig', 'Phase', 'RopeConfig', 'SourceConfig', 'TokenizerConfig', 'UserError', 'ValidationSet',
+    'AXES', 'AXIS_NAMES', 'CheckpointConfig', 'Component', 'ComputeConfig', 'Config', 'DataConfig', 'Duration', 'EvalConfig', 'Fault', 'FaultsConfig', 'LARGEST', 'MATRIX_AXIS', 'MeshAxis', 'MeshConfig',
+    'ModelConfig', 'OptimizerConfig', 'Phase', 'ROW_AXES', 'RopeConfig', 'STATE_AXIS', 'SourceConfig', 'TokenizerConfig', 'UserError', 'ValidationSet',
     'at_end', 'checked', 'describe', 'differences', 'docstrings', 'duration_in_steps', 'ending', 'flatten', 'from_json', 'in_unit_of_steps',
     'load', 'override', 'own_flags', 'read', 'run', 'to_json',
 ]

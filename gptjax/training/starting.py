@@ -16,7 +16,7 @@ from gptjax.checkpoint.manifest import MANIFEST
 from gptjax.config import UserError
 from gptjax.data import Tokenizer, load_tokenizer
 from gptjax.files import expanded
-from gptjax.model import Blueprint, Parameters, blueprint
+from gptjax.model import AbstractModel, Parameters, abstract_model
 from gptjax.sharding import Axis
 from gptjax.training.run import Run
 from gptjax.training.step import TrainState
@@ -39,7 +39,7 @@ def beginning(run: Run, tokenizer: Tokenizer) -> tuple[TrainState, str]:
   if not path:
     return run.initialize(), 'nothing, fresh parameters'
   source = _open(expanded(path))
-  plan = run.blueprint
+  plan = run.model
   shapes = jax.eval_shape(functools.partial(_in_form, plan), source.plan.shapes)
   differences = _differences(plan, shapes)
   if source.tokenizer.sha256 != tokenizer.sha256:
@@ -61,7 +61,7 @@ def beginning(run: Run, tokenizer: Tokenizer) -> tuple[TrainState, str]:
 class _Source:
   checkpoints: Checkpoints
   step: int
-  plan: Blueprint
+  plan: AbstractModel
   tokenizer: Tokenizer
 
 
@@ -78,13 +78,13 @@ def _open(path: Path) -> _Source:
       raise UserError('init_from', str(path), 'a run that has a checkpoint')
     step = newest
   config = config_of(home)
-  return _Source(checkpoints, step, blueprint(config.model, config.data.context), load_tokenizer(tokenizer))
+  return _Source(checkpoints, step, abstract_model(config.model, config.compute, config.data.context), load_tokenizer(tokenizer))
 
 
-def _in_form(plan: Blueprint, parameters: Parameters) -> Parameters:
+def _in_form(plan: AbstractModel, parameters: Parameters) -> Parameters:
   """Parameters with their layers stacked, or one by one, as those of a plan are; the values are the same."""
   stacked = not any(re.match(r'blocks/\d+/', name) for name in parameters)
-  if stacked == plan.config.scan:
+  if stacked == plan.compute.scan:
     return dict(parameters)
   others = {name: value for name, value in parameters.items() if not name.startswith('blocks/')}
   if stacked:
@@ -97,7 +97,7 @@ def _in_form(plan: Blueprint, parameters: Parameters) -> Parameters:
   return others | {name: jnp.stack([found[i] for i in sorted(found)]) for name, found in layers.items()}
 
 
-def _differences(plan: Blueprint, found: Mapping[str, jax.ShapeDtypeStruct]) -> list[str]:
+def _differences(plan: AbstractModel, found: Mapping[str, jax.ShapeDtypeStruct]) -> list[str]:
   """What a plan has that was not found, what was found that it has not, and what is of another size, each in words.
 
   Raises:

@@ -68,7 +68,7 @@ def check_counts(kind, container, pod, hosts, replicas):
   config = resolved(container['args'])
   mesh = config.mesh
   assert mesh.replica * mesh.data * mesh.model == replicas * hosts * chips
-  assert mesh.replica == replicas and config.sequences % (mesh.replica * mesh.data) == 0
+  assert mesh.replica == replicas and config.microbatch_size % (mesh.replica * mesh.data) == 0
 
 
 def check_meeting(kind, container, labels, hosts):

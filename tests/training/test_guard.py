@@ -88,7 +88,7 @@ def test_a_spike_is_told_from_what_is_usual():
 @pytest.fixture
 def spoil(settings, cache, monkeypatch):
   """A function (step): makes the batch of a step of the undisturbed run not finite."""
-  rows, place = train_rows(settings, prepare(settings.data, cache)), loop.place_rows
+  rows, place = train_rows(settings, prepare(settings.data, cache)), loop.put_rows
 
   def spoil(step):
     bad = rows.batch(4 * (step - 1) + np.arange(4))['tokens']
@@ -98,7 +98,7 @@ def spoil(settings, cache, monkeypatch):
         batch = batch | {'mask': np.where(batch['mask'] > 0, np.nan, batch['mask']).astype(np.float32)}
       return place(mesh, batch, size)
 
-    monkeypatch.setattr(loop, 'place_rows', spoiled)
+    monkeypatch.setattr(loop, 'put_rows', spoiled)
 
   return spoil
 
@@ -270,7 +270,7 @@ def test_a_copy_that_differs_is_found_on_its_device(mesh, zero_stage):
 @pytest.mark.parametrize('action, zero_stage', [('rollback', 0), ('skip', 3)])
 def test_a_device_that_spoils_its_state_is_found_within_the_interval(action, zero_stage, settings, cache, tmp_path, monkeypatch, capsys):
   settings = configs.override(settings, {'mesh.data': 4, 'faults.compare_every': 2, 'faults.bad_step': action, 'checkpoint.every': 4,
-                                         'zero_stage': zero_stage, 'mesh.whole': 1.0})
+                                         'zero_stage': zero_stage, 'mesh.max_unsharded': 1.0})
   straight = run(settings, tmp_path / 'straight', cache)
   errs = [7]
   after = loop._Loop._after_step

@@ -33,7 +33,7 @@ def main(config: configs.Config) -> int:
     _keep(f'restored-{step}', state)
     return state, progress
 
-  batches, place = itertools.count(), loop.place_rows
+  batches, place = itertools.count(), loop.put_rows
 
   def place_and_tell(mesh, batch, size):
     placed, number = place(mesh, batch, size), next(batches)
@@ -42,7 +42,7 @@ def main(config: configs.Config) -> int:
     return placed
 
   Checkpoints.save, Checkpoints.restore = keep_and_save, restore_and_keep
-  loop.place_rows = place_and_tell
+  loop.put_rows = place_and_tell
   return train.main(config)
 
 
