@@ -8,10 +8,11 @@ from gptjax.model.accounting import flops_per_token, parameter_count
 from gptjax.model.attention import Cache, Caches, Positions, left_padded
 from gptjax.model.head import Head
 from gptjax.model.kernels import attention_backend
+from gptjax.model.layout import stack_layers, stacked_name, unstack_layers
 from gptjax.model.parameters import AbstractModel, Parameters, abstract_model
 from gptjax.model.transformer import Block, Sums, Transformer, empty_cache
 
 __all__ = [
   'AbstractModel', 'Block', 'Cache', 'Caches', 'Head', 'Parameters', 'Positions', 'Sums', 'Transformer', 'abstract_model',
-  'attention_backend', 'empty_cache', 'flops_per_token', 'left_padded', 'parameter_count',
+  'attention_backend', 'empty_cache', 'flops_per_token', 'left_padded', 'parameter_count', 'stack_layers', 'stacked_name', 'unstack_layers',
 ]
