@@ -32,7 +32,7 @@ class Trained:
             f'attention {attention_backend(model, self.config.data.context)}, {model.compute_dtype}')
 
 
-def config_of(workdir: Path) -> Config:
+def read_config(workdir: Path) -> Config:
   """The config of the run in a folder.
 
   Raises:
@@ -70,7 +70,7 @@ class Restorer:
   """
 
   def __init__(self, workdir: Path, model_axis: int = 0):
-    self.config = config_of(workdir)
+    self.config = read_config(workdir)
     # How it is computed is for the devices that are here now.
     model = dataclasses.replace(self.config.model, attention='auto', sequence_parallel=False)
     self.blueprint = blueprint(model, self.config.data.context)

@@ -1,14 +1,14 @@
 """The config room: typed, frozen dataclasses that say what a run is, and the flags and errors around them."""
 
-from gptjax.config.checks import LARGEST
+from gptjax.config.checks import INT32_MAX
 from gptjax.config.errors import Fault, UserError
 from gptjax.config.flags import (
-    at_end,
     checked,
     describe,
     differences,
     docstrings,
-    ending,
+    exit_stack,
+    exit_status,
     flatten,
     from_json,
     load,
@@ -38,8 +38,8 @@ from gptjax.config.schema import (
 )
 
 __all__ = [
-    'CheckpointConfig', 'Component', 'Config', 'DataConfig', 'Duration', 'EvalConfig', 'Fault', 'FaultsConfig', 'LARGEST', 'MeshConfig',
+    'CheckpointConfig', 'Component', 'Config', 'DataConfig', 'Duration', 'EvalConfig', 'Fault', 'FaultsConfig', 'INT32_MAX', 'MeshConfig',
     'ModelConfig', 'OptimizerConfig', 'Phase', 'RopeConfig', 'SourceConfig', 'TokenizerConfig', 'UserError', 'ValidationSet',
-    'at_end', 'checked', 'describe', 'differences', 'docstrings', 'duration_in_steps', 'ending', 'flatten', 'from_json', 'in_unit_of_steps',
-    'load', 'override', 'own_flags', 'read', 'run', 'to_json',
+    'checked', 'describe', 'differences', 'docstrings', 'duration_in_steps', 'exit_stack', 'exit_status', 'flatten', 'from_json',
+    'in_unit_of_steps', 'load', 'override', 'own_flags', 'read', 'run', 'to_json',
 ]

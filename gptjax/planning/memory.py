@@ -60,7 +60,7 @@ def analytic_memory(config: Config, sizes: dict[str, int]) -> Memory:
     in_use = (layers + rest) if stage < 3 else GATHERED_LAYERS * layers / config.model.layers + rest
     gathered = item * in_use
   gradients = 4 * (layers + rest + whole) if stage < 2 else 4 * ((layers + rest) / sizes['data'] + whole)
-  rows = config.sequences / (sizes['replica'] * sizes['data'])
+  rows = config.microbatch_size / (sizes['replica'] * sizes['data'])
   tokens = rows * config.data.context
   one_layer = dataclasses.replace(config.model, layers=1, remat='none')
   # A chunk's logits in float32, and their gradient in the compute dtype.

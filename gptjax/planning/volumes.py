@@ -88,7 +88,7 @@ def _data_parallel(config: Config, sizes: dict[str, int]) -> list[Collective]:
 def _tensor_parallel(config: Config, sizes: dict[str, int]) -> list[Collective]:
   p, layers, parts = sizes['model'], config.model.layers, config.microbatches
   dtype, item = COMPUTE[config.model.compute_dtype]
-  tokens = config.sequences * config.data.context / (sizes['replica'] * sizes['data'])
+  tokens = config.microbatch_size * config.data.context / (sizes['replica'] * sizes['data'])
   stream = item * tokens * config.model.width
   model = lambda kind, dtype, payload, trips, why: Collective(kind, dtype, payload, p, ('model',), trips * parts, why)
   again = config.model.remat == 'full'  # the backward pass runs attention's sum again; the feed-forward's it does not need

@@ -78,13 +78,13 @@ def check_sizes(config: Config, mesh: AnyMesh) -> None:
   """Raises a UserError for a batch, heads or tokens that the mesh cannot split."""
   sizes, m = mesh.shape, config.model
   shared, model = row_groups(mesh), sizes['model']
-  if config.sequences % shared:
+  if config.microbatch_size % shared:
     axes = 'mesh.data' if sizes['replica'] == 1 else 'mesh.replica * mesh.data'
     size = shared * config.microbatches
     part = '' if config.microbatches == 1 else f' * microbatches={config.microbatches}'
     raise UserError('batch_size', config.batch_size, f'a multiple of {axes}={shared}{part}: {_nearest(config.batch_size, size)}')
   check_heads(m, mesh)
-  tokens = config.sequences // shared * config.data.context
+  tokens = config.microbatch_size // shared * config.data.context
   if m.sequence_parallel and tokens % model:
     raise UserError('model.sequence_parallel', True, f'false, or a multiple of mesh.model={model} tokens on a device, not {tokens}')
 

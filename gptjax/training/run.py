@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from gptjax import config as configs
-from gptjax.config import LARGEST, Config, Duration, UserError, duration_in_steps
+from gptjax.config import INT32_MAX, Config, Duration, UserError, duration_in_steps
 from gptjax.data import EvalRows, Prepared, TrainRows, train_rows
 from gptjax.model import Blueprint, attention_backend, blueprint, flops_per_token, parameter_count
 from gptjax.distributed import process_group
@@ -94,17 +94,17 @@ def in_steps(config: Config, rows: TrainRows, field: str, value: Duration) -> in
   """
   found = duration_in_steps(
     field, value, batch_size=config.batch_size, context=config.data.context, rows_per_epoch=rows.rows_per_epoch)
-  if found > LARGEST:
-    raise UserError(field, value, f'at most {LARGEST:,} steps, and it is {found:.3g}')
+  if found > INT32_MAX:
+    raise UserError(field, value, f'at most {INT32_MAX:,} steps, and it is {found:.3g}')
   return found
 
 
 def check_whole(plan: Blueprint, config: Config, mesh: AnyMesh) -> None:
-  """Raises a UserError where more of the parameters stays whole than mesh.whole gives leave for."""
+  """Raises a UserError where more of the parameters stays whole than mesh.max_unsharded gives leave for."""
   share, reasons = plan.undivided(config.zero_stage, mesh)
-  if share > config.mesh.whole:
-    raise UserError('mesh.whole', config.mesh.whole, f'at least {math.ceil(1000 * share) / 1000}, the share of the parameters that stays '
-                    f'whole, or sizes that divide ({"; ".join(reasons)})')
+  if share > config.mesh.max_unsharded:
+    raise UserError('mesh.max_unsharded', config.mesh.max_unsharded, f'at least {math.ceil(1000 * share) / 1000}, the unsharded '
+                    f'fraction of the parameters, or sizes that divide ({"; ".join(reasons)})')
 
 
 def with_vocabulary(config: Config, tokens: int) -> Config:

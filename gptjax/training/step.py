@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.model import Blueprint, Copy, Parameters
 from gptjax.sharding import AnyMesh, Places
-from gptjax.training.guard import Watch, fresh_watch, judge, keep_if
+from gptjax.training.guard import LossStatistics, initial_statistics, is_good_step, select
 from gptjax.training.objective import Batch, Objective
 
 
@@ -22,7 +22,7 @@ class TrainState(NamedTuple):
   """updates done, int32"""
   parameters: Parameters
   optimizer: Any
-  watch: Watch
+  statistics: LossStatistics
   """of loss and gradient norm, by which a bad step is known"""
 
 
@@ -34,7 +34,7 @@ def initializer(blueprint: Blueprint, optimizer: optax.GradientTransformation, z
   def initialize():
     parameters = blueprint.initialize(jax.random.key(seed), shardings)
     moments = optimizer.init(_put(parameters, places, 'optimizer'))
-    return TrainState(jnp.zeros((), jnp.int32), parameters, moments, fresh_watch())
+    return TrainState(jnp.zeros((), jnp.int32), parameters, moments, initial_statistics())
 
   return jax.jit(initialize)
 
@@ -53,8 +53,8 @@ def train_step(blueprint: Blueprint, objective: Objective, optimizer: optax.Grad
   """The jitted step: (state, batch) -> (state, metrics), with the old state's memory reused.
 
   The gradient is that of the summed loss over the count of targets of the whole batch, however it is cut into microbatches
-  and spread over devices. Dropout keys are folded from (seed, step, microbatch, layer). A bad step, by `judge`, leaves parameters and
-  optimizer state as they were, bit by bit.
+  and spread over devices. Dropout keys are folded from (seed, step, microbatch, layer). A bad step, by `is_good_step`, leaves parameters
+  and optimizer state as they were, bit by bit.
 
   What ZeRO (arXiv:1910.02054) shares out over `data` are the places of parameters, gradients and optimizer state, and the
   exchanges follow: from its place each parameter is gathered (stage 3 layer by layer where it is read, others once a step, after
@@ -106,11 +106,11 @@ def train_step(blueprint: Blueprint, objective: Objective, optimizer: optax.Grad
     parameters = _put(state.parameters, places, 'optimizer')
     metrics = {name: value / targets for name, value in sums.items()}
     metrics |= {'grad_norm': optax.global_norm(gradient), 'learning_rate': rate(state.step), 'targets': targets}
-    good, watch = judge(state.watch, metrics['loss'], metrics['grad_norm'], spike)
+    good, statistics = is_good_step(state.statistics, metrics['loss'], metrics['grad_norm'], spike)
     updates, moments = optimizer.update(gradient, state.optimizer, parameters)
     updated = optax.apply_updates(parameters, updates), moments
-    parameters, moments = keep_if(good, updated, (parameters, state.optimizer))
-    return TrainState(state.step + 1, _put(parameters, places, 'stored'), moments, watch), metrics | {'bad': ~good}
+    parameters, moments = select(good, updated, (parameters, state.optimizer))
+    return TrainState(state.step + 1, _put(parameters, places, 'stored'), moments, statistics), metrics | {'bad': ~good}
 
   return jax.jit(step, donate_argnums=0)
 

@@ -170,7 +170,7 @@ def bad_mesh(folder: Path) -> Result:
     'microbatches': (train + ['--config.batch_size=24', '--config.microbatches=2'],
                      'batch_size: 24, expected: a multiple of mesh.data=8 * microbatches=2: 16 or 32'),
     'too much whole': (train + ['--config.model.mlp_width=511', '--config.mesh.model=2', '--config.batch_size=16'],
-                       'mesh.whole: 0.02, expected: at least 0.6'),
+                       'mesh.max_unsharded: 0.02, expected: at least 0.6'),
     'stage': (train + ['--config.zero_stage=4'], 'zero_stage: 4, expected: 0, 1, 2 or 3'),
     'kernel': (train + ['--config.model.attention=splash', '--config.batch_size=16'],
                "model.attention: 'splash', expected: auto, blocks, xla on a cpu"),
