@@ -87,7 +87,7 @@ def _check_flags() -> None:
     for flag in (_PROMPT, _PROMPTS, _OUT):
       if flag.value:
         raise UserError(f'--{flag.name}', flag.value, 'none beside --chat, which reads the keyboard')
-    if (count := distributed.process_group().group.processes) > 1:
+    if (count := distributed.process_group().count) > 1:
       raise UserError('--chat', f'{count} processes', 'one process, which has the keyboard')
   elif _SYSTEM.value:
     raise UserError('--system', _SYSTEM.value, 'none without --chat; in --prompts, a first message with the role "system"')
@@ -153,7 +153,7 @@ def _write(rows, run) -> None:
   from rich.console import Console
   from rich.progress import track
 
-  from gptjax.files import write_whole
+  from gptjax.files import write_atomic
 
   console = Console(stderr=True)
   lines = []
@@ -168,7 +168,7 @@ def _write(rows, run) -> None:
       else:
         print(f'{prompt if given == "prompt" else ""}{said.text}\n---', flush=True)
   if _OUT.value and distributed.is_primary():
-    write_whole(expanded(_OUT.value), '\n'.join(lines) + '\n')
+    write_atomic(expanded(_OUT.value), '\n'.join(lines) + '\n')
 
 
 if __name__ == '__main__':

@@ -28,8 +28,8 @@ def main(_: None) -> None:
   """Imports --folder."""
   start()
   from gptjax import interop
-  if process_group().group.processes > 1:
-    raise UserError('--processes', process_group().group.processes, '1: a single process imports, with all devices that it has')
+  if process_group().count > 1:
+    raise UserError('--processes', process_group().count, '1: a single process imports, with all devices that it has')
   path = lambda text: expanded(text)
   options = interop.Import(_CONTEXT.value, _SCAN.value, _COMPUTE.value, MeshConfig(data=_MESH_DATA.value, model=_MESH_MODEL.value),
                            path(_TOKENIZER.value) if _TOKENIZER.value else None, check_flags.check())

@@ -31,7 +31,7 @@ class Trained:
             f'attention {attention_backend(self.config.model, self.model.compute, self.config.data.context)}, {self.model.compute.dtype}')
 
 
-def config_of(workdir: Path) -> Config:
+def read_config(workdir: Path) -> Config:
   """The config of the run in a folder.
 
   Raises:
@@ -69,7 +69,7 @@ class Restorer:
   """
 
   def __init__(self, workdir: Path, model_axis: int = 0):
-    self.config = config_of(workdir)
+    self.config = read_config(workdir)
     # The devices here decide how the model is computed, but not how its layers are stored.
     compute = dataclasses.replace(self.config.compute, attention='auto', sequence_parallel=False)
     self.model = abstract_model(self.config.model, compute, self.config.data.context)

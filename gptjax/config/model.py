@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from gptjax.config.checks import LARGEST, at_least, at_most, divisors, fraction
+from gptjax.config.checks import INT32_MAX, at_least, at_most, divisors, fraction
 from gptjax.config.errors import UserError
 
 Activation = Literal['block', 'attention_norm', 'q', 'k', 'v', 'attention', 'attention_out', 'mlp_norm', 'gate', 'up', 'hidden']
@@ -36,7 +36,7 @@ class RopeConfig:
         raise UserError(f'model.rope.{field}', getattr(self, field), 'a number above 0')
     at_least('model.rope.', self, 0, 'local_theta')
     at_least('model.rope.', self, 1, 'original_context')
-    at_most('model.rope.', self, LARGEST, 'original_context')
+    at_most('model.rope.', self, INT32_MAX, 'original_context')
     if not 0 < self.low < self.high:
       raise UserError('model.rope.high', self.high, f'a number above model.rope.low={self.low}, which is above 0')
 
@@ -101,7 +101,7 @@ class ModelConfig:
     at_least('model.', self, 0, 'kv_heads', 'mlp_width', 'vocab_size', 'head_size', 'window', 'global_every', 'query_scale',
               'attention_cap', 'logit_cap', 'norm_eps')
     at_most('model.', self, 10_000, 'layers')  # far more than can be compiled
-    at_most('model.', self, LARGEST, 'width', 'heads', 'kv_heads', 'head_size', 'mlp_width', 'vocab_size', 'vocab_multiple', 'window',
+    at_most('model.', self, INT32_MAX, 'width', 'heads', 'kv_heads', 'head_size', 'mlp_width', 'vocab_size', 'vocab_multiple', 'window',
             'global_every')
     fraction('model.', self, 'dropout')
     if not self.head_size and self.width % self.heads:

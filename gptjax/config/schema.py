@@ -5,7 +5,7 @@ import math
 import re
 from typing import Literal
 
-from gptjax.config.checks import LARGEST, at_least, at_most, divisors, fraction
+from gptjax.config.checks import INT32_MAX, at_least, at_most, divisors, fraction
 from gptjax.config.errors import UserError
 from gptjax.config.mesh import MeshConfig
 from gptjax.config.model import ComputeConfig, ModelConfig
@@ -156,7 +156,7 @@ class DataConfig:
   def __post_init__(self):
     at_least('data.', self, 1, 'context')
     at_least('data.', self, 0, 'prefetch', 'workers')
-    at_most('data.', self, LARGEST, 'context')
+    at_most('data.', self, INT32_MAX, 'context')
     at_most('data.', self, 1000, 'prefetch', 'workers')
     if not 0 < self.valid_fraction < 1:
       raise UserError('data.valid_fraction', self.valid_fraction, 'above 0 and below 1')
@@ -239,7 +239,7 @@ class EvalConfig:
 
   def __post_init__(self):
     at_least('eval.', self, 0, 'rows', 'sample_tokens')
-    at_most('eval.', self, LARGEST, 'rows', 'sample_tokens')
+    at_most('eval.', self, INT32_MAX, 'rows', 'sample_tokens')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,7 +260,7 @@ class CheckpointConfig:
   def __post_init__(self):
     at_least('checkpoint.', self, 1, 'keep')
     at_least('checkpoint.', self, 0, 'minutes')
-    at_most('checkpoint.', self, LARGEST, 'keep')
+    at_most('checkpoint.', self, INT32_MAX, 'keep')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,7 +325,7 @@ class Config:
 
   def __post_init__(self):
     at_least('', self, 1, 'batch_size', 'microbatches')
-    at_most('', self, LARGEST, 'batch_size')
+    at_most('', self, INT32_MAX, 'batch_size')
     at_least('', self, 0, 'z_loss', 'seed')
     if self.zero_stage not in range(4):
       raise UserError('zero_stage', self.zero_stage, '0, 1, 2 or 3')

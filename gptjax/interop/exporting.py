@@ -9,11 +9,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from gptjax.checkpoint import Checkpoints, config_of
+from gptjax.checkpoint import Checkpoints, read_config
 from gptjax.config import Config, MeshConfig, UserError
 from gptjax.data import Tokenizer, load_tokenizer
 from gptjax.data.progress import Work
-from gptjax.files import building, write_json
+from gptjax.files import atomic_directory, write_json
 from gptjax.interop.comparison import Agreement, Check, compare_tensors, our_logits, restored, their_logits
 from gptjax.interop.families import Family, comparable, described, family_for
 from gptjax.interop.folders import CONFIG, GENERATION, Writer, copy_words, read_object, read_tensors
@@ -53,7 +53,7 @@ def export_run(workdir: Path, folder: Path, options: Export) -> str:
   """
   if folder.exists():
     raise UserError('--folder', str(folder), 'a folder that there is not yet')
-  config, kept = config_of(workdir), workdir / KEPT
+  config, kept = read_config(workdir), workdir / KEPT
   tokenizer = load_tokenizer(workdir / 'data' / 'tokenizer')
   imported: dict[str, Any] = read_object(kept / RECORD) if kept.exists() else {'dtypes': {}, 'tokenizer': False}
   kind, values = _described(config, kept, tokenizer, options.dtype)
@@ -64,7 +64,7 @@ def export_run(workdir: Path, folder: Path, options: Export) -> str:
   chosen = options.check.chosen()
   tokens = chosen.tokens(tokenizer, matched.plan)
   mesh = make_mesh(MeshConfig())
-  with contextlib.closing(Checkpoints(workdir / 'checkpoints')) as checkpoints, building(folder, resumes=False) as out:
+  with contextlib.closing(Checkpoints(workdir / 'checkpoints')) as checkpoints, atomic_directory(folder, resumes=False) as out:
     assert out, 'the folder was not there'
     step = checkpoints.resolve(options.step)
     _write_words(out, kept, values, tokenizer, imported['tokenizer'])

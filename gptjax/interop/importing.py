@@ -14,7 +14,7 @@ from gptjax.checkpoint import Checkpoints, Progress, Retention
 from gptjax.config import ComputeConfig, Config, DataConfig, MeshConfig, ModelConfig, UserError
 from gptjax.data import Prepared, Tokenizer, export, load_tokenizer
 from gptjax.data.progress import Work
-from gptjax.files import building, write_json
+from gptjax.files import atomic_directory, write_json
 from gptjax.interop.comparison import Agreement, Check, compare_tensors, our_logits, their_logits
 from gptjax.interop.families import described
 from gptjax.interop.folders import CONFIG, copy_words, has_tokenizer, read_object, read_tensors
@@ -78,7 +78,7 @@ def import_folder(folder: Path, workdir: Path, options: Import) -> str:
   tokens = chosen.tokens(tokenizer, matched.plan)
   mesh = make_mesh(options.mesh)
   check_heads(config.model, mesh)
-  with building(workdir, resumes=False) as out:
+  with atomic_directory(workdir, resumes=False) as out:
     assert out, 'the workdir was not there'
     (out / 'config.json').write_text(configs.to_json(config))
     export(Prepared(tokenizer, (), {}, {}, tokenizer.sha256, 'none: imported'), out / 'data')

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from gptjax import config as configs
-from gptjax.config import LARGEST, Config, Duration, UserError, duration_in_steps
+from gptjax.config import INT32_MAX, Config, Duration, UserError, duration_in_steps
 from gptjax.data import EvalRows, Prepared, TrainRows, train_rows
 from gptjax.model import AbstractModel, abstract_model, attention_backend, flops_per_token, parameter_count
 from gptjax.distributed import process_group
@@ -94,8 +94,8 @@ def in_steps(config: Config, rows: TrainRows, field: str, value: Duration) -> in
   """
   found = duration_in_steps(
     field, value, batch_size=config.batch_size, context=config.data.context, rows_per_epoch=rows.rows_per_epoch)
-  if found > LARGEST:
-    raise UserError(field, value, f'at most {LARGEST:,} steps, and it is {found:.3g}')
+  if found > INT32_MAX:
+    raise UserError(field, value, f'at most {INT32_MAX:,} steps, and it is {found:.3g}')
   return found
 
 

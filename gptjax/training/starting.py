@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 from jax.sharding import PartitionSpec
 
-from gptjax.checkpoint import Checkpoints, config_of
+from gptjax.checkpoint import Checkpoints, read_config
 from gptjax.checkpoint.manifest import MANIFEST
 from gptjax.config import UserError
 from gptjax.data import Tokenizer, load_tokenizer
@@ -74,7 +74,7 @@ def _open(path: Path) -> _Source:
     if newest is None:
       raise UserError('init_from', str(path), 'a run that has a checkpoint')
     step = newest
-  config = config_of(home)
+  config = read_config(home)
   return _Source(checkpoints, step, abstract_model(config.model, config.compute, config.data.context), load_tokenizer(tokenizer))
 
 

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.model import AbstractModel, Parameters, Positions
 from gptjax.sharding import ROWS, AnyMesh, ParameterSpecs, local_rows, row_numbers, sum_over_rows
-from gptjax.training.guard import Watch, fresh_watch, judge, keep_if
+from gptjax.training.guard import LossStatistics, initial_statistics, is_good_step, select
 from gptjax.training.objective import Batch, ObjectiveFunction
 
 
@@ -27,7 +27,7 @@ class TrainState(NamedTuple):
   """updates done, int32"""
   parameters: Parameters
   optimizer: Any
-  watch: Watch
+  statistics: LossStatistics
   """of loss and gradient norm, by which a bad step is known"""
 
 
@@ -39,7 +39,7 @@ def initializer(model: AbstractModel, optimizer: optax.GradientTransformation, z
   def initialize():
     parameters = model.initialize(jax.random.key(seed), shardings)
     moments = optimizer.init(_put(parameters, specs, 'optimizer'))
-    return TrainState(jnp.zeros((), jnp.int32), parameters, moments, fresh_watch())
+    return TrainState(jnp.zeros((), jnp.int32), parameters, moments, initial_statistics())
 
   return jax.jit(initialize)
 
@@ -103,7 +103,7 @@ def train_step(model: AbstractModel, objective: ObjectiveFunction, optimizer: op
   """The jitted step: (state, batch) -> (state, metrics), with the old state's memory reused.
 
   The gradient is that of the summed loss over the count of targets of the complete batch, regardless of microbatches and devices. A bad
-  step, by `judge`, leaves parameters and optimizer state as they were, bit by bit.
+  step, by `is_good_step`, leaves parameters and optimizer state as they were, bit by bit.
   """
   specs = model.specs(zero_stage, mesh)
   gradients = summed_gradients(model, objective, zero_stage, mesh, microbatches)
@@ -116,11 +116,11 @@ def train_step(model: AbstractModel, objective: ObjectiveFunction, optimizer: op
     parameters = _put(state.parameters, specs, 'optimizer')
     metrics = {name: value / targets for name, value in sums.items()}
     metrics |= {'grad_norm': optax.global_norm(gradient), 'learning_rate': rate(state.step), 'targets': targets}
-    good, watch = judge(state.watch, metrics['loss'], metrics['grad_norm'], spike)
+    good, statistics = is_good_step(state.statistics, metrics['loss'], metrics['grad_norm'], spike)
     updates, moments = optimizer.update(gradient, state.optimizer, parameters)
     updated = optax.apply_updates(parameters, updates), moments
-    parameters, moments = keep_if(good, updated, (parameters, state.optimizer))
-    return TrainState(state.step + 1, _put(parameters, specs, 'stored'), moments, watch), metrics | {'bad': ~good}
+    parameters, moments = select(good, updated, (parameters, state.optimizer))
+    return TrainState(state.step + 1, _put(parameters, specs, 'stored'), moments, statistics), metrics | {'bad': ~good}
 
   return jax.jit(step, donate_argnums=0)
 

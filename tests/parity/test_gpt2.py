@@ -11,7 +11,7 @@ from gptjax.config import ModelConfig, OptimizerConfig
 from gptjax.model import abstract_model
 from gptjax.sharding import place
 from gptjax.training import TrainState, make_optimizer, next_token, schedule, train_step
-from gptjax.training.guard import fresh_watch
+from gptjax.training.guard import initial_statistics
 
 HOW = 'needs PyTorch and transformers: pip install -r requirements-parity.txt'
 torch = pytest.importorskip('torch', reason=HOW)
@@ -124,7 +124,7 @@ def test_steps_of_adamw_are_those_of_pytorch(mesh, zero_stage, microbatches, cli
                     zero_stage=zero_stage, mesh=mesh, microbatches=microbatches, seed=0)
   parameters = on_mesh(weights(model), plan, zero_stage, mesh)
   start = weights(model)
-  state = TrainState(jnp.zeros((), jnp.int32), parameters, jax.jit(optimizer.init)(parameters), fresh_watch())
+  state = TrainState(jnp.zeros((), jnp.int32), parameters, jax.jit(optimizer.init)(parameters), initial_statistics())
   for index in range(3):
     rows = text(8, seed=index)
     adamw.zero_grad()

@@ -15,7 +15,7 @@ _FINITE = ('parameters/', 'optimizer/')
 """What must be; the variance of a loss may overflow."""
 
 
-def state_check(state: Any, mesh: Mesh) -> Callable[[Any], str]:
+def replica_check(state: Any, mesh: Mesh) -> Callable[[Any], str]:
   """A function of a state: which devices do not hold what most others hold of an array, or what is not finite; '' where all is well.
 
   No good step leaves a parameter or a moment that is not finite, so a device or the memory did.
