@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +134,9 @@ def _programs(model: AbstractModel, mesh: Mesh, forbidden: tuple[int, ...], zero
   zero = model.zero(zero_stage, mesh)
   banned = np.zeros(model.config.table_rows, bool)
   banned[list(forbidden)] = True
-  state_specs = _State(ROWS, PartitionSpec(), ROWS, PartitionSpec(), ROWS, ROWS, ROWS)
+  one: Any = PartitionSpec()
+  rows_first: Any = ROWS
+  state_specs = _State(rows_first, one, rows_first, one, rows_first, rows_first, rows_first)
 
   def draw(head, hidden, state, sampling):
     logits = jax.reshard(head.logits(hidden), PartitionSpec(None, None))
@@ -191,7 +193,8 @@ def _prepared(model: AbstractModel, parameters: Parameters) -> Parameters:
 
 def _unrolled(model: AbstractModel) -> AbstractModel:
   """The same model with its layers one by one, and kernels as few rows read them best."""
-  return abstract_model(dataclasses.replace(model.config, dropout=0.0), ComputeConfig(dtype=model.compute.dtype), model.context).transposed()
+  config, compute = dataclasses.replace(model.config, dropout=0.0), ComputeConfig(dtype=model.compute.dtype)
+  return abstract_model(config, compute, model.context).transposed()
 
 
 def _power(n: int) -> int:
