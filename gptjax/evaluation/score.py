@@ -1,6 +1,7 @@
 """Scores of a model over held-out documents."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 
@@ -72,13 +73,7 @@ class Scorer:
   """
 
   def __init__(self, blueprint: Blueprint, objective: Callable, mesh: Mesh, batch_size: int):
-    self._mesh, self._batch_size = mesh, batch_size
-
-    def sums(parameters, batch):
-      _, targets, metrics = objective(blueprint.merge(parameters), batch, None)
-      return metrics['loss'], targets
-
-    self._sums = jax.jit(sums)
+    self._mesh, self._batch_size, self._sums = mesh, batch_size, _sums(blueprint, objective)
 
   def sets(self, parameters: Parameters, sets: Mapping[str, EvalRows], tags: Mapping[str, Iterable[str]], *, count: int = 0,
            advance: Callable[[int], None] = lambda rows: None) -> Scores:
@@ -119,6 +114,16 @@ class Scorer:
     loss, tokens = _added(loss, tokens, waiting)
     # A part of the rows stands for the same part of the bytes.
     return score_of(loss, tokens, rows.store.bytes * tokens / rows.store.targets)
+
+
+@functools.lru_cache(maxsize=16)
+def _sums(blueprint: Blueprint, objective: Callable) -> Callable:
+  """The jitted (parameters, batch) -> (summed loss, targets)."""
+  @jax.jit
+  def sums(parameters, batch):
+    _, targets, metrics = objective(blueprint.merge(parameters), batch, None)
+    return metrics['loss'], targets
+  return sums
 
 
 def _added(loss: float, tokens: int, sums: tuple[jax.Array, jax.Array] | None) -> tuple[float, int]:

@@ -1,6 +1,7 @@
 """Token by token: prompts into a key/value cache, then one more token of each row at a time."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -162,6 +163,11 @@ class Decoder:
             for name, dtype in self._plan.dtypes.items()}
 
 
+decoder = functools.lru_cache(maxsize=8)(Decoder)
+"""A Decoder, the same one for equal arguments: it keeps the programs that it compiled."""
+
+
+@functools.lru_cache(maxsize=16)
 def _unrolled(plan: Blueprint) -> Blueprint:
   """The same model with its layers one by one, and kernels as few rows read them best."""
   config = dataclasses.replace(plan.config, attention='auto', scan=False, remat='none', saved=(), offloaded=(), sequence_parallel=False,

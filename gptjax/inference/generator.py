@@ -8,7 +8,7 @@ from typing import Literal
 from jax.sharding import Mesh
 
 from gptjax.data import TextStream, Tokenizer
-from gptjax.inference.decoding import Decoder
+from gptjax.inference.decoding import decoder
 from gptjax.inference.prompts import Prompt
 from gptjax.inference.sampling import Sampling, never_drawn
 from gptjax.model import Blueprint, Parameters
@@ -44,7 +44,7 @@ class Generator:
 
   def __init__(self, blueprint: Blueprint, mesh: Mesh, tokenizer: Tokenizer, zero_stage: int = 0):
     self.tokenizer = tokenizer
-    self._decoder = Decoder(blueprint, mesh, never_drawn(tokenizer, blueprint.config), zero_stage)
+    self._decoder = decoder(blueprint, mesh, never_drawn(tokenizer, blueprint.config), zero_stage)
 
   def prepare(self, parameters: Parameters) -> Parameters:
     """Parameters as decoding reads them; worth keeping for several calls."""

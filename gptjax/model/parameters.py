@@ -19,9 +19,12 @@ from gptjax.sharding import AnyMesh, Axis, Places, places, undivided
 Parameters = dict[str, jax.Array]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Blueprint:
-  """A transformer without its values: what initialisation, checkpoints, optimizer and counters are all derived from."""
+  """A transformer without its values: what initialisation, checkpoints, optimizer and counters are all derived from.
+
+  `blueprint` returns the same one for equal configs, so that functions built from it can be cached by it.
+  """
 
   config: ModelConfig
   context: int

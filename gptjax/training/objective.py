@@ -1,5 +1,6 @@
 """What is minimized: functions (model, batch, key) -> (summed loss, count of targets, summed metrics)."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -15,6 +16,7 @@ Batch = dict[str, Array]
 Objective = Callable[[Transformer, Batch, PRNGKeyArray | None], tuple[Array, Array, dict[str, Array]]]
 
 
+@functools.lru_cache(maxsize=16)
 def next_token(z_loss: float = 0.0) -> Objective:
   """Cross-entropy of each target token, plus z_loss * log(Z)^2 (arXiv:2204.02311, section 5)."""
 

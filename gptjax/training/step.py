@@ -1,5 +1,6 @@
 """The train state and the one train step."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ class TrainState(NamedTuple):
   """of loss and gradient norm, by which a bad step is known"""
 
 
+@functools.lru_cache(maxsize=16)  # an equal run in the same process traces and compiles nothing again
 def initializer(blueprint: Blueprint, optimizer: optax.GradientTransformation, zero_stage: int, mesh: AnyMesh,
                 seed: int) -> Callable[[], TrainState]:
   """A jitted function that makes the state of step 0, each part created where it belongs."""
@@ -48,6 +50,7 @@ def abstract(initialize: Callable[[], TrainState], mesh: AnyMesh) -> TrainState:
   return jax.tree.map(describe, jax.eval_shape(initialize))
 
 
+@functools.lru_cache(maxsize=16)
 def train_step(blueprint: Blueprint, objective: Objective, optimizer: optax.GradientTransformation, rate: optax.Schedule,
                *, zero_stage: int, mesh: AnyMesh, microbatches: int, seed: int, spike: float = 0.0) -> Callable[[TrainState, Batch], tuple]:
   """The jitted step: (state, batch) -> (state, metrics), with the old state's memory reused.
