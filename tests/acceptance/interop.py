@@ -17,7 +17,7 @@ from gptjax.interop.folders import Writer, read_tensors
 from gptjax.interop.matching import match, raw
 from gptjax.interop.tensor_files import DTYPES, Entry, create, fill
 from gptjax.model import blueprint
-from tools.bars.record import Result, bar, given, python
+from tests.acceptance.record import Result, bar, given, python
 
 _DECODER = {'vocab_size': 50261, 'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 3, 'num_attention_heads': 4,
             'num_key_value_heads': 2, 'max_position_embeddings': 64, 'head_dim': 8}
@@ -193,4 +193,4 @@ def bad_folders(folder: Path) -> Result:
     shutil.rmtree(source)
   return Result('damaged or unknown folders: one error line that names it, exit 2, no workdir',
                 f'{len(_TOLD) - len(wrong)} of {len(_TOLD)}: ' + ', '.join(_TOLD) + ''.join(f'; wrong: {one}' for one in wrong), not wrong,
-                'python -m tools.bars --only=bad_folders')
+                'python -m tests.acceptance --only=bad_folders')

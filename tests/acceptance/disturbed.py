@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gptjax.checkpoint.manifest import damage
-from tools.bars.kept_state import kept, same
-from tools.bars.record import CLOCK, python
-from tools.bars.training import shakespeare
+from tests.acceptance.kept_state import kept, same
+from tests.acceptance.record import CLOCK, python
+from tests.acceptance.training import shakespeare
 
 STEPS = 300
 KEEP = 2
@@ -107,6 +107,6 @@ def same_run(one: Path, other: Path, flags: Sequence[str], steps: int = STEPS) -
     return 'metrics differ'
   for workdir in (one, other):
     if not (workdir / f'restored-{steps}.0.npz').exists():
-      python('tools.bars.kept_state', *flags, f'--workdir={workdir}')
+      python('tests.acceptance.kept_state', *flags, f'--workdir={workdir}')
   states = [kept(workdir, f'restored-{steps}', 1) for workdir in (one, other)]
   return '' if len(states[0]) > 30 and same(*states) else 'train states differ'
