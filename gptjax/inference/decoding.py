@@ -59,12 +59,11 @@ class Decoder:
 
   def __init__(self, model: AbstractModel, mesh: Mesh, forbidden: tuple[int, ...] = (), zero_stage: int = 0):
     self._mesh, self._plan = mesh, _unrolled(model)
-    self._prepare = jax.jit(functools.partial(_prepared, self._plan), out_shardings=self._plan.shardings(zero_stage, mesh))
     self._programs = _programs(self._plan, mesh, forbidden, zero_stage)
 
   def prepare(self, parameters: Parameters) -> Parameters:
     """Parameters as decoding reads them: layer by layer, transposed, in the type that computes."""
-    return self._prepare(parameters)
+    return self._programs.prepare(parameters)
 
   def __call__(self, parameters: Parameters, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int],
                most: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -122,6 +121,8 @@ class Decoder:
 class _Programs(NamedTuple):
   """The compiled functions of a decoder."""
 
+  prepare: Callable
+  """(parameters) -> parameters as the other two read them"""
   prefill: Callable
   """(parameters, rows, drawn, room=, sampling=) -> (state, first tokens)"""
   decode: Callable
@@ -178,7 +179,8 @@ def _programs(model: AbstractModel, mesh: Mesh, forbidden: tuple[int, ...], zero
   def decode(parameters, state, sampling):
     return region(decoded, (state_specs,), {'sampling': sampling})(parameters, state)
 
-  return _Programs(prefill, decode)
+  prepare = jax.jit(functools.partial(_prepared, model), out_shardings=model.shardings(zero_stage, mesh))
+  return _Programs(prepare, prefill, decode)
 
 
 def _module(model: AbstractModel, zero: Zero, entered: Parameters):

@@ -1,5 +1,6 @@
 """Learning rate and optimizers: AdamW and Muon from optax, told which parameter plays which role."""
 
+import functools
 import math
 
 import jax
@@ -11,6 +12,7 @@ from optax import contrib
 from gptjax.config import MATRIX_AXIS, STATE_AXIS, OptimizerConfig
 
 
+@functools.lru_cache(maxsize=16)
 def schedule(config: OptimizerConfig, peak: float, *, steps: int, warmup: int, decay: int) -> optax.Schedule:
   """The learning rate of each update, a function of the updates done before it.
 
@@ -40,6 +42,7 @@ def orthogonalized(name: str) -> bool:
   return name.startswith('blocks/') and name.endswith('kernel')
 
 
+@functools.lru_cache(maxsize=16)
 def make_optimizer(config: OptimizerConfig, **durations: int) -> optax.GradientTransformation:
   """Clipping by global norm (arXiv:1211.5063), then AdamW or Muon; `durations` are those of `schedule`."""
   adamw = optax.adamw(schedule(config, config.peak_lr, **durations), config.b1, config.b2, config.eps,
