@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float, Int
 
 from gptjax.checkpoint import Checkpoints
@@ -20,6 +20,7 @@ from gptjax.data import Tokenizer
 from gptjax.data.progress import Work, announce
 from gptjax.interop.matching import Match, raw
 from gptjax.interop.tensor_files import Entry
+from gptjax.sharding import local_rows
 from gptjax.model import AbstractModel, Parameters, abstract_model
 
 CHECKS = ('auto', 'transformers', 'roundtrip', 'none')
@@ -131,7 +132,9 @@ def our_logits(plan: AbstractModel, parameters: Parameters, mesh: Mesh, tokens: 
   """Logits of a text in float32, without padded ids."""
   exact = abstract_model(plan.config, ComputeConfig(scan=plan.compute.scan), plan.context)
   with jax.set_mesh(mesh), jax.default_matmul_precision('highest'):  # accelerators round float32 otherwise
-    logits = jax.jit(lambda parameters, tokens: exact.merge(parameters)(tokens))(parameters, tokens[None])
+    # Every group of rows computes the same ones: kernels of accelerators need local rows.
+    run = local_rows(lambda parameters, tokens: exact.merge(parameters)(tokens), (PartitionSpec(), PartitionSpec()), PartitionSpec())
+    logits = jax.jit(run)(parameters, tokens[None])
     return np.asarray(logits)[0, :, :plan.config.vocab_size]
 
 
