@@ -170,7 +170,7 @@ def cloud():
 
 
 @pytest.mark.parametrize('last, said', [
-  ({'preempted': 'TRUE'}, 'takes the machine back'), ({'maintenanceEvent': 'TERMINATE_ON_HOST_MAINTENANCE'}, 'for maintenance')])
+  ({'preempted': 'TRUE'}, 'preempts the machine'), ({'maintenanceEvent': 'TERMINATE_ON_HOST_MAINTENANCE'}, 'for maintenance')])
 def test_google_says_when_a_machine_is_taken_back(last, said, cloud):
   host, answers, asked = cloud
   answers['GET', '/computeMetadata/v1/instance/'] = [
@@ -184,7 +184,7 @@ def test_google_says_when_a_machine_is_taken_back(last, said, cloud):
 
 def test_ec2_says_when_a_machine_is_taken_back(cloud, monkeypatch):
   from gptjax.distributed import notices
-  monkeypatch.setattr(notices, '_EVERY', 0.01)
+  monkeypatch.setattr(notices, '_INTERVAL', 0.01)
   host, answers, asked = cloud
   answers['PUT', '/latest/api/token'] = [(200, 'secret')]
   answers['GET', '/latest/meta-data/spot/instance-action'] = [

@@ -9,18 +9,17 @@ SIGTERM and SIGINT go on to all, which may save before they end; once more ends 
 
 import contextlib
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 from absl import flags
 
 from gptjax import config as configs
+from gptjax.distributed import visible_gpus
 
 _COUNT = flags.DEFINE_integer('processes', 2, 'processes to start', lower_bound=1)
 _DEVICES = flags.DEFINE_integer('devices', 0, 'virtual CPU devices of each; 0: its share of the GPUs', lower_bound=0)
@@ -101,9 +100,7 @@ def _relay(process: subprocess.Popen, index: int) -> None:
 
 def _shares(processes: int) -> list[list[str]]:
   """The GPUs of each process, as CUDA_VISIBLE_DEVICES names them."""
-  visible = os.environ.get('CUDA_VISIBLE_DEVICES')
-  found = visible.split(',') if visible else [
-    match[1] for file in sorted(Path('/dev').iterdir()) if (match := re.fullmatch(r'nvidia(\d+)', file.name))]
+  found = visible_gpus(os.environ)
   if not found or len(found) % processes:
     raise configs.UserError('--processes', processes, f'a divisor of the {len(found)} GPUs here, or --devices=N for virtual CPU devices')
   each = len(found) // processes
