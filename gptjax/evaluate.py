@@ -48,7 +48,7 @@ def main(_) -> None:
   if _SAMPLES.value and not (folder := expanded(_SAMPLES.value).absolute().parent).is_dir():
     raise UserError('--samples', _SAMPLES.value, f'a file in a folder that is there; {folder} is not')
   with checkpoint.Restorer(workdir, _MODEL_AXIS.value) as restorer:
-    steps = restorer.steps(_STEP.value)
+    steps = restorer.checkpoints.resolve_all(_STEP.value)
     held_out = data.open_held_out(workdir / 'data')
     sets, tags = evaluation.choose_sets([] if _SETS.value == ['none'] else _SETS.value, held_out, cache)
     if not sets and not _TASKS.value:

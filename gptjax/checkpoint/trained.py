@@ -1,4 +1,4 @@
-"""A trained model out of its workdir."""
+"""Loads trained models from their workdirs."""
 
 import dataclasses
 from pathlib import Path
@@ -15,7 +15,7 @@ from gptjax.sharding import check_heads, describe, make_mesh
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-  """Parameters of one checkpoint, placed on this process's devices, which may be others than those that trained them."""
+  """Parameters of one checkpoint on the devices that are present, which may differ from those used in training."""
 
   config: Config
   blueprint: Blueprint
@@ -25,7 +25,7 @@ class Trained:
 
   @property
   def description(self) -> str:
-    """One line: what was restored and how it is computed."""
+    """One line: the step, the devices and how the model is computed."""
     devices = self.mesh.devices.flatten()
     model = self.blueprint.config
     return (f'restored step {self.step}; {len(devices)} {devices[0].device_kind}, mesh {describe(self.mesh)}; '
@@ -33,7 +33,7 @@ class Trained:
 
 
 def read_config(workdir: Path) -> Config:
-  """The config of the run in a folder.
+  """Returns the config of the run in a folder.
 
   Raises:
     UserError: there is no run, or its config is damaged.
@@ -45,33 +45,33 @@ def read_config(workdir: Path) -> Config:
 
 
 def load_trained(workdir: Path, step: str = 'latest', model_axis: int = 0) -> Trained:
-  """Restores the parameters of a run onto all devices, each with a whole copy or, where they divide, a part over `model`.
+  """Restores the parameters of a run onto all devices, sharded along `model` and otherwise replicated.
 
   Args:
     workdir: of the run.
     step: 'latest', 'best' or a number.
-    model_axis: devices of the mesh's axis `model`; 0: as many as in training where they divide the devices here, else 1.
+    model_axis: size of the mesh axis `model`; 0: as in training if it divides the number of devices, else 1.
 
   Raises:
-    UserError: no run in the folder, no such checkpoint, or a mesh that devices or heads do not allow.
+    UserError: no run in the folder, no such checkpoint, or a mesh that does not fit the devices or heads.
   """
   with Restorer(workdir, model_axis) as restorer:
     return restorer.restore(restorer.checkpoints.resolve(step))
 
 
 class Restorer:
-  """Restores checkpoints of a run one after another onto the same mesh, so that a program compiled for one does for all. A context.
+  """Restores several checkpoints of a run onto the same mesh, so that a program compiled for one serves all. A context manager.
 
   Args:
-    workdir, model_axis: as for `load_trained`.
+    workdir, model_axis: as in `load_trained`.
 
   Raises:
-    UserError: no run in the folder, or a mesh that devices or heads do not allow.
+    UserError: no run in the folder, or a mesh that does not fit the devices or heads.
   """
 
   def __init__(self, workdir: Path, model_axis: int = 0):
     self.config = read_config(workdir)
-    # How it is computed is for the devices that are here now.
+    # The attention backend depends on the devices that are present, not on those of training.
     model = dataclasses.replace(self.config.model, attention='auto', sequence_parallel=False)
     self.blueprint = blueprint(model, self.config.data.context)
     fits = jax.device_count() % self.config.mesh.model == 0
@@ -79,22 +79,13 @@ class Restorer:
     check_heads(model, self.mesh)
     self.checkpoints = Checkpoints(workdir / 'checkpoints')
 
-  def steps(self, wanted: str) -> list[int]:
-    """The steps, oldest first, that 'all', a name or a list of names and numbers means; the same in every process.
-
-    Raises:
-      UserError: one of them is not there.
-    """
-    return self.checkpoints.resolve_all(wanted)
-
   def restore(self, step: int) -> Trained:
-    """The parameters of a step.
+    """Restores the parameters of a step in the dtypes that the model computes with.
 
     Raises:
-      UserError: a checkpoint that does not fit the run's config.
+      UserError: the checkpoint does not fit the run's config.
     """
     shardings = self.blueprint.shardings(0, self.mesh)
-    # In the type that the model reads them in: nothing else is asked of them here.
     abstract = {name: jax.ShapeDtypeStruct(s.shape, self.blueprint.dtypes[name], sharding=shardings[name])
                 for name, s in self.blueprint.shapes.items()}
     return Trained(self.config, self.blueprint, self.mesh, self.checkpoints.restore_parameters(step, abstract), step)
