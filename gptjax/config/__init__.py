@@ -1,23 +1,10 @@
-"""The config room: typed, frozen dataclasses that say what a run is, and the flags and errors around them."""
+"""Configs of runs as typed, frozen dataclasses, their command-line flags, and the errors that users see."""
 
 from gptjax.config.checks import INT32_MAX
 from gptjax.config.errors import Fault, UserError
-from gptjax.config.flags import (
-    checked,
-    describe,
-    differences,
-    docstrings,
-    exit_stack,
-    exit_status,
-    flatten,
-    from_json,
-    load,
-    override,
-    own_flags,
-    read,
-    run,
-    to_json,
-)
+from gptjax.config.fields import checked, differences, flatten, from_json, override, read, to_json
+from gptjax.config.flags import exit_stack, exit_status, load, run
+from gptjax.config.help import describe, docstrings, own_flags
 from gptjax.config.model import ModelConfig, RopeConfig
 from gptjax.config.schema import (
     CheckpointConfig,

@@ -143,9 +143,9 @@ def test_a_kept_checkpoint_that_cannot_be_read_is_in_no_save_s_way(workdir, monk
   def away(folder):
     if folder.name == '10':
       raise OSError(errno.EIO, os.strerror(errno.EIO))
-    return manifest.read(folder)
+    return manifest.read_manifest(folder)
 
-  monkeypatch.setattr(checkpoints_module, 'read', away)
+  monkeypatch.setattr(checkpoints_module, 'read_manifest', away)
   with Checkpoints(workdir / 'checkpoints', Retention(latest=2)) as checkpoints:
     checkpoints.save(Progress(30), state(30), None)
     checkpoints.wait()

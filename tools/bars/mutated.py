@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from gptjax import config as configs
 from gptjax.config import Config, Duration
-from gptjax.config.flags import _FIELDS as FIELDS
+from gptjax.config.fields import FIELDS
 from tools.bars import in_process
 
 _RECIPE = '''
