@@ -97,10 +97,10 @@ def test_a_hang_ends_with_every_stack_and_a_second_signal_at_once(settings, cach
     other.send_signal(signal.SIGTERM)
     time.sleep(0.5)
   said = other.communicate(timeout=10)[1]
-  assert other.returncode == -signal.SIGTERM and 'once more ends at once' in said
+  assert other.returncode == -signal.SIGTERM and 'a second signal ends at once' in said
   said = process.communicate(timeout=60)[1]
   assert process.returncode == 1
-  assert 'error: hang: no step, batch or save was done for 8 s' in said and 'in stuck' in said
+  assert 'error: hang: no step, batch or save was completed in 8 s' in said and 'in stuck' in said
   assert 'in stuck' in (tmp_path / 'run' / 'stacks-0.txt').read_text()
 
 
@@ -117,7 +117,7 @@ def test_wishes_of_all_processes_are_agreed_upon_a_step_later():
     assert [agree(request) for request in (StopRequest.NONE, StopRequest.SAVE, StopRequest.STOP, StopRequest.NONE, StopRequest.NONE)] == [
       StopRequest.NONE, StopRequest.NONE, StopRequest.SAVE, StopRequest.STOP, StopRequest.NONE]
     agree(StopRequest.SAVE)
-    agree.forget()  # all saved: nobody wishes for that twice
+    agree.reset()  # all saved: no request is fulfilled twice
     assert agree(StopRequest.NONE) == StopRequest.NONE
 
 
@@ -125,7 +125,7 @@ def test_a_save_that_all_agreed_upon_is_made_once():
   mesh = make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
     interruptions = Interruptions(mesh)
-    interruptions._agree = _Consensus(mesh)  # as where several processes are
+    interruptions._consensus = _Consensus(mesh)  # as where several processes are
     interruptions.save_in(0.0)
     assert [interruptions.poll(), interruptions.poll()] == [StopRequest.NONE, StopRequest.SAVE]
     interruptions.saved()
