@@ -211,7 +211,7 @@ def test_a_machine_of_no_cloud_asks_nobody():
 
 def test_two_runs_do_not_share_a_workdir(settings, cache, tmp_path):
   run(settings, tmp_path / 'run', cache, stop_at=2)
-  with lock(tmp_path / 'run'), pytest.raises(UserError, match=rf'no other run works in; in this one is process {os.getpid()} on '):
+  with lock(tmp_path / 'run'), pytest.raises(UserError, match=rf'no other run uses; this one is locked by process {os.getpid()} on '):
     train(settings, options(tmp_path / 'run', cache))
   assert records(tmp_path / 'run')[-1]['step'] == 2
   assert run(settings, tmp_path / 'run', cache)[-1]['step'] == 8  # what a dead one left is in nobody's way

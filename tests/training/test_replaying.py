@@ -83,12 +83,12 @@ def test_a_checkpoint_is_read_tensor_by_tensor(trained):
 
 def test_the_tools_say_it(trained, tmp_path):
   done = run_module('tools.inspect_checkpoint', f'--workdir={trained}')
-  assert done.returncode == 0 and done.stdout.count('whole') == 2
+  assert done.returncode == 0 and done.stdout.count('intact') == 2
   done = run_module('tools.inspect_checkpoint', f'--workdir={trained}', '--step=8', '--against=6', '--match=parameters/')
   assert done.returncode == 1 and 'parameters/tokens/table' in done.stdout and ' 0 of ' in done.stdout
   copy = shutil.copytree(trained, tmp_path / 'run')
   done = run_module('tools.inspect_checkpoint', f'--workdir={trained}', '--step=latest', f'--against={copy}')
-  assert done.returncode == 0 and 'tensors equal bit by bit' in done.stdout
+  assert done.returncode == 0 and 'tensors bitwise equal' in done.stdout
   (copy / 'checkpoints' / '8' / 'config.json').write_text('{}')
   done = run_module('tools.inspect_checkpoint', f'--workdir={copy}', '--step=8')
   assert done.returncode == 2 and 'config.json has 2 bytes' in done.stderr.splitlines()[-1]
