@@ -78,7 +78,7 @@ def _documents(restorer, sets, tags) -> Callable[[Any], Any]:
   config = restorer.config.data
   rows = {name: data.EvalRows(store, config.context, config.isolate_documents) for name, store in sets.items()}
   groups = row_groups(restorer.mesh)
-  scorer = evaluation.Scorer(restorer.blueprint, training.next_token(), restorer.mesh, -(-_rows(restorer) // groups) * groups)
+  scorer = evaluation.Scorer(restorer.model, training.next_token(), restorer.mesh, -(-_rows(restorer) // groups) * groups)
 
   def score(parameters):
     with _progress('documents', sum(one.count for one in rows.values()), 'rows') as advance:
@@ -96,7 +96,7 @@ def _tasks(restorer, tokenizer) -> Callable[[Any], tuple[Any, list]]:
   except ModuleNotFoundError as error:
     raise UserError('--tasks', ','.join(_TASKS.value), f'{error.name} to be installed: pip install -r requirements-eval.txt') from None
   tasks = Tasks(_TASKS.value, Options(_TASK_PATH.value, _TASK_DATA.value, _LIMIT.value, _FEWSHOT.value))
-  model = harness.HarnessModel(restorer.blueprint, restorer.mesh, tokenizer, _task_tokens(restorer),
+  model = harness.HarnessModel(restorer.model, restorer.mesh, tokenizer, _task_tokens(restorer),
                                {'auto': None, 'true': True, 'false': False}[_ADD_BOS.value], _progress)
 
   def answer(parameters):

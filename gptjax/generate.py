@@ -54,9 +54,9 @@ def main(_) -> None:
   workdir = expanded(_WORKDIR.value)
   trained = checkpoint.load_trained(workdir, _STEP.value, _MODEL_AXIS.value)
   tokenizer = data.open_held_out(workdir / 'data').tokenizer
-  context = trained.blueprint.context
+  context = trained.model.context
   with jax.set_mesh(trained.mesh):
-    generator = inference.Generator(trained.blueprint, trained.mesh, tokenizer)
+    generator = inference.Generator(trained.model, trained.mesh, tokenizer)
 
     def read(prompt, source):
       ids = generator.prompt(prompt, source)

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from gptjax import config as configs
 from gptjax.checkpoint.checkpoints import Checkpoints
 from gptjax.config import Config, MeshConfig, UserError
-from gptjax.model import Blueprint, Parameters, attention_backend, blueprint
+from gptjax.model import AbstractModel, Parameters, abstract_model, attention_backend
 from gptjax.sharding import check_heads, describe, make_mesh
 
 
@@ -18,7 +18,7 @@ class Trained:
   """Parameters of one checkpoint on the devices that are present, which may differ from those used in training."""
 
   config: Config
-  blueprint: Blueprint
+  model: AbstractModel
   mesh: Mesh
   parameters: Parameters
   step: int
@@ -27,9 +27,8 @@ class Trained:
   def description(self) -> str:
     """One line: the step, the devices and how the model is computed."""
     devices = self.mesh.devices.flatten()
-    model = self.blueprint.config
     return (f'restored step {self.step}; {len(devices)} {devices[0].device_kind}, mesh {describe(self.mesh)}; '
-            f'attention {attention_backend(model, self.config.data.context)}, {model.compute_dtype}')
+            f'attention {attention_backend(self.config.model, self.model.compute, self.config.data.context)}, {self.model.compute.dtype}')
 
 
 def read_config(workdir: Path) -> Config:
@@ -71,12 +70,12 @@ class Restorer:
 
   def __init__(self, workdir: Path, model_axis: int = 0):
     self.config = read_config(workdir)
-    # The attention backend depends on the devices that are present, not on those of training.
-    model = dataclasses.replace(self.config.model, attention='auto', sequence_parallel=False)
-    self.blueprint = blueprint(model, self.config.data.context)
+    # The devices that are present decide how the model is computed, but not how its layers are stored.
+    compute = dataclasses.replace(self.config.compute, attention='auto', sequence_parallel=False)
+    self.model = abstract_model(self.config.model, compute, self.config.data.context)
     fits = jax.device_count() % self.config.mesh.model == 0
     self.mesh = make_mesh(MeshConfig(model=model_axis or (self.config.mesh.model if fits else 1)))
-    check_heads(model, self.mesh)
+    check_heads(self.config.model, self.mesh)
     self.checkpoints = Checkpoints(workdir / 'checkpoints')
 
   def restore(self, step: int) -> Trained:
@@ -85,10 +84,10 @@ class Restorer:
     Raises:
       UserError: the checkpoint does not fit the run's config.
     """
-    shardings = self.blueprint.shardings(0, self.mesh)
-    abstract = {name: jax.ShapeDtypeStruct(s.shape, self.blueprint.dtypes[name], sharding=shardings[name])
-                for name, s in self.blueprint.shapes.items()}
-    return Trained(self.config, self.blueprint, self.mesh, self.checkpoints.restore_parameters(step, abstract), step)
+    shardings = self.model.shardings(0, self.mesh)
+    abstract = {name: jax.ShapeDtypeStruct(s.shape, self.model.dtypes[name], sharding=shardings[name])
+                for name, s in self.model.shapes.items()}
+    return Trained(self.config, self.model, self.mesh, self.checkpoints.restore_parameters(step, abstract), step)
 
   def __enter__(self) -> 'Restorer':
     return self

@@ -5,7 +5,8 @@ from gptjax.config.errors import Fault, UserError
 from gptjax.config.fields import checked, differences, flatten, from_json, override, read, to_json
 from gptjax.config.flags import exit_stack, exit_status, load, run
 from gptjax.config.help import describe, docstrings, own_flags
-from gptjax.config.model import ModelConfig, RopeConfig
+from gptjax.config.mesh import AXES, AXIS_NAMES, MATRIX_AXIS, REST_AXIS, ROW_AXES, SLICE_AXES, STATE_AXIS, MeshAxis, MeshConfig
+from gptjax.config.model import ComputeConfig, ModelConfig, RopeConfig
 from gptjax.config.schema import (
     CheckpointConfig,
     Component,
@@ -14,7 +15,6 @@ from gptjax.config.schema import (
     Duration,
     EvalConfig,
     FaultsConfig,
-    MeshConfig,
     OptimizerConfig,
     Phase,
     SourceConfig,
@@ -25,8 +25,9 @@ from gptjax.config.schema import (
 )
 
 __all__ = [
-    'CheckpointConfig', 'Component', 'Config', 'DataConfig', 'Duration', 'EvalConfig', 'Fault', 'FaultsConfig', 'INT32_MAX', 'MeshConfig',
-    'ModelConfig', 'OptimizerConfig', 'Phase', 'RopeConfig', 'SourceConfig', 'TokenizerConfig', 'UserError', 'ValidationSet',
+    'AXES', 'AXIS_NAMES', 'CheckpointConfig', 'Component', 'ComputeConfig', 'Config', 'DataConfig', 'Duration', 'EvalConfig', 'Fault',
+    'FaultsConfig', 'INT32_MAX', 'MATRIX_AXIS', 'MeshAxis', 'MeshConfig', 'ModelConfig', 'OptimizerConfig', 'Phase', 'REST_AXIS',
+    'ROW_AXES', 'RopeConfig', 'SLICE_AXES', 'STATE_AXIS', 'SourceConfig', 'TokenizerConfig', 'UserError', 'ValidationSet',
     'checked', 'describe', 'differences', 'docstrings', 'duration_in_steps', 'exit_stack', 'exit_status', 'flatten', 'from_json',
     'in_unit_of_steps', 'load', 'override', 'own_flags', 'read', 'run', 'to_json',
 ]

@@ -33,10 +33,10 @@ def describe(config: Config) -> str:
 
 
 def docstrings(group: type) -> dict[str, str]:
-  """Returns the docstring under each field of a dataclass, which Python itself discards."""
+  """Returns the help text of each field of a config: its metadata, or the docstring under it, which Python itself discards."""
   definition = ast.parse(textwrap.dedent(inspect.getsource(group))).body[0]
   assert isinstance(definition, ast.ClassDef)
-  lines = {}
+  lines = {field.name: field.metadata['help'] for field in dataclasses.fields(group) if 'help' in field.metadata}
   for field, line in zip(definition.body, definition.body[1:]):
     match field, line:
       case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):

@@ -1,4 +1,4 @@
-"""The transformer of a run: its sizes, its style, and how it is computed."""
+"""The transformer of a run: what function it is, and separately how it is computed."""
 
 import dataclasses
 from typing import Literal
@@ -95,22 +95,6 @@ class ModelConfig:
   """the same for logits"""
   dropout: float = 0.0
   """probability that a feature is dropped after embeddings, attention weights, attention and feed-forward"""
-  scan: bool = False
-  """run the layers as one scan over stacked parameters: compiles in constant time, slower on CPU"""
-  remat: Literal['none', 'dots', 'full', 'names'] = 'none'
-  """what the backward pass recomputes of a block: nothing, all but products with weights (dots), all (full), or all but the \
-activations that saved and offloaded name (names)"""
-  saved: tuple[Activation, ...] = ()
-  """activations kept under remat 'names'; JSON on a command line: '["attention", "hidden"]'"""
-  offloaded: tuple[Activation, ...] = ()
-  """activations kept in the host's memory under remat 'names'; for devices with a memory of their own"""
-  sequence_parallel: bool = False
-  """split the activations between products over mesh.model too, by token (arXiv:2205.05198)"""
-  attention: Literal['auto', 'blocks', 'xla', 'splash', 'cudnn'] = 'auto'
-  """blocks: causal blocks, on any device; xla: the full square; splash: TPU kernels; cudnn: NVIDIA's; auto: the device's own \
-where it can, else blocks"""
-  compute_dtype: Literal['float32', 'bfloat16'] = 'float32'
-  """precision of matrix products and activations; parameters, norms, softmax and loss stay float32"""
 
   def __post_init__(self):
     at_least('model.', self, 1, 'layers', 'width', 'heads', 'vocab_multiple')
@@ -130,11 +114,6 @@ where it can, else blocks"""
       raise UserError('model.heads', self.heads, f'an even model.width/model.heads for rope, not {self.head_width}')
     if self.global_every and not self.window:
       raise UserError('model.global_every', self.global_every, '0 unless model.window says how far the other layers see')
-    if self.remat != 'names' and (self.saved or self.offloaded):
-      field = 'saved' if self.saved else 'offloaded'
-      raise UserError(f'model.{field}', list(getattr(self, field)), f"none unless model.remat is 'names', and it is '{self.remat}'")
-    if twice := set(self.saved) & set(self.offloaded):
-      raise UserError('model.offloaded', sorted(twice)[0], 'activations that model.saved does not name')
 
   @property
   def head_width(self) -> int:
@@ -164,3 +143,37 @@ where it can, else blocks"""
   def table_rows(self) -> int:
     """Rows of the embedding table: vocab_size rounded up to vocab_multiple."""
     return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+  """How the transformer is computed. None of it changes the function, up to rounding, nor what a checkpoint or an export means."""
+
+  scan: bool = False
+  """run the layers as one scan over stacked parameters: compile time does not grow with them; slower on CPU"""
+  remat: Literal['none', 'dots', 'full', 'names'] = 'none'
+  """what the backward pass recomputes of a block: nothing, all but products with weights (dots), all (full), or all but the \
+activations that saved and offloaded name (names)"""
+  saved: tuple[Activation, ...] = ()
+  """activations kept under remat 'names'; JSON on a command line: '["attention", "hidden"]'"""
+  offloaded: tuple[Activation, ...] = ()
+  """activations kept in the host's memory under remat 'names'; for devices with a memory of their own"""
+  sequence_parallel: bool = False
+  """split the activations between products over mesh.model too, by token (arXiv:2205.05198)"""
+  attention: Literal['auto', 'blocks', 'xla', 'splash', 'cudnn'] = 'auto'
+  """blocks: causal blocks, on any device; xla: the full square; splash: TPU kernels; cudnn: NVIDIA's; auto: the device's own \
+where it can, else blocks"""
+  dtype: Literal['float32', 'bfloat16'] = 'float32'
+  """precision of matrix products and activations; parameters, norms, softmax and loss stay float32"""
+
+  def __post_init__(self):
+    if self.remat != 'names' and (self.saved or self.offloaded):
+      field = 'saved' if self.saved else 'offloaded'
+      raise UserError(f'compute.{field}', list(getattr(self, field)), f"none unless compute.remat is 'names', and it is '{self.remat}'")
+    if twice := set(self.saved) & set(self.offloaded):
+      raise UserError('compute.offloaded', sorted(twice)[0], 'activations that compute.saved does not name')
+
+  @property
+  def plain(self) -> 'ComputeConfig':
+    """In the same dtype, for inference: layers one by one, nothing recomputed, attention as the device here can."""
+    return ComputeConfig(dtype=self.dtype)

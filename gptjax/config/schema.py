@@ -7,7 +7,8 @@ from typing import Literal
 
 from gptjax.config.checks import INT32_MAX, at_least, at_most, divisors, fraction
 from gptjax.config.errors import UserError
-from gptjax.config.model import ModelConfig
+from gptjax.config.mesh import MeshConfig
+from gptjax.config.model import ComputeConfig, ModelConfig
 
 Duration = int | str
 """A length of training: steps (2000), or text with a unit: '2000 steps', '1.5e6 tokens', '3 epochs'."""
@@ -224,27 +225,6 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
-  """The mesh of devices."""
-
-  data: int = -1
-  """data parallel devices per replica, along which zero_stage shards the state; -1: all remaining devices"""
-  model: int = 1
-  """tensor parallel devices, along which matrices are sharded"""
-  replica: int = 1
-  """replicas of the complete state, joined by the slower network (TPU slices); the batch is sharded along them too"""
-  max_unsharded: float = 0.02
-  """largest fraction of the parameters' bytes that may stay unsharded where mesh and zero_stage should shard them"""
-
-  def __post_init__(self):
-    at_least('mesh.', self, 1, 'replica', 'model')
-    if not 0 <= self.max_unsharded <= 1:
-      raise UserError('mesh.max_unsharded', self.max_unsharded, '0 to 1')
-    if self.data != -1:
-      at_least('mesh.', self, 1, 'data')
-
-
-@dataclasses.dataclass(frozen=True)
 class EvalConfig:
   """Validation and samples during training."""
 
@@ -305,6 +285,8 @@ class Config:
 
   model: ModelConfig = ModelConfig()
   """the transformer"""
+  compute: ComputeConfig = ComputeConfig()
+  """how it is computed"""
   data: DataConfig = DataConfig()
   """documents, tokenizer, rows"""
   optimizer: OptimizerConfig = OptimizerConfig()
@@ -323,6 +305,8 @@ class Config:
   """sequences per step, over all devices"""
   microbatches: int = 1
   """number of microbatches per batch (gradient accumulation), which saves memory"""
+  objective: Literal['next_token'] = 'next_token'
+  """training objective; see gptjax/training/objective.py"""
   z_loss: float = 0.0
   """weight of the squared log-normalizer in the training loss (arXiv:2204.02311, section 5)"""
   zero_stage: int = 0
@@ -336,7 +320,7 @@ class Config:
 
   @property
   def microbatch_size(self) -> int:
-    """Sequences per microbatch."""
+    """Sequences per microbatch, over all devices."""
     return self.batch_size // self.microbatches
 
   def __post_init__(self):

@@ -20,7 +20,7 @@ from gptjax.interop.folders import CONFIG, GENERATION, Writer, copy_words, read_
 from gptjax.interop.importing import BUFFERS, KEPT, RECORD, load
 from gptjax.interop.matching import Match, match
 from gptjax.interop.tensor_files import Entry, read_header
-from gptjax.model import blueprint
+from gptjax.model import abstract_model
 from gptjax.sharding import make_mesh
 
 DTYPES = {'float32': 'F32', 'bfloat16': 'BF16', 'float16': 'F16'}
@@ -57,7 +57,7 @@ def export_run(workdir: Path, folder: Path, options: Export) -> str:
   tokenizer = load_tokenizer(workdir / 'data' / 'tokenizer')
   imported: dict[str, Any] = read_object(kept / RECORD) if kept.exists() else {'dtypes': {}, 'tokenizer': False}
   kind, values = _described(config, kept, tokenizer, options.dtype)
-  matched = match(kind, blueprint(config.model, config.data.context), config.data.context, imported['dtypes'])
+  matched = match(kind, abstract_model(config.model, config.compute, config.data.context), config.data.context, imported['dtypes'])
   dtype = lambda name: imported['dtypes'].get(name, 'F32') if options.dtype == 'auto' else DTYPES[options.dtype]
   tensors = {tensor.name: Entry(dtype(tensor.name), matched.shape(tensor)) for tensor in matched.tensors}
   buffers = read_header(kept / BUFFERS) if (kept / BUFFERS).exists() else {}

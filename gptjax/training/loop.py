@@ -19,7 +19,7 @@ from gptjax.files import write_atomic
 from gptjax import inference
 from gptjax.model import flops_per_token
 from gptjax.distributed import process_group, is_primary, all_gather, broadcast
-from gptjax.sharding import make_mesh, my_rows, place_rows
+from gptjax.sharding import make_mesh, process_rows, put_rows
 from gptjax.training.replicas import replica_check
 from gptjax.training.guard import BadSteps, Rollback
 from gptjax.training.hardware import CompileCounter, peak_flops
@@ -84,7 +84,7 @@ def train(config: Config, options: Options) -> int:
       state, begun = checkpoints.restore(newest, run.abstract_state)[0], f'step {progress.step}, {progress.tokens:,} tokens'
     elif config.init_from:  # from now on the run needs the other one no more
       checkpoints.save(progress, state, None, waits=True)
-    peak = peak_flops(list(mesh.devices.flatten()), run.config.model.compute_dtype)
+    peak = peak_flops(list(mesh.devices.flatten()), run.config.compute.dtype)
     book = stack.enter_context(contextlib.closing(Logbook(folder, progress.step, run.steps) if is_primary() else NullLogbook()))
     facts = header(run, data, begun, peak)
     book.header(facts | ({'changed': '; '.join(changed)} if changed else {}))
@@ -134,7 +134,7 @@ class _Loop:
     self.run, self.data, self.checkpoints, self.book, self.options, self.peak = run, data, checkpoints, book, options, peak
     self.watchdog, self.interruptions, self.bad_steps = watchdog, interruptions, bad_steps
     config = run.config
-    self.scorer = Scorer(run.blueprint, run.objective, run.mesh, config.microbatch_size)
+    self.scorer = Scorer(run.model, run.objective, run.mesh, config.microbatch_size, config.zero_stage)
     self.flops = flops_per_token(config.model, config.data.context)
     self.check = replica_check(run.abstract_state, run.mesh)
     self.compiles = 0
@@ -176,7 +176,7 @@ class _Loop:
 
   def _batches(self, row: int) -> Generator[Any, None, None]:
     config = self.run.config
-    return batches(self.run.rows, row, config.batch_size, my_rows(self.run.mesh, config.batch_size),
+    return batches(self.run.rows, row, config.batch_size, process_rows(self.run.mesh, config.batch_size),
                    prefetch=config.data.prefetch, workers=config.data.workers)
 
   def _step(self, counter: CompileCounter) -> None:
@@ -191,9 +191,9 @@ class _Loop:
     self.waited += time.perf_counter() - start
     self.progress = Progress(done.step + 1, row + size, done.tokens)
     before = counter.count
-    self.state, metrics = run.step(self.state, place_rows(run.mesh, batch, size))
+    self.state, metrics = run.step(self.state, put_rows(run.mesh, batch, size))
     self.compiles += counter.count - before
-    assert self.compiles == 1, f'the step was compiled {self.compiles} times'
+    assert self.compiles <= 1, f'the step was compiled {self.compiles} times'
     dispatched = (self.progress.step, (row, row + size), metrics)
     self._read_pending()
     self.pending = dispatched
@@ -332,7 +332,7 @@ class _Loop:
   @functools.cached_property
   def generator(self) -> inference.Generator:
     """For samples."""
-    return inference.Generator(self.run.blueprint, self.run.mesh, self.data.tokenizer, self.run.config.zero_stage)
+    return inference.Generator(self.run.model, self.run.mesh, self.data.tokenizer, self.run.config.zero_stage)
 
   def _start_trace(self, step: int) -> None:
     if is_primary() and self.options.profile_steps and not self.tracing and step == self.options.profile_steps[0]:

@@ -13,7 +13,7 @@ from gptjax.checkpoint.manifest import verify
 from gptjax.config import Config, UserError
 from gptjax.data import batches, prepare
 from gptjax.files import complete_lines, json_line
-from gptjax.sharding import make_mesh, my_rows, place_rows
+from gptjax.sharding import make_mesh, process_rows, put_rows
 from gptjax.training.guard import BadSteps
 from gptjax.training.run import resolve
 from gptjax.training.starting import beginning
@@ -80,8 +80,8 @@ def replay(workdir: Path, step: int, cache_dir: Path, begin: Callable[[str], Non
       start = bad.next_row(row, size)
       if number == progress.step + 1 or start != row:
         row = start
-        feed = batches(run.rows, row, size, my_rows(mesh, size), prefetch=config.data.prefetch, workers=config.data.workers)
-      state, metrics = run.step(state, place_rows(mesh, next(feed), size))
+        feed = batches(run.rows, row, size, process_rows(mesh, size), prefetch=config.data.prefetch, workers=config.data.workers)
+      state, metrics = run.step(state, put_rows(mesh, next(feed), size))
       row += size
       found: dict[str, Any] = jax.device_get(metrics)
       tokens += 0 if found['bad'] else int(found['targets'])

@@ -3,6 +3,7 @@
 Values are also checked to be finite, since arrays that ZeRO shards completely have no replica to compare with.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from gptjax.sharding import AXES
+from gptjax.config import AXIS_NAMES
 
 _FINITE = ('parameters/', 'optimizer/')
 """Arrays that must be finite; the running variance of the loss may overflow."""
@@ -28,18 +29,24 @@ def replica_check(state: Any, mesh: Mesh) -> Callable[[Any], str]:
     state: abstract state with shardings.
     mesh: of the state.
   """
-  paths = [jax.tree_util.keystr(path, simple=True, separator='/') for path, _ in jax.tree.leaves_with_path(state)]
-  specs = tuple(leaf.sharding.spec for leaf in jax.tree.leaves(state))
+  return _cached_check(tuple((jax.tree_util.keystr(path, simple=True, separator='/'), leaf.sharding.spec)
+                            for path, leaf in jax.tree.leaves_with_path(state)), mesh)
+
+
+@functools.lru_cache(maxsize=16)
+def _cached_check(leaves: tuple[tuple[str, PartitionSpec], ...], mesh: Mesh) -> Callable[[Any], str]:
+  """`leaves`: path and sharding of each array of the state."""
+  paths, specs = zip(*leaves)
 
   digest = _digest if mesh.size > 1 else lambda part: jnp.uint32(0)  # one device has no replicas, and hashing takes time
 
   def local(*parts):
     finite = [_finite(part) if path.startswith(_FINITE) else jnp.uint32(1) for path, part in zip(paths, parts)]
-    return jnp.stack([jnp.stack([digest(part) for part in parts]), jnp.stack(finite)])[None, None, None]
+    return jnp.stack([jnp.stack([digest(part) for part in parts]), jnp.stack(finite)])[(None,) * len(AXIS_NAMES)]
 
   @jax.jit
   def facts(state):
-    every = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(*AXES, None, None), check_vma=False)
+    every = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(*AXIS_NAMES, None, None), check_vma=False)
     return jax.reshard(every(*jax.tree.leaves(state)), PartitionSpec())
 
   def check(state: Any) -> str:
@@ -62,10 +69,11 @@ def _digest(part: jax.Array) -> jax.Array:
 
 
 def _deviating(digests: np.ndarray, spec: PartitionSpec, mesh: Mesh) -> str:
-  """Returns the devices whose digest [replica, data, model] of an array differs from most replicas of the same shard."""
+  """Returns the devices whose digest (one per device of the mesh) of an array differs from most replicas of the same shard."""
   split = {name for axes in spec if axes is not None for name in ((axes,) if isinstance(axes, str) else axes)}
-  replicated = [i for i, name in enumerate(AXES) if name not in split]
-  grouped = lambda x: np.moveaxis(x, replicated, range(3 - len(replicated), 3)).reshape(-1, int(np.prod([x.shape[i] for i in replicated])))
+  replicated = [i for i, name in enumerate(AXIS_NAMES) if name not in split]
+  count = int(np.prod([mesh.devices.shape[i] for i in replicated]))
+  grouped = lambda x: np.moveaxis(x, replicated, range(x.ndim - len(replicated), x.ndim)).reshape(-1, count)
   wrong = []
   for values, devices in zip(grouped(digests), grouped(mesh.devices)):
     different, counts = np.unique(values, return_counts=True)

@@ -17,11 +17,11 @@ from gptjax.files import write_atomic
 from gptjax.distributed import broadcast
 from gptjax.training.run import Run, in_steps
 
-FREE = ('batch_size', 'microbatches', 'zero_stage', 'mesh.', 'eval.', 'checkpoint.', 'faults.', 'model.attention', 'model.remat',
-        'model.saved', 'model.offloaded', 'model.sequence_parallel', 'data.source.path', 'data.source.skip', 'data.tokenizer.path',
+FREE = ('batch_size', 'microbatches', 'zero_stage', 'mesh.', 'eval.', 'checkpoint.', 'faults.', 'compute.attention', 'compute.remat',
+        'compute.saved', 'compute.offloaded', 'compute.sequence_parallel', 'data.source.path', 'data.source.skip', 'data.tokenizer.path',
         'data.prefetch', 'data.workers')
 """Fields that a resumed run may change: they affect neither the results, up to rounding, nor the order of the rows."""
-_HOLDABLE = ('model.dropout', 'model.compute_dtype')
+_HOLDABLE = ('model.dropout', 'compute.dtype')
 """Fields of the model that do not affect its checkpoints."""
 
 

@@ -88,7 +88,7 @@ def test_a_spike_is_told_from_what_is_usual():
 @pytest.fixture
 def spoil(settings, cache, monkeypatch):
   """A function (step): makes the batch of a step of the undisturbed run not finite."""
-  rows, place = train_rows(settings, prepare(settings.data, cache)), loop.place_rows
+  rows, place = train_rows(settings, prepare(settings.data, cache)), loop.put_rows
 
   def spoil(step):
     bad = rows.batch(4 * (step - 1) + np.arange(4))['tokens']
@@ -98,7 +98,7 @@ def spoil(settings, cache, monkeypatch):
         batch = batch | {'mask': np.where(batch['mask'] > 0, np.nan, batch['mask']).astype(np.float32)}
       return place(mesh, batch, size)
 
-    monkeypatch.setattr(loop, 'place_rows', spoiled)
+    monkeypatch.setattr(loop, 'put_rows', spoiled)
 
   return spoil
 

@@ -1,6 +1,6 @@
 """Trains as gptjax.train does, and keeps what each process hands over to be saved and gets restored, to compare the two.
 
-  python -m tools.bars.kept_state --config=... --workdir=DIR
+  python -m tests.acceptance.kept_state --config=... --workdir=DIR
 
 writes DIR/saved-STEP.PROCESS.npz with the parts of every array that the devices of this process hold, and restored-STEP.PROCESS.npz;
 and in rows.PROCESS a line for each row that they were given: its batch, counted from the start, its place in it, and its digest.
@@ -33,7 +33,7 @@ def main(config: configs.Config) -> int:
     _keep(f'restored-{step}', state)
     return state, progress
 
-  batches, place = itertools.count(), loop.place_rows
+  batches, place = itertools.count(), loop.put_rows
 
   def place_and_tell(mesh, batch, size):
     placed, number = place(mesh, batch, size), next(batches)
@@ -42,7 +42,7 @@ def main(config: configs.Config) -> int:
     return placed
 
   Checkpoints.save, Checkpoints.restore = keep_and_save, restore_and_keep
-  loop.place_rows = place_and_tell
+  loop.put_rows = place_and_tell
   return train.main(config)
 
 
