@@ -33,12 +33,12 @@ from gptjax.model import Parameters
 from gptjax.distributed import process_group, is_primary, all_gather, broadcast
 
 DAMAGED = 'damaged'
-"""Folder beside `checkpoints` to which damaged ones are moved."""
+"""Folder next to `checkpoints` to which damaged ones are moved."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-  """How far a run is; stored in a checkpoint beside the arrays."""
+  """How far a run is; stored in a checkpoint with the arrays."""
 
   step: int = 0
   """number of updates"""

@@ -1,6 +1,6 @@
 """The manifest of a checkpoint: its metadata and the XXH3 checksum of every file. It is written last, and verified before use.
 
-128 bits detect the damage that disks and networks do, at the speed of memory; no digest stored beside the data would prevent forgery.
+128 bits detect the damage that disks and networks do, at the speed of memory; no digest stored with the data could prevent forgery.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """The processes of one run: they find each other, check that they belong to the same run, wait for each other and end together.
 
-This runs before JAX and beside it, since `jax.distributed` aborts from C++ when a peer is missing or dies, and does not notice peers
+This runs before JAX and alongside it, since `jax.distributed` aborts from C++ when a peer is missing or dies, and does not notice peers
 with other code or another config. Here each of these ends every process with one line that names the peer.
 """
 

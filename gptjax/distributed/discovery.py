@@ -182,7 +182,7 @@ CLUSTERS: dict[str, tuple[Callable[[Environment, Metadata], GroupSpec | None], s
 
 
 def _port(job: str) -> int:
-  """Returns a port that all processes of a job derive alike, above the ephemeral ports, and that other jobs rarely share."""
+  """Returns a port that all processes of a job compute alike, above the ephemeral range, and that two jobs rarely share."""
   return 61440 + zlib.crc32(job.encode()) % 4096
 
 
