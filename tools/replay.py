@@ -23,10 +23,7 @@ _TOLERANCE = flags.DEFINE_float('tolerance', 0.0, 'largest accepted relative dif
 
 def main(_) -> int:
   workdir = expanded(_WORKDIR.value)
-  file = workdir / 'config.json'
-  if not file.exists():
-    raise configs.UserError('--workdir', str(workdir), 'a folder that gptjax.train made, with its config.json')
-  cache = start(configs.read(file))
+  cache = start(configs.read_config(workdir))
   from gptjax.distributed import is_primary
   from gptjax.training.replaying import replay
   table = Table('step', 'field', 'logged', 'now', 'relative difference')

@@ -1,6 +1,6 @@
 """Saving, verifying and restoring checkpoints. All Orbax code is in this package."""
 
 from gptjax.checkpoint.checkpoints import DAMAGED, Checkpoints, Progress, Retention
-from gptjax.checkpoint.trained import Restorer, Trained, load_trained, read_config
+from gptjax.checkpoint.trained import Restorer, Trained, load_trained
 
-__all__ = ['DAMAGED', 'Checkpoints', 'Progress', 'Restorer', 'Retention', 'Trained', 'load_trained', 'read_config']
+__all__ = ['DAMAGED', 'Checkpoints', 'Progress', 'Restorer', 'Retention', 'Trained', 'load_trained']

@@ -6,9 +6,8 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from gptjax import config as configs
 from gptjax.checkpoint.checkpoints import Checkpoints
-from gptjax.config import Config, MeshConfig, UserError
+from gptjax.config import Config, MeshConfig, read_config
 from gptjax.model import AbstractModel, Parameters, abstract_model, attention_backend
 from gptjax.sharding import check_heads, describe, make_mesh
 
@@ -29,18 +28,6 @@ class Trained:
     devices = self.mesh.devices.flatten()
     return (f'restored step {self.step}; {len(devices)} {devices[0].device_kind}, mesh {describe(self.mesh)}; '
             f'attention {attention_backend(self.config.model, self.model.compute, self.config.data.context)}, {self.model.compute.dtype}')
-
-
-def read_config(workdir: Path) -> Config:
-  """Returns the config of the run in a folder.
-
-  Raises:
-    UserError: there is no run, or its config is damaged.
-  """
-  file = workdir / 'config.json'
-  if not file.exists():
-    raise UserError('--workdir', str(workdir), 'a folder that gptjax.train made, with its config.json')
-  return configs.read(file)
 
 
 def load_trained(workdir: Path, step: str = 'latest', model_axis: int = 0) -> Trained:

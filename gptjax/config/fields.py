@@ -204,13 +204,16 @@ def from_json(text: str, file: str = 'config.json') -> Config:
   return config
 
 
-def read(file: pathlib.Path) -> Config:
-  """Returns the config in a run's config.json.
+def read_config(folder: pathlib.Path) -> Config:
+  """Returns the config of a run or checkpoint from its folder.
 
   Raises:
-    UserError: as in `from_json`, or the file is not UTF-8.
+    UserError: there is no config.json, or it is damaged.
   """
+  file = folder / 'config.json'
   try:
     return from_json(file.read_text(encoding='utf-8'), str(file))
+  except FileNotFoundError:
+    raise UserError('--workdir', str(folder), 'a folder that gptjax.train made, with its config.json') from None
   except UnicodeDecodeError as error:
     raise UserError(str(file), str(error), 'JSON of a config, in UTF-8') from None

@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 
-from gptjax.checkpoint import Checkpoints, Progress, read_config
+from gptjax.checkpoint import Checkpoints, Progress
 from gptjax.checkpoint.manifest import verify
-from gptjax.config import Config, UserError
+from gptjax.config import Config, UserError, read_config
 from gptjax.data import batches, prepare
 from gptjax.files import complete_lines, json_line
 from gptjax.sharding import make_mesh, process_rows, put_rows

@@ -67,7 +67,7 @@ def open_workdir(workdir: Path, run: Run, data: Prepared, done: Progress | None,
     UserError: changes that are not allowed; the error lists all of them.
   """
   config = run.config
-  old = configs.read(workdir / 'checkpoints' / str(done.step) / 'config.json') if done else config
+  old = configs.read_config(workdir / 'checkpoints' / str(done.step)) if done else config
   different = configs.differences(old, config)
   vocabulary = different.pop('model.vocab_size', None)  # reported last: it follows from tokenizer and text
   _ignore_moved_stores(different)

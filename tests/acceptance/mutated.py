@@ -239,7 +239,7 @@ def cheap_alone() -> Iterator[None]:
   class Cheap(restorer):  # type: ignore[misc, valid-type]
 
     def __init__(self, workdir: Path, model_axis: int = 0):
-      config = checkpoint.read_config(workdir)
+      config = configs.read_config(workdir)
       if not cheap(config):
         raise configs.UserError('config.json', 'too large', 'what is fuzzed')
       super().__init__(workdir, model_axis)

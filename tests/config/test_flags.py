@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from gptjax.config import (
     Component, Config, Duration, ModelConfig, Phase, UserError, ValidationSet, describe, differences, flatten, from_json, load,
-    override, read, run, to_json)
+    override, read_config, run, to_json)
 from gptjax.config.fields import FIELDS, item_type
 
 TEXTS = [name for name, hint in FIELDS.items() if hint is str]
@@ -153,7 +153,7 @@ def test_all_overrides_are_in_before_any_is_checked(command):
     ('--config.kv_heads=3', "--config.kv_heads: '3', expected: model, *; did you mean --config.model.kv_heads?"),
     ('--config.lr=3', "--config.lr: '3', expected: model, *; did you mean --config.optimizer.peak_lr?"),
     ('--config.model.context=3', "--config.model.context: '3', *; did you mean --config.data.context?"),
-    ('--config.model.layers.x=3', "--config.model.layers.x: '3', expected: layers, *, compute_dtype; did you mean *"),
+    ('--config.model.layers.x=3', "--config.model.layers.x: '3', expected: layers, *, dropout; did you mean *"),
     ('--config.zzzzzz=3', "--config.zzzzzz: '3', expected: model, *, seed"),
     ('--config.=3', "--config.: '3', expected: model, *, seed"),
     ('--config.model=3', "--config.model: '3', expected: one of its fields, since it is a group: layers, *"),
@@ -217,7 +217,7 @@ def test_json_that_python_cannot_hold_is_told(text):
 def test_a_config_that_is_no_text_is_told(tmp_path):
   (tmp_path / 'config.json').write_bytes(b'{"seed": \xff}')
   with pytest.raises(UserError, match="config.json: .*can't decode.*expected: JSON of a config"):
-    read(tmp_path / 'config.json')
+    read_config(tmp_path)
 
 
 @pytest.mark.parametrize('path, error', [
