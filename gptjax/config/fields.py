@@ -132,6 +132,7 @@ def suggestions(prefix: str) -> dict[str, str]:
 
 
 def choices(hint: Any) -> tuple[Any, ...]:
+  """Returns the values of a Literal, else ()."""
   return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
 
 
@@ -151,6 +152,7 @@ def _accepts(hint: Any, value: object) -> bool:
 
 
 def expected(hint: Any) -> str:
+  """Describes the valid values of a hint, for an error."""
   if choices(hint):
     return ', '.join(map(str, choices(hint)))
   if item := item_type(hint):
