@@ -138,8 +138,6 @@ def _tell(workdir: Path, records: list[dict[str, Any]], samples: list[dict[str, 
   if len(records) == 1:
     file = workdir / 'evaluation.json'
     earlier = read_json(file) if file.exists() else {}
-    if not isinstance(earlier, dict):
-      raise UserError(str(file), earlier, 'the JSON object of an earlier evaluation; remove it')
     # What this one left out, such as the documents beside tasks, stays if it is of the same checkpoint.
     whole = (earlier if earlier.get('step') == records[0]['step'] else {}) | json.loads(kept[0])
     write_whole(file, json_line(whole) + '\n')

@@ -84,18 +84,21 @@ def json_line(record: dict[str, Any]) -> str:
   return json.dumps(finite(record))
 
 
-def read_json(path: Path) -> Any:
-  """The JSON of a file.
+def read_json(path: Path) -> dict[str, Any]:
+  """The object in a JSON file.
 
   Raises:
-    UserError: there is no such file, or something else is in it.
+    UserError: the file is missing or holds something else.
   """
   try:
-    return json.loads(path.read_text())
+    values = json.loads(path.read_text())
   except FileNotFoundError:
     raise UserError(str(path), None, 'a JSON file; there is none') from None
-  except (ValueError, RecursionError) as error:  # the latter of brackets within brackets
-    raise UserError(str(path), str(error), 'a whole JSON file') from None
+  except (ValueError, RecursionError) as error:  # RecursionError: deeply nested brackets
+    raise UserError(str(path), str(error), 'a complete JSON file') from None
+  if not isinstance(values, dict):
+    raise UserError(str(path), values, 'a JSON object')
+  return values
 
 
 def write_json(path: Path, values: Any) -> None:

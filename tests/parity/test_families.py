@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax.interop import FAMILIES, Fields, family
+from gptjax.interop import FAMILIES, read_config
 from gptjax.model import blueprint
 from gptjax.sharding import place
 
@@ -70,8 +70,8 @@ def ours(name, config, tensors):
 def test_logits_and_gradients_are_those_of_transformers(name, shape, one_device, full):
   model = reference(name, shape)
   values = model.config.to_dict() | {'architectures': [type(model).__name__]}
-  assert family(values) is FAMILIES[name]
-  config, context = FAMILIES[name].read(Fields(values))
+  family, config, context = read_config(values)
+  assert family is FAMILIES[name]
   worst = [0.0, 0.0]
   for scan in (False, True) if full or shape is SHAPES[name][0] else (False,):
     plan = blueprint(dataclasses.replace(config, scan=scan), context)
