@@ -26,8 +26,8 @@ def main(_: None) -> None:
   """Exports --workdir."""
   start()
   from gptjax import interop
-  if process_group().group.processes > 1:
-    raise UserError('--processes', process_group().group.processes, '1: an export runs in a single process')
+  if process_group().count > 1:
+    raise UserError('--processes', process_group().count, '1: an export runs in a single process')
   print(interop.export_run(expanded(_WORKDIR.value), expanded(_FOLDER.value), step=_STEP.value, dtype=_DTYPE.value,
                            shard_bytes=int(_SHARD_GB.value * 1e9), check=check_flags.check()))
   print(_FOLDER.value)

@@ -17,7 +17,7 @@ from tools import check_flags
 _FOLDER = flags.DEFINE_string('folder', None, 'folder with config.json, safetensors and tokenizer', required=True)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the new run; must not exist yet', required=True)
 _CONTEXT = flags.DEFINE_integer('context', 0, 'tokens per row of the run; 0: the context length of the model', lower_bound=0)
-_SCAN = flags.DEFINE_bool('scan', False, 'stack the layers (model.scan): compile time does not grow with their number')
+_SCAN = flags.DEFINE_bool('scan', False, 'stack the layers (compute.scan): compile time does not grow with their number')
 _COMPUTE = flags.DEFINE_enum('compute_dtype', 'float32', ['float32', 'bfloat16'], 'compute dtype of the run; bfloat16 for accelerators')
 _MESH_DATA = flags.DEFINE_integer('mesh_data', -1, 'size of mesh axis data, which shards parameters; -1: all devices', lower_bound=-1)
 _MESH_MODEL = flags.DEFINE_integer('mesh_model', 1, 'size of mesh axis model, over which each matrix is split', lower_bound=1)
@@ -28,10 +28,10 @@ def main(_: None) -> None:
   """Imports --folder."""
   start()
   from gptjax import interop
-  if process_group().group.processes > 1:
-    raise UserError('--processes', process_group().group.processes, '1: an import runs in a single process, on all its devices')
+  if process_group().count > 1:
+    raise UserError('--processes', process_group().count, '1: an import runs in a single process, on all its devices')
   print(interop.import_folder(
-    expanded(_FOLDER.value), expanded(_WORKDIR.value), context=_CONTEXT.value, scan=_SCAN.value, compute_dtype=_COMPUTE.value,
+    expanded(_FOLDER.value), expanded(_WORKDIR.value), context=_CONTEXT.value, scan=_SCAN.value, dtype=_COMPUTE.value,
     mesh=MeshConfig(data=_MESH_DATA.value, model=_MESH_MODEL.value), tokenizer=expanded(_TOKENIZER.value) if _TOKENIZER.value else None,
     check=check_flags.check()))
   print(_WORKDIR.value)

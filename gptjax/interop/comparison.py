@@ -16,13 +16,12 @@ from jaxtyping import Float, Int
 from scipy.special import log_softmax
 
 from gptjax.checkpoint import Checkpoints
-from gptjax.config import UserError
+from gptjax.config import ComputeConfig, UserError
 from gptjax.data import Tokenizer
 from gptjax.data.progress import Work, announce
 from gptjax.interop.matching import Match, bits
 from gptjax.interop.tensor_files import Entry
-from gptjax.model import Blueprint, Parameters, blueprint
-from gptjax.sharding import place, row_groups
+from gptjax.model import AbstractModel, Parameters, abstract_model
 
 CHECKS = ('auto', 'transformers', 'roundtrip', 'none')
 
@@ -55,7 +54,7 @@ class Check:
     announce(f'check: {kind}' + ('' if installed or kind == 'none' else '; torch and transformers are not installed'))
     return dataclasses.replace(self, kind=kind)
 
-  def tokens(self, tokenizer: Tokenizer, plan: Blueprint) -> Int[np.ndarray, 'T']:
+  def tokens(self, tokenizer: Tokenizer, plan: AbstractModel) -> Int[np.ndarray, 'T']:
     """Ids of the prompt, at most as many as the model's context.
 
     Raises:
@@ -66,7 +65,7 @@ class Check:
     return tokenizer.encode(self.prompt, '--prompt')[:plan.context]
 
 
-def restored(checkpoints: Checkpoints, step: int, plan: Blueprint, mesh: Mesh, names: list[str]) -> Parameters:
+def restored(checkpoints: Checkpoints, step: int, plan: AbstractModel, mesh: Mesh, names: list[str]) -> Parameters:
   """Some parameters of a checkpoint, sharded over the mesh as at ZeRO stage 3."""
   shapes, shardings = plan.shapes, plan.shardings(3, mesh)
   return checkpoints.restore_parameters(step, {
@@ -109,15 +108,12 @@ def compare_logits(ours: Float[np.ndarray, 'T V'], theirs: Float[np.ndarray, 'T 
   return f'transformers: {text}; at most {allowed:.1e} is allowed'
 
 
-def our_logits(plan: Blueprint, parameters: Parameters, mesh: Mesh, tokens: Int[np.ndarray, 'T']) -> Float[np.ndarray, 'T V']:
+def our_logits(plan: AbstractModel, parameters: Parameters, mesh: Mesh, tokens: Int[np.ndarray, 'T']) -> Float[np.ndarray, 'T V']:
   """Our logits of a text in float32, without those of padded ids."""
-  config = dataclasses.replace(plan.config, compute_dtype='float32', attention='auto', sequence_parallel=False, remat='none', saved=(),
-                               offloaded=())
-  exact = blueprint(config, plan.context)
+  exact = abstract_model(plan.config, ComputeConfig(scan=plan.compute.scan), plan.context)
   with jax.set_mesh(mesh), jax.default_matmul_precision('highest'):  # the default of accelerators rounds float32
-    rows = np.tile(tokens, (row_groups(mesh), 1))  # the same row for each group of devices
-    logits = jax.jit(lambda parameters, tokens: exact.merge(parameters)(tokens))(parameters, place(mesh, rows, 'batch', None))
-    return np.asarray(logits)[0, :, :config.vocab_size]
+    logits = jax.jit(lambda parameters, tokens: exact.merge(parameters)(tokens))(parameters, tokens[None])
+    return np.asarray(logits)[0, :, :plan.config.vocab_size]
 
 
 def their_logits(folder: Path, tokens: Int[np.ndarray, 'T']) -> Float[np.ndarray, 'T V']:

@@ -8,18 +8,18 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from gptjax.checkpoint import Checkpoints, config_of
+from gptjax.checkpoint import Checkpoints, read_config
 from gptjax.config import Config, MeshConfig, UserError
 from gptjax.data import Tokenizer, load_tokenizer
 from gptjax.data.progress import Work
-from gptjax.files import building, read_json, write_json
+from gptjax.files import atomic_directory, read_json, write_json
 from gptjax.interop.comparison import Check, compare_logits, compare_tensors, our_logits, restored, their_logits
-from gptjax.interop.families import Family, comparable, family_for, read_config
+from gptjax.interop.families import Family, comparable, family_for, parse_config
 from gptjax.interop.folders import CONFIG, GENERATION, copy_text_files
 from gptjax.interop.importing import BUFFERS, KEPT, RECORD, load
 from gptjax.interop.matching import Match, match
 from gptjax.interop.tensor_files import Entry, Writer, read_header, read_tensors
-from gptjax.model import blueprint
+from gptjax.model import abstract_model
 from gptjax.sharding import make_mesh
 
 DTYPES = {'float32': 'F32', 'bfloat16': 'BF16', 'float16': 'F16'}
@@ -43,18 +43,18 @@ def export_run(workdir: Path, folder: Path, *, step: str = 'latest', dtype: str 
   """
   if folder.exists():
     raise UserError('--folder', str(folder), 'a folder that does not exist yet')
-  config, kept = config_of(workdir), workdir / KEPT
+  config, kept = read_config(workdir), workdir / KEPT
   tokenizer = load_tokenizer(workdir / 'data' / 'tokenizer')
   imported: dict[str, Any] = read_json(kept / RECORD) if kept.exists() else {'dtypes': {}, 'tokenizer': False}
   family, values = _described(config, kept, tokenizer, dtype)
-  matched = match(family, blueprint(config.model, config.data.context), config.data.context, imported['dtypes'])
+  matched = match(family, abstract_model(config.model, config.compute, config.data.context), config.data.context, imported['dtypes'])
   dtypes = {tensor.name: imported['dtypes'].get(tensor.name, 'F32') if dtype == 'auto' else DTYPES[dtype] for tensor in matched.tensors}
   tensors = {tensor.name: Entry(dtypes[tensor.name], matched.shape(tensor)) for tensor in matched.tensors}
   buffers = read_header(kept / BUFFERS) if (kept / BUFFERS).exists() else {}
   chosen = check.resolved()
   tokens = chosen.tokens(tokenizer, matched.plan)
   mesh = make_mesh(MeshConfig())
-  with contextlib.closing(Checkpoints(workdir / 'checkpoints')) as checkpoints, building(folder, resumes=False) as out:
+  with contextlib.closing(Checkpoints(workdir / 'checkpoints')) as checkpoints, atomic_directory(folder, resumes=False) as out:
     assert out, 'the folder did not exist'
     number = checkpoints.resolve(step)
     if kept.exists():
@@ -85,7 +85,7 @@ def _described(config: Config, kept: Path, tokenizer: Tokenizer, dtype: str) -> 
     return kind, {'architectures': [kind.architecture], 'model_type': kind.model_type,
                   'dtype': 'float32' if dtype == 'auto' else dtype} | kind.write(config.model, context) | ids
   values = read_json(kept / CONFIG)
-  kind, model, _ = read_config(values, str(kept / CONFIG))
+  kind, model, _ = parse_config(values, str(kept / CONFIG))
   was, now = comparable(model), comparable(config.model)
   for field in was:
     if was[field] != now[field]:

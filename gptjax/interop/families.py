@@ -63,14 +63,14 @@ class Family:
     """All tensors of a model."""
     found: dict[str, Tensor] = {}
     for ours, theirs in self.names.items():
-      if ours == 'head/kernel' and config.tied:
+      if ours == 'lm_head/kernel' and config.tied:
         continue
       for layer in range(config.layers) if '#' in ours else (0,):
         name, parameter = theirs.replace('#', str(layer)), ours.replace('#', str(layer))
         earlier = found[name].parameters if name in found else ()
         # transformers' Linear is [out, in]; GPT-2's Conv1D is [in, out], as ours.
-        transposed = ours.endswith('kernel') and (self.model_type != 'gpt2' or ours == 'head/kernel')
-        found[name] = Tensor(name, (*earlier, parameter), transposed, ours in ('tokens/table', 'head/kernel'))
+        transposed = ours.endswith('kernel') and (self.model_type != 'gpt2' or ours == 'lm_head/kernel')
+        found[name] = Tensor(name, (*earlier, parameter), transposed, ours in ('tokens/table', 'lm_head/kernel'))
     return list(found.values())
 
 
@@ -130,7 +130,7 @@ class Fields:
                       int(given.get('original_max_position_embeddings', original_context)))
 
 
-def read_config(values: Json, file: str = 'config.json') -> tuple[Family, ModelConfig, int]:
+def parse_config(values: Json, file: str = 'config.json') -> tuple[Family, ModelConfig, int]:
   """Family, config and context length that a config.json of any content describes.
 
   Raises:
@@ -171,13 +171,13 @@ def family_for(config: ModelConfig, context: int) -> Family:
                   f'a model that a published family can describe; the nearest, {name}, differs in these fields')
 
 
-_EXECUTION = ('vocab_multiple', 'dropout', 'scan', 'remat', 'saved', 'offloaded', 'sequence_parallel', 'attention', 'compute_dtype')
-"""Fields of a config that say how the function is computed or trained, not which function it is."""
+_TRAINING_ONLY = ('vocab_multiple', 'dropout')
+"""Fields of a model config that do not change the function it computes."""
 
 
 def comparable(config: ModelConfig) -> Json:
   """The fields of a config that define the function it computes, with their defaults resolved."""
-  values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in _EXECUTION}
+  values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in _TRAINING_ONLY}
   if config.positions != 'rope':
     del values['rope']
   values |= {'kv_heads': config.key_heads, 'mlp_width': config.hidden_width, 'head_size': config.head_width,
@@ -292,7 +292,7 @@ def _gemma3_json(config: ModelConfig, context: int) -> Json:
 
 _GPT2 = {
   'tokens/table': 'transformer.wte.weight', 'positions/table': 'transformer.wpe.weight',
-  'norm/gain': 'transformer.ln_f.weight', 'norm/bias': 'transformer.ln_f.bias', 'head/kernel': 'lm_head.weight',
+  'norm/gain': 'transformer.ln_f.weight', 'norm/bias': 'transformer.ln_f.bias', 'lm_head/kernel': 'lm_head.weight',
   **{f'blocks/#/{ours}/{part}': f'transformer.h.#.{theirs}.{"bias" if part == "bias" else "weight"}' for ours, theirs, parts in (
     ('attention_norm', 'ln_1', ('gain', 'bias')), ('attention/q', 'attn.c_attn', ('kernel', 'bias')),
     ('attention/k', 'attn.c_attn', ('kernel', 'bias')), ('attention/v', 'attn.c_attn', ('kernel', 'bias')),
@@ -303,7 +303,7 @@ _GPT2 = {
 
 def _llama_names(norms: Mapping[str, str], qk_norm: bool = False, qkv_bias: bool = False) -> dict[str, str]:
   """Tensor names of the families since Llama, which differ in the names of their norms."""
-  names = {'tokens/table': 'model.embed_tokens.weight', 'norm/gain': 'model.norm.weight', 'head/kernel': 'lm_head.weight'}
+  names = {'tokens/table': 'model.embed_tokens.weight', 'norm/gain': 'model.norm.weight', 'lm_head/kernel': 'lm_head.weight'}
   layer = {
     **{f'attention/{one}/kernel': f'self_attn.{one}_proj.weight' for one in 'qkv'}, 'attention/out/kernel': 'self_attn.o_proj.weight',
     **{f'mlp/{one}/kernel': f'mlp.{one}_proj.weight' for one in ('gate', 'up', 'down')},

@@ -1,7 +1,6 @@
 """Imports a Hugging Face folder as a run: config, tokenizer, and a checkpoint at step 0."""
 
 import contextlib
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -12,16 +11,16 @@ from safetensors.numpy import save_file
 
 from gptjax import config as configs
 from gptjax.checkpoint import Checkpoints, Progress, Retention
-from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, UserError
+from gptjax.config import ComputeConfig, Config, DataConfig, MeshConfig, ModelConfig, UserError
 from gptjax.data import Prepared, Tokenizer, export, load_tokenizer
 from gptjax.data.progress import Work
-from gptjax.files import building, read_json, write_json
+from gptjax.files import atomic_directory, read_json, write_json
 from gptjax.interop.comparison import Check, compare_logits, compare_tensors, our_logits, their_logits
-from gptjax.interop.families import read_config
+from gptjax.interop.families import parse_config
 from gptjax.interop.folders import CONFIG, copy_text_files, has_tokenizer
 from gptjax.interop.matching import Match, check_tensors, match
 from gptjax.interop.tensor_files import Entry, read_tensors
-from gptjax.model import Parameters, blueprint
+from gptjax.model import Parameters, abstract_model
 from gptjax.sharding import check_heads, make_mesh
 
 KEPT, RECORD, BUFFERS = 'hf', 'gptjax.json', 'buffers.safetensors'
@@ -33,16 +32,16 @@ MAX_BATCH_TOKENS = 2**14
 
 
 def import_folder(folder: Path, workdir: Path, *, context: int = 0, scan: bool = False,
-                  compute_dtype: Literal['float32', 'bfloat16'] = 'float32', mesh: MeshConfig = MeshConfig(), tokenizer: Path | None = None,
-                  check: Check = Check()) -> str:
+                  dtype: Literal['float32', 'bfloat16'] = 'float32',
+                  mesh: MeshConfig = MeshConfig(), tokenizer: Path | None = None, check: Check = Check()) -> str:
   """Makes a run from a folder; the workdir appears complete or not at all. Returns a summary as text.
 
   Args:
     folder: config.json, safetensors and a tokenizer.
     workdir: must not exist.
     context: tokens per row; 0: the context length of the model.
-    scan: stack the layers, see model.scan.
-    compute_dtype: precision of matrix products and activations, see model.compute_dtype.
+    scan: stack the layers, see compute.scan.
+    dtype: of matrix products and activations, see compute.dtype.
     mesh: devices over which the parameters are sharded.
     tokenizer: folder of a tokenizer that replaces the model's own.
     check: at the end of the import.
@@ -54,22 +53,21 @@ def import_folder(folder: Path, workdir: Path, *, context: int = 0, scan: bool =
     raise UserError('--workdir', str(workdir), 'a folder that does not exist yet')
   if not folder.is_dir():
     raise UserError('--folder', str(folder), f'a folder with {CONFIG} and safetensors')
-  family, model, positions = read_config(read_json(folder / CONFIG), str(folder / CONFIG))
+  family, model, positions = parse_config(read_json(folder / CONFIG), str(folder / CONFIG))
   if not 0 <= context <= positions:
     raise UserError('--context', context, f"1 to {positions:,}, the model's context length, or 0 for all of it")
   context = context or positions
-  model = dataclasses.replace(model, scan=scan, compute_dtype=compute_dtype)
-  config = Config(model=model, data=DataConfig(context=context),
+  config = Config(model=model, compute=ComputeConfig(scan=scan, dtype=dtype), data=DataConfig(context=context),
                   batch_size=max(1, min(Config().batch_size, MAX_BATCH_TOKENS // context)), mesh=MeshConfig(model=mesh.model))
   entries = read_tensors(folder)
-  matched = match(family, blueprint(model, context), positions, entries)
+  matched = match(family, abstract_model(model, config.compute, context), positions, entries)
   buffers = check_tensors(matched, family, str(folder), entries)
   loaded = _tokenizer(folder, tokenizer, model)
   chosen = check.resolved()
   tokens = chosen.tokens(loaded, matched.plan)
   devices = make_mesh(mesh)
   check_heads(model, devices)
-  with building(workdir, resumes=False) as out:
+  with atomic_directory(workdir, resumes=False) as out:
     assert out, 'the workdir did not exist'
     (out / 'config.json').write_text(configs.to_json(config))
     export(Prepared(loaded, (), {}, {}, loaded.sha256, 'none: imported'), out / 'data')
@@ -94,7 +92,7 @@ def load(matched: Match, mesh: Mesh, entries: Mapping[str, Entry]) -> Parameters
   shapes, shardings = matched.plan.shapes, matched.plan.shardings(3, mesh)
   parameters = {}
   with Work('read', sum(4 * shape.size for shape in shapes.values()), 'bytes') as work:
-    # The largest first: building a parameter takes memory besides the parameter itself, and at the start most memory is free.
+    # The largest first: atomic_directory a parameter takes memory besides the parameter itself, and at the start most memory is free.
     for name in sorted(shapes, key=lambda name: -shapes[name].size):
       parameters[name] = jax.block_until_ready(jax.make_array_from_callback(
         shapes[name].shape, shardings[name], lambda index: matched.read(entries, name, index or ())))

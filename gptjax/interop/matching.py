@@ -12,7 +12,7 @@ import numpy as np
 from gptjax.config import UserError
 from gptjax.interop.families import Family, Tensor
 from gptjax.interop.tensor_files import DTYPES, Entry
-from gptjax.model import Blueprint
+from gptjax.model import AbstractModel
 from gptjax.model.layout import stacked_name
 
 PARAMETER_DTYPES = ('F32', 'BF16', 'F16')
@@ -26,7 +26,7 @@ _GROUP_BYTES = 2**28
 class Match:
   """A model and the tensors of the folder that it comes from or goes to."""
 
-  plan: Blueprint
+  plan: AbstractModel
   tensors: tuple[Tensor, ...]
   """under their names in the folder"""
   positions: int
@@ -34,7 +34,7 @@ class Match:
 
   def _stored(self, parameter: str) -> tuple[str, int | None]:
     """A parameter's name in the model, and its layer where the model stacks layers."""
-    return stacked_name(parameter) if self.plan.config.scan else (parameter, None)
+    return stacked_name(parameter) if self.plan.compute.scan else (parameter, None)
 
   def shape(self, tensor: Tensor) -> tuple[int, ...]:
     """The shape that the folder's tensor must have."""
@@ -42,7 +42,7 @@ class Match:
     shape = list(self.plan.shapes[name].shape[layer is not None:])
     shape[-1] *= len(tensor.parameters)
     if tensor.rows:
-      shape[1 if name == 'head/kernel' else 0] = self.plan.config.vocab_size
+      shape[1 if name == 'lm_head/kernel' else 0] = self.plan.config.vocab_size
     if name == 'positions/table':
       shape[0] = self.positions
     return tuple(reversed(shape) if tensor.transposed else shape)
@@ -63,7 +63,7 @@ class Match:
     ranges = [range(*one.indices(size)) for one, size in zip(index, shape)]
     value = _aligned(tuple(map(len, ranges)))
     sources, layers = self._sources[name], value[None]
-    if name.startswith('blocks/') and self.plan.config.scan:
+    if name.startswith('blocks/') and self.plan.compute.scan:
       sources, layers, ranges = [sources[layer] for layer in ranges[0]], value, ranges[1:]
     for (tensor, part), target in zip(sources, layers):
       view = entries[tensor.name].view()
@@ -107,7 +107,7 @@ class Match:
     yield names, tensors
 
 
-def match(family: Family, plan: Blueprint, positions: int, names: Collection[str] = ()) -> Match:
+def match(family: Family, plan: AbstractModel, positions: int, names: Collection[str] = ()) -> Match:
   """The correspondence of a model with the tensors of a folder.
 
   Args:
@@ -118,7 +118,7 @@ def match(family: Family, plan: Blueprint, positions: int, names: Collection[str
   """
   tensors = [tensor if tensor.name in names else dataclasses.replace(tensor, name=short) if short in names else tensor
              for tensor in family.tensors(plan.config) for short in [tensor.name.removeprefix(family.prefix)]]
-  head = family.names['head/kernel']
+  head = family.names['lm_head/kernel']
   if plan.config.tied and head in names:
     tensors.append(Tensor(head, ('tokens/table',), rows=True))
   return Match(plan, tuple(tensors), positions)

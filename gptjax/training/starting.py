@@ -7,13 +7,12 @@ from pathlib import Path
 import jax
 from jax.sharding import PartitionSpec
 
-from gptjax.checkpoint import Checkpoints, config_of
+from gptjax.checkpoint import Checkpoints, read_config
 from gptjax.checkpoint.manifest import MANIFEST
 from gptjax.config import UserError
 from gptjax.data import Tokenizer, load_tokenizer
 from gptjax.files import expanded
-from gptjax.model import Blueprint, blueprint
-from gptjax.model.layout import stack_layers, unstack_layers
+from gptjax.model import AbstractModel, abstract_model, stack_layers, unstack_layers
 from gptjax.sharding import Axis
 from gptjax.training.run import Run
 from gptjax.training.step import TrainState
@@ -36,8 +35,8 @@ def beginning(run: Run, tokenizer: Tokenizer) -> tuple[TrainState, str]:
   if not path:
     return run.initialize(), 'nothing, fresh parameters'
   source = _open(expanded(path))
-  plan = run.blueprint
-  in_layout = stack_layers if plan.config.scan else unstack_layers
+  plan = run.model
+  in_layout = stack_layers if plan.compute.scan else unstack_layers
   shapes = in_layout(source.plan.shapes)
   differences = _differences(plan, shapes)
   if source.tokenizer.sha256 != tokenizer.sha256:
@@ -59,7 +58,7 @@ def beginning(run: Run, tokenizer: Tokenizer) -> tuple[TrainState, str]:
 class _Source:
   checkpoints: Checkpoints
   step: int
-  plan: Blueprint
+  plan: AbstractModel
   tokenizer: Tokenizer
 
 
@@ -75,11 +74,11 @@ def _open(path: Path) -> _Source:
     if newest is None:
       raise UserError('init_from', str(path), 'a run that has a checkpoint')
     step = newest
-  config = config_of(home)
-  return _Source(checkpoints, step, blueprint(config.model, config.data.context), load_tokenizer(tokenizer))
+  config = read_config(home)
+  return _Source(checkpoints, step, abstract_model(config.model, config.compute, config.data.context), load_tokenizer(tokenizer))
 
 
-def _differences(plan: Blueprint, found: Mapping[str, jax.ShapeDtypeStruct]) -> list[str]:
+def _differences(plan: AbstractModel, found: Mapping[str, jax.ShapeDtypeStruct]) -> list[str]:
   """What a plan has that was not found, what was found that it has not, and what is of another size, each in words.
 
   Raises:

@@ -1,6 +1,5 @@
 """A folder becomes a run and the run the same folder, bit by bit, on any mesh; and what fails leaves nothing."""
 
-import dataclasses
 import json
 
 import jax
@@ -10,15 +9,15 @@ from tiny import config as tiny_config
 from tiny import files_below, run, small_disk, write_text
 
 from gptjax.checkpoint import Checkpoints, Progress, Retention, load_trained
-from gptjax.config import MeshConfig, UserError, ending
+from gptjax.config import ComputeConfig, MeshConfig, UserError, ending
 from gptjax.data import open_held_out
 from gptjax.data.tokenizers import ByteTokenizer
-from gptjax.interop import FAMILIES, Check, Fields, export_run, import_folder, read_config
+from gptjax.interop import FAMILIES, Check, Fields, export_run, import_folder, parse_config
 from gptjax.interop.comparison import compare_logits
 from gptjax.interop.importing import load
 from gptjax.interop.matching import Match, bits, match
 from gptjax.interop.tensor_files import DTYPES, Entry, Writer, read_tensors
-from gptjax.model import blueprint
+from gptjax.model import abstract_model
 from gptjax.sharding import make_mesh
 
 VOCABULARY = 261  # no multiple of 8: rows are padded
@@ -36,7 +35,7 @@ def make_folder(folder, family, fields, dtype='F32', rename=lambda name: name, m
   kind = FAMILIES[family]
   values = {'architectures': [kind.architecture], 'model_type': family, 'torch_dtype': 'float32', 'other': [1, None], **fields}
   config, context = kind.read(Fields(values))
-  matched = match(kind, blueprint(config, context), context)
+  matched = match(kind, abstract_model(config, ComputeConfig(), context), context)
   rng = np.random.default_rng(0)
   arrays = {tensor.name: (0.2 * rng.standard_normal(matched.shape(tensor), np.float32)).astype(DTYPES[dtype]) for tensor in matched.tensors}
   arrays |= {} if more is None else more(arrays)
@@ -95,7 +94,7 @@ def test_each_device_reads_its_own_part(tmp_path, monkeypatch, scan):
   kind = FAMILIES['llama']
   config, context = kind.read(Fields(DECODER))
   entries = read_tensors(source)
-  matched = match(kind, blueprint(dataclasses.replace(config, scan=scan), context), context, entries)
+  matched = match(kind, abstract_model(config, ComputeConfig(scan=scan), context), context, entries)
   whole = load(matched, make_mesh(MeshConfig(1, 1), jax.devices()[:1]), entries)
   read, sizes = Match.read, []
   monkeypatch.setattr(Match, 'read', lambda *args: sizes.append(read(*args)) or sizes[-1])
@@ -213,7 +212,7 @@ def test_a_folder_without_a_tokenizer_needs_another_one(tmp_path):
 
 
 @pytest.mark.parametrize('model', [
-  {}, {'model__scan': True, 'model__positions': 'rope', 'model__norm': 'rmsnorm', 'model__mlp': 'swiglu', 'model__bias': False,
+  {}, {'compute__scan': True, 'model__positions': 'rope', 'model__norm': 'rmsnorm', 'model__mlp': 'swiglu', 'model__bias': False,
        'model__tied': False, 'model__kv_heads': 1}])
 def test_a_run_trained_here_becomes_a_folder_of_its_family(tmp_path, model):
   run(tiny_config(write_text(tmp_path / 'text.txt'), steps=2, eval__every=0, **model), tmp_path / 'run', tmp_path / 'cache')
@@ -227,7 +226,7 @@ def test_a_run_trained_here_becomes_a_folder_of_its_family(tmp_path, model):
   assert one.keys() == other.keys()
   rows = open_held_out(tmp_path / 'run' / 'data').tokenizer.vocab_size
   for name in one:  # padded rows are not in the folder
-    cut = {'tokens/table': np.s_[:rows], 'head/kernel': np.s_[:, :rows]}.get(name, np.s_[:])
+    cut = {'tokens/table': np.s_[:rows], 'lm_head/kernel': np.s_[:, :rows]}.get(name, np.s_[:])
     np.testing.assert_array_equal(one[name][cut], other[name][cut])
 
 
@@ -268,4 +267,4 @@ def test_a_full_disk_leaves_nothing(tmp_path):
   {'model_type': 'mistral', 'sliding_window': '4096'}], ids=str)
 def test_a_config_of_odd_types_is_one_line(fields):
   with pytest.raises(UserError, match='^some/config.json'):
-    read_config({'architectures': ['LlamaForCausalLM'], 'model_type': 'llama', **DECODER, **fields}, 'some/config.json')
+    parse_config({'architectures': ['LlamaForCausalLM'], 'model_type': 'llama', **DECODER, **fields}, 'some/config.json')
