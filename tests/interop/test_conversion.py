@@ -9,7 +9,7 @@ from tiny import config as tiny_config
 from tiny import files_below, run, small_disk, write_text
 
 from gptjax.checkpoint import Checkpoints, Progress, Retention, load_trained
-from gptjax.config import ComputeConfig, MeshConfig, UserError, ending
+from gptjax.config import ComputeConfig, MeshConfig, UserError, exit_status
 from gptjax.data import open_held_out
 from gptjax.data.tokenizers import ByteTokenizer
 from gptjax.interop import FAMILIES, Check, Fields, export_run, import_folder, parse_config
@@ -258,7 +258,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
                     lambda: export_run(tmp_path / 'run', disk / 'out', check=ROUNDTRIP)):
       with pytest.raises((UserError, OSError)) as caught:
         convert()
-      assert ending(caught.value)[0] == 2 and not files_below(disk)
+      assert exit_status(caught.value)[0] == 2 and not files_below(disk)
 
 
 @pytest.mark.parametrize('fields', [
