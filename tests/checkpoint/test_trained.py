@@ -41,7 +41,7 @@ def parameters(seed):
 def test_parameters_lie_on_all_devices(workdir, model_axis, expected):
   trained = load_trained(workdir(model_axis))
   assert trained.step == 5 and dict(trained.mesh.shape) == {'replica': 1, 'data': 8 // expected, 'model': expected}
-  assert trained.config.model == trained.blueprint.config == MODEL and trained.blueprint.context == 16
+  assert trained.config.model == trained.model.config == MODEL and trained.model.context == 16
   assert all((np.array(trained.parameters[name]) == value).all() for name, value in parameters(5).items())
   # Heads over `model`; over `data`, which training shared them out on, each device has all.
   assert trained.parameters['blocks/0/attention/q/kernel'].sharding.spec == PartitionSpec(None, 'model' if expected > 1 else None)

@@ -47,8 +47,8 @@ def test_all_checkpoints_are_scored_alike_on_every_mesh_without_another_program(
   try:
     for model_axis in (1, 4):
       with Restorer(workdir, model_axis) as restorer, jax.set_mesh(restorer.mesh):
-        scorer = Scorer(restorer.blueprint, next_token(), restorer.mesh, 8)
-        likelihoods = LikelihoodScorer(restorer.blueprint, restorer.mesh, 64)
+        scorer = Scorer(restorer.model, next_token(), restorer.mesh, 8)
+        likelihoods = LikelihoodScorer(restorer.model, restorer.mesh, 64)
         compiled = []
         for step in restorer.steps('all'):
           before = counter.count
