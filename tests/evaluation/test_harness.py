@@ -32,7 +32,8 @@ TOKENIZER = ByteTokenizer()
 
 @pytest.fixture
 def plan():
-  return abstract_model(ModelConfig(layers=1, width=16, heads=2, vocab_size=TOKENIZER.vocab_size, positions='rope'), ComputeConfig(), CONTEXT)
+  config = ModelConfig(layers=1, width=16, heads=2, vocab_size=TOKENIZER.vocab_size, positions='rope')
+  return abstract_model(config, ComputeConfig(), CONTEXT)
 
 
 @pytest.fixture
