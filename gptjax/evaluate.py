@@ -137,8 +137,6 @@ def _report(workdir: Path, records: list[dict[str, Any]], samples: list[dict[str
   if len(records) == 1:
     file = workdir / 'evaluation.json'
     earlier = read_json(file) if file.exists() else {}
-    if not isinstance(earlier, dict):
-      raise UserError(str(file), earlier, 'the JSON object of an earlier evaluation; remove it')
     # Earlier results of the same checkpoint that this evaluation did not repeat, such as documents besides tasks, are kept.
     merged = (earlier if earlier.get('step') == records[0]['step'] else {}) | json.loads(lines[0])
     write_atomic(file, json_line(merged) + '\n')

@@ -84,18 +84,21 @@ def json_line(record: dict[str, Any]) -> str:
   return json.dumps(finite(record))
 
 
-def read_json(path: Path) -> Any:
-  """Reads a JSON file.
+def read_json(path: Path) -> dict[str, Any]:
+  """The object in a JSON file.
 
   Raises:
-    UserError: it does not exist, or is not JSON.
+    UserError: the file is missing or holds something else.
   """
   try:
-    return json.loads(path.read_text())
+    values = json.loads(path.read_text())
   except FileNotFoundError:
-    raise UserError(str(path), None, 'a JSON file; it does not exist') from None
-  except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
+    raise UserError(str(path), None, 'a JSON file; there is none') from None
+  except (ValueError, RecursionError) as error:  # RecursionError: deeply nested brackets
     raise UserError(str(path), str(error), 'a complete JSON file') from None
+  if not isinstance(values, dict):
+    raise UserError(str(path), values, 'a JSON object')
+  return values
 
 
 def write_json(path: Path, values: Any) -> None:

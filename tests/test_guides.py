@@ -48,7 +48,7 @@ def test_commands_of_the_guide_to_clusters_run_as_written(tmp_path):
 
 def test_commands_of_the_guide_to_models_run_as_written(tmp_path):
   printed = list(run(commands_of('docs/models.md'), tmp_path).values())
-  assert len(printed) == 5 and all('roundtrip: all 24 tensors are the same bits' in words for words in printed[1:3])
+  assert len(printed) == 5 and all('roundtrip: all 24 tensors have the same bits' in words for words in printed[1:3])
   assert printed[3].startswith('Permission')
   assert len((tmp_path / 'samples.jsonl').read_text().splitlines()) == 3
   notebook = '\n'.join(commands_of('docs/models.md', 'python'))

@@ -10,13 +10,13 @@ from gptjax import config as configs
 from gptjax.checkpoint import Checkpoints, Progress, Restorer, Retention
 from gptjax.config import Config, DataConfig, ModelConfig, UserError
 from gptjax.data import EvalRows
-from gptjax.evaluation import Asked, LikelihoodScorer, Scorer
+from gptjax.evaluation import LikelihoodScorer, Request, Scorer
 from gptjax.model import abstract_model
 from gptjax.training import next_token
 from gptjax.training.hardware import CompileCounter
 
 MODEL = ModelConfig(layers=1, width=32, heads=4, vocab_size=259)
-ASKED = [Asked([1, 20, 30], [40, 50]), Asked([1], [60] * 12)]
+ASKED = [Request([1, 20, 30], [40, 50]), Request([1], [60] * 12)]
 
 
 @pytest.fixture
