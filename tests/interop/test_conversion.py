@@ -1,6 +1,5 @@
 """A folder becomes a run and the run the same folder, bit by bit, on any mesh; and what fails leaves nothing."""
 
-import dataclasses
 import json
 
 import jax
@@ -10,7 +9,7 @@ from tiny import config as tiny_config
 from tiny import files_below, run, small_disk, write_text
 
 from gptjax.checkpoint import Checkpoints, Progress, Retention, load_trained
-from gptjax.config import MeshConfig, UserError, ending
+from gptjax.config import ComputeConfig, MeshConfig, UserError, ending
 from gptjax.data import open_held_out
 from gptjax.data.tokenizers import ByteTokenizer
 from gptjax.interop import FAMILIES, Check, Export, Fields, Import, export_run, import_folder
@@ -38,7 +37,7 @@ def make_folder(folder, family, fields, dtype='F32', rename=lambda name: name, m
   kind = FAMILIES[family]
   values = {'architectures': [kind.architecture], 'model_type': family, 'torch_dtype': 'float32', 'other': [1, None], **fields}
   config, context = kind.read(Fields(values))
-  matched = match(kind, abstract_model(config, context), context)
+  matched = match(kind, abstract_model(config, ComputeConfig(), context), context)
   rng = np.random.default_rng(0)
   arrays = {tensor.name: (0.2 * rng.standard_normal(matched.shape(tensor), np.float32)).astype(DTYPES[dtype]) for tensor in matched.tensors}
   arrays |= {} if more is None else more(arrays)
@@ -97,7 +96,7 @@ def test_each_device_reads_its_own_part(tmp_path, monkeypatch, scan):
   kind = FAMILIES['llama']
   config, context = kind.read(Fields(DECODER))
   entries = read_tensors(source)
-  matched = match(kind, abstract_model(dataclasses.replace(config, scan=scan), context), context, entries)
+  matched = match(kind, abstract_model(config, ComputeConfig(scan=scan), context), context, entries)
   whole = load(matched, make_mesh(MeshConfig(1, 1), jax.devices()[:1]), entries)
   read, sizes = Match.read, []
   monkeypatch.setattr(Match, 'read', lambda *args: sizes.append(read(*args)) or sizes[-1])
