@@ -8,7 +8,8 @@ Meant for 16 TPU v5e chips (v5e:4x4). Data: a mixture of your own, in stores mad
 """
 
 from gptjax.config import (
-  CheckpointConfig, Component, ComputeConfig, Config, DataConfig, EvalConfig, MeshConfig, ModelConfig, OptimizerConfig, RopeConfig, ValidationSet)
+  CheckpointConfig, Component, ComputeConfig, Config, DataConfig, EvalConfig, MeshConfig, ModelConfig, OptimizerConfig, RopeConfig,
+  ValidationSet)
 
 
 def get_config() -> Config:

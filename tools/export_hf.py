@@ -1,9 +1,8 @@
 """`python -m tools.export_hf --workdir=RUN --folder=HF`: a run becomes a Hugging Face folder, which transformers opens.
 
-A run that was imported gives its folder back, tensors of the same names and types; one trained here, a folder of the published
-family that its model is of. Memory: some parameters at a time, beside 2 GB the largest of them twice.
+An imported run becomes the same folder again, with tensors of the same names and dtypes; a run trained here becomes a folder of the
+published family that has its architecture. Memory: some parameters at a time: 2 GB, and twice the largest one.
 """
-
 
 from absl import flags
 
@@ -18,8 +17,8 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a run', required=True
 _FOLDER = flags.DEFINE_string('folder', None, 'folder to write; must not be there yet', required=True)
 _STEP = flags.DEFINE_string('step', 'latest', 'checkpoint to export: latest, best (lowest validation loss), or a step')
 _DTYPE = flags.DEFINE_enum('dtype', 'auto', ['auto', 'float32', 'bfloat16', 'float16'],
-                           'type of the tensors; auto: as they were imported, float32 where the run was trained here')
-_SHARD_GB = flags.DEFINE_float('shard_gb', 5.0, 'largest file of tensors, in GB (10^9 bytes); more go to several', lower_bound=1e-6)
+                           'dtype of the tensors; auto: as they were imported, float32 for a run trained here')
+_SHARD_GB = flags.DEFINE_float('shard_gb', 5.0, 'largest size of a file of tensors, in GB (10^9 bytes)', lower_bound=1e-6)
 
 
 def main(_: None) -> None:

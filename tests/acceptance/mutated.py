@@ -270,5 +270,5 @@ def cheap(config: Config) -> bool:
   per_layer = model.width * (2 * model.head_width * (model.heads + model.key_heads) + 3 * model.hidden_width)
   parameters = model.layers * per_layer + (2 * rows + context) * model.width
   per_token = model.layers * (8 * model.width + 3 * model.hidden_width + model.heads * (context + 4 * model.head_width)) + rows
-  return (parameters < 2e6 and config.batch_size * context < 2**14 and config.microbatch_size * context * per_token < 5e7 and model.layers <= 6
-          and config.eval.sample_tokens <= 32 and config.data.prefetch <= 64 and not config.data.workers)
+  return (parameters < 2e6 and config.batch_size * context < 2**14 and config.microbatch_size * context * per_token < 5e7
+          and model.layers <= 6 and config.eval.sample_tokens <= 32 and config.data.prefetch <= 64 and not config.data.workers)

@@ -153,7 +153,7 @@ def test_all_overrides_are_in_before_any_is_checked(command):
     ('--config.kv_heads=3', "--config.kv_heads: '3', expected: model, *; did you mean --config.model.kv_heads?"),
     ('--config.lr=3', "--config.lr: '3', expected: model, *; did you mean --config.optimizer.peak_lr?"),
     ('--config.model.context=3', "--config.model.context: '3', *; did you mean --config.data.context?"),
-    ('--config.model.layers.x=3', "--config.model.layers.x: '3', expected: layers, *, compute_dtype; did you mean *"),
+    ('--config.model.layers.x=3', "--config.model.layers.x: '3', expected: layers, *, dropout; did you mean *"),
     ('--config.zzzzzz=3', "--config.zzzzzz: '3', expected: model, *, seed"),
     ('--config.=3', "--config.: '3', expected: model, *, seed"),
     ('--config.model=3', "--config.model: '3', expected: only its fields, since it is a group: layers, *"),
