@@ -9,9 +9,11 @@ import pytest
 
 from small_stores import make_store, stream
 
+from gptjax.config import ComputeConfig, MeshConfig
 from gptjax.data import EvalRows
 from gptjax.evaluation import Scorer, pooled
 from gptjax.model import abstract_model
+from gptjax.sharding import make_mesh
 from gptjax.training import next_token
 from gptjax.training.hardware import CompileCounter
 
@@ -41,7 +43,7 @@ def pieces_of(row):
 
 @pytest.fixture
 def model(style):
-  return abstract_model(dataclasses.replace(style, layers=1), CONTEXT)
+  return abstract_model(dataclasses.replace(style, layers=1), ComputeConfig(), CONTEXT)
 
 
 @pytest.fixture
@@ -110,7 +112,7 @@ def test_a_part_of_the_rows_is_evenly_spaced_and_stands_for_its_bytes(model, pla
 @pytest.mark.parametrize('zero_stage', [0, 3])
 def test_a_score_is_the_same_on_all_devices(model, random_parameters, held, mesh, zero_stage):
   got = score(model, random_parameters(model, zero_stage), held, isolate=True, batch_size=8)
-  with jax.set_mesh(jax.make_mesh((1, 1, 1), mesh.axis_names, axis_types=mesh.axis_types, devices=jax.devices()[:1])):
+  with jax.set_mesh(make_mesh(MeshConfig(1, 1))):
     want = score(model, random_parameters(model), held, isolate=True, batch_size=8)
   assert_score(got, want.loss * want.tokens, want.tokens, held.bytes)
 

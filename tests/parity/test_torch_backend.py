@@ -53,10 +53,10 @@ def both(request, tokenizer, one_device, monkeypatch):
   shape = {key: value for key, value in shape.items() if key != ('n_positions' if name == 'llama' else 'max_position_embeddings')}
   reference = test_families.reference(name, shape)
   config, context = FAMILIES[name].read(Fields(reference.config.to_dict() | {'architectures': [type(reference).__name__]}))
-  plan = abstract_model(config, ComputeConfig(), context)
+  described = abstract_model(config, ComputeConfig(), context)
   values = test_families.ours(name, config, {key: p.detach().numpy() for key, p in reference.named_parameters()})
-  ours = HarnessModel(plan, one_device, tokenizer[0], 256)
-  ours.use(jax.device_put(values, plan.shardings(0, one_device)))
+  ours = HarnessModel(described, one_device, tokenizer[0], 256)
+  ours.use(jax.device_put(values, described.shardings(0, one_device)))
   return ours, HFLM(pretrained=reference, tokenizer=tokenizer[1], batch_size=4, device='cpu')
 
 
