@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import UserError
 from gptjax.data import Tokenizer
-from gptjax.data.progress import Work, announce
+from gptjax.data.progress import ProgressBar, announce
 from gptjax.interop.matching import Match, raw
 from gptjax.interop.tensor_files import Entry
 from gptjax.model import Blueprint, Parameters, blueprint
@@ -78,7 +78,7 @@ def compare_tensors(checkpoints: Checkpoints, step: int, match: Match, mesh: Mes
   Raises:
     UserError: one differs.
   """
-  with Work('compare', sum(entries[tensor.name].bytes for tensor in match.tensors), 'bytes') as work:
+  with ProgressBar('compare', sum(entries[tensor.name].bytes for tensor in match.tensors), 'bytes') as work:
     for names, tensors in match.groups():
       parameters = restored(checkpoints, step, match.plan, mesh, names)
       for tensor in tensors:

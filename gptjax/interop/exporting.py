@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from gptjax.checkpoint import Checkpoints, config_of
 from gptjax.config import Config, MeshConfig, UserError
 from gptjax.data import Tokenizer, load_tokenizer
-from gptjax.data.progress import Work
+from gptjax.data.progress import ProgressBar
 from gptjax.files import building, write_json
 from gptjax.interop.comparison import Agreement, Check, compare_tensors, our_logits, restored, their_logits
 from gptjax.interop.families import Family, comparable, described, family_for
@@ -115,7 +115,7 @@ def _write_tensors(out: Path, checkpoints: Checkpoints, step: int, matched: Matc
                    buffers: Mapping[str, Entry], shard_bytes: int) -> None:
   """Restores some parameters at a time, and writes the tensors that they are."""
   writer = Writer(out, {**tensors, **buffers}, shard_bytes)
-  with Work('write', sum(entry.bytes for entry in tensors.values()), 'bytes') as work:
+  with ProgressBar('write', sum(entry.bytes for entry in tensors.values()), 'bytes') as work:
     for names, group in matched.groups():
       parameters = restored(checkpoints, step, matched.plan, mesh, names)
       for tensor in group:

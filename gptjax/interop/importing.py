@@ -13,7 +13,7 @@ from gptjax import config as configs
 from gptjax.checkpoint import Checkpoints, Progress, Retention
 from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, UserError
 from gptjax.data import Prepared, Tokenizer, export, load_tokenizer
-from gptjax.data.progress import Work
+from gptjax.data.progress import ProgressBar
 from gptjax.files import building, write_json
 from gptjax.interop.comparison import Agreement, Check, compare_tensors, our_logits, their_logits
 from gptjax.interop.families import described
@@ -104,7 +104,7 @@ def load(matched: Match, mesh: Mesh, entries: Mapping[str, Entry]) -> Parameters
   """Builds all parameters on the mesh, each device's part out of the part of the file that it is."""
   shapes, shardings = matched.plan.shapes, matched.plan.shardings(3, mesh)
   parameters = {}
-  with Work('read', sum(4 * shape.size for shape in shapes.values()), 'bytes') as work:
+  with ProgressBar('read', sum(4 * shape.size for shape in shapes.values()), 'bytes') as work:
     # The largest first: what a parameter takes beside itself while it is made, is then taken where there are few others.
     for name in sorted(shapes, key=lambda name: -shapes[name].size):
       parameters[name] = jax.block_until_ready(jax.make_array_from_callback(

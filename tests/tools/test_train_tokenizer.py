@@ -82,7 +82,7 @@ def test_the_same_again_is_fine_and_another_is_refused(tmp_path):
   (['--source=a', '--out=DIR/x', '--gpt2_bpe=DIR'], "error: tokenizer: 'DIR/encoder.json', expected: GPT-2's encoder.json"),
   (['--source={"pth": "a"}', '--out=DIR/x'], "error: --source.pth: 'a', expected: path, split, text, separator, skip; did you"),
   (['--source=a', '--out=DIR/x', '--vocab_size=100000'], 'error: data.tokenizer.vocab_size: 100032, expected: at most '),
-  (['--source=a', '--out=DIR/x', '--symbol=x'], "error: symbol: 'x', expected: texts of two bytes or more"),
+  (['--source=a', '--out=DIR/x', '--symbol=x'], "error: symbol: 'x', expected: distinct texts of two or more bytes"),
   (['--source=a', '--out=DIR/x', '--digits=0'], "error: --digits: '0', expected: "),
   (['--source=a'], 'error: --out: None, expected: a value')])
 def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, arguments, message):

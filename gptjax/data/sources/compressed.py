@@ -1,15 +1,18 @@
-"""Compressed files: read once, from the beginning, a window at a time."""
+"""Compressed files, read sequentially through a sliding window.
+
+Not through fsspec or zstandard's stream_reader: those end silently where a .zst file was cut off.
+"""
 
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
-from gptjax.data.sources.packages import optional
+from gptjax.data.packages import optional
 
 SUFFIXES = ('.gz', '.zst')
 
 _CHUNK = 2**16
-"""Compressed bytes read together: few, since nothing bounds what they become."""
+"""Compressed bytes per read: few, since their decompressed size has no bound."""
 
 
 def stem(name: str) -> str:
@@ -18,14 +21,14 @@ def stem(name: str) -> str:
 
 
 class Stream:
-  """The bytes that a compressed file holds, from a place that moves on.
+  """A sliding window over the decompressed bytes of a file.
 
   Args:
     raw: the compressed file.
-    path: its name, which says how it is compressed.
+    path: its name; the suffix decides the format.
 
   Raises:
-    OSError: the file is broken or ends early, when that is read.
+    OSError: on reading, the file is broken or truncated.
     UserError: the package that reads it is not installed.
   """
 
@@ -35,43 +38,40 @@ class Stream:
     self._start = 0
 
   def reach(self, stop: int) -> int:
-    """Reads on to a place; the place, or the end if that comes before."""
-    while self._start + len(self._data) < stop:
-      chunk = next(self._chunks, None)
-      if chunk is None:
-        break
+    """Decompresses up to offset `stop`; returns it, or the end of the file if that comes first."""
+    while self._start + len(self._data) < stop and (chunk := next(self._chunks, None)) is not None:
       self._data += chunk
     return min(stop, self._start + len(self._data))
 
   def read(self, start: int, stop: int) -> bytes:
-    """The bytes from start, which is not before what was dropped, to stop or the end."""
+    """Bytes from `start`, which must not have been dropped, to `stop` or the end of the file."""
     self.reach(stop)
     return bytes(memoryview(self._data)[start - self._start:stop - self._start])
 
   def drop(self, stop: int) -> None:
-    """Forgets the bytes up to a place."""
+    """Discards the bytes before `stop`."""
     del self._data[:stop - self._start]
     self._start = stop
 
 
 def _decompressed(raw: BinaryIO, path: str) -> Iterator[bytes]:
-  begin, broken = _codec(path)
-  member = None  # both formats may hold several, one behind another
+  new_decoder, decoding_error = _codec(path)
+  decoder = None  # one per member: a file of either format may be several, concatenated
   while chunk := raw.read(_CHUNK):
     while chunk:
-      member = member or begin()
+      decoder = decoder or new_decoder()
       try:
-        yield member.decompress(chunk)
-      except broken as error:
+        yield decoder.decompress(chunk)
+      except decoding_error as error:
         raise OSError(f'broken {path[path.rfind("."):]} data: {error}') from None
-      chunk, member = (member.unused_data, None) if member.eof else (b'', member)
-  if member:
+      chunk, decoder = (decoder.unused_data, None) if decoder.eof else (b'', decoder)
+  if decoder:
     raise OSError('it ends early')
 
 
 def _codec(path: str) -> tuple[Callable[[], Any], type[Exception]]:
   if path.endswith('.gz'):
     return lambda: zlib.decompressobj(wbits=31), zlib.error
-  zstandard = optional('zstandard', path)
-  # The limit is for files made with --long; by itself zstandard refuses windows above 128 MB.
+  zstandard = optional('zstandard', 'data.source.path', path)
+  # For files made with --long: by default zstandard refuses windows above 128 MB.
   return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj, zstandard.ZstdError

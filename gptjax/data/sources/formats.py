@@ -1,25 +1,24 @@
-"""Which of a pattern's files are read, and as what."""
+"""The choice of files and of their format from a path, folder or glob."""
 
 from collections.abc import Callable, Sequence
 
 from gptjax.config import SourceConfig, UserError
-from gptjax.data.sources.compressed import stem
+from gptjax.data.sources.compressed import SUFFIXES, stem
 from gptjax.data.sources.files import File, find, title
-from gptjax.data.sources.jsonl import JsonLines
-from gptjax.data.sources.parquet import Parquet
 from gptjax.data.sources.source import Source
-from gptjax.data.sources.text import TextFiles
+from gptjax.data.sources.tables import Parquet
+from gptjax.data.sources.text import JsonLines, TextFiles
 
-_ENDINGS = {
+_SUFFIXES = {
     'JSON lines': ('.jsonl', '.ndjson'),
     'Parquet': ('.parquet',),
     'text': ('.txt', '.text', '.md', '.rst', '.tex', '.py'),
     'JSON': ('.json',),
 }
-"""What a folder gives. JSON and text may also be compressed; a path or a glob finds other text files, too."""
+"""Files read in a folder; JSON and text may be compressed. A path or glob may name text files with any other suffix."""
 
-_CHOICES = (('JSON lines', 'Parquet'), ('text',), ('JSON',))
-"""Beside data, texts are its README and LICENSE, and a .json file describes it; beside texts, it is none of them."""
+_PRIORITIES = (('JSON lines', 'Parquet'), ('text',), ('JSON',))
+"""Beside data files, text is their README or LICENSE and .json files are metadata; beside text, .json files are metadata."""
 
 _SOURCES: dict[str, Callable[[Sequence[File], str, SourceConfig], Source]] = {
     'JSON lines': JsonLines, 'JSON': JsonLines, 'Parquet': Parquet, 'text': TextFiles,
@@ -27,37 +26,34 @@ _SOURCES: dict[str, Callable[[Sequence[File], str, SourceConfig], Source]] = {
 
 
 def open_files(config: SourceConfig) -> Source:
-  """The source that a path, folder or glob is, here or at a URL.
+  """Opens the files at a path, in a folder or matched by a glob, local or remote.
 
-  Of several formats, JSON lines or Parquet are read and the rest is left out, which the description says; then text;
-  then .json files.
+  Of several formats one is read: JSON lines or Parquet, then text, then .json files. The description names the others.
 
   Raises:
     UserError: there are no files, or both JSON lines and Parquet, or the config does not fit them.
   """
-  plain = tuple(ending for endings in _ENDINGS.values() for ending in endings)
-  files = find(config.path, (*plain, *(f'{ending}{packed}' for ending in plain if ending != '.parquet'
-                                       for packed in ('.gz', '.zst'))))
-  kinds: dict[str, list[File]] = {}
+  plain = tuple(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
+  files = find(config.path, (*plain, *(suffix + packed for suffix in plain if suffix != '.parquet' for packed in SUFFIXES)))
+  by_kind: dict[str, list[File]] = {}
   for file in files:
-    kinds.setdefault(_kind(file.name), []).append(file)
-  choice = next(choice for choices in _CHOICES if (choice := [kind for kind in choices if kind in kinds]))
-  if len(choice) > 1:
-    there = ', '.join(f'{_counted(kinds[kind], kind)}' for kind in kinds)
-    raise UserError('data.source.path', config.path, f'files of one format, as a glob can choose them; there are {there}')
-  kind = choice[0]
+    by_kind.setdefault(_kind(file.name), []).append(file)
+  kind, *conflicts = next(found for kinds in _PRIORITIES if (found := [kind for kind in kinds if kind in by_kind]))
+  if conflicts:
+    counts = ', '.join(_counted(found, name) for name, found in by_kind.items())
+    raise UserError('data.source.path', config.path, f'files of one format, which a glob can select; there are {counts}')
   if config.separator and kind != 'text':
     raise UserError('data.source.separator', config.separator, f'none for {kind} files: a record is a document')
   description = title(config.path)
   if len(files) > 1:
-    left_out = [f'{_counted(kinds[other], other)} left out' for other in kinds if other != kind]
-    description += f' ({"; ".join([_counted(kinds[kind], kind), *left_out])})'
-  return _SOURCES[kind](kinds[kind], description, config)
+    ignored = [f'{_counted(found, name)} ignored' for name, found in by_kind.items() if name != kind]
+    description += f' ({"; ".join([_counted(by_kind[kind], kind), *ignored])})'
+  return _SOURCES[kind](by_kind[kind], description, config)
 
 
 def _kind(name: str) -> str:
-  return next((kind for kind, endings in _ENDINGS.items()
-               if (name if kind == 'Parquet' else stem(name)).lower().endswith(endings)), 'text')
+  return next((kind for kind, suffixes in _SUFFIXES.items()
+               if (name if kind == 'Parquet' else stem(name)).lower().endswith(suffixes)), 'text')
 
 
 def _counted(files: Sequence[File], kind: str) -> str:

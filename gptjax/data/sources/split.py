@@ -1,4 +1,4 @@
-"""Held-out documents: the two sides of a source."""
+"""Training and validation sides of a source."""
 
 import bisect
 import hashlib
@@ -11,46 +11,43 @@ from gptjax.data.sources.source import Document, Malformed, Part, Record, Source
 
 
 def split_source(source: Source, fraction: float) -> tuple[Source, Source]:
-  """Splits a source into (training, validation), which have its parts: each gives nothing for the other's records.
+  """Splits a source into (training, validation). Both have the source's parts; each yields None for the other's documents.
 
-  A document is held out when the hash of its name falls into the lowest `fraction` of all hashes, so documents that
-  come later do not move those already there. Where the names are known without reading, the lowest of two or more is
-  always held out and the highest never. A source that is a single document is read to be split by position: its last
-  `fraction` of characters is held out. Malformed records are on the side of training.
+  A document is held out if the hash of its name is among the lowest `fraction` of all hashes, so that adding documents
+  moves none from one side to the other. Where names are known without reading, the document with the lowest hash is always held
+  out and that with the highest never. A source that is a single document is read, and its last `fraction` of characters is held
+  out. Malformed records belong to the training side.
 
   Raises:
-    UserError: a single document is too short to give both sides a character, or cannot be read.
+    UserError: a single document is too short to split, or cannot be read.
   """
   if len(source.names) == 1:
-    return _split_position(source, fraction)
+    return _split_by_position(source, fraction)
   limit: float = fraction * 2**64
   if source.names:
-    ranks = sorted(map(_rank, source.names))
-    limit = ranks[min(max(bisect.bisect_left(ranks, limit), 1), len(ranks) - 1)]
-  border = math.ceil(limit)  # ranks are whole numbers
-  return _Hashed(source, False, border), _Hashed(source, True, border)
+    hashes = sorted(map(_hash, source.names))
+    limit = hashes[min(max(bisect.bisect_left(hashes, limit), 1), len(hashes) - 1)]
+  cut = math.ceil(limit)  # hashes are integers
+  return _SplitByHash(source, False, cut), _SplitByHash(source, True, cut)
 
 
 def is_held_out(name: str, fraction: float) -> bool:
-  """Whether a document of this name is held out, where only the hash decides."""
-  return _rank(name) < fraction * 2**64
+  """Whether the hash of a document's name selects it for validation."""
+  return _hash(name) < fraction * 2**64
 
 
-def _rank(name: str) -> int:
-  # Names of files need not be UTF-8; Python keeps what is not as lone surrogates.
+def _hash(name: str) -> int:
+  # File names need not be UTF-8; Python represents other bytes as lone surrogates.
   return int.from_bytes(hashlib.sha256(name.encode(errors='surrogateescape')).digest()[:8])
 
 
 class _Side(Source):
-  """One side of a source; `border` is where the two meet."""
+  """One side of a source that is split at `cut`: a hash or a position."""
 
-  def __init__(self, source: Source, held_out: bool, border: int):
-    self.source = source
-    self.held_out = held_out
-    self.border = border
-    self.description = f'{source.description}, {"only" if held_out else "without"} what is held out'
-    self.size = source.size
-    self.skip = source.skip
+  def __init__(self, source: Source, held_out: bool, cut: int):
+    self.source, self.held_out, self.cut = source, held_out, cut
+    self.description = f'{source.description}, {"validation" if held_out else "training"} side'
+    self.size, self.skip = source.size, source.skip
 
   def parts(self) -> Iterator[Part]:
     return self.source.parts()
@@ -60,47 +57,47 @@ class _Side(Source):
       yield None if self.held_out and isinstance(record, Malformed) else record
 
   def fingerprint(self) -> str:
-    return hashlib.sha256(f'{self.source.fingerprint()} {self.held_out} {self.border}'.encode()).hexdigest()
+    return hashlib.sha256(f'{self.source.fingerprint()} {self.held_out} {self.cut}'.encode()).hexdigest()
 
   def place(self, part: Part, record: int) -> str:
     return self.source.place(part, record)
 
 
-class _Hashed(_Side):
-  """Documents whose names rank below or above the border."""
+class _SplitByHash(_Side):
+  """The documents whose hashes are below the cut (held out), or the others."""
 
   def read(self, part: Part) -> Iterator[Record]:
     for record in super().read(part):
-      other = isinstance(record, Document) and (_rank(record.name) < self.border) != self.held_out
-      yield None if other else record
+      other_side = isinstance(record, Document) and (_hash(record.name) < self.cut) != self.held_out
+      yield None if other_side else record
 
 
-class _Positioned(_Side):
-  """The beginning or the end of a document that comes in pieces."""
+class _SplitByPosition(_Side):
+  """The start or the end of a document; `offsets` are the positions in characters of its pieces, by the start of their part."""
 
-  def __init__(self, source: Source, held_out: bool, cut: int, begins: dict[int, int]):
+  def __init__(self, source: Source, held_out: bool, cut: int, offsets: dict[int, int]):
     super().__init__(source, held_out, cut)
-    self._begins = begins
+    self._offsets = offsets
 
   def read(self, part: Part) -> Iterator[Record]:
-    begin = self._begins[part.start]
+    offset = self._offsets[part.start]
     for record in super().read(part):
       if isinstance(record, Document):
-        cut = max(0, self.border - begin)
-        begin += len(record.text)
+        cut = max(0, self.cut - offset)
+        offset += len(record.text)
         text = record.text[cut:] if self.held_out else record.text[:cut]
         record = Document(record.name, text) if text else None
       yield record
 
 
-def _split_position(source: Source, fraction: float) -> tuple[Source, Source]:
-  begins, length = {}, 0
+def _split_by_position(source: Source, fraction: float) -> tuple[Source, Source]:
+  offsets, length = {}, 0
   for part in source.parts():
-    begins[part.start] = length
+    offsets[part.start] = length
     length += sum(len(record.text) for record in source.read(part) if isinstance(record, Document))
-  # Exact arithmetic on the decimal that was written: in floats 1 - 0.9 is not 0.1.
+  # Exact arithmetic on the decimal as written: in floats 1 - 0.9 is not 0.1.
   cut = int(length * (1 - Fraction(str(fraction))))
   if not 0 < cut < length:
-    raise UserError('data.valid_fraction', fraction, f'a share that leaves both training and validation text of '
+    raise UserError('data.valid_fraction', fraction, 'a fraction that leaves text for both training and validation of '
                     f'the {length} characters of {source.names[0]}')
-  return _Positioned(source, False, cut, begins), _Positioned(source, True, cut, begins)
+  return _SplitByPosition(source, False, cut, offsets), _SplitByPosition(source, True, cut, offsets)

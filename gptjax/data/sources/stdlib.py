@@ -1,4 +1,4 @@
-"""The embedded corpus: the sources of the standard library of the Python that runs this, ready wherever Python is."""
+"""The embedded corpus: the source code of the running Python's standard library, available wherever Python is."""
 
 import fnmatch
 import hashlib
@@ -12,24 +12,22 @@ from gptjax.config import UserError
 from gptjax.data.sources.source import Document, Part, Source
 from gptjax.files import locked
 
-_NO_FOLDERS = ('__pycache__', 'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'encodings', 'pydoc_data',
-               'config-*', 'lib-dynload')
-_NO_FILES = ('_sysconfigdata*.py', 'entities.py')
-"""Other people's packages, test suites, and tables that a script wrote: codecs, pydoc's topics, build settings, HTML's
-entities."""
+_EXCLUDED = ('__pycache__', 'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'encodings', 'pydoc_data',
+             'config-*', 'lib-dynload', '_sysconfigdata*.py', 'entities.py')
+"""Third-party packages, test suites and generated tables: codecs, pydoc topics, build settings, HTML entities."""
 
 
 def stdlib_modules(folder: Path) -> list[Document]:
-  """The standard library's modules as documents named like 'json/decoder.py', straight from where Python has them.
+  """Reads the standard library's modules as documents with names like 'json/decoder.py'.
 
-  Left out: third-party packages, test suites, generated tables, empty files, and files that are not UTF-8 (a module
-  may declare another encoding, PEP 263).
+  Excludes third-party packages, test suites, generated tables, empty files, and files that are not UTF-8 (a module may declare
+  another encoding, PEP 263).
 
   Args:
     folder: root of the library.
 
   Raises:
-    UserError: this Python has no sources (some embedded distributions have compiled modules only).
+    UserError: there are no source files (some embedded distributions have only compiled modules).
   """
   texts = {path.relative_to(folder).as_posix(): _text(path) for path in _modules(folder)}
   documents = [Document(name, text) for name, text in sorted(texts.items()) if text]
@@ -40,12 +38,12 @@ def stdlib_modules(folder: Path) -> list[Document]:
 
 def _modules(root: Path) -> Iterator[Path]:
   for folder, folders, files in os.walk(root):
-    folders[:] = [name for name in folders if not _matches(name, _NO_FOLDERS)]
-    yield from (Path(folder, name) for name in files if name.endswith('.py') and not _matches(name, _NO_FILES))
+    folders[:] = [name for name in folders if not _is_excluded(name)]
+    yield from (Path(folder, name) for name in files if name.endswith('.py') and not _is_excluded(name))
 
 
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-  return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+def _is_excluded(name: str) -> bool:
+  return any(fnmatch.fnmatchcase(name, pattern) for pattern in _EXCLUDED)
 
 
 def _text(path: Path) -> str:
@@ -56,17 +54,17 @@ def _text(path: Path) -> str:
 
 
 class Stdlib(Source):
-  """The modules through their TFDS dataset, in one part and in the order of their names.
+  """The modules as a TFDS dataset, in one part and sorted by name.
 
-  The dataset is built when it is first read. It lies under the digest of the modules and its version is Python's, so
-  another interpreter has another one.
+  The dataset is built when it is first read. Its folder is named after the digest of the modules, so that another interpreter
+  has its own.
 
   Args:
-    cache_dir: the dataset lies in `cache_dir/tfds`.
-    folder: root of the library; the running interpreter's unless given.
+    cache_dir: the dataset is stored in `cache_dir/tfds`.
+    folder: root of the library; by default the running interpreter's.
 
   Raises:
-    UserError: this Python has no sources.
+    UserError: this Python has no source files.
   """
 
   def __init__(self, cache_dir: Path, folder: Path | None = None):
@@ -90,10 +88,9 @@ class Stdlib(Source):
 
   def read(self, part: Part) -> Iterator[Document]:
     # TFDS takes half a second to import, and only the first run with this corpus needs it.
-    from gptjax.data.sources.stdlib_builder import build_and_read
-    with locked(self._data_dir.parent / 'lock'):  # data with another tokenizer may need the same dataset now
-      documents = build_and_read(stdlib_modules(self._folder), self._data_dir)
-    yield from documents
+    from gptjax.data.sources.tfds_source import build_and_read
+    with locked(self._data_dir.parent / 'lock'):  # a run with another tokenizer may build the same dataset now
+      yield from build_and_read(stdlib_modules(self._folder), self._data_dir)
 
 
 def _sha256(text: str) -> bytes:

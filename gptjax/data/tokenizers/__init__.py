@@ -1,4 +1,4 @@
-"""Tokenizers: text to ids and back, exactly, whatever the text."""
+"""Tokenizers, which convert any text to ids and back without loss."""
 
 from gptjax.data.tokenizers.gpt2 import Gpt2Tokenizer
 from gptjax.data.tokenizers.hugging_face import HuggingFaceTokenizer
