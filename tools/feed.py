@@ -1,8 +1,8 @@
-"""Tells which rows the devices of a run are given: python -m tools.feed --config=... --steps=200 --out=FILE
+"""Records the rows that the devices of a run receive: python -m tools.feed --config=... --steps=200 --out=FILE
 
-It feeds as training does and computes nothing. The file, FILE.I of process I where there are several, gets
-a line `row digest` for each row of a device of this process: its number in the run and the SHA-256 of all that the model gets
-of it. Runs of one config agree on every row, however many processes, devices, batches ahead, and rows a step they have.
+It loads data as training does, without computing. For each row on a device of this process, FILE (FILE.I of process I if there are
+several) gets a line `row digest`: the row's number in the run and the SHA-256 of all its arrays. Runs of one config agree on
+every row, regardless of the numbers of processes, devices, prefetched batches and rows per step.
 """
 
 from pathlib import Path
