@@ -15,7 +15,7 @@ from gptjax.data.sampling import TRAINING_CHARACTERS, sample
 from gptjax.data.sources import Document, Source, is_held_out, open_source
 from gptjax.data.tokenizers import Gpt2Tokenizer, Tokenizer, load_tokenizer, train_tokenizer
 from gptjax.data.tokenizers.tokenizer import utf8
-from gptjax.files import building, expanded
+from gptjax.files import atomic_directory, expanded
 from tools import source_flags
 
 _SCORED_BYTES = 5_000_000
@@ -104,7 +104,7 @@ def _existing(out: pathlib.Path) -> Tokenizer | None:
 def _save(tokenizer: Tokenizer, out: pathlib.Path, existing: Tokenizer | None) -> None:
   if existing and existing.sha256 != tokenizer.sha256:
     raise UserError('--out', str(out), 'a new folder; this one has another tokenizer')
-  with building(out, resumes=False) as folder:
+  with atomic_directory(out, resumes=False) as folder:
     if folder:
       tokenizer.save(folder)
 

@@ -14,7 +14,7 @@ from gptjax.data.folders import open_folder
 from gptjax.data.prepare import Prepared
 from gptjax.data.store import TokenStore
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
-from gptjax.files import building, read_json
+from gptjax.files import atomic_directory, read_json
 
 _MAX_COMPRESSED = 2**26
 """Bytes of text, which xz compresses in a minute."""
@@ -47,7 +47,7 @@ def export(prepared: Prepared, directory: Path, replace: bool = False) -> None:
   new, old = (directory.with_suffix(suffix) for suffix in ('.new', '.replaced'))
   for left_by_a_killed_process in (new, old):
     shutil.rmtree(left_by_a_killed_process, ignore_errors=True)
-  with building(new, resumes=False) as folder:
+  with atomic_directory(new, resumes=False) as folder:
     assert folder
     prepared.tokenizer.save(folder / 'tokenizer')
     for name, store in prepared.valid.items():

@@ -18,7 +18,7 @@ from gptjax.data.progress import ProgressBar, announce
 from gptjax.data.sources import Part, malformed_error
 from gptjax.data.store import MANIFEST, TokenStore, shard_name
 from gptjax.data.store_writer import ShardRecord, ShardWriter, finish_store, id_dtype
-from gptjax.files import building
+from gptjax.files import atomic_directory
 
 _JOURNAL = 'journal.db'
 
@@ -36,7 +36,7 @@ def write_store(directory: Path, recipe: Recipe, *, processes: int = 1, title: s
     UserError: too many records are malformed (the error names the first), a text cannot be encoded, no documents remain, or the
       folder has a complete or unfinished store of another recipe. Finished shards are kept for a later call.
   """
-  with building(directory, lambda folder: any(folder.glob('*.shard'))) as folder:
+  with atomic_directory(directory, lambda folder: any(folder.glob('*.shard'))) as folder:
     if folder:
       _build(folder, recipe, processes, title)
   store = TokenStore.open(directory)

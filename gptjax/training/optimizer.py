@@ -1,5 +1,6 @@
 """Learning rate and optimizers: AdamW and Muon from optax, told which parameter plays which role."""
 
+import functools
 import math
 
 import jax
@@ -8,9 +9,10 @@ import optax
 from jax.sharding import PartitionSpec
 from optax import contrib
 
-from gptjax.config import OptimizerConfig
+from gptjax.config import MATRIX_AXIS, STATE_AXIS, OptimizerConfig
 
 
+@functools.lru_cache(maxsize=16)
 def schedule(config: OptimizerConfig, peak: float, *, steps: int, warmup: int, decay: int) -> optax.Schedule:
   """The learning rate of each update, a function of the updates done before it.
 
@@ -40,6 +42,7 @@ def orthogonalized(name: str) -> bool:
   return name.startswith('blocks/') and name.endswith('kernel')
 
 
+@functools.lru_cache(maxsize=16)
 def make_optimizer(config: OptimizerConfig, **durations: int) -> optax.GradientTransformation:
   """Clipping by global norm (arXiv:1211.5063), then AdamW or Muon; `durations` are those of `schedule`."""
   adamw = optax.adamw(schedule(config, config.peak_lr, **durations), config.b1, config.b2, config.eps,
@@ -94,7 +97,7 @@ def _dealt(shape: tuple[int, ...]) -> PartitionSpec:
   """Where whole matrices of stacked layers [L, in, out] lie: over as many axes of the mesh as divide the layers."""
   sizes = jax.sharding.get_abstract_mesh().shape
   axes: tuple[str, ...] = ()
-  for axis in ('data', 'model') if len(shape) == 3 else ():
+  for axis in (STATE_AXIS, MATRIX_AXIS) if len(shape) == 3 else ():
     if shape[0] % math.prod(sizes[name] for name in (*axes, axis)) == 0:
       axes = (*axes, axis)
   return PartitionSpec(axes or None, *(None,) * (len(shape) - 1)) if shape else PartitionSpec()

@@ -1,4 +1,6 @@
-"""Trains while something is made not finite, under each policy: python -m tools.bars.policies --config=... --workdir=DIR --cpu_devices=8
+"""Trains while something is made not finite, under each policy.
+
+    python -m tests.acceptance.policies --config=... --workdir=DIR --cpu_devices=8
 
 In the batch of step 8, in the gradient of step 8, or on one device after step 7; with ZeRO 0 and 3. Prints a JSON list of cases, each
 with what happened in words, and what of it is wrong.
@@ -21,7 +23,7 @@ from gptjax import config as configs
 from gptjax import train as command  # noqa: F401  (its flags)
 from gptjax.config import Config, Fault, UserError
 from gptjax.start import start
-from tools.bars.disturbed import committed, figures, whole
+from tests.acceptance.disturbed import committed, figures, whole
 
 _BAD, _STEPS = 8, 12
 _MESHES = {'8 data, ZeRO 0': (1, 8, 0), '8 data, ZeRO 3': (1, 8, 3), '2 replicas x 4 data, ZeRO 3': (2, 4, 3)}
@@ -98,7 +100,7 @@ def disturbance(where: str, config: Config, cache: Path):
     return mock.patch.object(loop._Loop, '_after_step', _erring(loop._Loop._after_step))
   tokens = _batch(config, cache)
   if where == 'batch':
-    place = loop.place_rows
+    place = loop.put_rows
 
     def spoiled(mesh, batch, size):
       if (batch['tokens'] == tokens).all():
@@ -107,7 +109,7 @@ def disturbance(where: str, config: Config, cache: Path):
         batch = batch | {'mask': mask}
       return place(mesh, batch, size)
 
-    return mock.patch.object(loop, 'place_rows', spoiled)
+    return mock.patch.object(loop, 'put_rows', spoiled)
   return mock.patch.object(resolving, 'next_token', lambda z_loss: _with_bad_gradient(int(tokens.sum())))
 
 

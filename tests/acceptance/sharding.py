@@ -10,21 +10,21 @@ import time
 from pathlib import Path
 
 from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig
-from tools.bars.record import Result, bar, python
+from tests.acceptance.record import Result, bar, python
 
 TOLERANCE = {'adamw': 1e-5, 'dropout': 1e-5, 'muon': 1e-4}
 
 
 @bar
 def stages(folder: Path) -> Result:
-  worst = json.loads(python('tools.bars.stages', '--cpu_devices=8', f'--cache_dir={folder}').stdout)
+  worst = json.loads(python('tests.acceptance.stages', '--cpu_devices=8', f'--cache_dir={folder}').stdout)
   most = {case: max(found.items(), key=lambda item: item[1]) for case, found in worst.items()}
   return Result('8 devices; ZeRO 0 to 3 x meshes 8x1, 4x2, 2x4, 1x8 x accumulation 1 and 4 x scanned and unrolled; 8 heads, 2 key '
                 'heads, odd vocabulary and feed-forward: 10 losses and gradient norms within 1e-5 of one device, dropout too; Muon 1e-4',
                 f'{sum(map(len, worst.values()))} runs; '
                 + ', '.join(f'{case} {value:.1e} ({name})' for case, (name, value) in most.items()),
                 set(most) == set(TOLERANCE) and all(value <= TOLERANCE[case] for case, (_, value) in most.items()),
-                'python -m tools.bars.stages')
+                'python -m tests.acceptance.stages')
 
 
 @bar
@@ -49,7 +49,7 @@ LARGE = Config(
 @bar
 def tpu_program(folder: Path) -> Result:
   from gptjax import planning
-  from gptjax.model import blueprint
+  from gptjax.model import abstract_model
   from gptjax.planning.program import abstract_mesh, compile_step
   _on_cpu()
   topology = planning.parse('v5p:2x2x4')
@@ -80,7 +80,7 @@ def tpu_program(folder: Path) -> Result:
     temporaries, = re.findall(r'^allocation \d+: size (\d+), preallocated-temp', assigned.read_text(), re.MULTILINE)
     # Each layer leaves its input, in the compute type, for the backward pass; its gradients, shared out, are state by the paper's count.
     activations = layers * config.batch_size * config.data.context / config.mesh.data * config.model.width * 2
-    plan, mesh = blueprint(config.model, config.data.context), abstract_mesh(topology.mesh_sizes(config))
+    plan, mesh = abstract_model(config.model, config.data.context), abstract_mesh(topology.mesh_sizes(config))
     gradients = 4 * sum(math.prod(place.shard_shape(plan.shapes[name].shape)) for name, place in plan.shardings(3, mesh).items())
     return float(temporaries), activations, gradients
 
@@ -93,7 +93,7 @@ def tpu_program(folder: Path) -> Result:
   return Result('the step compiled for v5p:2x2x4 (data 8, model 2): at stages 2 and 3 gradients leave by float32 '
                 'reduce-scatter, parameters are gathered in bfloat16; bytes sent within 10 % of theory at each stage; stage 3 at L and 2L '
                 'layers: temporaries, as the compiler assigns them, grow by saved activations and shared-out gradients alone, within 10 %',
-                '; '.join(figures), met, 'python -m tools.bars --only=tpu_program')
+                '; '.join(figures), met, 'python -m tests.acceptance --only=tpu_program')
 
 
 def _on_cpu() -> None:
@@ -170,10 +170,10 @@ def bad_mesh(folder: Path) -> Result:
     'microbatches': (train + ['--config.batch_size=24', '--config.microbatches=2'],
                      'batch_size: 24, expected: a multiple of mesh.data=8 * microbatches=2: 16 or 32'),
     'too much whole': (train + ['--config.model.mlp_width=511', '--config.mesh.model=2', '--config.batch_size=16'],
-                       'mesh.whole: 0.02, expected: at least 0.6'),
+                       'mesh.max_unsharded: 0.02, expected: at least 0.6'),
     'stage': (train + ['--config.zero_stage=4'], 'zero_stage: 4, expected: 0, 1, 2 or 3'),
-    'kernel': (train + ['--config.model.attention=splash', '--config.batch_size=16'],
-               "model.attention: 'splash', expected: auto, blocks, xla on a cpu"),
+    'kernel': (train + ['--config.compute.attention=splash', '--config.batch_size=16'],
+               "compute.attention: 'splash', expected: auto, blocks, xla on a cpu"),
     'topology': (plan + ['--topology=v5q:4x4'], "--topology: 'v5q:4x4', expected:"),
     'topology and mesh': (plan + ['--topology=v5e:4x4'], 'mesh.data: 256, expected: -1 or 16'),
     'stray process': (train + ['--processes=2', '--process=2', '--coordinator=localhost:51790'], '--process: 2, expected:'),
@@ -187,4 +187,4 @@ def bad_mesh(folder: Path) -> Result:
       wrong.append(name)
   return Result('mistakes of mesh, batch, topology and processes: one error line with numbers and nearest choice, exit 2, no workdir',
                 f'{len(cases) - len(wrong)} of {len(cases)}: {", ".join(cases)}' + ''.join(f'; wrong: {one}' for one in wrong), not wrong,
-                'python -m tools.bars --only=bad_mesh')
+                'python -m tests.acceptance --only=bad_mesh')
