@@ -87,9 +87,7 @@ class Contamination:
   Words are sequences of letters and digits, in lower case; everything between them is ignored. An evaluation document of 8 to 12
   words is matched as one n-gram; a shorter one is skipped. N-grams are stored as 64-bit hashes: the probability that
   any of 10^6 of them matches 10^9 words of training text by chance is 1 in 18,000.
-
-  Args:
-    sets: evaluation documents by the name of their set; each is read once.
+  `sets` are the evaluation documents, by the name of their set.
   """
 
   def __init__(self, sets: Mapping[str, Iterable[Document]]):

@@ -123,11 +123,10 @@ class RemoteFolder:
 
   def local(self, name: str) -> Path:
     """Copies the sub-folder `name` to a temporary folder that exists until the process ends."""
-    copy = tempfile.TemporaryDirectory()
-    _TEMPORARY.append(copy)
-    with self._errors():
-      self._system.get(f'{self._root}/{name}/', f'{copy.name}/', recursive=True)
-    return Path(copy.name)
+    _TEMPORARY.append(tempfile.TemporaryDirectory())
+    to = Path(_TEMPORARY[-1].name)
+    RemoteFolder(f'{self._root}/{name}').copy(to)
+    return to
 
   def copy(self, to: Path) -> None:
     with self._errors():

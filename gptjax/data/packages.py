@@ -7,12 +7,7 @@ from gptjax.config import UserError
 
 
 def optional(package: str, field: str, value: str) -> ModuleType:
-  """Imports a package whose name is the same for import and pip.
-
-  Args:
-    package: its name.
-    field: the config field that asks for it.
-    value: the field's value.
+  """Imports a package, named alike for import and pip, that a config field's value needs.
 
   Raises:
     UserError: the package is not installed.

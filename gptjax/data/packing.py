@@ -55,13 +55,8 @@ class PackingPlan:
 def packing_plan(store: TokenStore, context: int, layout: str, cache_dir: Path) -> PackingPlan:
   """Reads the packing plan of a store from `cache_dir/plans`, where it is computed first if necessary.
 
-  A document longer than the context is cut into full rows and a remainder.
-
-  Args:
-    store: the tokens.
-    context: T, maximum tokens per row.
-    layout: 'pack': best fit of documents and remainders; 'document': one document or piece per row.
-    cache_dir: of the plan.
+  A document longer than `context`, the maximum tokens per row, is cut into full rows and a remainder. The layout is 'pack', a best
+  fit of documents and remainders, or 'document', one document or piece per row.
   """
   directory = Path(cache_dir) / 'plans' / f'{store.sha256[:16]}-{layout}-{context}'
   with atomic_directory(directory) as folder:
@@ -104,14 +99,8 @@ def _groups(store: TokenStore, context: int) -> Iterator[tuple[int, np.ndarray]]
 def best_fit(lengths: np.ndarray, context: int) -> list[list[int]]:
   """Best-fit decreasing bin packing (Johnson 1974; for pretraining: arXiv:2404.10830).
 
-  Places the pieces, longest first, each in the row that it leaves the least space in.
-
-  Args:
-    lengths: of the pieces, 1 to `context`.
-    context: size of a row.
-
-  Returns:
-    Indices of the pieces of each row.
+  Places pieces of 1 to `context` tokens, longest first, each in the row that it leaves the least space in. Returns the indices of
+  the pieces of each row.
   """
   context = min(context, int(lengths.sum()))  # no row is longer, and each size needs a list
   rows: list[list[int]] = []

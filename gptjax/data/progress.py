@@ -21,14 +21,7 @@ def counted(documents: int) -> str:
 
 
 class ProgressBar:
-  """A context manager that shows the progress of an operation.
-
-  Args:
-    title: what it does.
-    total: amount of work.
-    unit: 'bytes', shown as MB, or a plural noun.
-    done: amount done before.
-  """
+  """A context manager that shows the progress of an operation; the unit is 'bytes', shown as MB, or a plural noun."""
 
   def __init__(self, title: str, total: int, unit: str, done: int = 0):
     self._title, self._total, self._unit, self._done, self._first = title, total, unit, done, done

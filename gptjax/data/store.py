@@ -191,11 +191,7 @@ class TokenStore:
         raise _damaged(f'{self.location}/{shard_name(number)}', f'SHA-256 {found}', record['sha256'].decode())
 
   def read(self, starts: np.ndarray | Sequence[int], counts: np.ndarray | Sequence[int]) -> np.ndarray:
-    """Reads ranges of the circular stream and concatenates them.
-
-    Args:
-      starts: positions, from 0 to tokens - 1.
-      counts: ids of each range.
+    """Reads ranges of the circular stream, given by starts (0 to tokens - 1) and numbers of ids, and concatenates them.
 
     Raises:
       UserError: a block is damaged; the error names its file.

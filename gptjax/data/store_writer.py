@@ -50,13 +50,7 @@ class ShardWriter:
     self.bytes = 0
 
   def append(self, ids: np.ndarray, lengths: np.ndarray, text_bytes: int) -> None:
-    """Appends documents.
-
-    Args:
-      ids: of all documents, separators included.
-      lengths: ids of each document, separator included.
-      text_bytes: UTF-8 bytes of their texts.
-    """
+    """Appends documents: all their ids, the ids of each, separators included, and the UTF-8 bytes of their texts."""
     self._write(ids.tobytes())
     self._lengths.append(lengths)
     self.tokens += len(ids)

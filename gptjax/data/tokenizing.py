@@ -25,12 +25,7 @@ _JOURNAL = 'journal.db'
 
 def write_store(directory: Path, recipe: Recipe, *, processes: int = 1, title: str = 'tokenizing') -> TokenStore:
   """Makes a store, or resumes an interrupted build. An existing store of the same recipe is left unchanged.
-
-  Args:
-    directory: of the store; it appears when the store is complete.
-    recipe: of the store.
-    processes: number of processes that encode; memory does not depend on the size of the source.
-    title: of the progress bar.
+  The folder appears when the store is complete. Memory does not depend on the size of the source.
 
   Raises:
     UserError: too many records are malformed (the error names the first), a text cannot be encoded, no documents remain, or the
@@ -103,11 +98,8 @@ class BuildState:
 class Journal:
   """A database beside the shards, with the state and, for deduplication, a digest of every document.
 
-  Each shard is one transaction, so that a killed process leaves the state after the last finished shard.
-
-  Args:
-    path: of the database. A damaged one is replaced.
-    fingerprint: of the recipe.
+  Each shard is one transaction, so that a killed process leaves the state after the last finished shard. A damaged database is
+  replaced.
 
   Raises:
     UserError: there are finished shards of another recipe.

@@ -22,11 +22,8 @@ __all__ = ['Document', 'Malformed', 'Part', 'Record', 'Source', 'documents', 'is
 def open_source(config: SourceConfig, cache_dir: Path | None = None) -> Source:
   """Opens the source that a config describes, without reading its documents.
 
-  Prepares a TFDS dataset that is not prepared yet, and downloads a Hugging Face dataset that is not in its cache.
-
-  Args:
-    config: location and format of the documents.
-    cache_dir: where the embedded corpus stores its dataset; other sources do not need it.
+  Prepares a TFDS dataset that is not prepared yet, and downloads a Hugging Face dataset that is not in its cache. Only the embedded
+  corpus needs `cache_dir`, where it stores its dataset.
 
   Raises:
     UserError: the source does not exist, or the config does not fit it.

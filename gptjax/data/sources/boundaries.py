@@ -26,10 +26,7 @@ class Boundary:
   def after(self, read: Read, at: int, first: int = 0) -> int:
     """Offset of the first record that starts at `at` or later; the end of the file if there is none.
 
-    Args:
-      read: reads the file.
-      at: offset to search from.
-      first: offset at which a record is known to start; nothing before it is read.
+    A record is known to start at `first`; nothing before it is read.
     """
     if at <= first:
       return first

@@ -18,11 +18,9 @@ def unescaped(text: str) -> str:
 
 
 class Fields:
-  """Extracts the text that config.text asks for from records.
+  """Extracts text from records: a field, or a template such as '{question}\\n{answer}', with '{{' and '}}' for braces.
 
-  Args:
-    text: name of a field, or a template such as '{question}\\n{answer}', with '{{' and '}}' for braces. 'a.b' is field b of the
-      object in field a.
+  'a.b' is field b of the object in field a.
 
   Raises:
     UserError: the template is invalid.
@@ -46,12 +44,9 @@ class Fields:
         raise UserError('data.source.text', field, f'a column of {place}: {", ".join(names)}', names=names)
 
   def record(self, name: str, record: Mapping[str, Any], index: int) -> Record:
-    """Makes a document of a record, or None where its text is only white space.
+    """Makes a document of a record, number `index` of its part; None if its text is only white space.
 
-    Args:
-      name: of the document.
-      record: strings, UTF-8 bytes or, for templates, numbers by field; objects are mappings.
-      index: of the record within its part.
+    Fields are strings, UTF-8 bytes, mappings or, for templates, numbers.
     """
     text = ''
     for literal, field in self._pieces:

@@ -1,4 +1,4 @@
-"""Files on this machine and behind URLs: listing, sizes and reading."""
+"""Files, local or behind URLs: listing, reading and decompressing."""
 
 import contextlib
 import dataclasses
@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import posixpath
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +19,12 @@ from gptjax.files import expanded
 
 _CLIENTS = {'s3': 's3fs', 's3a': 's3fs', 'gs': 'gcsfs', 'gcs': 'gcsfs'}
 """Packages through which fsspec reads object stores, by URL scheme."""
+
+SUFFIXES = ('.gz', '.zst')
+"""Of compressed files."""
+
+_CHUNK = 2**16
+"""Compressed bytes per read: few, since their decompressed size has no bound."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +44,7 @@ class File:
 def find(pattern: str, suffixes: tuple[str, ...]) -> list[File]:
   """Lists the file at a path, the files in a folder at any depth, or the files that match a glob, sorted by name.
 
-  Hidden and empty files are omitted.
-
-  Args:
-    pattern: a path, or a URL that fsspec supports.
-    suffixes: of the files to list in a folder; a path or glob may name any file.
+  Hidden and empty files are omitted, and in a folder those without one of the suffixes. URLs may be any that fsspec supports.
 
   Raises:
     UserError: nothing is found, or it cannot be read.
@@ -70,11 +73,7 @@ def fingerprint(kind: str, files: Iterable[File], *options: str) -> str:
 
 @contextlib.contextmanager
 def opened(path: str, readahead: int = 0) -> Iterator[BinaryIO]:
-  """Opens a file for reading and seeking.
-
-  Args:
-    path: path or URL.
-    readahead: bytes to fetch beyond each request, for sequential reading of remote files.
+  """Opens the file at a path or URL; for sequential reading, each remote request fetches `readahead` more bytes.
 
   Raises:
     UserError: it cannot be opened, or reading fails inside the context.
@@ -171,3 +170,63 @@ def _names(system: Any, folder: str) -> list[str]:
 def _version(info: dict[str, Any]) -> str:
   # Each file system has its own key for it.
   return str(next((info[key] for key in ('ETag', 'etag', 'LastModified', 'updated', 'mtime', 'created') if key in info), ''))
+
+
+def stem(name: str) -> str:
+  """A file's name without .gz or .zst."""
+  return name.removesuffix('.gz').removesuffix('.zst')
+
+
+class Stream:
+  """A sliding window over the decompressed bytes of a file, which is read sequentially; the suffix of its path decides the format.
+
+  Not fsspec or zstandard's stream_reader, because those end silently where a .zst file is truncated.
+
+  Raises:
+    OSError: on reading, the file is broken or truncated.
+    UserError: the package that reads it is not installed.
+  """
+
+  def __init__(self, raw: BinaryIO, path: str):
+    self._chunks = _decompressed(raw, path)
+    self._data = bytearray()
+    self._start = 0
+
+  def reach(self, stop: int) -> int:
+    """Decompresses up to offset `stop`; returns it, or the end of the file if that comes first."""
+    while self._start + len(self._data) < stop and (chunk := next(self._chunks, None)) is not None:
+      self._data += chunk
+    return min(stop, self._start + len(self._data))
+
+  def read(self, start: int, stop: int) -> bytes:
+    """Bytes from `start`, which must not have been dropped, to `stop` or the end of the file."""
+    self.reach(stop)
+    return bytes(memoryview(self._data)[start - self._start:stop - self._start])
+
+  def drop(self, stop: int) -> None:
+    """Discards the bytes before `stop`."""
+    del self._data[:stop - self._start]
+    self._start = stop
+
+
+def _decompressed(raw: BinaryIO, path: str) -> Iterator[bytes]:
+  new_decoder, decoding_error = _codec(path)
+  decoder = None  # one per member: a file of either format may be several, concatenated
+  while chunk := raw.read(_CHUNK):
+    while chunk:
+      decoder = decoder or new_decoder()
+      try:
+        yield decoder.decompress(chunk)
+      except decoding_error as error:
+        raise OSError(f'broken {path[path.rfind("."):]} data: {error}') from None
+      chunk, decoder = (decoder.unused_data, None) if decoder.eof else (b'', decoder)
+  if decoder:
+    raise OSError('it ends early')
+
+
+def _codec(path: str) -> tuple[Callable[[], Any], type[Exception]]:
+  if path.endswith('.gz'):
+    return lambda: zlib.decompressobj(wbits=31), zlib.error
+  zstandard = optional('zstandard', 'data.source.path', path)
+  # For files made with --long: by default zstandard refuses windows above 128 MB.
+  return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj, zstandard.ZstdError

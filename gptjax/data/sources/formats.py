@@ -3,8 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from gptjax.config import SourceConfig, UserError
-from gptjax.data.sources.compressed import SUFFIXES, stem
-from gptjax.data.sources.files import File, find, title
+from gptjax.data.sources.files import SUFFIXES, File, find, stem, title
 from gptjax.data.sources.source import Source
 from gptjax.data.sources.tables import Parquet
 from gptjax.data.sources.text import JsonLines, TextFiles

@@ -1,7 +1,10 @@
 """The embedded corpus: the source code of the running Python's standard library, available wherever Python is."""
 
+import contextlib
+import dataclasses
 import fnmatch
 import hashlib
+import json
 import os
 import platform
 import sysconfig
@@ -23,45 +26,27 @@ def stdlib_modules(folder: Path) -> list[Document]:
   Excludes third-party packages, test suites, generated tables, empty files, and files that are not UTF-8 (a module may declare
   another encoding, PEP 263).
 
-  Args:
-    folder: root of the library.
-
   Raises:
     UserError: there are no source files (some embedded distributions have only compiled modules).
   """
-  texts = {path.relative_to(folder).as_posix(): _text(path) for path in _modules(folder)}
-  documents = [Document(name, text) for name, text in sorted(texts.items()) if text]
+  is_excluded = lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in _EXCLUDED)
+  documents = []
+  for parent, folders, files in os.walk(folder):
+    folders[:] = [name for name in folders if not is_excluded(name)]
+    for path in (Path(parent, name) for name in files if name.endswith('.py') and not is_excluded(name)):
+      with contextlib.suppress(UnicodeDecodeError):
+        if text := path.read_bytes().decode():
+          documents.append(Document(path.relative_to(folder).as_posix(), text))
   if not documents:
     raise UserError('data.source.path', '', f'text files: this Python has no sources of its standard library in {folder}')
-  return documents
-
-
-def _modules(root: Path) -> Iterator[Path]:
-  for folder, folders, files in os.walk(root):
-    folders[:] = [name for name in folders if not _is_excluded(name)]
-    yield from (Path(folder, name) for name in files if name.endswith('.py') and not _is_excluded(name))
-
-
-def _is_excluded(name: str) -> bool:
-  return any(fnmatch.fnmatchcase(name, pattern) for pattern in _EXCLUDED)
-
-
-def _text(path: Path) -> str:
-  try:
-    return path.read_bytes().decode()
-  except UnicodeDecodeError:
-    return ''
+  return sorted(documents, key=lambda document: document.name)
 
 
 class Stdlib(Source):
   """The modules as a TFDS dataset, in one part and sorted by name.
 
-  The dataset is built when it is first read. Its folder is named after the digest of the modules, so that another interpreter
-  has its own.
-
-  Args:
-    cache_dir: the dataset is stored in `cache_dir/tfds`.
-    folder: root of the library; by default the running interpreter's.
+  The dataset is built in `cache_dir/tfds` when it is first read. Its folder is named after the digest of the modules, so that
+  another interpreter has its own.
 
   Raises:
     UserError: this Python has no source files.
@@ -74,10 +59,7 @@ class Stdlib(Source):
     self.size = sum(len(document.text.encode()) for document in documents)
     self.skip = 0.0
     self.description = f'standard library of Python {platform.python_version()}'
-    digest = hashlib.sha256()
-    for document in documents:
-      digest.update(_sha256(document.name) + _sha256(document.text))
-    self._digest = digest.hexdigest()
+    self._digest = hashlib.sha256(json.dumps(list(map(dataclasses.astuple, documents))).encode()).hexdigest()
     self._data_dir = cache_dir / 'tfds' / self._digest[:16]
 
   def fingerprint(self) -> str:
@@ -91,7 +73,3 @@ class Stdlib(Source):
     from gptjax.data.sources.tfds_source import build_and_read
     with locked(self._data_dir.parent / 'lock'):  # a run with another tokenizer may build the same dataset now
       yield from build_and_read(stdlib_modules(self._folder), self._data_dir)
-
-
-def _sha256(text: str) -> bytes:
-  return hashlib.sha256(text.encode(errors='surrogateescape')).digest()

@@ -124,10 +124,9 @@ class Parquet(TableSource):
 
 
 class HuggingFace(TableSource):
-  """The rows of a dataset's split. Tables are memory-mapped; pickles contain only their file names.
+  """The rows of a split of 'hf:FOLDER', 'hf:NAME' or 'hf:NAME:CONFIGURATION'.
 
-  Args:
-    config: `path` is 'hf:FOLDER', 'hf:NAME' or 'hf:NAME:CONFIGURATION'.
+  Tables are memory-mapped; pickles contain only their file names.
 
   Raises:
     UserError: the dataset, split or column does not exist, or the hub cannot be reached.

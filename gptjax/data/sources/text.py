@@ -6,9 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from gptjax.config import SourceConfig
 from gptjax.data.sources.boundaries import Boundary
-from gptjax.data.sources.compressed import SUFFIXES, Stream
 from gptjax.data.sources.fields import Fields, truncated, unescaped
-from gptjax.data.sources.files import File, fingerprint, opened
+from gptjax.data.sources.files import SUFFIXES, File, Stream, fingerprint, opened
 from gptjax.data.sources.source import Document, Malformed, Part, Record, Source
 
 _READAHEAD = 2**23

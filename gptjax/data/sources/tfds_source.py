@@ -24,11 +24,10 @@ from gptjax.data.sources.tables import TableSource
 
 
 class TfdsRecords(TableSource):
-  """The records of a dataset's split, read by index without TensorFlow. The dataset is prepared first if necessary.
+  """The records of a dataset's split or a slice of it, read by index without TensorFlow. The dataset is prepared if necessary.
 
-  Args:
-    config: `path` is 'tfds:' and a dataset's name ('NAME/CONFIG:VERSION'), the folder of a prepared one ('/DIR/NAME/1.0.0') or a
-      builder class ('MODULE:CLASS', imported from the working directory or PYTHONPATH); `split` may be a slice.
+  config.path is 'tfds:' and a dataset's name ('NAME/CONFIG:VERSION'), the folder of a prepared one ('/DIR/NAME/1.0.0') or a builder
+  class ('MODULE:CLASS', imported from the working directory or PYTHONPATH).
 
   Raises:
     UserError: the dataset, split or field does not exist, or TFDS cannot prepare it here as array_record.

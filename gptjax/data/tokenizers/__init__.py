@@ -4,9 +4,8 @@ from gptjax.data.tokenizers.gpt2 import Gpt2Tokenizer
 from gptjax.data.tokenizers.hugging_face import HuggingFaceTokenizer
 from gptjax.data.tokenizers.loading import load_tokenizer
 from gptjax.data.tokenizers.sentencepiece_model import SentencePieceModel
-from gptjax.data.tokenizers.subwords import SentencePieceTokenizer, Words
+from gptjax.data.tokenizers.subwords import SentencePieceTokenizer, Words, train_tokenizer
 from gptjax.data.tokenizers.tokenizer import ByteTokenizer, CharTokenizer, TextStream, Tokenizer
-from gptjax.data.tokenizers.training import train_tokenizer
 
 __all__ = [
     'ByteTokenizer', 'CharTokenizer', 'Gpt2Tokenizer', 'HuggingFaceTokenizer', 'SentencePieceModel', 'SentencePieceTokenizer',

@@ -14,11 +14,7 @@ from gptjax.config import UserError
 from gptjax.data.tokenizers.published import MARK
 
 class ChatTemplate:
-  """A Jinja template, rendered as in transformers, in a sandbox because it is an untrusted program.
-
-  Args:
-    source: the template.
-    location: its file, for error messages.
+  """A Jinja template, rendered as in transformers, in a sandbox because it is an untrusted program. `location` is for errors.
 
   Raises:
     UserError: the template is invalid.
@@ -37,12 +33,7 @@ class ChatTemplate:
       raise UserError(f'{location}, line {error.lineno}', line, f'a Jinja template ({error.message})') from None
 
   def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, object], special: re.Pattern[str] | None) -> str:
-    """Renders a conversation.
-
-    Args:
-      messages: {'role': ..., 'content': ...} each.
-      variables: other variables of the template.
-      special: matches special tokens; those in messages get a MARK after their first character.
+    """Renders a conversation; special tokens in messages get a MARK after their first character.
 
     Raises:
       UserError: the template rejects the messages.

@@ -33,10 +33,7 @@ class Gpt2Tokenizer(Tokenizer):
 
   Uses tiktoken, which is ten times as fast as the `tokenizers` package. The text '<|endoftext|>' is encoded as text. There is no
   separate pad id: rows are masked by arrays and not by ids, so the separator serves.
-
-  Args:
-    directory: folder with encoder.json and vocab.bpe, or with the same files as vocab.json and merges.txt; any byte-level BPE of
-      that form.
+  The folder has encoder.json and vocab.bpe, or the same as vocab.json and merges.txt, of any byte-level BPE of that form.
 
   Raises:
     UserError: tiktoken is not installed, a file is missing or damaged, or the two are inconsistent.

@@ -26,9 +26,7 @@ class Tokenizer(abc.ABC):
 
   Published tokenizers (PublishedTokenizer) document their exceptions. Text never becomes a special id, even if it looks like one.
   An id represents a byte string, because it may be only a part of a character.
-
-  Args:
-    pieces: UTF-8 bytes of each id; b'' for special ids.
+  `pieces` are the UTF-8 bytes of each id, b'' for special ids.
   """
 
   kind: str
@@ -73,11 +71,7 @@ class Tokenizer(abc.ABC):
 
   @abc.abstractmethod
   def encode(self, text: str, source: str = 'text') -> np.ndarray:
-    """Encodes a text to int32 ids [n], without special ids.
-
-    Args:
-      text: any text.
-      source: name of the text for error messages, such as its file.
+    """Encodes a text to int32 ids [n], without special ids; `source` is its name for error messages, such as its file.
 
     Raises:
       UserError: the text cannot be encoded; the error names the character and its position.
@@ -120,11 +114,8 @@ class Tokenizer(abc.ABC):
 class TextStream:
   """Decodes ids that arrive a few at a time; the concatenated results equal `decode` of all ids.
 
-  A character is held back until all its bytes have arrived.
-
-  Args:
-    tokenizer: of the ids.
-    continues: whether other text precedes, so that the tokenizer's prefix is kept.
+  A character is held back until all its bytes have arrived. `continues` means that other text precedes, so that the tokenizer's
+  prefix is kept.
   """
 
   def __init__(self, tokenizer: Tokenizer, continues: bool = False):

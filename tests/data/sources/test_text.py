@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 
 from gptjax.config import SourceConfig, UserError
 from gptjax.data.sources import Document, Malformed, open_source, malformed_error
-from gptjax.data.sources.compressed import Stream
+from gptjax.data.sources.files import Stream
 from gptjax.data.sources.text import RecordFiles, TextFiles
 
 PACKERS = {'': bytes, '.gz': gzip.compress, '.zst': zstandard.ZstdCompressor().compress}
@@ -174,7 +174,7 @@ def test_a_compressed_file_is_never_in_memory_as_a_whole(tmp_path, monkeypatch):
   packer = zstandard.ZstdCompressor()
   members = [packer.compress(f'{i} {"x" * 2000}\n'.encode() * 50) for i in range(100)]  # 10 MB
   (tmp_path / 'a.txt.zst').write_bytes(b''.join(members))
-  monkeypatch.setattr('gptjax.data.sources.compressed._CHUNK', 100)
+  monkeypatch.setattr('gptjax.data.sources.files._CHUNK', 100)
   monkeypatch.setattr(RecordFiles, 'part_bytes', 300_000)
   largest = [0]
   read = Stream.read
