@@ -26,8 +26,8 @@ def main(config: configs.Config) -> None:
   rows = train_rows(config, prepare(config.data, cache))
   mesh, size = make_mesh(config.mesh), config.batch_size
   feed = batches(rows, _FIRST.value, size, process_rows(mesh, size), prefetch=config.data.prefetch, workers=config.data.workers)
-  group = process_group().group
-  out = Path(f'{_OUT.value}.{group.process}' if group.processes > 1 else _OUT.value)
+  group = process_group()
+  out = Path(f'{_OUT.value}.{group.index}' if group.count > 1 else _OUT.value)
   with out.open('w') as file:
     for step in range(_STEPS.value):
       batch = put_rows(mesh, next(feed), size)

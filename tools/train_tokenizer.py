@@ -11,8 +11,8 @@ from absl import flags
 from gptjax.cache import cache_dir
 from gptjax.config import TokenizerConfig, UserError, run
 from gptjax.data.progress import announce
-from gptjax.data.sampling import TRAINING_CHARACTERS, sample
-from gptjax.data.sources import Document, Source, is_held_out, open_source
+from gptjax.data.sources import Document, Source, is_held_out, open_source, sample
+from gptjax.data.sources.selection import TRAINING_CHARACTERS
 from gptjax.data.tokenizers import Gpt2Tokenizer, Tokenizer, load_tokenizer, train_tokenizer
 from gptjax.data.tokenizers.tokenizer import utf8
 from gptjax.files import atomic_directory, expanded

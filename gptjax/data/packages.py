@@ -1,4 +1,4 @@
-"""Packages that only some sources and tokenizers need."""
+"""Third-party packages: those that only some sources and tokenizers need, and their errors."""
 
 import importlib
 from types import ModuleType
@@ -16,3 +16,9 @@ def optional(package: str, field: str, value: str) -> ModuleType:
     return importlib.import_module(package)
   except ImportError:
     raise UserError(field, value, f'a machine with the {package} package: pip install {package}') from None
+
+
+def library_error(field: str, value: str, expected: str, error: Exception) -> UserError:
+  """The error for an exception of a library, with the first line of its message."""
+  reason = next(iter(str(error).strip().splitlines()), '')
+  return UserError(field, value, f'{expected} ({type(error).__name__}: {reason})')

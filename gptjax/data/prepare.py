@@ -13,8 +13,7 @@ from gptjax.data.mixture import Mixture
 from gptjax.data.packing import packing_plan
 from gptjax.data.progress import counted
 from gptjax.data.rows import Layout, Packed, TrainRows, Windows
-from gptjax.data.sampling import sample
-from gptjax.data.sources import Source, documents, open_source, split_source
+from gptjax.data.sources import Source, documents, open_source, sample, split_source
 from gptjax.data.store import TokenStore
 from gptjax.data.tokenizing import write_store
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
@@ -50,7 +49,9 @@ def prepare(config: DataConfig, cache_dir: Path, processes: int = 1) -> Prepared
   Raises:
     UserError: a source cannot be read or split, or stores are damaged or have different tokenizers.
   """
-  train, valid = _open_stores(config) if config.train else _make_stores(config, Path(cache_dir), processes)
+  train, valid = _make_stores(config, Path(cache_dir), processes) if not config.train else (
+    {component.store: TokenStore.open(component.store) for component in config.train},
+    {validation_set.name: TokenStore.open(validation_set.store) for validation_set in config.valid})
   tokenizer = _common_tokenizer([*train.values(), *valid.values()])
   for store in (*train.values(), *valid.values()):
     store.check()
@@ -78,11 +79,6 @@ def train_rows(config: Config, data: Prepared) -> TrainRows:
                     [math.ceil(part.epochs * count) for part, count in zip(parts, counts)],
                     [(first_row(phase.start), phase.weights) for phase in config.data.phases])
   return TrainRows(layouts, mixture, config.data.context, config.seed, config.data.isolate_documents)
-
-
-def _open_stores(config: DataConfig) -> tuple[dict[str, TokenStore], dict[str, TokenStore]]:
-  return ({component.store: TokenStore.open(component.store) for component in config.train},
-          {validation_set.name: TokenStore.open(validation_set.store) for validation_set in config.valid})
 
 
 def _make_stores(config: DataConfig, cache_dir: Path, processes: int) -> tuple[dict[str, TokenStore], dict[str, TokenStore]]:

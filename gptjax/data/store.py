@@ -68,25 +68,15 @@ class Shard:
   verified: bytearray = dataclasses.field(default_factory=bytearray)
   """1 for each verified block"""
 
-  @property
-  def ids(self) -> int:
-    """Bytes of its ids."""
-    return self.tokens * self.itemsize
-
-  @property
-  def starts(self) -> int:
-    """Offset of its documents' positions, aligned to 8 bytes."""
-    return self.ids + -self.ids % 8
-
-  @property
-  def sums(self) -> int:
-    """Offset of its checksums."""
-    return self.starts + 8 * self.documents
-
-  @property
-  def size(self) -> int:
-    """Bytes of the file."""
-    return self.sums + 4 * -(-self.sums // BLOCK)
+  def __post_init__(self):
+    self.ids = self.tokens * self.itemsize
+    """bytes of its ids"""
+    self.starts = self.ids + -self.ids % 8
+    """offset of its documents' positions, aligned to 8 bytes"""
+    self.sums = self.starts + 8 * self.documents
+    """offset of its checksums"""
+    self.size = self.sums + 4 * -(-self.sums // BLOCK)
+    """bytes of the file"""
 
   def blocks(self, first: int, stop: int) -> Range:
     """The blocks that contain bytes [first, stop)."""

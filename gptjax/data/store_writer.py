@@ -1,12 +1,11 @@
 """Writing of token stores. A shard appears only when it is complete."""
 
-import dataclasses
 import hashlib
 import json
 import os
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,8 +19,7 @@ def id_dtype(vocab_size: int) -> np.dtype:
   return np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
 
 
-@dataclasses.dataclass(frozen=True)
-class ShardRecord:
+class ShardRecord(NamedTuple):
   """Facts about a finished shard."""
 
   tokens: int

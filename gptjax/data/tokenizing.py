@@ -8,7 +8,6 @@ import json
 import sqlite3
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -56,7 +55,7 @@ def _build(folder: Path, recipe: Recipe, processes: int, title: str) -> None:
       if not state.shards:
         raise UserError('source', recipe.source.description, f'documents; none of its {state.records:,} records is left, dropped were '
                         f'{state.dropped}')
-    finish_store(folder, recipe.tokenizer, [ShardRecord(**shard) for shard in state.shards], {
+    finish_store(folder, recipe.tokenizer, state.shards, {
       'source': recipe.source.description, 'records': state.records, 'malformed': state.malformed,
       'malformed_first': state.malformed_first, 'dropped': state.dropped, 'filters': dataclasses.asdict(recipe.filters),
       'deduplicated': recipe.deduplicate, 'decontaminated': recipe.contamination.names if recipe.contamination else [],
@@ -67,7 +66,7 @@ def _build(folder: Path, recipe: Recipe, processes: int, title: str) -> None:
 
 def _remove_unfinished(folder: Path, journal: 'Journal', dtype: np.dtype) -> None:
   """Removes shards that the journal does not list, or all if one that it lists is missing."""
-  shards = [ShardRecord(**shard) for shard in journal.state.shards]
+  shards = journal.state.shards
   paths = [folder / shard_name(number) for number in range(len(shards))]
   if not all(path.exists() and path.stat().st_size == shard.size(dtype) for path, shard in zip(paths, shards)):
     announce(f'{folder}: finished shards are missing; starting over')
@@ -92,7 +91,7 @@ class BuildState:
   file_records: int = 0
   """records of `file` so far"""
   dropped: dict[str, int] = dataclasses.field(default_factory=dict)
-  shards: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+  shards: list[ShardRecord] = dataclasses.field(default_factory=list)
 
 
 class Journal:
@@ -121,6 +120,7 @@ class Journal:
         self._open()
       saved, state = self._database.execute('select fingerprint, state from progress').fetchone() or ('', '{}')
     self.state = BuildState(**json.loads(state))
+    self.state.shards = [ShardRecord(*shard) for shard in self.state.shards]
     if saved != fingerprint:
       if self.state.shards:
         self.close()
@@ -196,7 +196,7 @@ class _Writer:
         self._shard.abort()
 
   def _close(self, shard: ShardWriter) -> None:
-    self._state.shards.append(dataclasses.asdict(shard.close()))
+    self._state.shards.append(shard.close())
     self._journal.commit()
     self._shard = None
 

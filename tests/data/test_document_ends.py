@@ -1,4 +1,4 @@
-"""Where a text begins with one id and ends with another, a document has both, and what follows its end is no target."""
+"""Tokenizers whose bos and eos differ: a document has both, and the bos after an eos is not a target."""
 
 import collections
 

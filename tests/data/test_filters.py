@@ -1,4 +1,4 @@
-"""Each filter drops what its bound says, and evaluation text is found wherever, however it is written."""
+"""Each filter applies its limit, and evaluation text is found regardless of position, case and punctuation."""
 
 import dataclasses
 import pickle

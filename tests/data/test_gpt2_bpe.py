@@ -1,4 +1,4 @@
-"""GPT-2's ids are those of the `tokenizers` library, whatever the text, and its two files are believed only whole."""
+"""GPT-2's ids equal those of the `tokenizers` library for any text, and damaged or inconsistent files are rejected."""
 
 import json
 import pickle

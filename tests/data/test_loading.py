@@ -1,4 +1,4 @@
-"""What the devices are given depends on the row's number alone."""
+"""The rows on devices depend only on the row's index."""
 
 import pathlib
 import random

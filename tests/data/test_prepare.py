@@ -1,4 +1,4 @@
-"""Data is prepared once, found again by what determines it, and never found half-done."""
+"""Data is prepared once, cached by everything that determines it, and never found incomplete."""
 
 import argparse
 import dataclasses

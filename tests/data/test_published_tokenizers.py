@@ -1,5 +1,4 @@
-"""Published tokenizers give the ids of the packages that their files are for, and their texts come back, all at once or a few
-ids at a time."""
+"""Published tokenizers give the ids of the packages that their files are for, and decode to the text, also as a stream."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""A store in an object store is read as one here: through a server that speaks S3."""
+"""A store in object storage reads like a local one, tested with an S3 server."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""Row i depends on nothing but (stores, mixture, layout, seed, i), and epochs and evaluations leave nothing out."""
+"""Row i depends only on (stores, mixture, layout, seed, i), and epochs and evaluations are complete."""
 
 import itertools
 import time

@@ -1,4 +1,4 @@
-"""A store gives back what was written, says what is damaged, and costs nothing to open."""
+"""A store returns what was written, reports what is damaged, and takes constant time to open."""
 
 import hashlib
 import json

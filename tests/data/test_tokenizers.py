@@ -1,4 +1,4 @@
-"""Any text comes back exactly, text is never taken for a special id, and the same documents give the same tokenizer."""
+"""Any text decodes to itself, text never becomes a special id, and the same documents give the same tokenizer."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""A store is the same whoever made it and however often they were killed, and what is wrong with a source is told."""
+"""Stores do not depend on processes and interruptions, and errors in a source are reported."""
 
 import json
 import multiprocessing

@@ -1,4 +1,4 @@
-"""The commands that make and show stores: what they print, and what they say to a mistake."""
+"""The commands that make and show stores: their output, and their errors."""
 
 import json
 import pathlib

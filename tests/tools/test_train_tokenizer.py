@@ -1,4 +1,4 @@
-"""The tool writes a whole tokenizer or nothing, scores it on what it did not see, and says what is wrong in one line."""
+"""The tool writes a complete tokenizer or nothing, scores it on held-out text, and reports errors in one line."""
 
 import json
 import pathlib

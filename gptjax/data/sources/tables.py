@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gptjax.config import SourceConfig, UserError
-from gptjax.data.packages import optional
+from gptjax.data.packages import library_error, optional
 from gptjax.data.sources.fields import Fields
 from gptjax.data.sources.files import File, fingerprint, opened
 from gptjax.data.sources.source import Part, Record, Source
@@ -173,6 +173,4 @@ def _load(config: SourceConfig, name: str, folder: str) -> Any:
     raise
   except Exception as error:
     # The hub's client and the libraries below it raise errors of many classes: no such dataset, no access, no network.
-    reason = next(iter(str(error).strip().splitlines()), '')
-    raise UserError('data.source.path', config.path, 'hf: and a dataset that can be loaded here, or its folder '
-                    f'({type(error).__name__}: {reason})') from None
+    raise library_error('data.source.path', config.path, 'hf: and a dataset that can be loaded here, or its folder', error) from None

@@ -17,6 +17,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from gptjax.config import SourceConfig, UserError
+from gptjax.data.packages import library_error
 from gptjax.data.progress import ProgressBar, announce
 from gptjax.data.sources.fields import Fields
 from gptjax.data.sources.source import Document, Part
@@ -124,9 +125,8 @@ def _errors(path: str) -> Iterator[None]:
     raise UserError('data.source.path', path, f'a machine with the {error.name} package: pip install {error.name}') from None
   except Exception as error:
     # Builders are third-party programs that fail in any way: without network, without a package that they need.
-    reason = next(iter(str(error).strip().splitlines()), '')
-    raise UserError('data.source.path', path, 'a dataset that is prepared as array_record, or that TFDS can prepare here '
-                    f'({type(error).__name__}: {reason})') from None
+    expected = 'a dataset that is prepared as array_record, or that TFDS can prepare here'
+    raise library_error('data.source.path', path, expected, error) from None
 
 
 def _leaves(features: Any, prefix: str = '') -> list[str]:

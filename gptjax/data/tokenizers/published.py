@@ -95,11 +95,9 @@ class PublishedTokenizer(Tokenizer):
   SentencePiece treats U+2581 as a space. Invalid UTF-8 may give fewer U+FFFD than in transformers.
 
   Args:
-    published: the files.
-    pieces: UTF-8 bytes of each id.
+    published, pieces: the files, and the UTF-8 bytes of each id.
     names: texts of bos_token and so on, where defined.
-    special: texts of the special ids, by id.
-    id_of: the id of a token's text, or None.
+    special, id_of: texts of the special ids, by id; the id of a token's text, or None.
 
   Raises:
     UserError: a special token is not in the vocabulary, or no token that ends a text is defined.
@@ -109,7 +107,11 @@ class PublishedTokenizer(Tokenizer):
                id_of: Callable[[str], int | None]):
     self.published = published
     self._names = dict(names)
-    ids = {name: [self._id(name, text, id_of)] for name, text in names.items()}
+    ids: dict[str, list[int]] = {}
+    for name, text in names.items():
+      if (found := id_of(text)) is None:
+        raise UserError(f'{published.location}: {name}', text, 'a token of the vocabulary')
+      ids[name] = [found]
     for name, values in published.special_ids.items():
       if not all(0 <= one < len(pieces) for one in values):
         raise UserError(f'{published.location}: {name}', list(values), f'ids of the tokenizer, 0 to {len(pieces) - 1}')
@@ -125,12 +127,6 @@ class PublishedTokenizer(Tokenizer):
     super().__init__([b'' if i in silent else piece for i, piece in enumerate(pieces)])
     self._special = {text: i for i, text in special.items()}
     self._pattern = special_pattern(self._special)
-
-  def _id(self, name: str, text: str, id_of: Callable[[str], int | None]) -> int:
-    found = id_of(text)
-    if found is None:
-      raise UserError(f'{self.published.location}: {name}', text, 'a token of the vocabulary')
-    return found
 
   def __reduce__(self):
     return type(self), (self.published,)

@@ -1,4 +1,4 @@
-"""From any place in a text the next record is found that is found from its beginning: for all small texts."""
+"""The next record found from any offset is one that is found from the start, for all small texts."""
 
 import itertools
 

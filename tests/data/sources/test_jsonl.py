@@ -1,4 +1,4 @@
-"""A line of JSON gives one document, or says what it has instead and where, in parts and when compressed as well."""
+"""A line of JSON yields one document, or an error with its location, also in parts and compressed files."""
 
 import gzip
 import json

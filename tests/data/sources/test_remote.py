@@ -1,4 +1,4 @@
-"""An object store is read like a local folder: through a server that speaks S3."""
+"""An object store reads like a local folder, tested with an S3 server."""
 
 import os
 import pickle

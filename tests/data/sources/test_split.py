@@ -1,4 +1,4 @@
-"""A document stays on its side of the split, and the two sides are the whole."""
+"""A document stays on its side of the split, and the two sides together are the source."""
 
 import dataclasses
 import gzip

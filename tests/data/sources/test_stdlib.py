@@ -1,4 +1,4 @@
-"""The embedded corpus is what the library's modules are, through a TFDS dataset that does not need TensorFlow."""
+"""The embedded corpus is the library's modules, in a TFDS dataset that does not need TensorFlow."""
 
 import pickle
 import shutil

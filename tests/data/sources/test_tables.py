@@ -1,4 +1,4 @@
-"""Tables are read column by column, in parts that are ranges of rows: Parquet, and data sets of Hugging Face."""
+"""Parquet files and Hugging Face datasets are read by columns, in parts that are ranges of rows."""
 
 import io
 import os

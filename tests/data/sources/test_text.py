@@ -1,4 +1,4 @@
-"""Text files are read as they are, and cuts, wherever they fall, never lose, split or repeat a document."""
+"""Text files are read unchanged, and cutting them into parts never loses, splits or repeats a document."""
 
 import gzip
 import sys

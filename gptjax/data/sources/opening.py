@@ -1,12 +1,15 @@
-"""The choice of files and of their format from a path, folder or glob."""
+"""Opening of sources: TFDS, Hugging Face, the embedded corpus, or files and their format from a path, folder or glob."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from gptjax.config import SourceConfig, UserError
 from gptjax.data.sources.files import SUFFIXES, File, find, stem, title
 from gptjax.data.sources.source import Source
-from gptjax.data.sources.tables import Parquet
+from gptjax.data.sources.stdlib import Stdlib
+from gptjax.data.sources.tables import HuggingFace, Parquet
 from gptjax.data.sources.text import JsonLines, TextFiles
+from gptjax.files import expanded
 
 _SUFFIXES = {
     'JSON lines': ('.jsonl', '.ndjson'),
@@ -24,13 +27,32 @@ _SOURCES: dict[str, Callable[[Sequence[File], str, SourceConfig], Source]] = {
 }
 
 
-def open_files(config: SourceConfig) -> Source:
+def open_source(config: SourceConfig, cache_dir: Path | None = None) -> Source:
+  """Opens the source that a config describes, without reading its documents.
+
+  Prepares a TFDS dataset that is not prepared yet, and downloads a Hugging Face dataset that is not in its cache. Only the embedded
+  corpus needs `cache_dir`, where it stores its dataset.
+
+  Raises:
+    UserError: the source does not exist, or the config does not fit it.
+  """
+  if not config.path:
+    assert cache_dir is not None
+    return Stdlib(cache_dir)
+  if config.path.startswith('tfds:'):
+    from gptjax.data.sources.tfds_source import TfdsRecords  # takes half a second to import
+    return TfdsRecords(config)
+  if config.path.startswith('hf:'):
+    return HuggingFace(config)
+  if '://' not in config.path and (expanded(config.path) / 'index.bin').exists():
+    raise UserError('data.source.path', config.path, 'documents; this is a token store, which data.train takes')
+  return _open_files(config)
+
+
+def _open_files(config: SourceConfig) -> Source:
   """Opens the files at a path, in a folder or matched by a glob, local or remote.
 
   Of several formats one is read: JSON lines or Parquet, then text, then .json files. The description names the others.
-
-  Raises:
-    UserError: there are no files, or both JSON lines and Parquet, or the config does not fit them.
   """
   plain = tuple(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
   files = find(config.path, (*plain, *(suffix + packed for suffix in plain if suffix != '.parquet' for packed in SUFFIXES)))
