@@ -87,7 +87,8 @@ def encode(recipe: Recipe, parts: list[Part]) -> Encoded:
   """Reads, filters and encodes the documents of a task."""
   tokenizer = recipe.tokenizer
   dtype = id_dtype(tokenizer.vocab_size)
-  end = [tokenizer.eos_id] if tokenizer.eos_id != tokenizer.bos_id else []
+  separator = np.array([tokenizer.bos_id], dtype)
+  end = np.array([tokenizer.eos_id] if tokenizer.eos_id != tokenizer.bos_id else [], dtype)
   pieces = [np.empty(0, dtype)]
   lengths, sizes = [], []
   result = Encoded(pieces[0], np.empty(0), np.empty(0))
@@ -106,7 +107,7 @@ def encode(recipe: Recipe, parts: list[Part]) -> Encoded:
       else:
         data = record.text.encode()
         ids = tokenizer.encode(record.text, record.name)
-        pieces += [np.array([tokenizer.bos_id], dtype), ids, np.array(end, dtype)]
+        pieces += [separator, ids, end]
         lengths.append(1 + len(ids) + len(end))
         sizes.append(len(data))
         if recipe.deduplicate:

@@ -49,13 +49,21 @@ class Words:
     self._symbol = re.compile('|'.join(map(re.escape, sorted(symbols, key=len, reverse=True)))) if symbols else None
 
   def split(self, text: str) -> Iterator[str]:
-    """Yields the words in order."""
+    """The words in order."""
+    if not self._symbol:  # without a generator in between, for speed
+      return self._words(text, 0, len(text))
+    return self._split_at_symbols(self._symbol, text)
+
+  def _split_at_symbols(self, symbols: re.Pattern[str], text: str) -> Iterator[str]:
     start = 0
-    for symbol in self._symbol.finditer(text) if self._symbol else ():
-      yield from map(re.Match.group, self._word.finditer(text, start, symbol.start()))
+    for symbol in symbols.finditer(text):
+      yield from self._words(text, start, symbol.start())
       yield symbol.group()
       start = symbol.end()
-    yield from map(re.Match.group, self._word.finditer(text, start))  # findall's list would be far larger than the text
+    yield from self._words(text, start, len(text))
+
+  def _words(self, text: str, start: int, stop: int) -> Iterator[str]:
+    return map(re.Match.group, self._word.finditer(text, start, stop))  # findall's list would be far larger than the text
 
 
 class _WordCache(dict[str, bytes]):
