@@ -1,4 +1,4 @@
-"""A store in an object store is read as one here: through a server that speaks S3."""
+"""A store in object storage reads like a local one, tested with an S3 server."""
 
 import pickle
 
@@ -43,7 +43,7 @@ def test_it_is_trained_on_and_its_validation_documents_are_kept_here(stores, tmp
   assert prepared.layouts[0].count > 300
   export(prepared, tmp_path / 'data')
   kept = open_held_out(tmp_path / 'data')
-  assert kept.valid['v'].sha256 == prepared.valid['v'].sha256 and '://' not in kept.valid['v'].place
+  assert kept.valid['v'].sha256 == prepared.valid['v'].sha256 and '://' not in kept.valid['v'].location
   batch = EvalRows(kept.valid['v'], 64, True).batch(np.arange(3))
   assert all((batch[name] == EvalRows(prepared.valid['v'], 64, True).batch(np.arange(3))[name]).all() for name in batch)
 

@@ -1,4 +1,4 @@
-"""What lies in an object store is read as what lies here: through a server that speaks S3."""
+"""An object store reads like a local folder, tested with an S3 server."""
 
 import os
 import pickle
@@ -43,7 +43,7 @@ def bucket(tmp_path_factory):
 ])
 def test_a_bucket_gives_what_a_folder_gives(bucket, pattern, config, monkeypatch):
   monkeypatch.setattr(Source, 'part_bytes', 3000)
-  monkeypatch.setattr(TextFiles, 'whole_bytes', 100)
+  monkeypatch.setattr(TextFiles, 'max_document_bytes', 100)
   here = open_source(SourceConfig(path=f'{bucket}/{pattern}', **config))
   there = open_source(SourceConfig(path=f's3://bucket/data/{pattern}', **config))
   copy = pickle.loads(pickle.dumps(there))
@@ -65,7 +65,7 @@ def test_only_a_part_of_an_object_is_fetched(bucket, monkeypatch):
 
   monkeypatch.setattr(s3fs.core, '_fetch_range', fetch)
   monkeypatch.setattr(Source, 'part_bytes', 500)
-  monkeypatch.setattr('gptjax.data.sources.borders._WINDOW', 50)
+  monkeypatch.setattr('gptjax.data.sources.boundaries._WINDOW', 50)
   source = open_source(SourceConfig(path='s3://bucket/data/lines'))
   assert not fetched
   assert list(source.read(list(source.parts())[3]))
