@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float, Int
 from scipy.special import log_softmax
 
@@ -21,6 +21,7 @@ from gptjax.data import Tokenizer
 from gptjax.data.progress import Work, announce
 from gptjax.interop.matching import Match, bits
 from gptjax.interop.tensor_files import Entry
+from gptjax.sharding import local_rows
 from gptjax.model import AbstractModel, Parameters, abstract_model
 
 CHECKS = ('auto', 'transformers', 'roundtrip', 'none')
@@ -112,7 +113,9 @@ def our_logits(plan: AbstractModel, parameters: Parameters, mesh: Mesh, tokens: 
   """Our logits of a text in float32, without those of padded ids."""
   exact = abstract_model(plan.config, ComputeConfig(scan=plan.compute.scan), plan.context)
   with jax.set_mesh(mesh), jax.default_matmul_precision('highest'):  # the default of accelerators rounds float32
-    logits = jax.jit(lambda parameters, tokens: exact.merge(parameters)(tokens))(parameters, tokens[None])
+    # Every group of devices computes the same row: attention kernels of accelerators need local rows.
+    run = local_rows(lambda parameters, tokens: exact.merge(parameters)(tokens), (PartitionSpec(), PartitionSpec()), PartitionSpec())
+    logits = jax.jit(run)(parameters, tokens[None])
     return np.asarray(logits)[0, :, :plan.config.vocab_size]
 
 

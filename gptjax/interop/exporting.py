@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from gptjax.checkpoint import Checkpoints, read_config
-from gptjax.config import Config, MeshConfig, UserError
+from gptjax.checkpoint import Checkpoints
+from gptjax.config import Config, MeshConfig, UserError, read_config
 from gptjax.data import Tokenizer, load_tokenizer
 from gptjax.data.progress import Work
 from gptjax.files import atomic_directory, read_json, write_json

@@ -69,6 +69,6 @@ def test_parameters_of_another_config_are_one_line(workdir):
   config = configs.from_json((folder / 'config.json').read_text())
   for model in (dataclasses.replace(MODEL, width=64), dataclasses.replace(MODEL, layers=2)):
     (folder / 'config.json').write_text(configs.to_json(dataclasses.replace(config, model=model)))
-    with pytest.raises(UserError, match=r"^checkpoint: '.*/5', expected: a whole checkpoint of this config; it ") as caught:
+    with pytest.raises(UserError, match=r"^checkpoint: '.*/5', expected: an intact checkpoint of this config; it ") as caught:
       load_trained(folder)
     assert '\n' not in str(caught.value)

@@ -35,9 +35,9 @@ def workdir(tmp_path):
 def test_steps_are_told_by_names_and_numbers(workdir):
   with Restorer(workdir) as restorer:
     for wanted, steps in (('all', [3, 5, 8]), ('latest', [8]), ('best', [5]), ('8, 3', [3, 8]), ('best,5,latest', [5, 8])):
-      assert restorer.steps(wanted) == steps
+      assert restorer.checkpoints.resolve_all(wanted) == steps
     with pytest.raises(UserError, match="^--step: '4', expected: latest, best, 3, 5, 8"):
-      restorer.steps('3,4')
+      restorer.checkpoints.resolve_all('3,4')
 
 
 def test_all_checkpoints_are_scored_alike_on_every_mesh_without_another_program(workdir):
@@ -50,7 +50,7 @@ def test_all_checkpoints_are_scored_alike_on_every_mesh_without_another_program(
         scorer = Scorer(restorer.model, next_token(), restorer.mesh, 8)
         likelihoods = LikelihoodScorer(restorer.model, restorer.mesh, 64)
         compiled = []
-        for step in restorer.steps('all'):
+        for step in restorer.checkpoints.resolve_all('all'):
           before = counter.count
           trained = restorer.restore(step)
           score = scorer(trained.parameters, EvalRows(store, 16, True))

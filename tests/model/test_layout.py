@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from gptjax.config import ComputeConfig, ModelConfig
-from gptjax.model import abstract_model
-from gptjax.model.layout import stack_layers, stacked_name, unstack_layers
+from gptjax.model import abstract_model, stack_layers, stacked_name, unstack_layers
 
 CONFIG = ModelConfig(layers=11, width=16, heads=2, vocab_size=32)  # 11: layer 10 comes after 9, not after 1
 
@@ -38,4 +37,4 @@ def test_layouts_can_be_changed_inside_jit():
 def test_names():
   assert stacked_name('blocks/10/mlp/up/kernel') == ('blocks/mlp/up/kernel', 10)
   assert stacked_name('blocks/mlp/up/kernel') == ('blocks/mlp/up/kernel', None)
-  assert stacked_name('head/kernel') == ('head/kernel', None)
+  assert stacked_name('lm_head/kernel') == ('lm_head/kernel', None)
