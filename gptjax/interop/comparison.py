@@ -112,8 +112,8 @@ def compare_logits(ours: Float[np.ndarray, 'T V'], theirs: Float[np.ndarray, 'T 
 def our_logits(plan: AbstractModel, parameters: Parameters, mesh: Mesh, tokens: Int[np.ndarray, 'T']) -> Float[np.ndarray, 'T V']:
   """Our logits of a text in float32, without those of padded ids."""
   exact = abstract_model(plan.config, ComputeConfig(scan=plan.compute.scan), plan.context)
-  with jax.set_mesh(mesh), jax.default_matmul_precision('highest'):  # accelerators round float32 otherwise
-    # Every group of rows computes the same ones: kernels of accelerators need local rows.
+  with jax.set_mesh(mesh), jax.default_matmul_precision('highest'):  # the default of accelerators rounds float32
+    # Every group of devices computes the same row: attention kernels of accelerators need local rows.
     run = local_rows(lambda parameters, tokens: exact.merge(parameters)(tokens), (PartitionSpec(), PartitionSpec()), PartitionSpec())
     logits = jax.jit(run)(parameters, tokens[None])
     return np.asarray(logits)[0, :, :plan.config.vocab_size]
