@@ -9,9 +9,8 @@ import pytest
 from gptjax.config import ModelConfig, RopeConfig
 from gptjax.model import blueprint
 
-HOW = 'needs PyTorch and transformers: pip install -r requirements-parity.txt'
-torch = pytest.importorskip('torch', reason=HOW)
-transformers = pytest.importorskip('transformers', reason=HOW)
+torch = transformers = None
+pytestmark = pytest.mark.full
 
 CONTEXT = 80  # above one block of queries
 CONFIG = ModelConfig(

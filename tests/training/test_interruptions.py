@@ -90,6 +90,7 @@ def stuck(settings, workdir, cache, seconds):
                           stderr=subprocess.PIPE, text=True, env=os.environ | {'PYTHONPATH': f'{TESTS}:{TESTS.parent}'})
 
 
+@pytest.mark.full
 def test_a_hang_ends_with_every_stack_and_a_second_signal_at_once(settings, cache, tmp_path):
   process, other = stuck(settings, tmp_path / 'run', cache, 8), stuck(settings, tmp_path / 'other', cache, 0)
   assert other.stdout.readline() == 'stuck\n'

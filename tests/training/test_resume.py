@@ -81,7 +81,7 @@ def test_a_stopped_run_goes_on_bit_by_bit(settings, stopped, straight, cache):
 KILLED = """
 import json, os, pathlib, signal, sys, time
 import conftest
-conftest._set_up_jax()
+conftest._set_up_jax(sys.argv[5] == 'True')
 from tiny import config, run
 from gptjax.training import logbook, loop
 loop.peak_flops = lambda devices, dtype: (1e12, 'assumed')
@@ -101,11 +101,13 @@ run(config(sys.argv[1], **json.loads(sys.argv[4])), workdir, sys.argv[3])
 """
 
 
-def test_a_killed_run_goes_on_bit_by_bit(settings, straight, tmp_path, cache):
+@pytest.mark.full
+def test_a_killed_run_goes_on_bit_by_bit(settings, straight, tmp_path, cache, pytestconfig):
   # Killed in the middle of a line of step 6; the last checkpoint is of step 3.
   workdir = tmp_path / 'run'
   # The same settings of JAX: with other checks of types the program, and so the last bit, would be another.
-  killed = subprocess.run([sys.executable, '-c', KILLED, settings.data.source.path, workdir, cache, json.dumps(SETTINGS)],
+  killed = subprocess.run([sys.executable, '-c', KILLED, settings.data.source.path, workdir, cache, json.dumps(SETTINGS),
+                           str(pytestconfig.getoption('--typed'))],
                           capture_output=True, text=True, env=os.environ | {'PYTHONPATH': f'{TESTS}:{TESTS.parent}'})
   assert killed.returncode == -signal.SIGKILL, killed.stderr
   left = (workdir / 'metrics.jsonl').read_text().splitlines(keepends=True)
