@@ -87,6 +87,8 @@ def pytest_terminal_summary(terminalreporter):
   spent = collections.Counter()
   for report in terminalreporter.getreports(''):
     spent[report.nodeid.split('::')[0]] += dict(report.user_properties).get('cpu', 0)
+  if not spent:
+    return
   terminalreporter.section(f'slowest files, of {spent.total():.0f} CPU-seconds')
   for name, seconds in spent.most_common(10):
     terminalreporter.write_line(f'{seconds:6.1f}  {name}')

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import full
 from flax import nnx
 
 from gptjax.config import MeshConfig
@@ -75,7 +76,8 @@ def test_what_crosses_replicas_is_the_part_that_a_device_keeps():
 
 
 @pytest.mark.parametrize('mesh', ['8x1'], indirect=True)
-@pytest.mark.parametrize('changes', [{'scan': False}, {'scan': False, 'remat': 'full'}, {'scan': True}], ids=str)
+@pytest.mark.parametrize('changes', [
+  full({'scan': False}), {'scan': False, 'remat': 'full'}, {'scan': True}], ids=str)
 def test_stage_3_gathers_a_matrix_for_each_pass_and_keeps_none(style, changes, mesh):
   plan = blueprint(dataclasses.replace(style, layers=2, mlp_width=80, **changes), 16)
   shardings = plan.shardings(3, mesh)

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from tiers import full
 
 from gptjax.interop import FAMILIES, Fields, family
 from gptjax.model import blueprint
@@ -66,7 +67,7 @@ def ours(name, config, tensors):
 
 
 SMALLEST = [pytest.param(name, shapes[0], False, (33,), id=name) for name, shapes in SHAPES.items()]
-EVERY = [pytest.param(name, shape, scan, lengths, id=f'{name}-{index}-{"scan" if scan else "unrolled"}', marks=pytest.mark.full)
+EVERY = [full(name, shape, scan, lengths, id=f'{name}-{index}-{"scan" if scan else "unrolled"}')
          for name, shapes in SHAPES.items() for index, shape in enumerate(shapes)
          for scan, lengths in ((False, (3, 16, 33)), (True, (33,)))]
 

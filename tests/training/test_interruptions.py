@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import jax
 import pytest
+from tiers import full
 from tiny import config, options, records, run, write_text
 
 from gptjax import config as configs
@@ -32,7 +33,7 @@ def settings(cache):
   return config(write_text(cache / 'text.txt'), steps=8, eval__every=0, model__dropout=0.1)
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('number', [signal.SIGTERM, full(signal.SIGINT)])
 def test_a_signal_saves_that_step_and_the_same_command_goes_on(number, settings, cache, tmp_path, monkeypatch, capsys):
   straight = run(settings, tmp_path / 'straight', cache)
   advance = Logbook.advance

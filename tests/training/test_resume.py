@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
+from tiers import full
 from tiny import config, options, records, run, write_text
 
 from gptjax import config as configs
@@ -187,7 +188,7 @@ def test_changed_data_is_an_error(end, settings, halfway, tmp_path, cache):
   assert (halfway / 'config.json').read_bytes() == before
 
 
-@pytest.mark.parametrize('values', [{'mesh.data': 1, 'zero_stage': 0}, {'mesh.model': 2}])
+@pytest.mark.parametrize('values', [full({'mesh.data': 1, 'zero_stage': 0}), {'mesh.model': 2}])
 def test_a_run_goes_on_elsewhere(values, settings, stopped, straight, cache):
   lines = run(configs.override(settings, values), stopped, cache)
   for ours, theirs in zip(lines, records(straight), strict=True):
