@@ -8,10 +8,10 @@ from typing import Literal
 from jax.sharding import Mesh
 
 from gptjax.data import TextStream, Tokenizer
-from gptjax.inference.decoding import decoder
+from gptjax.inference.decoding import Decoder
 from gptjax.inference.prompts import Prompt
 from gptjax.inference.sampling import Sampling, never_drawn
-from gptjax.model import Blueprint, Parameters
+from gptjax.model import AbstractModel, Parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,20 +31,20 @@ class Continuation:
 class Generator:
   """Continues prompts with text.
 
-    generator = Generator(trained.blueprint, trained.mesh, tokenizer)
+    generator = Generator(trained.model, trained.mesh, tokenizer)
     weights = generator.prepare(trained.parameters)
     generator(weights, [generator.prompt('Once upon a time')], max_tokens=50)[0].text
 
   Args:
-    blueprint: of the model.
+    model: of the parameters.
     mesh: where the parameters lie.
     tokenizer: of the prompts and of the text; its end of text ends a continuation.
     zero_stage: at which `prepare` lays the parameters out; see `Decoder`.
   """
 
-  def __init__(self, blueprint: Blueprint, mesh: Mesh, tokenizer: Tokenizer, zero_stage: int = 0):
+  def __init__(self, model: AbstractModel, mesh: Mesh, tokenizer: Tokenizer, zero_stage: int = 0):
     self.tokenizer = tokenizer
-    self._decoder = decoder(blueprint, mesh, never_drawn(tokenizer, blueprint.config), zero_stage)
+    self._decoder = Decoder(model, mesh, never_drawn(tokenizer, model.config), zero_stage)
 
   def prepare(self, parameters: Parameters) -> Parameters:
     """Parameters as decoding reads them; worth keeping for several calls."""

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gptjax.data.progress import announce
-from gptjax.files import Lines, complete_lines, json_line, write_whole
+from gptjax.files import Lines, complete_lines, json_line, write_atomic
 
 # tensorboardX imports these where they are installed, which takes seconds; scalars and text need none of them.
 _unneeded = {'torch', 'google.cloud.storage', 'boto3'} - sys.modules.keys()
@@ -123,7 +123,7 @@ class Logbook:
       self.say(f'{self._workdir / name}: {error}; its lines wait in memory')
 
 
-class Silence(Logbook):
+class NullLogbook(Logbook):
   """The Logbook of the processes that another one writes for."""
 
   def __init__(self) -> None:
@@ -184,7 +184,7 @@ def _cut(path: Path, step: int) -> Path:
     except (ValueError, LookupError, TypeError):
       announce(f'{path}:{number} is damaged and left out: {line.strip()[:60]!r}')
   if path.exists():
-    write_whole(path, ''.join(kept))
+    write_atomic(path, ''.join(kept))
   return path
 
 

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import PartitionSpec
 from optax import contrib
 
-from gptjax.config import OptimizerConfig
+from gptjax.config import MATRIX_AXIS, STATE_AXIS, OptimizerConfig
 
 
 @functools.lru_cache(maxsize=16)
@@ -97,7 +97,7 @@ def _dealt(shape: tuple[int, ...]) -> PartitionSpec:
   """Where whole matrices of stacked layers [L, in, out] lie: over as many axes of the mesh as divide the layers."""
   sizes = jax.sharding.get_abstract_mesh().shape
   axes: tuple[str, ...] = ()
-  for axis in ('data', 'model') if len(shape) == 3 else ():
+  for axis in (STATE_AXIS, MATRIX_AXIS) if len(shape) == 3 else ():
     if shape[0] % math.prod(sizes[name] for name in (*axes, axis)) == 0:
       axes = (*axes, axis)
   return PartitionSpec(axes or None, *(None,) * (len(shape) - 1)) if shape else PartitionSpec()

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 from gptjax import config as configs
 from gptjax.checkpoint import Checkpoints, Progress, Retention, load_trained
 from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, UserError
-from gptjax.model import blueprint
+from gptjax.model import abstract_model
 
 # What Orbax was still reading when it failed.
 pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
@@ -34,14 +34,14 @@ def workdir(tmp_path):
 
 def parameters(seed):
   rng = np.random.default_rng(seed)
-  return {name: rng.standard_normal(s.shape, np.float32) for name, s in blueprint(MODEL, 16).shapes.items()}
+  return {name: rng.standard_normal(s.shape, np.float32) for name, s in abstract_model(MODEL, 16).shapes.items()}
 
 
 @pytest.mark.parametrize('model_axis, expected', [(1, 1), (2, 2), (3, 1)])
 def test_parameters_lie_on_all_devices(workdir, model_axis, expected):
   trained = load_trained(workdir(model_axis))
   assert trained.step == 5 and dict(trained.mesh.shape) == {'replica': 1, 'data': 8 // expected, 'model': expected}
-  assert trained.config.model == trained.blueprint.config == MODEL and trained.blueprint.context == 16
+  assert trained.config.model == trained.model.config == MODEL and trained.model.context == 16
   assert all((np.array(trained.parameters[name]) == value).all() for name, value in parameters(5).items())
   # Heads over `model`; over `data`, which training shared them out on, each device has all.
   assert trained.parameters['blocks/0/attention/q/kernel'].sharding.spec == PartitionSpec(None, 'model' if expected > 1 else None)

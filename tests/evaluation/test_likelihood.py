@@ -8,7 +8,7 @@ import pytest
 from tiers import full
 
 from gptjax.evaluation import Asked, LikelihoodScorer
-from gptjax.model import blueprint
+from gptjax.model import abstract_model
 from gptjax.training.hardware import CompileCounter
 
 CONTEXT = 20
@@ -16,7 +16,7 @@ CONTEXT = 20
 
 @pytest.fixture
 def model(style):
-  return blueprint(dataclasses.replace(style, layers=1), CONTEXT)
+  return abstract_model(dataclasses.replace(style, layers=1), CONTEXT)
 
 
 def questions(count=20, seed=0):

@@ -1,14 +1,14 @@
 """Every family against transformers: logits, gradients of the loss, and decoding with a cache, for shapes of every kind."""
 
-import dataclasses
 
 import jax
 import numpy as np
 import pytest
 from tiers import full
 
+from gptjax.config import ComputeConfig
 from gptjax.interop import FAMILIES, Fields, family
-from gptjax.model import blueprint
+from gptjax.model import abstract_model
 from gptjax.sharding import place
 
 torch = transformers = None
@@ -79,7 +79,7 @@ def test_logits_and_gradients_are_those_of_transformers(name, shape, scan, lengt
   assert family(values) is FAMILIES[name]
   config, context = FAMILIES[name].read(Fields(values))
   worst = [0.0, 0.0]
-  plan = blueprint(dataclasses.replace(config, scan=scan), context)
+  plan = abstract_model(config, ComputeConfig(scan=scan), context)
   parameters = ours(name, config, {key: p.detach().numpy() for key, p in model.named_parameters()})
   if scan:
     parameters = stacked(parameters, config.layers)

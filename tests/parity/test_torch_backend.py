@@ -10,9 +10,10 @@ import pytest
 import test_families
 import tokenizers
 
+from gptjax.config import ComputeConfig
 from gptjax.data.tokenizers import Gpt2Tokenizer
 from gptjax.interop import FAMILIES, Fields
-from gptjax.model import blueprint
+from gptjax.model import abstract_model
 
 torch = transformers = None
 pytestmark = pytest.mark.full
@@ -54,7 +55,7 @@ def both(request, tokenizer, one_device, monkeypatch):
   shape = {key: value for key, value in shape.items() if key != ('n_positions' if name == 'llama' else 'max_position_embeddings')}
   reference = test_families.reference(name, shape)
   config, context = FAMILIES[name].read(Fields(reference.config.to_dict() | {'architectures': [type(reference).__name__]}))
-  plan = blueprint(config, context)
+  plan = abstract_model(config, ComputeConfig(), context)
   values = test_families.ours(name, config, {key: p.detach().numpy() for key, p in reference.named_parameters()})
   ours = HarnessModel(plan, one_device, tokenizer[0], 256)
   ours.use(jax.device_put(values, plan.shardings(0, one_device)))
