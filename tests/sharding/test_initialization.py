@@ -4,13 +4,14 @@ import math
 
 import jax
 import pytest
+from tiers import full
 
 from gptjax.config import ModelConfig, OptimizerConfig
 from gptjax.model import abstract_model
 from gptjax.training import abstract, initializer, make_optimizer
 
 
-@pytest.mark.parametrize('mesh, scan', [('8x1', False), ('8x1', True), ('4x2', True)], indirect=['mesh'])
+@pytest.mark.parametrize('mesh, scan', [full('8x1', False), full('8x1', True), ('4x2', True)], indirect=['mesh'])
 def test_nothing_whole_is_made_under_stage_3(mesh, scan):
   plan = abstract_model(ModelConfig(layers=2, width=128, heads=4, vocab_size=4096, scan=scan), 128)
   optimizer = make_optimizer(OptimizerConfig(), steps=10, warmup=0, decay=0)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiers import full
 from tiny import batch, put, trainer
 
 from gptjax.config import ModelConfig, OptimizerConfig
@@ -67,17 +68,17 @@ def test_microbatches_change_nothing(shallow, mesh):
   counts = rows['mask'].sum(1)
   assert max(counts[::2].sum(), counts[1::2].sum()) > 1.1 * min(counts[::2].sum(), counts[1::2].sum())
   results = {}
-  for microbatches in (1, 2, 4):
+  for microbatches in (1, 4):
     state, step = trainer(shallow, optax.sgd(1.0), microbatches=microbatches, z_loss=1e-3)
     state, metrics = step(state, put(rows))
     results[microbatches] = host((state.parameters, metrics))
-  for microbatches in (2, 4):
+  for microbatches in (4,):
     for (path, got), want in zip(jax.tree.leaves_with_path(results[microbatches]), jax.tree.leaves(results[1])):
       message = f'{microbatches} {jax.tree_util.keystr(path)}'
       np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-7, err_msg=message)
 
 
-@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+@pytest.mark.parametrize('optimizer', [full('adamw'), 'muon'])
 @pytest.mark.parametrize('mesh', ['4x2'], indirect=True)
 def test_the_old_state_is_given_up_and_the_new_lies_as_it_did(optimizer, shallow, mesh):
   state, step = trainer(shallow, OptimizerConfig(name=optimizer), zero_stage=3)
@@ -119,7 +120,8 @@ def test_each_microbatch_has_a_dropout_of_its_own(one_device):
   assert abs(whole - half) > 1e-4
 
 
-@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+@pytest.mark.parametrize('style, optimizer', [
+  ('gpt2', 'adamw'), ('modern', 'muon'), full('gpt2', 'muon'), full('modern', 'adamw')], indirect=['style'])
 def test_the_first_steps_have_the_known_figures(optimizer, style, one_device):
   state, step = trainer(style, OptimizerConfig(name=optimizer, peak_lr=1e-2, warmup=0))
   found = []
