@@ -1,6 +1,7 @@
-"""Learning rate and optimizers: AdamW and Muon from optax, told which parameter plays which role."""
+"""Learning rate, optimizers and their update: AdamW and Muon from optax, applied by the role of each parameter."""
 
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jax.sharding import PartitionSpec
 from optax import contrib
 
 from gptjax.config import OptimizerConfig
+from gptjax.training.guard import keep_if
 
 
 def schedule(config: OptimizerConfig, peak: float, *, steps: int, warmup: int, decay: int) -> optax.Schedule:
@@ -42,8 +44,10 @@ def orthogonalized(name: str) -> bool:
 
 def make_optimizer(config: OptimizerConfig, **durations: int) -> optax.GradientTransformation:
   """Clipping by global norm (arXiv:1211.5063), then AdamW or Muon; `durations` are those of `schedule`."""
-  adamw = optax.adamw(schedule(config, config.peak_lr, **durations), config.b1, config.b2, config.eps,
-                      weight_decay=config.weight_decay, mask=_by_name(decays))
+  adamw = optax.chain(
+    _scale_by_adam(config.b1, config.b2, config.eps),
+    optax.add_decayed_weights(config.weight_decay, _by_name(decays)),
+    optax.scale_by_learning_rate(schedule(config, config.peak_lr, **durations)))
   if config.name == 'adamw':
     rest = adamw
   else:
@@ -53,8 +57,67 @@ def make_optimizer(config: OptimizerConfig, **durations: int) -> optax.GradientT
       optax.add_decayed_weights(config.weight_decay),
       optax.scale_by_learning_rate(schedule(config, config.muon_lr, **durations)))
     rest = optax.partition({True: muon, False: adamw}, _by_name(orthogonalized))
-  clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()  # a resumed run may switch it
+  clip = _clip_by_global_norm(config.clip) if config.clip else optax.identity()  # a resumed run may switch it
   return optax.chain(clip, rest)
+
+
+def update(optimizer: optax.GradientTransformation, gradient: Any, state: Any, parameters: Any, good: jax.Array) -> tuple[Any, Any]:
+  """The parameters and the optimizer's state after a step; after a bad one both are as they were, bit by bit.
+
+  Args:
+    optimizer: that of `make_optimizer`, or any of optax's.
+    gradient: of the loss; a factor in it is best a multiplication, which the update takes in without writing the gradient once more.
+    state: of the optimizer.
+    parameters: sharded as the gradient is.
+    good: whether the step is.
+  """
+  updates, new = optax.with_extra_args_support(optimizer).update(gradient, state, parameters, good=good)
+  chosen = lambda node: isinstance(node, Moments)
+  state = jax.tree.map(lambda new, old: new if chosen(new) else keep_if(good, new, old), new, state, is_leaf=chosen)
+  return keep_if(good, optax.apply_updates(parameters, updates), parameters), state
+
+
+class Moments(NamedTuple):
+  """The state of `_scale_by_adam`; the fields are those of optax's."""
+
+  count: jax.Array
+  """good steps, int32"""
+  mu: Any
+  nu: Any
+
+
+def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
+  """optax.scale_by_adam (arXiv:1412.6980) whose moments are updated in place on CPUs.
+
+  XLA computes new moments a second time, from the old ones, where it makes the new parameters, and therefore copies the old ones before
+  it overwrites them: on a CPU a twentieth of a step. So the choice between old and new moments is made here, and a barrier lets only the
+  chosen ones be read from then on. An accelerator makes moments and parameters in one kernel, which a barrier would cut in two.
+  """
+  adam = optax.scale_by_adam(b1, b2, eps)
+
+  def init(parameters):
+    return Moments(*adam.init(parameters))
+
+  def update(updates, state, parameters=None, *, good=True, **_):
+    del parameters
+    _, new = adam.update(updates, optax.ScaleByAdamState(*state))
+    new = Moments(*keep_if(good, tuple(new), tuple(state)))
+    new = jax.lax.platform_dependent(new, cpu=jax.lax.optimization_barrier, default=lambda new: new)
+    mean, square = (optax.tree.bias_correction(moment, decay, new.count) for moment, decay in ((new.mu, b1), (new.nu, b2)))
+    return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square), new
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+  """optax.clip_by_global_norm as one factor, by which XLA multiplies where the gradient is read; a division it would write out."""
+  def update(updates, state, parameters=None):
+    del parameters
+    norm = optax.tree.norm(updates)
+    factor = jnp.where(norm < limit, 1.0, limit / norm)
+    return jax.tree.map(lambda g: g * factor, updates), state
+
+  return optax.GradientTransformation(optax.init_empty_state, update)
 
 
 def _by_name(role):

@@ -11,8 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.model import Blueprint, Copy, Parameters
 from gptjax.sharding import AnyMesh, Places
-from gptjax.training.guard import Watch, fresh_watch, judge, keep_if
+from gptjax.training.guard import Watch, fresh_watch, judge
 from gptjax.training.objective import Batch, Objective
+from gptjax.training.optimizer import update
 
 
 class TrainState(NamedTuple):
@@ -102,14 +103,12 @@ def train_step(blueprint: Blueprint, objective: Objective, optimizer: optax.Grad
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     gradient, sums = accumulate(state.parameters, batch, key)
     targets = sums.pop('targets')
-    gradient = _put({name: g / targets for name, g in gradient.items()}, places, 'optimizer')
+    gradient = _put({name: g * (1 / targets) for name, g in gradient.items()}, places, 'optimizer')
     parameters = _put(state.parameters, places, 'optimizer')
     metrics = {name: value / targets for name, value in sums.items()}
     metrics |= {'grad_norm': optax.global_norm(gradient), 'learning_rate': rate(state.step), 'targets': targets}
     good, watch = judge(state.watch, metrics['loss'], metrics['grad_norm'], spike)
-    updates, moments = optimizer.update(gradient, state.optimizer, parameters)
-    updated = optax.apply_updates(parameters, updates), moments
-    parameters, moments = keep_if(good, updated, (parameters, state.optimizer))
+    parameters, moments = update(optimizer, gradient, state.optimizer, parameters, good)
     return TrainState(state.step + 1, _put(parameters, places, 'stored'), moments, watch), metrics | {'bad': ~good}
 
   return jax.jit(step, donate_argnums=0)
