@@ -8,15 +8,15 @@ Meant for 8 GPUs of 40 GB: about 4 days on A100s. Data: OpenWebText in stores ma
 """
 
 from gptjax.config import (
-  CheckpointConfig, Component, Config, DataConfig, EvalConfig, MeshConfig, ModelConfig, OptimizerConfig, ValidationSet)
+  CheckpointConfig, Component, ComputeConfig, Config, DataConfig, EvalConfig, MeshConfig, ModelConfig, OptimizerConfig, ValidationSet)
 
 
 def get_config() -> Config:
   return Config(
     model=ModelConfig(
       layers=12, heads=12, width=768,
-      vocab_size=50257, vocab_multiple=128,  # 50304 rows: whole tiles of the matrix units
-      compute_dtype='bfloat16', scan=True, remat='dots'),
+      vocab_size=50257, vocab_multiple=128),  # 50304 rows: complete tiles of the matrix units
+    compute=ComputeConfig(dtype='bfloat16', scan=True, remat='dots'),
     data=DataConfig(
       train=(Component('stores/train'),), valid=(ValidationSet('valid', 'stores/valid'),),
       context=1024,

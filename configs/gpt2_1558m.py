@@ -8,15 +8,15 @@ Meant for 64 GPUs of 40 GB. Data: OpenWebText in stores made with GPT-2's tokeni
 """
 
 from gptjax.config import (
-  CheckpointConfig, Component, Config, DataConfig, EvalConfig, MeshConfig, ModelConfig, OptimizerConfig, ValidationSet)
+  CheckpointConfig, Component, ComputeConfig, Config, DataConfig, EvalConfig, MeshConfig, ModelConfig, OptimizerConfig, ValidationSet)
 
 
 def get_config() -> Config:
   return Config(
     model=ModelConfig(
       layers=48, heads=25, width=1600,
-      vocab_size=50257, vocab_multiple=128,  # 50304 rows: whole tiles of the matrix units
-      compute_dtype='bfloat16', scan=True, remat='full'),
+      vocab_size=50257, vocab_multiple=128),  # 50304 rows: complete tiles of the matrix units
+    compute=ComputeConfig(dtype='bfloat16', scan=True, remat='full'),
     data=DataConfig(
       train=(Component('stores/train'),), valid=(ValidationSet('valid', 'stores/valid'),),
       context=1024,

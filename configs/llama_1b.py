@@ -8,7 +8,7 @@ Meant for 16 TPU v5e chips (v5e:4x4). Data: a mixture of your own, in stores mad
 """
 
 from gptjax.config import (
-  CheckpointConfig, Component, Config, DataConfig, EvalConfig, MeshConfig, ModelConfig, OptimizerConfig, RopeConfig, ValidationSet)
+  CheckpointConfig, Component, ComputeConfig, Config, DataConfig, EvalConfig, MeshConfig, ModelConfig, OptimizerConfig, RopeConfig, ValidationSet)
 
 
 def get_config() -> Config:
@@ -16,8 +16,8 @@ def get_config() -> Config:
     model=ModelConfig(
       layers=16, heads=32, kv_heads=8, width=2048, mlp_width=8192,
       vocab_size=128256, vocab_multiple=128,
-      positions='rope', rope=RopeConfig(theta=500000.0), norm='rmsnorm', mlp='swiglu', bias=False, tied=True,
-      compute_dtype='bfloat16', scan=True, remat='full'),
+      positions='rope', rope=RopeConfig(theta=500000.0), norm='rmsnorm', mlp='swiglu', bias=False, tied=True),
+    compute=ComputeConfig(dtype='bfloat16', scan=True, remat='full'),
     data=DataConfig(
       train=(Component('stores/train'),), valid=(ValidationSet('valid', 'stores/valid'),),
       context=4096),  # attention stays inside documents, as in Llama 3

@@ -6,7 +6,7 @@ Meant for 256 TPU v5e chips (v5e:16x16). Data: a mixture of your own, in stores 
 """
 
 from gptjax.config import (
-  CheckpointConfig, Component, Config, DataConfig, EvalConfig, MeshConfig, ModelConfig, OptimizerConfig, ValidationSet)
+  CheckpointConfig, Component, ComputeConfig, Config, DataConfig, EvalConfig, MeshConfig, ModelConfig, OptimizerConfig, ValidationSet)
 
 
 def get_config() -> Config:
@@ -14,8 +14,8 @@ def get_config() -> Config:
     model=ModelConfig(
       layers=32, heads=32, width=4096, mlp_width=11008,  # 2/3 of 4 * width, up to a multiple of 256
       vocab_size=32000, vocab_multiple=128,
-      positions='rope', norm='rmsnorm', mlp='swiglu', bias=False, tied=False,
-      compute_dtype='bfloat16', scan=True, remat='full'),
+      positions='rope', norm='rmsnorm', mlp='swiglu', bias=False, tied=False),
+    compute=ComputeConfig(dtype='bfloat16', scan=True, remat='full'),
     data=DataConfig(
       train=(Component('stores/train'),), valid=(ValidationSet('valid', 'stores/valid'),),
       context=4096, isolate_documents=False),  # the paper speaks of no mask between documents

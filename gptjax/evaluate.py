@@ -16,7 +16,7 @@ from absl import flags
 from gptjax import config as configs
 from gptjax import distributed
 from gptjax.config import UserError
-from gptjax.files import expanded, json_line, read_json, write_whole
+from gptjax.files import expanded, json_line, read_json, write_atomic
 from gptjax.start import start
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a run', required=True)
@@ -78,7 +78,7 @@ def _documents(restorer, sets, tags) -> Callable[[Any], Any]:
   config = restorer.config.data
   rows = {name: data.EvalRows(store, config.context, config.isolate_documents) for name, store in sets.items()}
   shared = row_groups(restorer.mesh)
-  scorer = evaluation.Scorer(restorer.blueprint, training.next_token(), restorer.mesh, -(-_rows(restorer) // shared) * shared)
+  scorer = evaluation.Scorer(restorer.model, training.next_token(), restorer.mesh, -(-_rows(restorer) // shared) * shared)
 
   def score(parameters):
     with _watched('documents', sum(one.count for one in rows.values()), 'rows') as advance:
@@ -96,7 +96,7 @@ def _tasks(restorer, tokenizer) -> Callable[[Any], tuple[Any, list]]:
   except ModuleNotFoundError as error:
     raise UserError('--tasks', ','.join(_TASKS.value), f'a machine with {error.name}: pip install -r requirements-eval.txt') from None
   tasks = Tasks(_TASKS.value, Options(_TASK_PATH.value, _TASK_DATA.value, _LIMIT.value, _FEWSHOT.value))
-  model = harness.HarnessModel(restorer.blueprint, restorer.mesh, tokenizer, _task_tokens(restorer),
+  model = harness.HarnessModel(restorer.model, restorer.mesh, tokenizer, _task_tokens(restorer),
                                {'auto': None, 'true': True, 'false': False}[_ADD_BOS.value], _watched)
 
   def answer(parameters):
@@ -117,7 +117,7 @@ def _task_tokens(restorer) -> int:
 
 
 def _rows(restorer) -> int:
-  return _BATCH.value or restorer.config.sequences
+  return _BATCH.value or restorer.config.microbatch_size
 
 
 @contextlib.contextmanager
@@ -142,9 +142,9 @@ def _tell(workdir: Path, records: list[dict[str, Any]], samples: list[dict[str, 
       raise UserError(str(file), earlier, 'the JSON object of an earlier evaluation; remove it')
     # What this one left out, such as the documents beside tasks, stays if it is of the same checkpoint.
     whole = (earlier if earlier.get('step') == records[0]['step'] else {}) | json.loads(kept[0])
-    write_whole(file, json_line(whole) + '\n')
+    write_atomic(file, json_line(whole) + '\n')
   else:
-    write_whole(workdir / 'evaluations.jsonl', '\n'.join(kept) + '\n')
+    write_atomic(workdir / 'evaluations.jsonl', '\n'.join(kept) + '\n')
     partial = workdir / 'evaluation.partial.png'
     if evaluation.draw(records, partial):
       partial.rename(workdir / 'evaluation.png')
@@ -156,7 +156,7 @@ def _tell(workdir: Path, records: list[dict[str, Any]], samples: list[dict[str, 
     print(json_line(record))
   if _SAMPLES.value:
     plain = lambda value: value.tolist() if hasattr(value, 'tolist') else str(value)  # numpy's, as some metrics have them
-    write_whole(expanded(_SAMPLES.value), ''.join(json.dumps(one, default=plain) + '\n' for one in samples))
+    write_atomic(expanded(_SAMPLES.value), ''.join(json.dumps(one, default=plain) + '\n' for one in samples))
 
 
 if __name__ == '__main__':

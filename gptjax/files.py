@@ -20,7 +20,7 @@ def expanded(path: Path | str) -> Path:
   return Path(os.path.expanduser(path))
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomic(path: Path, text: str) -> None:
   """Writes a file beside its place and then moves it there: who reads it never sees a part, even after a power cut."""
   partial = path.with_name(f'{path.name}.partial')
   partial.write_text(text)
@@ -100,11 +100,11 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, values: Any) -> None:
   """Writes JSON for people to read, whole or not at all."""
-  write_whole(path, json.dumps(values, indent=2) + '\n')
+  write_atomic(path, json.dumps(values, indent=2) + '\n')
 
 
 @contextlib.contextmanager
-def building(directory: Path, worth_keeping: Callable[[Path], bool] = lambda folder: False,
+def atomic_directory(directory: Path, worth_keeping: Callable[[Path], bool] = lambda folder: False,
              resumes: bool = True) -> Iterator[Path | None]:
   """A folder that appears whole or not at all: the body fills another beside it, which then takes its place.
 

@@ -54,9 +54,9 @@ def main(_) -> None:
   workdir = expanded(_WORKDIR.value)
   trained = checkpoint.load_trained(workdir, _STEP.value, _MODEL_AXIS.value)
   tokenizer = data.open_held_out(workdir / 'data').tokenizer
-  context = trained.blueprint.context
+  context = trained.model.context
   with jax.set_mesh(trained.mesh):
-    generator = inference.Generator(trained.blueprint, trained.mesh, tokenizer)
+    generator = inference.Generator(trained.model, trained.mesh, tokenizer)
 
     def read(prompt, source):
       ids = generator.prompt(prompt, source)
@@ -87,7 +87,7 @@ def _check_flags() -> None:
     for flag in (_PROMPT, _PROMPTS, _OUT):
       if flag.value:
         raise UserError(f'--{flag.name}', flag.value, 'none beside --chat, which reads the keyboard')
-    if (count := distributed.process_group().group.processes) > 1:
+    if (count := distributed.process_group().count) > 1:
       raise UserError('--chat', f'{count} processes', 'one process, which has the keyboard')
   elif _SYSTEM.value:
     raise UserError('--system', _SYSTEM.value, 'none without --chat; in --prompts, a first message with the role "system"')
@@ -153,7 +153,7 @@ def _write(rows, run) -> None:
   from rich.console import Console
   from rich.progress import track
 
-  from gptjax.files import write_whole
+  from gptjax.files import write_atomic
 
   console = Console(stderr=True)
   lines = []
@@ -168,7 +168,7 @@ def _write(rows, run) -> None:
       else:
         print(f'{prompt if given == "prompt" else ""}{said.text}\n---', flush=True)
   if _OUT.value and distributed.is_primary():
-    write_whole(expanded(_OUT.value), '\n'.join(lines) + '\n')
+    write_atomic(expanded(_OUT.value), '\n'.join(lines) + '\n')
 
 
 if __name__ == '__main__':

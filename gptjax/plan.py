@@ -21,7 +21,7 @@ def main(config: configs.Config) -> None:
   from rich.console import Console
 
   from gptjax import planning
-  from gptjax.files import write_whole
+  from gptjax.files import write_atomic
   from gptjax.planning.program import needs_libtpu
   from gptjax.planning.search import confirm
 
@@ -49,7 +49,7 @@ def main(config: configs.Config) -> None:
   if missing:
     print(missing)
   if _JSON.value:
-    write_whole(Path(_JSON.value), json.dumps({'plan': planning.as_json(chosen), 'candidates': [
+    write_atomic(Path(_JSON.value), json.dumps({'plan': planning.as_json(chosen), 'candidates': [
       planning.as_json(one) for one in shown] if _SEARCH.value else []}, indent=1) + '\n')
   if _PICTURE.value:
     planning.draw(shown, Path(_PICTURE.value))

@@ -38,14 +38,14 @@ def start(config: Config | None = None) -> Path:
   cache = cache_dir()
   group = distributed.discover(_CLUSTER.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
   # Before JAX is imported, which takes seconds: who is missing is told early.
-  configs.at_end.enter_context(distributed.join(group, _facts(config) if group.processes > 1 else {}, _TIMEOUT.value))
+  configs.exit_stack.enter_context(distributed.join(group, _facts(config) if group.count > 1 else {}, _TIMEOUT.value))
   import jax  # only now: --help and mistakes in flags should not wait for it
   if CPU_DEVICES.value:
     jax.config.update('jax_platforms', 'cpu')
     jax.config.update('jax_num_cpu_devices', CPU_DEVICES.value)
   jax.config.update('jax_compilation_cache_dir', str(cache / 'compiled'))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
-  if group.processes > 1:
+  if group.count > 1:
     _initialize(group)
   return cache
 
@@ -56,17 +56,17 @@ def _tell_unraisable(unraisable: Any) -> None:
     sys.__unraisablehook__(unraisable)
 
 
-def _initialize(group: distributed.Group) -> None:
+def _initialize(group: distributed.GroupSpec) -> None:
   import jax
   assert group.coordinator
-  _keep_stdout(group.process == 0)
+  _keep_stdout(group.index == 0)
   host, port = distributed.bind_address(group), group.coordinator.rpartition(':')[2]
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   # A proxy of the login shell would stand between the processes: gRPC asks it for every host that is not named here.
   os.environ['no_grpc_proxy'] = ','.join(filter(None, (os.environ.get('no_grpc_proxy'), distributed.address(group)[0])))
   jax.config.update('jax_check_proxy_envs', False)
   jax.distributed.initialize(
-    group.coordinator, group.processes, group.process, local_device_ids=group.gpus, cluster_detection_method='deactivate',
+    group.coordinator, group.count, group.index, local_device_ids=group.gpus, cluster_detection_method='deactivate',
     coordinator_bind_address=f'{f"[{host}]" if ":" in host else host}:{port}' if host else None, initialization_timeout=int(_TIMEOUT.value))
 
 

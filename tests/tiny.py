@@ -15,7 +15,7 @@ import pytest
 
 from gptjax import config as configs
 from gptjax.config import Config, DataConfig, EvalConfig, ModelConfig, OptimizerConfig, SourceConfig, TokenizerConfig
-from gptjax.model import blueprint
+from gptjax.model import abstract_model
 from gptjax.sharding import place
 from gptjax.training.replaying import CLOCK
 from gptjax.training import Options, initializer, make_optimizer, next_token, schedule, train, train_step
@@ -57,7 +57,7 @@ def trainer(model, optimizer=None, *, context=16, zero_stage=0, microbatches=1, 
     rate = schedule(settings, settings.peak_lr, **DURATIONS)
   else:
     rate = optax.constant_schedule(0.0)
-  plan = blueprint(model, context)
+  plan = abstract_model(model, context)
   state = initializer(plan, optimizer, zero_stage, jax.sharding.get_mesh(), 0)()
   return state, train_step(plan, next_token(z_loss), optimizer, rate, zero_stage=zero_stage, mesh=jax.sharding.get_mesh(),
                            microbatches=microbatches, seed=seed)

@@ -26,8 +26,8 @@ def main(_: None) -> None:
   """Exports --workdir."""
   start()
   from gptjax import interop
-  if process_group().group.processes > 1:
-    raise UserError('--processes', process_group().group.processes, '1: a single process exports')
+  if process_group().count > 1:
+    raise UserError('--processes', process_group().count, '1: a single process exports')
   options = interop.Export(_STEP.value, _DTYPE.value, int(_SHARD_GB.value * 1e9), check_flags.check())
   print(interop.export_run(expanded(_WORKDIR.value), expanded(_FOLDER.value), options))
   print(_FOLDER.value)

@@ -22,15 +22,15 @@ _FIRST = flags.DEFINE_integer('first_row', 0, 'rows taken before', lower_bound=0
 def main(config: configs.Config) -> None:
   cache = start(config)
   from gptjax.data import batches, prepare, train_rows
-  from gptjax.sharding import make_mesh, my_rows, place_rows
+  from gptjax.sharding import make_mesh, process_rows, put_rows
   rows = train_rows(config, prepare(config.data, cache))
   mesh, size = make_mesh(config.mesh), config.batch_size
-  feed = batches(rows, _FIRST.value, size, my_rows(mesh, size), prefetch=config.data.prefetch, workers=config.data.workers)
+  feed = batches(rows, _FIRST.value, size, process_rows(mesh, size), prefetch=config.data.prefetch, workers=config.data.workers)
   group = process_group().group
   out = Path(f'{_OUT.value}.{group.process}' if group.processes > 1 else _OUT.value)
   with out.open('w') as file:
     for step in range(_STEPS.value):
-      batch = place_rows(mesh, next(feed), size)
+      batch = put_rows(mesh, next(feed), size)
       for row, digest in digests(batch):
         file.write(f'{_FIRST.value + step * size + row} {digest}\n')
 

@@ -17,7 +17,7 @@ from tools import check_flags
 _FOLDER = flags.DEFINE_string('folder', None, 'folder with config.json, safetensors and tokenizer', required=True)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the new run; must not be there yet', required=True)
 _CONTEXT = flags.DEFINE_integer('context', 0, 'tokens a row of the run; 0: as many as the model is meant for', lower_bound=0)
-_SCAN = flags.DEFINE_bool('scan', False, 'stack the layers, as model.scan has them: training compiles in constant time')
+_SCAN = flags.DEFINE_bool('scan', False, 'stack the layers, as compute.scan has them: training compiles in constant time')
 _COMPUTE = flags.DEFINE_enum('compute_dtype', 'float32', ['float32', 'bfloat16'], 'what the run computes in; bfloat16 for accelerators')
 _MESH_DATA = flags.DEFINE_integer('mesh_data', -1, 'devices on the axis data, which share the parameters; -1: all', lower_bound=-1)
 _MESH_MODEL = flags.DEFINE_integer('mesh_model', 1, 'devices on the axis model, which share each matrix', lower_bound=1)
@@ -28,8 +28,8 @@ def main(_: None) -> None:
   """Imports --folder."""
   start()
   from gptjax import interop
-  if process_group().group.processes > 1:
-    raise UserError('--processes', process_group().group.processes, '1: a single process imports, with all devices that it has')
+  if process_group().count > 1:
+    raise UserError('--processes', process_group().count, '1: a single process imports, with all devices that it has')
   path = lambda text: expanded(text)
   options = interop.Import(_CONTEXT.value, _SCAN.value, _COMPUTE.value, MeshConfig(data=_MESH_DATA.value, model=_MESH_MODEL.value),
                            path(_TOKENIZER.value) if _TOKENIZER.value else None, check_flags.check())

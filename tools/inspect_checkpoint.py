@@ -43,7 +43,7 @@ def main(_) -> int:
 
 def _list(console: Console, workdir: Path, checkpoints) -> int:
   from gptjax.checkpoint import DAMAGED
-  from gptjax.checkpoint.manifest import MANIFEST, damage, read
+  from gptjax.checkpoint.manifest import MANIFEST, read_manifest, verify
   steps = checkpoints.steps()
   if not steps:
     raise UserError('--workdir', str(workdir), 'a folder with checkpoints, which gptjax.train makes')
@@ -51,13 +51,13 @@ def _list(console: Console, workdir: Path, checkpoints) -> int:
   bad = False
   for step in steps:
     folder = workdir / 'checkpoints' / str(step)
-    if wrong := damage(folder):
+    if wrong := verify(folder):
       if step not in checkpoints.steps():  # its run removed it meanwhile
         continue
       bad = True
       table.add_row(str(step), '', '', '', '', f'damaged: {wrong}')
       continue
-    facts, files = (read(folder)[name] for name in ('facts', 'files'))
+    facts, files = (read_manifest(folder)[name] for name in ('facts', 'files'))
     size = sum(size for size, _ in files.values()) + (folder / MANIFEST).stat().st_size
     loss = '' if facts['loss'] is None else f'{facts["loss"]:.4f}'
     table.add_row(str(step), f'{facts["progress"]["tokens"]:,}', loss, f'{size / 1e6:,.1f}', facts['saved'], 'whole')

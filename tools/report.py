@@ -22,7 +22,7 @@ from absl import flags
 from jaxtyping import Float
 from matplotlib import axes, figure, ticker
 
-from gptjax.config import LARGEST, Config, UserError, describe, differences, from_json, run
+from gptjax.config import INT32_MAX, Config, UserError, describe, differences, from_json, run
 from gptjax.files import expanded
 
 Row = Mapping[str, Any]
@@ -103,7 +103,7 @@ def _check_numbers(found: Any, names: Iterable[str], place: str) -> None:
     value = found.get(name, '')
     if value is None and name != 'step':
       found[name] = math.nan
-    elif name == 'step' and not (isinstance(value, int) and 0 <= value <= LARGEST):
+    elif name == 'step' and not (isinstance(value, int) and 0 <= value <= INT32_MAX):
       raise UserError(f'{place}: {name}', value, 'a count of steps')
     elif not isinstance(value, (int, float)) or sys.float_info.max < abs(value) < math.inf:  # an int may be larger than any
       raise UserError(f'{place}: {name}', value, 'a number')

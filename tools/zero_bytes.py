@@ -30,12 +30,12 @@ def held(stage: int, data: int) -> dict[str, float]:
   """Bytes a parameter that the first device holds, by part."""
   import jax
 
-  from gptjax.model import blueprint
+  from gptjax.model import abstract_model
   from gptjax.sharding import make_mesh
   from gptjax.training import initializer, make_optimizer
   mesh = make_mesh(MeshConfig(data=data))
   with jax.set_mesh(mesh):
-    plan = blueprint(MODEL, 256)
+    plan = abstract_model(MODEL, 256)
     state = initializer(plan, make_optimizer(OptimizerConfig(), steps=1, warmup=0, decay=0), stage, mesh, 0)()
     # A gradient has no life outside the step: an array of its type stands for it.
     zeros = lambda name: jax.numpy.zeros(plan.shapes[name].shape, out_sharding=plan.places(stage, mesh)[name].gradient)

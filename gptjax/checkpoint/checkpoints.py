@@ -21,9 +21,9 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from gptjax.checkpoint.aside import Aside
-from gptjax.checkpoint.following import Following
-from gptjax.checkpoint.manifest import Damaged, damage, read, seal
+from gptjax.checkpoint.staging import HostStaging
+from gptjax.checkpoint.checksums import StreamingChecksums
+from gptjax.checkpoint.manifest import Damaged, read_manifest, verify, write_manifest
 from gptjax.config import Fault, UserError
 from gptjax.data.progress import announce
 from gptjax.files import sync
@@ -78,7 +78,7 @@ class Checkpoints:
     self._directory, self._retention, self._beside = directory.absolute(), retention, beside
     self._pending: Future | None = None
     self._whole: set[int] = set()  # compared with their manifests
-    self._aside = Aside()
+    self._staging = HostStaging()
     self._background = ThreadPoolExecutor(1, 'checkpoints', _yield_to_training)
     if retention and is_primary() and directory.exists():
       for path in directory.iterdir():
@@ -152,7 +152,7 @@ class Checkpoints:
 
   def prepare(self, state: Any) -> None:
     """Takes, in the background, the memory that saves of such a state need, for which the first one would have to wait."""
-    self._pending = self._background.submit(self._aside.reserve(state))
+    self._pending = self._background.submit(self._staging.reserve(state))
 
   def save(self, progress: Progress, state: Any, loss: float | None, waits: bool = False) -> None:
     """Starts to save; a save still running is waited for, and what went wrong with it raised here.
@@ -173,7 +173,7 @@ class Checkpoints:
     facts = {'progress': dataclasses.asdict(progress), 'loss': loss if loss is not None and math.isfinite(loss) else None,
              'saved': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}
     try:
-      written = self._background.submit(self._begin, saving, state if waits else self._aside.copy(state)).result()
+      written = self._background.submit(self._begin, saving, state if waits else self._staging.copy(state)).result()
     except Exception as error:
       raise self._explained(error) from error
     self._pending = self._background.submit(self._finish, written, saving, progress.step, facts)
@@ -186,7 +186,7 @@ class Checkpoints:
 
   def _finish(self, written: Callable[[], None], saving: Path, step: int, facts: dict[str, Any]) -> None:
     try:
-      with Following(saving, process_group().group.process) as followed:
+      with StreamingChecksums(saving, process_group().index) as followed:
         written()
       if is_primary():
         self._commit(saving, step, facts, followed.found)
@@ -202,7 +202,7 @@ class Checkpoints:
     else:
       for path in self._beside:
         shutil.copytree(path, saving / path.name) if path.is_dir() else shutil.copyfile(path, saving / path.name)
-      seal(saving, facts, known)
+      write_manifest(saving, facts, known)
       saving.rename(self._directory / str(step))
       sync(self._directory)
     assert self._retention
@@ -246,7 +246,7 @@ class Checkpoints:
       UserError: it is damaged.
     """
     try:
-      return read(self._directory / str(step))['facts']
+      return read_manifest(self._directory / str(step))['facts']
     except Damaged as damaged:
       raise self._unfit(step, str(damaged)) from None
 
@@ -292,8 +292,8 @@ class Checkpoints:
 
   def _wrong(self, step: int) -> str:
     """What is wrong with a checkpoint, '' where nothing is; every process reads a part of it."""
-    group = process_group().group
-    mine = '' if step in self._whole else damage(self._directory / str(step), group.process, group.processes)
+    group = process_group()
+    mine = '' if step in self._whole else verify(self._directory / str(step), group.index, group.count)
     wrong = next(filter(None, all_gather('damage', mine)), '')
     if not wrong:
       self._whole.add(step)
@@ -303,7 +303,7 @@ class Checkpoints:
     losses: dict[int, float | None] = {}
     for step in self.steps():
       try:
-        losses[step] = read(self._directory / str(step))['facts']['loss']
+        losses[step] = read_manifest(self._directory / str(step))['facts']['loss']
       except (Damaged, OSError):  # told when it is used
         losses[step] = None
     return losses

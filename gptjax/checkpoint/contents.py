@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from gptjax.checkpoint.manifest import damage
+from gptjax.checkpoint.manifest import verify
 from gptjax.config import UserError
 
 _AT_ONCE = 2**28
@@ -16,7 +16,7 @@ _AT_ONCE = 2**28
 
 
 class Contents:
-  """The tensors of a checkpoint by name: 'step', 'parameters/NAME', 'optimizer/.../NAME', 'watch/...'.
+  """The tensors of a checkpoint by name: 'step', 'parameters/NAME', 'optimizer/.../NAME', 'statistics/...'.
 
   Args:
     folder: of the checkpoint.
@@ -26,7 +26,7 @@ class Contents:
   """
 
   def __init__(self, folder: Path):
-    if wrong := damage(folder):
+    if wrong := verify(folder):
       raise UserError('checkpoint', str(folder), f'a whole checkpoint; {wrong}')
     self._folder = folder.absolute()
     found, self._tree = jax.tree_util.tree_flatten_with_path(ocp.metadata(self._folder).metadata)

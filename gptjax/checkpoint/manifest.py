@@ -23,7 +23,7 @@ class Damaged(Exception):
   """A checkpoint that is not what was written; the text says which file, and how it differs."""
 
 
-def seal(folder: Path, facts: dict[str, Any], known: Mapping[int, tuple[int, str]] = {}) -> None:
+def write_manifest(folder: Path, facts: dict[str, Any], known: Mapping[int, tuple[int, str]] = {}) -> None:
   """Writes the manifest of a folder's files, and returns when all of it is on the disk and not only on its way there.
 
   Args:
@@ -41,7 +41,7 @@ def seal(folder: Path, facts: dict[str, Any], known: Mapping[int, tuple[int, str
     sync(path)
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
   """The facts and files of a manifest.
 
   Raises:
@@ -62,14 +62,14 @@ def read(folder: Path) -> dict[str, Any]:
   return content
 
 
-def damage(folder: Path, part: int = 0, parts: int = 1) -> str:
+def verify(folder: Path, part: int = 0, parts: int = 1) -> str:
   """What is wrong with a checkpoint, '' where nothing is; of several parts only that part of the files is read.
 
   Raises:
     OSError: a file cannot be read, as where a network's disk is away: that may pass, and says nothing of what was written.
   """
   try:
-    files = read(folder)['files']
+    files = read_manifest(folder)['files']
   except Damaged as damaged:
     return str(damaged)
   mine = list(files.items())[part::parts]

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from gptjax import config as configs
 from gptjax.checkpoint.checkpoints import Checkpoints
 from gptjax.config import Config, MeshConfig, UserError
-from gptjax.model import Blueprint, Parameters, attention_backend, blueprint
+from gptjax.model import AbstractModel, Parameters, abstract_model, attention_backend
 from gptjax.sharding import check_heads, describe, make_mesh
 
 
@@ -18,7 +18,7 @@ class Trained:
   """Parameters of one checkpoint, placed on this process's devices, which may be others than those that trained them."""
 
   config: Config
-  blueprint: Blueprint
+  model: AbstractModel
   mesh: Mesh
   parameters: Parameters
   step: int
@@ -27,12 +27,11 @@ class Trained:
   def description(self) -> str:
     """One line: what was restored and how it is computed."""
     devices = self.mesh.devices.flatten()
-    model = self.blueprint.config
     return (f'restored step {self.step}; {len(devices)} {devices[0].device_kind}, mesh {describe(self.mesh)}; '
-            f'attention {attention_backend(model, self.config.data.context)}, {model.compute_dtype}')
+            f'attention {attention_backend(self.config.model, self.model.compute, self.config.data.context)}, {self.model.compute.dtype}')
 
 
-def config_of(workdir: Path) -> Config:
+def read_config(workdir: Path) -> Config:
   """The config of the run in a folder.
 
   Raises:
@@ -70,13 +69,13 @@ class Restorer:
   """
 
   def __init__(self, workdir: Path, model_axis: int = 0):
-    self.config = config_of(workdir)
-    # How it is computed is for the devices that are here now.
-    model = dataclasses.replace(self.config.model, attention='auto', sequence_parallel=False)
-    self.blueprint = blueprint(model, self.config.data.context)
+    self.config = read_config(workdir)
+    # The devices here decide how the model is computed, but not how its layers are stored.
+    compute = dataclasses.replace(self.config.compute, attention='auto', sequence_parallel=False)
+    self.model = abstract_model(self.config.model, compute, self.config.data.context)
     fits = jax.device_count() % self.config.mesh.model == 0
     self.mesh = make_mesh(MeshConfig(model=model_axis or (self.config.mesh.model if fits else 1)))
-    check_heads(model, self.mesh)
+    check_heads(self.config.model, self.mesh)
     self.checkpoints = Checkpoints(workdir / 'checkpoints')
 
   def steps(self, wanted: str) -> list[int]:
@@ -93,11 +92,11 @@ class Restorer:
     Raises:
       UserError: a checkpoint that does not fit the run's config.
     """
-    shardings = self.blueprint.shardings(0, self.mesh)
+    shardings = self.model.shardings(0, self.mesh)
     # In the type that the model reads them in: nothing else is asked of them here.
-    abstract = {name: jax.ShapeDtypeStruct(s.shape, self.blueprint.dtypes[name], sharding=shardings[name])
-                for name, s in self.blueprint.shapes.items()}
-    return Trained(self.config, self.blueprint, self.mesh, self.checkpoints.restore_parameters(step, abstract), step)
+    abstract = {name: jax.ShapeDtypeStruct(s.shape, self.model.dtypes[name], sharding=shardings[name])
+                for name, s in self.model.shapes.items()}
+    return Trained(self.config, self.model, self.mesh, self.checkpoints.restore_parameters(step, abstract), step)
 
   def __enter__(self) -> 'Restorer':
     return self

@@ -1,14 +1,14 @@
 """The config room: typed, frozen dataclasses that say what a run is, and the flags and errors around them."""
 
-from gptjax.config.checks import LARGEST
+from gptjax.config.checks import INT32_MAX
 from gptjax.config.errors import Fault, UserError
 from gptjax.config.flags import (
-    at_end,
     checked,
     describe,
     differences,
     docstrings,
-    ending,
+    exit_stack,
+    exit_status,
     flatten,
     from_json,
     load,
@@ -18,7 +18,8 @@ from gptjax.config.flags import (
     run,
     to_json,
 )
-from gptjax.config.model import ModelConfig, RopeConfig
+from gptjax.config.mesh import AXES, AXIS_NAMES, MATRIX_AXIS, ROW_AXES, STATE_AXIS, MeshAxis, MeshConfig
+from gptjax.config.model import ComputeConfig, ModelConfig, RopeConfig
 from gptjax.config.schema import (
     CheckpointConfig,
     Component,
@@ -27,7 +28,6 @@ from gptjax.config.schema import (
     Duration,
     EvalConfig,
     FaultsConfig,
-    MeshConfig,
     OptimizerConfig,
     Phase,
     SourceConfig,
@@ -38,8 +38,9 @@ from gptjax.config.schema import (
 )
 
 __all__ = [
-    'CheckpointConfig', 'Component', 'Config', 'DataConfig', 'Duration', 'EvalConfig', 'Fault', 'FaultsConfig', 'LARGEST', 'MeshConfig',
-    'ModelConfig', 'OptimizerConfig', 'Phase', 'RopeConfig', 'SourceConfig', 'TokenizerConfig', 'UserError', 'ValidationSet',
-    'at_end', 'checked', 'describe', 'differences', 'docstrings', 'duration_in_steps', 'ending', 'flatten', 'from_json', 'in_unit_of_steps',
+    'AXES', 'AXIS_NAMES', 'CheckpointConfig', 'Component', 'ComputeConfig', 'Config', 'DataConfig', 'Duration', 'EvalConfig', 'Fault',
+    'FaultsConfig', 'INT32_MAX', 'MATRIX_AXIS', 'MeshAxis', 'MeshConfig', 'ModelConfig', 'OptimizerConfig', 'Phase', 'ROW_AXES', 'RopeConfig',
+    'STATE_AXIS', 'SourceConfig', 'TokenizerConfig', 'UserError', 'ValidationSet',
+    'checked', 'describe', 'differences', 'docstrings', 'duration_in_steps', 'exit_stack', 'exit_status', 'flatten', 'from_json', 'in_unit_of_steps',
     'load', 'override', 'own_flags', 'read', 'run', 'to_json',
 ]

@@ -4,7 +4,7 @@ import math
 
 from gptjax.config.errors import UserError
 
-LARGEST = 2**31 - 1
+INT32_MAX = 2**31 - 1
 """What devices count steps, ids and places with is an int32."""
 
 

@@ -43,10 +43,10 @@ class UserError(ValueError):
     super().__init__(' '.join(text.split()))
 
   def __reduce__(self):
-    return UserError.told, (str(self),)  # so that a worker process can raise it
+    return UserError.from_text, (str(self),)  # so that a worker process can raise it
 
   @classmethod
-  def told(cls, text: str) -> 'UserError':
+  def from_text(cls, text: str) -> 'UserError':
     """The error that another process raised, from its text."""
     error = cls.__new__(cls)
     error.args = (text,)

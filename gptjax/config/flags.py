@@ -32,7 +32,7 @@ from gptjax.config.schema import Config, Duration
 Value = int | float | str | tuple
 """What a field can hold; bool is an int, and a tuple is of dataclasses or of values again."""
 
-at_end = contextlib.ExitStack()
+exit_stack = contextlib.ExitStack()
 """What a binary enters here is left when its main ends, with the exception that ends it."""
 
 _BOOLEANS = {'true': True, '1': True, 'yes': True, 'false': False, '0': False, 'no': False}
@@ -297,13 +297,13 @@ def run(main: Callable[[Any], int | None], *, needs_config: bool | None = True) 
     needs_config: whether the binary takes `--config.FIELD=VALUE` and must be given `--config=RECIPE`; None: it may be given.
   """
   try:
-    with at_end:
+    with exit_stack:
       app.run(main, flags_parser=functools.partial(_parse_command_line, needs_config=needs_config))
   except (UserError, Fault, OSError, KeyboardInterrupt) as error:
     if isinstance(error, BrokenPipeError):
       # Python must not try to flush the rest at exit.
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    status, line = ending(error)
+    status, line = exit_status(error)
     if line:
       print(line, file=sys.stderr, flush=True)
       if sys.__stderr__ and sys.stderr is sys.__stderr__:
@@ -313,7 +313,7 @@ def run(main: Callable[[Any], int | None], *, needs_config: bool | None = True) 
     sys.exit(status)
 
 
-def ending(error: BaseException) -> tuple[int, str | None]:
+def exit_status(error: BaseException) -> tuple[int, str | None]:
   """How a binary ends with an error: its exit status, and the line it says; '': none, None: a traceback."""
   match error:
     case UserError():
@@ -415,10 +415,10 @@ def _as_user_error(error: Exception, needs_config: bool) -> UserError:
 
 
 def docstrings(group: type) -> dict[str, str]:
-  """Returns the line under each field of a dataclass of the schema, which Python itself throws away."""
+  """The help text of each field of a config: its metadata, or the docstring under it, which Python itself throws away."""
   definition = ast.parse(textwrap.dedent(inspect.getsource(group))).body[0]
   assert isinstance(definition, ast.ClassDef)
-  lines = {}
+  lines = {field.name: field.metadata['help'] for field in dataclasses.fields(group) if 'help' in field.metadata}
   for field, line in zip(definition.body, definition.body[1:]):
     match field, line:
       case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):

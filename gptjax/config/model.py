@@ -1,9 +1,9 @@
-"""The transformer of a run: its sizes, its style, and how it is computed."""
+"""The transformer of a run: what function it is, and separately how it is computed."""
 
 import dataclasses
 from typing import Literal
 
-from gptjax.config.checks import LARGEST, at_least, at_most, divisors, fraction
+from gptjax.config.checks import INT32_MAX, at_least, at_most, divisors, fraction
 from gptjax.config.errors import UserError
 
 Activation = Literal['block', 'attention_norm', 'q', 'k', 'v', 'attention', 'attention_out', 'mlp_norm', 'gate', 'up', 'hidden']
@@ -36,7 +36,7 @@ class RopeConfig:
         raise UserError(f'model.rope.{field}', getattr(self, field), 'a number above 0')
     at_least('model.rope.', self, 0, 'local_theta')
     at_least('model.rope.', self, 1, 'original_context')
-    at_most('model.rope.', self, LARGEST, 'original_context')
+    at_most('model.rope.', self, INT32_MAX, 'original_context')
     if not 0 < self.low < self.high:
       raise UserError('model.rope.high', self.high, f'a number above model.rope.low={self.low}, which is above 0')
 
@@ -95,29 +95,13 @@ class ModelConfig:
   """the same for logits"""
   dropout: float = 0.0
   """probability that a feature is dropped after embeddings, attention weights, attention and feed-forward"""
-  scan: bool = False
-  """run the layers as one scan over stacked parameters: compiles in constant time, slower on CPU"""
-  remat: Literal['none', 'dots', 'full', 'names'] = 'none'
-  """what the backward pass recomputes of a block: nothing, all but products with weights (dots), all (full), or all but the \
-activations that saved and offloaded name (names)"""
-  saved: tuple[Activation, ...] = ()
-  """activations kept under remat 'names'; JSON on a command line: '["attention", "hidden"]'"""
-  offloaded: tuple[Activation, ...] = ()
-  """activations kept in the host's memory under remat 'names'; for devices with a memory of their own"""
-  sequence_parallel: bool = False
-  """split the activations between products over mesh.model too, by token (arXiv:2205.05198)"""
-  attention: Literal['auto', 'blocks', 'xla', 'splash', 'cudnn'] = 'auto'
-  """blocks: causal blocks, on any device; xla: the full square; splash: TPU kernels; cudnn: NVIDIA's; auto: the device's own \
-where it can, else blocks"""
-  compute_dtype: Literal['float32', 'bfloat16'] = 'float32'
-  """precision of matrix products and activations; parameters, norms, softmax and loss stay float32"""
 
   def __post_init__(self):
     at_least('model.', self, 1, 'layers', 'width', 'heads', 'vocab_multiple')
     at_least('model.', self, 0, 'kv_heads', 'mlp_width', 'vocab_size', 'head_size', 'window', 'global_every', 'query_scale',
               'attention_cap', 'logit_cap', 'norm_eps')
     at_most('model.', self, 10_000, 'layers')  # far more than can be compiled
-    at_most('model.', self, LARGEST, 'width', 'heads', 'kv_heads', 'head_size', 'mlp_width', 'vocab_size', 'vocab_multiple', 'window',
+    at_most('model.', self, INT32_MAX, 'width', 'heads', 'kv_heads', 'head_size', 'mlp_width', 'vocab_size', 'vocab_multiple', 'window',
             'global_every')
     fraction('model.', self, 'dropout')
     if not self.head_size and self.width % self.heads:
@@ -130,11 +114,6 @@ where it can, else blocks"""
       raise UserError('model.heads', self.heads, f'an even model.width/model.heads for rope, not {self.head_width}')
     if self.global_every and not self.window:
       raise UserError('model.global_every', self.global_every, '0 unless model.window says how far the other layers see')
-    if self.remat != 'names' and (self.saved or self.offloaded):
-      field = 'saved' if self.saved else 'offloaded'
-      raise UserError(f'model.{field}', list(getattr(self, field)), f"none unless model.remat is 'names', and it is '{self.remat}'")
-    if twice := set(self.saved) & set(self.offloaded):
-      raise UserError('model.offloaded', sorted(twice)[0], 'activations that model.saved does not name')
 
   @property
   def head_width(self) -> int:
@@ -164,3 +143,37 @@ where it can, else blocks"""
   def table_rows(self) -> int:
     """Rows of the embedding table: vocab_size rounded up to vocab_multiple."""
     return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+  """How the transformer is computed. None of it changes the function, up to rounding, nor what a checkpoint or an export means."""
+
+  scan: bool = False
+  """run the layers as one scan over stacked parameters: compile time does not grow with them; slower on CPU"""
+  remat: Literal['none', 'dots', 'full', 'names'] = 'none'
+  """what the backward pass recomputes of a block: nothing, all but products with weights (dots), all (full), or all but the \
+activations that saved and offloaded name (names)"""
+  saved: tuple[Activation, ...] = ()
+  """activations kept under remat 'names'; JSON on a command line: '["attention", "hidden"]'"""
+  offloaded: tuple[Activation, ...] = ()
+  """activations kept in the host's memory under remat 'names'; for devices with a memory of their own"""
+  sequence_parallel: bool = False
+  """split the activations between products over mesh.model too, by token (arXiv:2205.05198)"""
+  attention: Literal['auto', 'blocks', 'xla', 'splash', 'cudnn'] = 'auto'
+  """blocks: causal blocks, on any device; xla: the full square; splash: TPU kernels; cudnn: NVIDIA's; auto: the device's own \
+where it can, else blocks"""
+  dtype: Literal['float32', 'bfloat16'] = 'float32'
+  """precision of matrix products and activations; parameters, norms, softmax and loss stay float32"""
+
+  def __post_init__(self):
+    if self.remat != 'names' and (self.saved or self.offloaded):
+      field = 'saved' if self.saved else 'offloaded'
+      raise UserError(f'compute.{field}', list(getattr(self, field)), f"none unless compute.remat is 'names', and it is '{self.remat}'")
+    if twice := set(self.saved) & set(self.offloaded):
+      raise UserError('compute.offloaded', sorted(twice)[0], 'activations that compute.saved does not name')
+
+  @property
+  def plain(self) -> 'ComputeConfig':
+    """In the same dtype, for inference: layers one by one, nothing recomputed, attention as the device here can."""
+    return ComputeConfig(dtype=self.dtype)

@@ -5,9 +5,10 @@ import math
 import re
 from typing import Literal
 
-from gptjax.config.checks import LARGEST, at_least, at_most, divisors, fraction
+from gptjax.config.checks import INT32_MAX, at_least, at_most, divisors, fraction
 from gptjax.config.errors import UserError
-from gptjax.config.model import ModelConfig
+from gptjax.config.mesh import MeshConfig
+from gptjax.config.model import ComputeConfig, ModelConfig
 
 Duration = int | str
 """A length of training: steps (2000), or text with a unit: '2000 steps', '1.5e6 tokens', '3 epochs'."""
@@ -155,7 +156,7 @@ class DataConfig:
   def __post_init__(self):
     at_least('data.', self, 1, 'context')
     at_least('data.', self, 0, 'prefetch', 'workers')
-    at_most('data.', self, LARGEST, 'context')
+    at_most('data.', self, INT32_MAX, 'context')
     at_most('data.', self, 1000, 'prefetch', 'workers')
     if not 0 < self.valid_fraction < 1:
       raise UserError('data.valid_fraction', self.valid_fraction, 'above 0 and below 1')
@@ -224,27 +225,6 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
-  """How devices are arranged."""
-
-  data: int = -1
-  """devices of a group that share the batch, and what zero_stage shares out; -1: all that replica and model leave"""
-  model: int = 1
-  """devices that share each matrix (tensor parallelism)"""
-  replica: int = 1
-  """groups of such devices, each with the whole state, over the slower network (TPU slices); they share the batch too"""
-  whole: float = 0.02
-  """largest share of the parameters' bytes that may stay whole on devices that should split them"""
-
-  def __post_init__(self):
-    at_least('mesh.', self, 1, 'replica', 'model')
-    if not 0 <= self.whole <= 1:
-      raise UserError('mesh.whole', self.whole, '0 to 1')
-    if self.data != -1:
-      at_least('mesh.', self, 1, 'data')
-
-
-@dataclasses.dataclass(frozen=True)
 class EvalConfig:
   """Scores and samples while training."""
 
@@ -259,7 +239,7 @@ class EvalConfig:
 
   def __post_init__(self):
     at_least('eval.', self, 0, 'rows', 'sample_tokens')
-    at_most('eval.', self, LARGEST, 'rows', 'sample_tokens')
+    at_most('eval.', self, INT32_MAX, 'rows', 'sample_tokens')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,7 +260,7 @@ class CheckpointConfig:
   def __post_init__(self):
     at_least('checkpoint.', self, 1, 'keep')
     at_least('checkpoint.', self, 0, 'minutes')
-    at_most('checkpoint.', self, LARGEST, 'keep')
+    at_most('checkpoint.', self, INT32_MAX, 'keep')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,6 +285,8 @@ class Config:
 
   model: ModelConfig = ModelConfig()
   """the transformer"""
+  compute: ComputeConfig = ComputeConfig()
+  """how it is computed"""
   data: DataConfig = DataConfig()
   """documents, tokenizer, rows"""
   optimizer: OptimizerConfig = OptimizerConfig()
@@ -323,6 +305,8 @@ class Config:
   """sequences a step, over all devices"""
   microbatches: int = 1
   """parts the batch is run in, one after another, to save memory (gradient accumulation)"""
+  objective: Literal['next_token'] = 'next_token'
+  """what training minimizes; see gptjax/training/objective.py"""
   z_loss: float = 0.0
   """weight of the squared log-normalizer in the training loss (arXiv:2204.02311, section 5)"""
   zero_stage: int = 0
@@ -335,13 +319,13 @@ class Config:
   """of initialization, data order and dropout"""
 
   @property
-  def sequences(self) -> int:
-    """Sequences that run at once: batch_size over microbatches."""
+  def microbatch_size(self) -> int:
+    """Rows that run at once, over all devices: batch_size / microbatches."""
     return self.batch_size // self.microbatches
 
   def __post_init__(self):
     at_least('', self, 1, 'batch_size', 'microbatches')
-    at_most('', self, LARGEST, 'batch_size')
+    at_most('', self, INT32_MAX, 'batch_size')
     at_least('', self, 0, 'z_loss', 'seed')
     if self.zero_stage not in range(4):
       raise UserError('zero_stage', self.zero_stage, '0, 1, 2 or 3')

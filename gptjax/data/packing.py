@@ -12,7 +12,7 @@ from gptjax.config import UserError
 from gptjax.data.folders import LocalFolder
 from gptjax.data.progress import Work
 from gptjax.data.store import TokenStore
-from gptjax.files import building, write_whole
+from gptjax.files import atomic_directory, write_atomic
 
 GROUP = 65_536
 """Documents that are packed together: enough for dense rows, few enough to be planned in seconds."""
@@ -64,7 +64,7 @@ def plan(store: TokenStore, context: int, layout: str, cache_dir: Path) -> Plan:
     cache_dir: the plan lies in `cache_dir/plans`.
   """
   directory = Path(cache_dir) / 'plans' / f'{store.sha256[:16]}-{layout}-{context}'
-  with building(directory) as folder:
+  with atomic_directory(directory) as folder:
     if folder:
       _write(folder, store, context, best_fit if layout == 'pack' else _alone)
   facts = json.loads((directory / 'plan.json').read_text())
@@ -85,7 +85,7 @@ def _write(folder: Path, store: TokenStore, context: int, fit: Callable[[np.ndar
       work.advance(documents)
   if tokens != store.tokens:
     raise UserError(f'{store.place}', f'documents of {tokens:,} tokens', f'{store.tokens:,}, as its manifest says; prepare it again')
-  write_whole(folder / 'plan.json', json.dumps({'rows': rows, 'pieces': pieces}) + '\n')
+  write_atomic(folder / 'plan.json', json.dumps({'rows': rows, 'pieces': pieces}) + '\n')
 
 
 def _groups(store: TokenStore, context: int) -> Iterator[tuple[int, np.ndarray]]:

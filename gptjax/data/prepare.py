@@ -18,7 +18,7 @@ from gptjax.data.sources import Source, documents, open_source, split_source
 from gptjax.data.store import TokenStore
 from gptjax.data.tokenizing import write_store
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
-from gptjax.files import building
+from gptjax.files import atomic_directory
 
 _FORMAT = 3  # Raise it when what is prepared, or how, changes: data of another format is not looked at.
 
@@ -96,7 +96,7 @@ def _from_source(config: DataConfig, cache_dir: Path, processes: int) -> tuple[d
   tokenizer = load_tokenizer(config.tokenizer.path).sha256 if config.tokenizer.path else dataclasses.asdict(config.tokenizer)
   parts = [_FORMAT, source.fingerprint(), source.skip, config.valid_fraction, tokenizer]
   directory = cache_dir / 'data' / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-  with building(directory) as folder:
+  with atomic_directory(directory) as folder:
     if folder:
       _build(folder, config, source, processes)
   return {source.description: TokenStore.open(directory / 'train')}, {'valid': TokenStore.open(directory / 'valid')}

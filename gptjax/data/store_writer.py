@@ -12,7 +12,7 @@ import numpy as np
 
 from gptjax.data.store import BLOCK, INDEX, MANIFEST, RECORD, TOKENIZER, VERSION, Shard, manifest_sha256, shard_name
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.files import sync, write_whole
+from gptjax.files import sync, write_atomic
 
 
 def id_dtype(vocab_size: int) -> np.dtype:
@@ -123,5 +123,5 @@ def finish_store(directory: Path, tokenizer: Tokenizer, shards: list[ShardRecord
     'vocab_size': tokenizer.vocab_size, 'separator': tokenizer.bos_id, 'end': tokenizer.eos_id, 'tokenizer_sha256': tokenizer.sha256,
     'index_sha256': hashlib.sha256(index.tobytes()).hexdigest(), **facts,
   }
-  write_whole(directory / MANIFEST, json.dumps(manifest | {'sha256': manifest_sha256(manifest)}, indent=2) + '\n')
+  write_atomic(directory / MANIFEST, json.dumps(manifest | {'sha256': manifest_sha256(manifest)}, indent=2) + '\n')
   sync(directory / MANIFEST)

@@ -16,7 +16,7 @@ from gptjax.data.progress import Work, announce
 from gptjax.data.sources import Part, Source, refuse
 from gptjax.data.store import MANIFEST, TokenStore, shard_name
 from gptjax.data.store_writer import ShardRecord, ShardWriter, finish_store, id_dtype
-from gptjax.files import building
+from gptjax.files import atomic_directory
 
 _JOURNAL = 'journal.db'
 
@@ -36,7 +36,7 @@ def write_store(directory: Path, recipe: Recipe, *, processes: int = 1, title: s
     UserError: too many malformed records (the first is named), a text that cannot be encoded, no document is left, or a
       store of another recipe lies there, whole or begun. Finished shards, if there are any, stay for a call that comes after.
   """
-  with building(directory, lambda folder: any(folder.glob('*.shard'))) as folder:
+  with atomic_directory(directory, lambda folder: any(folder.glob('*.shard'))) as folder:
     if folder:
       _build(folder, recipe, processes, title)
   store = TokenStore.open(directory)

@@ -4,9 +4,9 @@ It runs before JAX and beside it: a peer that is missing, different or dead is o
 """
 
 from gptjax.distributed.group import ProcessGroup, all_gather, broadcast, is_primary, join, process_group
-from gptjax.distributed.discovery import CLUSTERS, Group, discover
+from gptjax.distributed.discovery import CLUSTERS, GroupSpec, discover
 from gptjax.distributed.notices import watch_notices
 from gptjax.distributed.rendezvous import address, bind_address
 
-__all__ = ['CLUSTERS', 'Group', 'ProcessGroup', 'address', 'all_gather', 'bind_address', 'broadcast', 'discover', 'is_primary', 'join',
+__all__ = ['CLUSTERS', 'GroupSpec', 'ProcessGroup', 'address', 'all_gather', 'bind_address', 'broadcast', 'discover', 'is_primary', 'join',
            'process_group', 'watch_notices']

@@ -16,27 +16,30 @@ from gptjax.config import UserError
 _POD_PORT = 8476
 """Where process 0 listens on machines that belong to one run alone, as pods and TPU hosts do."""
 
+_FIELDS = {'coordinator': 'coordinator', 'processes': 'count', 'process': 'index'}
+"""Flag -> field of GroupSpec."""
+
 Metadata = Callable[[str], str | None]
 """What Google Cloud's metadata server has under a name, or None."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
+class GroupSpec:
   """The processes of a run, as this one sees them."""
 
-  processes: int = 1
-  process: int = 0
-  """number of this one, from 0 on"""
+  count: int = 1
+  index: int = 0
+  """of this process"""
   coordinator: str | None = None
-  """HOST:PORT where process 0 listens; None: there is no other"""
-  found: str = 'no cluster'
-  """where the rest was read"""
+  """HOST:PORT where process 0 listens; None: there is only one process"""
+  source: str = 'no cluster'
+  """where the values above were found"""
   gpus: tuple[int, ...] | None = None
   """those of this host that belong to this process; None: all that it sees"""
 
 
 def discover(cluster: str = 'auto', coordinator: str | None = None, processes: int | None = None, process: int | None = None,
-             environment: Mapping[str, str] = os.environ, metadata: Metadata | None = None) -> Group:
+             environment: Mapping[str, str] = os.environ, metadata: Metadata | None = None) -> GroupSpec:
   """The group that flags give, completed by what a cluster tells.
 
   Args:
@@ -55,27 +58,27 @@ def discover(cluster: str = 'auto', coordinator: str | None = None, processes: i
   found = None
   if len(given) < 3 and processes != 1:
     found = _look(cluster, given, environment, metadata or _metadata_server())
-  group = dataclasses.replace(found or Group(), **given)
+  group = dataclasses.replace(found or GroupSpec(), **{_FIELDS[name]: value for name, value in given.items()})
   if given:
-    group = dataclasses.replace(group, found='flags' if not found else f'flags and {found.found}')
+    group = dataclasses.replace(group, source='flags' if not found else f'flags and {found.source}')
   if found is None and processes != 1:
     for name, wanted in (('processes', 'how many processes there are'), ('process', 'which of them this is, from 0 on'),
                          ('coordinator', 'HOST:PORT where process 0 listens')):
       if given and name not in given:
         raise UserError(f'--{name}', None, f'{wanted}, with --{next(iter(given))}, since no cluster tells it')
-  if not 0 <= group.process < group.processes:
-    raise UserError('--process', group.process, f'0 to {group.processes - 1} with --processes={group.processes}')
-  if group.processes == 1:
-    return Group(found=group.found)
+  if not 0 <= group.index < group.count:
+    raise UserError('--process', group.index, f'0 to {group.count - 1} with --processes={group.count}')
+  if group.count == 1:
+    return GroupSpec(source=group.source)
   if group.coordinator is None:
-    raise UserError('--coordinator', None, f'HOST:PORT where process 0 listens, since {group.found} does not tell')
+    raise UserError('--coordinator', None, f'HOST:PORT where process 0 listens, since {group.source} does not tell')
   host, _, port = group.coordinator.rpartition(':')
   if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
     raise UserError('--coordinator', group.coordinator, 'HOST:PORT with a port from 1 to 65535')
   return group
 
 
-def _look(cluster: str, given: Mapping[str, object], environment: Mapping[str, str], metadata: Metadata) -> Group | None:
+def _look(cluster: str, given: Mapping[str, object], environment: Mapping[str, str], metadata: Metadata) -> GroupSpec | None:
   if cluster == 'none':
     return None
   for name, (finder, looked_for) in CLUSTERS.items():
@@ -94,7 +97,7 @@ def _look(cluster: str, given: Mapping[str, object], environment: Mapping[str, s
   return None
 
 
-def _slurm(environment: Mapping[str, str], metadata: Metadata, given: Mapping[str, object]) -> Group | None:
+def _slurm(environment: Mapping[str, str], metadata: Metadata, given: Mapping[str, object]) -> GroupSpec | None:
   if not {'SLURM_JOB_ID', 'SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_STEP_NODELIST'} <= environment.keys():
     return None  # as in a batch script, outside of srun
   job = f'{environment["SLURM_JOB_ID"]}.{environment.get("SLURM_STEP_ID", "0")}'
@@ -102,7 +105,7 @@ def _slurm(environment: Mapping[str, str], metadata: Metadata, given: Mapping[st
   here = None
   if 'SLURM_STEP_TASKS_PER_NODE' in environment:
     here = _tasks_per_node(environment['SLURM_STEP_TASKS_PER_NODE'])[int(environment.get('SLURM_NODEID', 0))]
-  return Group(int(environment.get('SLURM_STEP_NUM_TASKS', environment['SLURM_NTASKS'])), int(environment['SLURM_PROCID']),
+  return GroupSpec(int(environment.get('SLURM_STEP_NUM_TASKS', environment['SLURM_NTASKS'])), int(environment['SLURM_PROCID']),
                f'{host}:{_port(job)}', f'Slurm step {job}', _gpus(environment, environment.get('SLURM_LOCALID'), here))
 
 
@@ -123,7 +126,7 @@ def _tasks_per_node(text: str) -> list[int]:
   return counts
 
 
-def _open_mpi(environment: Mapping[str, str], metadata: Metadata, given: Mapping[str, object]) -> Group | None:
+def _open_mpi(environment: Mapping[str, str], metadata: Metadata, given: Mapping[str, object]) -> GroupSpec | None:
   if not {'OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE'} <= environment.keys():
     return None
   processes, here = int(environment['OMPI_COMM_WORLD_SIZE']), int(environment.get('OMPI_COMM_WORLD_LOCAL_SIZE', 0))
@@ -131,22 +134,22 @@ def _open_mpi(environment: Mapping[str, str], metadata: Metadata, given: Mapping
   address = re.search(r'tcp://([^,:]+)|tcp6://\[([^,\]]+)', uri)
   job = uri.partition('.')[0] or environment.get('PMIX_NAMESPACE', '')
   host = 'localhost' if here == processes else (address[1] or f'[{address[2]}]') if address else None
-  return Group(processes, int(environment['OMPI_COMM_WORLD_RANK']), f'{host}:{_port(job)}' if host else None,
+  return GroupSpec(processes, int(environment['OMPI_COMM_WORLD_RANK']), f'{host}:{_port(job)}' if host else None,
                f'Open MPI job {job or "of unknown name"}', _gpus(environment, environment.get('OMPI_COMM_WORLD_LOCAL_RANK'), here))
 
 
-def _kubernetes(environment: Mapping[str, str], metadata: Metadata, given: Mapping[str, object]) -> Group | None:
+def _kubernetes(environment: Mapping[str, str], metadata: Metadata, given: Mapping[str, object]) -> GroupSpec | None:
   if not {'JOB_COMPLETION_INDEX', 'JOBSET_NAME', 'REPLICATED_JOB_NAME'} <= environment.keys():
     return None
   if 'processes' not in given:  # nothing in a pod says how many pods there are
     raise UserError('--processes', None, 'the parallelism of the JobSet, which its pods are not told')
   name = environment['JOBSET_NAME']
   # Pods are JOBSET-REPLICATED_JOB-JOB-POD, and found through the headless service that has the name of the JobSet.
-  return Group(0, int(environment['JOB_COMPLETION_INDEX']), f'{name}-{environment["REPLICATED_JOB_NAME"]}-0-0.{name}:{_POD_PORT}',
+  return GroupSpec(0, int(environment['JOB_COMPLETION_INDEX']), f'{name}-{environment["REPLICATED_JOB_NAME"]}-0-0.{name}:{_POD_PORT}',
                f'JobSet {name}')
 
 
-def _tpu(environment: Mapping[str, str], metadata: Metadata, given: Mapping[str, object]) -> Group | None:
+def _tpu(environment: Mapping[str, str], metadata: Metadata, given: Mapping[str, object]) -> GroupSpec | None:
   """A TPU slice, or several: GKE tells in the environment, TPU VMs through the metadata server."""
   names = environment.get('TPU_PROCESS_ADDRESSES') or environment.get('TPU_WORKER_HOSTNAMES')
   worker = environment.get('TPU_WORKER_ID')
@@ -162,11 +165,11 @@ def _tpu(environment: Mapping[str, str], metadata: Metadata, given: Mapping[str,
   hosts = [part[2] if len(part) == 3 else part[0] for part in parts]
   count, this = int(slices.get('MEGASCALE_NUM_SLICES') or 1), int(slices.get('MEGASCALE_SLICE_ID') or 0)
   leader = (slices.get('MEGASCALE_COORDINATOR_ADDRESS') or hosts[0]).partition(':')[0]
-  return Group(count * len(hosts), this * len(hosts) + int(worker), f'{leader}:{_POD_PORT}',
+  return GroupSpec(count * len(hosts), this * len(hosts) + int(worker), f'{leader}:{_POD_PORT}',
                f'TPU {where}: {count} slice(s) of {len(hosts)} host(s)')
 
 
-CLUSTERS: dict[str, tuple[Callable[[Mapping[str, str], Metadata, Mapping[str, object]], Group | None], str]] = {
+CLUSTERS: dict[str, tuple[Callable[[Mapping[str, str], Metadata, Mapping[str, object]], GroupSpec | None], str]] = {
   'tpu': (_tpu, 'TPU_WORKER_HOSTNAMES and TPU_WORKER_ID, or worker-network-endpoints of the metadata server of a TPU VM'),
   'slurm': (_slurm, 'SLURM_JOB_ID, SLURM_PROCID, SLURM_NTASKS and SLURM_STEP_NODELIST, which srun sets'),
   'openmpi': (_open_mpi, 'OMPI_COMM_WORLD_RANK and OMPI_COMM_WORLD_SIZE, which mpirun sets'),

@@ -12,9 +12,9 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, cast
 
-from gptjax.config import ending
+from gptjax.config import exit_status
 from gptjax.distributed.connection import Closed, Connection
-from gptjax.distributed.discovery import Group
+from gptjax.distributed.discovery import GroupSpec
 from gptjax.distributed.rendezvous import Peer, meet
 
 _OWN_WORDS = 1.0
@@ -35,8 +35,8 @@ class ProcessGroup:
     peers: what `meet` returned.
   """
 
-  def __init__(self, group: Group | None = None, peers: list[Peer] | None = None):
-    self.group = group or Group()
+  def __init__(self, spec: GroupSpec | None = None, peers: list[Peer] | None = None):
+    self.spec = spec or GroupSpec()
     self._peers = {peer.connection: peer for peer in peers or []}
     self._hosts = sorted({peer.host for peer in self._peers.values()} | {os.uname().nodename})
     self._came: queue.Queue[tuple[int, str, Any]] = queue.Queue()  # who waits for what, and brought which value; of process 0
@@ -48,19 +48,29 @@ class ProcessGroup:
       threading.Thread(target=self._listen, name='process group', daemon=True).start()
 
   @property
+  def index(self) -> int:
+    """Of this process."""
+    return self.spec.index
+
+  @property
+  def count(self) -> int:
+    """Of the processes of the run."""
+    return self.spec.count
+
+  @property
   def description(self) -> str:
     """One line: how many, found where."""
     if not self._peers:
-      return f'1, {self.group.found}'
-    hosts = f', hosts {", ".join(self._hosts[:8])}' + (', ...' if len(self._hosts) > 8 else '') if self.group.process == 0 else ''
-    return f'{self.group.processes}, {self.group.found}{hosts}, coordinator {self.group.coordinator}'
+      return f'1, {self.spec.source}'
+    hosts = f', hosts {", ".join(self._hosts[:8])}' + (', ...' if len(self._hosts) > 8 else '') if self.index == 0 else ''
+    return f'{self.count}, {self.spec.source}{hosts}, coordinator {self.spec.coordinator}'
 
   def broadcast(self, name: str, value: Any = None) -> Any:
     """Waits until all processes are here; returns the value, of JSON, that process 0 came with.
 
     It takes no device and has no timeout: a process may work for hours while the others wait here for it.
     """
-    return self._meet(name, None if self.group.process else value, lambda values: values[0])
+    return self._meet(name, None if self.index else value, lambda values: values[0])
 
   def all_gather(self, name: str, value: Any) -> list[Any]:
     """Waits until all processes are here; returns the values, small ones of JSON, that they came with, in their order."""
@@ -70,7 +80,7 @@ class ProcessGroup:
     """Process 0 makes the answer out of the values of all, and every process returns it."""
     if not self._peers:
       return answer([value])
-    if self.group.process == 0:
+    if self.index == 0:
       values = {0: value}
       for _ in self._peers:
         index, other, values[index] = self._came.get()
@@ -88,7 +98,7 @@ class ProcessGroup:
     """Ends this process at once from any thread, and the others with it, which say `text`."""
     if not self._ending.acquire(blocking=False):
       threading.Event().wait()  # another thread is at it
-    self._leave(status, None, f'process {self.group.process}: {text}' if self._peers else text)
+    self._leave(status, None, f'process {self.index}: {text}' if self._peers else text)
 
   def __enter__(self) -> 'ProcessGroup':
     return self
@@ -101,14 +111,14 @@ class ProcessGroup:
       for peer in self._peers.values():
         peer.connection.send(end=None)
       return
-    status, line = ending(error)
+    status, line = exit_status(error)
     # A computation that fails may do so because a peer is gone, whose end is then the one to tell. Either way one thread ends this.
     if (status == 1 and self._over.wait(2)) or not self._ending.acquire(blocking=False):
       threading.Event().wait()
     if line is None:
       traceback.print_exception(error)
     reason = (line or '').removeprefix('error: ') or f'{type(error).__name__}: {error}'.strip(': ')
-    self._leave(status, line, f'process {self.group.process}: {reason}')
+    self._leave(status, line, f'process {self.index}: {reason}')
 
   @property
   def _leader(self) -> Peer:
@@ -156,7 +166,7 @@ class ProcessGroup:
       print(line, file=sys.stderr)
     for peer in self._peers.values():
       peer.connection.send(end=text, status=status)
-    if self.group.process == 0:
+    if self.index == 0:
       self._wait_for_the_others()
     for stream in (sys.stdout, sys.stderr):
       with contextlib.suppress(OSError, ValueError):
@@ -176,7 +186,7 @@ class ProcessGroup:
 _process_group = ProcessGroup()
 
 
-def join(group: Group, facts: Mapping[str, str], timeout: float) -> ProcessGroup:
+def join(group: GroupSpec, facts: Mapping[str, str], timeout: float) -> ProcessGroup:
   """Meets the other processes of a group; from now on `process_group` is theirs.
 
   Args:
@@ -188,7 +198,7 @@ def join(group: Group, facts: Mapping[str, str], timeout: float) -> ProcessGroup
     UserError: they are not, or one is not of this run.
   """
   global _process_group
-  _process_group = ProcessGroup(group, meet(group, facts, timeout) if group.processes > 1 else [])
+  _process_group = ProcessGroup(group, meet(group, facts, timeout) if group.count > 1 else [])
   return _process_group
 
 
@@ -199,7 +209,7 @@ def process_group() -> ProcessGroup:
 
 def is_primary() -> bool:
   """Whether this is process 0, which alone writes and prints."""
-  return _process_group.group.process == 0
+  return _process_group.index == 0
 
 
 def broadcast(name: str, value: Any = None) -> Any:

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from gptjax.config import UserError
 from gptjax.distributed.connection import Closed, Connection
-from gptjax.distributed.discovery import Group
+from gptjax.distributed.discovery import GroupSpec
 
 _STRANGER = 10.0
 """Seconds in which who connects has to say who it is."""
@@ -41,17 +41,17 @@ class Peer:
 class _Attendance:
   """What is wrong where not all came: the value of that error."""
 
-  group: Group
+  group: GroupSpec
   timeout: float
   came: frozenset[int]
 
   def __repr__(self) -> str:
-    missing = [index for index in range(self.group.processes) if index not in self.came]
+    missing = [index for index in range(self.group.count) if index not in self.came]
     named = ', '.join(f'process {index}' for index in missing[:20]) + (f' and {len(missing) - 20} more' if len(missing) > 20 else '')
-    return f'{len(self.came)} of {self.group.processes} came within {self.timeout:g} s, missing: {named}'
+    return f'{len(self.came)} of {self.group.count} came within {self.timeout:g} s, missing: {named}'
 
 
-def meet(group: Group, facts: Mapping[str, str], timeout: float) -> list[Peer]:
+def meet(group: GroupSpec, facts: Mapping[str, str], timeout: float) -> list[Peer]:
   """Waits until all processes of a group are here.
 
   Args:
@@ -66,17 +66,17 @@ def meet(group: Group, facts: Mapping[str, str], timeout: float) -> list[Peer]:
     UserError: not all came in time, or two differ that must not; every process that came raises the same, so far as it can be told.
   """
   deadline = time.monotonic() + timeout
-  return _gather(group, facts, timeout, deadline) if group.process == 0 else [_go(group, facts, timeout, deadline)]
+  return _gather(group, facts, timeout, deadline) if group.index == 0 else [_go(group, facts, timeout, deadline)]
 
 
-def address(group: Group) -> tuple[str, int]:
+def address(group: GroupSpec) -> tuple[str, int]:
   """Host and port of the coordinator."""
   assert group.coordinator
   host, _, port = group.coordinator.rpartition(':')
   return host.strip('[]'), int(port)
 
 
-def bind_address(group: Group) -> str:
+def bind_address(group: GroupSpec) -> str:
   """The host that process 0 listens on: this machine alone where the coordinator says so, else '' for every interface."""
   host = '127.0.0.1' if address(group)[0] == 'localhost' else address(group)[0]
   with contextlib.suppress(ValueError):
@@ -85,7 +85,7 @@ def bind_address(group: Group) -> str:
   return ''
 
 
-def _listen(group: Group, deadline: float) -> socket.socket:
+def _listen(group: GroupSpec, deadline: float) -> socket.socket:
   host, port = bind_address(group), address(group)[1]
   both = not host and socket.has_dualstack_ipv6()
   deadline = min(deadline, time.monotonic() + _LATE)
@@ -99,7 +99,7 @@ def _listen(group: Group, deadline: float) -> socket.socket:
       time.sleep(0.25)  # what has it, such as the same run a moment ago, may be about to end
 
 
-def _gather(group: Group, facts: Mapping[str, str], timeout: float, deadline: float) -> list[Peer]:
+def _gather(group: GroupSpec, facts: Mapping[str, str], timeout: float, deadline: float) -> list[Peer]:
   with _listen(group, deadline) as listener, selectors.DefaultSelector() as selector:
     gathering = _Gathering(group, facts, listener, selector)
     while not gathering.complete and (left := deadline - time.monotonic()) > 0:
@@ -107,10 +107,10 @@ def _gather(group: Group, facts: Mapping[str, str], timeout: float, deadline: fl
     if not gathering.complete:
       here = ', '.join([f'process 0 on {socket.gethostname()}', *map(str, gathering.peers())])
       gathering.fail(UserError('peers', _Attendance(group, timeout, frozenset({0, *gathering.came})),
-                               f'all {group.processes} within --rendezvous_timeout; came: {here}'))
+                               f'all {group.count} within --rendezvous_timeout; came: {here}'))
     if gathering.failure:
       deadline = min(deadline, time.monotonic() + _LATE)
-      while gathering.told < group.processes - 1 and (left := deadline - time.monotonic()) > 0:
+      while gathering.told < group.count - 1 and (left := deadline - time.monotonic()) > 0:
         gathering.serve(left)
       raise gathering.failure
     for connection in gathering.strangers:
@@ -123,7 +123,7 @@ def _gather(group: Group, facts: Mapping[str, str], timeout: float, deadline: fl
 class _Gathering:
   """What process 0 knows while the others come."""
 
-  def __init__(self, group: Group, facts: Mapping[str, str], listener: socket.socket, selector: selectors.BaseSelector):
+  def __init__(self, group: GroupSpec, facts: Mapping[str, str], listener: socket.socket, selector: selectors.BaseSelector):
     self._group, self._facts, self._listener, self._selector = group, facts, listener, selector
     self.came: dict[int, Peer] = {}
     self.strangers: set[Connection] = set()
@@ -136,7 +136,7 @@ class _Gathering:
   @property
   def complete(self) -> bool:
     """Whether there is nothing to wait for."""
-    return self.failure is not None or len(self.came) == self._group.processes - 1
+    return self.failure is not None or len(self.came) == self._group.count - 1
 
   def peers(self) -> list[Peer]:
     """Those that came, in order."""
@@ -198,12 +198,12 @@ def _greeted(message: dict[str, Any], connection: Connection) -> Peer:
   raise Closed('something else')
 
 
-def _compare(group: Group, facts: Mapping[str, str], peer: Peer, message: dict[str, Any], same: Peer | None) -> None:
+def _compare(group: GroupSpec, facts: Mapping[str, str], peer: Peer, message: dict[str, Any], same: Peer | None) -> None:
   """Raises a UserError where a process is not one of this run."""
   me = socket.gethostname()
-  if message['processes'] != group.processes:
-    raise UserError('--processes', message['processes'], f'{group.processes}, as process 0 on {me} has it; the other is of {peer}')
-  if same or not 0 < peer.index < group.processes:
+  if message['processes'] != group.count:
+    raise UserError('--processes', message['processes'], f'{group.count}, as process 0 on {me} has it; the other is of {peer}')
+  if same or not 0 < peer.index < group.count:
     other = str(same) if same else f'process 0 on {me}'
     raise UserError('--process', peer.index, f'a number for each process; {peer} came, and {other} was there before')
   theirs = message['gptjax']
@@ -212,7 +212,7 @@ def _compare(group: Group, facts: Mapping[str, str], peer: Peer, message: dict[s
       raise UserError(name, theirs.get(name), f'{facts.get(name)!r}, as process 0 on {me} has it; the other is of {peer}')
 
 
-def _go(group: Group, facts: Mapping[str, str], timeout: float, deadline: float) -> Peer:
+def _go(group: GroupSpec, facts: Mapping[str, str], timeout: float, deadline: float) -> Peer:
   reason = 'nobody answers'
   while (left := deadline - time.monotonic()) > 0:
     try:
@@ -224,7 +224,7 @@ def _go(group: Group, facts: Mapping[str, str], timeout: float, deadline: float)
       try:
         if sock.getsockname() == sock.getpeername():  # TCP can call itself where nobody listens
           raise Closed('nobody answers')
-        connection.send(gptjax=dict(facts), process=group.process, processes=group.processes, host=socket.gethostname())
+        connection.send(gptjax=dict(facts), process=group.index, processes=group.count, host=socket.gethostname())
         return _released(connection, timeout, deadline)
       except Closed as error:
         reason = str(error)
@@ -233,7 +233,7 @@ def _go(group: Group, facts: Mapping[str, str], timeout: float, deadline: float)
         raise
       connection.close()
     time.sleep(min(0.25, max(deadline - time.monotonic(), 0)))
-  raise UserError('--coordinator', group.coordinator, f'the address of process 0; process {group.process} did not meet it there within '
+  raise UserError('--coordinator', group.coordinator, f'the address of process 0; process {group.index} did not meet it there within '
                   f'{timeout:g} s: {reason}')
 
 
@@ -247,7 +247,7 @@ def _released(connection: Connection, timeout: float, deadline: float) -> Peer:
           case {'wait': True}:
             deadline = time.monotonic() + timeout + 5
           case {'error': str(text)}:
-            raise UserError.told(text)
+            raise UserError.from_text(text)
           case {'go': str(host)}:
             connection.unread = messages  # process 0 may have gone on already
             return Peer(0, host, connection)

@@ -19,7 +19,7 @@ from gptjax.data import Tokenizer
 from gptjax.data.progress import announce
 from gptjax.evaluation.likelihood import Asked, LikelihoodScorer
 from gptjax.inference import Generator, Sampling
-from gptjax.model import Blueprint, Parameters
+from gptjax.model import AbstractModel, Parameters
 from gptjax.distributed import is_primary
 
 MOST_TOKENS = 256
@@ -57,7 +57,7 @@ class HarnessModel(TemplateLM):
     watch: shows progress.
   """
 
-  def __init__(self, blueprint: Blueprint, mesh: Mesh, tokenizer: Tokenizer, batch_tokens: int, add_bos: bool | None = None,
+  def __init__(self, blueprint: AbstractModel, mesh: Mesh, tokenizer: Tokenizer, batch_tokens: int, add_bos: bool | None = None,
                watch: Watch = unwatched):
     super().__init__()
     self._tokenizer, self._watch, self._context = tokenizer, watch, blueprint.context

@@ -1,18 +1,17 @@
 """Log-likelihoods of continuations: what a model thinks of a text that follows another."""
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
 
 from gptjax.inference import bucket
-from gptjax.model import Blueprint, Parameters, Place
-from gptjax.sharding import my_rows, place_rows, row_groups, spec
+from gptjax.model import AbstractModel, Parameters, left_padded
+from gptjax.sharding import ROWS, local_rows, process_rows, put_rows, row_groups
 
 
 class Asked(NamedTuple):
@@ -44,9 +43,9 @@ class LikelihoodScorer:
     batch_tokens: tokens of a batch, padding included; shorter rows make larger batches.
   """
 
-  def __init__(self, blueprint: Blueprint, mesh: Mesh, batch_tokens: int):
+  def __init__(self, blueprint: AbstractModel, mesh: Mesh, batch_tokens: int):
     self._plan, self._mesh, self._batch_tokens = blueprint, mesh, batch_tokens
-    self._run = jax.jit(self._step)
+    self._run = _last_scores(blueprint, mesh)
 
   @property
   def context(self) -> int:
@@ -75,7 +74,7 @@ class LikelihoodScorer:
       rows = self._rows(length, len(indices))
       for start in range(0, len(indices), rows):
         some = indices[start:start + rows]
-        waiting.append((some, self._run(parameters, **self._batch([asked[index] for index in some], rows, length, end))))
+        waiting.append((some, self._run(parameters, self._batch([asked[index] for index in some], rows, length, end))))
         if len(waiting) > 1:
           advance(_collect(found, asked, *waiting.pop(0)))
     for one in waiting:
@@ -96,27 +95,31 @@ class LikelihoodScorer:
 
   def _batch(self, asked: Sequence[Asked], rows: int, length: int, end: int) -> dict[str, jax.Array]:
     tokens, targets = np.zeros((rows, length), np.int32), np.zeros((rows, end), np.int32)
-    first = np.full((rows, 1), length - 1, np.int32)  # a row without a request has a token that nobody asks about
+    padding = np.full(rows, length - 1, np.int32)  # a row without a request has a token that nobody asks about
     for row, (context, continuation) in enumerate(asked):
       ids = [*context, *continuation][-(self.context + 1):]
       tokens[row, length - len(ids) + 1:] = ids[:-1]
       targets[row, end - len(continuation):] = continuation
-      first[row] = length - len(ids) + 1
-    mine = my_rows(self._mesh, rows)
-    return place_rows(self._mesh, {'tokens': tokens[mine], 'targets': targets[mine], 'first': first[mine]}, rows)
+      padding[row] = length - len(ids) + 1
+    mine = process_rows(self._mesh, rows)
+    return put_rows(self._mesh, {'tokens': tokens[mine], 'targets': targets[mine], 'padding': padding[mine]}, rows)
 
-  def _step(self, parameters: Parameters, tokens: Int[Array, 'B T'], targets: Int[Array, 'B N'],
-            first: Int[Array, 'B 1']) -> tuple[Float[Array, 'B N'], Bool[Array, 'B N']]:
-    """Log-probabilities of the last tokens of rows, and which are the likeliest; `first`: the place after each row's padding."""
-    model = self._plan.merge(parameters)
+
+@functools.lru_cache(maxsize=16)
+def _last_scores(model: AbstractModel, mesh: Mesh) -> Callable:
+  """The jitted function (parameters, batch) -> (log-probabilities [B, N] of the last N tokens of rows, which of them are the likeliest)."""
+  zero = model.zero(0, mesh)
+
+  def local(entered, batch):
+    tokens, targets, padding = batch['tokens'], batch['targets'], batch['padding']
     (rows, length), end = tokens.shape, targets.shape[1]
-    index = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 1, out_sharding=spec('batch', None))
-    hidden, _ = model.hidden(tokens, Place(jnp.maximum(index - first, 0), (index >= first).astype(jnp.int32)))
-    reshape = lambda x, shape, *axes: jax.lax.reshape(x, shape, out_sharding=spec(*axes))
-    width = hidden.shape[-1]
-    last = reshape(hidden, (rows, length, width), 'batch', None, 'embed')[:, length - end:]
-    scores = model.log_probabilities(reshape(last, (rows * end, width), 'batch', 'embed'), reshape(targets, (rows * end,), 'batch'))
-    return tuple(jax.reshard(reshape(score, (rows, end), 'batch', None), PartitionSpec(None, None)) for score in scores)
+    module = model.merge(zero.weights(entered, differentiated=False))
+    hidden = module.hidden(tokens, left_padded(length, padding))[0].reshape(rows, length, -1)
+    scores = module.head.log_probabilities(hidden[:, length - end:].reshape(rows * end, -1), targets.reshape(-1))
+    return tuple(score.reshape(rows, end) for score in scores)
+
+  run = local_rows(local, (zero.in_specs, ROWS), ROWS)
+  return jax.jit(lambda parameters, batch: jax.reshard(run(zero.enter(parameters), batch), PartitionSpec(None, None)))
 
 
 def _collect(found: list[Likelihood], asked: Sequence[Asked], indices: list[int], scores: tuple[jax.Array, jax.Array]) -> int:

@@ -1,16 +1,17 @@
 """Scores of a model over held-out documents."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from gptjax.data import EvalRows
-from gptjax.model import Blueprint, Parameters
-from gptjax.sharding import my_rows, place_rows
+from gptjax.model import AbstractModel, Parameters, Positions
+from gptjax.sharding import ROWS, local_rows, process_rows, put_rows, sum_over_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,20 +66,16 @@ class Scorer:
   """Scores rows in batches with one compiled program, whatever the number of sets.
 
   Args:
-    blueprint: of the model.
-    objective: (model, batch, key) -> (_, count of targets, {'loss': summed loss in nats, ...}).
-    mesh: where the parameters lie.
-    batch_size: rows a batch; the last batch of a set is filled up with padding.
+    model: what is scored.
+    objective: of training; its metric 'loss' is the score.
+    mesh: of the parameters.
+    batch_size: rows per batch; the last batch of a set is filled up with padding.
+    zero_stage: at which the parameters are stored.
   """
 
-  def __init__(self, blueprint: Blueprint, objective: Callable, mesh: Mesh, batch_size: int):
+  def __init__(self, model: AbstractModel, objective: Callable, mesh: Mesh, batch_size: int, zero_stage: int = 0):
     self._mesh, self._batch_size = mesh, batch_size
-
-    def sums(parameters, batch):
-      _, targets, metrics = objective(blueprint.merge(parameters), batch, None)
-      return metrics['loss'], targets
-
-    self._sums = jax.jit(sums)
+    self._sums = _summed_scores(model, objective, mesh, zero_stage)
 
   def sets(self, parameters: Parameters, sets: Mapping[str, EvalRows], tags: Mapping[str, Iterable[str]], *, count: int = 0,
            advance: Callable[[int], None] = lambda rows: None) -> Scores:
@@ -105,7 +102,7 @@ class Scorer:
       advance: told of every batch's rows.
     """
     indices = np.arange(rows.count) if not 0 < count < rows.count else np.arange(count) * rows.count // count
-    mine = my_rows(self._mesh, self._batch_size)
+    mine = process_rows(self._mesh, self._batch_size)
     loss, tokens = 0.0, 0
     # The sums of a batch are read when the next one is on its way; more at once may wait for each other for ever on virtual CPU devices.
     waiting = None
@@ -113,12 +110,27 @@ class Scorer:
       chosen = indices[start:start + self._batch_size]
       # Rows beyond the last are all padding and count nothing.
       filled = np.concatenate([chosen, np.full(self._batch_size - len(chosen), rows.count)])
-      before, waiting = waiting, self._sums(parameters, place_rows(self._mesh, rows.batch(filled[mine]), self._batch_size))
+      before, waiting = waiting, self._sums(parameters, put_rows(self._mesh, rows.batch(filled[mine]), self._batch_size))
       loss, tokens = _added(loss, tokens, before)
       advance(len(chosen))
     loss, tokens = _added(loss, tokens, waiting)
     # A part of the rows stands for the same part of the bytes.
     return score_of(loss, tokens, rows.store.bytes * tokens / rows.store.targets)
+
+
+@functools.lru_cache(maxsize=16)
+def _summed_scores(model: AbstractModel, objective: Callable, mesh: Mesh, zero_stage: int) -> Callable:
+  """The jitted function (parameters, batch) -> (summed loss, number of targets)."""
+  zero = model.zero(zero_stage, mesh)
+
+  def local(entered, batch):
+    module = model.merge(zero.weights(entered, differentiated=False))
+    positions = Positions(batch['positions'], batch['segments']) if 'segments' in batch else None
+    _, targets, metrics = objective(module.head, module.hidden(batch['tokens'], positions)[0], batch)
+    return sum_over_rows((metrics['loss'], targets))
+
+  run = local_rows(local, (zero.in_specs, ROWS), PartitionSpec())
+  return jax.jit(lambda parameters, batch: run(zero.enter(parameters), batch))
 
 
 def _added(loss: float, tokens: int, sums: tuple[jax.Array, jax.Array] | None) -> tuple[float, int]:

@@ -1,7 +1,8 @@
 """Token by token: prompts into a key/value cache, then one more token of each row at a time."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -10,9 +11,10 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from gptjax.config import ComputeConfig
 from gptjax.inference.sampling import Sampling, penalized, sample
-from gptjax.model import Blueprint, Caches, Parameters, Place, blueprint, empty_cache
-from gptjax.sharding import my_rows, place_rows, row_groups, spec
+from gptjax.model import AbstractModel, Caches, Parameters, Positions, abstract_model, empty_cache, left_padded, unstack_layers
+from gptjax.sharding import ROWS, Zero, local_rows, put_rows, process_rows, row_groups
 
 
 class Drawn(NamedTuple):
@@ -27,10 +29,10 @@ class _State(NamedTuple):
   """What the next step of a batch needs."""
 
   cache: Caches
-  filled: Int[Array, '']
-  """tokens of each row that the cache has read, padding included"""
-  first: Int[Array, 'B']
-  """padding before each row"""
+  cached: Int[Array, '']
+  """tokens per row in the cache, padding included"""
+  padding: Int[Array, 'B']
+  """tokens of padding before each row"""
   drawn: Int[Array, '']
   """tokens drawn"""
   token: Int[Array, 'B']
@@ -48,21 +50,17 @@ class Decoder:
   or not: a step reads every weight once, and slicing stacked ones would copy them.
 
   Args:
-    blueprint: of the model.
-    mesh: where the parameters lie; its data axes share out the rows.
+    model: whose layers may be stacked or not.
+    mesh: of the parameters; each group of its devices decodes rows of its own.
     forbidden: ids never drawn, such as padding.
-    zero_stage: at which `prepare` lays the parameters out. 0: a whole copy for each device of `data`, the fastest to read; 3: in
-      parts, gathered layer by layer, for models that are too large for that.
+    zero_stage: at which `prepare` stores the parameters. 0: a complete copy for each group of rows, the fastest to read; 3: in
+      shards, gathered layer by layer, for models that are too large for that.
   """
 
-  def __init__(self, blueprint: Blueprint, mesh: Mesh, forbidden: tuple[int, ...] = (), zero_stage: int = 0):
-    self._given, self._mesh = blueprint, mesh
-    self._plan = _unrolled(blueprint)
-    self._forbidden = np.zeros(blueprint.config.table_rows, bool)
-    self._forbidden[list(forbidden)] = True
-    self._prepare = jax.jit(self._unstacked, out_shardings=self._plan.shardings(zero_stage, mesh))
-    self._prefill = jax.jit(self._prefill_step, static_argnames=('room', 'sampling'))
-    self._decode = jax.jit(self._decode_step, static_argnames='sampling', donate_argnames='state')
+  def __init__(self, model: AbstractModel, mesh: Mesh, forbidden: tuple[int, ...] = (), zero_stage: int = 0):
+    self._mesh, self._plan = mesh, _unrolled(model)
+    self._prepare = jax.jit(functools.partial(_prepared, self._plan), out_shardings=self._plan.shardings(zero_stage, mesh))
+    self._programs = _programs(self._plan, mesh, forbidden, zero_stage)
 
   def prepare(self, parameters: Parameters) -> Parameters:
     """Parameters as decoding reads them: layer by layer, transposed, in the type that computes."""
@@ -92,7 +90,7 @@ class Decoder:
       state, out = self._start(parameters, rows, texts, seeds, drawn, min(bucket(room), context), sampling)
       for left in reversed(range(room)):
         # The next step is on its way before this one's tokens are looked at.
-        state, following = self._decode(parameters, state, sampling=sampling) if left else (None, None)
+        state, following = self._programs.decode(parameters, state, sampling=sampling) if left else (None, None)
         ids, logprobs = (np.asarray(x)[:count] for x in out)
         drawn, out = drawn + 1, following
         for text, token in zip(texts, ids.tolist(), strict=True):
@@ -101,72 +99,99 @@ class Decoder:
       windows = [window + room if window + room <= context else max(context // 2, 1) for window in windows]
 
   def _start(self, parameters, rows, texts, seeds, drawn, room, sampling):
-    shared = row_groups(self._mesh)
-    batch = -(-_power(len(rows)) // shared) * shared
+    groups = row_groups(self._mesh)
+    batch = -(-_power(len(rows)) // groups) * groups
     length = min(bucket(max(map(len, rows))), self._plan.context)
     tokens = np.zeros((batch, length), np.int32)
-    first = np.full(batch, length - 1, np.int32)
+    padding = np.full(batch, length - 1, np.int32)
     for index, row in enumerate(rows):
       tokens[index, length - len(row):] = row
-      first[index] = length - len(row)
+      padding[index] = length - len(row)
     every = np.zeros(batch, np.uint32)
     every[:len(seeds)] = seeds
-    seen = None
+    given = {'tokens': tokens, 'padding': padding, 'seeds': every}
     if sampling.repetition_penalty != 1:
-      seen = np.zeros((batch, self._plan.config.table_rows), bool)
+      given['seen'] = np.zeros((batch, self._plan.config.table_rows), bool)
       for index, text in enumerate(texts):
-        seen[index, text] = True
-    mine = my_rows(self._mesh, batch)
-    placed = place_rows(self._mesh, {'tokens': tokens[mine]}, batch)['tokens']
-    return self._prefill(parameters, placed, first, every, seen, np.int32(drawn), room=room, sampling=sampling)
+        given['seen'][index, text] = True
+    mine = process_rows(self._mesh, batch)
+    placed = put_rows(self._mesh, {name: values[mine] for name, values in given.items()}, batch)
+    return self._programs.prefill(parameters, placed, np.int32(drawn), room=room, sampling=sampling)
 
-  def _prefill_step(self, parameters, tokens, first, seeds, seen, count, *, room, sampling):
-    model = self._plan.merge(parameters)
-    batch, length = tokens.shape
-    rows = jax.reshard(first, spec('batch'))
-    index = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 1, out_sharding=spec('batch', None))
-    real = index >= rows[:, None]
-    place = Place(jnp.maximum(index - rows[:, None], 0), real.astype(jnp.int32))
-    hidden, cache = model.hidden(tokens, place, empty_cache(self._plan.config, batch, length + room))
-    last = jax.lax.reshape(hidden, (batch, length, hidden.shape[-1]), out_sharding=spec('batch', None, 'embed'))[:, -1]
-    state = _State(cache, jnp.int32(length), rows, count, tokens[:, -1], seeds, seen)
-    return self._draw(model, last, state, sampling)
 
-  def _decode_step(self, parameters, state, *, sampling):
-    model = self._plan.merge(parameters)
-    place = Place((state.filled - state.first)[:, None], filled=state.filled, first=state.first)
-    hidden, cache = model.hidden(state.token[:, None], place, state.cache)
-    return self._draw(model, hidden, state._replace(cache=cache, filled=state.filled + 1), sampling)
+class _Programs(NamedTuple):
+  """The compiled functions of a decoder."""
 
-  def _draw(self, model, hidden, state, sampling):
-    # Every device draws every row, and so the same.
-    logits = jax.reshard(model.logits(hidden), PartitionSpec(None, None))
+  prefill: Callable
+  """(parameters, rows, drawn, room=, sampling=) -> (state, first tokens)"""
+  decode: Callable
+  """(parameters, state, sampling=) -> (state, next tokens)"""
+
+
+@functools.lru_cache(maxsize=16)
+def _programs(model: AbstractModel, mesh: Mesh, forbidden: tuple[int, ...], zero_stage: int) -> _Programs:
+  """The compiled functions, equal for equal arguments. All results of rows are replicated, so that every process reads all of them."""
+  zero = model.zero(zero_stage, mesh)
+  banned = np.zeros(model.config.table_rows, bool)
+  banned[list(forbidden)] = True
+  state_specs = _State(ROWS, PartitionSpec(), ROWS, PartitionSpec(), ROWS, ROWS, ROWS)
+
+  def draw(head, hidden, state, sampling):
+    logits = jax.reshard(head.logits(hidden), PartitionSpec(None, None))
     logprobs = jax.nn.log_softmax(logits)
-    logits = jnp.where(self._forbidden, -jnp.inf, logits)
+    logits = jnp.where(banned, -jnp.inf, logits)
     if state.seen is not None:
       logits = penalized(logits, state.seen, sampling)
     keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), state.drawn))(state.seeds)
     ids = sample(logits, sampling, keys).astype(jnp.int32)
-    seen = state.seen
-    if seen is not None:
-      seen = seen | (ids[:, None] == jnp.arange(seen.shape[1]))
-    out = Drawn(ids, jnp.take_along_axis(logprobs, ids[:, None], -1)[:, 0])
-    return state._replace(token=jax.reshard(ids, spec('batch')), drawn=state.drawn + 1, seen=seen), out
+    seen = None if state.seen is None else state.seen | (ids[:, None] == jnp.arange(state.seen.shape[1]))
+    return state._replace(token=ids, drawn=state.drawn + 1, seen=seen), Drawn(ids, jnp.take_along_axis(logprobs, ids[:, None], -1)[:, 0])
 
-  def _unstacked(self, parameters):
-    if self._given.config.scan:
-      layers = {f'blocks/{layer}/{name.removeprefix("blocks/")}': value[layer] for name, value in parameters.items()
-                if name.startswith('blocks/') for layer in range(self._given.config.layers)}
-      parameters = {name: value for name, value in parameters.items() if not name.startswith('blocks/')} | layers
-    return {name: (parameters[name].T if name.endswith('kernel') else parameters[name]).astype(dtype)
-            for name, dtype in self._plan.dtypes.items()}
+  def prefilled(entered, rows, drawn, *, room, sampling):
+    module, (batch, length) = _module(model, zero, entered), rows['tokens'].shape
+    cache = empty_cache(model.config, model.compute, batch, length + room)
+    hidden, cache, _ = module.hidden(rows['tokens'], left_padded(length, rows['padding']), cache)
+    state = _State(cache, jnp.int32(length), rows['padding'], drawn, rows['tokens'][:, -1], rows['seeds'], rows.get('seen'))
+    return draw(module.head, hidden.reshape(batch, length, -1)[:, -1], state, sampling)
+
+  def decoded(entered, state, *, sampling):
+    module = _module(model, zero, entered)
+    positions = Positions((state.cached - state.padding)[:, None], cached=state.cached, padding=state.padding)
+    hidden, cache, _ = module.hidden(state.token[:, None], positions, state.cache)
+    return draw(module.head, hidden, state._replace(cache=cache, cached=state.cached + 1), sampling)
+
+  def region(function, in_specs, settings):
+    run = local_rows(functools.partial(function, **settings), (zero.in_specs, *in_specs), (state_specs, ROWS))
+
+    def on_all_rows(parameters, *inputs):
+      state, drawn = run(zero.enter(parameters), *inputs)
+      return state, jax.reshard(drawn, PartitionSpec(None))
+    return on_all_rows
+
+  @functools.partial(jax.jit, static_argnames=('room', 'sampling'))
+  def prefill(parameters, rows, drawn, room, sampling):
+    return region(prefilled, (ROWS, PartitionSpec()), {'room': room, 'sampling': sampling})(parameters, rows, drawn)
+
+  @functools.partial(jax.jit, static_argnames='sampling', donate_argnames='state')
+  def decode(parameters, state, sampling):
+    return region(decoded, (state_specs,), {'sampling': sampling})(parameters, state)
+
+  return _Programs(prefill, decode)
 
 
-def _unrolled(plan: Blueprint) -> Blueprint:
+def _module(model: AbstractModel, zero: Zero, entered: Parameters):
+  return model.merge(zero.weights(entered, differentiated=False))
+
+
+def _prepared(model: AbstractModel, parameters: Parameters) -> Parameters:
+  """Parameters as decoding reads them: layer by layer, transposed, in the dtype that computes."""
+  parameters = unstack_layers(parameters)
+  return {name: (parameters[name].T if name.endswith('kernel') else parameters[name]).astype(dtype) for name, dtype in model.dtypes.items()}
+
+
+def _unrolled(model: AbstractModel) -> AbstractModel:
   """The same model with its layers one by one, and kernels as few rows read them best."""
-  config = dataclasses.replace(plan.config, attention='auto', scan=False, remat='none', saved=(), offloaded=(), sequence_parallel=False,
-                               dropout=0.0)
-  return blueprint(config, plan.context).transposed()
+  return abstract_model(dataclasses.replace(model.config, dropout=0.0), ComputeConfig(dtype=model.compute.dtype), model.context).transposed()
 
 
 def _power(n: int) -> int:

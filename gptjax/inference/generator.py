@@ -11,7 +11,7 @@ from gptjax.data import TextStream, Tokenizer
 from gptjax.inference.decoding import Decoder
 from gptjax.inference.prompts import Prompt
 from gptjax.inference.sampling import Sampling, never_drawn
-from gptjax.model import Blueprint, Parameters
+from gptjax.model import AbstractModel, Parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Generator:
     zero_stage: at which `prepare` lays the parameters out; see `Decoder`.
   """
 
-  def __init__(self, blueprint: Blueprint, mesh: Mesh, tokenizer: Tokenizer, zero_stage: int = 0):
+  def __init__(self, blueprint: AbstractModel, mesh: Mesh, tokenizer: Tokenizer, zero_stage: int = 0):
     self.tokenizer = tokenizer
     self._decoder = Decoder(blueprint, mesh, never_drawn(tokenizer, blueprint.config), zero_stage)
 

@@ -15,13 +15,12 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from gptjax.checkpoint import Checkpoints
-from gptjax.config import UserError
+from gptjax.config import ComputeConfig, UserError
 from gptjax.data import Tokenizer
 from gptjax.data.progress import Work, announce
 from gptjax.interop.matching import Match, raw
 from gptjax.interop.tensor_files import Entry
-from gptjax.model import Blueprint, Parameters, blueprint
-from gptjax.sharding import place, row_groups
+from gptjax.model import AbstractModel, Parameters, abstract_model
 
 CHECKS = ('auto', 'transformers', 'roundtrip', 'none')
 
@@ -54,7 +53,7 @@ class Check:
     announce(f'check: {kind}' + ('' if there or kind == 'none' else '; torch and transformers are not installed'))
     return dataclasses.replace(self, kind=kind)
 
-  def tokens(self, tokenizer: Tokenizer, plan: Blueprint) -> Int[np.ndarray, 'T']:
+  def tokens(self, tokenizer: Tokenizer, plan: AbstractModel) -> Int[np.ndarray, 'T']:
     """Ids of the prompt.
 
     Raises:
@@ -65,7 +64,7 @@ class Check:
     return tokenizer.encode(self.prompt, '--prompt')[:plan.context]
 
 
-def restored(checkpoints: Checkpoints, step: int, plan: Blueprint, mesh: Mesh, names: list[str]) -> Parameters:
+def restored(checkpoints: Checkpoints, step: int, plan: AbstractModel, mesh: Mesh, names: list[str]) -> Parameters:
   """Some parameters of a checkpoint, with whatever axes can be shared out over the mesh."""
   shardings = plan.shardings(3, mesh)
   return checkpoints.restore_parameters(step, {
@@ -128,16 +127,12 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
   return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-def our_logits(plan: Blueprint, parameters: Parameters, mesh: Mesh, tokens: Int[np.ndarray, 'T']) -> Float[np.ndarray, 'T V']:
+def our_logits(plan: AbstractModel, parameters: Parameters, mesh: Mesh, tokens: Int[np.ndarray, 'T']) -> Float[np.ndarray, 'T V']:
   """Logits of a text in float32, without padded ids."""
-  config = dataclasses.replace(plan.config, compute_dtype='float32', attention='auto', sequence_parallel=False, remat='none', saved=(),
-                               offloaded=())
-  exact = blueprint(config, plan.context)
+  exact = abstract_model(plan.config, ComputeConfig(scan=plan.compute.scan), plan.context)
   with jax.set_mesh(mesh), jax.default_matmul_precision('highest'):  # accelerators round float32 otherwise
-    # One row for each device that shares the batch: they are all the same.
-    rows = np.tile(tokens, (row_groups(mesh), 1))
-    logits = jax.jit(lambda parameters, tokens: exact.merge(parameters)(tokens))(parameters, place(mesh, rows, 'batch', None))
-    return np.asarray(logits)[0, :, :config.vocab_size]
+    logits = jax.jit(lambda parameters, tokens: exact.merge(parameters)(tokens))(parameters, tokens[None])
+    return np.asarray(logits)[0, :, :plan.config.vocab_size]
 
 
 def their_logits(folder: Path, tokens: Int[np.ndarray, 'T']) -> Float[np.ndarray, 'T V']:

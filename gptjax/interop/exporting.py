@@ -9,18 +9,18 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from gptjax.checkpoint import Checkpoints, config_of
+from gptjax.checkpoint import Checkpoints, read_config
 from gptjax.config import Config, MeshConfig, UserError
 from gptjax.data import Tokenizer, load_tokenizer
 from gptjax.data.progress import Work
-from gptjax.files import building, write_json
+from gptjax.files import atomic_directory, write_json
 from gptjax.interop.comparison import Agreement, Check, compare_tensors, our_logits, restored, their_logits
 from gptjax.interop.families import Family, comparable, described, family_for
 from gptjax.interop.folders import CONFIG, GENERATION, Writer, copy_words, read_object, read_tensors
 from gptjax.interop.importing import BUFFERS, KEPT, RECORD, load
 from gptjax.interop.matching import Match, match
 from gptjax.interop.tensor_files import Entry, read_header
-from gptjax.model import blueprint
+from gptjax.model import abstract_model
 from gptjax.sharding import make_mesh
 
 DTYPES = {'float32': 'F32', 'bfloat16': 'BF16', 'float16': 'F16'}
@@ -53,18 +53,18 @@ def export_run(workdir: Path, folder: Path, options: Export) -> str:
   """
   if folder.exists():
     raise UserError('--folder', str(folder), 'a folder that there is not yet')
-  config, kept = config_of(workdir), workdir / KEPT
+  config, kept = read_config(workdir), workdir / KEPT
   tokenizer = load_tokenizer(workdir / 'data' / 'tokenizer')
   imported: dict[str, Any] = read_object(kept / RECORD) if kept.exists() else {'dtypes': {}, 'tokenizer': False}
   kind, values = _described(config, kept, tokenizer, options.dtype)
-  matched = match(kind, blueprint(config.model, config.data.context), config.data.context, imported['dtypes'])
+  matched = match(kind, abstract_model(config.model, config.compute, config.data.context), config.data.context, imported['dtypes'])
   dtype = lambda name: imported['dtypes'].get(name, 'F32') if options.dtype == 'auto' else DTYPES[options.dtype]
   tensors = {tensor.name: Entry(dtype(tensor.name), matched.shape(tensor)) for tensor in matched.tensors}
   buffers = read_header(kept / BUFFERS) if (kept / BUFFERS).exists() else {}
   chosen = options.check.chosen()
   tokens = chosen.tokens(tokenizer, matched.plan)
   mesh = make_mesh(MeshConfig())
-  with contextlib.closing(Checkpoints(workdir / 'checkpoints')) as checkpoints, building(folder, resumes=False) as out:
+  with contextlib.closing(Checkpoints(workdir / 'checkpoints')) as checkpoints, atomic_directory(folder, resumes=False) as out:
     assert out, 'the folder was not there'
     step = checkpoints.resolve(options.step)
     _write_words(out, kept, values, tokenizer, imported['tokenizer'])

@@ -50,15 +50,15 @@ class Family:
     """All tensors of a model."""
     found: dict[str, Tensor] = {}
     for ours, theirs in self.names.items():
-      if ours == 'head/kernel' and config.tied:
+      if ours == 'lm_head/kernel' and config.tied:
         continue
       layers = range(config.layers) if '#' in ours else (0,)
       for layer in layers:
         name, parameter = theirs.replace('#', str(layer)), ours.replace('#', str(layer))
         earlier = found[name].parameters if name in found else ()
         # transformers' Linear is [out, in]; GPT-2's Conv1D is [in, out], as ours.
-        transposed = ours.endswith('kernel') and (self.model_type != 'gpt2' or ours == 'head/kernel')
-        found[name] = Tensor(name, (*earlier, parameter), transposed, ours in ('tokens/table', 'head/kernel'))
+        transposed = ours.endswith('kernel') and (self.model_type != 'gpt2' or ours == 'lm_head/kernel')
+        found[name] = Tensor(name, (*earlier, parameter), transposed, ours in ('tokens/table', 'lm_head/kernel'))
     return list(found.values())
 
 
@@ -180,7 +180,7 @@ def family_for(config: ModelConfig, context: int) -> Family:
                   f'a model that a family can say; {name} comes nearest, and differs in these')
 
 
-_NOT_OF_THE_MODEL = ('vocab_multiple', 'dropout', 'scan', 'remat', 'saved', 'offloaded', 'sequence_parallel', 'attention', 'compute_dtype')
+_NOT_OF_THE_MODEL = ('vocab_multiple', 'dropout')
 
 
 def comparable(config: ModelConfig) -> Json:
@@ -334,7 +334,7 @@ def _gemma3_json(config: ModelConfig, context: int) -> Json:
 
 _GPT2 = {
   'tokens/table': 'transformer.wte.weight', 'positions/table': 'transformer.wpe.weight',
-  'norm/gain': 'transformer.ln_f.weight', 'norm/bias': 'transformer.ln_f.bias', 'head/kernel': 'lm_head.weight',
+  'norm/gain': 'transformer.ln_f.weight', 'norm/bias': 'transformer.ln_f.bias', 'lm_head/kernel': 'lm_head.weight',
   **{f'blocks/#/{ours}/{part}': f'transformer.h.#.{theirs}.{"bias" if part == "bias" else "weight"}' for ours, theirs, parts in (
     ('attention_norm', 'ln_1', ('gain', 'bias')), ('attention/q', 'attn.c_attn', ('kernel', 'bias')),
     ('attention/k', 'attn.c_attn', ('kernel', 'bias')), ('attention/v', 'attn.c_attn', ('kernel', 'bias')),
@@ -345,7 +345,7 @@ _GPT2 = {
 
 def _llama_names(norms: Mapping[str, str], qk_norm: bool = False, qkv_bias: bool = False) -> dict[str, str]:
   """Names of the families since Llama: they differ in what they call norms."""
-  names = {'tokens/table': 'model.embed_tokens.weight', 'norm/gain': 'model.norm.weight', 'head/kernel': 'lm_head.weight'}
+  names = {'tokens/table': 'model.embed_tokens.weight', 'norm/gain': 'model.norm.weight', 'lm_head/kernel': 'lm_head.weight'}
   layer = {
     **{f'attention/{one}/kernel': f'self_attn.{one}_proj.weight' for one in 'qkv'}, 'attention/out/kernel': 'self_attn.o_proj.weight',
     **{f'mlp/{one}/kernel': f'mlp.{one}_proj.weight' for one in ('gate', 'up', 'down')},

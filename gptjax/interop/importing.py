@@ -11,16 +11,16 @@ from jax.sharding import Mesh
 
 from gptjax import config as configs
 from gptjax.checkpoint import Checkpoints, Progress, Retention
-from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, UserError
+from gptjax.config import ComputeConfig, Config, DataConfig, MeshConfig, ModelConfig, UserError
 from gptjax.data import Prepared, Tokenizer, export, load_tokenizer
 from gptjax.data.progress import Work
-from gptjax.files import building, write_json
+from gptjax.files import atomic_directory, write_json
 from gptjax.interop.comparison import Agreement, Check, compare_tensors, our_logits, their_logits
 from gptjax.interop.families import described
 from gptjax.interop.folders import CONFIG, copy_words, has_tokenizer, read_object, read_tensors
 from gptjax.interop.matching import Match, check, match
 from gptjax.interop.tensor_files import Entry, create, fill
-from gptjax.model import Parameters, blueprint
+from gptjax.model import Parameters, abstract_model
 from gptjax.sharding import check_heads, make_mesh
 
 KEPT, RECORD, BUFFERS = 'hf', 'gptjax.json', 'buffers.safetensors'
@@ -38,9 +38,9 @@ class Import:
   context: int = 0
   """tokens a row; 0: as many as the model is meant for"""
   scan: bool = False
-  """stack the layers, as model.scan has them"""
-  compute_dtype: Literal['float32', 'bfloat16'] = 'float32'
-  """precision of matrix products and activations, as model.compute_dtype"""
+  """stack the layers, as compute.scan has them"""
+  dtype: Literal['float32', 'bfloat16'] = 'float32'
+  """precision of matrix products and activations, as compute.dtype"""
   mesh: MeshConfig = MeshConfig()
   """devices that share the parameters"""
   tokenizer: Path | None = None
@@ -68,18 +68,17 @@ def import_folder(folder: Path, workdir: Path, options: Import) -> str:
   if not 0 <= options.context <= positions:
     raise UserError('--context', options.context, f'1 to {positions:,}, the positions of the model, or 0 for all')
   context = options.context or positions
-  model = dataclasses.replace(model, scan=options.scan, compute_dtype=options.compute_dtype)
-  config = Config(model=model, data=DataConfig(context=context),
+  config = Config(model=model, compute=ComputeConfig(scan=options.scan, dtype=options.dtype), data=DataConfig(context=context),
                   batch_size=max(1, min(Config().batch_size, BATCH_TOKENS // context)), mesh=MeshConfig(model=options.mesh.model))
   entries = read_tensors(folder)
-  matched = match(kind, blueprint(config.model, config.data.context), positions, entries)
+  matched = match(kind, abstract_model(config.model, config.compute, config.data.context), positions, entries)
   others = check(matched, kind, str(folder), entries)
   tokenizer = _tokenizer(folder, options.tokenizer, config.model)
   chosen = options.check.chosen()
   tokens = chosen.tokens(tokenizer, matched.plan)
   mesh = make_mesh(options.mesh)
   check_heads(config.model, mesh)
-  with building(workdir, resumes=False) as out:
+  with atomic_directory(workdir, resumes=False) as out:
     assert out, 'the workdir was not there'
     (out / 'config.json').write_text(configs.to_json(config))
     export(Prepared(tokenizer, (), {}, {}, tokenizer.sha256, 'none: imported'), out / 'data')

@@ -12,7 +12,7 @@ import numpy as np
 from gptjax.config import UserError
 from gptjax.interop.families import Family, Tensor
 from gptjax.interop.tensor_files import DTYPES, Entry
-from gptjax.model import Blueprint
+from gptjax.model import AbstractModel
 
 PARAMETER_DTYPES = ('F32', 'BF16', 'F16')
 """Types of tensors that hold parameters: all of them fit a float32, and come back from it as they were."""
@@ -25,7 +25,7 @@ _GROUP_BYTES = 2**28
 class Match:
   """A model of ours and the tensors of a folder that it is, or becomes."""
 
-  plan: Blueprint
+  plan: AbstractModel
   tensors: tuple[Tensor, ...]
   """under the names that the folder has"""
   positions: int
@@ -34,11 +34,11 @@ class Match:
   def shape(self, tensor: Tensor) -> tuple[int, ...]:
     """What the folder's tensor must have as its shape."""
     config, (parameter, *_) = self.plan.config, tensor.parameters
-    name, layer = stored(parameter, config.scan)
+    name, layer = stored(parameter, self.plan.compute.scan)
     shape = list(self.plan.shapes[name].shape[0 if layer is None else 1:])
     shape[-1] *= len(tensor.parameters)
     if tensor.rows:
-      shape[1 if parameter == 'head/kernel' else 0] = config.vocab_size
+      shape[1 if parameter == 'lm_head/kernel' else 0] = config.vocab_size
     if parameter == 'positions/table':
       shape[0] = self.positions
     return tuple(reversed(shape) if tensor.transposed else shape)
@@ -49,7 +49,7 @@ class Match:
     found: dict[str, dict[int, tuple[Tensor, int]]] = collections.defaultdict(dict)
     for tensor in self.tensors:
       for part, parameter in enumerate(tensor.parameters):
-        name, layer = stored(parameter, self.plan.config.scan)
+        name, layer = stored(parameter, self.plan.compute.scan)
         found[name].setdefault(layer or 0, (tensor, part))
     return {name: [by_layer[layer] for layer in sorted(by_layer)] for name, by_layer in found.items()}
 
@@ -59,7 +59,7 @@ class Match:
     ranges = [range(*one.indices(size)) for one, size in zip(index, shape)]
     value = _aligned(tuple(map(len, ranges)))
     sources, layers = self._sources[name], value[None]
-    if name.startswith('blocks/') and self.plan.config.scan:
+    if name.startswith('blocks/') and self.plan.compute.scan:
       sources, layers, ranges = [sources[layer] for layer in ranges[0]], value, ranges[1:]
     for (tensor, part), target in zip(sources, layers):
       view = entries[tensor.name].view()
@@ -77,7 +77,7 @@ class Match:
     """
     parts = []
     for parameter in tensor.parameters:
-      name, layer = stored(parameter, self.plan.config.scan)
+      name, layer = stored(parameter, self.plan.compute.scan)
       value = np.asarray(parameters[name])
       parts.append(value if layer is None else value[layer])
     whole = parts[0] if len(parts) == 1 else np.concatenate(parts, -1)
@@ -92,7 +92,7 @@ class Match:
     """All tensors in groups, each with the parameters it needs, about as many as fit 256 MB."""
     needed: dict[tuple[str, ...], list[Tensor]] = collections.defaultdict(list)
     for tensor in self.tensors:
-      needed[tuple(stored(parameter, self.plan.config.scan)[0] for parameter in tensor.parameters)].append(tensor)
+      needed[tuple(stored(parameter, self.plan.compute.scan)[0] for parameter in tensor.parameters)].append(tensor)
     names: list[str] = []
     tensors: list[Tensor] = []
     size = 0
@@ -111,7 +111,7 @@ def stored(parameter: str, scan: bool) -> tuple[str, int | None]:
   return (f'blocks/{match[2]}', int(match[1])) if scan and match else (parameter, None)
 
 
-def match(family: Family, plan: Blueprint, positions: int, names: Collection[str] = ()) -> Match:
+def match(family: Family, plan: AbstractModel, positions: int, names: Collection[str] = ()) -> Match:
   """The match of a model with a folder's tensors.
 
   Args:
@@ -122,7 +122,7 @@ def match(family: Family, plan: Blueprint, positions: int, names: Collection[str
   """
   tensors = [tensor if tensor.name in names else dataclasses.replace(tensor, name=short) if short in names else tensor
              for tensor in family.tensors(plan.config) for short in [tensor.name.removeprefix(family.prefix)]]
-  head = family.names['head/kernel']
+  head = family.names['lm_head/kernel']
   if plan.config.tied and head in names:
     tensors.append(Tensor(head, ('tokens/table',), rows=True))
   return Match(plan, tuple(tensors), positions)

@@ -11,11 +11,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from gptjax.config import ModelConfig, RopeConfig
-from gptjax.model.kernels import KERNELS, Scoring, attention_backend
-from gptjax.model.layers import Linear, Norm, capped, dropout
-from gptjax.model.weights import Stack
-from gptjax.sharding import Axis, spec
+from gptjax.config import ComputeConfig, ModelConfig, RopeConfig
+from gptjax.model.kernels import KERNELS, ScoreConfig, attention_backend
+from gptjax.model.layers import Linear, Norm, capped, dropout, fold
+from gptjax.model.weights import Rows, Stack
+from gptjax.sharding import spec
 
 BLOCK = 64
 """Query rows a block: at 64 the skipped half of the square outweighs the smaller products on a CPU."""
@@ -38,16 +38,23 @@ Caches = tuple[Cache, ...]
 """One for each layer; those of layers with a window are shorter."""
 
 
-class Place(NamedTuple):
-  """Where the tokens of a batch stand."""
+class Positions(NamedTuple):
+  """Positions of the tokens of a batch, and what each of them may attend to."""
 
-  positions: Int[Array, 'B T']
+  index: Int[Array, 'B T']
+  """position in its document"""
   segments: Int[Array, 'B T'] | None = None
   """document of each token; None: a row is one document"""
-  filled: Int[Array, ''] | None = None
-  """tokens of each row that the cache has read; None: there is none, or it is fresh"""
-  first: Int[Array, 'B'] | None = None
-  """where the cache's rows begin: what was read before that is padding"""
+  cached: Int[Array, ''] | None = None
+  """tokens per row in the cache, padding included; None: there is no cache, or it is empty"""
+  padding: Int[Array, 'B'] | None = None
+  """tokens of padding at the beginning of each cached row"""
+
+
+def left_padded(length: int, padding: Int[Array, 'B']) -> Positions:
+  """Positions of rows of `length` tokens that begin with so many tokens of padding, which nothing attends to."""
+  index = jnp.arange(length) - padding[:, None]
+  return Positions(jnp.maximum(index, 0), (index >= 0).astype(jnp.int32))
 
 
 def frequencies(rope: RopeConfig, half: int, local: bool) -> np.ndarray:
@@ -72,23 +79,23 @@ def rotate(x: Float[Array, 'B T H C'], positions: Int[Array, 'B T'], frequency: 
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
-def attend(scoring: Scoring, q: Float[Array, 'B T H C'], k: Float[Array, 'B S K C'], v: Float[Array, 'B S K C'],
-           mask: Bool[Array, '#B T S'], rate: float, key: PRNGKeyArray | None) -> Float[Array, 'B T H C']:
+def attend(score: ScoreConfig, q: Float[Array, 'B T H C'], k: Float[Array, 'B S K C'], v: Float[Array, 'B S K C'],
+           mask: Bool[Array, '#B T S'], rate: float, dropout_keys: PRNGKeyArray | None) -> Float[Array, 'B T H C']:
   """softmax(scale q k) v over the keys that `mask` allows (arXiv:1706.03762, equation 1).
 
   Each key head serves H/K query heads (arXiv:2305.13245). The softmax is in float32. The window is the mask's.
   """
   b, t, h, c = q.shape
   groups = (b, t, k.shape[2], h // k.shape[2], c)
-  q = jax.lax.reshape(q * scoring.scale, groups, out_sharding=spec('batch', None, ('heads', h), None, None))
-  scores = capped(jnp.einsum('btkgc,bskc->bkgts', q, k, preferred_element_type=jnp.float32), scoring.cap)
+  q = jax.lax.reshape(q * score.scale, groups, out_sharding=spec(None, None, ('heads', h), None, None))
+  scores = capped(jnp.einsum('btkgc,bskc->bkgts', q, k, preferred_element_type=jnp.float32), score.cap)
   weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e30), -1).astype(v.dtype)
-  mixed = jnp.einsum('bkgts,bskc->btkgc', dropout(weights, rate, key), v)
-  return jax.lax.reshape(mixed, (b, t, h, c), out_sharding=spec('batch', None, ('heads', h), None))
+  mixed = jnp.einsum('bkgts,bskc->btkgc', dropout(weights, rate, dropout_keys), v)
+  return jax.lax.reshape(mixed, (b, t, h, c), out_sharding=spec(None, None, ('heads', h), None))
 
 
-def causal_attention(scoring: Scoring, q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'], v: Float[Array, 'B T K C'],
-                     segments: Int[Array, 'B T'] | None, rate: float, key: PRNGKeyArray | None,
+def causal_attention(score: ScoreConfig, q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'], v: Float[Array, 'B T K C'],
+                     segments: Int[Array, 'B T'] | None, rate: float, dropout_keys: PRNGKeyArray | None,
                      rows: int) -> Float[Array, 'B T H C']:
   """Attention of each token to itself and those before it in its segment and window, `rows` query rows at a time.
 
@@ -98,24 +105,24 @@ def causal_attention(scoring: Scoring, q: Float[Array, 'B T H C'], k: Float[Arra
   """
   length = q.shape[1]
   step = -(-length // (rows * PARTS)) * rows
-  sliding = 0 < scoring.window <= step  # one part, then, with keys that move along
+  sliding = 0 < score.window <= step  # one part, then, with keys that move along
   step = length if sliding else step
 
   def block(start, low, end, q, own_segments):
     """Rows from `start` on against the keys from `low` (if it is traced: as many as they see) to `end`."""
     seen = (lambda x: x[:, low:end]) if isinstance(low, int) else (
-      lambda x: jax.lax.dynamic_slice_in_dim(x, low, rows + scoring.window - 1, 1))
+      lambda x: jax.lax.dynamic_slice_in_dim(x, low, rows + score.window - 1, 1))
     keys, values = seen(k), seen(v)
     distance = (start + jnp.arange(q.shape[1]))[:, None] - (low + jnp.arange(keys.shape[1]))
     mask = (distance >= 0)[None]
-    if scoring.window:
-      mask = mask & (distance < scoring.window)
+    if score.window:
+      mask = mask & (distance < score.window)
     if segments is not None:
       mask = mask & (own_segments[:, :, None] == seen(segments)[:, None])
-    return attend(scoring, q, keys, values, mask, rate, None if key is None else jax.random.fold_in(key, start))
+    return attend(score, q, keys, values, mask, rate, fold(dropout_keys, start))
 
   def lowest(start):
-    return max(0, start - scoring.window + 1) if scoring.window else 0
+    return max(0, start - score.window + 1) if score.window else 0
 
   out = []
   for start in range(0, length, step):
@@ -128,7 +135,7 @@ def causal_attention(scoring: Scoring, q: Float[Array, 'B T H C'], k: Float[Arra
       cut = lambda x: jnp.swapaxes(x[:, start:middle].reshape(x.shape[0], count, rows, *x.shape[2:]), 0, 1)
       starts = start + rows * jnp.arange(count)
       inputs = (starts, cut(q), None if segments is None else cut(segments))
-      span = rows + scoring.window - 1
+      span = rows + score.window - 1
       low = (lambda at: jnp.clip(at + rows - span, 0, length - span)) if sliding and span < length else lambda at: lowest(start)
       again = jax.checkpoint(lambda _, part: (None, block(part[0], low(part[0]), end, *part[1:])), prevent_cse=False)
       mixed = jnp.swapaxes(jax.lax.scan(again, None, inputs)[1], 0, 1)
@@ -141,28 +148,28 @@ def causal_attention(scoring: Scoring, q: Float[Array, 'B T H C'], k: Float[Arra
 class Attention(nnx.Module):
   """Multi-head causal self-attention; activations enter and leave with batch and sequence flattened to one axis."""
 
-  def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: Stack = ()):
+  def __init__(self, config: ModelConfig, compute: ComputeConfig, stack: Stack = ()):
     queries, keys = config.heads * config.head_width, config.key_heads * config.head_width
-    heads, kv_heads = ('heads', config.heads), ('kv_heads', config.key_heads)
-    self.q = Linear((config.width, queries), ('embed', heads), 0.02, config, rngs, stack, config.qkv_bias)
-    self.k = Linear((config.width, keys), ('embed', kv_heads), 0.02, config, rngs, stack, config.qkv_bias)
-    self.v = Linear((config.width, keys), ('embed', kv_heads), 0.02, config, rngs, stack, config.qkv_bias)
+    heads, kv_heads, bias = ('heads', config.heads), ('kv_heads', config.key_heads), config.bias or config.qkv_bias
+    self.q = Linear((config.width, queries), ('embed', heads), 0.02, compute, stack, bias)
+    self.k = Linear((config.width, keys), ('embed', kv_heads), 0.02, compute, stack, bias)
+    self.v = Linear((config.width, keys), ('embed', kv_heads), 0.02, compute, stack, bias)
     # GPT-2 scales what is added to the residual stream by its number of additions, two a layer.
-    self.out = Linear((queries, config.width), (heads, 'embed'), 0.02 / math.sqrt(2 * config.layers), config, rngs, stack)
+    self.out = Linear((queries, config.width), (heads, 'embed'), 0.02 / math.sqrt(2 * config.layers), compute, stack, config.bias)
     def norm(size, axis):
       if config.qk_norm == 'none':
         return None
-      return Norm(*((config.head_width, 'head_width') if config.qk_norm == 'head' else (size, axis)), config, rngs, stack)
+      return Norm(*((config.head_width, 'head_width') if config.qk_norm == 'head' else (size, axis)), config, compute, stack)
     self.q_norm, self.k_norm = norm(queries, heads), norm(keys, kv_heads)
-    self.config = config
+    self.config, self.backend = config, compute.attention
 
-  def __call__(self, x: Float[Array, 'N D'], layer: int | Int[Array, ''], place: Place, cache: Cache | None, key: PRNGKeyArray | None,
-               rows: Axis) -> tuple[Float[Array, 'N D'], Cache | None]:
-    config, (b, t) = self.config, place.positions.shape
+  def __call__(self, x: Float[Array, 'N D'], layer: int | Int[Array, ''], positions: Positions, cache: Cache | None,
+               keys: PRNGKeyArray | None, rows: Rows) -> tuple[Float[Array, 'N D'], Cache | None]:
+    config, (b, t) = self.config, positions.index.shape
 
     def project(name, linear, norm, count, axis):
       y = checkpoint_name(linear(x), name)
-      split = lambda y: jax.lax.reshape(y, (b, t, count, config.head_width), out_sharding=spec('batch', None, (axis, count), None))
+      split = lambda y: jax.lax.reshape(y, (b, t, count, config.head_width), out_sharding=spec(None, None, (axis, count), None))
       return split(y) if norm is None else norm(split(y)) if config.qk_norm == 'head' else split(norm(y))
 
     q = project('q', self.q, self.q_norm, config.heads, 'heads')
@@ -172,34 +179,35 @@ class Attention(nnx.Module):
     def mix(sees_all, q, k, v):
       if config.positions == 'rope':
         frequency = frequencies(config.rope, config.head_width // 2, not sees_all)
-        q, k = rotate(q, place.positions, frequency), rotate(k, place.positions, frequency)
-      scoring = Scoring((config.query_scale or config.head_width) ** -0.5, config.attention_cap, 0 if sees_all else config.window)
-      if place.filled is None:
-        y = attention(config, scoring, q, *_for_heads(q, k, v), place.segments, key)
-        return y, None if cache is None else Cache(_filled(cache.keys, k), _filled(cache.values, v))
-      return _decode(scoring, q, k, v, place, cache)
+        q, k = rotate(q, positions.index, frequency), rotate(k, positions.index, frequency)
+      score = ScoreConfig((config.query_scale or config.head_width) ** -0.5, config.attention_cap, 0 if sees_all else config.window)
+      if positions.cached is None:
+        y = attention(config, self.backend, score, q, *_for_heads(q, k, v), positions.segments, keys)
+        return y, None if cache is None else Cache(_prefilled(cache.keys, k), _prefilled(cache.values, v))
+      return _decode(score, q, k, v, positions, cache)
 
     if config.global_every and not isinstance(layer, int):
       # Layers of both kinds in one scan: each runs its own.
       y, cache = jax.lax.cond((layer + 1) % config.global_every == 0, functools.partial(mix, True), functools.partial(mix, False), q, k, v)
     else:
       y, cache = mix(config.sees_all(layer if isinstance(layer, int) else 0), q, k, v)
-    y = checkpoint_name(jax.lax.reshape(y, (b * t, config.heads * config.head_width), out_sharding=spec('batch', ('heads', config.heads))),
+    y = checkpoint_name(jax.lax.reshape(y, (b * t, config.heads * config.head_width), out_sharding=spec(None, ('heads', config.heads))),
                         'attention')
     return self.out(y, rows), cache
 
 
-def attention(config: ModelConfig, scoring: Scoring, q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'], v: Float[Array, 'B T K C'],
-              segments: Int[Array, 'B T'] | None, key: PRNGKeyArray | None) -> Float[Array, 'B T H C']:
+def attention(config: ModelConfig, backend: str, score: ScoreConfig, q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'],
+              v: Float[Array, 'B T K C'], segments: Int[Array, 'B T'] | None, keys: PRNGKeyArray | None) -> Float[Array, 'B T H C']:
   """Causal attention by the implementation that the config and the device choose."""
-  # One that is named was checked before, for the device that the program is for, which need not be here.
-  backend = attention_backend(config, q.shape[1]) if config.attention == 'auto' else config.attention
+  # One that is named was checked before, for the device that the program is for, which may be another than this process's.
+  if backend == 'auto':
+    backend = attention_backend(config, ComputeConfig(dtype=str(v.dtype)), q.shape[1])
   if backend in KERNELS:
-    return KERNELS[backend](scoring, q, k, v, segments)
-  return causal_attention(scoring, q, k, v, segments, config.dropout, key, BLOCK if backend == 'blocks' else q.shape[1])
+    return KERNELS[backend](score, q, k, v, segments)
+  return causal_attention(score, q, k, v, segments, config.dropout, keys, BLOCK if backend == 'blocks' else q.shape[1])
 
 
-def _filled(cache: Float[Array, 'B K S C'], x: Float[Array, 'B T K C']) -> Float[Array, 'B K S C']:
+def _prefilled(cache: Float[Array, 'B K S C'], x: Float[Array, 'B T K C']) -> Float[Array, 'B K S C']:
   """A fresh cache with the last tokens that it can keep."""
   size, length, x = cache.shape[2], x.shape[1], jnp.swapaxes(x, 1, 2)
   if length <= size:
@@ -207,22 +215,22 @@ def _filled(cache: Float[Array, 'B K S C'], x: Float[Array, 'B T K C']) -> Float
   return jnp.roll(x[:, :, length - size:], length % size, 2)
 
 
-def _decode(scoring: Scoring, q: Float[Array, 'B 1 H C'], k: Float[Array, 'B 1 K C'], v: Float[Array, 'B 1 K C'], place: Place,
-            cache: Cache) -> tuple[Float[Array, 'B 1 H C'], Cache]:
-  """Attention of one more token of each row, which the cache takes up in place of the oldest that it has no room for."""
-  assert place.filled is not None
+def _decode(score: ScoreConfig, q: Float[Array, 'B 1 H C'], k: Float[Array, 'B 1 K C'], v: Float[Array, 'B 1 K C'],
+            positions: Positions, cache: Cache) -> tuple[Float[Array, 'B 1 H C'], Cache]:
+  """Attention of one more token per row, which takes the cache's oldest place once all are taken."""
+  assert positions.cached is not None
   size = cache.keys.shape[2]
-  start = (0, 0, place.filled % size, 0)
+  start = (0, 0, positions.cached % size, 0)
   swapped = lambda x: jnp.swapaxes(x, 1, 2)
   cache = Cache(*(jax.lax.dynamic_update_slice(old, swapped(new), start) for old, new in zip(cache, (k, v))))
-  token = place.filled - (place.filled - jnp.arange(size)) % size  # that lies at each place; below 0: none yet
-  first = jnp.zeros(q.shape[0], jnp.int32) if place.first is None else place.first
+  token = positions.cached - (positions.cached - jnp.arange(size)) % size  # the token in each place; below 0: none yet
+  padding = jnp.zeros(q.shape[0], jnp.int32) if positions.padding is None else positions.padding
   keys, values = _for_heads(q, swapped(cache.keys), swapped(cache.values))
-  return attend(scoring, q, keys, values, (token >= first[:, None])[:, None], 0.0, None), cache
+  return attend(score, q, keys, values, (token >= padding[:, None])[:, None], 0.0, None), cache
 
 
 def _for_heads(q, *keys_and_values):
-  """Keys and values that `model` does not share out, repeated to as many heads as there are queries, which it does."""
-  place = jax.typeof(q).sharding.spec
-  return tuple(x if jax.typeof(x).sharding.spec == place else jnp.repeat(x, q.shape[2] // x.shape[2], 2, out_sharding=place)
+  """Keys and values with heads that `model` does not split, repeated to as many heads as there are queries, which it does split."""
+  split = jax.typeof(q).sharding.spec
+  return tuple(x if jax.typeof(x).sharding.spec == split else jnp.repeat(x, q.shape[2] // x.shape[2], 2, out_sharding=split)
                for x in keys_and_values)

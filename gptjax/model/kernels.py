@@ -8,17 +8,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from gptjax.config import ModelConfig, UserError
-from gptjax.sharding import spec
+from gptjax.config import ComputeConfig, ModelConfig, UserError
+from gptjax.sharding import local_matrices
 
 LANES = 128
 """Splash attention works on blocks of so many tokens, or a multiple."""
 
 
-class Scoring(NamedTuple):
-  """How queries meet keys."""
+class ScoreConfig(NamedTuple):
+  """How attention scores are computed from queries and keys."""
 
   scale: float
   """factor of their products"""
@@ -28,16 +29,17 @@ class Scoring(NamedTuple):
   """tokens that each sees, itself included; 0: all before it"""
 
 
-def attention_backend(config: ModelConfig, context: int, platform: str | None = None) -> str:
+def attention_backend(config: ModelConfig, compute: ComputeConfig, context: int, platform: str | None = None) -> str:
   """The implementation that runs.
 
   Args:
-    config: model.attention, with 'auto' to be resolved.
-    context: tokens a row.
+    config: of the model.
+    compute: its `attention` is returned, with 'auto' resolved.
+    context: tokens per row.
     platform: 'cpu', 'gpu' or 'tpu'; default: this process's.
 
   Raises:
-    UserError: model.attention names one that the platform, the context, dropout or the precision rules out.
+    UserError: compute.attention names one that the platform, the context, dropout or the precision rules out.
   """
   platform = platform or jax.default_backend()
   can: dict[str, str] = {'blocks': '', 'xla': ''}  # why not
@@ -45,31 +47,29 @@ def attention_backend(config: ModelConfig, context: int, platform: str | None = 
   if platform == 'tpu':
     can['splash'] = no_dropout or ('' if context % LANES == 0 else f'a context of a multiple of {LANES}, and it is {context}')
   if platform == 'gpu':
-    half = '' if config.compute_dtype == 'bfloat16' else f"bfloat16, and model.compute_dtype is '{config.compute_dtype}'"
+    half = '' if compute.dtype == 'bfloat16' else f"bfloat16, and compute.dtype is '{compute.dtype}'"
     width = '' if config.head_width % 8 == 0 and config.head_width <= 128 else (
       f'heads of a multiple of 8 features, 128 at most, and they have {config.head_width}')
     even = '' if context % 2 == 0 else f'an even context, and it is {context}'
     plain = '' if not config.attention_cap else f'scores without a cap, and model.attention_cap is {config.attention_cap}'
     can['cudnn'] = no_dropout or half or width or even or plain
-  if config.attention == 'auto':
+  if compute.attention == 'auto':
     return next((name for name in ('splash', 'cudnn') if can.get(name) == ''), 'blocks')
-  if config.attention not in can:
-    raise UserError('model.attention', config.attention, f'auto, {", ".join(can)} on a {platform}')
-  if can[config.attention]:
-    raise UserError('model.attention', config.attention, f'auto, blocks or xla: it needs {can[config.attention]}')
-  return config.attention
+  if compute.attention not in can:
+    raise UserError('compute.attention', compute.attention, f'auto, {", ".join(can)} on a {platform}')
+  if can[compute.attention]:
+    raise UserError('compute.attention', compute.attention, f'auto, blocks or xla: it needs {can[compute.attention]}')
+  return compute.attention
 
 
 def _per_device(kernel: Callable, q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'], v: Float[Array, 'B T K C'],
                 segments: Int[Array, 'B T'] | None) -> Float[Array, 'B T H C']:
   heads = jax.typeof(q).sharding.spec
-  rows = spec('batch', None)
-  # Kernels do not say over which axes their results vary, so that cannot be checked.
-  run = jax.shard_map(kernel, in_specs=(heads, heads, heads, None if segments is None else rows), out_specs=heads, check_vma=False)
+  run = local_matrices(kernel, (heads, heads, heads, None if segments is None else PartitionSpec(None, None)), heads)
   return run(q, k, v, segments)
 
 
-def splash(scoring: Scoring, q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'], v: Float[Array, 'B T K C'],
+def splash(score: ScoreConfig, q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'], v: Float[Array, 'B T K C'],
            segments: Int[Array, 'B T'] | None, interpret: bool = False) -> Float[Array, 'B T H C']:
   """Causal attention by Pallas kernels for TPUs that never hold the square of scores; `interpret`: run them on a CPU."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
@@ -81,29 +81,29 @@ def splash(scoring: Scoring, q: Float[Array, 'B T H C'], k: Float[Array, 'B T K 
                              block_kv_dkv_compute=part, use_fused_bwd_kernel=True)
 
   def local(q, k, v, segments):
-    seen = masks.LocalMask((length, length), (scoring.window - 1, 0), 0) if scoring.window else masks.CausalMask((length, length))
+    seen = masks.LocalMask((length, length), (score.window - 1, 0), 0) if score.window else masks.CausalMask((length, length))
     run = kernels.make_splash_mha(masks.MultiHeadMask([seen] * q.shape[2]), block_sizes=sizes, head_shards=1, q_seq_shards=1,
-                                  attn_logits_soft_cap=scoring.cap or None, interpret=interpret)
+                                  attn_logits_soft_cap=score.cap or None, interpret=interpret)
     ids = None if segments is None else kernels.SegmentIds(segments, segments)
     heads_first = lambda x: jnp.swapaxes(x, 1, 2)
-    out = jax.vmap(run)(heads_first(q) * scoring.scale, heads_first(k), heads_first(v), ids)
+    out = jax.vmap(run)(heads_first(q) * score.scale, heads_first(k), heads_first(v), ids)
     return heads_first(out).astype(v.dtype)
 
   return _per_device(local, q, k, v, segments)
 
 
-def cudnn(scoring: Scoring, q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'], v: Float[Array, 'B T K C'],
+def cudnn(score: ScoreConfig, q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'], v: Float[Array, 'B T K C'],
           segments: Int[Array, 'B T'] | None) -> Float[Array, 'B T H C']:
   """Causal attention by NVIDIA's cuDNN, in bfloat16. Segments cost it a mask of 2 bytes for each of T x T pairs, which
   all heads share."""
   def local(q, k, v, segments):
     mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
-    window = (scoring.window - 1, 0) if scoring.window else None
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, scale=scoring.scale, local_window_size=window,
+    window = (score.window - 1, 0) if score.window else None
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, scale=score.scale, local_window_size=window,
                                         implementation='cudnn')
 
   return _per_device(local, q, k, v, segments)
 
 
 KERNELS: dict[str, Callable] = {'splash': splash, 'cudnn': cudnn}
-"""By their name in model.attention."""
+"""By their name in compute.attention."""

@@ -5,59 +5,58 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from gptjax.config import ModelConfig
-from gptjax.model.weights import Stack, lookup, parameter, product, whole
+from gptjax.config import ComputeConfig, ModelConfig
+from gptjax.model.weights import Rows, Stack, gathered, lookup, parameter, product
 from gptjax.sharding import Axis
 
 
 class Linear(nnx.Module):
   """x W + b, with the logical axes of W: (input, output)."""
 
-  def __init__(self, sizes: tuple[int, int], axes: tuple[Axis, Axis], std: float, config: ModelConfig, rngs: nnx.Rngs,
-               stack: Stack = (), bias: bool = False):
-    self.kernel = parameter(rngs, nnx.initializers.normal(std), sizes, axes, stack, config.compute_dtype)
-    self.bias = parameter(rngs, nnx.initializers.zeros, sizes[1:], axes[1:], stack) if config.bias or bias else None
-    self.again = config.remat == 'none' and not config.scan
+  def __init__(self, sizes: tuple[int, int], axes: tuple[Axis, Axis], std: float, compute: ComputeConfig, stack: Stack = (),
+               bias: bool = False):
+    self.kernel = parameter(nnx.initializers.normal(std), sizes, axes, stack, compute.dtype)
+    self.bias = parameter(nnx.initializers.zeros, sizes[1:], axes[1:], stack) if bias else None
+    self.regather = compute.remat == 'none' and not compute.scan
 
-  def __call__(self, x: Float[Array, 'N I'], rows: Axis = 'batch') -> Float[Array, 'N O']:
-    y = product(x, self.kernel, rows, again=self.again)
-    return y if self.bias is None else (y.astype(jnp.float32) + whole(self.bias)).astype(y.dtype)
+  def __call__(self, x: Float[Array, 'N I'], rows: Rows = None) -> Float[Array, 'N O']:
+    y = product(x, self.kernel, rows, regather=self.regather)
+    return y if self.bias is None else (y.astype(jnp.float32) + gathered(self.bias)).astype(y.dtype)
 
 
 class Norm(nnx.Module):
-  """LayerNorm (arXiv:1607.06450) or RMSNorm (arXiv:1910.07467) over the last axis, in float32; gains of RMSNorm may be stored less 1."""
+  """LayerNorm (arXiv:1607.06450) or RMSNorm (arXiv:1910.07467) over the last axis, in float32; RMSNorm may store its gains minus 1."""
 
-  def __init__(self, size: int, axis: Axis, config: ModelConfig, rngs: nnx.Rngs, stack: Stack = ()):
+  def __init__(self, size: int, axis: Axis, config: ModelConfig, compute: ComputeConfig, stack: Stack = ()):
     self.offset = config.norm == 'rmsnorm1p'
-    self.gain = parameter(rngs, nnx.initializers.zeros if self.offset else nnx.initializers.ones, (size,), (axis,), stack)
-    centered = config.norm == 'layernorm'
-    self.bias = parameter(rngs, nnx.initializers.zeros, (size,), (axis,), stack) if centered and config.bias else None
-    self.centered = centered
+    self.gain = parameter(nnx.initializers.zeros if self.offset else nnx.initializers.ones, (size,), (axis,), stack)
+    self.centered = config.norm == 'layernorm'
+    self.bias = parameter(nnx.initializers.zeros, (size,), (axis,), stack) if self.centered and config.bias else None
     self.eps = config.norm_eps
-    self.dtype = config.compute_dtype
+    self.dtype = compute.dtype
 
   def __call__(self, x: Float[Array, '*S D']) -> Float[Array, '*S D']:
     x = x.astype(jnp.float32)
     if self.centered:
       x = x - x.mean(-1, keepdims=True)
-    gain = whole(self.gain)
+    gain = gathered(self.gain)
     y = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + self.eps) * (1 + gain if self.offset else gain)
     if self.bias is not None:
-      y = y + whole(self.bias)
+      y = y + gathered(self.bias)
     return y.astype(self.dtype)
 
 
 class Embedding(nnx.Module):
   """A table of vectors, looked up by id; those of tokens may be scaled."""
 
-  def __init__(self, rows: int, axis: Axis, config: ModelConfig, rngs: nnx.Rngs,
-               scaled: bool = False):
-    self.table = parameter(rngs, nnx.initializers.normal(0.02), (rows, config.width), (axis, 'embed'), (), config.compute_dtype)
-    self.scale = math.sqrt(config.width) if scaled else None
+  def __init__(self, rows: int, width: int, axis: Axis, compute: ComputeConfig, scaled: bool = False):
+    self.table = parameter(nnx.initializers.normal(0.02), (rows, width), (axis, 'embed'), (), compute.dtype)
+    self.scale = math.sqrt(width) if scaled else None
 
-  def __call__(self, ids: Int[Array, 'N'], rows: Axis = 'batch') -> Float[Array, 'N D']:
+  def __call__(self, ids: Int[Array, 'N'], rows: Rows = None) -> Float[Array, 'N D']:
     x = lookup(self.table, ids, rows)
     return x if self.scale is None else x * jnp.asarray(self.scale, x.dtype)
 
@@ -67,12 +66,23 @@ def capped(x: Float[Array, '*S'], cap: float) -> Float[Array, '*S']:
   return cap * jnp.tanh(x / cap) if cap else x
 
 
-def dropout(x: Float[Array, '*S'], rate: float, key: PRNGKeyArray | None) -> Float[Array, '*S']:
-  """Zeroes a share `rate` of x and scales the rest up (arXiv:1207.0580); no key: returns x.
+def fold(keys: PRNGKeyArray | None, data: int | Int[Array, '']) -> PRNGKeyArray | None:
+  """A key per row from a key per row and a number; None stays None."""
+  return None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, data))(keys)
 
-  The mask is drawn in place on each device and is the same on every mesh.
+
+def dropout(x: Float[Array, 'N *S'], rate: float, keys: PRNGKeyArray | None) -> Float[Array, 'N *S']:
+  """Zeroes a fraction `rate` of x and scales the rest up (arXiv:1207.0580).
+
+  Args:
+    x: N is B, or B * T.
+    rate: of dropout.
+    keys: one for each of B rows, so that a mask depends neither on the mesh nor on the other rows of a batch; None: returns x.
   """
-  if key is None or not rate:
+  if keys is None or not rate:
     return x
-  keep = jax.random.bernoulli(key, 1 - rate, x.shape, out_sharding=jax.typeof(x).sharding.spec)
-  return jnp.where(keep, x / (1 - rate), 0)
+  split = jax.typeof(x).sharding.spec
+  shape = (x.shape[0] // keys.shape[0], *x.shape[1:])
+  draw = lambda key: jax.random.bernoulli(key, 1 - rate, shape, out_sharding=PartitionSpec(None, *split[1:]))
+  keep = jax.lax.reshape(jax.vmap(draw)(keys), x.shape, out_sharding=PartitionSpec(None, *split[1:]))
+  return jnp.where(jax.reshard(keep, split), x / (1 - rate), 0)

@@ -11,27 +11,39 @@ import jax
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from gptjax.config import ModelConfig
+from gptjax.config import ComputeConfig, ModelConfig
 from gptjax.model.transformer import Transformer
-from gptjax.model.weights import Weight
-from gptjax.sharding import AnyMesh, Axis, Places, places, undivided
+from gptjax.model.weights import initial_value
+from gptjax.sharding import AnyMesh, Axis, ParameterSpecs, Weight, Zero, parameter_specs, unsharded_axes
 
 Parameters = dict[str, jax.Array]
 
 
-@dataclasses.dataclass(frozen=True)
-class Blueprint:
-  """A transformer without its values: what initialisation, checkpoints, optimizer and counters are all derived from."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class AbstractModel:
+  """A transformer without its values: initialization, checkpoints, optimizer and counters are all derived from it."""
 
   config: ModelConfig
+  compute: ComputeConfig
   context: int
   graph: Any
   variables: dict[str, tuple[tuple, nnx.Param]]
+  is_transposed: bool = False
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, AbstractModel) and self._identity == other._identity
+
+  def __hash__(self) -> int:
+    return hash(self._identity)
+
+  @property
+  def _identity(self) -> tuple:
+    return self.config, self.compute, self.context, self.is_transposed
 
   @property
   def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of every parameter."""
-    return {name: jax.ShapeDtypeStruct(v.get_value().shape, v.get_value().dtype) for name, (_, v) in self.variables.items()}
+    return {name: v.get_value() for name, (_, v) in self.variables.items()}
 
   @property
   def axes(self) -> dict[str, tuple[Axis, ...]]:
@@ -40,74 +52,66 @@ class Blueprint:
 
   @property
   def dtypes(self) -> dict[str, str]:
-    """The type in which the model reads every parameter."""
+    """The dtype in which the model reads every parameter."""
     return {name: v.get_metadata('dtype') for name, (_, v) in self.variables.items()}
 
-  def places(self, zero_stage: int, mesh: AnyMesh) -> dict[str, Places]:
-    """Where every parameter, its gradient and its optimizer state lie."""
-    return {name: places(self.axes[name], shape.shape, zero_stage, self.dtypes[name] != shape.dtype, mesh)
+  def specs(self, zero_stage: int, mesh: AnyMesh) -> dict[str, ParameterSpecs]:
+    """PartitionSpecs of every parameter, its gradient and its optimizer state."""
+    return {name: parameter_specs(self.axes[name], shape.shape, zero_stage, self.dtypes[name] != shape.dtype, mesh)
             for name, shape in self.shapes.items()}
 
-  def undivided(self, zero_stage: int, mesh: AnyMesh) -> tuple[float, list[str]]:
-    """The share of the parameters' bytes that stays whole on devices that should split them, and which, in words."""
+  def zero(self, zero_stage: int, mesh: AnyMesh) -> Zero:
+    """How a stage of ZeRO handles the parameters inside a step."""
+    return Zero(zero_stage, self.specs(zero_stage, mesh), self.dtypes)
+
+  def unsharded(self, zero_stage: int, mesh: AnyMesh) -> tuple[float, list[str]]:
+    """The fraction of the parameters' bytes that stays unsharded although an axis should split them, and the reasons in words."""
     sizes = {name: math.prod(shape.shape) for name, shape in self.shapes.items()}
-    found = {name: undivided(self.axes[name], shape.shape, zero_stage, mesh) for name, shape in self.shapes.items()}
-    words: dict[str, list[str]] = {}
+    found = {name: unsharded_axes(self.axes[name], shape.shape, zero_stage, mesh) for name, shape in self.shapes.items()}
+    reasons: dict[str, list[str]] = {}
     for name, axes in found.items():
       for axis, size in axes.items():
-        words.setdefault(f'mesh.{axis}={mesh.shape[axis]} does not divide {size}', []).append(name)
-    share = sum(sizes[name] for name, axes in found.items() if axes) / sum(sizes.values())
-    return share, [f'{reason}: {_kinds(names)}' for reason, names in words.items()]
+        reasons.setdefault(f'mesh.{axis}={mesh.shape[axis]} does not divide {size}', []).append(name)
+    fraction = sum(sizes[name] for name, axes in found.items() if axes) / sum(sizes.values())
+    return fraction, [f'{reason}: {_without_numbers(names)}' for reason, names in reasons.items()]
 
   def shardings(self, zero_stage: int, mesh: AnyMesh) -> dict[str, NamedSharding]:
-    """Where every parameter lies between steps."""
-    return {name: NamedSharding(mesh, place.stored) for name, place in self.places(zero_stage, mesh).items()}
+    """Sharding of every parameter between steps."""
+    return {name: NamedSharding(mesh, specs.stored) for name, specs in self.specs(zero_stage, mesh).items()}
 
   def initialize(self, key: jax.Array, shardings: dict[str, NamedSharding]) -> Parameters:
-    """Fresh parameters with these shardings, the same ones on every mesh; to be traced under jit."""
-    draw = lambda key: split(Transformer(self.config, self.context, nnx.Rngs(params=key)))
-    # Explicit axes would draw every parameter whole and cut it afterwards; Auto axes draw on each device its own part.
+    """Fresh parameters with these shardings, equal on every mesh, scanned or not; to be traced under jit."""
+    def draw(key):
+      layers = lambda v: range(self.config.layers) if 'layers' in v.get_metadata('axes') else None
+      return {name: initial_value(name, v, key, layers(v)) for name, (_, v) in self.variables.items()}
+    # Explicit axes would draw complete parameters and cut them afterwards; with Auto axes each device draws its own part.
     return jax.sharding.auto_axes(draw, out_sharding=shardings)(key)
 
-  def merge(self, parameters: Mapping[str, Weight]) -> Transformer:
+  def merge(self, parameters: Mapping[str, jax.Array | Weight]) -> Transformer:
     """The module with these values; free of cost inside a traced function."""
     flat = {path: variable.replace(parameters[name]) for name, (path, variable) in self.variables.items()}
     return nnx.merge(self.graph, nnx.from_flat_state(flat))
 
-
-  def transposed(self) -> 'Blueprint':
-    """The same model with kernels kept as [output, input], as products of few rows read them best: on a CPU 8 rows took 31 ms where
-    they took 41. Its layers must be one by one."""
+  def transposed(self) -> 'AbstractModel':
+    """The same model with kernels stored as [output, input], as products of few rows read them best: on a CPU 8 rows took 31 ms where
+    they took 41. Not for scanned layers."""
     def turned(name, variable):
       if not name.endswith('kernel'):
         return variable
       value, axes = variable.get_value(), variable.get_metadata('axes')
       return variable.replace(jax.ShapeDtypeStruct(value.shape[::-1], value.dtype), axes=axes[::-1], transposed=True)
-    assert not self.config.scan
-    return dataclasses.replace(self, variables={name: (path, turned(name, v)) for name, (path, v) in self.variables.items()})
-
-
-def split(model: Transformer) -> Parameters:
-  """The parameters of a module."""
-  return {_name(path): variable[...] for path, variable in nnx.to_flat_state(nnx.split(model)[1])}
-
-
-def blueprint(config: ModelConfig, context: int) -> Blueprint:
-  """Describes the transformer of a config; nothing is computed or allocated."""
-  return _blueprint(config, context, jax.sharding.get_abstract_mesh())
+    assert not self.compute.scan
+    variables = {name: (path, turned(name, v)) for name, (path, v) in self.variables.items()}
+    return dataclasses.replace(self, variables=variables, is_transposed=True)
 
 
 @functools.lru_cache(maxsize=64)  # a run asks some times, the search for a layout hundreds of times, and each takes 0.1 s
-def _blueprint(config: ModelConfig, context: int, mesh: AnyMesh) -> Blueprint:
-  """`mesh`: the one in force, which the traced types name."""
-  graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, context, nnx.Rngs(params=0))))
-  return Blueprint(config, context, graph, {_name(path): (path, v) for path, v in nnx.to_flat_state(state)})
+def abstract_model(config: ModelConfig, compute: ComputeConfig, context: int) -> AbstractModel:
+  """Describes the transformer of a config; nothing is computed or allocated."""
+  graph, state = nnx.split(Transformer(config, compute, context))
+  return AbstractModel(config, compute, context, graph, {'/'.join(map(str, path)): (path, v) for path, v in nnx.to_flat_state(state)})
 
 
-def _kinds(names: list[str]) -> str:
+def _without_numbers(names: list[str]) -> str:
   """Names of parameters, those of all layers as one."""
   return ', '.join(dict.fromkeys(re.sub(r'/\d+/', '/', name) for name in names))
-
-
-def _name(path: tuple) -> str:
-  return '/'.join(map(str, path))

@@ -1,12 +1,12 @@
-"""Parameters inside the model: how each is read by a product, and how its gradient leaves it.
+"""Parameters inside the model: how they are created, and how products read them.
 
-A weight may be shared out over `data` (ZeRO stage 3). Then it is gathered, in the type that computes, where it is read, and once
-more in the backward pass; nothing keeps the whole of it. Its gradient is summed in float32 by the product that makes it, straight
-into the place where it shall lie, so that it is reduced and scattered in one go.
+Rows of activations are those of one device (`gptjax.sharding.local_rows`); `model` may split matrices, and under sequence parallelism
+the rows too. A product casts a weight to the dtype that computes, gathers it where ZeRO stage 3 keeps a shard, and does both
+again in the backward pass, so that nothing holds the gathered weight in between. Its gradient is summed in float32.
 """
 
 import functools
-from typing import NamedTuple
+import hashlib
 
 import jax
 import jax.numpy as jnp
@@ -15,181 +15,156 @@ from jax.nn.initializers import Initializer
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from gptjax.sharding import RULES, Axis, spec
+from gptjax.config import MATRIX_AXIS
+from gptjax.sharding import Axis, Weight, as_weight, local_matrices, spec
 
 Stack = tuple[int, ...]
-"""Leading axes of a module's parameters: () for one layer, (L,) for L layers that a scan runs through."""
+"""Leading dimensions of a module's parameters: () for one layer, (L,) for L layers that a scan runs through."""
+
+Rows = str | None
+"""The mesh axis that splits the rows of activations between blocks: None, or under sequence parallelism that of the matrices."""
 
 
-class Copy(NamedTuple):
-  """A weight whose gradient lies elsewhere than the weight itself: stages 1 and 2 of ZeRO."""
+def parameter(init: Initializer, shape: tuple[int, ...], axes: tuple[Axis, ...], stack: Stack, dtype: str = 'float32') -> nnx.Param:
+  """A float32 parameter: its shape for now, with its initializer, its logical axes and the dtype in which products read it.
 
-  value: Array
-  """what products read; no gradient flows to it"""
-  gradient: Array
-  """zeros that are never read: the gradient is taken with respect to them, and so has their type and their place"""
-
-
-Weight = Array | Copy
+  A stacked one gains the axis 'layers'. `AbstractModel.initialize` draws the values, by the parameter's name.
+  """
+  value = jax.ShapeDtypeStruct(stack + shape, jnp.float32)
+  return nnx.Param(value, init=init, axes=('layers',) * len(stack) + axes, size=shape[0], dtype=dtype)
 
 
-def parameter(rngs: nnx.Rngs, init: Initializer, shape: tuple[int, ...], axes: tuple[Axis, ...], stack: Stack,
-              dtype: str = 'float32') -> nnx.Param:
-  """A float32 parameter that carries its logical axes and the type it is read in; a stacked one gains the axis 'layers'."""
-  value = init(rngs.params(), stack + shape, jnp.float32)
-  return nnx.Param(value, axes=('layers',) * len(stack) + axes, dtype=dtype)
+def initial_value(name: str, param: nnx.Param, key: jax.Array, layers: range | None = None) -> Array:
+  """The value of a parameter at step 0: a function of the key and of its name alone.
+
+  Args:
+    name: 'blocks/3/mlp/up/kernel'; of a stacked parameter without the number.
+    param: what `parameter` made.
+    key: of the run.
+    layers: of a stacked parameter: its layers, which are drawn as if each had a name of its own.
+  """
+  init, shape = param.get_metadata('init'), param.get_value().shape
+  if layers is None:
+    return init(_named(key, name), shape, jnp.float32)
+  keys = jnp.stack([_named(key, name.replace('blocks/', f'blocks/{layer}/', 1)) for layer in layers])
+  return jax.vmap(lambda key: init(key, shape[1:], jnp.float32))(keys)
 
 
-def axes_of(param: nnx.Param) -> tuple[Axis, ...]:
+def _named(key: jax.Array, name: str) -> jax.Array:
+  return jax.random.fold_in(key, int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], 'big'))
+
+
+def layer_axes(param: nnx.Param) -> tuple[Axis, ...]:
   """Logical axes of one layer's parameter: inside a scan over layers the leading axis is gone."""
   return tuple(axis for axis in param.get_metadata('axes') if axis != 'layers')
 
 
-def whole(param: nnx.Param) -> Array:
-  """A small parameter as the model computes with it: gathered over `data` where ZeRO keeps it shared out."""
-  return _read(param.get_value(), param.get_metadata('dtype'), spec(*axes_of(param)))
+def gathered(param: nnx.Param) -> Array:
+  """A small parameter as the model computes with it: complete, in the dtype that it is read in."""
+  return _gathered(as_weight(param.get_value()), param.get_metadata('dtype'))
 
 
-def product(x: Float[Array, 'N I'], param: nnx.Param, rows: Axis, transposed: bool = False, again: bool = False) -> Float[Array, 'N O']:
-  """x W, or x W^T, with N over the devices of `rows`.
+def product(x: Float[Array, 'N I'], param: nnx.Param, rows: Rows, transposed: bool = False, regather: bool = False) -> Float[Array, 'N O']:
+  """x W, or x W^T.
 
   Args:
-    x: activations; where their rows lie over `model` too, they are gathered over it, here and in the backward pass.
+    x: activations; where `model` splits their rows, they are gathered, here and in the backward pass.
     param: W [I, O], or [O, I] if transposed here or in the parameter's metadata.
-    rows: logical axis of the result's rows, 'batch' or 'tokens'. Where the sum over I ends the split over `model`, 'tokens' scatters it.
+    rows: the mesh axis that shall split the result's rows. Where the sum over I ends the split of matrices, it is scattered over them.
     transposed: multiply by W^T.
-    again: whether the compiler must be kept from holding the gathered W until the backward pass. Scans and recomputed blocks keep nothing.
+    regather: whether the compiler must be kept from holding the gathered W until the backward pass. In scans and recomputed blocks
+      it cannot.
   """
-  places, transposed = spec(*axes_of(param)), transposed or param.get_metadata('transposed', False)
-  out = PartitionSpec(*spec(rows), places[0 if transposed else 1])
-  return _product(x, param.get_value(), param.get_metadata('dtype'), places, out, transposed, again)
+  split, transposed = spec(*layer_axes(param)), transposed or param.get_metadata('transposed', False)
+  out = PartitionSpec(rows, split[0 if transposed else 1])
+  return _product(x, as_weight(param.get_value()), param.get_metadata('dtype'), split, out, transposed, regather)
 
 
-def lookup(param: nnx.Param, ids: Int[Array, 'N'], rows: Axis) -> Float[Array, 'N D']:
-  """Rows of a table [V, D] by id, the result's rows over the devices of `rows`.
+def lookup(param: nnx.Param, ids: Int[Array, 'N'], rows: Rows) -> Float[Array, 'N D']:
+  """Rows of a table [V, D] by id.
 
-  Where the table is split over `model`, each device finds the ids that it has, and the rest is zero before the sum.
+  Where `model` splits the table, each device looks up the ids that it has, and the rest is zero before the sum.
   """
-  return _lookup(param.get_value(), ids, param.get_metadata('dtype'), spec(*axes_of(param)), spec(rows)[0])
+  split, dtype = spec(*layer_axes(param))[0], param.get_metadata('dtype')
+  return _lookup(as_weight(param.get_value()), ids, dtype, split, rows, param.get_metadata('size'))
 
 
-def read(weight: Weight, dtype: str, place: PartitionSpec) -> Array:
-  """The whole weight in the type that computes."""
-  return jax.reshard(_value(weight).astype(dtype), place)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(weight, dtype):
+  return weight.read(dtype)
 
 
-by_hand = functools.partial(jax.shard_map, check_vma=False)
-"""shard_map for what sums over the mesh itself. Its check must be off: types drop mesh axes of one device, names in a sum do not."""
-
-
-def summed(x: Array, place: PartitionSpec, over: tuple[str, ...]) -> Array:
-  """Inside a shard_map: the sum of x over mesh axes, each device keeping what `place` gives it of it.
-
-  The last axis, the fastest network, comes first: what it has scattered crosses the slower ones in parts.
-  """
-  for axis in reversed(over):
-    split = [i for i, names in enumerate(place) if axis in (names if isinstance(names, tuple) else (names,))]
-    x = jax.lax.psum_scatter(x, axis, scatter_dimension=split[0], tiled=True) if split else jax.lax.psum(x, axis)
-  return x
-
-
-def home(weight: Weight) -> PartitionSpec:
-  """Where the weight's gradient lies."""
-  return jax.typeof(weight.gradient if isinstance(weight, Copy) else weight).sharding.spec
-
-
-def given_back(weight: Weight, gradient: Array) -> Weight:
-  """The cotangent of a weight."""
-  if not isinstance(weight, Copy):
-    return gradient
-  value = jax.typeof(weight.value)  # nobody asks for its gradient: the compiler drops it
-  return Copy(jnp.zeros(value.shape, value.dtype, out_sharding=value.sharding.spec), gradient)
-
-
-def _value(weight: Weight) -> Array:
-  return weight.value if isinstance(weight, Copy) else weight
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _read(weight, dtype, place):
-  return read(weight, dtype, place)
-
-
-def _read_backward(dtype, place, weight, gradient):
-  return given_back(weight, jax.reshard(gradient.astype(jnp.float32), home(weight))),
-
-
-_read.defvjp(lambda weight, dtype, place: (_read(weight, dtype, place), weight), _read_backward)
+_gathered.defvjp(lambda weight, dtype: (weight.read(dtype), weight), lambda dtype, weight, gradient: (weight.cotangent(gradient),))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
-def _product(x, weight, dtype, place, out, transposed, again):
-  w = read(weight, dtype, place)
-  if transposed:  # in this order XLA reads W as it lies, however few rows x has
-    return jnp.matmul(w, _gathered(x).T, out_sharding=PartitionSpec(*out[::-1])).T
-  return jnp.matmul(_gathered(x), w, out_sharding=out)
+def _product(x, weight, dtype, split, out, transposed, regather):
+  w = weight.read(dtype)
+  if transposed:  # in this order XLA reads W as it is stored, however few rows x has
+    return jnp.matmul(w, all_rows(x).T, out_sharding=PartitionSpec(*out[::-1])).T
+  return jnp.matmul(all_rows(x), w, out_sharding=out)
 
 
 def _product_forward(x, weight, *static):
   return _product(x, weight, *static), (x, weight)
 
 
-def _product_backward(dtype, place, out, transposed, again, saved, dy):
+def _product_backward(dtype, split, out, transposed, regather, saved, dy):
   x, weight = saved
-  value = jax.lax.optimization_barrier(_value(weight)) if again else _value(weight)
-  w = read(value, dtype, place)
-  full, dy = _gathered(x), _gathered(dy)
+  w = (weight.barrier() if regather else weight).read(dtype)
+  inputs, dy = all_rows(x), all_rows(dy)
   dx = jnp.matmul(dy, w if transposed else w.T, out_sharding=jax.typeof(x).sharding.spec)
-  a, b = (dy, full) if transposed else (full, dy)
-  # Said in two steps, or the compiler may exchange activations instead, where they are smaller.
-  part = PartitionSpec(*place, unreduced=set(RULES['batch']))
-  dw = jnp.einsum('na,nb->ab', a, b, preferred_element_type=jnp.float32, out_sharding=part)
-  return dx, given_back(weight, jax.reshard(dw, home(weight)))
+  a, b = (dy, inputs) if transposed else (inputs, dy)
+  dw = jnp.einsum('na,nb->ab', a, b, preferred_element_type=jnp.float32, out_sharding=split)
+  return dx, weight.cotangent(dw)
 
 
 _product.defvjp(_product_forward, _product_backward)
 
 
-def _gathered(x: Float[Array, 'N D']) -> Float[Array, 'N D']:
-  """Activations with the rows that `model` shares out, if it does, together again."""
-  return jax.reshard(x, PartitionSpec(RULES['batch'], jax.typeof(x).sharding.spec[1]))
+def all_rows(x: Float[Array, 'N D']) -> Float[Array, 'N D']:
+  """Activations with all rows of this device's group on each device of `model`."""
+  return jax.reshard(x, PartitionSpec(None, jax.typeof(x).sharding.spec[1]))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _lookup(table, ids, dtype, place, rows):
-  split = place[0]  # the mesh axis that shares out the ids, if one does
-  def local(table, ids):
-    if split is None:
-      return table[ids]
-    found, mine = _mine(ids, table.shape[0], split)
-    return summed(jnp.where(mine[:, None], table[found], 0), PartitionSpec(split if split in rows else None), (split,))
-  batch = rows if split is None else RULES['batch']
-  return by_hand(local, in_specs=(place, PartitionSpec(batch)), out_specs=PartitionSpec(rows, None))(
-    read(table, dtype, place), jax.reshard(ids, PartitionSpec(batch)))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _lookup(table, ids, dtype, split, rows, size):
+  values = table.read(dtype)
+  if split is None:
+    return jax.reshard(values.at[ids].get(out_sharding=PartitionSpec(None, None)), PartitionSpec(rows, None))
+
+  def local(values, ids):
+    found, mine = _own_ids(ids, values.shape[0])
+    return sum_over_matrices(jnp.where(mine[:, None], values[found], 0), scattered=rows is not None)
+  return local_matrices(local, (PartitionSpec(split, None), PartitionSpec(None)), PartitionSpec(rows, None))(values, ids)
 
 
-def _lookup_backward(dtype, place, rows, saved, dy):
+def _lookup_backward(dtype, split, rows, size, saved, dy):
   table, ids = saved
-  split, size = place[0], _value(table).shape[0]
-  batch = rows if split is None else RULES['batch']
-  def local(ids, dy):
-    here = size
-    if split is not None:
-      here = size // jax.lax.axis_size(split)
-      found, mine = _mine(ids, here, split)
-      ids = jnp.where(mine, found, here)  # beyond the last row: dropped
-    sums = jnp.zeros((here, dy.shape[1]), jnp.float32).at[ids].add(dy.astype(jnp.float32), mode='drop')
-    return summed(sums, home(table), batch)
-  gradient = by_hand(local, in_specs=(PartitionSpec(batch), PartitionSpec(batch, None)), out_specs=home(table))(
-    jax.reshard(ids, PartitionSpec(batch)), jax.reshard(dy, PartitionSpec(batch, None)))
-  return given_back(table, gradient), None
+  dy = all_rows(dy).astype(jnp.float32)
+  if split is None:
+    gradient = jnp.zeros((size, dy.shape[1]), jnp.float32).at[ids].add(dy)
+  else:
+    def local(ids, dy):
+      own = size // jax.lax.axis_size(MATRIX_AXIS)
+      found, mine = _own_ids(ids, own)
+      return jnp.zeros((own, dy.shape[1]), jnp.float32).at[jnp.where(mine, found, own)].add(dy, mode='drop')
+    gradient = local_matrices(local, (PartitionSpec(None), PartitionSpec(None, None)), PartitionSpec(split, None))(ids, dy)
+  return table.cotangent(gradient), None
 
 
 _lookup.defvjp(lambda table, ids, *static: (_lookup(table, ids, *static), (table, ids)), _lookup_backward)
 
 
-def _mine(ids: Int[Array, 'N'], rows: int, axis: str) -> tuple[Int[Array, 'N'], Array]:
-  """Places of ids in this device's part of a table, and which of them it has."""
-  found = ids - jax.lax.axis_index(axis) * rows
+def _own_ids(ids: Int[Array, 'N'], rows: int) -> tuple[Int[Array, 'N'], Array]:
+  """Inside `local_matrices`: places of ids in this device's `rows` rows of a table, and which of them it has."""
+  found = ids - jax.lax.axis_index(MATRIX_AXIS) * rows
   mine = (found >= 0) & (found < rows)
   return jnp.where(mine, found, 0), mine
+
+
+def sum_over_matrices(x: Array, scattered: bool = False) -> Array:
+  """Inside `local_matrices`: the sum of all devices' arrays; if scattered, this device's part of its rows."""
+  if scattered:
+    return jax.lax.psum_scatter(x, MATRIX_AXIS, scatter_dimension=0, tiled=True)
+  return jax.lax.psum(x, MATRIX_AXIS)

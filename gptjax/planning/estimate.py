@@ -4,7 +4,7 @@ import dataclasses
 import functools
 
 from gptjax.config import Config, UserError
-from gptjax.model import blueprint, parameter_count
+from gptjax.model import abstract_model, parameter_count
 from gptjax.planning.collectives import Collective, collectives
 from gptjax.planning.memory import Memory, analytic_memory
 from gptjax.planning.program import Compiled, TooLarge, abstract_mesh, compile_step, steps
@@ -82,7 +82,7 @@ def estimate(config: Config, topology: Topology) -> Estimate:
     raise UserError('model.vocab_size', 0, 'the number of token ids: a plan opens no tokenizer that could tell it')
   sizes = topology.mesh_sizes(config)
   check_sizes(config, abstract_mesh(sizes))
-  check_whole(blueprint(config.model, config.data.context), config, abstract_mesh(sizes))
+  check_whole(abstract_model(config.model, config.data.context), config, abstract_mesh(sizes))
   memory, theory = analytic_memory(config, sizes), theoretical(config, sizes)
   return Estimate(config, topology, sizes, _parameters(config.model, config.data.context), steps(config), memory, theory,
                   roofline(config, topology, sizes, theory, memory))

@@ -10,7 +10,7 @@ from jax.sharding import use_abstract_mesh
 
 from gptjax import config as configs
 from gptjax.config import Config, ModelConfig, OptimizerConfig
-from gptjax.model import blueprint
+from gptjax.model import abstract_model
 from gptjax.model.loss import CHUNK_BYTES, CHUNK_ROWS
 from gptjax.planning.program import abstract_mesh, abstract_state, for_platform
 from gptjax.planning.volumes import COMPUTE, elements
@@ -49,8 +49,8 @@ class Memory:
 def analytic_memory(config: Config, sizes: dict[str, int]) -> Memory:
   """What a step should take on a mesh of these sizes. A compiler reuses and pads: its own count is the one to trust."""
   # What every kernel keeps is what splash attention keeps, and that can be traced where there is no accelerator.
-  config = for_platform(configs.override(config, {'model.attention': 'auto'}), 'tpu')
-  stage, item = config.zero_stage, COMPUTE[config.model.compute_dtype][1]
+  config = for_platform(configs.override(config, {'compute.attention': 'auto'}), 'tpu')
+  stage, item = config.zero_stage, COMPUTE[config.compute.dtype][1]
   model = dataclasses.replace(config.model, remat='none')  # which does not change the state, nor need trace it again
   parameters, optimizer = _state(model, config.data.context, config.optimizer, stage, tuple(sizes.items()))
   layers, rest, whole = elements(config, sizes)
@@ -60,7 +60,7 @@ def analytic_memory(config: Config, sizes: dict[str, int]) -> Memory:
     in_use = (layers + rest) if stage < 3 else GATHERED_LAYERS * layers / config.model.layers + rest
     gathered = item * in_use
   gradients = 4 * (layers + rest + whole) if stage < 2 else 4 * ((layers + rest) / sizes['data'] + whole)
-  rows = config.sequences / (sizes['replica'] * sizes['data'])
+  rows = config.microbatch_size / (sizes['replica'] * sizes['data'])
   tokens = rows * config.data.context
   one_layer = dataclasses.replace(config.model, layers=1, remat='none')
   # A chunk's logits in float32, and their gradient in the compute dtype.
@@ -86,7 +86,7 @@ def row_bytes(config: ModelConfig, context: int, model: int) -> float:
   Read off the abstract trace of the layers on a mesh of that size, so it follows remat, sequence parallelism and attention as
   they are; what is not split over `model`, such as the residual stream, counts in full.
   """
-  plan = blueprint(config, context)
+  plan = abstract_model(config, context)
 
   def kept(rows: int) -> int:
     tokens = jax.ShapeDtypeStruct((rows, context), jnp.int32)

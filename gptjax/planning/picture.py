@@ -32,7 +32,7 @@ def draw(plans: Sequence[Estimate], path: Path) -> None:
   labels = []
   for one in plans:
     chosen = settings(one)
-    mesh, work = f'{chosen["mesh.data"]} x {chosen["mesh.model"]}', f'{chosen["model.remat"]}, {chosen["microbatches"]}'
+    mesh, work = f'{chosen["mesh.data"]} x {chosen["mesh.model"]}', f'{chosen["compute.remat"]}, {chosen["microbatches"]}'
     labels.append(f'{mesh}\nZeRO {chosen["zero_stage"]}\n{work}')
   axes.set_xticks(places, labels, fontsize=8)
   axes.set_xlabel('data x model, ZeRO stage, remat and microbatches')

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, use_abstra
 
 from gptjax import config as configs
 from gptjax.config import Config, ModelConfig, OptimizerConfig, UserError, duration_in_steps
-from gptjax.model import attention_backend, blueprint
+from gptjax.model import attention_backend, abstract_model
 from gptjax.planning.topology import Topology
 from gptjax.sharding import AXES, make_mesh, spec
 from gptjax.training import TrainState, abstract, initializer, make_optimizer, next_token, schedule, train_step
@@ -54,7 +54,7 @@ def needs_libtpu() -> str | None:
 
 def for_platform(config: Config, platform: str) -> Config:
   """The config as the accelerator resolves it: here 'auto' would ask this process, which has a CPU."""
-  return configs.override(config, {'model.attention': attention_backend(config.model, config.data.context, platform)})
+  return configs.override(config, {'compute.attention': attention_backend(config.model, config.data.context, platform)})
 
 
 def steps(config: Config) -> int:
@@ -85,7 +85,7 @@ def abstract_state(model: ModelConfig, context: int, optimizer: OptimizerConfig,
   mesh = abstract_mesh(sizes)
   durations = {'steps': 2, 'warmup': 1, 'decay': 1}  # shapes do not depend on them
   with jax.set_mesh(None), use_abstract_mesh(mesh):
-    return abstract(initializer(blueprint(model, context), make_optimizer(optimizer, **durations), zero_stage, mesh, 0), mesh)
+    return abstract(initializer(abstract_model(model, context), make_optimizer(optimizer, **durations), zero_stage, mesh, 0), mesh)
 
 
 def compile_step(config: Config, topology: Topology, options: Mapping[str, str | bool] = MappingProxyType({})) -> Compiled:
@@ -134,7 +134,7 @@ def _devices(topology: Topology) -> list[jax.Device]:
 def _compile(config: Config, mesh: Mesh, options: Mapping[str, str | bool]) -> jax.stages.Compiled:
   durations = _durations(config)
   with jax.set_mesh(mesh):
-    plan = blueprint(for_platform(config, 'tpu').model, config.data.context)
+    plan = abstract_model(for_platform(config, 'tpu').model, config.data.context)
     optimizer = make_optimizer(config.optimizer, **durations)
     state = abstract(initializer(plan, optimizer, config.zero_stage, mesh, config.seed), mesh)
     step: Any = train_step(plan, next_token(config.z_loss), optimizer, schedule(config.optimizer, config.optimizer.peak_lr, **durations),

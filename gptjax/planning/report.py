@@ -28,12 +28,12 @@ def describe(one: Estimate) -> str:
 def _head(one: Estimate) -> str:
   config, sizes = one.config, one.sizes
   mesh = ' x '.join(f'{axis} {size}' for axis, size in sizes.items() if size > 1 or axis != 'replica')
-  model = f'{one.parameters / 1e9:.2f}B parameters, {config.model.compute_dtype}'
+  model = f'{one.parameters / 1e9:.2f}B parameters, {config.compute.dtype}'
   batch = f'{config.batch_size} x {config.data.context} tokens a step'
   if config.microbatches > 1:
     batch += f' in {config.microbatches} microbatches'
   return (f'{one.topology.name}: {one.topology.devices} devices, mesh {mesh}, ZeRO stage {config.zero_stage}, remat '
-          f'{config.model.remat}\n{model}, {batch}, {one.steps:,} steps, {one.tokens:.4g} tokens')
+          f'{config.compute.remat}\n{model}, {batch}, {one.steps:,} steps, {one.tokens:.4g} tokens')
 
 
 def _memory(one: Estimate) -> str:
@@ -103,7 +103,7 @@ def _verdict(one: Estimate) -> str:
 
 def ranking(ranked: Sequence[Estimate], count: int = 10) -> str:
   """The best candidates of a search, one a row."""
-  names = [name for name in ('mesh.replica', 'mesh.data', 'mesh.model', 'zero_stage', 'model.remat', 'microbatches')
+  names = [name for name in ('mesh.replica', 'mesh.data', 'mesh.model', 'zero_stage', 'compute.remat', 'microbatches')
            if name != 'mesh.replica' or any(one.sizes['replica'] > 1 for one in ranked)]
   table = _table('', *names, 'GiB', 'ms at best', 'ms in sequence', 'MFU at best', 'binds')
   for place, one in enumerate(ranked[:count], 1):

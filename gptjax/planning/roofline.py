@@ -65,10 +65,10 @@ def _recomputed(config: Config) -> float:
 
   The output head is not recomputed. A third of all FLOPs is the forward pass.
   """
-  if config.model.remat == 'none':
+  if config.compute.remat == 'none':
     return 0.0
   attention = 4 * config.model.layers * config.model.width * (config.data.context + 1) / 2
-  if config.model.remat != 'full':
+  if config.compute.remat != 'full':
     return attention
   head = 2 * config.model.width * config.model.table_rows
   return _flops(config) / 3 - head
@@ -88,7 +88,7 @@ def _touched(config: Config, sizes: dict[str, int], memory: Memory) -> float:
   writes and reads activations; the update reads parameters, moments and gradients and writes the first two.
   """
   local = elements(config, sizes).all
-  item = COMPUTE[config.model.compute_dtype][1]
-  passes = 3 if config.model.remat == 'full' else 2
+  item = COMPUTE[config.compute.dtype][1]
+  passes = 3 if config.compute.remat == 'full' else 2
   each = passes * item * local + 4 * local + 2 * memory.activations
   return config.microbatches * each + 2 * memory.state + memory.parameters

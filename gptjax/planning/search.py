@@ -42,7 +42,7 @@ def rank(one: Estimate) -> tuple[bool, float, float]:
 
 def candidates(config: Config, topology: Topology) -> Iterator[dict[str, Value]]:
   """Overrides of every layout to try, as dotted names; the batch stays what it is."""
-  policies = dict.fromkeys(('none', 'dots', 'full', config.model.remat))
+  policies = dict.fromkeys(('none', 'dots', 'full', config.compute.remat))
   replicas = [topology.slices] if topology.chip.is_tpu else sorted({1, topology.groups})
   for replica, model in itertools.product(replicas, _divisors(min(topology.devices, LARGEST_MODEL))):
     if topology.devices % (replica * model):
@@ -52,8 +52,8 @@ def candidates(config: Config, topology: Topology) -> Iterator[dict[str, Value]]
       for stage, policy in itertools.product(STAGES, policies):
         if stage and topology.devices == replica * model:
           continue  # nothing to share out
-        yield {'mesh.replica': replica, 'mesh.data': -1, 'mesh.model': model, 'zero_stage': stage, 'model.remat': policy,
-               'microbatches': parts} | ({} if policy == 'names' else {'model.saved': (), 'model.offloaded': ()})
+        yield {'mesh.replica': replica, 'mesh.data': -1, 'mesh.model': model, 'zero_stage': stage, 'compute.remat': policy,
+               'microbatches': parts} | ({} if policy == 'names' else {'compute.saved': (), 'compute.offloaded': ()})
 
 
 def confirm(ranked: list[Estimate]) -> Iterator[Estimate]:
@@ -69,7 +69,7 @@ def confirm(ranked: list[Estimate]) -> Iterator[Estimate]:
 
 def settings(one: Estimate) -> dict[str, Value]:
   """What a candidate is told apart by, as flags of a config."""
-  names = ('mesh.replica', 'mesh.model', 'zero_stage', 'model.remat', 'microbatches')
+  names = ('mesh.replica', 'mesh.model', 'zero_stage', 'compute.remat', 'microbatches')
   flat = configs.flatten(one.config)
   return {name: flat[name] for name in names} | {'mesh.data': one.sizes['data']}
 

@@ -11,7 +11,7 @@ import math
 from typing import NamedTuple
 
 from gptjax.config import Config, ModelConfig
-from gptjax.model import blueprint
+from gptjax.model import abstract_model
 from gptjax.planning.collectives import Collective
 from gptjax.planning.program import abstract_mesh
 
@@ -44,7 +44,7 @@ def elements(config: Config, sizes: dict[str, int]) -> Elements:
 def _elements(model: ModelConfig, context: int, axes: tuple[tuple[str, int], ...]) -> Elements:
   sizes = dict(axes)
   mesh = abstract_mesh(sizes)
-  plan = blueprint(model, context)
+  plan = abstract_model(model, context)
   compute, stored = plan.shardings(0, mesh), plan.shardings(3, mesh)
   counts = [0, 0, 0]
   for name, shape in plan.shapes.items():
@@ -66,7 +66,7 @@ def theoretical(config: Config, sizes: dict[str, int]) -> list[Collective]:
 
 def _data_parallel(config: Config, sizes: dict[str, int]) -> list[Collective]:
   stage, parts = config.zero_stage, config.microbatches
-  dtype, item = COMPUTE[config.model.compute_dtype]
+  dtype, item = COMPUTE[config.compute.dtype]
   layers, rest, whole = elements(config, sizes)
   d, r = sizes['data'], sizes['replica']
   data = lambda kind, dtype, payload, trips, why: Collective(kind, dtype, payload, d, ('data',), trips, why)
@@ -87,13 +87,13 @@ def _data_parallel(config: Config, sizes: dict[str, int]) -> list[Collective]:
 
 def _tensor_parallel(config: Config, sizes: dict[str, int]) -> list[Collective]:
   p, layers, parts = sizes['model'], config.model.layers, config.microbatches
-  dtype, item = COMPUTE[config.model.compute_dtype]
-  tokens = config.sequences * config.data.context / (sizes['replica'] * sizes['data'])
+  dtype, item = COMPUTE[config.compute.dtype]
+  tokens = config.microbatch_size * config.data.context / (sizes['replica'] * sizes['data'])
   stream = item * tokens * config.model.width
   model = lambda kind, dtype, payload, trips, why: Collective(kind, dtype, payload, p, ('model',), trips * parts, why)
-  again = config.model.remat == 'full'  # the backward pass runs attention's sum again; the feed-forward's it does not need
+  again = config.compute.remat == 'full'  # the backward pass runs attention's sum again; the feed-forward's it does not need
   found = [model('all-reduce', 'f32', 4 * tokens, 3, 'largest logit, normalizer and target of the loss')]
-  if config.model.sequence_parallel:
+  if config.compute.sequence_parallel:
     # Inputs are kept in parts, and so gathered again for the gradients of the weights.
     return [*found,
             model('all-gather', dtype, stream, layers * 6 + 2, 'inputs of attention, feed-forward and head, forward and backward'),

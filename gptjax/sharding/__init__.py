@@ -1,9 +1,21 @@
-"""The sharding room: the mesh and its axis names, the table from logical to mesh axes, and the ZeRO rule."""
+"""How arrays are placed on a mesh of devices: the mesh, the rules from logical axes to mesh axes, local rows, and ZeRO."""
 
-from gptjax.sharding.mesh import AXES, AnyMesh, check_heads, check_sizes, describe, make_mesh, row_groups
-from gptjax.sharding.rules import RULES, Axis, Places, my_rows, place, place_rows, places, spec, undivided
+from gptjax.sharding.mesh import AnyMesh, abstract_mesh, check_heads, check_sizes, describe, make_mesh, mesh_sizes
+from gptjax.sharding.rows import (
+  ROWS,
+  local_matrices,
+  local_rows,
+  process_rows,
+  put_rows,
+  row_groups,
+  row_numbers,
+  sum_over_rows,
+)
+from gptjax.sharding.rules import RULES, Axis, ParameterSpecs, Shard, parameter_specs, spec, unsharded_axes
+from gptjax.sharding.zero import Weight, Zero, as_weight
 
 __all__ = [
-  'AXES', 'RULES', 'AnyMesh', 'Axis', 'Places', 'check_heads', 'check_sizes', 'describe', 'make_mesh', 'my_rows', 'place', 'place_rows',
-  'places', 'row_groups', 'spec', 'undivided',
+  'ROWS', 'RULES', 'AnyMesh', 'Axis', 'ParameterSpecs', 'Shard', 'Weight', 'Zero', 'abstract_mesh', 'as_weight', 'check_heads',
+  'check_sizes', 'describe', 'local_matrices', 'local_rows', 'make_mesh', 'mesh_sizes', 'parameter_specs', 'process_rows', 'put_rows',
+  'row_groups', 'row_numbers', 'spec', 'sum_over_rows', 'unsharded_axes',
 ]

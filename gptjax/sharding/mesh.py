@@ -1,7 +1,7 @@
-"""The mesh: every device of the run on three named axes."""
+"""The mesh: every device of the run on the named axes of the table in gptjax/config/mesh.py."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,92 +9,113 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from gptjax.config import Config, MeshConfig, ModelConfig, UserError
-
-AXES = ('replica', 'data', 'model')
-"""From the slowest network to the fastest."""
+from gptjax.config import AXES, AXIS_NAMES, MATRIX_AXIS, ROW_AXES, Config, MeshConfig, ModelConfig, UserError
 
 AnyMesh = Mesh | AbstractMesh
 """A mesh of devices, or only its sizes, which is enough to describe a state and to plan."""
 
+_REST = next(axis.name for axis in AXES if axis.default < 0)
+_EXPLICIT = (AxisType.Explicit,) * len(AXES)
+
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """Arranges devices (default: all) as (replica, data, model) with Explicit axes: shardings are part of an array's type.
+  """Arranges devices (default: all) on the axes of the table, with Explicit axis types: shardings are part of an array's type.
 
-  Where the devices are of several slices (groups with a fast network inside and a slower one between), a group of
-  `mesh.replica` lies within a slice or is made of whole ones, and `model` never leaves a slice. Processes without slices, such
-  as those on CPUs, stand for them: a group is made of whole processes, or a process has whole groups.
+  Where the devices belong to several slices (groups with a fast network inside and a slower one between), axes that may cross slices
+  are laid over them first, and the axis that splits matrices never leaves a slice. Processes without slices, such as those on
+  CPUs, stand for them.
 
   Raises:
-    UserError: the devices do not suffice or do not divide.
+    UserError: there are too few devices, or the sizes do not divide them.
   """
   devices = list(jax.devices() if devices is None else devices)
-  count, outer = len(devices), config.replica * config.model
-  for field, value, limit in (('mesh.replica', config.replica, count), ('mesh.model', config.model, count // config.replica)):
-    if value > limit or (config.data == -1 and limit % value):
-      expected = ', '.join(str(n) for n in range(1, limit + 1) if limit % n == 0)
-      of = '' if limit == count else f' that mesh.replica={config.replica} leaves'
-      raise UserError(field, value, f'a divisor of the {limit} devices{of}: {expected}')
-  data = count // outer if config.data == -1 else config.data
-  others = (f'mesh.replica={config.replica} and ' if config.replica > 1 else '') + f'mesh.model={config.model}'
-  if data * outer > count:
-    raise UserError('mesh.data', config.data, f'-1 or at most {count // outer} with {count} devices and {others}')
-  if data * outer < count and jax.process_count() > 1:
-    raise UserError('mesh.data', config.data, f'all {count} devices when several processes join: mesh.data={count // outer}')
-  return Mesh(_arranged(config.replica, data, config.model, devices[:data * outer]), AXES, axis_types=(AxisType.Explicit,) * 3)
+  sizes = mesh_sizes(config, len(devices))
+  used = math.prod(sizes.values())
+  if used < len(devices) and jax.process_count() > 1:
+    rest = sizes[_REST] * len(devices) // used
+    raise UserError(f'mesh.{_REST}', sizes[_REST], f'all {len(devices)} devices when several processes join: mesh.{_REST}={rest}')
+  return Mesh(_arranged(sizes, devices[:used]), AXIS_NAMES, axis_types=_EXPLICIT)
 
 
-def _arranged(replica: int, data: int, model: int, devices: Sequence[Any]) -> np.ndarray:
-  """The devices as [replica, data, model], from the slowest network to the fastest."""
+def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+  """A mesh of these sizes without devices; axes that are not named have size 1."""
+  return AbstractMesh(tuple(sizes.get(name, 1) for name in AXIS_NAMES), AXIS_NAMES, axis_types=_EXPLICIT)
+
+
+def mesh_sizes(config: MeshConfig, count: int) -> dict[str, int]:
+  """The size of each axis on so many devices.
+
+  Raises:
+    UserError: there are too few devices, or the sizes do not divide them.
+  """
+  sizes, limit, taken = config.sizes, count, []
+  fixed = {name: size for name, size in sizes.items() if name != _REST}
+  for name, size in fixed.items():
+    if size > limit or (sizes[_REST] < 0 and limit % size):
+      of = f' that {" and ".join(taken)} leaves' if taken else ''
+      raise UserError(f'mesh.{name}', size, f'a divisor of the {limit} devices{of}: {_divisors(limit)}')
+    limit //= size
+    taken += [f'mesh.{name}={size}'] if size > 1 else []
+  if sizes[_REST] < 0:
+    return sizes | {_REST: limit}
+  if sizes[_REST] > limit:
+    others = f' and {" and ".join(taken)}' if taken else ''
+    raise UserError(f'mesh.{_REST}', sizes[_REST], f'-1 or at most {limit} with {count} devices{others}')
+  return sizes
+
+
+def _arranged(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
+  """The devices with one dimension per axis, from the slowest network to the fastest."""
   kind = 'slice' if len({getattr(device, 'slice_index', 0) for device in devices}) > 1 else 'process'
   count = len({getattr(device, f'{kind}_index') for device in devices})
-  if replica % count and count % replica and (kind == 'slice' or replica > 1):
-    numbers = ', '.join(str(n) for n in range(1, count + 1) if count % n == 0)
-    raise UserError('mesh.replica', replica, f'a divisor or a multiple of the {count} {"slices" if kind == "slice" else "processes"} '
-                    f'of the {len(devices)} devices: {numbers}, {2 * count}, ...')
+  for axis in AXES:
+    size = sizes[axis.name]
+    if axis.leaves_slices and size % count and count % size and (kind == 'slice' or size > 1):
+      raise UserError(f'mesh.{axis.name}', size, f'a divisor or a multiple of the {count} {"slices" if kind == "slice" else "processes"} '
+                      f'of the {len(devices)} devices: {_divisors(count)}, {2 * count}, ...')
   if kind == 'process':  # devices are in the order of their processes, which is that of the axes
-    return mesh_utils.create_device_mesh((replica, data, model), devices, allow_split_physical_axes=True)
-  within = len(devices) // count
-  if within % model:
-    raise UserError('mesh.model', model, f'a divisor of the {within} devices of a slice: '
-                    f'{", ".join(str(n) for n in range(1, within + 1) if within % n == 0)}')
-  # What of replica is beyond the slices lies within them; what of the slices is beyond replica, data spans.
-  between = math.gcd(replica, count)
+    return mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+  between: dict[str, int] = {}
+  left = count
+  for name, size in sizes.items():  # slow axes first take the slices
+    between[name] = math.gcd(size, left) if name != MATRIX_AXIS else 1
+    left //= between[name]
+  if left > 1:
+    within = len(devices) // count
+    raise UserError(f'mesh.{MATRIX_AXIS}', sizes[MATRIX_AXIS], f'a divisor of the {within} devices of a slice: {_divisors(within)}')
   return mesh_utils.create_hybrid_device_mesh(
-    (replica // between, data * between // count, model), (between, count // between, 1), devices, allow_split_physical_axes=True)
+    tuple(size // between[name] for name, size in sizes.items()), tuple(between.values()), devices, allow_split_physical_axes=True)
 
 
-def row_groups(mesh: AnyMesh) -> int:
-  """Into how many parts the rows of a batch are cut: the sizes of `replica` and `data`."""
-  return mesh.shape['replica'] * mesh.shape['data']
-
-
-def describe(mesh: Mesh) -> str:
-  """The mesh in words: 'data 4 x model 2', and the replicas where there are several."""
-  return ' x '.join(f'{name} {size}' for name, size in mesh.shape.items() if size > 1 or name != 'replica')
+def describe(mesh: AnyMesh) -> str:
+  """The mesh in words: 'data 4 x model 2', with further axes where their size is above 1."""
+  return ' x '.join(f'{axis.name} {mesh.shape[axis.name]}' for axis in AXES if mesh.shape[axis.name] > 1 or axis.state or axis.matrices)
 
 
 def check_sizes(config: Config, mesh: AnyMesh) -> None:
-  """Raises a UserError for a batch, heads or tokens that the mesh cannot split."""
-  sizes, m = mesh.shape, config.model
-  shared, model = row_groups(mesh), sizes['model']
-  if config.sequences % shared:
-    axes = 'mesh.data' if sizes['replica'] == 1 else 'mesh.replica * mesh.data'
-    size = shared * config.microbatches
+  """Raises a UserError for a batch, heads or tokens that the mesh cannot divide."""
+  groups, model = math.prod(mesh.shape[name] for name in ROW_AXES), mesh.shape[MATRIX_AXIS]
+  if config.microbatch_size % groups:
+    axes = ' * '.join(f'mesh.{name}' for name in ROW_AXES if mesh.shape[name] > 1)
     part = '' if config.microbatches == 1 else f' * microbatches={config.microbatches}'
-    raise UserError('batch_size', config.batch_size, f'a multiple of {axes}={shared}{part}: {_nearest(config.batch_size, size)}')
-  check_heads(m, mesh)
-  tokens = config.sequences // shared * config.data.context
-  if m.sequence_parallel and tokens % model:
-    raise UserError('model.sequence_parallel', True, f'false, or a multiple of mesh.model={model} tokens on a device, not {tokens}')
+    raise UserError('batch_size', config.batch_size,
+                    f'a multiple of {axes}={groups}{part}: {_nearest(config.batch_size, groups * config.microbatches)}')
+  check_heads(config.model, mesh)
+  tokens = config.microbatch_size // groups * config.data.context
+  if config.compute.sequence_parallel and tokens % model:
+    raise UserError('compute.sequence_parallel', True, f'false, or a multiple of mesh.{MATRIX_AXIS}={model} tokens on a device, not {tokens}')
 
 
 def check_heads(config: ModelConfig, mesh: AnyMesh) -> None:
   """Raises a UserError for heads that the mesh cannot split."""
-  heads, model = config.heads, mesh.shape['model']
+  heads, model = config.heads, mesh.shape[MATRIX_AXIS]
   if heads % model:
     fitting = ', '.join(str(n) for n in range(1, mesh.size + 1) if heads % n == 0 and mesh.size % n == 0)
-    raise UserError('mesh.model', model, f'a divisor of model.heads={heads} and of the {mesh.size} devices: {fitting}')
+    raise UserError(f'mesh.{MATRIX_AXIS}', model, f'a divisor of model.heads={heads} and of the {mesh.size} devices: {fitting}')
+
+
+def _divisors(count: int) -> str:
+  return ', '.join(str(n) for n in range(1, count + 1) if count % n == 0)
 
 
 def _nearest(value: int, factor: int) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from gptjax.config import Fault, FaultsConfig, UserError
-from gptjax.files import Lines, complete_lines, json_line, write_whole
+from gptjax.files import Lines, complete_lines, json_line, write_atomic
 from gptjax.distributed import broadcast
 
 DECAY = 0.99
@@ -19,11 +19,11 @@ DECAY = 0.99
 WARMUP = 50
 """good steps before anything counts as a spike"""
 BAD_STEPS = 'bad_steps.jsonl'
-MOST_IN_A_ROW = 100
+MAX_CONSECUTIVE = 100
 """bad steps that are skipped; statistics stand still meanwhile, so after so many none would be good again"""
 
 
-class Watch(NamedTuple):
+class LossStatistics(NamedTuple):
   """Running statistics of loss and gradient norm over good steps."""
 
   steps: Int[Array, '']
@@ -31,31 +31,32 @@ class Watch(NamedTuple):
   variance: Float[Array, '2']
 
 
-def fresh_watch() -> Watch:
+def initial_statistics() -> LossStatistics:
   """Of no step."""
-  return Watch(jnp.zeros((), jnp.int32), jnp.zeros(2), jnp.zeros(2))
+  return LossStatistics(jnp.zeros((), jnp.int32), jnp.zeros(2), jnp.zeros(2))
 
 
-def judge(watch: Watch, loss: Float[Array, ''], grad_norm: Float[Array, ''], spike: float) -> tuple[Bool[Array, ''], Watch]:
+def is_good_step(statistics: LossStatistics, loss: Float[Array, ''], grad_norm: Float[Array, ''],
+                 spike: float) -> tuple[Bool[Array, ''], LossStatistics]:
   """Whether a step is good, and the statistics after it, which a bad one leaves as they were.
 
   Args:
-    watch: of the steps before.
+    statistics: of the steps before.
     loss, grad_norm: of this step.
     spike: running deviations above the running mean from which on a step is bad; 0: only one that is not finite is.
   """
   values = jnp.stack([loss, grad_norm]).astype(jnp.float32)
   good = jnp.all(jnp.isfinite(values))
-  away = values - watch.mean
+  away = values - statistics.mean
   if spike:
-    good &= (watch.steps < WARMUP) | jnp.all(away <= spike * jnp.sqrt(watch.variance))
+    good &= (statistics.steps < WARMUP) | jnp.all(away <= spike * jnp.sqrt(statistics.variance))
   # The first steps weigh alike, as in a plain mean.
-  weight = jnp.maximum(1 - DECAY, 1 / (watch.steps + 1))
-  new = Watch(watch.steps + 1, watch.mean + weight * away, (1 - weight) * (watch.variance + weight * away**2))
-  return good, keep_if(good, new, watch)
+  weight = jnp.maximum(1 - DECAY, 1 / (statistics.steps + 1))
+  new = LossStatistics(statistics.steps + 1, statistics.mean + weight * away, (1 - weight) * (statistics.variance + weight * away**2))
+  return good, select(good, new, statistics)
 
 
-def keep_if(good: Bool[Array, ''], new: Any, old: Any) -> Any:
+def select(good: Bool[Array, ''], new: Any, old: Any) -> Any:
   """One tree of arrays or the other."""
   return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
 
@@ -99,24 +100,24 @@ class BadSteps:
     # Every process passes over the same rows, whatever its file system shows it of the file.
     self._passed = [tuple(rows) for rows in broadcast('bad steps', sorted(bad.rows for bad in self.found if bad.action == 'rollback'))]
 
-  def passed(self, first: int, size: int) -> int:
+  def next_row(self, first: int, size: int) -> int:
     """The row from which on a batch of `size` rows touches no batch that was passed over, at or after row `first`."""
     for begin, end in self._passed:
       if first < end and begin < first + size:
         first = end
     return first
 
-  def passed_after(self, row: int) -> int:
+  def excluded_after(self, row: int) -> int:
     """Rows that are passed over from a row on."""
     return sum(end - max(begin, row) for begin, end in self._passed if end > row)
 
-  def go_on_from(self, step: int) -> None:
+  def resume_from(self, step: int) -> None:
     """Drops what was left out after a step from which the run goes on: it comes again. What is passed over stays so."""
     kept = [bad for bad in self.found if bad.step <= step or bad.action == 'rollback']
     if self._writes:
       self._lines = Lines(self._file)
       if self._file.exists():  # without what a kill left of a line, too
-        write_whole(self._file, ''.join(map(_line, kept)))
+        write_atomic(self._file, ''.join(map(_line, kept)))
       elif kept:
         self._lines.write(''.join(map(_line, kept)))
     self.found = kept
@@ -148,7 +149,7 @@ class BadSteps:
       self._lines.write(_line(bad))
     self._in_a_row = self._in_a_row + 1 if step == self._last + 1 else 1
     self._last = step
-    if self._in_a_row >= MOST_IN_A_ROW:
+    if self._in_a_row >= MAX_CONSECUTIVE:
       raise Fault(f'{bad}; it is bad step {self._in_a_row} in a row, expected: good steps in between')
     if bad.action == 'stop':
       raise UserError('loss' if not np.isfinite(loss) else 'gradient', loss if not np.isfinite(loss) else grad_norm,

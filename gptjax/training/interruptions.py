@@ -15,21 +15,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gptjax.distributed import is_primary, watch_notices
 
-TO_BE_CONTINUED = os.EX_TEMPFAIL
+REQUEUE_EXIT_CODE = os.EX_TEMPFAIL
 """Exit status, 75, of a run that was asked to end, and saved: the same command goes on."""
 
 
-class Wish(enum.IntEnum):
+class StopRequest(enum.IntEnum):
   """What a process would do after a step."""
 
-  GO_ON = 0
+  NONE = 0
   SAVE = 1
-  END = 2
+  STOP = 2
   """save, and end"""
 
 
 class Interruptions:
-  """Hears SIGTERM, SIGINT, the cloud and the clock. A context; inside it the first signal is a wish and the second ends at once.
+  """Hears SIGTERM, SIGINT, the cloud and the clock. A context; inside it the first signal is a request and the second ends at once.
 
   Args:
     mesh: of the run.
@@ -41,7 +41,7 @@ class Interruptions:
     """why this process ends, for people"""
     self._seconds, self._saved, self._later = 60 * minutes, time.monotonic(), float('inf')
     self._end = False
-    self._agree = _Agreement(mesh) if jax.process_count() > 1 else None
+    self._agree = _Consensus(mesh) if jax.process_count() > 1 else None
     self._before: dict[int, Any] = {}
 
   def __enter__(self) -> 'Interruptions':
@@ -75,16 +75,16 @@ class Interruptions:
     if self._agree:
       self._agree.forget()
 
-  def wish(self) -> Wish:
+  def poll(self) -> StopRequest:
     """What all processes do now; to be asked by each, once after each step. Several agree one step later than one alone."""
     now = time.monotonic()
     due = now >= self._later or bool(is_primary() and self._seconds and now - self._saved >= self._seconds)
-    mine = Wish.END if self._end else Wish.SAVE if due else Wish.GO_ON
+    mine = StopRequest.STOP if self._end else StopRequest.SAVE if due else StopRequest.NONE
     return self._agree(mine) if self._agree else mine
 
 
-class _Agreement:
-  """The largest wish of all processes, computed by the devices beside the step, so that nobody waits for it.
+class _Consensus:
+  """The largest request of all processes, computed by the devices beside the step, so that nobody waits for it.
 
   What is dispatched after one step is read after the next, when every process has the same value of it.
   """
@@ -94,11 +94,11 @@ class _Agreement:
     self._largest = jax.jit(jnp.max)
     self._waiting: jax.Array | None = None
 
-  def __call__(self, wish: Wish) -> Wish:
-    mine = lambda index: np.full(len(range(*index[0].indices(self._count))), wish, np.int32)
+  def __call__(self, request: StopRequest) -> StopRequest:
+    mine = lambda index: np.full(len(range(*index[0].indices(self._count))), request, np.int32)
     wishes = jax.make_array_from_callback((self._count,), self._sharding, mine)
     before, self._waiting = self._waiting, self._largest(wishes)
-    return Wish.GO_ON if before is None else Wish(int(before))
+    return StopRequest.NONE if before is None else StopRequest(int(before))
 
   def forget(self) -> None:
     self._waiting = None

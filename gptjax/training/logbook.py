@@ -13,7 +13,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
 
 from gptjax.data.progress import announce
-from gptjax.files import Lines, complete_lines, json_line, write_whole
+from gptjax.files import Lines, complete_lines, json_line, write_atomic
 
 
 class _Console(Console):
@@ -116,7 +116,7 @@ class Logbook:
       self.say(f'{self._workdir / name}: {error}; its lines wait in memory')
 
 
-class Silence(Logbook):
+class NullLogbook(Logbook):
   """The Logbook of the processes that another one writes for."""
 
   def __init__(self) -> None:
@@ -177,7 +177,7 @@ def _cut(path: Path, step: int) -> Path:
     except (ValueError, LookupError, TypeError):
       announce(f'{path}:{number} is damaged and left out: {line.strip()[:60]!r}')
   if path.exists():
-    write_whole(path, ''.join(kept))
+    write_atomic(path, ''.join(kept))
   return path
 
 

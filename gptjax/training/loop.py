@@ -15,17 +15,17 @@ from gptjax.checkpoint import Checkpoints, Progress, Retention
 from gptjax.config import Config, Fault, UserError
 from gptjax.data import Prepared, batches, cores, prepare
 from gptjax.evaluation import Scorer
-from gptjax.files import write_whole
+from gptjax.files import write_atomic
 from gptjax import inference
 from gptjax.model import flops_per_token
 from gptjax.distributed import process_group, is_primary, all_gather, broadcast
-from gptjax.sharding import make_mesh, my_rows, place_rows
-from gptjax.training.copies import state_check
+from gptjax.sharding import make_mesh, process_rows, put_rows
+from gptjax.training.replicas import replica_check
 from gptjax.training.guard import BadSteps, Rollback
 from gptjax.training.hardware import CompileCounter, peak_flops
-from gptjax.training.interruptions import TO_BE_CONTINUED, Interruptions, Wish
-from gptjax.training.logbook import Logbook, Silence
-from gptjax.training.resuming import alone, claim, see
+from gptjax.training.interruptions import REQUEUE_EXIT_CODE, Interruptions, StopRequest
+from gptjax.training.logbook import Logbook, NullLogbook
+from gptjax.training.resuming import lock, open_workdir, wait_until_visible
 from gptjax.training.run import Run, header, resolve
 from gptjax.training.starting import beginning
 from gptjax.training.step import TrainState
@@ -33,9 +33,9 @@ from gptjax.training.watchdog import Watchdog
 
 RETRY = 30.0
 """Seconds after which a save that failed is tried again."""
-MOST_RETRIES = 10
+MAX_RETRIES = 10
 """of the last save, which the run waits for"""
-MOST_ROLLBACKS = 10
+MAX_ROLLBACKS = 10
 """in a row without a new checkpoint"""
 
 @dataclasses.dataclass(frozen=True)
@@ -57,15 +57,15 @@ class Options:
 
 
 def train(config: Config, options: Options) -> int:
-  """Trains, or goes on where the workdir's newest whole checkpoint stands; returns the exit status, `TO_BE_CONTINUED` if interrupted."""
+  """Trains, or goes on where the workdir's newest whole checkpoint stands; returns the exit status, `REQUEUE_EXIT_CODE` if interrupted."""
   data = _prepare(config, options.cache_dir)
   mesh = make_mesh(config.mesh)
-  assert jax.process_count() == process_group().group.processes, 'processes of one run join through gptjax.start'
+  assert jax.process_count() == process_group().count, 'processes of one run join through gptjax.start'
   with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
     run = resolve(config, data, mesh)
     last = min(run.steps, options.stop_at or run.steps)
     if is_primary():
-      stack.enter_context(alone(options.workdir))
+      stack.enter_context(lock(options.workdir))
     broadcast('lock')
     folder = options.workdir
     checkpoints = stack.enter_context(Checkpoints(
@@ -78,21 +78,21 @@ def train(config: Config, options: Options) -> int:
     _check_rows(run, progress, last, bad_steps)
     if newest is None:  # before the workdir is made, which a mistake in init_from should leave undone
       state, begun = beginning(run, data.tokenizer)
-    changed = claim(folder, run, data, None if newest is None else progress, options.accept_changes) if is_primary() else []
-    see(folder)
+    changed = open_workdir(folder, run, data, None if newest is None else progress, options.accept_changes) if is_primary() else []
+    wait_until_visible(folder)
     if newest is not None:
       state, begun = checkpoints.restore(newest, run.abstract_state)[0], f'step {progress.step}, {progress.tokens:,} tokens'
     elif config.init_from:  # from now on the run needs the other one no more
       checkpoints.save(progress, state, None, waits=True)
-    peak = peak_flops(list(mesh.devices.flatten()), run.config.model.compute_dtype)
-    book = stack.enter_context(contextlib.closing(Logbook(folder, progress.step, run.steps) if is_primary() else Silence()))
+    peak = peak_flops(list(mesh.devices.flatten()), run.config.compute.dtype)
+    book = stack.enter_context(contextlib.closing(Logbook(folder, progress.step, run.steps) if is_primary() else NullLogbook()))
     facts = header(run, data, begun, peak)
     book.header(facts | ({'changed': '; '.join(changed)} if changed else {}))
     if progress.step >= last:
       book.say(f'nothing to do: step {progress.step} of {last} is done')
       return 0
     if is_primary():
-      write_whole(folder / 'run.json', json.dumps(facts, indent=2) + '\n')
+      write_atomic(folder / 'run.json', json.dumps(facts, indent=2) + '\n')
     if 0 < run.checkpoint_every < last - progress.step:  # the step compiles meanwhile, which leaves processors idle
       checkpoints.prepare(state)
     watchdog = stack.enter_context(Watchdog(options.hang_timeout, folder))
@@ -119,7 +119,7 @@ def _check_rows(run: Run, done: Progress, last: int, bad_steps: BadSteps) -> Non
   rows, size = run.rows.mixture.rows, run.config.batch_size
   if rows is None:
     return
-  taken = done.rows + bad_steps.passed_after(done.rows)
+  taken = done.rows + bad_steps.excluded_after(done.rows)
   if taken + (last - done.step) * size > rows:
     most = done.step + max(rows - taken, 0) // size
     raise UserError('steps', last, f'at most {most}, or --stop_at={most}: data.train has {rows:,} rows within the epochs of its '
@@ -134,9 +134,9 @@ class _Loop:
     self.run, self.data, self.checkpoints, self.book, self.options, self.peak = run, data, checkpoints, book, options, peak
     self.watchdog, self.interruptions, self.bad_steps = watchdog, interruptions, bad_steps
     config = run.config
-    self.scorer = Scorer(run.blueprint, run.objective, run.mesh, config.sequences)
+    self.scorer = Scorer(run.model, run.objective, run.mesh, config.microbatch_size, config.zero_stage)
     self.flops = flops_per_token(config.model, config.data.context)
-    self.check = state_check(run.abstract_state, run.mesh)
+    self.check = replica_check(run.abstract_state, run.mesh)
     self.compiles = 0
     self.rollbacks = 0  # since the last checkpoint
     self.tracing = False
@@ -153,9 +153,9 @@ class _Loop:
           self._start_trace(self.progress.step + 1)
           self._step(counter)
           self._stop_trace(last)
-          if self._after_step(last) == Wish.END:
+          if self._after_step(last) == StopRequest.STOP:
             self.book.say(f'{self.interruptions.reason}: saved step {self.progress.step} of {last}, ending; the same command goes on')
-            return TO_BE_CONTINUED
+            return REQUEUE_EXIT_CODE
         except Rollback as reason:
           self._roll_back(reason, last)
       return 0
@@ -170,18 +170,18 @@ class _Loop:
     self.state, self.progress = state, progress
     self.watchdog.progress()
     self.pending: tuple[int, tuple[int, int], dict[str, jax.Array]] | None = None
-    self.bad_steps.go_on_from(progress.step)
+    self.bad_steps.resume_from(progress.step)
     self.batches = self._batches(progress.rows)
     self._restart_clock(progress.tokens)
 
   def _batches(self, row: int) -> Generator[Any, None, None]:
     config = self.run.config
-    return batches(self.run.rows, row, config.batch_size, my_rows(self.run.mesh, config.batch_size),
+    return batches(self.run.rows, row, config.batch_size, process_rows(self.run.mesh, config.batch_size),
                    prefetch=config.data.prefetch, workers=config.data.workers)
 
   def _step(self, counter: CompileCounter) -> None:
     run, done, size = self.run, self.progress, self.run.config.batch_size
-    row = self.bad_steps.passed(done.rows, size)
+    row = self.bad_steps.next_row(done.rows, size)
     if row != done.rows:
       self.batches.close()
       self.batches = self._batches(row)
@@ -191,7 +191,7 @@ class _Loop:
     self.waited += time.perf_counter() - start
     self.progress = Progress(done.step + 1, row + size, done.tokens)
     before = counter.count
-    self.state, metrics = run.step(self.state, place_rows(run.mesh, batch, size))
+    self.state, metrics = run.step(self.state, put_rows(run.mesh, batch, size))
     self.compiles += counter.count - before
     assert self.compiles == 1, f'the step was compiled {self.compiles} times'
     dispatched = (self.progress.step, (row, row + size), metrics)
@@ -225,14 +225,14 @@ class _Loop:
   def _restart_clock(self, tokens: int) -> None:
     self.clock, self.waited = (time.perf_counter(), tokens), 0.0
 
-  def _after_step(self, last: int) -> Wish:
+  def _after_step(self, last: int) -> StopRequest:
     """Compares, validates and saves where that is due; tells whether to end after it."""
     run, step = self.run, self.progress.step
-    wish = self.interruptions.wish()
+    request = self.interruptions.poll()
     final = step == run.steps
     due = lambda every: bool(every) and step % every == 0
     scheduled = due(run.checkpoint_every)
-    save = scheduled or step == last or wish > Wish.GO_ON
+    save = scheduled or step == last or request > StopRequest.NONE
     # Which checkpoint is best can only be told of those that were validated; stop_at adds no line to the metrics.
     validate = final or due(run.eval_every) or (scheduled and run.config.checkpoint.keep_best)
     if save or due(run.compare_every):
@@ -243,12 +243,12 @@ class _Loop:
       self._read_pending()
       loss = self._validate(final)
     if save:
-      self._save(loss, waits=step == last or wish == Wish.END)
+      self._save(loss, waits=step == last or request == StopRequest.STOP)
     elif not self.checkpoints.saving:
       self._heed_failure(self.checkpoints.wait)
     if validate or save:
       self._restart_clock(self.progress.tokens)
-    return wish if step < last else Wish.GO_ON
+    return request if step < last else StopRequest.NONE
 
   def _compare(self) -> None:
     """Raises where a device spoiled the state: no checkpoint shall be of it, and no step that is left out makes it good."""
@@ -261,7 +261,7 @@ class _Loop:
   def _save(self, loss: float | None, waits: bool) -> None:
     """Saves; one that fails is tried again later, by all processes, and now if it is the last."""
     self.interruptions.saved()
-    for left in reversed(range(MOST_RETRIES if waits else 1)):
+    for left in reversed(range(MAX_RETRIES if waits else 1)):
       self._heed_failure(self.checkpoints.wait)  # of the save before
       self.watchdog.progress()
       failed = self._heed_failure(lambda: self._save_once(loss, waits), final=waits and not left)
@@ -273,7 +273,7 @@ class _Loop:
   def _save_once(self, loss: float | None, waits: bool) -> None:
     # To save is the work of all: what keeps process 0 from it, keeps all.
     if refusal := broadcast('save', self._refusal() if is_primary() else None):
-      raise UserError.told(refusal)
+      raise UserError.from_text(refusal)
     self.checkpoints.save(self.progress, self.state, loss, waits)
     self.rollbacks = 0
 
@@ -303,8 +303,8 @@ class _Loop:
   def _roll_back(self, reason: Rollback, last: int) -> None:
     """Goes back to the newest checkpoint, and to the start where there is none."""
     self.rollbacks += 1
-    if self.rollbacks > MOST_ROLLBACKS:
-      raise Fault(f'{reason}; the run went back {MOST_ROLLBACKS} times since its last checkpoint, expected: good steps in between')
+    if self.rollbacks > MAX_ROLLBACKS:
+      raise Fault(f'{reason}; the run went back {MAX_ROLLBACKS} times since its last checkpoint, expected: good steps in between')
     self._heed_failure(self.checkpoints.wait)
     self.batches.close()
     newest = self.checkpoints.newest()
@@ -332,7 +332,7 @@ class _Loop:
   @functools.cached_property
   def generator(self) -> inference.Generator:
     """For samples."""
-    return inference.Generator(self.run.blueprint, self.run.mesh, self.data.tokenizer, self.run.config.zero_stage)
+    return inference.Generator(self.run.model, self.run.mesh, self.data.tokenizer, self.run.config.zero_stage)
 
   def _start_trace(self, step: int) -> None:
     if is_primary() and self.options.profile_steps and not self.tracing and step == self.options.profile_steps[0]:

@@ -1,29 +1,55 @@
-"""What is minimized: functions (model, batch, key) -> (summed loss, count of targets, summed metrics)."""
+"""Objectives: what a step minimizes, as a function of the head, the hidden states and the batch.
 
+An objective sees the rows of one device and returns sums over them; the step adds them up over microbatches and devices and divides by
+the number of targets. A new one is a function here and a name in OBJECTIVES.
+"""
+
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Float
 
-from gptjax.model import Place, Transformer
-from gptjax.sharding import spec
+from gptjax.config import Config
+from gptjax.model import Head, Sums
 
 Batch = dict[str, Array]
 """tokens, targets, mask [B, T]; positions and segments too where documents are isolated."""
 
-Objective = Callable[[Transformer, Batch, PRNGKeyArray | None], tuple[Array, Array, dict[str, Array]]]
+
+class Objective(NamedTuple):
+  """Sums over the tokens of some rows."""
+
+  loss: Float[Array, '']
+  """its gradient, divided by the targets of the complete batch, is what the optimizer gets"""
+  targets: Float[Array, '']
+  """number of targets"""
+  metrics: Sums
+  """reported per target; 'loss' is required, in nats, comparable between training and validation"""
 
 
-def next_token(z_loss: float = 0.0) -> Objective:
+ObjectiveFunction = Callable[[Head, Float[Array, 'N D'], Batch], Objective]
+
+
+@functools.cache
+def next_token(z_loss: float = 0.0) -> ObjectiveFunction:
   """Cross-entropy of each target token, plus z_loss * log(Z)^2 (arXiv:2204.02311, section 5)."""
 
-  def objective(model, batch, key):
-    place = Place(batch['positions'], batch['segments']) if 'segments' in batch else None
-    hidden, _ = model.hidden(batch['tokens'], place, key=key)
-    flat = lambda x: jax.lax.reshape(x, (x.size,), out_sharding=spec('batch'))
-    mask = flat(batch['mask'])
-    total, loss = model.loss(hidden, flat(batch['targets']), mask, z_loss)
-    return total, jnp.sum(mask), {'loss': loss}
+  def objective(head: Head, hidden: Float[Array, 'N D'], batch: Batch) -> Objective:
+    mask = batch['mask'].reshape(-1)
+    total, loss = head.cross_entropy(hidden, batch['targets'].reshape(-1), mask, z_loss)
+    return Objective(total, jnp.sum(mask), {'loss': loss})
 
   return objective
+
+
+OBJECTIVES: dict[str, Callable[[Config], ObjectiveFunction]] = {
+  'next_token': lambda config: next_token(config.z_loss),
+}
+"""By their name in config.objective."""
+
+
+def make_objective(config: Config) -> ObjectiveFunction:
+  """The objective of a config."""
+  return OBJECTIVES[config.objective](config)

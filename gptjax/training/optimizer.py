@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from optax import contrib
 
 from gptjax.config import OptimizerConfig
-from gptjax.training.guard import keep_if
+from gptjax.training.guard import select
 
 
 def schedule(config: OptimizerConfig, peak: float, *, steps: int, warmup: int, decay: int) -> optax.Schedule:
@@ -61,24 +61,26 @@ def make_optimizer(config: OptimizerConfig, **durations: int) -> optax.GradientT
   return optax.chain(clip, rest)
 
 
-def update(optimizer: optax.GradientTransformation, gradient: Any, state: Any, parameters: Any, good: jax.Array) -> tuple[Any, Any]:
-  """The parameters and the optimizer's state after a step; after a bad one both are as they were, bit by bit.
+def update(optimizer: optax.GradientTransformation, gradient: Any, norm: jax.Array, good: jax.Array, state: Any,
+           parameters: Any) -> tuple[Any, Any]:
+  """The parameters and the optimizer's state after a step; a bad step leaves both as they were, bit by bit.
 
   Args:
-    optimizer: that of `make_optimizer`, or any of optax's.
-    gradient: of the loss; a factor in it is best a multiplication, which the update takes in without writing the gradient once more.
+    optimizer: from `make_optimizer`, or any of optax's.
+    gradient: of the mean loss, sharded like the parameters.
+    norm: global norm of the gradient.
+    good: whether the step is good.
     state: of the optimizer.
-    parameters: sharded as the gradient is.
-    good: whether the step is.
+    parameters: before the step.
   """
-  updates, new = optax.with_extra_args_support(optimizer).update(gradient, state, parameters, good=good)
-  chosen = lambda node: isinstance(node, Moments)
-  state = jax.tree.map(lambda new, old: new if chosen(new) else keep_if(good, new, old), new, state, is_leaf=chosen)
-  return keep_if(good, optax.apply_updates(parameters, updates), parameters), state
+  updates, new = optax.with_extra_args_support(optimizer).update(gradient, state, parameters, norm=norm, good=good)
+  selected = lambda node: isinstance(node, Moments)
+  state = jax.tree.map(lambda new, old: new if selected(new) else select(good, new, old), new, state, is_leaf=selected)
+  return select(good, optax.apply_updates(parameters, updates), parameters), state
 
 
 class Moments(NamedTuple):
-  """The state of `_scale_by_adam`; the fields are those of optax's."""
+  """State of `_scale_by_adam`, with the fields of optax.ScaleByAdamState."""
 
   count: jax.Array
   """good steps, int32"""
@@ -87,37 +89,35 @@ class Moments(NamedTuple):
 
 
 def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
-  """optax.scale_by_adam (arXiv:1412.6980) whose moments are updated in place on CPUs.
+  """optax.scale_by_adam (arXiv:1412.6980) that updates its moments in place on a CPU, and leaves them as they were if not `good`.
 
-  XLA computes new moments a second time, from the old ones, where it makes the new parameters, and therefore copies the old ones before
-  it overwrites them: on a CPU a twentieth of a step. So the choice between old and new moments is made here, and a barrier lets only the
-  chosen ones be read from then on. An accelerator makes moments and parameters in one kernel, which a barrier would cut in two.
+  Where XLA makes the new parameters, it computes the new moments once more, from the old ones; so it must copy the old ones before it
+  overwrites them, which takes a twentieth of a step on a CPU. Here the moments are selected by `good` first, and behind a barrier only
+  the selected ones can be read. Accelerators update moments and parameters in one kernel, which a barrier would split.
   """
   adam = optax.scale_by_adam(b1, b2, eps)
-
-  def init(parameters):
-    return Moments(*adam.init(parameters))
 
   def update(updates, state, parameters=None, *, good=True, **_):
     del parameters
     _, new = adam.update(updates, optax.ScaleByAdamState(*state))
-    new = Moments(*keep_if(good, tuple(new), tuple(state)))
+    new = select(good, Moments(*new), state)
     new = jax.lax.platform_dependent(new, cpu=jax.lax.optimization_barrier, default=lambda new: new)
     mean, square = (optax.tree.bias_correction(moment, decay, new.count) for moment, decay in ((new.mu, b1), (new.nu, b2)))
     return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square), new
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  return optax.GradientTransformationExtraArgs(lambda parameters: Moments(*adam.init(parameters)), update)
 
 
-def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
-  """optax.clip_by_global_norm as one factor, by which XLA multiplies where the gradient is read; a division it would write out."""
-  def update(updates, state, parameters=None):
+def _clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
+  """optax.clip_by_global_norm as a product with one factor, which XLA fuses into what reads the gradient; a division it would write to
+  memory. `norm`: the norm of the updates, where it is known."""
+  def update(updates, state, parameters=None, *, norm=None, **_):
     del parameters
-    norm = optax.tree.norm(updates)
+    norm = optax.tree.norm(updates) if norm is None else norm
     factor = jnp.where(norm < limit, 1.0, limit / norm)
     return jax.tree.map(lambda g: g * factor, updates), state
 
-  return optax.GradientTransformation(optax.init_empty_state, update)
+  return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def _by_name(role):

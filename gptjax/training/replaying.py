@@ -8,12 +8,12 @@ from typing import Any
 
 import jax
 
-from gptjax.checkpoint import Checkpoints, Progress, config_of
-from gptjax.checkpoint.manifest import damage
+from gptjax.checkpoint import Checkpoints, Progress, read_config
+from gptjax.checkpoint.manifest import verify
 from gptjax.config import Config, UserError
 from gptjax.data import batches, prepare
 from gptjax.files import complete_lines, json_line
-from gptjax.sharding import make_mesh, my_rows, place_rows
+from gptjax.sharding import make_mesh, process_rows, put_rows
 from gptjax.training.guard import BadSteps
 from gptjax.training.run import resolve
 from gptjax.training.starting import beginning
@@ -77,11 +77,11 @@ def replay(workdir: Path, step: int, cache_dir: Path, begin: Callable[[str], Non
     bad = BadSteps(config.faults, workdir, writes=True)
     size, tokens, row = config.batch_size, progress.tokens, progress.rows
     for number in range(progress.step + 1, step + 1):
-      start = bad.passed(row, size)
+      start = bad.next_row(row, size)
       if number == progress.step + 1 or start != row:
         row = start
-        feed = batches(run.rows, row, size, my_rows(mesh, size), prefetch=config.data.prefetch, workers=config.data.workers)
-      state, metrics = run.step(state, place_rows(mesh, next(feed), size))
+        feed = batches(run.rows, row, size, process_rows(mesh, size), prefetch=config.data.prefetch, workers=config.data.workers)
+      state, metrics = run.step(state, put_rows(mesh, next(feed), size))
       row += size
       found: dict[str, Any] = jax.device_get(metrics)
       tokens += 0 if found['bad'] else int(found['targets'])
@@ -92,8 +92,8 @@ def replay(workdir: Path, step: int, cache_dir: Path, begin: Callable[[str], Non
 
 def _config_at(workdir: Path, checkpoints: Checkpoints, step: int) -> Config:
   """The config with which a step was done, that of the first checkpoint from it on; mesh and data as they are in the workdir's today."""
-  now, folders = config_of(workdir), [workdir / 'checkpoints' / str(one) for one in checkpoints.steps() if one >= step]
-  then = next((config_of(folder) for folder in folders if not damage(folder)), now)
+  now, folders = read_config(workdir), [workdir / 'checkpoints' / str(one) for one in checkpoints.steps() if one >= step]
+  then = next((read_config(folder) for folder in folders if not verify(folder)), now)
   return dataclasses.replace(then, mesh=now.mesh, zero_stage=now.zero_stage, data=now.data)
 
 

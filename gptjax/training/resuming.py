@@ -13,20 +13,20 @@ from gptjax import config as configs
 from gptjax.checkpoint import Progress
 from gptjax.config import Config, UserError, in_unit_of_steps
 from gptjax.data import Prepared, export
-from gptjax.files import write_whole
+from gptjax.files import write_atomic
 from gptjax.distributed import broadcast
 from gptjax.training.run import Run, in_steps
 
-FREE = ('batch_size', 'microbatches', 'zero_stage', 'mesh.', 'eval.', 'checkpoint.', 'faults.', 'model.attention', 'model.remat',
-        'model.saved', 'model.offloaded', 'model.sequence_parallel', 'data.source.path', 'data.source.skip', 'data.tokenizer.path',
+FREE = ('batch_size', 'microbatches', 'zero_stage', 'mesh.', 'eval.', 'checkpoint.', 'faults.', 'compute.attention', 'compute.remat',
+        'compute.saved', 'compute.offloaded', 'compute.sequence_parallel', 'data.source.path', 'data.source.skip', 'data.tokenizer.path',
         'data.prefetch', 'data.workers')
 """Fields that change neither what is computed, up to rounding, nor the order of the rows: a resumed run may have others."""
-_HOLDABLE = ('model.dropout', 'model.compute_dtype')
+_HOLDABLE = ('model.dropout', 'compute.dtype')
 """Fields of the model that its checkpoints do not depend on."""
 
 
 @contextlib.contextmanager
-def alone(workdir: Path) -> Iterator[None]:
+def lock(workdir: Path) -> Iterator[None]:
   """Keeps other runs out of a workdir, which is made; the system lets go of it when this process ends, however it does.
 
   Raises:
@@ -51,7 +51,7 @@ def alone(workdir: Path) -> Iterator[None]:
           workdir.rmdir()
 
 
-def claim(workdir: Path, run: Run, data: Prepared, done: Progress | None, accept: bool) -> list[str]:
+def open_workdir(workdir: Path, run: Run, data: Prepared, done: Progress | None, accept: bool) -> list[str]:
   """Makes the workdir self-contained, or checks that it is of this run.
 
   Args:
@@ -89,11 +89,11 @@ def claim(workdir: Path, run: Run, data: Prepared, done: Progress | None, accept
   export(data, workdir / 'data', replace=(accept and not vocabulary) or not done)
   if vocabulary:
     raise _another_run({'model.vocab_size': vocabulary}, {}, accepted=False)
-  write_whole(workdir / 'config.json', configs.to_json(config))
+  write_atomic(workdir / 'config.json', configs.to_json(config))
   return [f'{name} {was} -> {now}' for name, (was, now) in different.items()]
 
 
-def see(workdir: Path) -> None:
+def wait_until_visible(workdir: Path) -> None:
   """Waits until every process sees the workdir as process 0 left it."""
   broadcast('workdir')
   deadline = time.monotonic() + 60  # network file systems may remember for so long that a file was not there

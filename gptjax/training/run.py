@@ -12,12 +12,12 @@ import jax
 from jax.sharding import Mesh
 
 from gptjax import config as configs
-from gptjax.config import LARGEST, Config, Duration, UserError, duration_in_steps
+from gptjax.config import INT32_MAX, Config, Duration, UserError, duration_in_steps
 from gptjax.data import EvalRows, Prepared, TrainRows, train_rows
-from gptjax.model import Blueprint, attention_backend, blueprint, flops_per_token, parameter_count
+from gptjax.model import AbstractModel, abstract_model, attention_backend, flops_per_token, parameter_count
 from gptjax.distributed import process_group
 from gptjax.sharding import AnyMesh, check_sizes, describe
-from gptjax.training.objective import Objective, next_token
+from gptjax.training.objective import ObjectiveFunction, make_objective
 from gptjax.training.optimizer import make_optimizer, schedule
 from gptjax.training.step import TrainState, abstract, initializer, train_step
 
@@ -29,8 +29,8 @@ class Run:
   config: Config
   """with the vocabulary's size filled in"""
   mesh: Mesh
-  blueprint: Blueprint
-  objective: Objective
+  model: AbstractModel
+  objective: ObjectiveFunction
   initialize: Callable[[], TrainState]
   step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
   rows: TrainRows
@@ -66,18 +66,18 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
     raise UserError('steps', config.steps, '1 step or more')
   if durations['decay'] > steps:
     raise UserError('optimizer.decay', opt.decay, f'at most the {steps} steps of the run')
-  plan = blueprint(config.model, config.data.context)
-  check_whole(plan, config, mesh)
-  attention_backend(config.model, config.data.context)  # one that cannot run is told now
+  model = abstract_model(config.model, config.compute, config.data.context)
+  check_unsharded(model, config, mesh)
+  attention_backend(config.model, config.compute, config.data.context)  # one that cannot run is reported now
   memories = [memory.kind for memory in jax.local_devices()[0].addressable_memories()]
-  if config.model.offloaded and 'pinned_host' not in memories:
-    raise UserError('model.offloaded', list(config.model.offloaded), f'none: the device reaches no memory of the host, only {memories}')
+  if config.compute.offloaded and 'pinned_host' not in memories:
+    raise UserError('compute.offloaded', list(config.compute.offloaded), f'none: the device reaches no memory of the host, only {memories}')
   optimizer = make_optimizer(opt, **durations)
-  objective = next_token(config.z_loss)
+  objective = make_objective(config)
   return Run(
-    config=config, mesh=mesh, blueprint=plan, objective=objective, rows=rows, steps=steps,
-    initialize=initializer(plan, optimizer, config.zero_stage, mesh, config.seed),
-    step=train_step(plan, objective, optimizer, schedule(opt, opt.peak_lr, **durations),
+    config=config, mesh=mesh, model=model, objective=objective, rows=rows, steps=steps,
+    initialize=initializer(model, optimizer, config.zero_stage, mesh, config.seed),
+    step=train_step(model, objective, optimizer, schedule(opt, opt.peak_lr, **durations),
                     zero_stage=config.zero_stage, mesh=mesh, microbatches=config.microbatches, seed=config.seed, spike=config.faults.spike),
     valid={name: EvalRows(store, config.data.context, config.data.isolate_documents) for name, store in data.valid.items()},
     eval_every=steps_of('eval.every', config.eval.every),
@@ -94,17 +94,17 @@ def in_steps(config: Config, rows: TrainRows, field: str, value: Duration) -> in
   """
   found = duration_in_steps(
     field, value, batch_size=config.batch_size, context=config.data.context, rows_per_epoch=rows.rows_per_epoch)
-  if found > LARGEST:
-    raise UserError(field, value, f'at most {LARGEST:,} steps, and it is {found:.3g}')
+  if found > INT32_MAX:
+    raise UserError(field, value, f'at most {INT32_MAX:,} steps, and it is {found:.3g}')
   return found
 
 
-def check_whole(plan: Blueprint, config: Config, mesh: AnyMesh) -> None:
-  """Raises a UserError where more of the parameters stays whole than mesh.whole gives leave for."""
-  share, reasons = plan.undivided(config.zero_stage, mesh)
-  if share > config.mesh.whole:
-    raise UserError('mesh.whole', config.mesh.whole, f'at least {math.ceil(1000 * share) / 1000}, the share of the parameters that stays '
-                    f'whole, or sizes that divide ({"; ".join(reasons)})')
+def check_unsharded(model: AbstractModel, config: Config, mesh: AnyMesh) -> None:
+  """Raises a UserError where a larger fraction of the parameters stays unsharded than mesh.max_unsharded allows."""
+  fraction, reasons = model.unsharded(config.zero_stage, mesh)
+  if fraction > config.mesh.max_unsharded:
+    raise UserError('mesh.max_unsharded', config.mesh.max_unsharded, f'at least {math.ceil(1000 * fraction) / 1000}, the fraction of the '
+                    f'parameters that stays unsharded, or sizes that divide ({"; ".join(reasons)})')
 
 
 def with_vocabulary(config: Config, tokens: int) -> Config:
@@ -120,20 +120,20 @@ def header(run: Run, data: Prepared, begun: str, peak: tuple[float, str]) -> dic
   devices = mesh.devices.flatten()
   tokens = config.batch_size * config.data.context
   model = config.model
-  share, reasons = run.blueprint.undivided(config.zero_stage, mesh)
+  fraction, reasons = run.model.unsharded(config.zero_stage, mesh)
   return {
     'device': f'{len(devices)} of {jax.device_count()} {devices[0].device_kind}',
     'processes': process_group().description,
     'mesh': f'{describe(mesh)}, ZeRO stage {config.zero_stage}',
-    **({'whole': f'{share:.1%} of the parameters; ' + '; '.join(reasons)} if reasons else {}),
+    **({'unsharded': f'{fraction:.1%} of the parameters; ' + '; '.join(reasons)} if reasons else {}),
     'data': data.description,
     'parameters': parameter_count(model, config.data.context),
     'tokens a step': tokens,
     'steps': f'{run.steps:,}, {run.steps * config.batch_size / run.rows.rows_per_epoch:.2f} epochs',
     'FLOPs a token': flops_per_token(model, config.data.context),
     'peak FLOP/s': f'{peak[0]:.3g}, {peak[1]}',
-    'attention': attention_backend(model, config.data.context),
-    'precision': f'{model.compute_dtype} compute, float32 parameters',
+    'attention': attention_backend(model, config.compute, config.data.context),
+    'precision': f'{config.compute.dtype} compute, float32 parameters',
     'versions': ', '.join(f'{name} {metadata.version(name)}' for name in ('jax', 'flax', 'optax', 'orbax-checkpoint')),
     'commit': _commit(),
     'restored': begun,

@@ -1,22 +1,18 @@
 """Where a run begins: fresh parameters, or another run's, whole or in part. Optimizer state, step and data are its own."""
 
 import dataclasses
-import functools
-import re
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from gptjax.checkpoint import Checkpoints, config_of
+from gptjax.checkpoint import Checkpoints, read_config
 from gptjax.checkpoint.manifest import MANIFEST
 from gptjax.config import UserError
 from gptjax.data import Tokenizer, load_tokenizer
 from gptjax.files import expanded
-from gptjax.model import Blueprint, Parameters, blueprint
+from gptjax.model import AbstractModel, abstract_model, stack_layers, unstack_layers
 from gptjax.sharding import Axis
 from gptjax.training.run import Run
 from gptjax.training.step import TrainState
@@ -39,8 +35,9 @@ def beginning(run: Run, tokenizer: Tokenizer) -> tuple[TrainState, str]:
   if not path:
     return run.initialize(), 'nothing, fresh parameters'
   source = _open(expanded(path))
-  plan = run.blueprint
-  shapes = jax.eval_shape(functools.partial(_in_form, plan), source.plan.shapes)
+  plan = run.model
+  in_layout = stack_layers if plan.compute.scan else unstack_layers
+  shapes = in_layout(source.plan.shapes)
   differences = _differences(plan, shapes)
   if source.tokenizer.sha256 != tokenizer.sha256:
     differences = [f'another tokenizer, of {source.tokenizer.vocab_size:,} ids', *differences]
@@ -51,7 +48,7 @@ def beginning(run: Run, tokenizer: Tokenizer) -> tuple[TrainState, str]:
   shardings = source.plan.shardings(3, run.mesh)
   found = source.checkpoints.restore_parameters(source.step, {
     name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shardings[name]) for name, shape in source.plan.shapes.items()})
-  found = _in_form(plan, found)
+  found = in_layout(found)
   parameters = {name: _taken(fresh, found.pop(name, None)) for name, fresh in state.parameters.items()}
   words = f'nothing, parameters of {path}, step {source.step}' + (f', in part: {_listed(differences)}' if differences else '')
   return state._replace(parameters=parameters), words
@@ -61,7 +58,7 @@ def beginning(run: Run, tokenizer: Tokenizer) -> tuple[TrainState, str]:
 class _Source:
   checkpoints: Checkpoints
   step: int
-  plan: Blueprint
+  plan: AbstractModel
   tokenizer: Tokenizer
 
 
@@ -77,27 +74,11 @@ def _open(path: Path) -> _Source:
     if newest is None:
       raise UserError('init_from', str(path), 'a run that has a checkpoint')
     step = newest
-  config = config_of(home)
-  return _Source(checkpoints, step, blueprint(config.model, config.data.context), load_tokenizer(tokenizer))
+  config = read_config(home)
+  return _Source(checkpoints, step, abstract_model(config.model, config.compute, config.data.context), load_tokenizer(tokenizer))
 
 
-def _in_form(plan: Blueprint, parameters: Parameters) -> Parameters:
-  """Parameters with their layers stacked, or one by one, as those of a plan are; the values are the same."""
-  stacked = not any(re.match(r'blocks/\d+/', name) for name in parameters)
-  if stacked == plan.config.scan:
-    return dict(parameters)
-  others = {name: value for name, value in parameters.items() if not name.startswith('blocks/')}
-  if stacked:
-    return others | {name.replace('blocks/', f'blocks/{i}/', 1): value[i] for name, value in parameters.items() if name not in others
-                     for i in range(value.shape[0])}
-  layers: dict[str, dict[int, jax.Array]] = defaultdict(dict)
-  for name in parameters.keys() - others.keys():
-    _, layer, rest = name.split('/', 2)
-    layers[f'blocks/{rest}'][int(layer)] = parameters[name]
-  return others | {name: jnp.stack([found[i] for i in sorted(found)]) for name, found in layers.items()}
-
-
-def _differences(plan: Blueprint, found: Mapping[str, jax.ShapeDtypeStruct]) -> list[str]:
+def _differences(plan: AbstractModel, found: Mapping[str, jax.ShapeDtypeStruct]) -> list[str]:
   """What a plan has that was not found, what was found that it has not, and what is of another size, each in words.
 
   Raises:

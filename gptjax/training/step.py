@@ -1,4 +1,9 @@
-"""The train state and the one train step."""
+"""The train state and the one train step.
+
+The flow of a step: `Zero.enter` hands the parameters to a region in which each device has its own rows; there, for each microbatch,
+the model's trunk turns tokens into hidden states, the objective turns them into sums, and gradients of the summed loss add up;
+`Zero.reduce` exchanges them once; outside, the optimizer updates each device's part of the state.
+"""
 
 import math
 from collections.abc import Callable, Mapping
@@ -9,10 +14,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gptjax.model import Blueprint, Copy, Parameters
-from gptjax.sharding import AnyMesh, Places
-from gptjax.training.guard import Watch, fresh_watch, judge
-from gptjax.training.objective import Batch, Objective
+from gptjax.model import AbstractModel, Parameters, Positions
+from gptjax.sharding import ROWS, AnyMesh, ParameterSpecs, local_rows, row_numbers, sum_over_rows
+from gptjax.training.guard import LossStatistics, initial_statistics, is_good_step
+from gptjax.training.objective import Batch, ObjectiveFunction
 from gptjax.training.optimizer import update
 
 
@@ -23,19 +28,19 @@ class TrainState(NamedTuple):
   """updates done, int32"""
   parameters: Parameters
   optimizer: Any
-  watch: Watch
+  statistics: LossStatistics
   """of loss and gradient norm, by which a bad step is known"""
 
 
-def initializer(blueprint: Blueprint, optimizer: optax.GradientTransformation, zero_stage: int, mesh: AnyMesh,
+def initializer(model: AbstractModel, optimizer: optax.GradientTransformation, zero_stage: int, mesh: AnyMesh,
                 seed: int) -> Callable[[], TrainState]:
   """A jitted function that makes the state of step 0, each part created where it belongs."""
-  shardings, places = blueprint.shardings(zero_stage, mesh), blueprint.places(zero_stage, mesh)
+  shardings, specs = model.shardings(zero_stage, mesh), model.specs(zero_stage, mesh)
 
   def initialize():
-    parameters = blueprint.initialize(jax.random.key(seed), shardings)
-    moments = optimizer.init(_put(parameters, places, 'optimizer'))
-    return TrainState(jnp.zeros((), jnp.int32), parameters, moments, fresh_watch())
+    parameters = model.initialize(jax.random.key(seed), shardings)
+    moments = optimizer.init(_put(parameters, specs, 'optimizer'))
+    return TrainState(jnp.zeros((), jnp.int32), parameters, moments, initial_statistics())
 
   return jax.jit(initialize)
 
@@ -49,86 +54,92 @@ def abstract(initialize: Callable[[], TrainState], mesh: AnyMesh) -> TrainState:
   return jax.tree.map(describe, jax.eval_shape(initialize))
 
 
-def train_step(blueprint: Blueprint, objective: Objective, optimizer: optax.GradientTransformation, rate: optax.Schedule,
+def summed_gradients(model: AbstractModel, objective: ObjectiveFunction, zero_stage: int, mesh: AnyMesh,
+                     microbatches: int) -> Callable[[Parameters, Batch, jax.Array], tuple[Parameters, dict[str, jax.Array]]]:
+  """A function (parameters, batch, key) -> (gradient of the summed loss, sums of targets and metrics), over all rows of the batch.
+
+  The gradients are sharded as the optimizer state is. Dropout keys are folded from (key, row, layer), so that the masks depend neither
+  on the mesh nor on the number of microbatches.
+  """
+  zero = model.zero(zero_stage, mesh)
+
+  def loss(variables, weights, batch, keys):
+    module = model.merge({name: weight.with_variable(variables[name]) for name, weight in weights.items()})
+    positions = Positions(batch['positions'], batch['segments']) if 'segments' in batch else None
+    hidden, _, layers = module.hidden(batch['tokens'], positions, keys=keys)
+    total, targets, metrics = objective(module.head, hidden, batch)
+    return total + layers.pop('loss', 0), {'targets': targets, **metrics, **layers}
+
+  def local(entered, batch, key):
+    weights = zero.weights(entered)
+    variables = {name: weight.variable for name, weight in weights.items()}
+    numbers = row_numbers(batch['tokens'].shape[0])
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(numbers) if model.config.dropout else None
+
+    def gradients(rows, keys):
+      (_, sums), gradient = jax.value_and_grad(loss, has_aux=True)(variables, weights, rows, keys)
+      return gradient, sums
+
+    if microbatches == 1:
+      gradient, sums = gradients(batch, keys)
+    else:
+      parts = jax.tree.map(lambda x: x.reshape(microbatches, x.shape[0] // microbatches, *x.shape[1:]), (batch, keys))
+      add = lambda sums, part: (jax.tree.map(jnp.add, sums, gradients(*part)), None)
+      zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding.spec if s.ndim else None),
+                           jax.eval_shape(gradients, *jax.tree.map(lambda x: x[0], parts)))
+      (gradient, sums), _ = jax.lax.scan(add, zeros, parts)
+    return zero.reduce(gradient), sum_over_rows(sums)
+
+  run = local_rows(local, (zero.in_specs, ROWS, PartitionSpec()), (zero.out_specs(model.shapes), PartitionSpec()))
+
+  def summed(parameters, batch, key):
+    gradient, sums = run(zero.enter(parameters), batch, key)
+    return zero.leave(gradient), sums
+
+  return summed
+
+
+def train_step(model: AbstractModel, objective: ObjectiveFunction, optimizer: optax.GradientTransformation, rate: optax.Schedule,
                *, zero_stage: int, mesh: AnyMesh, microbatches: int, seed: int, spike: float = 0.0) -> Callable[[TrainState, Batch], tuple]:
   """The jitted step: (state, batch) -> (state, metrics), with the old state's memory reused.
 
-  The gradient is that of the summed loss over the count of targets of the whole batch, however it is cut into microbatches
-  and spread over devices. Dropout keys are folded from (seed, step, microbatch, layer). A bad step, by `judge`, leaves parameters and
-  optimizer state as they were, bit by bit.
-
-  What ZeRO (arXiv:1910.02054) shares out over `data` are the places of parameters, gradients and optimizer state, and the
-  exchanges follow: from its place each parameter is gathered (stage 3 layer by layer where it is read, others once a step, after
-  the update or before it), each gradient is summed into its own place, and the update runs where the optimizer state lies.
+  The gradient is that of the summed loss over the count of targets of the complete batch, regardless of microbatches and devices. A bad
+  step, by `is_good_step`, leaves parameters and optimizer state as they were, bit by bit.
   """
-  with_dropout = blueprint.config.dropout > 0
-  places = blueprint.places(zero_stage, mesh)
-  # A gradient has the type of what it is taken with respect to; where it lies elsewhere than what is read, that is a Copy's zeros.
-  apart = zero_stage in (1, 2)
-
-  def differentiated(parameters):
-    if not apart:
-      return parameters
-    return {name: jnp.zeros(p.shape, p.dtype, out_sharding=places[name].gradient) for name, p in parameters.items()}
-
-  def copies(parameters):
-    if not apart:
-      return None
-    return {name: jax.reshard(p.astype(blueprint.dtypes[name]), places[name].compute) for name, p in parameters.items()}
-
-  def gradients(at, copies, batch, key):
-    def total(at):
-      weights = {name: Copy(copies[name], at[name]) for name in at} if apart else at
-      loss, count, metrics = objective(blueprint.merge(weights), batch, key)
-      return loss, {'targets': count, **metrics}
-    (_, sums), gradient = jax.value_and_grad(total, has_aux=True)(at)
-    return gradient, sums
-
-  def accumulate(parameters, batch, key):
-    fold = lambda index: jax.random.fold_in(key, index) if with_dropout else None
-    inputs = differentiated(parameters), copies(parameters)
-    if microbatches == 1:
-      return gradients(*inputs, batch, fold(0))
-    # Cutting [B, T] as (B/n, n) keeps every row on its device; (n, B/n) would move it.
-    cut = lambda x: jnp.swapaxes(x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]), 0, 1)
-    def add(carry, part):
-      index, rows = part
-      return jax.tree.map(jnp.add, carry, gradients(*inputs, rows, fold(index))), None
-    parts = (jnp.arange(microbatches), jax.tree.map(cut, batch))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding.spec if s.ndim else None),
-                         jax.eval_shape(gradients, *inputs, jax.tree.map(lambda x: x[0], parts[1]), fold(0)))
-    return jax.lax.scan(add, zeros, parts)[0]
+  specs = model.specs(zero_stage, mesh)
+  gradients = summed_gradients(model, objective, zero_stage, mesh, microbatches)
 
   def step(state: TrainState, batch: Batch):
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    gradient, sums = accumulate(state.parameters, batch, key)
+    gradient, sums = gradients(state.parameters, batch, key)
     targets = sums.pop('targets')
-    gradient = _put({name: g * (1 / targets) for name, g in gradient.items()}, places, 'optimizer')
-    parameters = _put(state.parameters, places, 'optimizer')
+    norm = optax.tree.norm(gradient) / targets
+    gradient = {name: g * (1 / targets) for name, g in gradient.items()}  # a division would be written to memory
+    parameters = _put(state.parameters, specs, 'optimizer')
     metrics = {name: value / targets for name, value in sums.items()}
-    metrics |= {'grad_norm': optax.global_norm(gradient), 'learning_rate': rate(state.step), 'targets': targets}
-    good, watch = judge(state.watch, metrics['loss'], metrics['grad_norm'], spike)
-    parameters, moments = update(optimizer, gradient, state.optimizer, parameters, good)
-    return TrainState(state.step + 1, _put(parameters, places, 'stored'), moments, watch), metrics | {'bad': ~good}
+    metrics |= {'grad_norm': norm, 'learning_rate': rate(state.step), 'targets': targets}
+    good, statistics = is_good_step(state.statistics, metrics['loss'], norm, spike)
+    parameters, moments = update(optimizer, gradient, norm, good, state.optimizer, parameters)
+    return TrainState(state.step + 1, _put(parameters, specs, 'stored'), moments, statistics), metrics | {'bad': ~good}
 
   return jax.jit(step, donate_argnums=0)
 
 
-def _put(arrays: Mapping[str, jax.Array], places: Mapping[str, Places], role: str) -> dict[str, jax.Array]:
-  return {name: jax.reshard(x, getattr(places[name], role)) for name, x in arrays.items()}
+def _put(arrays: Mapping[str, jax.Array], specs: Mapping[str, ParameterSpecs], role: str) -> dict[str, jax.Array]:
+  return {name: jax.reshard(x, getattr(specs[name], role)) for name, x in arrays.items()}
 
 
-def state_bytes(blueprint: Blueprint, optimizer: optax.GradientTransformation, zero_stage: int, mesh: AnyMesh) -> dict[str, int]:
+def state_bytes(model: AbstractModel, optimizer: optax.GradientTransformation, zero_stage: int, mesh: AnyMesh) -> dict[str, int]:
   """Bytes that a device holds of parameters, gradients and optimizer state, by the shapes of its shards; nothing is allocated."""
-  state = abstract(initializer(blueprint, optimizer, zero_stage, mesh, 0), mesh)
-  places, dtypes = blueprint.places(zero_stage, mesh), blueprint.dtypes
+  state = abstract(initializer(model, optimizer, zero_stage, mesh, 0), mesh)
+  specs, dtypes = model.specs(zero_stage, mesh), model.dtypes
   held = lambda leaves: sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
-  at = lambda name, place, dtype: jax.ShapeDtypeStruct(blueprint.shapes[name].shape, dtype, sharding=NamedSharding(mesh, place))
+  at = lambda name, spec, dtype: jax.ShapeDtypeStruct(model.shapes[name].shape, dtype, sharding=NamedSharding(mesh, spec))
   found = {
     'parameters': held(state.parameters.values()),
-    'gradients': held(at(name, place.gradient, 'float32') for name, place in places.items()),
+    'gradients': held(at(name, spec.gradient, 'float32') for name, spec in specs.items()),
     'optimizer': held(jax.tree.leaves(state.optimizer)),
   }
-  if zero_stage in (1, 2):  # what is gathered for the whole step, where that is not what is stored
-    found['copies'] = held(at(name, place.compute, dtypes[name]) for name, place in places.items() if place.stored != place.compute)
+  if zero_stage in (1, 2):  # what is gathered for a step, unless it is stored so
+    found['gathered'] = held(at(name, spec.compute, dtypes[name]) for name, spec in specs.items() if spec.stored != spec.compute)
   return found

@@ -22,7 +22,7 @@ class Watchdog:
 
   def __init__(self, seconds: float, folder: Path):
     self._seconds = seconds
-    self._file = folder / f'stacks-{process_group().group.process}.txt'
+    self._file = folder / f'stacks-{process_group().index}.txt'
     self._heard = time.monotonic()
     self._over = threading.Event()
     self._thread = threading.Thread(target=self._watch, name='watchdog', daemon=True)

@@ -11,7 +11,7 @@ from tiny import DURATIONS
 
 from gptjax.checkpoint import Checkpoints, Progress, Retention
 from gptjax.config import MeshConfig, ModelConfig, OptimizerConfig, UserError
-from gptjax.model import blueprint
+from gptjax.model import abstract_model
 from gptjax.sharding import make_mesh
 from gptjax.training import TrainState, abstract, initializer, make_optimizer
 
@@ -29,7 +29,7 @@ def description(model=MODEL, optimizer='muon', devices=(1, 1), zero_stage=0):
   mesh = make_mesh(MeshConfig(*devices))
   with jax.set_mesh(mesh):
     tools = make_optimizer(OptimizerConfig(name=optimizer), **DURATIONS)
-    return abstract(initializer(blueprint(model, 16), tools, zero_stage, mesh, 0), mesh)
+    return abstract(initializer(abstract_model(model, 16), tools, zero_stage, mesh, 0), mesh)
 
 
 def fill(described, seed=0):

@@ -112,11 +112,11 @@ def command(tmp_path, monkeypatch, capsys):
     (['--config.data.tokenizer.kind=chars'], {'data.tokenizer.kind': 'chars'}),
     (['--config.steps=20'], {'steps': 20}),
     (['--config.steps', '3 epochs'], {'steps': '3 epochs'}),
-    (['--config.model.scan'], {'model.scan': True}),
-    (['--config.model.scan', '--config.seed=1'], {'model.scan': True, 'seed': 1}),
+    (['--config.compute.scan'], {'compute.scan': True}),
+    (['--config.compute.scan', '--config.seed=1'], {'compute.scan': True, 'seed': 1}),
     (['--config.model.bias', 'no', '--config.seed=1'], {'model.bias': False, 'seed': 1}),
     *(([f'--config.model.bias={no}'], {'model.bias': False}) for no in ('false', 'False', '0', 'no')),
-    *(([f'--config.model.scan={yes}'], {'model.scan': True}) for yes in ('true', 'TRUE', '1', 'yes')),
+    *(([f'--config.compute.scan={yes}'], {'compute.scan': True}) for yes in ('true', 'TRUE', '1', 'yes')),
 ])
 def test_a_field_is_overridden_by_its_dotted_name(command, args, changed):
   seen = command('--config=configs/base.py', *args)
@@ -416,9 +416,9 @@ def configs(draw):
         'data.valid': (ValidationSet('a', draw(st.text()), ('x', 'y')), ValidationSet('b-1', draw(st.text()))),
     } | {name: value for name, value in flatten(Config()).items() if name.startswith('data.source.')}
   named = draw(st.booleans())
-  values |= {'model.saved': ('q', 'block') if named else (), 'model.offloaded': ('up',) if named else ()}
+  values |= {'compute.saved': ('q', 'block') if named else (), 'compute.offloaded': ('up',) if named else ()}
   if named:
-    values['model.remat'] = 'names'
+    values['compute.remat'] = 'names'
   if not values['data.prefetch']:
     values['data.workers'] = 0
   values['optimizer.decay'] = draw(st.integers(1, 10**6)) if values['optimizer.schedule'] == 'wsd' else 0

@@ -26,7 +26,7 @@ def test_it_says_what_to_expect(path):
 @large_by_name
 def test_its_batch_is_shared_evenly_by_its_mesh(path):
   config = configs.load(str(path))
-  assert config.sequences % (config.mesh.replica * config.mesh.data) == 0
+  assert config.microbatch_size % (config.mesh.replica * config.mesh.data) == 0
   assert config.model.heads % config.mesh.model == 0 and config.model.key_heads % config.mesh.model == 0
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from gptjax.config import UserError
-from gptjax.distributed import Group, discover
+from gptjax.distributed import GroupSpec, discover
 
 SLURM = {'SLURM_JOB_ID': '4711', 'SLURM_STEP_ID': '2', 'SLURM_PROCID': '3', 'SLURM_NTASKS': '4', 'SLURM_NODEID': '1', 'SLURM_LOCALID': '1',
          'SLURM_STEP_NODELIST': 'gpu[007-008]', 'SLURM_STEP_TASKS_PER_NODE': '2(x2)'}
@@ -37,7 +37,7 @@ def found(environment, cluster='auto', metadata=None, **given):
 def test_a_cluster_tells_who_we_are(environment, metadata, processes, process, host):
   group = found(environment, metadata=metadata)
   address, _, port = group.coordinator.rpartition(':')
-  assert (group.processes, group.process, address) == (processes, process, host) and 1024 < int(port) < 2**16
+  assert (group.count, group.index, address) == (processes, process, host) and 1024 < int(port) < 2**16
 
 
 def test_processes_of_one_job_agree_on_a_port_and_jobs_differ():
@@ -48,7 +48,7 @@ def test_processes_of_one_job_agree_on_a_port_and_jobs_differ():
 
 def test_a_pod_of_a_jobset_is_told_how_many_there_are():
   group = found(JOBSET, processes=8)
-  assert (group.processes, group.process) == (8, 5) and group.coordinator.startswith('gpt-workers-0-0.gpt:')
+  assert (group.count, group.index) == (8, 5) and group.coordinator.startswith('gpt-workers-0-0.gpt:')
   with pytest.raises(UserError, match='^--processes: None, expected: the parallelism of the JobSet'):
     found(JOBSET)
 
@@ -67,15 +67,15 @@ def test_gpus_of_a_host_are_shared_out_unless_the_launcher_did():
 ])
 def test_one_process_joins_nothing(environment):
   group = found(environment)
-  assert (group.processes, group.process, group.coordinator) == (1, 0, None)
+  assert (group.count, group.index, group.coordinator) == (1, 0, None)
 
 
 def test_flags_come_first_and_clusters_complete_them():
-  assert found(SLURM, coordinator='h:1', processes=2, process=1) == Group(2, 1, 'h:1', 'flags')
-  assert found(SLURM, coordinator='h:1').coordinator == 'h:1' and found(SLURM, coordinator='h:1').process == 3
-  assert found(SLURM, cluster='none').processes == 1
-  assert found(SLURM, processes=1).processes == 1
-  assert found(SLURM | GKE, cluster='slurm').processes == 4 and found(SLURM | GKE).processes == 2
+  assert found(SLURM, coordinator='h:1', processes=2, process=1) == GroupSpec(2, 1, 'h:1', 'flags')
+  assert found(SLURM, coordinator='h:1').coordinator == 'h:1' and found(SLURM, coordinator='h:1').index == 3
+  assert found(SLURM, cluster='none').count == 1
+  assert found(SLURM, processes=1).count == 1
+  assert found(SLURM | GKE, cluster='slurm').count == 4 and found(SLURM | GKE).count == 2
 
 
 @pytest.mark.parametrize('given, message', [

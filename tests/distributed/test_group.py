@@ -17,7 +17,7 @@ from gptjax import config, distributed
 
 def main(_):
   folder, index, count, port = pathlib.Path(sys.argv[0]), *map(int, os.environ['PLACE'].split())
-  config.at_end.enter_context(distributed.join(distributed.Group(count, index, f'localhost:{port}'), {}, 20.0))
+  config.exit_stack.enter_context(distributed.join(distributed.GroupSpec(count, index, f'localhost:{port}'), {}, 20.0))
   group, first, broadcast = distributed.process_group(), distributed.is_primary(), distributed.broadcast
   exec(os.environ['BODY'])
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from gptjax.config import UserError
-from gptjax.distributed import Group
+from gptjax.distributed import GroupSpec
 from gptjax.distributed.rendezvous import meet
 
 FACTS = {'jax': '1', '--config.seed': '0'}
@@ -30,7 +30,7 @@ def come(port):
   def start(*those, processes=3, timeout=5.0, before=lambda: None):
     def one(index, facts=FACTS, count=processes):
       try:
-        return meet(Group(count, index, f'localhost:{port}'), facts, timeout)
+        return meet(GroupSpec(count, index, f'localhost:{port}'), facts, timeout)
       except UserError as error:
         return str(error)
     with concurrent.futures.ThreadPoolExecutor() as pool:

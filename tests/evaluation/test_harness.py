@@ -14,7 +14,7 @@ from gptjax.data import EvalRows
 from gptjax.data.tokenizers import ByteTokenizer, CharTokenizer
 from gptjax.evaluation import Asked, LikelihoodScorer, Scorer
 from gptjax.inference import Generator, Sampling
-from gptjax.model import blueprint
+from gptjax.model import abstract_model
 from gptjax.training import next_token
 
 pytest.importorskip('lm_eval')
@@ -32,7 +32,7 @@ TOKENIZER = ByteTokenizer()
 
 @pytest.fixture
 def plan():
-  return blueprint(ModelConfig(layers=1, width=16, heads=2, vocab_size=TOKENIZER.vocab_size, positions='rope'), CONTEXT)
+  return abstract_model(ModelConfig(layers=1, width=16, heads=2, vocab_size=TOKENIZER.vocab_size, positions='rope'), CONTEXT)
 
 
 @pytest.fixture

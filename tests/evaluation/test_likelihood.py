@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gptjax.evaluation import Asked, LikelihoodScorer
-from gptjax.model import blueprint
+from gptjax.model import abstract_model
 from gptjax.training.hardware import CompileCounter
 
 CONTEXT = 20
@@ -15,7 +15,7 @@ CONTEXT = 20
 
 @pytest.fixture
 def model(style):
-  return blueprint(dataclasses.replace(style, layers=1), CONTEXT)
+  return abstract_model(dataclasses.replace(style, layers=1), CONTEXT)
 
 
 def questions(count=20, seed=0):

@@ -11,7 +11,7 @@ from small_stores import make_store, stream
 
 from gptjax.data import EvalRows
 from gptjax.evaluation import Scorer, pooled
-from gptjax.model import blueprint
+from gptjax.model import abstract_model
 from gptjax.training import next_token
 from gptjax.training.hardware import CompileCounter
 
@@ -41,7 +41,7 @@ def pieces_of(row):
 
 @pytest.fixture
 def model(style):
-  return blueprint(dataclasses.replace(style, layers=1), CONTEXT)
+  return abstract_model(dataclasses.replace(style, layers=1), CONTEXT)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from gptjax.checkpoint import Checkpoints, Progress, Restorer, Retention
 from gptjax.config import Config, DataConfig, ModelConfig, UserError
 from gptjax.data import EvalRows
 from gptjax.evaluation import Asked, LikelihoodScorer, Scorer
-from gptjax.model import blueprint
+from gptjax.model import abstract_model
 from gptjax.training import next_token
 from gptjax.training.hardware import CompileCounter
 
@@ -26,7 +26,7 @@ def workdir(tmp_path):
   checkpoints = Checkpoints(tmp_path / 'checkpoints', Retention(latest=3))
   for step, loss in ((3, 2.0), (5, 1.0), (8, 3.0)):
     rng = np.random.default_rng(step)
-    parameters = {name: 0.2 * rng.standard_normal(s.shape, np.float32) for name, s in blueprint(MODEL, 16).shapes.items()}
+    parameters = {name: 0.2 * rng.standard_normal(s.shape, np.float32) for name, s in abstract_model(MODEL, 16).shapes.items()}
     checkpoints.save(Progress(step), {'parameters': parameters, 'step': np.array(step)}, loss)
   checkpoints.close()
   return tmp_path

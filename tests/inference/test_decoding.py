@@ -9,7 +9,7 @@ import pytest
 
 from gptjax.config import MeshConfig
 from gptjax.inference import Decoder, Sampling
-from gptjax.model import blueprint
+from gptjax.model import abstract_model
 from gptjax.sharding import make_mesh
 from gptjax.training.hardware import CompileCounter
 
@@ -35,7 +35,7 @@ def draw(decoder, parameters, prompts, most, sampling=GREEDY, seeds=None):
 @functools.cache
 def whole(config, context):
   """A full forward pass, compiled once for all texts of a model."""
-  plan = blueprint(config, context)
+  plan = abstract_model(config, context)
   return jax.jit(lambda parameters, tokens: plan.merge(parameters)(tokens)[0])
 
 
@@ -69,7 +69,7 @@ def prompts_of(*lengths):
   ('gpt2', {}), ('modern', {'scan': True}), ('modern', {'window': 5}), ('modern', {'window': 3, 'global_every': 2, 'layers': 4}),
   ('modern', {'attention_cap': 2.0, 'logit_cap': 3.0, 'norm_at': 'sandwich'})], indirect=['style'], ids=str)
 def test_greedy_text_of_unequal_prompts_is_that_of_full_forward_passes(style, changes, one_device, random_parameters):
-  plan = blueprint(dataclasses.replace(style, **changes), 40)
+  plan = abstract_model(dataclasses.replace(style, **changes), 40)
   parameters = random_parameters(plan)
   prompts = prompts_of(1, 5, 17, 20)
   ids, logprobs = draw(Decoder(plan, one_device), parameters, prompts, 20)
@@ -82,7 +82,7 @@ def test_greedy_text_of_unequal_prompts_is_that_of_full_forward_passes(style, ch
 
 @pytest.mark.parametrize('context', [1, 11])
 def test_text_goes_on_beyond_the_context(style, context, one_device, random_parameters):
-  plan = blueprint(style, context)
+  plan = abstract_model(style, context)
   parameters = random_parameters(plan)
   decoder = Decoder(plan, one_device)
   for lengths in ((1, 4), (11, 12), (13, 30)):  # shorter than the context, as long, longer
@@ -96,7 +96,7 @@ def test_text_goes_on_beyond_the_context(style, context, one_device, random_para
 
 @of_one_style
 def test_a_row_is_the_same_alone_and_beside_others(style, one_device, random_parameters):
-  plan = blueprint(style, 64)
+  plan = abstract_model(style, 64)
   parameters = random_parameters(plan)
   decoder = Decoder(plan, one_device)
   prompts = prompts_of(3, 9, 1, 30, 2)
@@ -111,7 +111,7 @@ def test_a_row_is_the_same_alone_and_beside_others(style, one_device, random_par
 @of_one_style
 @pytest.mark.parametrize('zero_stage', [0, 3])
 def test_text_is_the_same_on_one_device_and_spread_over_eight(style, zero_stage, random_parameters):
-  plan = blueprint(style, 64)
+  plan = abstract_model(style, 64)
   texts = []
   for sizes in ((1, 1), (4, 2), (8, 1)) if zero_stage else ((1, 1), (2, 4)):
     with jax.set_mesh(mesh := make_mesh(MeshConfig(*sizes))):
@@ -123,7 +123,7 @@ def test_text_is_the_same_on_one_device_and_spread_over_eight(style, zero_stage,
 
 @of_one_style
 def test_forbidden_and_padded_ids_never_appear(style, one_device, random_parameters):
-  plan = blueprint(style, 64)
+  plan = abstract_model(style, 64)
   parameters = random_parameters(plan)
   free, _ = draw(Decoder(plan, one_device), parameters, [[9]], 20)
   forbidden = tuple(sorted(set(free[0].tolist())))[:6]
@@ -135,7 +135,7 @@ def test_forbidden_and_padded_ids_never_appear(style, one_device, random_paramet
 
 @of_one_style
 def test_ids_of_prompt_and_text_are_penalized(style, one_device, random_parameters):
-  plan = blueprint(dataclasses.replace(style, tied=True), 24)  # which likes to repeat; and the text outgrows the context
+  plan = abstract_model(dataclasses.replace(style, tied=True), 24)  # which likes to repeat; and the text outgrows the context
   parameters = random_parameters(plan)
   prompts = prompts_of(9, 9)
   ids, _ = draw(Decoder(plan, one_device), parameters, prompts, 40, Sampling(0.0, repetition_penalty=1.7))
@@ -145,7 +145,7 @@ def test_ids_of_prompt_and_text_are_penalized(style, one_device, random_paramete
 
 @of_one_style
 def test_a_bucket_of_shapes_is_compiled_once(style, one_device, random_parameters):
-  plan = blueprint(style, 64)
+  plan = abstract_model(style, 64)
   decoder = Decoder(plan, one_device)
   weights = decoder.prepare(random_parameters(plan))
   run = lambda lengths, most: list(decoder(weights, prompts_of(*lengths), Sampling(), range(len(lengths)), most))
@@ -163,7 +163,7 @@ def test_a_bucket_of_shapes_is_compiled_once(style, one_device, random_parameter
 
 @of_one_style
 def test_preparing_and_decoding_leave_the_parameters_alone(style, one_device, random_parameters):
-  plan = blueprint(style, 8)
+  plan = abstract_model(style, 8)
   parameters = random_parameters(plan)
   before = jax.tree.map(np.array, parameters)
   draw(Decoder(plan, one_device), parameters, [[1]], 10)

@@ -20,7 +20,7 @@ from gptjax.interop.folders import Writer, read_tensors
 from gptjax.interop.importing import load
 from gptjax.interop.matching import Match, match, raw
 from gptjax.interop.tensor_files import DTYPES, Entry
-from gptjax.model import blueprint
+from gptjax.model import abstract_model
 from gptjax.sharding import make_mesh
 
 VOCABULARY = 261  # no multiple of 8: rows are padded
@@ -38,7 +38,7 @@ def make_folder(folder, family, fields, dtype='F32', rename=lambda name: name, m
   kind = FAMILIES[family]
   values = {'architectures': [kind.architecture], 'model_type': family, 'torch_dtype': 'float32', 'other': [1, None], **fields}
   config, context = kind.read(Fields(values))
-  matched = match(kind, blueprint(config, context), context)
+  matched = match(kind, abstract_model(config, context), context)
   rng = np.random.default_rng(0)
   arrays = {tensor.name: (0.2 * rng.standard_normal(matched.shape(tensor), np.float32)).astype(DTYPES[dtype]) for tensor in matched.tensors}
   arrays |= {} if more is None else more(arrays)
@@ -97,7 +97,7 @@ def test_each_device_reads_its_own_part(tmp_path, monkeypatch, scan):
   kind = FAMILIES['llama']
   config, context = kind.read(Fields(DECODER))
   entries = read_tensors(source)
-  matched = match(kind, blueprint(dataclasses.replace(config, scan=scan), context), context, entries)
+  matched = match(kind, abstract_model(dataclasses.replace(config, scan=scan), context), context, entries)
   whole = load(matched, make_mesh(MeshConfig(1, 1), jax.devices()[:1]), entries)
   read, sizes = Match.read, []
   monkeypatch.setattr(Match, 'read', lambda *args: sizes.append(read(*args)) or sizes[-1])
@@ -215,7 +215,7 @@ def test_a_folder_without_a_tokenizer_needs_another_one(tmp_path):
 
 
 @pytest.mark.parametrize('model', [
-  {}, {'model__scan': True, 'model__positions': 'rope', 'model__norm': 'rmsnorm', 'model__mlp': 'swiglu', 'model__bias': False,
+  {}, {'compute__scan': True, 'model__positions': 'rope', 'model__norm': 'rmsnorm', 'model__mlp': 'swiglu', 'model__bias': False,
        'model__tied': False, 'model__kv_heads': 1}])
 def test_a_run_trained_here_becomes_a_folder_of_its_family(tmp_path, model):
   run(tiny_config(write_text(tmp_path / 'text.txt'), steps=2, eval__every=0, **model), tmp_path / 'run', tmp_path / 'cache')
@@ -229,7 +229,7 @@ def test_a_run_trained_here_becomes_a_folder_of_its_family(tmp_path, model):
   assert one.keys() == other.keys()
   rows = open_held_out(tmp_path / 'run' / 'data').tokenizer.vocab_size
   for name in one:  # padded rows are not in the folder
-    cut = {'tokens/table': np.s_[:rows], 'head/kernel': np.s_[:, :rows]}.get(name, np.s_[:])
+    cut = {'tokens/table': np.s_[:rows], 'lm_head/kernel': np.s_[:, :rows]}.get(name, np.s_[:])
     np.testing.assert_array_equal(one[name][cut], other[name][cut])
 
 

@@ -68,7 +68,7 @@ def check_counts(kind, container, pod, hosts, replicas):
   config = resolved(container['args'])
   mesh = config.mesh
   assert mesh.replica * mesh.data * mesh.model == replicas * hosts * chips
-  assert mesh.replica == replicas and config.sequences % (mesh.replica * mesh.data) == 0
+  assert mesh.replica == replicas and config.microbatch_size % (mesh.replica * mesh.data) == 0
 
 
 def check_meeting(kind, container, labels, hosts):
@@ -144,7 +144,7 @@ def test_gpu_pods_find_each_other():
   container, args = container_of('gpu')
   labels = {'jobset.sigs.k8s.io/jobset-name': 'gpt2-774m', 'jobset.sigs.k8s.io/replicatedjob-name': 'node'}
   group = discover(processes=4, environment=environment_of(container, labels) | {'JOB_COMPLETION_INDEX': '3'}, metadata=lambda name: None)
-  assert (group.processes, group.process) == (4, 3) and '--processes=4' in args
+  assert (group.count, group.index) == (4, 3) and '--processes=4' in args
   port = container['ports'][0]['containerPort']
   assert group.coordinator == f'gpt2-774m-node-0-0.gpt2-774m:{port}'
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from gptjax.config import ModelConfig
-from gptjax.model import blueprint, flops_per_token, parameter_count
+from gptjax.model import abstract_model, flops_per_token, parameter_count
 
 SMALL = ModelConfig(layers=12, width=768, heads=12, vocab_size=50257, vocab_multiple=1, scan=True)
 """GPT-2 small."""
@@ -46,7 +46,7 @@ def test_flops_are_those_of_the_traced_program(style, causal, monkeypatch, matri
   monkeypatch.setattr('gptjax.model.attention.PARTS', 12)
   context = 12
   config = dataclasses.replace(style, attention='blocks' if causal else 'xla')
-  plan = blueprint(config, context)
+  plan = abstract_model(config, context)
   loss = lambda parameters, tokens: plan.merge(parameters)(tokens).sum()
   traced = jax.make_jaxpr(jax.grad(loss))(plan.shapes, jax.ShapeDtypeStruct((3, context), jnp.int32))
   total = sum(map(flops, matrix_products(traced.jaxpr)))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gptjax.config import ModelConfig, RopeConfig, UserError
-from gptjax.model import Place, attention_backend, blueprint
+from gptjax.model import Place, attention_backend, abstract_model
 from gptjax.model.attention import BLOCK, PARTS, causal_attention, frequencies, rotate
 from gptjax.model.kernels import LANES, Scoring, cudnn, splash
 from gptjax.sharding import place
@@ -128,12 +128,12 @@ def test_auto_is_the_devices_own_kernel_where_it_can_be(platform, model, context
     ('gpu', {'attention': 'splash'}, 256, 'auto, blocks, xla, cudnn on a gpu'),
     ('tpu', {'attention': 'splash'}, 200, 'auto, blocks or xla: it needs a context of a multiple of 128, and it is 200'),
     ('tpu', {'attention': 'splash', 'dropout': 0.1}, 256, 'auto, blocks or xla: it needs no dropout, and model.dropout is 0.1'),
-    ('gpu', {'attention': 'cudnn'}, 256, "auto, blocks or xla: it needs bfloat16, and model.compute_dtype is 'float32'"),
+    ('gpu', {'attention': 'cudnn'}, 256, "auto, blocks or xla: it needs bfloat16, and compute.dtype is 'float32'"),
 ])
 def test_a_kernel_that_cannot_run_is_refused(platform, model, context, expected):
   with pytest.raises(UserError) as caught:
     attention_backend(ModelConfig(**model), context, platform)
-  assert str(caught.value) == f"model.attention: '{model['attention']}', expected: {accepted}"
+  assert str(caught.value) == f"compute.attention: '{model['attention']}', expected: {accepted}"
 
 
 def test_rotary_turns_pairs_of_features_by_position_times_frequency():
@@ -158,7 +158,7 @@ def test_rotary_scores_depend_on_the_distance_alone():
 
 
 def test_moving_a_text_changes_logits_with_learned_positions_alone(style, random_parameters):
-  plan = blueprint(style, 32)
+  plan = abstract_model(style, 32)
   logits = jax.jit(plan.merge(random_parameters(plan)).__call__)
   tokens = jnp.asarray(np.random.default_rng(9).integers(0, 50, (1, 16)))
   here, moved = logits(tokens, Place(jnp.arange(16)[None])), logits(tokens, Place(jnp.arange(16)[None] + 16))

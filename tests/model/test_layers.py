@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from gptjax.config import ModelConfig
-from gptjax.model import blueprint
+from gptjax.model import abstract_model
 from gptjax.model.layers import Embedding, Linear, Norm, dropout
 
 SMALL = ModelConfig(width=16, heads=2)
@@ -59,7 +59,7 @@ def test_linear_and_embedding_equal_their_formulas():
 
 def test_fresh_parameters_have_gpt2s_spread(style, one_device):
   # Radford et al. 2019, section 2.3: 0.02, and on the residual stream 0.02 / sqrt(additions to it, two a layer).
-  plan = blueprint(dataclasses.replace(style, width=64, layers=8, scan=True), 64)
+  plan = abstract_model(dataclasses.replace(style, width=64, layers=8, scan=True), 64)
   fresh = jax.jit(lambda key: plan.initialize(key, plan.shardings(0, one_device)))(jax.random.key(0))
   for name, value in fresh.items():
     if name.endswith(('kernel', 'table')):
@@ -93,7 +93,7 @@ def test_no_key_or_no_rate_drops_nothing():
 def test_every_place_of_every_layer_has_a_mask_of_its_own(scan):
   # All parameters are zero but one that adds 1 everywhere: a feature is zero at the end just where it was dropped.
   config = ModelConfig(layers=3, width=32, heads=4, vocab_size=8, norm='rmsnorm', dropout=0.5, scan=scan)
-  plan = blueprint(config, 64)
+  plan = abstract_model(config, 64)
   zeros = {name: np.full(s.shape, name == 'norm/gain', np.float32) for name, s in plan.shapes.items()}
   places = [('tokens/table', None)]
   for part in ('attention/out/bias', 'mlp/down/bias'):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gptjax.config import MeshConfig
-from gptjax.model import Place, blueprint
+from gptjax.model import Place, abstract_model
 from gptjax.model.layers import dropout
 from gptjax.sharding import make_mesh, place, spec
 from gptjax.training import next_token
@@ -23,7 +23,7 @@ def reference():
 
 def run(config, mesh, zero_stage, random_parameters):
   """Logits without dropout, loss and gradients with it, and the gradients' shardings."""
-  plan = blueprint(config, 16)
+  plan = abstract_model(config, 16)
   rng = np.random.default_rng(1)
   text = rng.integers(0, 50, (8, 17), np.int32)
   segments = np.sort(rng.integers(1, 4, (8, 16)), 1).astype(np.int32)
@@ -67,7 +67,7 @@ def test_logits_loss_and_gradients_are_those_of_one_device(style, zero_stage, me
 @pytest.mark.parametrize('mesh', ['4x2'], indirect=True)
 @pytest.mark.parametrize('vocab_size', [64, 50])
 def test_no_device_holds_logits_of_all_ids(style, vocab_size, mesh, random_parameters):
-  plan = blueprint(dataclasses.replace(style, vocab_size=vocab_size), 16)
+  plan = abstract_model(dataclasses.replace(style, vocab_size=vocab_size), 16)
 
   def logits(parameters, tokens):
     model = plan.merge(parameters)
@@ -86,7 +86,7 @@ def on_every_mesh(make):
 
 @pytest.mark.parametrize('style', ['modern'], indirect=True)
 def test_fresh_parameters_are_the_same_on_every_mesh(style):
-  plan = blueprint(dataclasses.replace(style, layers=1), 16)
+  plan = abstract_model(dataclasses.replace(style, layers=1), 16)
 
   def fresh(mesh):
     return jax.jit(lambda key: plan.initialize(key, plan.shardings(3, mesh)))(jax.random.key(5))
@@ -115,7 +115,7 @@ COLLECTIVE = re.compile(r'= (.*?) (all-gather|all-reduce|all-to-all|reduce-scatt
 
 @pytest.mark.parametrize('mesh', ['8x1'], indirect=True)
 def test_under_stage_3_devices_exchange_parameters_and_gradients_never_activations(style, mesh, random_parameters):
-  plan = blueprint(dataclasses.replace(style, mlp_width=80), 28)
+  plan = abstract_model(dataclasses.replace(style, mlp_width=80), 28)
   parameters = random_parameters(plan, zero_stage=3)
   tokens = place(mesh, np.zeros((16, 28), np.int32), 'batch', None)
   loss = lambda parameters, tokens: jnp.sum(plan.merge(parameters).hidden(tokens)[0])

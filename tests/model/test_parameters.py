@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.model import blueprint, split
+from gptjax.model import abstract_model, split
 
 
 @pytest.mark.parametrize('scan', [False, True])
 @pytest.mark.usefixtures('one_device')
 def test_a_blueprint_gives_back_what_it_merges(style, scan, random_parameters):
-  plan = blueprint(dataclasses.replace(style, scan=scan), 16)
+  plan = abstract_model(dataclasses.replace(style, scan=scan), 16)
   parameters = random_parameters(plan)
   again = split(plan.merge(parameters))
   assert again.keys() == parameters.keys()
@@ -22,7 +22,7 @@ def test_a_blueprint_gives_back_what_it_merges(style, scan, random_parameters):
 
 @pytest.mark.parametrize('scan', [False, True])
 def test_a_blueprint_knows_the_axes_of_every_parameter_without_a_mesh(style, scan):
-  plan = blueprint(dataclasses.replace(style, scan=scan), 16)
+  plan = abstract_model(dataclasses.replace(style, scan=scan), 16)
   assert {shape.dtype for shape in plan.shapes.values()} == {jnp.dtype('float32')}
   sizes = {'layers': 2, 'embed': 32, 'positions': 16, 'head_width': 8, ('vocab', 64): 64, ('mlp', style.hidden_width): style.hidden_width,
            ('heads', 4): 32, ('kv_heads', style.key_heads): 8 * style.key_heads}
@@ -34,7 +34,7 @@ def test_a_blueprint_knows_the_axes_of_every_parameter_without_a_mesh(style, sca
 
 
 def test_a_style_has_the_parameters_of_its_parts_and_no_others(style):
-  names = {name.split('/', 2)[-1] if name.startswith('blocks/') else name for name in blueprint(style, 16).shapes}
+  names = {name.split('/', 2)[-1] if name.startswith('blocks/') else name for name in abstract_model(style, 16).shapes}
   matrices = {f'attention/{part}' for part in ('q', 'k', 'v', 'out')} | {'mlp/up', 'mlp/down'}
   norms = {'norm', 'attention_norm', 'mlp_norm'}
   if style.positions == 'learned':
@@ -48,7 +48,7 @@ def test_a_style_has_the_parameters_of_its_parts_and_no_others(style):
 
 
 def test_the_same_seed_gives_the_same_parameters_and_another_gives_others(style, one_device):
-  plan = blueprint(dataclasses.replace(style, layers=1), 4)
+  plan = abstract_model(dataclasses.replace(style, layers=1), 4)
   draw = jax.jit(lambda seed: plan.initialize(jax.random.key(seed), plan.shardings(0, one_device)))
   one, again, other = draw(0), draw(0), draw(1)
   for name in one:

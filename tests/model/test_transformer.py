@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.model import Place, blueprint, empty_cache
+from gptjax.model import Place, abstract_model, empty_cache
 from gptjax.training import next_token
 
 pytestmark = pytest.mark.usefixtures('one_device')
@@ -53,7 +53,7 @@ def stacked(parameters):
 def test_a_position_depends_on_itself_and_the_past_alone(style, attention, random_parameters):
   # The gradient of each position's logits by each position's input vector: exactly zero where the input is later.
   length = 70  # more than one block of queries
-  plan = blueprint(dataclasses.replace(style, attention=attention, vocab_size=length), length)
+  plan = abstract_model(dataclasses.replace(style, attention=attention, vocab_size=length), length)
   parameters = random_parameters(plan)
   # Every input vector is a row of its own: of the positions' table, or of the tokens' where each token occurs once.
   table = 'positions/table' if style.positions == 'learned' else 'tokens/table'
@@ -74,7 +74,7 @@ def test_a_position_depends_on_itself_and_the_past_alone(style, attention, rando
 
 def test_a_document_gets_the_logits_it_gets_alone(style, random_parameters):
   first, second = 50, 40
-  plan = blueprint(style, first + second)
+  plan = abstract_model(style, first + second)
   parameters = random_parameters(plan)
   logits = jax.jit(lambda parameters, tokens, place: plan.merge(parameters)(tokens, place))
   positions = jnp.concatenate([jnp.arange(first), jnp.arange(second)])[None]
@@ -93,7 +93,7 @@ def test_a_document_gets_the_logits_it_gets_alone(style, random_parameters):
 
 
 def test_without_segments_the_earlier_document_is_seen(style, random_parameters):
-  plan = blueprint(style, 8)
+  plan = abstract_model(style, 8)
   parameters = random_parameters(plan)
   logits = jax.jit(lambda parameters, tokens: plan.merge(parameters)(tokens))
   tokens = ids(4, 1, 8)
@@ -102,7 +102,7 @@ def test_without_segments_the_earlier_document_is_seen(style, random_parameters)
 
 def test_attention_in_blocks_gives_the_logits_of_the_full_square(style, random_parameters):
   def run(attention):
-    plan = blueprint(dataclasses.replace(style, attention=attention), 70)
+    plan = abstract_model(dataclasses.replace(style, attention=attention), 70)
     return jax.jit(plan.merge(random_parameters(plan)).__call__)(ids(5, 2, 70))
   np.testing.assert_allclose(run('blocks'), run('xla'), 1e-5, 1e-5)
 
@@ -111,7 +111,7 @@ def test_attention_in_blocks_gives_the_logits_of_the_full_square(style, random_p
 def test_reading_with_a_cache_gives_the_logits_of_the_whole(style, changes, random_parameters):
   prompt, batch, length = 12, 2, 26
   config = dataclasses.replace(style, **changes)
-  plan = blueprint(config, length)
+  plan = abstract_model(config, length)
   parameters = random_parameters(plan)
   tokens = ids(6, batch, length)
 
@@ -137,7 +137,7 @@ def test_reading_with_a_cache_gives_the_logits_of_the_whole(style, changes, rand
 def test_a_scan_equals_unrolled_layers_dropout_included(style, dropout, random_parameters):
   style = dataclasses.replace(style, dropout=dropout)
   tokens, key = ids(7, 2, 17), jax.random.key(1) if dropout else None
-  unrolled, scanned = (blueprint(dataclasses.replace(style, scan=scan), 16) for scan in (False, True))
+  unrolled, scanned = (abstract_model(dataclasses.replace(style, scan=scan), 16) for scan in (False, True))
   parameters = random_parameters(unrolled)
   loss, gradients = loss_and_gradients(unrolled, parameters, tokens, key)
   assert_close(loss_and_gradients(scanned, stacked(parameters), tokens, key), (loss, stacked(gradients)))
@@ -148,7 +148,7 @@ def test_a_scan_equals_unrolled_layers_dropout_included(style, dropout, random_p
 @pytest.mark.parametrize('scan', [False, True])
 def test_what_is_recomputed_changes_no_gradient(style, scan, random_parameters):
   def run(remat):
-    plan = blueprint(dataclasses.replace(style, remat=remat, scan=scan), 16)
+    plan = abstract_model(dataclasses.replace(style, remat=remat, scan=scan), 16)
     return loss_and_gradients(plan, random_parameters(plan), ids(7, 2, 17))
   none = run('none')
   assert_close(run('dots'), none)
@@ -156,8 +156,8 @@ def test_what_is_recomputed_changes_no_gradient(style, scan, random_parameters):
 
 
 def test_shared_key_heads_equal_repeated_ones(style, random_parameters):
-  grouped = blueprint(dataclasses.replace(style, kv_heads=2), 16)
-  repeated = blueprint(dataclasses.replace(style, kv_heads=4), 16)
+  grouped = abstract_model(dataclasses.replace(style, kv_heads=2), 16)
+  repeated = abstract_model(dataclasses.replace(style, kv_heads=4), 16)
   parameters = random_parameters(grouped)
   tokens = ids(9, 2, 16)
 
@@ -173,20 +173,20 @@ def test_shared_key_heads_equal_repeated_ones(style, random_parameters):
 
 
 def test_padded_ids_are_never_predicted_and_never_learned(style, random_parameters):
-  plan = blueprint(style, 16)
+  plan = abstract_model(style, 16)
   parameters = random_parameters(plan)
   assert parameters['tokens/table'].shape[0] == 64 > style.vocab_size
   probabilities = jax.nn.softmax(jax.jit(plan.merge(parameters).__call__)(ids(10, 2, 16)))
   assert (probabilities[..., style.vocab_size:] == 0).all()
   np.testing.assert_allclose(probabilities[..., :style.vocab_size].sum(-1), 1, 1e-5)
   gradients = loss_and_gradients(plan, parameters, ids(7, 2, 17))[1]
-  head = gradients['tokens/table'] if style.tied else gradients['head/kernel'].T
+  head = gradients['tokens/table'] if style.tied else gradients['lm_head/kernel'].T
   assert (head[style.vocab_size:] == 0).all() and (head[:style.vocab_size] != 0).any(1).all()
 
 
 def test_bfloat16_computes_close_to_float32_and_keeps_float32_parameters(style, random_parameters, matrix_products):
   def run(dtype):
-    plan = blueprint(dataclasses.replace(style, compute_dtype=dtype), 16)
+    plan = abstract_model(dataclasses.replace(style, compute_dtype=dtype), 16)
     parameters = random_parameters(plan)
     tokens = jnp.asarray(ids(7, 2, 17))
     traced = jax.make_jaxpr(lambda parameters: plan.merge(parameters)(tokens))(parameters)

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from gptjax.config import MeshConfig
-from gptjax.model import Copy, blueprint
+from gptjax.model import Copy, abstract_model
 from gptjax.model.weights import lookup, product
 from gptjax.sharding import make_mesh, place
 
@@ -77,7 +77,7 @@ def test_what_crosses_replicas_is_the_part_that_a_device_keeps():
 @pytest.mark.parametrize('mesh', ['8x1'], indirect=True)
 @pytest.mark.parametrize('changes', [{'scan': False}, {'scan': False, 'remat': 'full'}, {'scan': True}], ids=str)
 def test_stage_3_gathers_a_matrix_for_each_pass_and_keeps_none(style, changes, mesh):
-  plan = blueprint(dataclasses.replace(style, layers=2, mlp_width=80, **changes), 16)
+  plan = abstract_model(dataclasses.replace(style, layers=2, mlp_width=80, **changes), 16)
   shardings = plan.shardings(3, mesh)
   parameters = {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=shardings[name]) for name, s in plan.shapes.items()}
   tokens = place(mesh, np.zeros((8, 16), np.int32), 'batch', None)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gptjax.interop import FAMILIES, Fields, family
-from gptjax.model import blueprint
+from gptjax.model import abstract_model
 from gptjax.sharding import place
 
 torch = pytest.importorskip('torch')
@@ -74,7 +74,7 @@ def test_logits_and_gradients_are_those_of_transformers(name, shape, one_device,
   config, context = FAMILIES[name].read(Fields(values))
   worst = [0.0, 0.0]
   for scan in (False, True) if full or shape is SHAPES[name][0] else (False,):
-    plan = blueprint(dataclasses.replace(config, scan=scan), context)
+    plan = abstract_model(dataclasses.replace(config, scan=scan), context)
     parameters = ours(name, config, {key: p.detach().numpy() for key, p in model.named_parameters()})
     if scan:
       parameters = stacked(parameters, config.layers)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from gptjax.config import ModelConfig, OptimizerConfig
-from gptjax.model import blueprint
+from gptjax.model import abstract_model
 from gptjax.sharding import place
 from gptjax.training import TrainState, make_optimizer, next_token, schedule, train_step
-from gptjax.training.guard import fresh_watch
+from gptjax.training.guard import initial_statistics
 
 HOW = 'needs PyTorch and transformers: pip install -r requirements-parity.txt'
 torch = pytest.importorskip('torch', reason=HOW)
@@ -84,7 +84,7 @@ def on_mesh(values, plan, zero_stage, mesh):
 @pytest.mark.parametrize('attention', ['blocks', 'xla'])
 def test_logits_loss_and_every_gradient_are_those_of_transformers(attention, one_device):
   model, rows = reference(), text(2)
-  plan = blueprint(dataclasses.replace(CONFIG, attention=attention), CONTEXT)
+  plan = abstract_model(dataclasses.replace(CONFIG, attention=attention), CONTEXT)
   parameters = on_mesh(weights(model), plan, 0, one_device)
 
   @jax.jit
@@ -118,13 +118,13 @@ def test_steps_of_adamw_are_those_of_pytorch(mesh, zero_stage, microbatches, cli
             {'params': [p for p in model.parameters() if p.ndim == 1], 'weight_decay': 0.0}]
   adamw = torch.optim.AdamW(groups, lr=config.peak_lr, betas=(config.b1, config.b2), eps=config.eps)
 
-  plan = blueprint(CONFIG, CONTEXT)
+  plan = abstract_model(CONFIG, CONTEXT)
   optimizer = make_optimizer(config, **durations)
   step = train_step(plan, next_token(), optimizer, schedule(config, config.peak_lr, **durations),
                     zero_stage=zero_stage, mesh=mesh, microbatches=microbatches, seed=0)
   parameters = on_mesh(weights(model), plan, zero_stage, mesh)
   start = weights(model)
-  state = TrainState(jnp.zeros((), jnp.int32), parameters, jax.jit(optimizer.init)(parameters), fresh_watch())
+  state = TrainState(jnp.zeros((), jnp.int32), parameters, jax.jit(optimizer.init)(parameters), initial_statistics())
   for index in range(3):
     rows = text(8, seed=index)
     adamw.zero_grad()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gptjax.config import ModelConfig, RopeConfig
-from gptjax.model import blueprint
+from gptjax.model import abstract_model
 
 HOW = 'needs PyTorch and transformers: pip install -r requirements-parity.txt'
 torch = pytest.importorskip('torch', reason=HOW)
@@ -63,7 +63,7 @@ def test_logits_and_every_gradient_are_those_of_transformers(name, qk_norm, tied
   expected = model(torch.from_numpy(tokens.astype(np.int64))).logits
   (expected * torch.from_numpy(direction)).sum().backward()
 
-  plan = blueprint(dataclasses.replace(CONFIG, qk_norm=qk_norm, tied=tied), CONTEXT)
+  plan = abstract_model(dataclasses.replace(CONFIG, qk_norm=qk_norm, tied=tied), CONTEXT)
   parameters = renamed({name: p.detach().numpy() for name, p in model.named_parameters()})
   assert parameters.keys() == plan.shapes.keys()
 

@@ -20,7 +20,7 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 from gptjax.data.tokenizers import Gpt2Tokenizer  # noqa: E402
 from gptjax.evaluation.harness import HarnessModel  # noqa: E402
 from gptjax.interop import FAMILIES, Fields  # noqa: E402
-from gptjax.model import blueprint  # noqa: E402
+from gptjax.model import abstract_model  # noqa: E402
 
 CONTEXT = 32
 TEXT = '''It's the reader's choice: they'll read 1,234 pages, or we've read them all by 2024 -- isn't that so?
@@ -52,7 +52,7 @@ def both(request, tokenizer, one_device, monkeypatch):
   shape = {key: value for key, value in shape.items() if key != ('n_positions' if name == 'llama' else 'max_position_embeddings')}
   reference = test_families.reference(name, shape)
   config, context = FAMILIES[name].read(Fields(reference.config.to_dict() | {'architectures': [type(reference).__name__]}))
-  plan = blueprint(config, context)
+  plan = abstract_model(config, context)
   values = test_families.ours(name, config, {key: p.detach().numpy() for key, p in reference.named_parameters()})
   ours = HarnessModel(plan, one_device, tokenizer[0], 256)
   ours.use(jax.device_put(values, plan.shardings(0, one_device)))

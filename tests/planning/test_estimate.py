@@ -63,7 +63,7 @@ def test_the_search_is_sorted_and_every_candidate_valid(ranked, tiny):
   for one in ranked:
     sizes = one.sizes
     assert sizes['replica'] * sizes['data'] * sizes['model'] == 8 and one.config.batch_size == 32
-    assert one.config.sequences % (sizes['replica'] * sizes['data']) == 0 and tiny.model.heads % sizes['model'] == 0
+    assert one.config.microbatch_size % (sizes['replica'] * sizes['data']) == 0 and tiny.model.heads % sizes['model'] == 0
   assert {one.sizes['replica'] for one in ranked} == {1, 2} and {one.config.zero_stage for one in ranked} >= {0, 3}
 
 

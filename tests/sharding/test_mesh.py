@@ -64,7 +64,7 @@ MODEL = {'width': 32, 'heads': 4, 'vocab_size': 64}
      'batch_size: 24, expected: a multiple of mesh.data=4 * microbatches=4: 16 or 32'),
     ({'width': 9, 'heads': 3}, {}, 'mesh.model: 2, expected: a divisor of model.heads=3 and of the 8 devices: 1'),
     ({'sequence_parallel': True}, {'batch_size': 4, 'data': DataConfig(context=7)},
-     'model.sequence_parallel: True, expected: false, or a multiple of mesh.model=2 tokens on a device, not 7'),
+     'compute.sequence_parallel: True, expected: false, or a multiple of mesh.model=2 tokens on a device, not 7'),
 ])
 def test_sizes_that_the_mesh_does_not_divide_are_refused(model, rest, message):
   config = Config(model=ModelConfig(**MODEL | model), **{'batch_size': 8} | rest)

@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from jax.sharding import PartitionSpec as P
 
 from gptjax.config import MeshConfig, ModelConfig, OptimizerConfig
-from gptjax.model import blueprint
+from gptjax.model import abstract_model
 from gptjax.sharding import RULES, make_mesh, place, places, spec, undivided
 from gptjax.training import make_optimizer, state_bytes
 
@@ -102,7 +102,7 @@ def test_bytes_of_a_device_are_the_papers(scan, data):
   model = ModelConfig(layers=2, width=64, heads=8, vocab_size=256, scan=scan)
   mesh = make_mesh(MeshConfig(data, 1))
   with jax.set_mesh(mesh):
-    plan = blueprint(model, 64)
+    plan = abstract_model(model, 64)
     count = sum(math.prod(shape.shape) for shape in plan.shapes.values())
     for stage, expected in enumerate((16, 8 + 8 / data, 4 + 12 / data, 16 / data)):
       held = state_bytes(plan, make_optimizer(OptimizerConfig(), steps=1, warmup=0, decay=0), stage, mesh)

@@ -18,8 +18,8 @@ from gptjax.checkpoint import Checkpoints, Progress
 from gptjax.config import Fault, FaultsConfig, ModelConfig, UserError
 from gptjax.data import prepare, train_rows
 from gptjax.training import loop, train
-from gptjax.training.copies import state_check
-from gptjax.training.guard import WARMUP, BadSteps, Rollback, fresh_watch, judge
+from gptjax.training.replicas import replica_check
+from gptjax.training.guard import WARMUP, BadSteps, Rollback, initial_statistics, is_good_step
 from gptjax.training.run import Run
 
 MODEL = ModelConfig(layers=1, width=16, heads=2, vocab_size=50)
@@ -63,32 +63,32 @@ def test_an_update_that_is_not_finite_is_not_made(mesh, zero_stage, microbatches
 def test_a_spike_is_told_from_what_is_usual():
   rng = np.random.default_rng(0)
   values = rng.normal(3.0, 0.1, (400, 2)).astype(np.float32)
-  watch, check = fresh_watch(), jax.jit(judge, static_argnums=3)
+  statistics, check = initial_statistics(), jax.jit(is_good_step, static_argnums=3)
   early = jnp.float32(4.0)
-  good, _ = check(watch, early, early, 6.0)
+  good, _ = check(statistics, early, early, 6.0)
   assert good  # nothing is known yet
   for loss, norm in values:
-    good, watch = check(watch, loss, norm, 6.0)
+    good, statistics = check(statistics, loss, norm, 6.0)
     assert good
-  np.testing.assert_allclose(watch.mean, 3.0, atol=0.05)
-  np.testing.assert_allclose(np.sqrt(watch.variance), 0.1, atol=0.03)
-  mean, deviation = np.asarray(watch.mean), np.sqrt(watch.variance)
+  np.testing.assert_allclose(statistics.mean, 3.0, atol=0.05)
+  np.testing.assert_allclose(np.sqrt(statistics.variance), 0.1, atol=0.03)
+  mean, deviation = np.asarray(statistics.mean), np.sqrt(statistics.variance)
   for away, expected in ((5.9, True), (6.1, False), (-50.0, True), (np.nan, False), (np.inf, False)):
     for index in (0, 1):
       pair = mean.copy()
       pair[index] += away * deviation[index]
-      good, after = check(watch, *pair, 6.0)
+      good, after = check(statistics, *pair, 6.0)
       assert good == expected, (away, index)
-      assert expected or all((a == b).all() for a, b in zip(after, watch))
-  good, _ = check(watch, *(mean + 1000 * deviation), 0.0)
+      assert expected or all((a == b).all() for a, b in zip(after, statistics))
+  good, _ = check(statistics, *(mean + 1000 * deviation), 0.0)
   assert good  # spikes are not looked for
-  assert int(watch.steps) == 400 > WARMUP
+  assert int(statistics.steps) == 400 > WARMUP
 
 
 @pytest.fixture
 def spoil(settings, cache, monkeypatch):
   """A function (step): makes the batch of a step of the undisturbed run not finite."""
-  rows, place = train_rows(settings, prepare(settings.data, cache)), loop.place_rows
+  rows, place = train_rows(settings, prepare(settings.data, cache)), loop.put_rows
 
   def spoil(step):
     bad = rows.batch(4 * (step - 1) + np.arange(4))['tokens']
@@ -98,7 +98,7 @@ def spoil(settings, cache, monkeypatch):
         batch = batch | {'mask': np.where(batch['mask'] > 0, np.nan, batch['mask']).astype(np.float32)}
       return place(mesh, batch, size)
 
-    monkeypatch.setattr(loop, 'place_rows', spoiled)
+    monkeypatch.setattr(loop, 'put_rows', spoiled)
 
   return spoil
 
@@ -160,9 +160,9 @@ def test_rows_passed_over_are_known_to_any_batch_size(tmp_path):
     with pytest.raises(Rollback):
       bad.add(step, rows, math.nan, 1.0)
   again = BadSteps(FaultsConfig(), tmp_path, writes=True)
-  assert [again.passed(row, 4) for row in (20, 24, 28, 32, 36, 72, 76)] == [20, 24, 36, 36, 36, 72, 80]
-  assert [again.passed(row, 8) for row in (16, 24, 64, 72)] == [16, 36, 64, 80]
-  assert [again.passed_after(row) for row in (0, 30, 36, 76, 80)] == [12, 10, 4, 4, 0]
+  assert [again.next_row(row, 4) for row in (20, 24, 28, 32, 36, 72, 76)] == [20, 24, 36, 36, 36, 72, 80]
+  assert [again.next_row(row, 8) for row in (16, 24, 64, 72)] == [16, 36, 64, 80]
+  assert [again.excluded_after(row) for row in (0, 30, 36, 76, 80)] == [12, 10, 4, 4, 0]
 
 
 def test_rows_passed_over_are_gone_from_an_epoch(tmp_path):
@@ -190,10 +190,10 @@ def test_what_a_kill_left_of_a_line_is_in_no_ones_way(tmp_path):
   for _ in range(2):
     bad = BadSteps(FaultsConfig(bad_step='skip'), tmp_path, writes=True)
     assert [one.step for one in bad.found] == [8]
-    bad.go_on_from(8)
+    bad.resume_from(8)
     bad.add(9, (32, 36), math.nan, 1.0)
     assert [line['step'] for line in bad_steps(tmp_path)] == [8, 9]
-    BadSteps(FaultsConfig(), tmp_path, writes=True).go_on_from(8)
+    BadSteps(FaultsConfig(), tmp_path, writes=True).resume_from(8)
 
 
 def test_bad_steps_in_a_row_end_a_run_that_skips(tmp_path):
@@ -203,7 +203,7 @@ def test_bad_steps_in_a_row_end_a_run_that_skips(tmp_path):
   with pytest.raises(Fault, match='step 199 is bad.*bad step 100 in a row'):
     bad.add(199, (199, 200), math.nan, 1.0)
   again = BadSteps(FaultsConfig(bad_step='skip'), tmp_path, writes=True)  # started again from a checkpoint among them
-  again.go_on_from(197)
+  again.resume_from(197)
   again.add(198, (198, 199), math.nan, 1.0)
   with pytest.raises(Fault, match='step 199 is bad.*bad step 100 in a row'):
     again.add(199, (199, 200), math.nan, 1.0)
@@ -215,7 +215,7 @@ def test_steps_that_were_done_again_are_not_bad_in_a_row(tmp_path):
     with pytest.raises(Rollback):
       bad.add(step, (step, step + 1), math.nan, 1.0)
   again = BadSteps(FaultsConfig(bad_step='skip'), tmp_path, writes=True)
-  again.go_on_from(99)
+  again.resume_from(99)
   again.add(100, (400, 401), math.nan, 1.0)
 
 
@@ -224,7 +224,7 @@ def test_bad_steps_that_wait_are_forgotten_like_others(tmp_path):
   bad = BadSteps(FaultsConfig(bad_step='skip'), folder, writes=True)
   for step in (1, 5):
     bad.add(step, (step, step + 1), math.nan, 1.0)
-  bad.go_on_from(2)
+  bad.resume_from(2)
   folder.mkdir()
   bad.flush()
   assert [line['step'] for line in bad_steps(folder)] == [1]
@@ -253,7 +253,7 @@ def test_a_damaged_line_of_bad_steps_is_a_mistake(tmp_path):
 @pytest.mark.parametrize('mesh, zero_stage', [('8x1', 0), ('4x2', 1)], indirect=['mesh'])
 def test_a_copy_that_differs_is_found_on_its_device(mesh, zero_stage):
   state, step = trainer(dataclasses.replace(MODEL, heads=4), zero_stage=zero_stage)
-  check = state_check(state, mesh)
+  check = replica_check(state, mesh)
   state, _ = step(state, put(batch()))
   assert check(state) == ''
   name = 'blocks/0/mlp/up/kernel'
@@ -270,7 +270,7 @@ def test_a_copy_that_differs_is_found_on_its_device(mesh, zero_stage):
 @pytest.mark.parametrize('action, zero_stage', [('rollback', 0), ('skip', 3)])
 def test_a_device_that_spoils_its_state_is_found_within_the_interval(action, zero_stage, settings, cache, tmp_path, monkeypatch, capsys):
   settings = configs.override(settings, {'mesh.data': 4, 'faults.compare_every': 2, 'faults.bad_step': action, 'checkpoint.every': 4,
-                                         'zero_stage': zero_stage, 'mesh.whole': 1.0})
+                                         'zero_stage': zero_stage, 'mesh.max_unsharded': 1.0})
   straight = run(settings, tmp_path / 'straight', cache)
   errs = [7]
   after = loop._Loop._after_step

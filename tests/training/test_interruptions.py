@@ -20,9 +20,9 @@ from gptjax.config import MeshConfig, UserError
 from gptjax.distributed import watch_notices
 from gptjax.sharding import make_mesh
 from gptjax.training import loop, train
-from gptjax.training.interruptions import TO_BE_CONTINUED, Interruptions, Wish, _Agreement
+from gptjax.training.interruptions import REQUEUE_EXIT_CODE, Interruptions, StopRequest, _Consensus
 from gptjax.training.logbook import Logbook
-from gptjax.training.resuming import alone
+from gptjax.training.resuming import lock
 
 TESTS = pathlib.Path(__file__).parents[1]
 
@@ -44,7 +44,7 @@ def test_a_signal_saves_that_step_and_the_same_command_goes_on(number, settings,
 
   before = signal.getsignal(number)
   monkeypatch.setattr(Logbook, 'advance', signalled)
-  assert train(settings, options(tmp_path / 'run', cache)) == TO_BE_CONTINUED == 75
+  assert train(settings, options(tmp_path / 'run', cache)) == REQUEUE_EXIT_CODE == 75
   assert signal.getsignal(number) == before
   assert f'{number.name}: saved step 5 of 8' in capsys.readouterr().err
   assert Checkpoints(tmp_path / 'run' / 'checkpoints').newest() == 5
@@ -62,7 +62,7 @@ def test_a_signal_is_heard_where_nobody_reads_what_is_said(monkeypatch):
   monkeypatch.setattr(os, 'write', broken)
   with Interruptions(make_mesh(MeshConfig(1, 1))) as interruptions:
     os.kill(os.getpid(), signal.SIGINT)
-    assert interruptions.wish() == Wish.END and interruptions.reason == 'SIGINT'
+    assert interruptions.poll() == StopRequest.STOP and interruptions.reason == 'SIGINT'
 
 
 STUCK = """
@@ -113,34 +113,34 @@ def test_the_clock_saves_too(settings, cache, tmp_path, monkeypatch):
 def test_wishes_of_all_processes_are_agreed_upon_a_step_later():
   mesh = make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
-    agree = _Agreement(mesh)
-    assert [agree(wish) for wish in (Wish.GO_ON, Wish.SAVE, Wish.END, Wish.GO_ON, Wish.GO_ON)] == [
-      Wish.GO_ON, Wish.GO_ON, Wish.SAVE, Wish.END, Wish.GO_ON]
-    agree(Wish.SAVE)
+    agree = _Consensus(mesh)
+    assert [agree(request) for request in (StopRequest.NONE, StopRequest.SAVE, StopRequest.STOP, StopRequest.NONE, StopRequest.NONE)] == [
+      StopRequest.NONE, StopRequest.NONE, StopRequest.SAVE, StopRequest.STOP, StopRequest.NONE]
+    agree(StopRequest.SAVE)
     agree.forget()  # all saved: nobody wishes for that twice
-    assert agree(Wish.GO_ON) == Wish.GO_ON
+    assert agree(StopRequest.NONE) == StopRequest.NONE
 
 
 def test_a_save_that_all_agreed_upon_is_made_once():
   mesh = make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
     interruptions = Interruptions(mesh)
-    interruptions._agree = _Agreement(mesh)  # as where several processes are
+    interruptions._agree = _Consensus(mesh)  # as where several processes are
     interruptions.save_in(0.0)
-    assert [interruptions.wish(), interruptions.wish()] == [Wish.GO_ON, Wish.SAVE]
+    assert [interruptions.poll(), interruptions.poll()] == [StopRequest.NONE, StopRequest.SAVE]
     interruptions.saved()
-    assert [interruptions.wish(), interruptions.wish()] == [Wish.GO_ON, Wish.GO_ON]
+    assert [interruptions.poll(), interruptions.poll()] == [StopRequest.NONE, StopRequest.NONE]
 
 
 def test_a_failed_save_is_wished_for_again_after_its_time():
   interruptions = Interruptions(make_mesh(MeshConfig(1, 1)))
-  assert interruptions.wish() == Wish.GO_ON
+  assert interruptions.poll() == StopRequest.NONE
   interruptions.save_in(0.05)
-  assert interruptions.wish() == Wish.GO_ON
+  assert interruptions.poll() == StopRequest.NONE
   time.sleep(0.06)
-  assert interruptions.wish() == Wish.SAVE
+  assert interruptions.poll() == StopRequest.SAVE
   interruptions.saved()
-  assert interruptions.wish() == Wish.GO_ON
+  assert interruptions.poll() == StopRequest.NONE
 
 
 @pytest.fixture
@@ -201,7 +201,7 @@ def test_a_notice_ends_a_run_as_a_signal_does(settings, cache, tmp_path, cloud, 
   monkeypatch.setenv('GCE_METADATA_HOST', host)
   slower = loop._Loop._after_step
   monkeypatch.setattr(loop._Loop, '_after_step', lambda self, last: (time.sleep(0.2), slower(self, last))[1])
-  assert train(settings, options(tmp_path, cache)) == TO_BE_CONTINUED
+  assert train(settings, options(tmp_path, cache)) == REQUEUE_EXIT_CODE
   assert 'Google Cloud takes the machine back: saved step' in capsys.readouterr().err
 
 
@@ -211,7 +211,7 @@ def test_a_machine_of_no_cloud_asks_nobody():
 
 def test_two_runs_do_not_share_a_workdir(settings, cache, tmp_path):
   run(settings, tmp_path / 'run', cache, stop_at=2)
-  with alone(tmp_path / 'run'), pytest.raises(UserError, match=rf'no other run works in; in this one is process {os.getpid()} on '):
+  with lock(tmp_path / 'run'), pytest.raises(UserError, match=rf'no other run works in; in this one is process {os.getpid()} on '):
     train(settings, options(tmp_path / 'run', cache))
   assert records(tmp_path / 'run')[-1]['step'] == 2
   assert run(settings, tmp_path / 'run', cache)[-1]['step'] == 8  # what a dead one left is in nobody's way

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from tiny import batch, put
 
-from gptjax.model import Place, blueprint
+from gptjax.model import Place, abstract_model
 from gptjax.training import next_token
 
 
 @pytest.mark.parametrize('mesh', ['1x1', '4x2'], indirect=True)
 @pytest.mark.parametrize('z_loss', [0.0, 0.01])
 def test_the_loss_is_of_the_models_logits_over_the_targets_that_count(z_loss, style, mesh, random_parameters):
-  plan = blueprint(dataclasses.replace(style, layers=1), 16)
+  plan = abstract_model(dataclasses.replace(style, layers=1), 16)
   rows = batch()
   parameters = random_parameters(plan)
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from gptjax.config import ModelConfig, OptimizerConfig
-from gptjax.model import blueprint
+from gptjax.model import abstract_model
 from gptjax.training import make_optimizer, schedule
 from gptjax.training.optimizer import decays, orthogonalized
 
@@ -70,7 +70,7 @@ STYLES = [
 
 @pytest.mark.parametrize('values', STYLES)
 def test_roles_follow_from_what_a_parameter_is(values):
-  plan = blueprint(ModelConfig(**values), 8)
+  plan = abstract_model(ModelConfig(**values), 8)
   for name, axes in plan.axes.items():
     matrix = len(set(axes) - {'layers'}) == 2
     assert decays(name) == matrix, name
@@ -80,7 +80,7 @@ def test_roles_follow_from_what_a_parameter_is(values):
 
 
 SHAPES = {
-  'tokens/table': (20, 16), 'positions/table': (8, 16), 'head/kernel': (16, 24), 'norm/gain': (16,), 'norm/bias': (16,),
+  'tokens/table': (20, 16), 'positions/table': (8, 16), 'lm_head/kernel': (16, 24), 'norm/gain': (16,), 'norm/bias': (16,),
   'blocks/0/mlp/up/kernel': (16, 40), 'blocks/0/mlp/up/bias': (40,), 'blocks/0/mlp_norm/gain': (16,),
   'blocks/1/mlp/down/kernel': (40, 16)}
 """One parameter of every role; the optimizers go by names."""

@@ -72,7 +72,7 @@ def test_a_step_is_done_again_where_the_data_has_moved(trained, cache, tmp_path)
 def test_a_checkpoint_is_read_tensor_by_tensor(trained):
   folder = trained / 'checkpoints' / '8'
   contents = Contents(folder)
-  assert {'step', 'parameters/tokens/table', 'watch/mean'} <= set(contents.shapes)
+  assert {'step', 'parameters/tokens/table', 'statistics/mean'} <= set(contents.shapes)
   names = list(contents.shapes)[::-1]
   found = dict(contents.read(names))
   assert list(found) == names and found['step'] == 8

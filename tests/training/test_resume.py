@@ -125,7 +125,7 @@ def test_what_does_not_make_another_run_may_change(settings, stopped, tmp_path, 
     'optimizer.warmup': 1, 'optimizer.decay': 2, 'optimizer.final_fraction': 0.0, 'optimizer.b1': 0.8,
     'optimizer.b2': 0.9, 'optimizer.eps': 1e-7, 'optimizer.momentum': 0.9, 'optimizer.weight_decay': 0.0,
     'optimizer.clip': 0.0,
-    'model.dropout': 0.0, 'model.attention': 'xla', 'model.remat': 'full', 'data.source.path': str(other), 'data.prefetch': 0}
+    'model.dropout': 0.0, 'compute.attention': 'xla', 'compute.remat': 'full', 'data.source.path': str(other), 'data.prefetch': 0}
   changed = configs.override(settings, values)
   maths = {name for name in values if name.startswith('optimizer.')} | {'steps', 'z_loss', 'model.dropout'}
   with pytest.raises(UserError, match='--accept_changes') as caught:
@@ -147,7 +147,7 @@ def test_what_does_not_make_another_run_may_change(settings, stopped, tmp_path, 
 
 
 @pytest.mark.parametrize('values, field', [
-  ({'seed': 1}, 'seed'), ({'model.layers': 2}, 'model.layers'), ({'model.scan': True}, 'model.scan'),
+  ({'seed': 1}, 'seed'), ({'model.layers': 2}, 'model.layers'), ({'compute.scan': True}, 'compute.scan'),
   ({'model.vocab_size': 64}, 'model.vocab_size'), ({'data.context': 8}, 'data.context'),
   ({'data.valid_fraction': 0.2}, 'data.valid_fraction'), ({'data.isolate_documents': False}, 'data.isolate_documents'),
   ({'data.tokenizer.kind': 'bytes'}, 'data.tokenizer.kind'), ({'optimizer.name': 'adamw'}, 'optimizer.name'),

@@ -59,8 +59,8 @@ def test_all_weights_come_and_nothing_else(settings, source, cache, weights, tmp
 
 @pytest.mark.parametrize('mesh, zero_stage', [(MeshConfig(1, 1), 0), (MeshConfig(4, 2), 3)])
 def test_layers_may_be_stacked_or_not_and_lie_anywhere(mesh, zero_stage, settings, source, cache, weights):
-  changed = configs.override(settings, {'init_from': str(source), 'model.scan': True, 'zero_stage': zero_stage, 'batch_size': 8,
-                                        'mesh.whole': 1.0})
+  changed = configs.override(settings, {'init_from': str(source), 'compute.scan': True, 'zero_stage': zero_stage, 'batch_size': 8,
+                                        'mesh.max_unsharded': 1.0})
   state, _ = begun(changed, cache, mesh)
   for name, value in state.parameters.items():
     one_by_one = [weights[name.replace('blocks/', f'blocks/{i}/')] for i in range(3)] if name.startswith('blocks/') else weights[name]
@@ -69,7 +69,7 @@ def test_layers_may_be_stacked_or_not_and_lie_anywhere(mesh, zero_stage, setting
 
 @pytest.mark.parametrize('mesh, scan', [(MeshConfig(1, 1), False), (MeshConfig(4, 2), True)])
 def test_what_fits_comes_and_the_rest_is_fresh(mesh, scan, settings, source, cache, weights):
-  values = {'model.layers': 2, 'model.vocab_size': 49, 'data.context': 32, 'model.scan': scan, 'mesh.whole': 1.0, 'batch_size': 8}
+  values = {'model.layers': 2, 'model.vocab_size': 49, 'data.context': 32, 'compute.scan': scan, 'mesh.max_unsharded': 1.0, 'batch_size': 8}
   changed = configs.override(settings, values | {'init_from': str(source)})
   with pytest.raises(UserError, match='^init_from: .*init_partial for what there is: (.*tokens/table|blocks)'):
     begun(changed, cache, mesh)

@@ -10,7 +10,7 @@ import pytest
 from tiny import batch, put, trainer
 
 from gptjax.config import ModelConfig, OptimizerConfig
-from gptjax.model import Place, blueprint
+from gptjax.model import Place, abstract_model
 
 # Loss and gradient norm of the first three steps. A change of the initialization, the model, the loss or the optimizer
 # moves them. Where that is what you wanted, paste the figures that the failing test prints, and say so in the commit.
@@ -47,7 +47,7 @@ def test_the_gradient_is_of_the_mean_over_all_targets(shallow, one_device):
   after, metrics = step(state, put(rows))
 
   def mean_loss(parameters, rows):
-    logits = blueprint(shallow, 16).merge(parameters)(rows['tokens'], Place(rows['positions'], rows['segments']))
+    logits = abstract_model(shallow, 16).merge(parameters)(rows['tokens'], Place(rows['positions'], rows['segments']))
     picked = jnp.sum(jax.nn.log_softmax(logits) * jax.nn.one_hot(rows['targets'], logits.shape[-1]), -1)
     return -jnp.sum(picked * rows['mask']) / rows['mask'].sum()
 

@@ -28,11 +28,11 @@ def follow(name: str, fields: dict[str, Any]) -> dict[str, float]:
 
   from gptjax.inference import Decoder, Sampling, decoding
   from gptjax.interop import FAMILIES, Fields
-  from gptjax.model import blueprint
+  from gptjax.model import abstract_model
 
   mesh = jax.sharding.get_mesh()
   config, context = FAMILIES[name].read(Fields(fields))
-  plan = blueprint(config, context)
+  plan = abstract_model(config, context)
   rng = np.random.default_rng(0)
   gain = lambda name: name.endswith('gain') and config.norm != 'rmsnorm1p'
   # Smaller in tables than in blocks: a tied model would only repeat its last id.

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gptjax.checkpoint.manifest import damage
+from gptjax.checkpoint.manifest import verify
 from tools.bars.kept_state import kept, same
 from tools.bars.record import CLOCK, python
 from tools.bars.training import shakespeare
@@ -80,7 +80,7 @@ def committed(workdir: Path) -> list[int]:
 
 def whole(workdir: Path) -> list[int]:
   """Those that are as they were written, every file by its checksum."""
-  return [step for step in committed(workdir) if not damage(workdir / 'checkpoints' / str(step))]
+  return [step for step in committed(workdir) if not verify(workdir / 'checkpoints' / str(step))]
 
 
 def lost(workdir: Path, seen: list[int]) -> list[int]:

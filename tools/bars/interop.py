@@ -16,7 +16,7 @@ from gptjax.interop import FAMILIES, Fields
 from gptjax.interop.folders import Writer, read_tensors
 from gptjax.interop.matching import match, raw
 from gptjax.interop.tensor_files import DTYPES, Entry, create, fill
-from gptjax.model import blueprint
+from gptjax.model import abstract_model
 from tools.bars.record import Result, bar, given, python
 
 _DECODER = {'vocab_size': 50261, 'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 3, 'num_attention_heads': 4,
@@ -30,7 +30,7 @@ def make_folder(folder: Path, family: str, fields: dict[str, Any], dtype: str = 
   kind = FAMILIES[family]
   values = {'architectures': [kind.architecture], 'model_type': family, **fields}
   model, context = kind.read(Fields(values))
-  matched = match(kind, blueprint(model, context), context)
+  matched = match(kind, abstract_model(model, context), context)
   folder.mkdir(parents=True)
   (folder / 'config.json').write_text(json.dumps(values | {'transformers_version': '4.40.0', 'something': [1, None]}))
   for name in ('encoder.json', 'vocab.bpe'):

@@ -33,16 +33,16 @@ def main(config: configs.Config) -> int:
     _keep(f'restored-{step}', state)
     return state, progress
 
-  batches, place = itertools.count(), loop.place_rows
+  batches, place = itertools.count(), loop.put_rows
 
   def place_and_tell(mesh, batch, size):
     placed, number = place(mesh, batch, size), next(batches)
-    with Path(flags.FLAGS.workdir, f'rows.{process_group().group.process}').open('a' if number else 'w') as file:
+    with Path(flags.FLAGS.workdir, f'rows.{process_group().index}').open('a' if number else 'w') as file:
       file.writelines(f'{number} {row} {digest}\n' for row, digest in digests(placed))
     return placed
 
   Checkpoints.save, Checkpoints.restore = keep_and_save, restore_and_keep
-  loop.place_rows = place_and_tell
+  loop.put_rows = place_and_tell
   return train.main(config)
 
 
@@ -54,7 +54,7 @@ def _keep(name: str, state) -> None:
       if shard.replica_id == 0:
         where = [index.indices(size)[:2] for index, size in zip(shard.index, leaf.shape)]
         parts[json.dumps([jax.tree_util.keystr(path), leaf.shape, where])] = np.asarray(shard.data)
-  np.savez(Path(flags.FLAGS.workdir, f'{name}.{process_group().group.process}.npz'), **parts)
+  np.savez(Path(flags.FLAGS.workdir, f'{name}.{process_group().index}.npz'), **parts)
 
 
 def kept(workdir: Path, name: str, processes: int) -> dict[str, np.ndarray]:

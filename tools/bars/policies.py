@@ -98,7 +98,7 @@ def disturbance(where: str, config: Config, cache: Path):
     return mock.patch.object(loop._Loop, '_after_step', _erring(loop._Loop._after_step))
   tokens = _batch(config, cache)
   if where == 'batch':
-    place = loop.place_rows
+    place = loop.put_rows
 
     def spoiled(mesh, batch, size):
       if (batch['tokens'] == tokens).all():
@@ -107,7 +107,7 @@ def disturbance(where: str, config: Config, cache: Path):
         batch = batch | {'mask': mask}
       return place(mesh, batch, size)
 
-    return mock.patch.object(loop, 'place_rows', spoiled)
+    return mock.patch.object(loop, 'put_rows', spoiled)
   return mock.patch.object(resolving, 'next_token', lambda z_loss: _with_bad_gradient(int(tokens.sum())))
 
 

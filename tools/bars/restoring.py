@@ -30,7 +30,7 @@ _TARGETS = [(1, 1, 1, 0, 1), (2, 2, 1, 3, 1), (4, 4, 1, 1, 1), *((8, 8, 1, stage
 def restores(folder: Path) -> Result:
   flags = recipe(folder, '--config.model.layers=2', '--config.model.width=64', '--config.model.heads=8', '--config.model.kv_heads=2',
                  '--config.model.mlp_width=171', '--config.model.positions=rope', '--config.model.norm=rmsnorm',
-                 '--config.model.mlp=swiglu', '--config.batch_size=16', '--config.eval.every=0', '--config.mesh.whole=1', '--stop_at=20')
+                 '--config.model.mlp=swiglu', '--config.batch_size=16', '--config.eval.every=0', '--config.mesh.max_unsharded=1', '--stop_at=20')
   worst, wrong, arrays, rows = 0.0, [], 0, 0
   for name, how in _SOURCES.items():
     source = folder / name.replace(' ', '-')

@@ -49,7 +49,7 @@ LARGE = Config(
 @bar
 def tpu_program(folder: Path) -> Result:
   from gptjax import planning
-  from gptjax.model import blueprint
+  from gptjax.model import abstract_model
   from gptjax.planning.program import abstract_mesh, compile_step
   _on_cpu()
   topology = planning.parse('v5p:2x2x4')
@@ -80,7 +80,7 @@ def tpu_program(folder: Path) -> Result:
     temporaries, = re.findall(r'^allocation \d+: size (\d+), preallocated-temp', assigned.read_text(), re.MULTILINE)
     # Each layer leaves its input, in the compute type, for the backward pass; its gradients, shared out, are state by the paper's count.
     activations = layers * config.batch_size * config.data.context / config.mesh.data * config.model.width * 2
-    plan, mesh = blueprint(config.model, config.data.context), abstract_mesh(topology.mesh_sizes(config))
+    plan, mesh = abstract_model(config.model, config.data.context), abstract_mesh(topology.mesh_sizes(config))
     gradients = 4 * sum(math.prod(place.shard_shape(plan.shapes[name].shape)) for name, place in plan.shardings(3, mesh).items())
     return float(temporaries), activations, gradients
 
@@ -170,10 +170,10 @@ def bad_mesh(folder: Path) -> Result:
     'microbatches': (train + ['--config.batch_size=24', '--config.microbatches=2'],
                      'batch_size: 24, expected: a multiple of mesh.data=8 * microbatches=2: 16 or 32'),
     'too much whole': (train + ['--config.model.mlp_width=511', '--config.mesh.model=2', '--config.batch_size=16'],
-                       'mesh.whole: 0.02, expected: at least 0.6'),
+                       'mesh.max_unsharded: 0.02, expected: at least 0.6'),
     'stage': (train + ['--config.zero_stage=4'], 'zero_stage: 4, expected: 0, 1, 2 or 3'),
-    'kernel': (train + ['--config.model.attention=splash', '--config.batch_size=16'],
-               "model.attention: 'splash', expected: auto, blocks, xla on a cpu"),
+    'kernel': (train + ['--config.compute.attention=splash', '--config.batch_size=16'],
+               "compute.attention: 'splash', expected: auto, blocks, xla on a cpu"),
     'topology': (plan + ['--topology=v5q:4x4'], "--topology: 'v5q:4x4', expected:"),
     'topology and mesh': (plan + ['--topology=v5e:4x4'], 'mesh.data: 256, expected: -1 or 16'),
     'stray process': (train + ['--processes=2', '--process=2', '--coordinator=localhost:51790'], '--process: 2, expected:'),

@@ -26,7 +26,7 @@ def follow(case: str, mesh: tuple[int, int], stage: int, microbatches: int, scan
   """Loss and gradient norm of every step."""
   import jax
 
-  from gptjax.model import blueprint
+  from gptjax.model import abstract_model
   from gptjax.sharding import make_mesh, place
   from gptjax.training import initializer, make_optimizer, next_token, schedule, train_step
 
@@ -36,7 +36,7 @@ def follow(case: str, mesh: tuple[int, int], stage: int, microbatches: int, scan
   durations = {'steps': 100, 'warmup': 2, 'decay': 0}
   with jax.set_mesh(make_mesh(MeshConfig(*mesh))) as _:
     devices = jax.sharding.get_mesh()
-    plan, optimizer = blueprint(model, CONTEXT), make_optimizer(settings, **durations)
+    plan, optimizer = abstract_model(model, CONTEXT), make_optimizer(settings, **durations)
     state = initializer(plan, optimizer, stage, devices, 0)()
     step = train_step(plan, next_token(), optimizer, schedule(settings, settings.peak_lr, **durations), zero_stage=stage,
                       mesh=devices, microbatches=microbatches, seed=0)

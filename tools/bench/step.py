@@ -47,7 +47,7 @@ def our_step(shape: Shape) -> Callable[[np.ndarray], float]:
   from gptjax import model, sharding, training
 
   jax.set_mesh(mesh := sharding.make_mesh(configs.MeshConfig()))
-  plan = model.blueprint(configs.ModelConfig(layers=shape.layers, width=shape.width, heads=shape.heads,
+  plan = model.abstract_model(configs.ModelConfig(layers=shape.layers, width=shape.width, heads=shape.heads,
                                              vocab_size=shape.vocab, vocab_multiple=1), shape.context)
   optimizer_config = configs.OptimizerConfig(peak_lr=1e-4, schedule='constant', warmup=0)
   durations = {'steps': 1000, 'warmup': 0, 'decay': 0}

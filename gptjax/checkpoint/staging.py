@@ -15,7 +15,7 @@ import numpy as np
 from gptjax.data import cores
 
 
-class Aside:
+class HostStaging:
   """Memory for one copy of a state; the next one is written over it."""
 
   def __init__(self) -> None:

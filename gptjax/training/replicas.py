@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from gptjax.sharding import AXES
+from gptjax.config import AXIS_NAMES
 
 _FINITE = ('parameters/', 'optimizer/')
 """What must be; the variance of a loss may overflow."""
 
 
-def state_check(state: Any, mesh: Mesh) -> Callable[[Any], str]:
+def replica_check(state: Any, mesh: Mesh) -> Callable[[Any], str]:
   """A function of a state: which devices do not hold what most others hold of an array, or what is not finite; '' where all is well.
 
   No good step leaves a parameter or a moment that is not finite, so a device or the memory did.
@@ -34,11 +34,11 @@ def state_check(state: Any, mesh: Mesh) -> Callable[[Any], str]:
 
   def local(*parts):
     finite = [_finite(part) if path.startswith(_FINITE) else jnp.uint32(1) for path, part in zip(paths, parts)]
-    return jnp.stack([jnp.stack([digest(part) for part in parts]), jnp.stack(finite)])[None, None, None]
+    return jnp.stack([jnp.stack([digest(part) for part in parts]), jnp.stack(finite)])[(None,) * len(AXIS_NAMES)]
 
   @jax.jit
   def facts(state):
-    every = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(*AXES, None, None), check_vma=False)
+    every = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(*AXIS_NAMES, None, None), check_vma=False)
     return jax.reshard(every(*jax.tree.leaves(state)), PartitionSpec())
 
   def check(state: Any) -> str:
@@ -61,10 +61,10 @@ def _digest(part: jax.Array) -> jax.Array:
 
 
 def _deviating(digests: np.ndarray, spec: PartitionSpec, mesh: Mesh) -> str:
-  """The devices whose digest [replica, data, model] of an array is not that of most copies of the same part."""
+  """The devices whose digest (one per device of the mesh) of an array is not that of most copies of the same part."""
   split = {name for axes in spec if axes is not None for name in ((axes,) if isinstance(axes, str) else axes)}
-  whole = [i for i, name in enumerate(AXES) if name not in split]
-  grouped = lambda x: np.moveaxis(x, whole, range(3 - len(whole), 3)).reshape(-1, int(np.prod([x.shape[i] for i in whole])))
+  copied = [i for i, name in enumerate(AXIS_NAMES) if name not in split]
+  grouped = lambda x: np.moveaxis(x, copied, range(x.ndim - len(copied), x.ndim)).reshape(-1, int(np.prod([x.shape[i] for i in copied])))
   wrong = []
   for values, devices in zip(grouped(digests), grouped(mesh.devices)):
     different, counts = np.unique(values, return_counts=True)

@@ -16,7 +16,7 @@ _PAUSE = 0.01
 _PIECE = 2**20
 
 
-class Following:
+class StreamingChecksums:
   """Follows the files that this process writes into one checkpoint; a context, inside of which they grow.
 
   Args:
@@ -35,7 +35,7 @@ class Following:
     """By inode the size and the digest of what was read, when the writer has ended."""
     return {inode: (file.read, file.digest.hexdigest()) for inode, file in self._files.items()}
 
-  def __enter__(self) -> 'Following':
+  def __enter__(self) -> 'StreamingChecksums':
     self._thread.start()
     return self
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 from gptjax.checkpoint import Checkpoints, Progress, Retention, manifest
-from gptjax.checkpoint.following import Following
+from gptjax.checkpoint.checksums import StreamingChecksums
 
 SIZE = 3 * 2**20 + 5
 
@@ -38,7 +38,7 @@ def resident(path: Path) -> int:
 def test_a_growing_file_has_the_digest_of_the_whole(tmp_path):
   mine, other = folder(tmp_path), folder(tmp_path, 1)
   shutil.copyfile(sys.executable, other / 'of-another-process')
-  with Following(tmp_path / '7.saving', 0) as followed, (mine / 'data').open('wb') as file:
+  with StreamingChecksums(tmp_path / '7.saving', 0) as followed, (mine / 'data').open('wb') as file:
     for piece in range(6):
       file.write(os.urandom(SIZE + piece))
       file.flush()
@@ -52,7 +52,7 @@ def test_what_was_read_does_not_stay_in_memory(tmp_path):
   mine = folder(tmp_path)
   if subprocess.run(['stat', '-f', '-c', '%T', tmp_path], capture_output=True, text=True).stdout.strip() == 'tmpfs':
     pytest.skip('this file system is memory')
-  with Following(tmp_path / '7.saving', 0), (mine / 'data').open('wb') as file:
+  with StreamingChecksums(tmp_path / '7.saving', 0), (mine / 'data').open('wb') as file:
     file.write(bytes(SIZE))
     file.flush()
     os.fsync(file.fileno())
@@ -67,7 +67,7 @@ def test_a_save_reads_no_array_once_more(tmp_path, monkeypatch):
     checkpoints.save(Progress(3), {'a': jnp.arange(2**20, dtype=jnp.float32)}, None)
   assert sum(read) < 2**16  # the array has 2**22 bytes
   saved = tmp_path / 'checkpoints' / '3'
-  assert not manifest.damage(saved)
+  assert not manifest.verify(saved)
   files = json.loads((saved / 'manifest.json').read_text())['files']
   assert {name: [(saved / name).stat().st_size, digest(saved / name)] for name in files} == files
 
@@ -75,11 +75,11 @@ def test_a_save_reads_no_array_once_more(tmp_path, monkeypatch):
 def test_a_file_that_changed_after_it_was_read_is_read_again(tmp_path):
   mine = folder(tmp_path)
   path, whole = mine / 'data', tmp_path / '7.saving.for-now'
-  with Following(tmp_path / '7.saving', 0) as followed:
+  with StreamingChecksums(tmp_path / '7.saving', 0) as followed:
     path.write_bytes(b'a part')
   path.write_bytes(b'all of it')
-  manifest.seal(whole, {}, followed.found)
-  assert not manifest.damage(whole)
+  manifest.write_manifest(whole, {}, followed.found)
+  assert not manifest.verify(whole)
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='a priority is of the whole process')

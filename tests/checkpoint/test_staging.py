@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.checkpoint import Checkpoints, Progress, Retention
-from gptjax.checkpoint.aside import Aside
+from gptjax.checkpoint.staging import HostStaging
 
 
 def state(mesh, seed):
@@ -22,17 +22,17 @@ def state(mesh, seed):
 
 @pytest.mark.parametrize('mesh', ['1x1', '4x2'], indirect=True)
 def test_a_copy_outlives_its_state_and_takes_the_same_memory_each_time(mesh):
-  aside, places = Aside(), []
+  staging, places = HostStaging(), []
   step = jax.jit(lambda x: jax.tree.map(lambda leaf: leaf * 2, x), donate_argnums=0)
   for seed in (0, 1):
     one = state(mesh, seed)
     one = step({name: value for name, value in one.items() if name != 'host'}) | {'host': one['host']}  # made by a step, as in a run
     expected = jax.tree.map(np.array, one)
     if not seed:
-      aside.reserve(one)()
-      places.append([memory.ctypes.data for memory in aside._memory.values()])
+      staging.reserve(one)()
+      places.append([memory.ctypes.data for memory in staging._memory.values()])
     host = one.pop('host')
-    copied = aside.copy(one | {'host': host})
+    copied = staging.copy(one | {'host': host})
     addresses = [shard.data.unsafe_buffer_pointer() for shard in one['split'].addressable_shards]
     new = step(one)
     assert [shard.data.unsafe_buffer_pointer() for shard in new['split'].addressable_shards] == addresses  # donated, not taken
@@ -47,13 +47,13 @@ def test_a_copy_outlives_its_state_and_takes_the_same_memory_each_time(mesh):
 
 
 def test_a_save_waits_until_its_memory_is_there(tmp_path, monkeypatch):
-  reserve, values = Aside.reserve, jnp.arange(1, 65, dtype=jnp.float32)
+  reserve, values = HostStaging.reserve, jnp.arange(1, 65, dtype=jnp.float32)
 
   def slowly(self, state):
     touch = reserve(self, state)
     return lambda: [time.sleep(0.5), touch()][1]
 
-  monkeypatch.setattr(Aside, 'reserve', slowly)
+  monkeypatch.setattr(HostStaging, 'reserve', slowly)
   with Checkpoints(tmp_path / 'checkpoints', Retention()) as checkpoints:
     checkpoints.prepare({'a': values})
     checkpoints.save(Progress(3), {'a': values}, None)

@@ -1,0 +1,75 @@
+"""The table of mesh axes: what each one divides, and over which network. Mesh, sharding rules, checks, plans and reports read it.
+
+A new axis is a row here, and a module of gptjax/sharding/ where it needs communication of its own.
+"""
+
+import dataclasses
+from typing import Any
+
+from gptjax.config.checks import at_least
+from gptjax.config.errors import UserError
+
+REST = -1
+"""Size of an axis that takes all devices which the other axes leave."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshAxis:
+  """One axis of the device mesh."""
+
+  name: str
+  default: int
+  """its size in MeshConfig"""
+  help: str
+  """help text of its field"""
+  rows: bool = False
+  """whether it divides the batch: devices along it process different rows"""
+  state: bool = False
+  """whether ZeRO shards parameters, gradients and optimizer state along it"""
+  matrices: bool = False
+  """whether it splits matrix products (tensor parallelism)"""
+  leaves_slices: bool = False
+  """whether it may cross the network between TPU slices, or between nodes; others do only if no axis that may is left"""
+
+
+AXES = (
+  MeshAxis('replica', 1, 'groups of devices that each hold the complete state and process different rows of the batch, over the slower '
+           'network (between TPU slices)', rows=True, leaves_slices=True),
+  MeshAxis('data', REST, 'devices of a group that process different rows of the batch; zero_stage shards state over them; -1: all that '
+           'the other axes leave', rows=True, state=True),
+  MeshAxis('model', 1, 'devices that split each matrix (tensor parallelism)', matrices=True),
+)
+"""From the slowest network to the fastest."""
+
+AXIS_NAMES = tuple(axis.name for axis in AXES)
+ROW_AXES = tuple(axis.name for axis in AXES if axis.rows)
+"""Axes that divide the rows of a batch. The train step is manual over them."""
+(STATE_AXIS,) = (axis.name for axis in AXES if axis.state)
+(MATRIX_AXIS,) = (axis.name for axis in AXES if axis.matrices)
+
+_Sizes: Any = dataclasses.make_dataclass('_Sizes', [
+  (axis.name, int, dataclasses.field(default=axis.default, metadata={'help': axis.help}))
+  for axis in sorted(AXES, key=lambda axis: axis.leaves_slices)], frozen=True)  # the axes that are set most often come first
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig(_Sizes):
+  """How devices are arranged."""
+
+  max_unsharded: float = 0.02
+  """largest fraction of the parameters' bytes that may stay unsharded although a mesh axis should split them"""
+
+  def __post_init__(self):
+    for name, size in self.sizes.items():
+      if size != REST:
+        at_least('mesh.', self, 1, name)
+    rest = [name for name, size in self.sizes.items() if size == REST]
+    if len(rest) > 1:
+      raise UserError(f'mesh.{rest[1]}', REST, f'a size, since mesh.{rest[0]} is -1 already')
+    if not 0 <= self.max_unsharded <= 1:
+      raise UserError('mesh.max_unsharded', self.max_unsharded, '0 to 1')
+
+  @property
+  def sizes(self) -> dict[str, int]:
+    """Size of each axis, in the table's order."""
+    return {name: getattr(self, name) for name in AXIS_NAMES}

@@ -1,0 +1,80 @@
+"""Rows of a batch: which of them a process loads and a device computes, and the region of a program in which rows are local."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
+
+from gptjax.config import MATRIX_AXIS, ROW_AXES
+from gptjax.sharding.mesh import AnyMesh
+
+ROWS = PartitionSpec(ROW_AXES)
+"""Of an array whose first dimension is the rows of a batch."""
+
+
+def local_rows(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+  """Runs a function on each device's own rows: it is manual over the axes that divide rows and explicit over the one that splits matrices.
+
+  Inside, arrays have the shapes of one device's rows, and what the function does not exchange itself is not exchanged. Its check
+  of replication is off, because arrays' types drop mesh axes of size 1 while the axis names of a `psum` do not.
+  """
+  return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names={*ROW_AXES}, check_vma=False)
+
+
+def local_matrices(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+  """Runs a function on each device's own part of matrices, inside `local_rows` or where rows are not divided."""
+  return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names={MATRIX_AXIS}, check_vma=False)
+
+
+def local(spec: PartitionSpec) -> PartitionSpec:
+  """The part of a spec that the region of `local_rows` is manual over."""
+  def kept(names):
+    names = tuple(name for name in (names if isinstance(names, tuple) else (names,)) if name in ROW_AXES)
+    return names if len(names) > 1 else names[0] if names else None
+  return PartitionSpec(*map(kept, spec))
+
+
+def row_groups(mesh: AnyMesh) -> int:
+  """Into how many groups of rows the mesh divides a batch."""
+  return int(np.prod([mesh.shape[name] for name in ROW_AXES]))
+
+
+def row_numbers(count: int) -> Int[Array, 'B']:
+  """Inside `local_rows`: the places in the batch of this device's `count` rows."""
+  group = jnp.int32(0)
+  for name in ROW_AXES:
+    group = group * jax.lax.axis_size(name) + jax.lax.axis_index(name)
+  return group * count + jnp.arange(count)
+
+
+def sum_over_rows(tree: Any, axes: tuple[str, ...] = ROW_AXES) -> Any:
+  """Inside `local_rows`: the sums of all devices' arrays. Axes of size 1 cost nothing."""
+  axes = tuple(name for name in axes if jax.lax.axis_size(name) > 1)
+  return jax.tree.map(lambda x: jax.lax.psum(x, axes), tree) if axes else tree
+
+
+def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+  """Which rows [n] of a batch the devices of this process compute, in order."""
+  rows, sharding = np.arange(batch_size), NamedSharding(mesh, ROWS)
+  return np.unique(np.concatenate([rows[index] for index in sharding.addressable_devices_indices_map((batch_size,)).values()]))
+
+
+def put_rows(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
+  """Puts the rows of `process_rows` [n, T] on the mesh, as this process's part of arrays [batch_size, T]."""
+  sharding = NamedSharding(mesh, ROWS)
+  if sharding.is_fully_addressable:
+    return jax.device_put(batch, sharding)
+  mine = process_rows(mesh, batch_size)
+
+  def put(values: np.ndarray) -> jax.Array:
+    def part(index):
+      first, stop, _ = index[0].indices(batch_size)
+      at = int(np.searchsorted(mine, first))
+      return values[at:at + stop - first]
+    return jax.make_array_from_callback((batch_size, *values.shape[1:]), sharding, part)
+
+  return jax.tree.map(put, batch)

@@ -1,0 +1,164 @@
+"""ZeRO (arXiv:1910.02054) inside the region of `local_rows`: weights that are gathered where they are read, and gradients that are reduced.
+
+Stages 0 and 1 add up the gradients of all microbatches locally and reduce them once per step: all-reduce at stage 0, reduce-scatter at
+stage 1. Stage 2 reduce-scatters with every microbatch, so that only a shard of the sum is kept. Stage 3 does so too, and gathers
+each weight where a layer reads it, forward and backward.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from gptjax.config import ROW_AXES, STATE_AXIS
+from gptjax.sharding.rows import local, local_matrices, sum_over_rows
+from gptjax.sharding.rules import ParameterSpecs, Shard
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=('value', 'accumulator'), meta_fields=('shard',))
+@dataclasses.dataclass(frozen=True)
+class Weight:
+  """A parameter as a device has it in the step: complete, or a shard of it."""
+
+  value: Array
+  accumulator: Array | None = None
+  """zeros, float32, of which only type and shape count: the gradient is taken with respect to them, because a gradient has the shape
+  and dtype of its variable; None: it is taken with respect to `value`"""
+  shard: Shard | None = None
+  """how the variable of the gradient is cut; None: it is complete"""
+
+  @property
+  def variable(self) -> Array:
+    """What the gradient is taken with respect to."""
+    return self.value if self.accumulator is None else self.accumulator
+
+  def with_variable(self, variable: Array) -> 'Weight':
+    """The same weight as a function of that."""
+    return dataclasses.replace(self, **{'value' if self.accumulator is None else 'accumulator': variable})
+
+  def read(self, dtype: str) -> Array:
+    """The complete weight in a dtype; gathered in that dtype where `value` is a shard."""
+    value = self.value.astype(dtype)
+    return gather(value, self.shard) if self.shard and self.accumulator is None else value
+
+  def barrier(self) -> 'Weight':
+    """The same weight, from which the compiler may reuse nothing that it has read before."""
+    return dataclasses.replace(self, value=jax.lax.optimization_barrier(self.value))
+
+  def cotangent(self, gradient: Float[Array, '...']) -> 'Weight':
+    """What a backward pass returns for this weight, from this device's gradient of the complete one."""
+    gradient = scatter(gradient.astype(jnp.float32), self.shard) if self.shard else gradient.astype(jnp.float32)
+    if self.accumulator is None:
+      return dataclasses.replace(self, value=gradient)
+    return dataclasses.replace(self, value=jnp.zeros_like(self.value), accumulator=gradient)  # nobody asks for that of `value`
+
+
+def as_weight(value: Array | Weight) -> Weight:
+  """A parameter outside the step is complete."""
+  return value if isinstance(value, Weight) else Weight(value)
+
+
+def gather(x: Array, shard: Shard) -> Array:
+  """All shards of a weight, one after the other."""
+  return _joined(jax.lax.all_gather(x, STATE_AXIS, axis=x.ndim + shard.dim, tiled=True), shard)
+
+
+def scatter(x: Array, shard: Shard) -> Array:
+  """This device's shard of the sum of all devices' gradients: the transpose of `gather`."""
+  x = _cut(x, shard)
+  split = jax.typeof(x).sharding.spec
+  # JAX cannot lower a reduce-scatter of an array that an explicit axis splits: it becomes manual, too.
+  run = local_matrices(lambda x: jax.lax.psum_scatter(x, STATE_AXIS, scatter_dimension=x.ndim + shard.dim, tiled=True), split, split)
+  return run(x)
+
+
+def _cut(x: Array, shard: Shard) -> Array:
+  """A dimension n that tensor parallelism splits first is viewed as (parts, n / parts), so that ZeRO cuts each part."""
+  if shard.parts == 1:
+    return x
+  dim, split = x.ndim + shard.dim, jax.typeof(x).sharding.spec
+  names = split[dim] if isinstance(split[dim], tuple) else (split[dim], None)
+  shape = (*x.shape[:dim], shard.parts, x.shape[dim] // shard.parts, *x.shape[dim + 1:])
+  return jax.lax.reshape(x, shape, out_sharding=PartitionSpec(*split[:dim], *names, *split[dim + 1:]))
+
+
+def _joined(x: Array, shard: Shard) -> Array:
+  """The reverse of `_cut`."""
+  if shard.parts == 1:
+    return x
+  dim, split = x.ndim + shard.dim, jax.typeof(x).sharding.spec
+  names = split[dim - 1] if split[dim] is None else (split[dim - 1], split[dim])
+  shape = (*x.shape[:dim - 1], x.shape[dim - 1] * x.shape[dim], *x.shape[dim + 1:])
+  return jax.lax.reshape(x, shape, out_sharding=PartitionSpec(*split[:dim - 1], names, *split[dim + 1:]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Zero:
+  """One stage of ZeRO for the parameters of a model: how they enter the region of `local_rows`, and how gradients leave it."""
+
+  stage: int
+  specs: Mapping[str, ParameterSpecs]
+  dtypes: Mapping[str, str]
+  """in which matrix products read each parameter"""
+
+  def enter(self, parameters: Mapping[str, Array]) -> dict[str, Array]:
+    """The arrays that the region takes in place of parameters; stages 1 and 2 gather them here, once per step."""
+    if self.stage in (1, 2):
+      return {name: jax.reshard(p.astype(self.dtypes[name]), self.specs[name].compute) for name, p in parameters.items()}
+    return {name: self._view(name, p) for name, p in parameters.items()}
+
+  @property
+  def in_specs(self) -> dict[str, PartitionSpec]:
+    """Their specs."""
+    return {name: self._local(name, specs.stored if self.stage == 3 else specs.compute) for name, specs in self.specs.items()}
+
+  def weights(self, entered: Mapping[str, Array], differentiated: bool = True) -> dict[str, Weight]:
+    """Inside the region: what the model reads."""
+    if self.stage in (0, 3) or not differentiated:
+      return {name: Weight(value, shard=self.specs[name].shard if self.stage == 3 else None) for name, value in entered.items()}
+
+    def weight(name: str, value: Array) -> Weight:
+      shard = self.specs[name].shard if self.stage == 2 else None
+      zeros = jnp.zeros(value.shape, jnp.float32, out_sharding=jax.typeof(value).sharding.spec)
+      return Weight(value, _first(zeros, shard) if shard else zeros, shard)
+    return {name: weight(name, value) for name, value in entered.items()}
+
+  def reduce(self, gradients: Mapping[str, Float[Array, '...']]) -> dict[str, Array]:
+    """Inside the region, once per step: the sums over all devices, of which each keeps what its optimizer state is for."""
+    def reduced(name, gradient):
+      shard = self.specs[name].shard
+      if shard is None:
+        return sum_over_rows(gradient)
+      gradient = gradient if self.stage >= 2 else scatter(gradient, shard)
+      return sum_over_rows(gradient, tuple(axis for axis in ROW_AXES if axis != STATE_AXIS))
+    return {name: reduced(name, gradient) for name, gradient in gradients.items()}
+
+  def out_specs(self, names: Iterable[str]) -> dict[str, PartitionSpec]:
+    """Specs of what `reduce` returns for these parameters."""
+    return {name: self._local(name, self.specs[name].optimizer) for name in names}
+
+  def leave(self, gradients: Mapping[str, Float[Array, '...']]) -> dict[str, Array]:
+    """Gradients with the shapes of the parameters, sharded as the optimizer state is."""
+    return {name: _joined(g, shard) if (shard := self.specs[name].shard) else g for name, g in gradients.items()}
+
+  def _view(self, name: str, x: Array) -> Array:
+    shard = self.specs[name].shard
+    return _cut(x, shard) if self.stage == 3 and shard else x
+
+  def _local(self, name: str, spec: PartitionSpec) -> PartitionSpec:
+    shard = self.specs[name].shard
+    if shard is None or shard.parts == 1 or not isinstance(spec[shard.dim], tuple):
+      return local(spec)
+    dim = len(spec) + shard.dim
+    return local(PartitionSpec(*spec[:dim], *spec[dim], *spec[dim + 1:]))
+
+
+def _first(x: Array, shard: Shard) -> Array:
+  """An array of the shape of one shard of `x`: its first one."""
+  x = _cut(x, shard)
+  dim = x.ndim + shard.dim
+  return jax.lax.slice_in_dim(x, 0, x.shape[dim] // jax.lax.axis_size(STATE_AXIS), axis=dim)
