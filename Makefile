@@ -35,7 +35,7 @@ test: .venv/dev  ## every property at its smallest, and coverage
 	$(RUN) pytest -n 3 --dist=loadfile --no-loadscope-reorder --cov --cov-report=term
 
 bars: .venv/parity  ## every bar at full size; writes docs/bars.md (DATA=FOLDER)
-	$(RUN) tools.bars --data=$(DATA)
+	$(RUN) tests.acceptance --data=$(DATA)
 
 bench: .venv/parity  ## the step beside torch's; writes docs/bench.md
 	$(RUN) tools.bench --out=docs/bench.md

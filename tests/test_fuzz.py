@@ -5,9 +5,9 @@ import pathlib
 import jax
 import pytest
 
-from tools.bars.damaged import Damage, Damages
-from tools.bars.fuzz import search
-from tools.bars.mutated import Configs, Mutated, mutated
+from tests.acceptance.damaged import Damage, Damages
+from tests.acceptance.fuzz import search
+from tests.acceptance.mutated import Configs, Mutated, mutated
 
 CACHE = pathlib.Path(__file__).parents[1] / '.jax_cache' / 'fuzz'
 

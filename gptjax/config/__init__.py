@@ -18,7 +18,7 @@ from gptjax.config.flags import (
     run,
     to_json,
 )
-from gptjax.config.mesh import AXES, AXIS_NAMES, MATRIX_AXIS, ROW_AXES, STATE_AXIS, MeshAxis, MeshConfig
+from gptjax.config.mesh import AXES, AXIS_NAMES, MATRIX_AXIS, REST_AXIS, ROW_AXES, SLICE_AXES, STATE_AXIS, MeshAxis, MeshConfig
 from gptjax.config.model import ComputeConfig, ModelConfig, RopeConfig
 from gptjax.config.schema import (
     CheckpointConfig,
@@ -39,8 +39,8 @@ from gptjax.config.schema import (
 
 __all__ = [
     'AXES', 'AXIS_NAMES', 'CheckpointConfig', 'Component', 'ComputeConfig', 'Config', 'DataConfig', 'Duration', 'EvalConfig', 'Fault',
-    'FaultsConfig', 'INT32_MAX', 'MATRIX_AXIS', 'MeshAxis', 'MeshConfig', 'ModelConfig', 'OptimizerConfig', 'Phase', 'ROW_AXES', 'RopeConfig',
-    'STATE_AXIS', 'SourceConfig', 'TokenizerConfig', 'UserError', 'ValidationSet',
+    'FaultsConfig', 'INT32_MAX', 'MATRIX_AXIS', 'MeshAxis', 'MeshConfig', 'ModelConfig', 'OptimizerConfig', 'Phase', 'REST_AXIS',
+    'ROW_AXES', 'RopeConfig', 'SLICE_AXES', 'STATE_AXIS', 'SourceConfig', 'TokenizerConfig', 'UserError', 'ValidationSet',
     'checked', 'describe', 'differences', 'docstrings', 'duration_in_steps', 'exit_stack', 'exit_status', 'flatten', 'from_json', 'in_unit_of_steps',
     'load', 'override', 'own_flags', 'read', 'run', 'to_json',
 ]

@@ -45,6 +45,9 @@ AXIS_NAMES = tuple(axis.name for axis in AXES)
 ROW_AXES = tuple(axis.name for axis in AXES if axis.rows)
 """Axes that divide the rows of a batch. The train step is manual over them."""
 (STATE_AXIS,) = (axis.name for axis in AXES if axis.state)
+(REST_AXIS,) = (axis.name for axis in AXES if axis.default == REST)
+SLICE_AXES = tuple(axis.name for axis in AXES if axis.leaves_slices)
+"""Axes that may cross the network between slices."""
 (MATRIX_AXIS,) = (axis.name for axis in AXES if axis.matrices)
 
 _Sizes: Any = dataclasses.make_dataclass('_Sizes', [

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,12 +59,11 @@ class Decoder:
 
   def __init__(self, model: AbstractModel, mesh: Mesh, forbidden: tuple[int, ...] = (), zero_stage: int = 0):
     self._mesh, self._plan = mesh, _unrolled(model)
-    self._prepare = jax.jit(functools.partial(_prepared, self._plan), out_shardings=self._plan.shardings(zero_stage, mesh))
     self._programs = _programs(self._plan, mesh, forbidden, zero_stage)
 
   def prepare(self, parameters: Parameters) -> Parameters:
     """Parameters as decoding reads them: layer by layer, transposed, in the type that computes."""
-    return self._prepare(parameters)
+    return self._programs.prepare(parameters)
 
   def __call__(self, parameters: Parameters, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int],
                most: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -122,6 +121,8 @@ class Decoder:
 class _Programs(NamedTuple):
   """The compiled functions of a decoder."""
 
+  prepare: Callable
+  """(parameters) -> parameters as the other two read them"""
   prefill: Callable
   """(parameters, rows, drawn, room=, sampling=) -> (state, first tokens)"""
   decode: Callable
@@ -134,7 +135,9 @@ def _programs(model: AbstractModel, mesh: Mesh, forbidden: tuple[int, ...], zero
   zero = model.zero(zero_stage, mesh)
   banned = np.zeros(model.config.table_rows, bool)
   banned[list(forbidden)] = True
-  state_specs = _State(ROWS, PartitionSpec(), ROWS, PartitionSpec(), ROWS, ROWS, ROWS)
+  one: Any = PartitionSpec()
+  rows_first: Any = ROWS
+  state_specs = _State(rows_first, one, rows_first, one, rows_first, rows_first, rows_first)
 
   def draw(head, hidden, state, sampling):
     logits = jax.reshard(head.logits(hidden), PartitionSpec(None, None))
@@ -176,7 +179,8 @@ def _programs(model: AbstractModel, mesh: Mesh, forbidden: tuple[int, ...], zero
   def decode(parameters, state, sampling):
     return region(decoded, (state_specs,), {'sampling': sampling})(parameters, state)
 
-  return _Programs(prefill, decode)
+  prepare = jax.jit(functools.partial(_prepared, model), out_shardings=model.shardings(zero_stage, mesh))
+  return _Programs(prepare, prefill, decode)
 
 
 def _module(model: AbstractModel, zero: Zero, entered: Parameters):
@@ -191,7 +195,8 @@ def _prepared(model: AbstractModel, parameters: Parameters) -> Parameters:
 
 def _unrolled(model: AbstractModel) -> AbstractModel:
   """The same model with its layers one by one, and kernels as few rows read them best."""
-  return abstract_model(dataclasses.replace(model.config, dropout=0.0), ComputeConfig(dtype=model.compute.dtype), model.context).transposed()
+  config, compute = dataclasses.replace(model.config, dropout=0.0), ComputeConfig(dtype=model.compute.dtype)
+  return abstract_model(config, compute, model.context).transposed()
 
 
 def _power(n: int) -> int:

@@ -31,20 +31,20 @@ class Continuation:
 class Generator:
   """Continues prompts with text.
 
-    generator = Generator(trained.blueprint, trained.mesh, tokenizer)
+    generator = Generator(trained.model, trained.mesh, tokenizer)
     weights = generator.prepare(trained.parameters)
     generator(weights, [generator.prompt('Once upon a time')], max_tokens=50)[0].text
 
   Args:
-    blueprint: of the model.
+    model: of the parameters.
     mesh: where the parameters lie.
     tokenizer: of the prompts and of the text; its end of text ends a continuation.
     zero_stage: at which `prepare` lays the parameters out; see `Decoder`.
   """
 
-  def __init__(self, blueprint: AbstractModel, mesh: Mesh, tokenizer: Tokenizer, zero_stage: int = 0):
+  def __init__(self, model: AbstractModel, mesh: Mesh, tokenizer: Tokenizer, zero_stage: int = 0):
     self.tokenizer = tokenizer
-    self._decoder = Decoder(blueprint, mesh, never_drawn(tokenizer, blueprint.config), zero_stage)
+    self._decoder = Decoder(model, mesh, never_drawn(tokenizer, model.config), zero_stage)
 
   def prepare(self, parameters: Parameters) -> Parameters:
     """Parameters as decoding reads them; worth keeping for several calls."""

@@ -41,8 +41,8 @@ Caches = tuple[Cache, ...]
 class Positions(NamedTuple):
   """Positions of the tokens of a batch, and what each of them may attend to."""
 
-  index: Int[Array, 'B T']
-  """position in its document"""
+  values: Int[Array, 'B T']
+  """position of each token in its document"""
   segments: Int[Array, 'B T'] | None = None
   """document of each token; None: a row is one document"""
   cached: Int[Array, ''] | None = None
@@ -161,11 +161,11 @@ class Attention(nnx.Module):
         return None
       return Norm(*((config.head_width, 'head_width') if config.qk_norm == 'head' else (size, axis)), config, compute, stack)
     self.q_norm, self.k_norm = norm(queries, heads), norm(keys, kv_heads)
-    self.config, self.backend = config, compute.attention
+    self.config, self.compute = config, compute
 
   def __call__(self, x: Float[Array, 'N D'], layer: int | Int[Array, ''], positions: Positions, cache: Cache | None,
                keys: PRNGKeyArray | None, rows: Rows) -> tuple[Float[Array, 'N D'], Cache | None]:
-    config, (b, t) = self.config, positions.index.shape
+    config, (b, t) = self.config, positions.values.shape
 
     def project(name, linear, norm, count, axis):
       y = checkpoint_name(linear(x), name)
@@ -179,10 +179,10 @@ class Attention(nnx.Module):
     def mix(sees_all, q, k, v):
       if config.positions == 'rope':
         frequency = frequencies(config.rope, config.head_width // 2, not sees_all)
-        q, k = rotate(q, positions.index, frequency), rotate(k, positions.index, frequency)
+        q, k = rotate(q, positions.values, frequency), rotate(k, positions.values, frequency)
       score = ScoreConfig((config.query_scale or config.head_width) ** -0.5, config.attention_cap, 0 if sees_all else config.window)
       if positions.cached is None:
-        y = attention(config, self.backend, score, q, *_for_heads(q, k, v), positions.segments, keys)
+        y = attention(config, self.compute, score, q, *_for_heads(q, k, v), positions.segments, keys)
         return y, None if cache is None else Cache(_prefilled(cache.keys, k), _prefilled(cache.values, v))
       return _decode(score, q, k, v, positions, cache)
 
@@ -196,12 +196,11 @@ class Attention(nnx.Module):
     return self.out(y, rows), cache
 
 
-def attention(config: ModelConfig, backend: str, score: ScoreConfig, q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'],
+def attention(config: ModelConfig, compute: ComputeConfig, score: ScoreConfig, q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'],
               v: Float[Array, 'B T K C'], segments: Int[Array, 'B T'] | None, keys: PRNGKeyArray | None) -> Float[Array, 'B T H C']:
   """Causal attention by the implementation that the config and the device choose."""
   # One that is named was checked before, for the device that the program is for, which may be another than this process's.
-  if backend == 'auto':
-    backend = attention_backend(config, ComputeConfig(dtype=str(v.dtype)), q.shape[1])
+  backend = attention_backend(config, compute, q.shape[1]) if compute.attention == 'auto' else compute.attention
   if backend in KERNELS:
     return KERNELS[backend](score, q, k, v, segments)
   return causal_attention(score, q, k, v, segments, config.dropout, keys, BLOCK if backend == 'blocks' else q.shape[1])

@@ -1,5 +1,5 @@
 """The two layouts of a model's layers: an array per layer (`blocks/3/mlp/up/kernel`), or all layers stacked along a first axis
-(`blocks/mlp/up/kernel`), which is what `model.scan` loops over."""
+(`blocks/mlp/up/kernel`), which is what `compute.scan` loops over."""
 
 import re
 from collections import defaultdict

@@ -106,7 +106,7 @@ class Transformer(nnx.Module):
     rows = MATRIX_AXIS if self.compute.sequence_parallel and cache is None else None
     x = self.tokens(tokens.reshape(b * t), rows)
     if self.positions is not None:
-      x = x + self.positions(positions.index.reshape(b * t), rows)
+      x = x + self.positions(positions.values.reshape(b * t), rows)
     x = dropout(x, self.config.dropout, fold(keys, self.config.layers))
     x, cache, sums = self._layers(x, positions, cache, keys, rows)
     return self.norm(x), cache, sums

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from gptjax.config import MATRIX_AXIS
-from gptjax.sharding import Axis, Weight, as_weight, local_matrices, spec
+from gptjax.sharding import Axis, as_weight, local_matrices, spec
 
 Stack = tuple[int, ...]
 """Leading dimensions of a module's parameters: () for one layer, (L,) for L layers that a scan runs through."""

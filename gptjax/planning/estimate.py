@@ -3,16 +3,16 @@
 import dataclasses
 import functools
 
-from gptjax.config import Config, UserError
+from gptjax.config import SLICE_AXES, Config, UserError
 from gptjax.model import abstract_model, parameter_count
 from gptjax.planning.collectives import Collective, collectives
 from gptjax.planning.memory import Memory, analytic_memory
-from gptjax.planning.program import Compiled, TooLarge, abstract_mesh, compile_step, steps
+from gptjax.planning.program import Compiled, TooLarge, compile_step, steps
 from gptjax.planning.roofline import DAY, Roofline, roofline
 from gptjax.planning.topology import Topology
 from gptjax.planning.volumes import theoretical
-from gptjax.sharding import check_sizes
-from gptjax.training import check_whole
+from gptjax.sharding import abstract_mesh, check_sizes
+from gptjax.training import check_unsharded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +65,9 @@ class Estimate:
       compiled = compile_step(self.config, self.topology)
     except TooLarge as error:
       return dataclasses.replace(self, refusal=str(error))
-    found = collectives(compiled.text, self.sizes | {'replica': self.sizes['replica'] // self.topology.slices})
+    found = collectives(compiled.text, self.topology.one_slice(self.sizes))
     if self.topology.slices > 1:  # one slice was compiled: what crosses slices is theory's
-      found += [one for one in self.theory if 'replica' in one.axes]
+      found += [one for one in self.theory if {*one.axes} & {*SLICE_AXES}]
     bounds = roofline(self.config, self.topology, self.sizes, found, self.memory)
     return dataclasses.replace(self, compiled=compiled, found=found, bounds=bounds)
 
@@ -82,7 +82,7 @@ def estimate(config: Config, topology: Topology) -> Estimate:
     raise UserError('model.vocab_size', 0, 'the number of token ids: a plan opens no tokenizer that could tell it')
   sizes = topology.mesh_sizes(config)
   check_sizes(config, abstract_mesh(sizes))
-  check_whole(abstract_model(config.model, config.data.context), config, abstract_mesh(sizes))
+  check_unsharded(abstract_model(config.model, config.compute, config.data.context), config, abstract_mesh(sizes))
   memory, theory = analytic_memory(config, sizes), theoretical(config, sizes)
   return Estimate(config, topology, sizes, _parameters(config.model, config.data.context), steps(config), memory, theory,
                   roofline(config, topology, sizes, theory, memory))

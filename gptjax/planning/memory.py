@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from jax.sharding import use_abstract_mesh
 
 from gptjax import config as configs
-from gptjax.config import Config, ModelConfig, OptimizerConfig
+from gptjax.config import MATRIX_AXIS, ROW_AXES, STATE_AXIS, ComputeConfig, Config, ModelConfig, OptimizerConfig
 from gptjax.model import abstract_model
-from gptjax.model.loss import CHUNK_BYTES, CHUNK_ROWS
-from gptjax.planning.program import abstract_mesh, abstract_state, for_platform
+from gptjax.model.head import CHUNK_BYTES, CHUNK_ROWS
+from gptjax.planning.program import abstract_state, for_platform
 from gptjax.planning.volumes import COMPUTE, elements
+from gptjax.sharding import abstract_mesh
 
 GATHERED_LAYERS = 2
 """Layers whose parameters stage 3 holds gathered: the one that runs, and the next on its way."""
@@ -51,42 +52,43 @@ def analytic_memory(config: Config, sizes: dict[str, int]) -> Memory:
   # What every kernel keeps is what splash attention keeps, and that can be traced where there is no accelerator.
   config = for_platform(configs.override(config, {'compute.attention': 'auto'}), 'tpu')
   stage, item = config.zero_stage, COMPUTE[config.compute.dtype][1]
-  model = dataclasses.replace(config.model, remat='none')  # which does not change the state, nor need trace it again
-  parameters, optimizer = _state(model, config.data.context, config.optimizer, stage, tuple(sizes.items()))
-  layers, rest, whole = elements(config, sizes)
-  shared = parameters < 4 * (layers + rest + whole)
+  compute = ComputeConfig(scan=config.compute.scan, dtype=config.compute.dtype)  # what else it says does not change the state
+  parameters, optimizer = _state(config.model, compute, config.data.context, config.optimizer, stage, tuple(sizes.items()))
+  layers, rest, unsharded = elements(config, sizes)
   gathered = 0.0
-  if shared:
+  if parameters < 4 * (layers + rest + unsharded):
     in_use = (layers + rest) if stage < 3 else GATHERED_LAYERS * layers / config.model.layers + rest
     gathered = item * in_use
-  gradients = 4 * (layers + rest + whole) if stage < 2 else 4 * ((layers + rest) / sizes['data'] + whole)
-  rows = config.microbatch_size / (sizes['replica'] * sizes['data'])
+  gradients = 4 * (layers + rest + unsharded) if stage < 2 else 4 * ((layers + rest) / sizes[STATE_AXIS] + unsharded)
+  rows = config.microbatch_size / math.prod(sizes[name] for name in ROW_AXES)
   tokens = rows * config.data.context
-  one_layer = dataclasses.replace(config.model, layers=1, remat='none')
+  one_layer = dataclasses.replace(config.model, layers=1)
+  kept = dataclasses.replace(config.compute, remat='none', saved=(), offloaded=())
   # A chunk's logits in float32, and their gradient in the compute dtype.
-  ids = config.model.table_rows / sizes['model']
+  ids = config.model.table_rows / sizes[MATRIX_AXIS]
   logits = min(tokens, max(CHUNK_ROWS, CHUNK_BYTES // (4 * ids))) * ids * (4 + item)
   return Memory(
     parameters=parameters, optimizer=optimizer, gathered=gathered, gradients=gradients * (2 if config.microbatches > 1 else 1),
-    activations=rows * row_bytes(config.model, config.data.context, sizes['model']),
-    temporaries=rows * row_bytes(one_layer, config.data.context, sizes['model']) + logits)
+    activations=rows * row_bytes(config.model, config.compute, config.data.context, sizes[MATRIX_AXIS]),
+    temporaries=rows * row_bytes(one_layer, kept, config.data.context, sizes[MATRIX_AXIS]) + logits)
 
 
 @functools.cache
-def _state(model: ModelConfig, context: int, optimizer: OptimizerConfig, stage: int, sizes: tuple[tuple[str, int], ...]) -> tuple[int, int]:
-  state = abstract_state(model, context, optimizer, stage, dict(sizes))
+def _state(model: ModelConfig, compute: ComputeConfig, context: int, optimizer: OptimizerConfig, stage: int,
+           sizes: tuple[tuple[str, int], ...]) -> tuple[int, int]:
+  state = abstract_state(model, compute, context, optimizer, stage, dict(sizes))
   count = lambda tree: sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
   return count(state.parameters), count(state.optimizer)
 
 
 @functools.cache
-def row_bytes(config: ModelConfig, context: int, model: int) -> float:
+def row_bytes(config: ModelConfig, compute: ComputeConfig, context: int, model: int) -> float:
   """Bytes that a device keeps of one row from the forward to the backward pass, with `model` devices to a row.
 
   Read off the abstract trace of the layers on a mesh of that size, so it follows remat, sequence parallelism and attention as
   they are; what is not split over `model`, such as the residual stream, counts in full.
   """
-  plan = abstract_model(config, context)
+  plan = abstract_model(config, compute, context)
 
   def kept(rows: int) -> int:
     tokens = jax.ShapeDtypeStruct((rows, context), jnp.int32)
@@ -95,5 +97,5 @@ def row_bytes(config: ModelConfig, context: int, model: int) -> float:
     shard = lambda x: x.sharding.shard_shape(x.shape) if x.sharding else x.shape
     return sum(math.prod(shard(x)) * x.dtype.itemsize for x in jax.tree.leaves(residuals))
 
-  with jax.set_mesh(None), use_abstract_mesh(abstract_mesh({'replica': 1, 'data': 1, 'model': model})):
+  with jax.set_mesh(None), use_abstract_mesh(abstract_mesh({MATRIX_AXIS: model})):
     return (kept(2 * model) - kept(model)) / model  # what does not grow with the rows is no activation: weights, masks

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from gptjax.config import AXIS_NAMES
 from gptjax.planning.estimate import Estimate
 from gptjax.planning.memory import Memory
 from gptjax.planning.search import settings
@@ -32,10 +33,10 @@ def draw(plans: Sequence[Estimate], path: Path) -> None:
   labels = []
   for one in plans:
     chosen = settings(one)
-    mesh, work = f'{chosen["mesh.data"]} x {chosen["mesh.model"]}', f'{chosen["compute.remat"]}, {chosen["microbatches"]}'
+    mesh, work = ' x '.join(str(size) for size in one.sizes.values()), f'{chosen["compute.remat"]}, {chosen["microbatches"]}'
     labels.append(f'{mesh}\nZeRO {chosen["zero_stage"]}\n{work}')
   axes.set_xticks(places, labels, fontsize=8)
-  axes.set_xlabel('data x model, ZeRO stage, remat and microbatches')
+  axes.set_xlabel(f'{" x ".join(AXIS_NAMES)}, ZeRO stage, remat and microbatches')
   axes.set_ylabel('GiB a device')
   axes.set_title(f'{plans[0].parameters / 1e9:.1f}B parameters on {plans[0].topology.name}', fontsize=10)
   axes.legend(fontsize=8, frameon=False, loc='upper left', bbox_to_anchor=(1, 1))

@@ -11,14 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, use_abstract_mesh
+from jax.sharding import Mesh, NamedSharding, use_abstract_mesh
 
 from gptjax import config as configs
-from gptjax.config import Config, ModelConfig, OptimizerConfig, UserError, duration_in_steps
-from gptjax.model import attention_backend, abstract_model
+from gptjax.config import ComputeConfig, Config, ModelConfig, OptimizerConfig, UserError, duration_in_steps
+from gptjax.model import abstract_model, attention_backend
 from gptjax.planning.topology import Topology
-from gptjax.sharding import AXES, make_mesh, spec
-from gptjax.training import TrainState, abstract, initializer, make_optimizer, next_token, schedule, train_step
+from gptjax.sharding import ROWS, abstract_mesh, make_mesh
+from gptjax.training import TrainState, abstract, initializer, make_objective, make_optimizer, schedule, train_step
 
 
 class TooLarge(Exception):
@@ -54,7 +54,7 @@ def needs_libtpu() -> str | None:
 
 def for_platform(config: Config, platform: str) -> Config:
   """The config as the accelerator resolves it: here 'auto' would ask this process, which has a CPU."""
-  return configs.override(config, {'compute.attention': attention_backend(config.model, config.data.context, platform)})
+  return configs.override(config, {'compute.attention': attention_backend(config.model, config.compute, config.data.context, platform)})
 
 
 def steps(config: Config) -> int:
@@ -75,17 +75,13 @@ def _durations(config: Config) -> dict[str, int]:
   return {name: duration_in_steps(name if name == 'steps' else f'optimizer.{name}', value, **sizes) for name, value in fields.items()}
 
 
-def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
-  """A mesh of these sizes and no devices, with Explicit axes."""
-  return AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
-
-
-def abstract_state(model: ModelConfig, context: int, optimizer: OptimizerConfig, zero_stage: int, sizes: dict[str, int]) -> TrainState:
+def abstract_state(model: ModelConfig, compute: ComputeConfig, context: int, optimizer: OptimizerConfig, zero_stage: int,
+                   sizes: dict[str, int]) -> TrainState:
   """Shapes, dtypes and shardings of the train state on a mesh of these sizes."""
   mesh = abstract_mesh(sizes)
   durations = {'steps': 2, 'warmup': 1, 'decay': 1}  # shapes do not depend on them
   with jax.set_mesh(None), use_abstract_mesh(mesh):
-    return abstract(initializer(abstract_model(model, context), make_optimizer(optimizer, **durations), zero_stage, mesh, 0), mesh)
+    return abstract(initializer(abstract_model(model, compute, context), make_optimizer(optimizer, **durations), zero_stage, mesh, 0), mesh)
 
 
 def compile_step(config: Config, topology: Topology, options: Mapping[str, str | bool] = MappingProxyType({})) -> Compiled:
@@ -103,8 +99,9 @@ def compile_step(config: Config, topology: Topology, options: Mapping[str, str |
     UserError: libtpu refuses the topology.
   """
   start = time.perf_counter()
-  config = configs.override(config, {
-    'mesh.replica': config.mesh.replica // topology.slices, 'batch_size': config.batch_size // topology.slices})
+  sizes = topology.one_slice(topology.mesh_sizes(config))
+  config = configs.override(config, {f'mesh.{name}': size for name, size in sizes.items()} | {
+    'batch_size': config.batch_size // topology.slices})
   mesh = make_mesh(config.mesh, _devices(topology))
   compiled = _compile(config, mesh, options)
   memory, text = compiled.memory_analysis(), compiled.as_text()
@@ -134,12 +131,12 @@ def _devices(topology: Topology) -> list[jax.Device]:
 def _compile(config: Config, mesh: Mesh, options: Mapping[str, str | bool]) -> jax.stages.Compiled:
   durations = _durations(config)
   with jax.set_mesh(mesh):
-    plan = abstract_model(for_platform(config, 'tpu').model, config.data.context)
+    model = abstract_model(config.model, for_platform(config, 'tpu').compute, config.data.context)
     optimizer = make_optimizer(config.optimizer, **durations)
-    state = abstract(initializer(plan, optimizer, config.zero_stage, mesh, config.seed), mesh)
-    step: Any = train_step(plan, next_token(config.z_loss), optimizer, schedule(config.optimizer, config.optimizer.peak_lr, **durations),
+    state = abstract(initializer(model, optimizer, config.zero_stage, mesh, config.seed), mesh)
+    step: Any = train_step(model, make_objective(config), optimizer, schedule(config.optimizer, config.optimizer.peak_lr, **durations),
                            zero_stage=config.zero_stage, mesh=mesh, microbatches=config.microbatches, seed=config.seed)
-    rows = NamedSharding(mesh, spec('batch', None))
+    rows = NamedSharding(mesh, ROWS)
     array = lambda dtype: jax.ShapeDtypeStruct((config.batch_size, config.data.context), dtype, sharding=rows)
     batch = {name: array(jnp.float32 if name == 'mask' else jnp.int32) for name in _batch_fields(config)}
     try:

@@ -14,6 +14,8 @@ from gptjax.planning.estimate import Estimate
 from gptjax.planning.roofline import DAY
 from gptjax.planning.search import settings
 from gptjax.planning.volumes import by_axis
+from gptjax.sharding import abstract_mesh
+from gptjax.sharding import describe as describe_mesh
 from gptjax.sharding.chips import GIB
 
 SHOWN = 1e-3
@@ -27,7 +29,7 @@ def describe(one: Estimate) -> str:
 
 def _head(one: Estimate) -> str:
   config, sizes = one.config, one.sizes
-  mesh = ' x '.join(f'{axis} {size}' for axis, size in sizes.items() if size > 1 or axis != 'replica')
+  mesh = describe_mesh(abstract_mesh(sizes))
   model = f'{one.parameters / 1e9:.2f}B parameters, {config.compute.dtype}'
   batch = f'{config.batch_size} x {config.data.context} tokens a step'
   if config.microbatches > 1:
@@ -103,8 +105,7 @@ def _verdict(one: Estimate) -> str:
 
 def ranking(ranked: Sequence[Estimate], count: int = 10) -> str:
   """The best candidates of a search, one a row."""
-  names = [name for name in ('mesh.replica', 'mesh.data', 'mesh.model', 'zero_stage', 'compute.remat', 'microbatches')
-           if name != 'mesh.replica' or any(one.sizes['replica'] > 1 for one in ranked)]
+  names = [name for name in settings(ranked[0]) if not name.startswith('mesh.') or any(settings(one)[name] != 1 for one in ranked)]
   table = _table('', *names, 'GiB', 'ms at best', 'ms in sequence', 'MFU at best', 'binds')
   for place, one in enumerate(ranked[:count], 1):
     bounds = one.bounds

@@ -75,7 +75,7 @@ def _recomputed(config: Config) -> float:
 
 
 def _flops(config: Config) -> float:
-  return _flops_per_token(dataclasses.replace(config.model, remat='none'), config.data.context)
+  return _flops_per_token(config.model, config.data.context)
 
 
 _flops_per_token = functools.cache(flops_per_token)  # a search asks again and again

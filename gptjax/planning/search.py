@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator
 
 from gptjax import config as configs
-from gptjax.config import Config, UserError
+from gptjax.config import MATRIX_AXIS, REST_AXIS, SLICE_AXES, Config, UserError
 from gptjax.config.flags import Value
 from gptjax.planning.estimate import Estimate, estimate
 from gptjax.planning.topology import Topology
@@ -52,8 +52,9 @@ def candidates(config: Config, topology: Topology) -> Iterator[dict[str, Value]]
       for stage, policy in itertools.product(STAGES, policies):
         if stage and topology.devices == replica * model:
           continue  # nothing to share out
-        yield {'mesh.replica': replica, 'mesh.data': -1, 'mesh.model': model, 'zero_stage': stage, 'compute.remat': policy,
-               'microbatches': parts} | ({} if policy == 'names' else {'compute.saved': (), 'compute.offloaded': ()})
+        mesh = {f'mesh.{SLICE_AXES[0]}': replica, f'mesh.{REST_AXIS}': -1, f'mesh.{MATRIX_AXIS}': model}
+        named = {} if policy == 'names' else {'compute.saved': (), 'compute.offloaded': ()}
+        yield mesh | {'zero_stage': stage, 'compute.remat': policy, 'microbatches': parts} | named
 
 
 def confirm(ranked: list[Estimate]) -> Iterator[Estimate]:
@@ -69,9 +70,9 @@ def confirm(ranked: list[Estimate]) -> Iterator[Estimate]:
 
 def settings(one: Estimate) -> dict[str, Value]:
   """What a candidate is told apart by, as flags of a config."""
-  names = ('mesh.replica', 'mesh.model', 'zero_stage', 'compute.remat', 'microbatches')
   flat = configs.flatten(one.config)
-  return {name: flat[name] for name in names} | {'mesh.data': one.sizes['data']}
+  names = ('zero_stage', 'compute.remat', 'microbatches')
+  return {f'mesh.{name}': size for name, size in one.sizes.items()} | {name: flat[name] for name in names}
 
 
 def _divisors(n: int) -> list[int]:

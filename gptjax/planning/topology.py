@@ -7,7 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from gptjax.config import Config, UserError
+from gptjax.config import MATRIX_AXIS, REST_AXIS, SLICE_AXES, STATE_AXIS, Config, UserError
+from gptjax.sharding import mesh_sizes
 from gptjax.sharding.chips import CHIPS, Chip
 
 EXAMPLES = {
@@ -57,18 +58,23 @@ class Topology:
     Raises:
       UserError: the mesh does not match the devices; that batch and model divide is checked elsewhere.
     """
-    mesh, count = config.mesh, self.devices
-    if count % mesh.model:
-      raise UserError('mesh.model', mesh.model, f'a divisor of the {count} devices of {self.name}')
-    if self.chip.is_tpu and mesh.replica % self.slices:
-      raise UserError('mesh.replica', mesh.replica, f'{self.slices}, one for each slice of {self.name}, or a multiple of it')
-    if count % (mesh.model * mesh.replica):
-      raise UserError('mesh.replica', mesh.replica, f'a divisor of {count // mesh.model}: {self.name} with mesh.model={mesh.model}')
-    data = count // mesh.model // mesh.replica
-    if mesh.data not in (-1, data):
-      raise UserError('mesh.data', mesh.data, f'-1 or {data} on the {count} devices of {self.name}, with mesh.model='
-                      f'{mesh.model} and mesh.replica={mesh.replica}')
-    return {'replica': mesh.replica, 'data': data, 'model': mesh.model}
+    sizes = mesh_sizes(config.mesh, self.devices)
+    if math.prod(sizes.values()) != self.devices:
+      rest = self.devices * sizes[REST_AXIS] // math.prod(sizes.values())
+      raise UserError(f'mesh.{REST_AXIS}', sizes[REST_AXIS], f'-1 or {rest} on the {self.devices} devices of {self.name}')
+    if self.chip.is_tpu and math.prod(sizes[name] for name in SLICE_AXES) % self.slices:
+      raise UserError(f'mesh.{SLICE_AXES[0]}', sizes[SLICE_AXES[0]],
+                      f'{self.slices}, one for each slice of {self.name}, or a multiple of it')
+    return sizes
+
+  def one_slice(self, sizes: Mapping[str, int]) -> dict[str, int]:
+    """The part of the mesh that one slice holds."""
+    left, inner = self.slices, dict(sizes)
+    for name in SLICE_AXES:
+      between = math.gcd(inner[name], left)
+      inner[name] //= between
+      left //= between
+    return inner
 
   def links(self, sizes: Mapping[str, int]) -> dict[str, Link]:
     """What each mesh axis moves its bytes over.
@@ -79,27 +85,29 @@ class Topology:
     return self._torus(sizes) if self.chip.is_tpu else self._switched(sizes)
 
   def _torus(self, sizes: Mapping[str, int]) -> dict[str, Link]:
-    whole = lambda size: self.chip.link * (2 if size % self.chip.wraps == 0 else 1) if size > 1 else 0.0
+    ring = lambda size: self.chip.link * (2 if size % self.chip.wraps == 0 else 1) if size > 1 else 0.0
     free = [size for size in self.shape if size > 1]
-    wanted = max(sizes['model'] // self.chip.per_chip, 1)
+    wanted = max(sizes[MATRIX_AXIS] // self.chip.per_chip, 1)
     exact = next((picked for n in range(1, len(free) + 1) for picked in itertools.combinations(free, n)
                   if math.prod(picked) == wanted), None) if wanted > 1 else ()
     model = data = 0.0
     if exact is not None:
       for size in exact:
         free.remove(size)
-        model += whole(size)
+        model += ring(size)
     else:  # part of an axis, which the data axis has the rest of: no ring closes for either
       for size in sorted(free):
         if wanted > 1 and (size % wanted == 0 or wanted % size == 0):
           free.remove(size)
-          model += whole(size) if wanted % size == 0 else self.chip.link
+          model += ring(size) if wanted % size == 0 else self.chip.link
           data += 0.0 if wanted % size == 0 else self.chip.link
           wanted = 1 if size % wanted == 0 else wanted // size
-    data += sum(map(whole, free))
-    ici = lambda axis, bandwidth: Link(f'ICI ({axis})', bandwidth or self.chip.link)  # other axes have other links
-    outer = Link('data-centre network', self.chip.network) if self.slices > 1 else ici('data', data)
-    return {'replica': outer, 'data': ici('data', data), 'model': ici('model', model)}
+    data += sum(map(ring, free))
+    # Other axes have other links of the torus.
+    ici = lambda axis: Link(f'ICI ({axis})', (model if axis == MATRIX_AXIS else data) or self.chip.link)
+    between = Link('data-centre network', self.chip.network)
+    crosses = lambda axis: axis in SLICE_AXES and self.slices > 1
+    return {axis: between if crosses(axis) else ici(STATE_AXIS if axis in SLICE_AXES else axis) for axis in sizes}
 
   def _switched(self, sizes: Mapping[str, int]) -> dict[str, Link]:
     node, inner = self.shape[0], 1

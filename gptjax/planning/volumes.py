@@ -5,60 +5,57 @@ arXiv:1910.02054, section 7, counts what ZeRO moves, arXiv:1909.08053, section 3
 Where the compiled program sends more than this, something is moved that need not be.
 """
 
-import dataclasses
 import functools
 import math
 from typing import NamedTuple
 
-from gptjax.config import Config, ModelConfig
+from gptjax.config import MATRIX_AXIS, ROW_AXES, STATE_AXIS, ComputeConfig, Config, ModelConfig
 from gptjax.model import abstract_model
 from gptjax.planning.collectives import Collective
-from gptjax.planning.program import abstract_mesh
+from gptjax.sharding import abstract_mesh
 
 COMPUTE = {'float32': ('f32', 4), 'bfloat16': ('bf16', 2)}
 """XLA's name and the bytes of a compute dtype."""
 
 
 class Elements(NamedTuple):
-  """Elements of the parameters on one device while the model computes: split over `model`, whole over `data`."""
+  """Elements of the parameters on one device while the model computes: split over `model`, complete over `data`."""
 
   layers: int
-  """of blocks, that ZeRO shares out over `data`"""
+  """of blocks, that ZeRO shards"""
   rest: int
-  """of embeddings and head, that ZeRO shares out"""
-  whole: int
-  """of parameters too small to share"""
+  """of embeddings and head, that ZeRO shards"""
+  unsharded: int
+  """of parameters too small to shard"""
 
   @property
   def all(self) -> int:
-    """Elements in all."""
+    """Total number of elements."""
     return sum(self)
 
 
 def elements(config: Config, sizes: dict[str, int]) -> Elements:
   """Counts the parameters of one device."""
-  return _elements(dataclasses.replace(config.model, remat='none'), config.data.context, tuple(sizes.items()))
+  return _elements(config.model, config.compute.scan, config.data.context, tuple(sizes.items()))
 
 
 @functools.cache
-def _elements(model: ModelConfig, context: int, axes: tuple[tuple[str, int], ...]) -> Elements:
-  sizes = dict(axes)
-  mesh = abstract_mesh(sizes)
-  plan = abstract_model(model, context)
-  compute, stored = plan.shardings(0, mesh), plan.shardings(3, mesh)
+def _elements(model: ModelConfig, scan: bool, context: int, axes: tuple[tuple[str, int], ...]) -> Elements:
+  mesh = abstract_mesh(dict(axes))
+  described = abstract_model(model, ComputeConfig(scan=scan), context)
+  unsharded, stored = described.shardings(0, mesh), described.shardings(3, mesh)
   counts = [0, 0, 0]
-  for name, shape in plan.shapes.items():
-    kind = 2 if compute[name] == stored[name] and sizes['data'] > 1 else 0 if name.startswith('blocks/') else 1
-    counts[kind] += math.prod(compute[name].shard_shape(shape.shape))
+  for name, shape in described.shapes.items():
+    kind = 2 if unsharded[name] == stored[name] and mesh.shape[STATE_AXIS] > 1 else 0 if name.startswith('blocks/') else 1
+    counts[kind] += math.prod(unsharded[name].shard_shape(shape.shape))
   return Elements(*counts)
 
 
 def theoretical(config: Config, sizes: dict[str, int]) -> list[Collective]:
   """The collectives of a step on a mesh of these sizes; gradients are reduced in float32, all else in the compute dtype.
 
-  Gradients of layers are reduced where the backward pass makes them, with every microbatch. Those of embedding and head are made
-  outside the loop over layers, and stages 0 and 1, which keep all of them, can leave their sum to the end of the step. Over
-  `replica` each device reduces the part that it holds once `data` has been reduced.
+  Stages 0 and 1 reduce gradients once per step, stages 2 and 3 with every microbatch, where the backward pass makes them. Along the
+  other axes that divide rows, each device reduces once per step the part that it holds.
   """
   found = [*_data_parallel(config, sizes), *_tensor_parallel(config, sizes)]
   return [one for one in found if one.group > 1 and one.payload]
@@ -67,30 +64,29 @@ def theoretical(config: Config, sizes: dict[str, int]) -> list[Collective]:
 def _data_parallel(config: Config, sizes: dict[str, int]) -> list[Collective]:
   stage, parts = config.zero_stage, config.microbatches
   dtype, item = COMPUTE[config.compute.dtype]
-  layers, rest, whole = elements(config, sizes)
-  d, r = sizes['data'], sizes['replica']
-  data = lambda kind, dtype, payload, trips, why: Collective(kind, dtype, payload, d, ('data',), trips, why)
-  if stage < 2:
-    found = [data('all-reduce', 'f32', 4 * (layers + whole), parts, 'gradients of layers'),
-             data('reduce-scatter' if stage else 'all-reduce', 'f32', 4 * rest, 1, 'gradients of embedding and head')]
-  else:
-    found = [data('reduce-scatter', 'f32', 4 * (layers + rest), parts, 'gradients'),
-             data('all-reduce', 'f32', 4 * whole, parts, 'gradients of small parameters')]
-  if stage in (1, 2):
-    found.append(data('all-gather', dtype, item * (layers + rest), 1, 'updated parameters'))
-  if stage == 3:
-    found += [data('all-gather', dtype, item * layers, 2 * parts, 'layers, forward and backward'),
-              data('all-gather', dtype, item * rest, parts, 'embedding and head')]
-  mine = (layers + rest) / d + whole
-  return [*found, Collective('all-reduce', 'f32', 4 * mine, r, ('replica',), parts, 'gradients')]
+  layers, rest, unsharded = elements(config, sizes)
+  others = tuple(name for name in ROW_AXES if name != STATE_AXIS and sizes[name] > 1)
+  rows = tuple(name for name in ROW_AXES if sizes[name] > 1)
+  def along(axes, kind, dtype, payload, trips, why):
+    return Collective(kind, dtype, payload, math.prod(sizes[name] for name in axes), axes, trips, why)
+  data = lambda *facts: along((STATE_AXIS,), *facts)
+  small = along(rows, 'all-reduce', 'f32', 4 * unsharded, 1, 'gradients of small parameters')
+  if stage == 0:
+    return [along(rows, 'all-reduce', 'f32', 4 * (layers + rest), 1, 'gradients'), small]
+  found = [data('reduce-scatter', 'f32', 4 * (layers + rest), parts if stage > 1 else 1, 'gradients'), small,
+           along(others, 'all-reduce', 'f32', 4 * (layers + rest) / sizes[STATE_AXIS], 1, 'gradients')]
+  if stage < 3:
+    return [*found, data('all-gather', dtype, item * (layers + rest), 1, 'updated parameters')]
+  return [*found, data('all-gather', dtype, item * layers, 2 * parts, 'layers, forward and backward'),
+          data('all-gather', dtype, item * rest, parts, 'embedding and head')]
 
 
 def _tensor_parallel(config: Config, sizes: dict[str, int]) -> list[Collective]:
-  p, layers, parts = sizes['model'], config.model.layers, config.microbatches
+  p, layers, parts = sizes[MATRIX_AXIS], config.model.layers, config.microbatches
   dtype, item = COMPUTE[config.compute.dtype]
-  tokens = config.microbatch_size * config.data.context / (sizes['replica'] * sizes['data'])
+  tokens = config.microbatch_size * config.data.context / math.prod(sizes[name] for name in ROW_AXES)
   stream = item * tokens * config.model.width
-  model = lambda kind, dtype, payload, trips, why: Collective(kind, dtype, payload, p, ('model',), trips * parts, why)
+  model = lambda kind, dtype, payload, trips, why: Collective(kind, dtype, payload, p, (MATRIX_AXIS,), trips * parts, why)
   again = config.compute.remat == 'full'  # the backward pass runs attention's sum again; the feed-forward's it does not need
   found = [model('all-reduce', 'f32', 4 * tokens, 3, 'largest logit, normalizer and target of the loss')]
   if config.compute.sequence_parallel:

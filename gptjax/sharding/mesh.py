@@ -9,12 +9,11 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from gptjax.config import AXES, AXIS_NAMES, MATRIX_AXIS, ROW_AXES, Config, MeshConfig, ModelConfig, UserError
+from gptjax.config import AXES, AXIS_NAMES, MATRIX_AXIS, REST_AXIS, ROW_AXES, Config, MeshConfig, ModelConfig, UserError
 
 AnyMesh = Mesh | AbstractMesh
 """A mesh of devices, or only its sizes, which is enough to describe a state and to plan."""
 
-_REST = next(axis.name for axis in AXES if axis.default < 0)
 _EXPLICIT = (AxisType.Explicit,) * len(AXES)
 
 
@@ -32,8 +31,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   sizes = mesh_sizes(config, len(devices))
   used = math.prod(sizes.values())
   if used < len(devices) and jax.process_count() > 1:
-    rest = sizes[_REST] * len(devices) // used
-    raise UserError(f'mesh.{_REST}', sizes[_REST], f'all {len(devices)} devices when several processes join: mesh.{_REST}={rest}')
+    rest = sizes[REST_AXIS] * len(devices) // used
+    raise UserError(f'mesh.{REST_AXIS}', sizes[REST_AXIS],
+                    f'all {len(devices)} devices when several processes join: mesh.{REST_AXIS}={rest}')
   return Mesh(_arranged(sizes, devices[:used]), AXIS_NAMES, axis_types=_EXPLICIT)
 
 
@@ -48,19 +48,20 @@ def mesh_sizes(config: MeshConfig, count: int) -> dict[str, int]:
   Raises:
     UserError: there are too few devices, or the sizes do not divide them.
   """
-  sizes, limit, taken = config.sizes, count, []
-  fixed = {name: size for name, size in sizes.items() if name != _REST}
+  sizes, limit = config.sizes, count
+  taken: list[str] = []
+  fixed = {name: size for name, size in sizes.items() if name != REST_AXIS}
   for name, size in fixed.items():
-    if size > limit or (sizes[_REST] < 0 and limit % size):
+    if size > limit or (sizes[REST_AXIS] < 0 and limit % size):
       of = f' that {" and ".join(taken)} leaves' if taken else ''
       raise UserError(f'mesh.{name}', size, f'a divisor of the {limit} devices{of}: {_divisors(limit)}')
     limit //= size
     taken += [f'mesh.{name}={size}'] if size > 1 else []
-  if sizes[_REST] < 0:
-    return sizes | {_REST: limit}
-  if sizes[_REST] > limit:
+  if sizes[REST_AXIS] < 0:
+    return sizes | {REST_AXIS: limit}
+  if sizes[REST_AXIS] > limit:
     others = f' and {" and ".join(taken)}' if taken else ''
-    raise UserError(f'mesh.{_REST}', sizes[_REST], f'-1 or at most {limit} with {count} devices{others}')
+    raise UserError(f'mesh.{REST_AXIS}', sizes[REST_AXIS], f'-1 or at most {limit} with {count} devices{others}')
   return sizes
 
 
@@ -103,7 +104,8 @@ def check_sizes(config: Config, mesh: AnyMesh) -> None:
   check_heads(config.model, mesh)
   tokens = config.microbatch_size // groups * config.data.context
   if config.compute.sequence_parallel and tokens % model:
-    raise UserError('compute.sequence_parallel', True, f'false, or a multiple of mesh.{MATRIX_AXIS}={model} tokens on a device, not {tokens}')
+    raise UserError('compute.sequence_parallel', True,
+                    f'false, or a multiple of mesh.{MATRIX_AXIS}={model} tokens on a device, not {tokens}')
 
 
 def check_heads(config: ModelConfig, mesh: AnyMesh) -> None:

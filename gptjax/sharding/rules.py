@@ -89,8 +89,8 @@ def parameter_specs(axes: tuple[Axis, ...], shape: tuple[int, ...], stage: int, 
 def _shard(axes: tuple[Axis, ...], shape: tuple[int, ...], mesh: AnyMesh) -> Shard | None:
   """Cuts the first dimension that ZeRO's axis divides.
 
-  The first, because then a device's shard is contiguous and is sent as it is stored; shards of the last dimension are padded to the 128 lanes
-  of a TPU. The layers of a stacked parameter are not cut, since each step of the scan needs a full layer.
+  The first, because then a device's shard is contiguous and is sent as it is stored; shards of the last dimension are padded to the
+  128 lanes of a TPU. The layers of a stacked parameter are not cut, since each step of the scan needs a full layer.
   """
   state = mesh.shape.get(STATE_AXIS, 1)
   if state == 1:
@@ -106,8 +106,7 @@ def unsharded_axes(axes: tuple[Axis, ...], shape: tuple[int, ...], stage: int, m
   """The mesh axes that should split a parameter and do not, each with the size that it does not divide."""
   found: dict[str, int] = {}
   for axis in axes:
-    rule = RULES[axis[0]] if isinstance(axis, tuple) else None
-    if rule is not None and axis[1] % mesh.shape[rule]:
+    if isinstance(axis, tuple) and (rule := RULES[axis[0]]) is not None and axis[1] % mesh.shape[rule]:
       found[rule] = axis[1]
   if stage and mesh.shape[STATE_AXIS] > 1 and _shard(axes, shape, mesh) is None:
     found[STATE_AXIS] = max((size for axis, size in zip(axes, shape, strict=True) if axis != 'layers'), default=1)

@@ -38,7 +38,7 @@ class Weight:
 
   def with_variable(self, variable: Array) -> 'Weight':
     """The same weight as a function of that."""
-    return dataclasses.replace(self, **{'value' if self.accumulator is None else 'accumulator': variable})
+    return Weight(variable, None, self.shard) if self.accumulator is None else Weight(self.value, variable, self.shard)
 
   def read(self, dtype: str) -> Array:
     """The complete weight in a dtype; gathered in that dtype where `value` is a shard."""

@@ -24,7 +24,7 @@ def peak_flops(devices: list[jax.Device], dtype: str) -> tuple[float, str]:
   size = 2048
   times = []
   mine = [device for device in devices if device.process_index == jax.process_index()]
-  with jax.set_mesh(jax.make_mesh((1,), ('data',), devices=mine[:1])):  # the run's own mesh has all of them
+  with jax.set_mesh(jax.make_mesh((1,), ('device',), devices=mine[:1])):  # the run's own mesh has all of them
     x = jnp.ones((size, size), dtype)
     product = jax.jit(jnp.matmul)
     product(x, x).block_until_ready()

@@ -193,7 +193,7 @@ class _Loop:
     before = counter.count
     self.state, metrics = run.step(self.state, put_rows(run.mesh, batch, size))
     self.compiles += counter.count - before
-    assert self.compiles == 1, f'the step was compiled {self.compiles} times'
+    assert self.compiles <= 1, f'the step was compiled {self.compiles} times'
     dispatched = (self.progress.step, (row, row + size), metrics)
     self._read_pending()
     self.pending = dispatched

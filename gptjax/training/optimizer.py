@@ -1,5 +1,6 @@
 """Learning rate, optimizers and their update: AdamW and Muon from optax, applied by the role of each parameter."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -9,10 +10,11 @@ import optax
 from jax.sharding import PartitionSpec
 from optax import contrib
 
-from gptjax.config import OptimizerConfig
+from gptjax.config import MATRIX_AXIS, STATE_AXIS, OptimizerConfig
 from gptjax.training.guard import select
 
 
+@functools.lru_cache(maxsize=16)
 def schedule(config: OptimizerConfig, peak: float, *, steps: int, warmup: int, decay: int) -> optax.Schedule:
   """The learning rate of each update, a function of the updates done before it.
 
@@ -42,6 +44,7 @@ def orthogonalized(name: str) -> bool:
   return name.startswith('blocks/') and name.endswith('kernel')
 
 
+@functools.lru_cache(maxsize=16)
 def make_optimizer(config: OptimizerConfig, **durations: int) -> optax.GradientTransformation:
   """Clipping by global norm (arXiv:1211.5063), then AdamW or Muon; `durations` are those of `schedule`."""
   adamw = optax.chain(
@@ -157,7 +160,7 @@ def _dealt(shape: tuple[int, ...]) -> PartitionSpec:
   """Where whole matrices of stacked layers [L, in, out] lie: over as many axes of the mesh as divide the layers."""
   sizes = jax.sharding.get_abstract_mesh().shape
   axes: tuple[str, ...] = ()
-  for axis in ('data', 'model') if len(shape) == 3 else ():
+  for axis in (STATE_AXIS, MATRIX_AXIS) if len(shape) == 3 else ():
     if shape[0] % math.prod(sizes[name] for name in (*axes, axis)) == 0:
       axes = (*axes, axis)
   return PartitionSpec(axes or None, *(None,) * (len(shape) - 1)) if shape else PartitionSpec()

@@ -1,6 +1,7 @@
 """Whether a state is fit to go on with: devices that should hold the same do, by a digest of every array's part on every device, which
 are compared on the host; and what they hold is finite, since where ZeRO shares all out there is no copy that would differ."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -27,8 +28,14 @@ def replica_check(state: Any, mesh: Mesh) -> Callable[[Any], str]:
     state: shapes and shardings of the states to come.
     mesh: where they lie.
   """
-  paths = [jax.tree_util.keystr(path, simple=True, separator='/') for path, _ in jax.tree.leaves_with_path(state)]
-  specs = tuple(leaf.sharding.spec for leaf in jax.tree.leaves(state))
+  return _state_check(tuple((jax.tree_util.keystr(path, simple=True, separator='/'), leaf.sharding.spec)
+                            for path, leaf in jax.tree.leaves_with_path(state)), mesh)
+
+
+@functools.lru_cache(maxsize=16)
+def _state_check(leaves: tuple[tuple[str, PartitionSpec], ...], mesh: Mesh) -> Callable[[Any], str]:
+  """`leaves`: path and sharding of each array of the state."""
+  paths, specs = zip(*leaves)
 
   digest = _digest if mesh.size > 1 else lambda part: jnp.uint32(0)  # of one device there is nothing to compare, and a CPU takes a while
 

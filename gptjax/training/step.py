@@ -5,6 +5,7 @@ the model's trunk turns tokens into hidden states, the objective turns them into
 `Zero.reduce` exchanges them once; outside, the optimizer updates each device's part of the state.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ class TrainState(NamedTuple):
   """of loss and gradient norm, by which a bad step is known"""
 
 
+@functools.lru_cache(maxsize=16)  # an equal run in the same process traces and compiles nothing again
 def initializer(model: AbstractModel, optimizer: optax.GradientTransformation, zero_stage: int, mesh: AnyMesh,
                 seed: int) -> Callable[[], TrainState]:
   """A jitted function that makes the state of step 0, each part created where it belongs."""
@@ -99,6 +101,7 @@ def summed_gradients(model: AbstractModel, objective: ObjectiveFunction, zero_st
   return summed
 
 
+@functools.lru_cache(maxsize=16)
 def train_step(model: AbstractModel, objective: ObjectiveFunction, optimizer: optax.GradientTransformation, rate: optax.Schedule,
                *, zero_stage: int, mesh: AnyMesh, microbatches: int, seed: int, spike: float = 0.0) -> Callable[[TrainState, Batch], tuple]:
   """The jitted step: (state, batch) -> (state, metrics), with the old state's memory reused.

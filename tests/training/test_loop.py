@@ -36,9 +36,11 @@ def compiled(monkeypatch):
 def test_a_run_compiles_its_step_once_and_nothing_later(tmp_path, text, cache, compiled):
   settings = config(text, mesh__data=2, optimizer__name='muon', model__dropout=0.1, steps=13, eval__every=3,
                     eval__sample_tokens=20, checkpoint__every=2)
-  run(settings, tmp_path, cache)
+  run(settings, tmp_path / 'one', cache)
   assert [name for _, name in compiled].count('jit(step)') == 1
   assert not [name for step, name in compiled if step > 3]  # by then all has been done once
+  run(settings, tmp_path / 'again', cache)
+  assert [name for _, name in compiled].count('jit(step)') == 1  # an equal run of the same process compiles nothing again
 
 
 def test_a_run_writes_all_it_promises(tmp_path, text, cache, capsys):

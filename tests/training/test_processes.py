@@ -12,7 +12,7 @@ import pytest
 from tiny import records, write_text
 
 from gptjax.files import read_json
-from tools.bars.kept_state import kept, same
+from tests.acceptance.kept_state import kept, same
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -48,7 +48,7 @@ def run(home, module, *flags, processes=2, check=True):
 
 
 def train(home, name, processes=2, *flags, check=True):
-  return run(home, 'tools.bars.kept_state', f'--config={home}/recipe.py', f'--workdir={home}/{name}', '--log_every=1', *flags,
+  return run(home, 'tests.acceptance.kept_state', f'--config={home}/recipe.py', f'--workdir={home}/{name}', '--log_every=1', *flags,
              processes=processes, check=check)
 
 

@@ -47,8 +47,8 @@ def our_step(shape: Shape) -> Callable[[np.ndarray], float]:
   from gptjax import model, sharding, training
 
   jax.set_mesh(mesh := sharding.make_mesh(configs.MeshConfig()))
-  plan = model.abstract_model(configs.ModelConfig(layers=shape.layers, width=shape.width, heads=shape.heads,
-                                             vocab_size=shape.vocab, vocab_multiple=1), shape.context)
+  plan = model.abstract_model(configs.ModelConfig(layers=shape.layers, width=shape.width, heads=shape.heads, vocab_size=shape.vocab,
+                                                  vocab_multiple=1), configs.ComputeConfig(), shape.context)
   optimizer_config = configs.OptimizerConfig(peak_lr=1e-4, schedule='constant', warmup=0)
   durations = {'steps': 1000, 'warmup': 0, 'decay': 0}
   optimizer = training.make_optimizer(optimizer_config, **durations)
@@ -60,7 +60,7 @@ def our_step(shape: Shape) -> Callable[[np.ndarray], float]:
   def run(rows):
     nonlocal state
     batch = {'tokens': rows[:, :-1], 'targets': rows[:, 1:], 'mask': mask}
-    state, metrics = step(state, sharding.place(mesh, batch, 'batch', None))
+    state, metrics = step(state, sharding.put(mesh, batch, 'batch', None))
     return float(metrics['loss'])
 
   return run

@@ -14,9 +14,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from tools.bars.disturbed import committed, figures, recipe, same_run, start, until, whole
-from tools.bars.kept_state import kept, same
-from tools.bars.record import Result, bar, python, several
+from tests.acceptance.disturbed import committed, figures, recipe, same_run, start, until, whole
+from tests.acceptance.kept_state import kept, same
+from tests.acceptance.record import Result, bar, python, several
 
 _DAMAGES = 40
 
@@ -58,7 +58,7 @@ def restores(folder: Path) -> Result:
 
 
 def _train(workdir: Path, flags: list[str], devices: int, data: int, model: int, stage: int, processes: int) -> None:
-  args = ['tools.bars.kept_state', *flags, f'--workdir={workdir}', f'--config.mesh.data={data}', f'--config.mesh.model={model}',
+  args = ['tests.acceptance.kept_state', *flags, f'--workdir={workdir}', f'--config.mesh.data={data}', f'--config.mesh.model={model}',
           f'--config.zero_stage={stage}']
   if processes == 1:
     python(*args, f'--cpu_devices={devices}')
@@ -84,7 +84,7 @@ def _rows(workdir: Path, first: int) -> set[tuple[int, str, str]]:
 @bar
 def damages(folder: Path) -> Result:
   flags, dice = recipe(folder), random.Random(0)
-  python('tools.bars.kept_state', *flags, f'--workdir={folder}/straight', '--stop_at=30')
+  python('tests.acceptance.kept_state', *flags, f'--workdir={folder}/straight', '--stop_at=30')
   python('gptjax.train', *flags, f'--workdir={folder}/base', '--stop_at=20')
   done, outcomes, wrong = Counter(), Counter(), []
   for number in range(_DAMAGES):
@@ -128,7 +128,7 @@ def _damage(checkpoint: Path, dice: random.Random) -> tuple[str, Path]:
 
 def _after_damage(workdir: Path, straight: Path, flags: list[str], log: Path) -> str:
   """What the same command made of a run whose checkpoint 20 is damaged."""
-  status = start(workdir, [*flags, '--stop_at=30'], log, 'tools.bars.kept_state').wait()
+  status = start(workdir, [*flags, '--stop_at=30'], log, 'tests.acceptance.kept_state').wait()
   said, aside = log.read_text(), [*(workdir / 'damaged').glob('20-*')]
   if status or 'Traceback' in said:
     return f'status {status}: {said[-300:]}'
@@ -218,8 +218,8 @@ def _fill(file: Path, over: threading.Event) -> None:
 def save_cost(folder: Path) -> Result:
   flags = recipe(folder, '--config.model.layers=14', '--config.model.heads=12', '--config.model.width=768', '--config.batch_size=1',
                  '--config.data.context=128', '--config.eval.every=0', steps=1000)
-  found = json.loads(python('tools.bars.saving', *flags, f'--workdir={folder}/run').stdout)
-  unsaved = json.loads(python('tools.bars.saving', *flags, f'--workdir={folder}/unsaved', '--every=10', '--saves=0').stdout)
+  found = json.loads(python('tests.acceptance.saving', *flags, f'--workdir={folder}/run').stdout)
+  unsaved = json.loads(python('tests.acceptance.saving', *flags, f'--workdir={folder}/unsaved', '--every=10', '--saves=0').stdout)
   seconds = {kind: [one['seconds'] for one in found[kind]] for kind in ('without', 'with')}
   cost = sum(seconds['with']) / sum(seconds['without']) - 1
   by_steps = sum(found['more']) / len(seconds['with']) / (sum(seconds['without']) / len(seconds['without']))
@@ -236,4 +236,4 @@ def save_cost(folder: Path) -> Result:
                 f'alone {found["whole_save"]:.1f} s; state {state / 1e9:.2f} GB; added alone {alone[0]:.2f}, beside training '
                 f'{beside[0]:.2f} times that (with pages of files {alone[1]:.2f} and {beside[1]:.2f})',
                 max(cost, by_steps) < 0.03 and alone[0] <= 0.3 and beside[0] <= 1.2 and len(seconds['with']) >= 3,
-                'python -m tools.bars --only=save_cost')
+                'python -m tests.acceptance --only=save_cost')

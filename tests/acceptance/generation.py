@@ -3,18 +3,18 @@
 import json
 from pathlib import Path
 
-from tools.bars.record import Result, bar, python, timed
+from tests.acceptance.record import Result, bar, python, timed
 
 
 @bar
 def decoding(folder: Path) -> Result:
-  found = json.loads(python('tools.bars.decoded').stdout.splitlines()[-1])
+  found = json.loads(python('tests.acceptance.decoded').stdout.splitlines()[-1])
   worst = max(one['logits'] for one in found.values())
   different = [name for name, one in found.items() if one['different']]
   return Result(
     'every family, two shapes, float32: 64 tokens of 5 unequal prompts with a cache against full forward passes: the same greedy '
     'tokens, logits within 1e-4', f'{len(found)} models, {sum(one["tokens"] for one in found.values()):,} tokens, worst logit off by '
-    f'{worst:.1e}; other tokens: {", ".join(different) or "none"}', worst <= 1e-4 and not different, 'python -m tools.bars.decoded')
+    f'{worst:.1e}; other tokens: {", ".join(different) or "none"}', worst <= 1e-4 and not different, 'python -m tests.acceptance.decoded')
 
 
 @bar

@@ -1,4 +1,6 @@
-"""Trains while something is made not finite, under each policy: python -m tools.bars.policies --config=... --workdir=DIR --cpu_devices=8
+"""Trains while something is made not finite, under each policy.
+
+    python -m tests.acceptance.policies --config=... --workdir=DIR --cpu_devices=8
 
 In the batch of step 8, in the gradient of step 8, or on one device after step 7; with ZeRO 0 and 3. Prints a JSON list of cases, each
 with what happened in words, and what of it is wrong.
@@ -21,7 +23,7 @@ from gptjax import config as configs
 from gptjax import train as command  # noqa: F401  (its flags)
 from gptjax.config import Config, Fault, UserError
 from gptjax.start import start
-from tools.bars.disturbed import committed, figures, whole
+from tests.acceptance.disturbed import committed, figures, whole
 
 _BAD, _STEPS = 8, 12
 _MESHES = {'8 data, ZeRO 0': (1, 8, 0), '8 data, ZeRO 3': (1, 8, 3), '2 replicas x 4 data, ZeRO 3': (2, 4, 3)}

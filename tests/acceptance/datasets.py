@@ -17,7 +17,7 @@ import numpy as np
 from gptjax.config import SourceConfig
 from gptjax.data import (
   Document, Mixture, Packed, TokenStore, TrainRows, Windows, batches, cores, load_tokenizer, open_source, plan)
-from tools.bars.record import Result, bar, given, python, several, train
+from tests.acceptance.record import Result, bar, given, python, several, train
 
 CONTEXT, BATCH = 1024, 64
 
@@ -91,7 +91,7 @@ def seek(folder: Path) -> Result:
   near, far = (float(np.median(spent[first])) for first in spent)
   return Result('first batch at step 10^9 as fast as at step 0 (packing, mixture)',
                 f'{far / near:.2f} times ({near * 1e3:.2f} and {far * 1e3:.2f} ms, medians of 31)', far / near <= 1.25,
-                'python -m tools.bars --only=seek')
+                'python -m tests.acceptance --only=seek')
 
 
 @bar
@@ -106,7 +106,7 @@ def coverage(folder: Path) -> Result:
                 'that fits is split; padding below 1.5 % on gsm8k and 0.1 % on paragraphs of books at 1,024',
                 f'concat {exact["concat"]}, pack {exact["pack"]}, {split} split; padding {padding[gsm8k.place]:.2%} and '
                 f'{padding[paragraphs.place]:.3%}', all(exact.values()) and not split and padding[gsm8k.place] < 0.015
-                and padding[paragraphs.place] < 0.001, 'python -m tools.bars --only=coverage')
+                and padding[paragraphs.place] < 0.001, 'python -m tests.acceptance --only=coverage')
 
 
 def _covers(layout: Windows | Packed) -> bool:
@@ -162,7 +162,7 @@ def loader(folder: Path) -> Result:
   return Result('batches of 64 x 1,024 with segments, positions and masks, warm: concat at least 40 million tokens/s; in training, '
                 'waiting for data below 1 % of a step',
                 ', '.join(f'{name} {speed:.0f}' for name, speed in speeds.items()) + f' million tokens/s; waiting {wait:.3%}',
-                speeds['concat'] >= 40 and wait < 0.01, 'python -m tools.bars --only=loader')
+                speeds['concat'] >= 40 and wait < 0.01, 'python -m tests.acceptance --only=loader')
 
 
 @bar
@@ -217,7 +217,7 @@ def memory(folder: Path) -> Result:
   assert process.returncode == 0
   seconds = time.monotonic() - start
   store = TokenStore.open(folder / 'store')
-  code = (f'import resource; from tools.bars.datasets import *; store = TokenStore.open({store.place!r})\n'
+  code = (f'import resource; from tests.acceptance.datasets import *; store = TokenStore.open({store.place!r})\n'
           f'rows = rows_of([Packed(store, plan(store, CONTEXT, "pack", Path({str(folder)!r}) / "cache"))])\n'
           'feed = batches(rows, 0, BATCH, np.arange(BATCH), prefetch=2, workers=0)\n'
           f'for _ in range({-(-store.tokens // (BATCH * CONTEXT))}): next(feed)\n'
@@ -314,7 +314,7 @@ def gpt2_ids(folder: Path) -> Result:
     different['transformers'] += references['transformers'](text, add_special_tokens=False)['input_ids'] != found
   return Result("GPT-2's ids of all text in --data equal those of tokenizers and transformers, and decode to the text",
                 f'{len(files)} files, {ids:,} ids; different: ' + ', '.join(f'{name} {count}' for name, count in different.items()),
-                not any(different.values()) and len(files) > 100, 'python -m tools.bars --only=gpt2_ids')
+                not any(different.values()) and len(files) > 100, 'python -m tests.acceptance --only=gpt2_ids')
 
 
 @bar
@@ -333,7 +333,8 @@ def bad_input(folder: Path) -> Result:
       wrong.append(f'{name}: {done.returncode} {done.stderr[-300:]!r} {left}')
     print(f'{name}: {errors[0] if errors else done.stderr[-200:]}', file=sys.stderr)
   return Result('mistakes: one error line that names it, exit 2, nothing left behind', f'{len(mistakes) - len(wrong)} of {len(mistakes)}: '
-                + ', '.join(mistakes) + ''.join(f'; wrong: {one}' for one in wrong), not wrong, 'python -m tools.bars --only=bad_input')
+                + ', '.join(mistakes) + ''.join(f'; wrong: {one}' for one in wrong), not wrong,
+                'python -m tests.acceptance --only=bad_input')
 
 
 def _listing(folder: Path) -> set[tuple[str, int]]:

@@ -10,21 +10,21 @@ import time
 from pathlib import Path
 
 from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig
-from tools.bars.record import Result, bar, python
+from tests.acceptance.record import Result, bar, python
 
 TOLERANCE = {'adamw': 1e-5, 'dropout': 1e-5, 'muon': 1e-4}
 
 
 @bar
 def stages(folder: Path) -> Result:
-  worst = json.loads(python('tools.bars.stages', '--cpu_devices=8', f'--cache_dir={folder}').stdout)
+  worst = json.loads(python('tests.acceptance.stages', '--cpu_devices=8', f'--cache_dir={folder}').stdout)
   most = {case: max(found.items(), key=lambda item: item[1]) for case, found in worst.items()}
   return Result('8 devices; ZeRO 0 to 3 x meshes 8x1, 4x2, 2x4, 1x8 x accumulation 1 and 4 x scanned and unrolled; 8 heads, 2 key '
                 'heads, odd vocabulary and feed-forward: 10 losses and gradient norms within 1e-5 of one device, dropout too; Muon 1e-4',
                 f'{sum(map(len, worst.values()))} runs; '
                 + ', '.join(f'{case} {value:.1e} ({name})' for case, (name, value) in most.items()),
                 set(most) == set(TOLERANCE) and all(value <= TOLERANCE[case] for case, (_, value) in most.items()),
-                'python -m tools.bars.stages')
+                'python -m tests.acceptance.stages')
 
 
 @bar
@@ -93,7 +93,7 @@ def tpu_program(folder: Path) -> Result:
   return Result('the step compiled for v5p:2x2x4 (data 8, model 2): at stages 2 and 3 gradients leave by float32 '
                 'reduce-scatter, parameters are gathered in bfloat16; bytes sent within 10 % of theory at each stage; stage 3 at L and 2L '
                 'layers: temporaries, as the compiler assigns them, grow by saved activations and shared-out gradients alone, within 10 %',
-                '; '.join(figures), met, 'python -m tools.bars --only=tpu_program')
+                '; '.join(figures), met, 'python -m tests.acceptance --only=tpu_program')
 
 
 def _on_cpu() -> None:
@@ -187,4 +187,4 @@ def bad_mesh(folder: Path) -> Result:
       wrong.append(name)
   return Result('mistakes of mesh, batch, topology and processes: one error line with numbers and nearest choice, exit 2, no workdir',
                 f'{len(cases) - len(wrong)} of {len(cases)}: {", ".join(cases)}' + ''.join(f'; wrong: {one}' for one in wrong), not wrong,
-                'python -m tools.bars --only=bad_mesh')
+                'python -m tests.acceptance --only=bad_mesh')

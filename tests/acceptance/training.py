@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from gptjax import config as configs
-from tools.bars.record import CLOCK, Result, bar, evaluate, given, timed, train
+from tests.acceptance.record import CLOCK, Result, bar, evaluate, given, timed, train
 
 
 def shakespeare() -> str:
@@ -99,7 +99,7 @@ def counters(folder: Path) -> Result:
   causal = model.flops_per_token(gpt2, 1024) * 1024
   return Result('GPT-2 small at 1024: 124,439,808 parameters, 124,337,664 without biases, 874,944,921,600 FLOPs (full square)',
                 f'{with_bias:,}; {without:,}; {square:,.0f} (causal {causal:,.0f})',
-                (with_bias, without, square) == (124_439_808, 124_337_664, 874_944_921_600), 'python -m tools.bars --only=counters')
+                (with_bias, without, square) == (124_439_808, 124_337_664, 874_944_921_600), 'python -m tests.acceptance --only=counters')
 
 
 @bar

@@ -193,4 +193,4 @@ def bad_folders(folder: Path) -> Result:
     shutil.rmtree(source)
   return Result('damaged or unknown folders: one error line that names it, exit 2, no workdir',
                 f'{len(_TOLD) - len(wrong)} of {len(_TOLD)}: ' + ', '.join(_TOLD) + ''.join(f'; wrong: {one}' for one in wrong), not wrong,
-                'python -m tools.bars --only=bad_folders')
+                'python -m tests.acceptance --only=bad_folders')

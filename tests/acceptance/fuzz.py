@@ -1,6 +1,6 @@
 """The bar of what people get wrong and disks lose: mutated configs and damaged files, by hypothesis, in one process.
 
-  python -m tools.bars.fuzz --folder=EMPTY_FOLDER --configs=500 --damages=200
+  python -m tests.acceptance.fuzz --folder=EMPTY_FOLDER --configs=500 --damages=200
 
 prints a JSON object. What the bar runs is a process of its own, with a bound on its memory: an end that Python cannot catch is told.
 """
@@ -20,7 +20,7 @@ from typing import Any
 from absl import flags
 
 from gptjax import config as configs
-from tools.bars.record import Result, bar
+from tests.acceptance.record import Result, bar
 
 _SECONDS = 60
 """That a command may take; all have tiny models."""
@@ -83,26 +83,26 @@ def search(strategy: Any, wrong: Callable[[Any], str], count: int) -> Found:
 @bar
 def fuzz(folder: Path) -> Result:
   """Runs this module and reads what it printed."""
-  command = [sys.executable, '-m', 'tools.bars.fuzz', f'--folder={folder}', '--configs=500', '--damages=200']
+  command = [sys.executable, '-m', 'tests.acceptance.fuzz', f'--folder={folder}', '--configs=500', '--damages=200']
   done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, 'JAX_PLATFORMS': 'cpu'})
   promise = ('500 mutated configs (command line, recipe, config.json), 200 damaged files (tokenizer, stores, checkpoint metadata, '
              'records): status 0, or status 2 and one error line; no traceback, no hang, and the run restores bit by bit')
   if done.returncode:
-    return Result(promise, f'the process ended with status {done.returncode}', False, 'python -m tools.bars --only=fuzz')
+    return Result(promise, f'the process ended with status {done.returncode}', False, 'python -m tests.acceptance --only=fuzz')
   told = json.loads(done.stdout.splitlines()[-1])
   wrong = told['configs']['wrong'] + told['damages']['wrong']
   figure = (f'{told["configs"]["cases"]} configs ({told["ran"]} good ones ran or were resolved), {told["damages"]["cases"]} damages '
             f'({told["refused"]} told), {told["seconds"]:.0f} s; wrong: {len(wrong) or "none"}')
   figure += ''.join(f'; {one.partition(": ")[0]}' for one in wrong[:10])
   return Result(promise, figure.replace('|', '/'), not wrong and (told['configs']['cases'], told['damages']['cases']) >= (500, 200),
-                'python -m tools.bars --only=fuzz')
+                'python -m tests.acceptance --only=fuzz')
 
 
 def main(_) -> None:
   import jax
 
-  from tools.bars.damaged import Damages
-  from tools.bars.mutated import Configs, mutated
+  from tests.acceptance.damaged import Damages
+  from tests.acceptance.mutated import Configs, mutated
   resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, _MEMORY))
   jax.config.update('jax_num_cpu_devices', 2)
   jax.config.update('jax_disable_most_optimizations', True)  # most of the time is compiling

@@ -6,9 +6,9 @@ import sys
 import time
 from pathlib import Path
 
-from tools.bars.kept_state import kept, same
-from tools.bars.record import Result, bar, python, several
-from tools.bars.training import shakespeare
+from tests.acceptance.kept_state import kept, same
+from tests.acceptance.record import Result, bar, python, several
+from tests.acceptance.training import shakespeare
 
 _STEPS = 20
 _TIMEOUT = 10
@@ -18,7 +18,7 @@ _TIMEOUT = 10
 def processes(folder: Path) -> Result:
   recipe = ['--config=configs/shakespeare_char_cpu.py', shakespeare(), f'--cache_dir={folder}/cache',
             '--config.batch_size=16', '--config.model.dropout=0.1', '--config.zero_stage=3', '--config.eval.every=0']
-  trained = ['tools.bars.kept_state', *recipe, f'--stop_at={_STEPS}', '--log_every=1']
+  trained = ['tests.acceptance.kept_state', *recipe, f'--stop_at={_STEPS}', '--log_every=1']
   work = {name: folder / name for name in ('one', 'four')}
   python(*trained, f'--workdir={work["one"]}', '--cpu_devices=8')
   several(4, 2, *trained, f'--workdir={work["four"]}')

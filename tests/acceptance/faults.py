@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from tools.bars.disturbed import (
+from tests.acceptance.disturbed import (
   STEPS,
   committed,
   figures,
@@ -29,8 +29,8 @@ from tools.bars.disturbed import (
   until,
   whole,
 )
-from tools.bars.kept_state import kept, same
-from tools.bars.record import Result, bar, python
+from tests.acceptance.kept_state import kept, same
+from tests.acceptance.record import Result, bar, python
 
 _KILLS = 50
 _SIGNALS = 20
@@ -190,7 +190,7 @@ def _one_of_two(folder: Path) -> tuple[str, list[str]]:
   said, wrong = [], []
   for workdir, signalled in ((folder / 'two-straight', ()), (folder / 'two', (1, 0))):
     for index in signalled:
-      running = start_group(workdir, flags, folder / 'two-log', 2, 'tools.bars.kept_state')
+      running = start_group(workdir, flags, folder / 'two-log', 2, 'tests.acceptance.kept_state')
       until(lambda after=max(committed(workdir), default=0) + 7: step_of(workdir) > after, running[index])
       running[index].terminate()
       statuses, logged = [process.wait() for process in running.values()], step_of(workdir)
@@ -198,7 +198,7 @@ def _one_of_two(folder: Path) -> tuple[str, list[str]]:
       said.append(f'SIGTERM to {index}, status {", ".join(map(str, statuses))}, saved by both at step {logged}')
       if statuses != [75, 75] or max(whole(workdir)) != logged or not both:
         wrong.append(f'{said[-1]}: {both}, saved {whole(workdir)}: {log_of(folder / "two-log", index).read_text()[-300:]}')
-    for process in start_group(workdir, flags, folder / 'two-log', 2, 'tools.bars.kept_state').values():
+    for process in start_group(workdir, flags, folder / 'two-log', 2, 'tests.acceptance.kept_state').values():
       wrong += [f'2 processes: status {process.returncode} at the end'] if process.wait() else []
   ends = [kept(workdir, 'saved-60', 2) for workdir in (folder / 'two-straight', folder / 'two')]
   if figures(folder / 'two-straight') != figures(folder / 'two') or not same(*ends):
@@ -262,7 +262,7 @@ def _supervised(workdir: Path, flags: list[str], logs: Path, victims: tuple[int,
 
 @bar
 def faults_policies(folder: Path) -> Result:
-  cases = json.loads(python('tools.bars.policies', *recipe(folder), f'--workdir={folder}/runs', '--cpu_devices=8').stdout)
+  cases = json.loads(python('tests.acceptance.policies', *recipe(folder), f'--workdir={folder}/runs', '--cpu_devices=8').stdout)
   wrong = [f'{case["mesh"]}, {case["where"]}, {case["policy"]}: {", ".join(case["wrong"])}' for case in cases if case['wrong']]
   kind = lambda words: 'goes on' if words.startswith('goes on') else 'ends'
   groups = itertools.groupby(cases, lambda case: f'{case["mesh"]}, {case["where"]}')

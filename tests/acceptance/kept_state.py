@@ -1,6 +1,6 @@
 """Trains as gptjax.train does, and keeps what each process hands over to be saved and gets restored, to compare the two.
 
-  python -m tools.bars.kept_state --config=... --workdir=DIR
+  python -m tests.acceptance.kept_state --config=... --workdir=DIR
 
 writes DIR/saved-STEP.PROCESS.npz with the parts of every array that the devices of this process hold, and restored-STEP.PROCESS.npz;
 and in rows.PROCESS a line for each row that they were given: its batch, counted from the start, its place in it, and its digest.

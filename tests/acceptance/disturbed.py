@@ -107,6 +107,6 @@ def same_run(one: Path, other: Path, flags: Sequence[str], steps: int = STEPS) -
     return 'metrics differ'
   for workdir in (one, other):
     if not (workdir / f'restored-{steps}.0.npz').exists():
-      python('tools.bars.kept_state', *flags, f'--workdir={workdir}')
+      python('tests.acceptance.kept_state', *flags, f'--workdir={workdir}')
   states = [kept(workdir, f'restored-{steps}', 1) for workdir in (one, other)]
   return '' if len(states[0]) > 30 and same(*states) else 'train states differ'

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from gptjax import config as configs
 from gptjax.config import Config, Duration
 from gptjax.config.flags import _FIELDS as FIELDS
-from tools.bars import in_process
+from tests.acceptance import in_process
 
 _RECIPE = '''
 import dataclasses

@@ -1,4 +1,4 @@
-"""Measures what saving costs a run, in time and memory: python -m tools.bars.saving --config=... --workdir=DIR [--every=50 --saves=3]
+"""Measures what saving costs a run, in time and memory: python -m tests.acceptance.saving --config=... --workdir=DIR [--every=50 --saves=3]
 
 Trains, and saves after every second stretch of so many steps: a stretch that begins with a save, and in whose background it is written,
 is compared with the one before, in which nothing is saved; and, since a machine's speed drifts by more than a save costs, the steps

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from tools.bars.record import Result, bar, evaluate, given, python, train
-from tools.bars.training import shakespeare
+from tests.acceptance.record import Result, bar, evaluate, given, python, train
+from tests.acceptance.training import shakespeare
 
 
 def samples(path: Path) -> list[dict]:
@@ -32,7 +32,7 @@ def harness(folder: Path) -> Result:
   python('tools.export_hf', f'--workdir={folder}/run', f'--folder={folder}/hf')
   put = ('--tasks=lambada,piqa', f'--task_data={data}')
   ours = evaluate(folder / 'run', *put, '--sets=none', '--batch_size=32', f'--samples={folder}/ours.jsonl')['tasks']
-  theirs = json.loads(python('tools.bars.torch_backend', f'--folder={folder}/hf', *put, f'--samples={folder}/theirs.jsonl').stdout)
+  theirs = json.loads(python('tests.acceptance.torch_backend', f'--folder={folder}/hf', *put, f'--samples={folder}/theirs.jsonl').stdout)
   off, count, other = farthest(samples(folder / 'ours.jsonl'), samples(folder / 'theirs.jsonl'))
   accuracies = {(task, name): (ours[task][name], theirs[task][name]) for task, name in (
     ('lambada', 'acc'), ('piqa', 'acc'), ('piqa', 'acc_norm'))}

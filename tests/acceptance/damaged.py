@@ -11,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from hypothesis import strategies as st
 
-from tools.bars import in_process
-from tools.bars.mutated import DEEP, cheap_alone, remove, write_text
+from tests.acceptance import in_process
+from tests.acceptance.mutated import DEEP, cheap_alone, remove, write_text
 
 _RECIPE = '''
 from gptjax.config import *

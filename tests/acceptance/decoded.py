@@ -1,4 +1,4 @@
-"""Decodes with every family, and compares each step with a full forward pass: python -m tools.bars.decoded
+"""Decodes with every family, and compares each step with a full forward pass: python -m tests.acceptance.decoded
 
 Prints a JSON object: for each model how many tokens were drawn, how many of them a full pass over the text so far would not have
 drawn, and the largest difference of a logit.

@@ -1,4 +1,4 @@
-"""Trains one small model on every mesh, at every ZeRO stage: python -m tools.bars.stages
+"""Trains one small model on every mesh, at every ZeRO stage: python -m tests.acceptance.stages
 
 8 virtual devices; stages 0 to 3, meshes 8 x 1 to 1 x 8, accumulation over 1 and 4 microbatches, layers scanned and unrolled; 8 query
 heads, 2 key/value heads, an odd vocabulary and an odd feed-forward width. Prints a JSON object: for each case the largest relative

@@ -1,4 +1,4 @@
-"""Measures what the project promises, at full size: python -m tools.bars --data=FOLDER [--only=NAME,...]
+"""Measures what the project promises, at full size: python -m tests.acceptance --data=FOLDER [--only=NAME,...]
 
 Every bar runs the commands a user would and writes its row into docs/bars.md with the figure, the date and the machine.
 The exit status is 1 if a bar that ran was missed.
@@ -11,7 +11,7 @@ from pathlib import Path
 from absl import flags
 
 from gptjax import config as configs
-from tools.bars import (  # noqa: F401  (they register their bars)
+from tests.acceptance import (  # noqa: F401  (they register their bars)
   datasets,
   evaluation,
   faults,
@@ -23,7 +23,7 @@ from tools.bars import (  # noqa: F401  (they register their bars)
   sharding,
   training,
 )
-from tools.bars.record import BARS, write
+from tests.acceptance.record import BARS, write
 
 _ONLY = flags.DEFINE_list('only', [], 'bars to run; empty: all')
 

@@ -1,0 +1,1 @@
+"""Bars: what the project promises, measured at full size; python -m tests.acceptance runs them."""
