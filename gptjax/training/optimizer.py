@@ -85,7 +85,7 @@ def update(optimizer: optax.GradientTransformation, gradient: Any, norm: jax.Arr
 class Moments(NamedTuple):
   """State of `_scale_by_adam`, with the fields of optax.ScaleByAdamState."""
 
-  count: jax.Array
+  count: jax.Array  # type: ignore[assignment]  # tuple.count, as in optax's
   """good steps, int32"""
   mu: Any
   nu: Any
