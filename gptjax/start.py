@@ -10,7 +10,7 @@ from typing import Any
 from absl import flags, logging
 
 from gptjax import config as configs
-from gptjax import distributed
+from gptjax import distributed, heap
 from gptjax.cache import cache_dir
 from gptjax.config import Config
 
@@ -33,6 +33,8 @@ def start(config: Config | None = None) -> Path:
   Args:
     config: of the run, which must be the same in all processes.
   """
+  if CPU_DEVICES.value or heap.runs_on_cpu():
+    heap.keep_freed_memory()  # first, because threads that exist already may have heaps of their own
   logging.set_verbosity(logging.FATAL)  # what libraries log of a failure, they also raise
   sys.unraisablehook = _tell_unraisable
   cache = cache_dir()

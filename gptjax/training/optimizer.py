@@ -92,11 +92,10 @@ class Moments(NamedTuple):
 
 
 def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
-  """optax.scale_by_adam (arXiv:1412.6980) that updates its moments in place on a CPU, and leaves them as they were if not `good`.
+  """optax.scale_by_adam (arXiv:1412.6980) that leaves its moments as they were if not `good`, and can update them in place.
 
-  Where XLA makes the new parameters, it computes the new moments once more, from the old ones; so it must copy the old ones before it
-  overwrites them, which takes a twentieth of a step on a CPU. Here the moments are selected by `good` first, and behind a barrier only
-  the selected ones can be read. Accelerators update moments and parameters in one kernel, which a barrier would split.
+  The new parameters are computed from the moments that are stored, after selection. If old and new moments were selected later, XLA would
+  compute the new ones a second time for the parameters, and copy the old ones to keep them until then: a twentieth of a step on a CPU.
   """
   adam = optax.scale_by_adam(b1, b2, eps)
 
@@ -104,7 +103,6 @@ def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransforma
     del parameters
     _, new = adam.update(updates, optax.ScaleByAdamState(*state))
     new = select(good, Moments(*new), state)
-    new = jax.lax.platform_dependent(new, cpu=jax.lax.optimization_barrier, default=lambda new: new)
     mean, square = (optax.tree.bias_correction(moment, decay, new.count) for moment, decay in ((new.mu, b1), (new.nu, b2)))
     return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square), new
 

@@ -104,17 +104,17 @@ def test_only_matrices_and_embeddings_decay(optimizer, one_device):
   config = OptimizerConfig(**CONSTANT, name=optimizer, peak_lr=0.5, muon_lr=0.25, weight_decay=0.1)
   parameters = some(0)
   updates, _ = first_update(config, jax.tree.map(jnp.zeros_like, parameters), parameters)
-  for name, update in updates.items():
+  for name, change in updates.items():
     rate = 0.25 if optimizer == 'muon' and orthogonalized(name) else 0.5
     share = rate * 0.1 if decays(name) else 0.0
-    np.testing.assert_allclose(update, -share * parameters[name], rtol=1e-6, atol=1e-9, err_msg=name)
+    np.testing.assert_allclose(change, -share * parameters[name], rtol=1e-6, atol=1e-9, err_msg=name)
 
 
 def test_each_learning_rate_moves_its_own_parameters(one_device):
   for rate, in_blocks in (('muon_lr', False), ('peak_lr', True)):
     updates, _ = first_update(OptimizerConfig(**CONSTANT, name='muon', **{rate: 0.0}), some(1), some(0))
-    for name, update in updates.items():
-      assert np.any(update) == (orthogonalized(name) == in_blocks), name
+    for name, change in updates.items():
+      assert np.any(change) == (orthogonalized(name) == in_blocks), name
 
 
 def newton_schulz(x):
