@@ -214,7 +214,7 @@ def test_a_bad_step_changes_no_bit(transformation, one_device):
     assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
-def test_no_moment_is_copied_and_no_scaled_gradient_written(one_device):
+def test_an_update_makes_no_temporary_of_the_size_of_a_parameter(one_device):
   """The compiled update of a matrix has no array of its size but the gradient, and what it puts in place of moments and parameter."""
   transformation, shape = make_optimizer(OptimizerConfig(), **NOW), (64, 96)
   parameters = some(0, {'head/kernel': shape})
