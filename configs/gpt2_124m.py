@@ -4,7 +4,7 @@ Sizes: GPT-2 (Radford et al., 2019). Optimizer, batch and tokens: nanoGPT's conf
 (arXiv:2005.14165, table 2.1).
 Expected: 124,439,808 parameters (and 47 padded rows of the table). Loss 2.85 on OpenWebText (nanoGPT's README); the published
 weights have 3.12 there.
-Meant for 8 GPUs of 40 GB: about 4 days on A100s. Data: OpenWebText in stores made with GPT-2's tokenizer (docs/data.md).
+Designed for 8 GPUs of 40 GB: about 4 days on A100s. Data: OpenWebText in stores made with GPT-2's tokenizer (docs/data.md).
 """
 
 from gptjax.config import (
@@ -29,6 +29,6 @@ def get_config() -> Config:
     mesh=MeshConfig(data=8),
     steps='300e9 tokens',
     batch_size=480,  # 491,520 tokens
-    microbatches=5,  # 12 sequences a device at once, as nanoGPT
+    microbatches=5,  # 12 sequences per device at a time, as nanoGPT
     eval=EvalConfig(every=1000, rows=4096, sample_tokens=0),
     checkpoint=CheckpointConfig(every=1000))

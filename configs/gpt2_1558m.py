@@ -3,8 +3,8 @@
 Sizes: GPT-2 (Radford et al., 2019). Rate, warmup, batch and tokens: GPT-3's model of this size (arXiv:2005.14165, table 2.1
 and appendix B), since GPT-2's are not published.
 Expected: 1,557,611,200 parameters (and 47 padded rows of the table). The published weights have a loss of 2.54 on
-OpenWebText (nanoGPT's README); training on the set itself goes below.
-Meant for 64 GPUs of 40 GB. Data: OpenWebText in stores made with GPT-2's tokenizer (docs/data.md).
+OpenWebText (nanoGPT's README); training on OpenWebText itself gives less.
+Designed for 64 GPUs of 40 GB. Data: OpenWebText in stores made with GPT-2's tokenizer (docs/data.md).
 """
 
 from gptjax.config import (
@@ -27,7 +27,7 @@ def get_config() -> Config:
       warmup='375e6 tokens',
       b1=0.9, b2=0.95, weight_decay=0.1, clip=1.0),
     mesh=MeshConfig(data=64),
-    zero_stage=3,  # whole, the state alone would take 25 GB of each device
+    zero_stage=3,  # unsharded, the state would take 25 GB per device
     steps='300e9 tokens',
     batch_size=1024,  # a million tokens
     eval=EvalConfig(every=1000, rows=4096, sample_tokens=0),

@@ -3,8 +3,8 @@
 Sizes: GPT-2 (Radford et al., 2019). Rate, warmup, batch and tokens: GPT-3's model of this size (arXiv:2005.14165, table 2.1
 and appendix B), since GPT-2's are not published.
 Expected: 354,823,168 parameters (and 47 padded rows of the table). The published weights have a loss of 2.84 on
-OpenWebText (nanoGPT's README); training on the set itself goes below.
-Meant for 16 GPUs of 40 GB. Data: OpenWebText in stores made with GPT-2's tokenizer (docs/data.md).
+OpenWebText (nanoGPT's README); training on OpenWebText itself gives less.
+Designed for 16 GPUs of 40 GB. Data: OpenWebText in stores made with GPT-2's tokenizer (docs/data.md).
 """
 
 from gptjax.config import (
@@ -29,6 +29,6 @@ def get_config() -> Config:
     mesh=MeshConfig(data=16),
     steps='300e9 tokens',
     batch_size=512,  # half a million tokens
-    microbatches=2,  # 16 sequences a device at once
+    microbatches=2,  # 16 sequences per device at a time
     eval=EvalConfig(every=1000, rows=4096, sample_tokens=0),
     checkpoint=CheckpointConfig(every=1000))

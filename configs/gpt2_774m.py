@@ -3,8 +3,8 @@
 Sizes: GPT-2 (Radford et al., 2019). Rate, warmup, batch and tokens: GPT-3's model of this size (arXiv:2005.14165, table 2.1
 and appendix B), since GPT-2's are not published.
 Expected: 774,030,080 parameters (and 47 padded rows of the table). The published weights have a loss of 2.67 on
-OpenWebText (nanoGPT's README); training on the set itself goes below.
-Meant for 32 GPUs of 40 GB. Data: OpenWebText in stores made with GPT-2's tokenizer (docs/data.md).
+OpenWebText (nanoGPT's README); training on OpenWebText itself gives less.
+Designed for 32 GPUs of 40 GB. Data: OpenWebText in stores made with GPT-2's tokenizer (docs/data.md).
 """
 
 from gptjax.config import (

@@ -2,7 +2,7 @@
 
 Sizes and everything else: Llama 2 (arXiv:2307.09288, table 1 and section 2.2).
 Expected: 13,015,864,320 parameters. No loss on your own data is published.
-Meant for 64 TPU v5p chips (v5p:4x4x4). Data: a mixture of your own, in stores made with a tokenizer of at most 32,000 ids (docs/data.md).
+Designed for 64 TPU v5p chips (v5p:4x4x4). Data: your own mixture, in stores made with a tokenizer of at most 32,000 ids (docs/data.md).
 """
 
 from gptjax.config import (
@@ -12,13 +12,13 @@ from gptjax.config import (
 def get_config() -> Config:
   return Config(
     model=ModelConfig(
-      layers=40, heads=40, width=5120, mlp_width=13824,  # 2/3 of 4 * width, up to a multiple of 256
+      layers=40, heads=40, width=5120, mlp_width=13824,  # 2/3 of 4 * width, rounded up to a multiple of 256
       vocab_size=32000, vocab_multiple=128,
       positions='rope', norm='rmsnorm', mlp='swiglu', bias=False, tied=False),
     compute=ComputeConfig(dtype='bfloat16', scan=True, remat='full'),
     data=DataConfig(
       train=(Component('stores/train'),), valid=(ValidationSet('valid', 'stores/valid'),),
-      context=4096, isolate_documents=False),  # the paper speaks of no mask between documents
+      context=4096, isolate_documents=False),  # the paper does not mention a mask between documents
     optimizer=OptimizerConfig(
       peak_lr=3e-4,
       schedule='cosine', final_fraction=0.1, warmup=2000,
@@ -27,6 +27,6 @@ def get_config() -> Config:
     zero_stage=3,
     steps='2e12 tokens',
     batch_size=1024,  # 4 million tokens
-    microbatches=4,  # 4 sequences a chip at once
+    microbatches=4,  # 4 sequences per chip at a time
     eval=EvalConfig(every=1000, rows=4096, sample_tokens=0),
     checkpoint=CheckpointConfig(every=1000))

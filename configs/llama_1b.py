@@ -1,14 +1,15 @@
-"""Llama 3.2 1B: its sizes, trained from scratch for as many tokens as pay at this size.
+"""Llama 3.2 1B: its sizes, trained from scratch on a compute-optimal number of tokens.
 
-Sizes: the published model (Meta, 2024), without its scaling of rotary wavelengths for contexts above 8192. Its own training, pruning
+Sizes: the published model (Meta, 2024), without its RoPE scaling for contexts above 8192. Its own training, pruning
 and distillation from 8B, is not published in detail: rate and batch are GPT-3's for this size (arXiv:2005.14165, table 2.1), tokens
-20 a parameter (Chinchilla, arXiv:2203.15556), the rest Llama 3's (arXiv:2407.21783, section 3.4).
-Expected: 1,235,814,400 parameters. No published loss compares.
-Meant for 16 TPU v5e chips (v5e:4x4). Data: a mixture of your own, in stores made with a tokenizer of at most 128,256 ids (docs/data.md).
+20 per parameter (Chinchilla, arXiv:2203.15556), the rest Llama 3's (arXiv:2407.21783, section 3.4).
+Expected: 1,235,814,400 parameters. There is no comparable published loss.
+Designed for 16 TPU v5e chips (v5e:4x4). Data: your own mixture, in stores made with a tokenizer of at most 128,256 ids (docs/data.md).
 """
 
 from gptjax.config import (
-  CheckpointConfig, Component, ComputeConfig, Config, DataConfig, EvalConfig, MeshConfig, ModelConfig, OptimizerConfig, RopeConfig, ValidationSet)
+  CheckpointConfig, Component, ComputeConfig, Config, DataConfig, EvalConfig, MeshConfig, ModelConfig, OptimizerConfig, RopeConfig,
+  ValidationSet)
 
 
 def get_config() -> Config:
@@ -29,6 +30,6 @@ def get_config() -> Config:
     zero_stage=3,
     steps='25e9 tokens',
     batch_size=256,  # a million tokens
-    microbatches=4,  # 4 sequences a chip at once
+    microbatches=4,  # 4 sequences per chip at a time
     eval=EvalConfig(every=1000, rows=4096, sample_tokens=0),
     checkpoint=CheckpointConfig(every=1000))

@@ -2,7 +2,7 @@
 
 Sizes and everything else: Llama 2 (arXiv:2307.09288, table 1 and section 2.2).
 Expected: 68,976,648,192 parameters. No loss on your own data is published.
-Meant for 512 TPU v5p chips (v5p:8x8x8). Data: a mixture of your own, in stores made with a tokenizer of at most 32,000 ids (docs/data.md).
+Designed for 512 TPU v5p chips (v5p:8x8x8). Data: your own mixture, in stores made with a tokenizer of at most 32,000 ids (docs/data.md).
 """
 
 from gptjax.config import (
@@ -18,12 +18,12 @@ def get_config() -> Config:
     compute=ComputeConfig(dtype='bfloat16', scan=True, remat='full'),
     data=DataConfig(
       train=(Component('stores/train'),), valid=(ValidationSet('valid', 'stores/valid'),),
-      context=4096, isolate_documents=False),  # the paper speaks of no mask between documents
+      context=4096, isolate_documents=False),  # the paper does not mention a mask between documents
     optimizer=OptimizerConfig(
       peak_lr=1.5e-4,
       schedule='cosine', final_fraction=0.1, warmup=2000,
       b1=0.9, b2=0.95, eps=1e-5, weight_decay=0.1, clip=1.0),
-    mesh=MeshConfig(data=512),  # 2 sequences a chip: enough work to hide the gathering of weights
+    mesh=MeshConfig(data=512),  # 2 sequences per chip: enough computation to overlap the all-gathers of weights
     zero_stage=3,
     steps='2e12 tokens',
     batch_size=1024,  # 4 million tokens

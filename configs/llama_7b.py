@@ -2,7 +2,7 @@
 
 Sizes and everything else: Llama 2 (arXiv:2307.09288, table 1 and section 2.2).
 Expected: 6,738,415,616 parameters. No loss on your own data is published.
-Meant for 256 TPU v5e chips (v5e:16x16). Data: a mixture of your own, in stores made with a tokenizer of at most 32,000 ids (docs/data.md).
+Designed for 256 TPU v5e chips (v5e:16x16). Data: your own mixture, in stores made with a tokenizer of at most 32,000 ids (docs/data.md).
 """
 
 from gptjax.config import (
@@ -12,21 +12,21 @@ from gptjax.config import (
 def get_config() -> Config:
   return Config(
     model=ModelConfig(
-      layers=32, heads=32, width=4096, mlp_width=11008,  # 2/3 of 4 * width, up to a multiple of 256
+      layers=32, heads=32, width=4096, mlp_width=11008,  # 2/3 of 4 * width, rounded up to a multiple of 256
       vocab_size=32000, vocab_multiple=128,
       positions='rope', norm='rmsnorm', mlp='swiglu', bias=False, tied=False),
     compute=ComputeConfig(dtype='bfloat16', scan=True, remat='full'),
     data=DataConfig(
       train=(Component('stores/train'),), valid=(ValidationSet('valid', 'stores/valid'),),
-      context=4096, isolate_documents=False),  # the paper speaks of no mask between documents
+      context=4096, isolate_documents=False),  # the paper does not mention a mask between documents
     optimizer=OptimizerConfig(
       peak_lr=3e-4,
       schedule='cosine', final_fraction=0.1, warmup=2000,
       b1=0.9, b2=0.95, eps=1e-5, weight_decay=0.1, clip=1.0),
-    mesh=MeshConfig(data=256),  # one slice; mesh.replica=2 for two
+    mesh=MeshConfig(data=256),  # one slice; use mesh.replica=2 for two
     zero_stage=3,
     steps='2e12 tokens',
     batch_size=1024,  # 4 million tokens
-    microbatches=4,  # one sequence a chip at once, as much as 16 GB hold
+    microbatches=4,  # one sequence per chip at a time, all that fits in 16 GB
     eval=EvalConfig(every=1000, rows=4096, sample_tokens=0),
     checkpoint=CheckpointConfig(every=1000))

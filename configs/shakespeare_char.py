@@ -1,6 +1,6 @@
 """nanoGPT's GPU recipe: a GPT-2 of 10.7M parameters on Tiny Shakespeare by characters.
 
-Give the text: --config.data.source.path=PATH/input.txt (1,115,394 characters; the first 90 % train).
+Set the text file: --config.data.source.path=PATH/input.txt (1,115,394 characters; the first 90 % train).
 Expected on a GPU: best validation loss at most 1.48 nats per character (nanoGPT publishes 1.4697 on sampled batches); it
 overfits after that, so the best checkpoint is kept: evaluate it with --step=best.
 """
@@ -20,9 +20,9 @@ def get_config() -> Config:
       isolate_documents=False,  # the text is one document
       tokenizer=TokenizerConfig(kind='chars')),
     optimizer=OptimizerConfig(
-      peak_lr=1e-3,  # small networks stand a high rate
+      peak_lr=1e-3,  # small networks tolerate a high rate
       final_fraction=0.1, warmup=100,
-      b1=0.9, b2=0.99,  # a longer memory, since a step has few tokens
+      b1=0.9, b2=0.99,  # longer averages, since a step has few tokens
       weight_decay=0.1, clip=1.0),
     steps=5000,
     batch_size=64,

@@ -1,4 +1,4 @@
-"""Where things are kept that can be made again."""
+"""The cache folder, for files that can be created again."""
 
 from pathlib import Path
 
@@ -10,5 +10,5 @@ _CACHE_DIR = flags.DEFINE_string('cache_dir', '~/.cache/gptjax', 'folder of prep
 
 
 def cache_dir() -> Path:
-  """The folder of --cache_dir."""
+  """Returns the folder of --cache_dir."""
   return expanded(_CACHE_DIR.value)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and JSON that every reader understands."""
+"""Atomic writes of files and folders, lines that survive a full disk, and strict JSON."""
 
 import contextlib
 import fcntl
@@ -16,12 +16,12 @@ from gptjax.config import UserError
 
 
 def expanded(path: Path | str) -> Path:
-  """The path with ~ as a shell reads it: that of a user whom nobody knows stays as it is (and pathlib raises)."""
+  """Expands ~ as a shell does: unlike pathlib, it leaves the home of an unknown user as it is."""
   return Path(os.path.expanduser(path))
 
 
 def write_atomic(path: Path, text: str) -> None:
-  """Writes a file beside its place and then moves it there: who reads it never sees a part, even after a power cut."""
+  """Writes a file atomically, by a rename: readers never see a part of it, even after a power failure."""
   partial = path.with_name(f'{path.name}.partial')
   partial.write_text(text)
   sync(partial)
@@ -30,18 +30,18 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 class Lines:
-  """Appends to a file of lines. Those that find no space, or no folder, wait in memory for the next."""
+  """Appends lines to a file. Lines that cannot be written, as on a full disk, are kept in memory and retried with the next."""
 
   def __init__(self, path: Path):
     self._path, self._waiting = path, b''
 
   @property
   def waiting(self) -> bool:
-    """Whether a line waits."""
+    """Whether lines are kept in memory."""
     return bool(self._waiting)
 
   def write(self, line: str) -> str:
-    """Writes a line; returns what kept it from the disk."""
+    """Writes a line; returns the error, '' for none."""
     self._waiting += line.encode()
     try:
       with self._path.open('ab', buffering=0) as file:
@@ -55,26 +55,26 @@ class Lines:
     """Returns when all lines are on the disk.
 
     Raises:
-      UserError: something keeps them from it.
+      UserError: they cannot be written.
     """
     try:
       if error := self.write('') if self._waiting else '':
         raise UserError(str(self._path), error, 'a disk with space left')
       if self._path.exists():
         sync(self._path)
-    except OSError as late:  # some file systems say only here that there is no space
+    except OSError as late:  # some file systems report a full disk only here
       raise UserError(str(self._path), late.strerror, 'a disk with space left') from None
 
 
 def complete_lines(path: Path) -> list[str]:
-  """The lines of a file, where there is one, without a last one that was never finished."""
+  """Returns the lines of a file, without an incomplete last one; none if the file does not exist."""
   if not path.exists():
     return []
   return [line for line in path.read_text(errors='replace').splitlines(keepends=True) if line.endswith('\n')]
 
 
 def json_line(record: dict[str, Any]) -> str:
-  """One line of JSON; numbers that are not finite, which JSON does not have, become null."""
+  """Returns one line of JSON; numbers that are not finite, which JSON lacks, become null."""
   def finite(value: Any) -> Any:
     if isinstance(value, dict):
       return {name: finite(one) for name, one in value.items()}
@@ -84,41 +84,47 @@ def json_line(record: dict[str, Any]) -> str:
   return json.dumps(finite(record))
 
 
-def read_json(path: Path) -> Any:
-  """The JSON of a file.
+def read_json(path: Path) -> dict[str, Any]:
+  """The object in a JSON file.
 
   Raises:
-    UserError: there is no such file, or something else is in it.
+    UserError: the file is missing or holds something else.
   """
   try:
-    return json.loads(path.read_text())
+    values = json.loads(path.read_text())
   except FileNotFoundError:
     raise UserError(str(path), None, 'a JSON file; there is none') from None
-  except (ValueError, RecursionError) as error:  # the latter of brackets within brackets
-    raise UserError(str(path), str(error), 'a whole JSON file') from None
+  except (ValueError, RecursionError) as error:  # RecursionError: deeply nested brackets
+    raise UserError(str(path), str(error), 'a complete JSON file') from None
+  if not isinstance(values, dict):
+    raise UserError(str(path), values, 'a JSON object')
+  return values
 
 
 def write_json(path: Path, values: Any) -> None:
-  """Writes JSON for people to read, whole or not at all."""
+  """Writes indented JSON atomically."""
   write_atomic(path, json.dumps(values, indent=2) + '\n')
 
 
 @contextlib.contextmanager
 def atomic_directory(directory: Path, worth_keeping: Callable[[Path], bool] = lambda folder: False,
              resumes: bool = True) -> Iterator[Path | None]:
-  """A folder that appears whole or not at all: the body fills another beside it, which then takes its place.
+  """Creates a folder atomically: the body fills a temporary folder, which is then renamed.
 
-  Yields the folder to fill, or None where `directory` is there already. One process at a time; others wait. A killed
-  process, or one that found the disk full, leaves what it had to be found there by the next; a body that raises a UserError
-  leaves nothing, unless it is `worth_keeping`. Where the body cannot go on with what another began, `resumes` is False: it
-  finds an empty folder, and whatever it raises leaves nothing.
+  Yields the temporary folder, or None if `directory` exists. Other processes wait meanwhile. What a process leaves that is killed, or
+  finds the disk full, is there for the next to continue.
+
+  Args:
+    directory: to create.
+    worth_keeping: whether to keep the temporary folder after a UserError.
+    resumes: False: the body cannot continue the work of another, so it starts with an empty folder, which any error removes.
   """
   if directory.exists():
     yield None
     return
   directory.parent.mkdir(parents=True, exist_ok=True)
   with locked(directory.with_name(f'{directory.name}.lock')):
-    if directory.exists():  # another process was faster
+    if directory.exists():  # created by another process meanwhile
       yield None
       return
     folder = directory.with_name(f'{directory.name}.building')
@@ -137,17 +143,17 @@ def atomic_directory(directory: Path, worth_keeping: Callable[[Path], bool] = la
 
 
 def _remove(folder: Path) -> None:
-  """Removes a folder for good: threads of a save that failed go on for a moment, and would make it anew."""
+  """Removes a folder; threads of a failed save may continue for a moment and create it again."""
   for _ in range(100):
     shutil.rmtree(folder, ignore_errors=True)
     time.sleep(0.2)
     if not folder.exists():
       return
-  shutil.rmtree(folder)  # tells what keeps it
+  shutil.rmtree(folder)  # raises the reason
 
 
 def sync(path: Path) -> None:
-  """Waits until a file, or the list of a folder's files, is on the disk and not only on its way there."""
+  """Syncs a file, or the entries of a folder, to the disk."""
   descriptor = os.open(path, os.O_RDONLY)
   try:
     os.fsync(descriptor)
@@ -157,7 +163,7 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-  """Holds a lock file while the body runs; waits for whoever has it. The system frees the lock of a killed process."""
+  """Holds a lock file while the body runs, after waiting for its owner. The system releases the lock of a dead process."""
   path.parent.mkdir(parents=True, exist_ok=True)
   while True:
     file = path.open('w')
@@ -166,7 +172,7 @@ def locked(path: Path) -> Iterator[None]:
     except BlockingIOError:
       print(f'waiting for another process that prepares the same ({path})', file=sys.stderr, flush=True)
       fcntl.flock(file, fcntl.LOCK_EX)
-    # Whoever had it removed its file at the end: a lock counts only on the file that is there now.
+    # The previous owner removes its file at the end: the lock is only valid on the file that exists now.
     with contextlib.suppress(FileNotFoundError):
       if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
         break

@@ -21,25 +21,25 @@ from gptjax.start import start
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a run', required=True)
 _STEP = flags.DEFINE_string('step', 'latest', 'checkpoint to use: latest, best (lowest validation loss), or a step')
 _MODEL_AXIS = flags.DEFINE_integer(
-  'model_axis', 0, 'devices that share each matrix; 0: as in training, where the devices here allow it', lower_bound=0)
+  'model_axis', 0, 'tensor parallel devices; 0: as in training if the devices allow it', lower_bound=0)
 _PROMPT = flags.DEFINE_string('prompt', '', 'text to continue')
-_PROMPTS = flags.DEFINE_string('prompts', None, 'file of what to continue instead: a text a line, or (.jsonl) objects with a '
+_PROMPTS = flags.DEFINE_string('prompts', None, 'file of prompts instead of --prompt: one text per line, or (.jsonl) objects with a '
                               'text "prompt" or a conversation "messages", [{"role": "user", "content": ...}]')
-_OUT = flags.DEFINE_string('out', None, 'file for JSON lines of prompt, text, ids, logprobs (nats) and ended; default: text on the screen')
-_CHAT = flags.DEFINE_bool('chat', False, 'talk with a model whose tokenizer has a chat template: a line is a message, /new begins '
-                          'another conversation, Ctrl-C ends an answer, Ctrl-D the program')
-_SYSTEM = flags.DEFINE_string('system', '', 'what the model is told before a conversation')
+_OUT = flags.DEFINE_string('out', None, 'file for JSON lines of prompt, text, ids, logprobs (nats) and ended; default: text on stdout')
+_CHAT = flags.DEFINE_bool('chat', False, 'chat with a model whose tokenizer has a chat template: each line is a message, /new starts '
+                          'a new conversation, Ctrl-C ends an answer, Ctrl-D the program')
+_SYSTEM = flags.DEFINE_string('system', '', 'system message of a conversation')
 _SAMPLES = flags.DEFINE_integer('samples', 1, 'continuations of each prompt', lower_bound=1)
-_BATCH = flags.DEFINE_integer('batch_size', 8, 'rows that are continued together', lower_bound=1)
-_MAX_TOKENS = flags.DEFINE_integer('max_tokens', 200, 'most tokens to add; fewer where the document ends', lower_bound=1)
-_TEMPERATURE = flags.DEFINE_float('temperature', 0.8, 'divides the logits; 0: always the likeliest token')
-_TOP_K = flags.DEFINE_integer('top_k', 0, 'draw only from this many likeliest tokens; 0: from all')
-_TOP_P = flags.DEFINE_float('top_p', 1.0, 'draw only from the likeliest tokens that together have this probability; 1: from all')
-_MIN_P = flags.DEFINE_float('min_p', 0.0, "draw only from tokens of at least this share of the likeliest one's probability; 0: from all")
-_PENALTY = flags.DEFINE_float('repetition_penalty', 1.0, 'divides the logits of tokens that the text has already; 1: none')
-_STOP = flags.DEFINE_multi_string('stop', [], 'text that ends a continuation, which then is without it; may be given several times')
-_STOP_IDS = flags.DEFINE_multi_integer('stop_ids', None, "token ids that end it instead of the tokenizer's; may be given several times")
-_SEED = flags.DEFINE_integer('seed', 0, 'of the draws; the row after has the next', lower_bound=0, upper_bound=2**32 - 1)
+_BATCH = flags.DEFINE_integer('batch_size', 8, 'number of rows per batch', lower_bound=1)
+_MAX_TOKENS = flags.DEFINE_integer('max_tokens', 200, 'maximum number of tokens to generate; fewer if the document ends', lower_bound=1)
+_TEMPERATURE = flags.DEFINE_float('temperature', 0.8, 'divides the logits; 0: greedy decoding')
+_TOP_K = flags.DEFINE_integer('top_k', 0, 'sample from this many most likely tokens; 0: from all')
+_TOP_P = flags.DEFINE_float('top_p', 1.0, 'sample from the most likely tokens that together have this probability; 1: from all')
+_MIN_P = flags.DEFINE_float('min_p', 0.0, "sample from tokens with at least this fraction of the highest probability; 0: from all")
+_PENALTY = flags.DEFINE_float('repetition_penalty', 1.0, 'divides the logits of tokens that are already in the text; 1: off')
+_STOP = flags.DEFINE_multi_string('stop', [], 'text that ends a continuation and is removed from it; may be repeated')
+_STOP_IDS = flags.DEFINE_multi_integer('stop_ids', None, "token ids that end a continuation instead of the tokenizer's; may be repeated")
+_SEED = flags.DEFINE_integer('seed', 0, 'seed of sampling; each row adds its index', lower_bound=0, upper_bound=2**32 - 1)
 
 
 def main(_) -> None:
@@ -61,16 +61,16 @@ def main(_) -> None:
     def read(prompt, source):
       ids = generator.prompt(prompt, source)
       if len(ids) > context and distributed.is_primary():
-        print(f'{source}: {len(ids)} tokens, of which the model reads the last {context}', file=sys.stderr)
+        print(f'{source}: {len(ids)} tokens, truncated to the last {context}', file=sys.stderr)
       return ids
 
-    # What is wrong with one is told before anything is printed.
+    # All prompts are read, and mistakes in them reported, before anything is printed.
     rows = [row for source, prompt in prompts for row in [(prompt, read(prompt, source))] * _SAMPLES.value]
     if distributed.is_primary():
       print(trained.description, file=sys.stderr)
     settings: dict[str, Any] = {'max_tokens': _MAX_TOKENS.value, 'sampling': sampling, 'stop': _STOP.value, 'stop_ids': _STOP_IDS.value}
     weights = generator.prepare(trained.parameters)
-    del trained  # what is as it was restored may go
+    del trained  # frees the restored parameters
     if _CHAT.value:
       _chat(read, lambda ids, turn: generator.stream(weights, [ids], seeds=[(_SEED.value + turn) % 2**32], **settings))
     elif len(rows) == 1 and not _OUT.value and isinstance(rows[0][0], str):
@@ -82,25 +82,25 @@ def main(_) -> None:
 
 def _check_flags() -> None:
   if _PROMPTS.value and _PROMPT.value:
-    raise UserError('--prompt', _PROMPT.value, 'none beside --prompts')
+    raise UserError('--prompt', _PROMPT.value, 'no --prompt together with --prompts')
   if _CHAT.value:
     for flag in (_PROMPT, _PROMPTS, _OUT):
       if flag.value:
-        raise UserError(f'--{flag.name}', flag.value, 'none beside --chat, which reads the keyboard')
+        raise UserError(f'--{flag.name}', flag.value, 'none together with --chat, which reads the keyboard')
     if (count := distributed.process_group().count) > 1:
-      raise UserError('--chat', f'{count} processes', 'one process, which has the keyboard')
+      raise UserError('--chat', f'{count} processes', 'a single process, which has the keyboard')
   elif _SYSTEM.value:
     raise UserError('--system', _SYSTEM.value, 'none without --chat; in --prompts, a first message with the role "system"')
   if _OUT.value and not (folder := expanded(_OUT.value).absolute().parent).is_dir():
-    raise UserError('--out', _OUT.value, f'a file in a folder that is there; {folder} is not')
+    raise UserError('--out', _OUT.value, f'a file in an existing folder; {folder} does not exist')
 
 
 def _prompts() -> list[tuple[str, Any]]:
-  """(what an error calls it, prompt) of each."""
+  """Returns (name in errors, prompt) of each prompt."""
   from gptjax import inference
 
   if _CHAT.value:
-    return [('--system', [*_system(), {'role': 'user', 'content': 'Hello'}])]  # read to see whether the template can
+    return [('--system', [*_system(), {'role': 'user', 'content': 'Hello'}])]  # checks that the template supports it
   if not _PROMPTS.value:
     return [('--prompt', _PROMPT.value)]
   return inference.read_prompts(expanded(_PROMPTS.value))
@@ -111,14 +111,14 @@ def _system() -> list[dict[str, Any]]:
 
 
 def _chat(read: Callable, answer: Callable[[list[int], int], Iterator[tuple[int, str]]]) -> None:
-  """Messages from the keyboard, answers to the screen.
+  """Reads messages from the keyboard and prints answers.
 
   Args:
-    read: messages to ids.
-    answer: the ids of a conversation and the number of the turn to a stream of text.
+    read: converts messages to ids.
+    answer: converts the ids of a conversation and the number of the turn to a stream of text.
   """
   if sys.stdin.isatty():
-    import readline  # noqa: F401  (input then has history and can be edited)
+    import readline  # noqa: F401  (for history and editing)
   messages, turn = _system(), 0
   while True:
     try:
@@ -134,7 +134,7 @@ def _chat(read: Callable, answer: Callable[[list[int], int], Iterator[tuple[int,
 
 
 def _show(stream: Iterator[tuple[int, str]]) -> str:
-  """Prints a text as it comes, until Ctrl-C in a conversation; returns it."""
+  """Prints a stream of text, until Ctrl-C in a conversation; returns the text."""
   said = ''
   try:
     for _, piece in stream:
@@ -149,7 +149,7 @@ def _show(stream: Iterator[tuple[int, str]]) -> str:
 
 
 def _write(rows, run) -> None:
-  """Continues all rows, some at a time, and prints them or writes them to a file, which is whole or not there."""
+  """Continues all rows in batches, and prints them or writes them to a file atomically."""
   from rich.console import Console
   from rich.progress import track
 

@@ -1,4 +1,4 @@
-"""Supervision: a run as a child process that is started again when it dies, for as long as it gets on."""
+"""Supervision: runs training as a child process, and restarts it after a crash as long as it makes progress."""
 
 import contextlib
 import os
@@ -10,56 +10,56 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _PAUSES = (1, 4, 15, 60)
-"""Seconds before the restarts that follow one another without progress; what is away for a minute is waited for."""
+"""Seconds before each restart without progress in between; enough for outages of about a minute."""
 _IDLE = len(_PAUSES) + 1
-"""Ends in a row at the same checkpoint, after which another start would end there too."""
+"""Ends in a row at the same checkpoint after which the command is not restarted."""
 
 
-def supervise(command: Sequence[str], workdir: Path, restarts: int, ended: Sequence[int]) -> int:
-  """Runs a command until it ends by itself, and returns its exit status.
+def supervise(command: Sequence[str], workdir: Path, restarts: int, final: Sequence[int]) -> int:
+  """Runs a command, restarts it with a pause after a crash or a kill, and returns its last exit status.
 
-  SIGTERM, SIGINT and SIGHUP go on to the command. It is started again where it crashed or was killed, after a pause, but not more often
-  than allowed, and not when its last starts led to no new checkpoint. Told to end during a pause, it returns os.EX_TEMPFAIL.
+  It is not restarted when `restarts` are used up, or the last few starts led to no new checkpoint. SIGTERM, SIGINT and SIGHUP are
+  forwarded to the command; during a pause they end this function with os.EX_TEMPFAIL.
 
   Args:
     command: to run.
-    workdir: of its run, by whose checkpoints progress is seen.
-    restarts: most of them.
-    ended: exit statuses with which it ended by itself, and another start would end alike.
+    workdir: of the run, whose checkpoints show its progress.
+    restarts: maximum number of restarts.
+    final: exit statuses after which a restart is pointless.
   """
   with _Signals() as signals:
     idle, newest = 0, _newest(workdir)
     for restart in range(restarts + 1):
       status = signals.run(command)
-      if status in ended or signals.told:
+      if status in final or signals.received:
         return status
       before, newest = newest, _newest(workdir)
       idle = 1 if newest != before else idle + 1
       words = f'the run ended with {_named(status)} after checkpoint {newest}' if newest is not None else (
         f'the run ended with {_named(status)} before its first checkpoint')
       if idle == _IDLE:
-        _say(f'{words}, {_IDLE} times in a row: not started again')
+        _say(f'{words}, {_IDLE} times in a row: not restarted')
         return status
       if restart == restarts:
-        _say(f'{words}: not started again, after {restarts} restarts')
+        _say(f'{words}: not restarted, after {restarts} restarts')
         return status
       pause = _PAUSES[idle - 1]
-      _say(f'{words}: started again in {pause} s, restart {restart + 1} of {restarts}')
-      if signals.told_within(pause):
+      _say(f'{words}: restarted in {pause} s, restart {restart + 1} of {restarts}')
+      if signals.wait(pause):
         return os.EX_TEMPFAIL
-  raise AssertionError('the last turn returns')
+  raise AssertionError('the last iteration returns')
 
 
 class _Signals:
-  """What asks this process to end: it goes on to the child, or ends a pause."""
+  """Signals to this process, which are forwarded to the child, or end a pause."""
 
   def __init__(self) -> None:
-    self.told = False
+    self.received = False
     self._pending: list[int] = []
     self._child: subprocess.Popen | None = None
 
   def __enter__(self) -> '_Signals':
-    self._before = {number: signal.signal(number, self._heed) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     return self
 
   def __exit__(self, *error: object) -> None:
@@ -67,29 +67,29 @@ class _Signals:
       signal.signal(number, handler)
 
   def run(self, command: Sequence[str]) -> int:
-    """The exit status of a command, as a shell tells it."""
-    # A group of its own: what a terminal sends to ours reaches it once, through us.
+    """Returns the exit status of a command, as a shell reports it."""
+    # Its own process group, so that signals from a terminal reach it only once, through this process.
     with subprocess.Popen(command, process_group=0) as child:
       self._child = child
-      self._pass_on()  # what came while it started
+      self._forward()  # signals that arrived while it started
       status = child.wait()
       self._child = None
     return status if status >= 0 else 128 - status
 
-  def told_within(self, seconds: float) -> bool:
-    """Waits for so long, or until this process is told to end."""
+  def wait(self, seconds: float) -> bool:
+    """Waits for some time or until a signal arrives; returns whether one has."""
     deadline = time.monotonic() + seconds
-    while not self.told and (left := deadline - time.monotonic()) > 0:
-      time.sleep(min(left, 0.2))  # Python sleeps on after a signal
-    return self.told
+    while not self.received and (left := deadline - time.monotonic()) > 0:
+      time.sleep(min(left, 0.2))  # a signal does not interrupt sleep
+    return self.received
 
-  def _heed(self, number: int, frame: object) -> None:
+  def _handle(self, number: int, frame: object) -> None:
     del frame
-    self.told = True
+    self.received = True
     self._pending.append(number)
-    self._pass_on()
+    self._forward()
 
-  def _pass_on(self) -> None:
+  def _forward(self) -> None:
     while self._child and self._pending:
       self._child.send_signal(self._pending.pop())
 

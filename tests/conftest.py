@@ -117,15 +117,15 @@ def style(request):
 
 @pytest.fixture
 def random_parameters():
-  """A function (blueprint, zero_stage=0, seed=0): parameters on the mesh in force, biases and gains random too."""
+  """A function (abstract model, zero_stage=0, seed=0): parameters on the mesh in force, biases and gains random too."""
   import jax
 
-  def make(blueprint, zero_stage=0, seed=0):
+  def make(model, zero_stage=0, seed=0):
     rng = np.random.default_rng(seed)
     values = {}
-    for name, shape in blueprint.shapes.items():
+    for name, shape in model.shapes.items():
       noise = rng.standard_normal(shape.shape, np.float32)
       values[name] = 1 + 0.2 * noise if name.endswith('gain') else 0.2 * noise
-    return jax.device_put(values, blueprint.shardings(zero_stage, jax.sharding.get_mesh()))
+    return jax.device_put(values, model.shardings(zero_stage, jax.sharding.get_mesh()))
 
   return make

@@ -47,12 +47,12 @@ def test_a_conversation_is_read_from_the_keyboard_and_forgotten_at_new(run):
 
 
 @pytest.mark.parametrize('flags, message', [
-  (['--prompt=a', '--prompts={home}/none.txt'], "--prompt: 'a', expected: none beside --prompts"),
+  (['--prompt=a', '--prompts={home}/none.txt'], "--prompt: 'a', expected: no --prompt together with --prompts"),
   (['--prompts={home}/none.txt'], "--prompts: '{home}/none.txt', expected: a file of UTF-8 text (No such file or directory)"),
   (['--prompts={home}/bad.jsonl'], "{home}/bad.jsonl:2: '{{\"prompt\": 3}}', expected: a JSON object with a text"),
   (['--prompts={home}/roles.jsonl'], 'messages: '),
-  (['--chat', '--prompt=a'], "--prompt: 'a', expected: none beside --chat"),
-  (['--out={home}/no/out.jsonl'], "--out: '{home}/no/out.jsonl', expected: a file in a folder that is there"),
+  (['--chat', '--prompt=a'], "--prompt: 'a', expected: none together with --chat"),
+  (['--out={home}/no/out.jsonl'], "--out: '{home}/no/out.jsonl', expected: a file in an existing folder"),
   (['--min_p=2'], '--min_p: 2.0, expected: 0 to 1'),
   (['--model_axis=3', '--cpu_devices=8'], 'mesh.model: 3, expected: a divisor of the 8 devices'),
   (['--model_axis=8', '--cpu_devices=8'], 'mesh.model: 8, expected: a divisor of model.heads=2'),

@@ -48,7 +48,7 @@ def test_commands_of_the_guide_to_clusters_run_as_written(tmp_path):
 
 def test_commands_of_the_guide_to_models_run_as_written(tmp_path):
   printed = list(run(commands_of('docs/models.md'), tmp_path).values())
-  assert len(printed) == 5 and all('roundtrip: all 24 tensors are the same bits' in words for words in printed[1:3])
+  assert len(printed) == 5 and all('roundtrip: all 24 tensors have the same bits' in words for words in printed[1:3])
   assert printed[3].startswith('Permission')
   assert len((tmp_path / 'samples.jsonl').read_text().splitlines()) == 3
   notebook = '\n'.join(commands_of('docs/models.md', 'python'))
@@ -75,5 +75,5 @@ def test_commands_of_the_guide_to_faults_run_as_written(tmp_path):
   assert len(printed) == 7
   steps = [json.loads(line)['step'] for line in (tmp_path / 'runs/faults/metrics.jsonl').read_text().splitlines()]
   assert sorted({*steps}) == [*range(1, 13)]
-  assert printed[3].count('whole') == 3 and 'parameters/tokens/table' in printed[4] and 'tensors equal bit by bit' in printed[5]
-  assert '2 logged steps done again: equal to the last bit' in printed[6]
+  assert printed[3].count('intact') == 3 and 'parameters/tokens/table' in printed[4] and 'tensors bitwise equal' in printed[5]
+  assert '2 logged steps repeated: bitwise equal' in printed[6]

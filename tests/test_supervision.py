@@ -33,7 +33,7 @@ sys.exit(int(end[-1]))
 def supervised(tmp_path, monkeypatch, capfd):
   """A function (ends of each turn, restarts): the exit status, how often it was started, the pauses, what was said."""
   pauses = []
-  monkeypatch.setattr(supervision._Signals, 'told_within', lambda self, seconds: pauses.append(seconds))
+  monkeypatch.setattr(supervision._Signals, 'wait', lambda self, seconds: pauses.append(seconds))
 
   def run(ends, restarts):
     status = supervise([sys.executable, '-c', RUN, str(tmp_path), ends], tmp_path, restarts, (0, 2, 75))
@@ -44,7 +44,7 @@ def supervised(tmp_path, monkeypatch, capfd):
 def test_it_is_started_again_until_it_is_done(supervised):
   status, turns, pauses, said = supervised('saves 1,saves killed,1,0', 9)
   assert (status, turns, pauses) == (0, 4, [1, 1, 4])
-  assert 'ended with status 1 after checkpoint 1: started again in 1 s, restart 1 of 9' in said and 'SIGKILL after checkpoint 2' in said
+  assert 'ended with status 1 after checkpoint 1: restarted in 1 s, restart 1 of 9' in said and 'SIGKILL after checkpoint 2' in said
 
 
 @pytest.mark.parametrize('ends, status', [('0', 0), ('2', 2)])
@@ -54,7 +54,7 @@ def test_what_ended_by_itself_is_not_started_again(ends, status, supervised):
 
 def test_without_progress_it_stops(supervised):
   status, turns, pauses, said = supervised('saves 1,1', 50)
-  assert (status, turns, pauses) == (1, 5, [1, 4, 15, 60]) and '5 times in a row: not started again' in said
+  assert (status, turns, pauses) == (1, 5, [1, 4, 15, 60]) and '5 times in a row: not restarted' in said
 
 
 def test_restarts_are_counted(supervised):
@@ -70,7 +70,7 @@ sys.exit(supervision.supervise([sys.executable, '-c', *sys.argv[1:]], pathlib.Pa
 '''
 
 
-@pytest.mark.parametrize('ends, said', [('waits', ''), ('1', 'started again in 60 s')])
+@pytest.mark.parametrize('ends, said', [('waits', ''), ('1', 'restarted in 60 s')])
 def test_a_signal_goes_on_to_the_run_or_ends_the_pause(ends, said, tmp_path):
   process = subprocess.Popen([sys.executable, '-c', SUPERVISOR, RUN, tmp_path, ends], cwd=pathlib.Path(__file__).parents[1],
                              stderr=subprocess.PIPE, text=True)

@@ -1,7 +1,7 @@
-"""`python -m tools.export_hf --workdir=RUN --folder=HF`: a run becomes a Hugging Face folder, which transformers opens.
+"""`python -m tools.export_hf --workdir=RUN --folder=HF`: a run becomes a Hugging Face folder that transformers can load.
 
-A run that was imported gives its folder back, tensors of the same names and types; one trained here, a folder of the published
-family that its model is of. Memory: some parameters at a time, beside 2 GB the largest of them twice.
+An imported run reproduces its original folder, with the same tensor names and dtypes; a run trained here becomes a folder of the
+published family that its model belongs to. Parameters are restored in groups: peak memory is about 2 GB and twice the largest parameter.
 """
 
 
@@ -15,11 +15,11 @@ from gptjax.start import start
 from tools import check_flags
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a run', required=True)
-_FOLDER = flags.DEFINE_string('folder', None, 'folder to write; must not be there yet', required=True)
+_FOLDER = flags.DEFINE_string('folder', None, 'folder to write; must not exist yet', required=True)
 _STEP = flags.DEFINE_string('step', 'latest', 'checkpoint to export: latest, best (lowest validation loss), or a step')
 _DTYPE = flags.DEFINE_enum('dtype', 'auto', ['auto', 'float32', 'bfloat16', 'float16'],
-                           'type of the tensors; auto: as they were imported, float32 where the run was trained here')
-_SHARD_GB = flags.DEFINE_float('shard_gb', 5.0, 'largest file of tensors, in GB (10^9 bytes); more go to several', lower_bound=1e-6)
+                           'dtype of the tensors; auto: as they were imported, or float32 if the run was trained here')
+_SHARD_GB = flags.DEFINE_float('shard_gb', 5.0, 'maximum size of a tensor file in GB (10^9 bytes)', lower_bound=1e-6)
 
 
 def main(_: None) -> None:
@@ -27,9 +27,9 @@ def main(_: None) -> None:
   start()
   from gptjax import interop
   if process_group().count > 1:
-    raise UserError('--processes', process_group().count, '1: a single process exports')
-  options = interop.Export(_STEP.value, _DTYPE.value, int(_SHARD_GB.value * 1e9), check_flags.check())
-  print(interop.export_run(expanded(_WORKDIR.value), expanded(_FOLDER.value), options))
+    raise UserError('--processes', process_group().count, '1: an export runs in a single process')
+  print(interop.export_run(expanded(_WORKDIR.value), expanded(_FOLDER.value), step=_STEP.value, dtype=_DTYPE.value,
+                           shard_bytes=int(_SHARD_GB.value * 1e9), check=check_flags.check()))
   print(_FOLDER.value)
 
 

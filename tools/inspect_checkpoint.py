@@ -1,8 +1,8 @@
-"""Looks at a run's checkpoints: python -m tools.inspect_checkpoint --workdir=DIR [--step=STEP [--against=STEP or FOLDER]] [--match=TEXT]
+"""Inspects checkpoints: python -m tools.inspect_checkpoint --workdir=DIR [--step=STEP [--against=STEP or FOLDER]] [--match=TEXT]
 
-Without --step it lists them: step, tokens, validation loss, bytes, when it was saved, and whether every file is as it was written.
-With it, the tensors of one: shape, type, norm, smallest and largest value. With --against, how far each tensor is from the one of the
-same name in another checkpoint; the exit status is 1 where they differ.
+Without --step it lists and verifies them: step, tokens, validation loss, size, time and state. With --step it lists the tensors of one:
+shape, type, norm, smallest and largest value. With --against it compares each tensor with the one of the same name in another checkpoint;
+the exit status is 1 if they differ.
 """
 
 from collections.abc import Iterable
@@ -20,12 +20,12 @@ from gptjax.files import expanded
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a run', required=True)
 _STEP = flags.DEFINE_string('step', None, 'latest, best or a number: list the tensors of that checkpoint')
 _AGAINST = flags.DEFINE_string('against', None, 'another step of the run, another workdir (its newest) or a folder checkpoints/STEP')
-_MATCH = flags.DEFINE_string('match', '', 'only tensors whose name has this in it, such as parameters/')
+_MATCH = flags.DEFINE_string('match', '', 'only tensors whose name contains this, such as parameters/')
 
 
 def main(_) -> int:
   import jax
-  jax.config.update('jax_platforms', 'cpu')  # to look takes no accelerator from those that train
+  jax.config.update('jax_platforms', 'cpu')  # leaves the accelerators to training
   from gptjax.checkpoint import Checkpoints
   workdir = expanded(_WORKDIR.value)
   checkpoints = Checkpoints(workdir / 'checkpoints')
@@ -46,13 +46,13 @@ def _list(console: Console, workdir: Path, checkpoints) -> int:
   from gptjax.checkpoint.manifest import MANIFEST, read_manifest, verify
   steps = checkpoints.steps()
   if not steps:
-    raise UserError('--workdir', str(workdir), 'a folder with checkpoints, which gptjax.train makes')
+    raise UserError('--workdir', str(workdir), 'a folder with checkpoints, written by gptjax.train')
   table = Table('step', 'tokens', 'loss', 'MB', 'saved', 'state')
   bad = False
   for step in steps:
     folder = workdir / 'checkpoints' / str(step)
     if wrong := verify(folder):
-      if step not in checkpoints.steps():  # its run removed it meanwhile
+      if step not in checkpoints.steps():  # removed by its run meanwhile
         continue
       bad = True
       table.add_row(str(step), '', '', '', '', f'damaged: {wrong}')
@@ -60,11 +60,11 @@ def _list(console: Console, workdir: Path, checkpoints) -> int:
     facts, files = (read_manifest(folder)[name] for name in ('facts', 'files'))
     size = sum(size for size, _ in files.values()) + (folder / MANIFEST).stat().st_size
     loss = '' if facts['loss'] is None else f'{facts["loss"]:.4f}'
-    table.add_row(str(step), f'{facts["progress"]["tokens"]:,}', loss, f'{size / 1e6:,.1f}', facts['saved'], 'whole')
+    table.add_row(str(step), f'{facts["progress"]["tokens"]:,}', loss, f'{size / 1e6:,.1f}', facts['saved'], 'intact')
   console.print(table)
-  aside = sorted(path.name for path in (workdir / DAMAGED).iterdir()) if (workdir / DAMAGED).exists() else []
-  if aside:
-    console.print(f'set aside as damaged, in {workdir / DAMAGED}: {", ".join(aside)}')
+  damaged = sorted(path.name for path in (workdir / DAMAGED).iterdir()) if (workdir / DAMAGED).exists() else []
+  if damaged:
+    console.print(f'damaged, moved to {workdir / DAMAGED}: {", ".join(damaged)}')
   return int(bad)
 
 
@@ -75,9 +75,9 @@ def _describe(console: Console, folder: Path) -> None:
   table = Table('tensor', 'shape', 'type', 'norm', 'smallest', 'largest')
   count = 0
   for name, value in contents.read(names):
-    wide = value.astype(np.float64)
-    table.add_row(name, ' x '.join(map(str, value.shape)) or 'scalar', str(value.dtype), f'{np.linalg.norm(wide):.6g}',
-                  f'{wide.min():.4g}', f'{wide.max():.4g}')
+    value64 = value.astype(np.float64)
+    table.add_row(name, ' x '.join(map(str, value.shape)) or 'scalar', str(value.dtype), f'{np.linalg.norm(value64):.6g}',
+                  f'{value64.min():.4g}', f'{value64.max():.4g}')
     count += value.size
   console.print(table)
   console.print(f'{folder}: {len(names)} tensors, {count:,} values')
@@ -87,15 +87,15 @@ def _compare(console: Console, folder: Path, other: Path) -> int:
   from gptjax.checkpoint.contents import Contents
   one, two = Contents(folder), Contents(other)
   names = _chosen({**one.shapes, **two.shapes})
-  table = Table('tensor', 'difference', 'of its norm')
-  alike = [name for name in names if name in one.shapes and name in two.shapes and one.shapes[name].shape == two.shapes[name].shape]
+  table = Table('tensor', 'difference', 'relative')
+  comparable = [name for name in names if name in one.shapes and name in two.shapes and one.shapes[name].shape == two.shapes[name].shape]
   different = 0
   for name in names:
-    if name not in alike:
+    if name not in comparable:
       shapes = [list(found.shapes[name].shape) if name in found.shapes else 'missing' for found in (one, two)]
       table.add_row(name, f'{shapes[0]} and {shapes[1]}', '')
       different += 1
-  for (name, a), (_, b) in zip(one.read(alike), two.read(alike)):
+  for (name, a), (_, b) in zip(one.read(comparable), two.read(comparable)):
     if a.tobytes() != b.tobytes():
       away = a.astype(np.float64) - b.astype(np.float64)
       norm = np.linalg.norm(a.astype(np.float64))
@@ -103,7 +103,7 @@ def _compare(console: Console, folder: Path, other: Path) -> int:
       different += 1
   if different:
     console.print(table)
-  console.print(f'{folder} and {other}: {len(names) - different} of {len(names)} tensors equal bit by bit')
+  console.print(f'{folder} and {other}: {len(names) - different} of {len(names)} tensors bitwise equal')
   return int(different > 0)
 
 

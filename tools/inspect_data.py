@@ -68,10 +68,7 @@ def _rows(config: Config | None) -> tuple[TrainRows, Tokenizer, Config]:
   if not config:
     if not _WORKDIR.value:
       raise UserError('--store', None, 'a token store; or --config or --workdir for what a run reads')
-    file = expanded(_WORKDIR.value) / 'config.json'
-    if not file.exists():
-      raise UserError('--workdir', _WORKDIR.value, 'a folder that gptjax.train made, with its config.json')
-    config = configs.read(file)
+    config = configs.read_config(expanded(_WORKDIR.value))
   config = configs.override(config, {'data.isolate_documents': True})  # segments are shown either way
   data = prepare(config.data, cache_dir(), cores())
   print(data.description, file=sys.stderr)

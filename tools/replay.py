@@ -1,7 +1,7 @@
-"""Does logged steps of a run again and compares: python -m tools.replay --workdir=DIR --step=STEP [--cpu_devices=N]
+"""Repeats logged steps of a run and compares the metrics: python -m tools.replay --workdir=DIR --step=STEP [--cpu_devices=N]
 
-It begins at the newest checkpoint before that step, writes nothing into the workdir, and prints what was logged beside what came now.
-On the devices of the run, with its versions, all is equal to the last bit; the exit status is 1 where a difference is above --tolerance.
+It starts at the newest checkpoint before that step, writes nothing into the workdir, and prints the logged and the repeated values. On the
+devices of the run, with its versions, all are bitwise equal; the exit status is 1 if a difference exceeds --tolerance.
 """
 
 import json
@@ -17,16 +17,13 @@ from gptjax.files import expanded
 from gptjax.start import start
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a run', required=True)
-_STEP = flags.DEFINE_integer('step', None, 'the logged step', required=True, lower_bound=1)
-_TOLERANCE = flags.DEFINE_float('tolerance', 0.0, 'largest relative difference that is none; 0: bit by bit', lower_bound=0)
+_STEP = flags.DEFINE_integer('step', None, 'a logged step', required=True, lower_bound=1)
+_TOLERANCE = flags.DEFINE_float('tolerance', 0.0, 'largest accepted relative difference; 0: bitwise equality', lower_bound=0)
 
 
 def main(_) -> int:
   workdir = expanded(_WORKDIR.value)
-  configs_there = workdir / 'config.json'
-  if not configs_there.exists():
-    raise configs.UserError('--workdir', str(workdir), 'a folder that gptjax.train made, with its config.json')
-  cache = start(configs.read(configs_there))
+  cache = start(configs.read_config(workdir))
   from gptjax.distributed import is_primary
   from gptjax.training.replaying import replay
   table = Table('step', 'field', 'logged', 'now', 'relative difference')
@@ -39,13 +36,13 @@ def main(_) -> int:
   if is_primary():
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
-    equal = 'equal to the last bit' if not worst else f'largest relative difference {worst:.1e}{_elsewhere(workdir)}'
-    console.print(f'{steps} logged steps done again: {equal}')
+    equal = 'bitwise equal' if not worst else f'largest relative difference {worst:.1e}{_elsewhere(workdir)}'
+    console.print(f'{steps} logged steps repeated: {equal}')
   return int(worst > _TOLERANCE.value)
 
 
 def _elsewhere(workdir: Path) -> str:
-  """What of the machine differs from the run's, which may be why."""
+  """Describes the devices and versions now and in the run, which may explain a difference."""
   import jax
   facts = json.loads((workdir / 'run.json').read_text())
   now = f'{jax.device_count()} {jax.devices()[0].device_kind}, jax {jax.__version__}'

@@ -1,7 +1,7 @@
-"""`python -m tools.report --workdir=DIR`: how a training run went, as one HTML file that loads nothing else.
+"""Writes a report of a training run as one self-contained HTML file: python -m tools.report --workdir=DIR
 
-The page follows from the files in the workdir alone: equal runs give equal pages. Pictures are SVG inside the page, in
-the colours and fonts of its style sheet, so they follow the reader's light or dark theme.
+The page depends only on the files in the workdir: equal runs give equal pages. Figures are inline SVG in the colours and fonts of the
+page's style sheet, so they follow the reader's light or dark theme.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from gptjax.files import expanded
 Row = Mapping[str, Any]
 _SCORES = ('loss', 'perplexity', 'bits_per_byte', 'tokens', 'step')
 
-# matplotlib knows no CSS variables: each of these colours stands for one, and is replaced by it in the SVG.
+# matplotlib has no CSS variables: each of these colours is a placeholder that is replaced by a variable in the SVG.
 _COLORS = {name: f'#0a0b{n:02x}' for n, name in enumerate(
     ('ink', 'muted', 'line', 'bad', 'train', 'set0', 'set1', 'set2', 'set3'))}
 _STYLE: Any = {
@@ -79,12 +79,12 @@ _PAGE = '''<!DOCTYPE html>
 def _read(path: pathlib.Path) -> str:
   if not path.is_file():
     command = 'evaluate' if path.name == 'evaluation.json' else 'train --config=configs/NAME.py'
-    raise UserError(str(path), 'no such file', f'what `python -m gptjax.{command} --workdir={path.parent}` writes')
+    raise UserError(str(path), 'no such file', f'the output of `python -m gptjax.{command} --workdir={path.parent}`')
   return path.read_text(encoding='utf-8', errors='replace')
 
 
 def _objects(path: pathlib.Path, *numbers: str) -> list[dict[str, Any]]:
-  """Returns the object of a .json file, or those in the whole lines of a .jsonl file, each with the named numbers."""
+  """Returns the object of a .json file, or those in the complete lines of a .jsonl file, each checked for the named numbers."""
   text, found = _read(path), []
   for n, line in enumerate(text.split('\n')[:-1] if path.suffix == '.jsonl' else [text], 1):
     try:
@@ -96,7 +96,7 @@ def _objects(path: pathlib.Path, *numbers: str) -> list[dict[str, Any]]:
 
 
 def _check_numbers(found: Any, names: Iterable[str], place: str) -> None:
-  """Checks that an object has the named numbers; null becomes NaN, since JSON has no other way to say so."""
+  """Checks that an object has the named numbers; null becomes NaN, which JSON lacks."""
   if not isinstance(found, dict):
     raise UserError(place, found, 'a JSON object')
   for name in names:
@@ -105,12 +105,12 @@ def _check_numbers(found: Any, names: Iterable[str], place: str) -> None:
       found[name] = math.nan
     elif name == 'step' and not (isinstance(value, int) and 0 <= value <= INT32_MAX):
       raise UserError(f'{place}: {name}', value, 'a count of steps')
-    elif not isinstance(value, (int, float)) or sys.float_info.max < abs(value) < math.inf:  # an int may be larger than any
+    elif not isinstance(value, (int, float)) or sys.float_info.max < abs(value) < math.inf:  # an int may exceed every float
       raise UserError(f'{place}: {name}', value, 'a number')
 
 
 def _evaluation(path: pathlib.Path) -> dict[str, Any]:
-  """Returns what gptjax.evaluate found, checked as far as it is shown."""
+  """Returns the results of gptjax.evaluate, with the displayed fields validated."""
   [found] = _objects(path, *_SCORES)
   found['yardsticks'] = found.get('yardsticks') or {}
   _check_numbers(found['yardsticks'], found['yardsticks'], f'{path}: yardsticks')
@@ -122,7 +122,7 @@ def _evaluation(path: pathlib.Path) -> dict[str, Any]:
 
 
 def series(rows: Iterable[Row], name: str) -> tuple[Float[np.ndarray, ' N'], Float[np.ndarray, ' N']]:
-  """Returns a metric's steps, ascending, and values (null: NaN); of steps that ran again after a resume, the later."""
+  """Returns a metric's steps, ascending, and values (null: NaN); of steps that were repeated after a resume, the later ones."""
   points: list[tuple[float, float]] = []
   for row in rows:
     if name in row:
@@ -144,7 +144,7 @@ def smooth(values: Float[np.ndarray, ' N']) -> Float[np.ndarray, ' N']:
 
 def _curve(ax: axes.Axes, steps: np.ndarray, values: np.ndarray, *, smoothed: bool = True, label: str = '') -> None:
   def plot(heights: np.ndarray, **style: Any) -> None:
-    # The lowest and the highest point of each narrow column look the same as all of its points.
+    # The lowest and highest point of each narrow column suffice to draw it.
     columns = [part for part in np.array_split(np.arange(len(heights)), 500) if part.size]
     keep = sorted({part[pick(heights[part])] for part in columns for pick in (np.argmin, np.argmax)})
     ax.plot(steps[keep], heights[keep], color=_COLORS['train'], marker='o' if len(keep) == 1 else '', **style)
@@ -162,8 +162,8 @@ def _tick(value: float, _: float) -> str:
 
 def _figure(name: str, note: str, unit: str, draw: Callable[[axes.Axes], None],
             inches: tuple[float, float] = (3.7, 2.2), *, zero: bool = False, kind: str = '') -> str:
-  """Returns a picture over steps; its vertical axis starts at zero or, where values span a lot, is logarithmic."""
-  with matplotlib.rc_context(_STYLE | {'svg.hashsalt': kind + name}):  # ids: the same each time, in one picture only
+  """Returns a plot over steps; its vertical axis starts at zero if `zero`, and is logarithmic for a wide range of values."""
+  with matplotlib.rc_context(_STYLE | {'svg.hashsalt': kind + name}):  # ids are reproducible, and unique to a figure
     sheet = figure.Figure(figsize=inches, layout='constrained')
     ax = sheet.add_subplot(xlabel='step', ylabel=unit)
     draw(ax)
@@ -199,7 +199,7 @@ def _pictures(config: Config, rows: Sequence[Row], yardsticks: Mapping[str, floa
     scores(ax, 'loss')
     xy = np.concatenate([np.empty((0, 2)), *(line.get_xydata() for line in ax.get_lines())])
     late = xy[np.isfinite(xy[:, 1]) & (xy[:, 0] > 0.02 * steps.max(initial=0)), 1]
-    if len(late) >= 100 and np.ptp(late):  # the first fall would take most of the height
+    if len(late) >= 100 and np.ptp(late):  # the initial decrease would use most of the height
       low, margin = late.min(), 0.05 * np.ptp(late)
       ax.set_ylim(low - min(margin, abs(low) / 2), late.max() + margin)
     for first in steps[~np.isfinite(values)][:1]:
@@ -225,7 +225,7 @@ def _pictures(config: Config, rows: Sequence[Row], yardsticks: Mapping[str, floa
 
 
 def _shown(value: object) -> str:
-  """Returns the value for a reader: four digits of a float, thousands apart."""
+  """Formats a value: four digits of a float, thousands separators."""
   if isinstance(value, bool) or not isinstance(value, (int, float)):
     return value if isinstance(value, str) else json.dumps(value, default=dataclasses.asdict)
   return f'{value:,.0f}' if isinstance(value, int) or 1e4 <= abs(value) < 1e12 else f'{value:.4g}'
@@ -245,7 +245,7 @@ def _against(ours: float, yardstick: float) -> str:
 
 
 def verdict(evaluation: Row, yardsticks: Mapping[str, float], rows: Iterable[Row]) -> str:
-  """Returns the outcome in a sentence: the score, how it stands to its yardsticks, and whatever makes it doubtful."""
+  """Returns a one-sentence summary: the score, its comparison with the yardsticks, and any reason for doubt."""
   score, step = evaluation['bits_per_byte'], evaluation['step']
   text = f'Validation {score:.2f} bits per byte' if math.isfinite(score) else 'The validation loss is not finite'
   compared = [f'{words} {name}' for name, value in yardsticks.items() if (words := _against(score, value))]
@@ -262,7 +262,7 @@ def verdict(evaluation: Row, yardsticks: Mapping[str, float], rows: Iterable[Row
 
 
 def _scores(evaluation: Row, yardsticks: Mapping[str, float], rows: Sequence[Row]) -> str:
-  """Returns the final figures, and bits per byte as bars next to their yardsticks."""
+  """Returns the final scores, and a bar chart of bits per byte and its yardsticks."""
   score = evaluation['bits_per_byte']
   names = ('nats per token', 'perplexity', 'bits per byte', 'tokens scored')
   found = {name: evaluation[metric] for name, metric in zip(names, _SCORES)}
@@ -288,7 +288,7 @@ def page(workdir: pathlib.Path) -> str:
   """Returns the report as HTML.
 
   Raises:
-    UserError: a file is missing, with the command that makes it, or damaged.
+    UserError: a file is damaged, or missing; then the error names the command that writes it.
   """
   path = workdir / 'config.json'
   config, rows = from_json(_read(path), str(path)), _objects(workdir / 'metrics.jsonl', 'step')
@@ -315,15 +315,15 @@ def main(_: None) -> None:
   out = expanded(flags.FLAGS.out or workdir / 'report.html')
   data = page(workdir).encode(errors='replace')
   try:
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:  # the page appears whole, or not at all
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:  # so that the page is written atomically
       pathlib.Path(folder, 'report.html').write_bytes(data)
       pathlib.Path(folder, 'report.html').replace(out)
   except OSError as error:
-    raise UserError('--out', str(out), f'a file that can be written ({error.strerror})') from error
+    raise UserError('--out', str(out), f'a writable file ({error.strerror})') from error
   print(out)
 
 
 if __name__ == '__main__':
   flags.DEFINE_string('workdir', None, 'folder of the run', required=True)
-  flags.DEFINE_string('out', None, 'the HTML file to write; DIR/report.html unless given')
+  flags.DEFINE_string('out', None, 'HTML file to write; default: DIR/report.html')
   run(main, needs_config=False)

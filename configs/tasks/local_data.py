@@ -1,4 +1,4 @@
-"""What the tasks beside this file read: files below a folder, --task_data of gptjax.evaluate or --metadata of lm_eval itself."""
+"""Loads the data of the tasks in this folder from `task_data`, the folder that gptjax.evaluate --task_data or lm_eval --metadata names."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ def lambada(task_data: str = '', **_) -> dict[str, Dataset]:
 
 
 def piqa(task_data: str = '', **_) -> dict[str, Dataset]:
-  """The questions of piqa/valid.jsonl, each with its label of piqa/valid-labels.lst."""
+  """The questions of piqa/valid.jsonl, with their labels from piqa/valid-labels.lst."""
   questions = _records(Path(task_data, 'piqa/valid.jsonl'))
   labels = Path(task_data, 'piqa/valid-labels.lst').read_text().split()
   if len(labels) != len(questions):

@@ -1,6 +1,6 @@
-"""The checkpoint room: what a run keeps on disk of its state, and how it comes back; the only room that knows Orbax."""
+"""Saving, verifying and restoring checkpoints. All Orbax code is in this package."""
 
 from gptjax.checkpoint.checkpoints import DAMAGED, Checkpoints, Progress, Retention
-from gptjax.checkpoint.trained import Restorer, Trained, read_config, load_trained
+from gptjax.checkpoint.trained import Restorer, Trained, load_trained
 
-__all__ = ['DAMAGED', 'Checkpoints', 'Progress', 'Restorer', 'Retention', 'Trained', 'read_config', 'load_trained']
+__all__ = ['DAMAGED', 'Checkpoints', 'Progress', 'Restorer', 'Retention', 'Trained', 'load_trained']

@@ -1,7 +1,7 @@
-"""Reads what a save writes while the system has it in memory, for the digests, and has it let go of.
+"""Streaming checksums: the files of a save are hashed while they are written, and then dropped from the system's page cache.
 
-The system keeps in memory what was written, for who reads it soon. Nobody reads a checkpoint soon, and the run has better uses of the
-memory: taking so many new pages is also most of the work of writing where a host takes unused memory back from a virtual machine.
+Nobody reads a checkpoint soon, and the run has better uses for the memory; on virtual machines whose host reclaims unused memory,
+allocating so many pages is also most of the cost of a save.
 """
 
 import contextlib
@@ -12,27 +12,27 @@ from pathlib import Path
 from gptjax.checkpoint.manifest import Digest
 
 _PAUSE = 0.01
-"""Seconds between two looks: what is written meanwhile is a few pieces of _PIECE."""
-_PIECE = 2**20
+"""Seconds between two scans, in which a few _CHUNK_BYTES are written."""
+_CHUNK_BYTES = 2**20
 
 
 class StreamingChecksums:
-  """Follows the files that this process writes into one checkpoint; a context, inside of which they grow.
+  """Hashes the files that this process writes into one checkpoint. A context manager around the save.
 
   Args:
-    saving: folder of the checkpoint; Orbax writes beside it until all is there.
-    process: number of this one. What others write to a shared disk may be seen here before it is whole.
+    saving: prefix of the temporary folders that Orbax writes to.
+    process: index of this process; files of the others may be visible on a shared disk before they are complete.
   """
 
   def __init__(self, saving: Path, process: int):
     self._saving, self._process = saving, process
     self._files: dict[int, _File] = {}
     self._over = threading.Event()
-    self._thread = threading.Thread(target=self._follow, name='following')  # of the priority of the thread that makes it
+    self._thread = threading.Thread(target=self._follow, name='checksums')  # inherits the priority of the thread that creates it
 
   @property
-  def found(self) -> dict[int, tuple[int, str]]:
-    """By inode the size and the digest of what was read, when the writer has ended."""
+  def by_inode(self) -> dict[int, tuple[int, str]]:
+    """Inode -> (size, digest) of the bytes that were read; to be used after the context."""
     return {inode: (file.read, file.digest.hexdigest()) for inode, file in self._files.items()}
 
   def __enter__(self) -> 'StreamingChecksums':
@@ -47,11 +47,11 @@ class StreamingChecksums:
 
   def _follow(self) -> None:
     while not self._over.wait(_PAUSE):
-      self._look()
-    self._look()
+      self._scan()
+    self._scan()
 
-  def _look(self) -> None:
-    # A folder gets its last name meanwhile; and what cannot be read the writer meets too, or who seals the checkpoint, and tells it.
+  def _scan(self) -> None:
+    # Orbax renames the folder meanwhile; and an error in reading also reaches the writer or write_manifest, which report it.
     with contextlib.suppress(OSError):
       for path in self._saving.parent.glob(f'{self._saving.name}*/*/ocdbt.process_{self._process}/d/*'):
         inode = path.stat().st_ino
@@ -61,16 +61,16 @@ class StreamingChecksums:
 
 
 class _File:
-  """A file that grows at its end."""
+  """A file that is being appended to."""
 
   def __init__(self, path: Path):
     self.descriptor, self.read, self.digest = os.open(path, os.O_RDONLY), 0, Digest()
-    self._buffer = memoryview(bytearray(_PIECE))
+    self._buffer = memoryview(bytearray(_CHUNK_BYTES))
 
   def follow(self) -> None:
     while size := os.preadv(self.descriptor, [self._buffer], self.read):
       self.digest.update(self._buffer[:size])
       self.read += size
     if hasattr(os, 'posix_fadvise'):  # not on macOS
-      # What is on the disk by now goes; of the rest the writing is begun.
+      # Drops the pages that are on the disk, and starts to write out the others.
       os.posix_fadvise(self.descriptor, 0, self.read, os.POSIX_FADV_DONTNEED)

@@ -1,7 +1,8 @@
-"""What is in a checkpoint, tensor by tensor, for those that look at it and know nothing of its run."""
+"""The tensors of a checkpoint, for tools that inspect it without its run."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,50 +12,44 @@ from orbax.checkpoint import v1 as ocp
 from gptjax.checkpoint.manifest import verify
 from gptjax.config import UserError
 
-_AT_ONCE = 2**28
-"""Bytes that are read at once; each reading takes a quarter of a second whatever its size."""
+_CHUNK_BYTES = 2**28
+"""Bytes of tensors to load at once; each load takes a quarter of a second regardless of its size."""
+
+
+def by_name(tree: Any, function: Callable[[Any], Any]) -> dict[str, Any]:
+  """Returns a function's values on the leaves of a tree, or of Orbax's metadata of one, by names such as 'parameters/NAME'."""
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): function(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 class Contents:
-  """The tensors of a checkpoint by name: 'step', 'parameters/NAME', 'optimizer/.../NAME', 'statistics/...'.
-
-  Args:
-    folder: of the checkpoint.
+  """The tensors of the checkpoint in a folder by name: 'step', 'parameters/NAME', 'optimizer/.../NAME', 'statistics/...'.
 
   Raises:
-    UserError: there is none, or it is damaged.
+    UserError: there is no checkpoint, or it is damaged.
   """
 
   def __init__(self, folder: Path):
     if wrong := verify(folder):
-      raise UserError('checkpoint', str(folder), f'a whole checkpoint; {wrong}')
+      raise UserError('checkpoint', str(folder), f'an intact checkpoint; {wrong}')
     self._folder = folder.absolute()
-    found, self._tree = jax.tree_util.tree_flatten_with_path(ocp.metadata(self._folder).metadata)
-    self._leaves = {jax.tree_util.keystr(path, simple=True, separator='/'): jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=SingleDeviceSharding(jax.local_devices()[0])) for path, leaf in found}
-
-  @property
-  def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every tensor."""
-    return dict(self._leaves)
+    metadata, sharding = ocp.metadata(self._folder).metadata, SingleDeviceSharding(jax.local_devices()[0])
+    self._tree = jax.tree.structure(metadata)
+    self.shapes: dict[str, jax.ShapeDtypeStruct] = by_name(
+      metadata, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding))
 
   def read(self, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """These tensors, in this order; some at a time are in memory."""
-    group: list[str] = []
+    """Yields these tensors in order, with only some of them in memory at a time."""
+    chunk: list[str] = []
     for name in names:
-      if group and sum(self._bytes(one) for one in (*group, name)) > _AT_ONCE:
-        yield from self._load(group)
-        group = []
-      group.append(name)
-    yield from self._load(group)
-
-  def _bytes(self, name: str) -> int:
-    shape = self._leaves[name]
-    return shape.size * shape.dtype.itemsize
+      if chunk and sum(shape.size * shape.dtype.itemsize for shape in (self.shapes[one] for one in (*chunk, name))) > _CHUNK_BYTES:
+        yield from self._load(chunk)
+        chunk = []
+      chunk.append(name)
+    yield from self._load(chunk)
 
   def _load(self, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-    wanted = [shape if name in names else ocp.PLACEHOLDER for name, shape in self._leaves.items()]
+    wanted = [shape if name in names else ocp.PLACEHOLDER for name, shape in self.shapes.items()]
     loaded = ocp.load(self._folder, jax.tree.unflatten(self._tree, wanted))
-    leaves = dict(zip(self._leaves, jax.tree.leaves(loaded, is_leaf=lambda leaf: leaf is ocp.PLACEHOLDER)))
+    leaves = dict(zip(self.shapes, jax.tree.leaves(loaded, is_leaf=lambda leaf: leaf is ocp.PLACEHOLDER)))
     for name in names:
       yield name, np.asarray(leaves[name])

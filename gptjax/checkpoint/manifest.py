@@ -1,6 +1,6 @@
-"""The manifest of a checkpoint: what it is of, and the XXH3 of every file; it is written last and compared before use.
+"""The manifest of a checkpoint: its metadata and the XXH3 checksum of every file. It is written last, and verified before use.
 
-128 bits find what disks and networks do to a file, at the speed of memory; against who forges a checkpoint no digest beside it would help.
+128 bits detect the damage that disks and networks do, at the speed of memory; no digest stored with the data could prevent forgery.
 """
 
 import contextlib
@@ -20,19 +20,19 @@ _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 class Damaged(Exception):
-  """A checkpoint that is not what was written; the text says which file, and how it differs."""
+  """A checkpoint differs from what was written; the text names the file and the difference."""
 
 
 def write_manifest(folder: Path, facts: dict[str, Any], known: Mapping[int, tuple[int, str]] = {}) -> None:
-  """Writes the manifest of a folder's files, and returns when all of it is on the disk and not only on its way there.
+  """Writes the manifest of a folder's files, and returns when the folder is synced to disk.
 
   Args:
-    folder: whose files are complete.
-    facts: of JSON, what the checkpoint is of.
-    known: by inode the size and XXH3 of files that need not be read once more.
+    folder: with its files complete.
+    facts: metadata of the checkpoint, as JSON.
+    known: inode -> (size, XXH3) of files that need not be read again.
   """
   files = sorted(path for path in folder.rglob('*') if path.is_file())
-  # Training goes on meanwhile: half of the cores at most.
+  # At most half of the cores, since training continues.
   with ThreadPoolExecutor(max(1, cores() // 2)) as pool:
     found = dict(zip((str(path.relative_to(folder)) for path in files), pool.map(lambda path: _entry(path, known), files)))
   content = {'facts': facts, 'files': found}
@@ -42,31 +42,31 @@ def write_manifest(folder: Path, facts: dict[str, Any], known: Mapping[int, tupl
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-  """The facts and files of a manifest.
+  """Returns the 'facts' and 'files' of a manifest.
 
   Raises:
-    Damaged: it is missing, or not as it was written.
-    OSError: it cannot be read, which may pass.
+    Damaged: it is missing, or its own checksum differs.
+    OSError: it cannot be read now.
   """
   try:
-    with _telling(folder / MANIFEST):
+    with _naming(folder / MANIFEST):
       manifest = json.loads((folder / MANIFEST).read_bytes())
     content = {'facts': manifest['facts'], 'files': manifest['files']}
-    whole = manifest['xxh3'] == _self_digest(content)
+    intact = manifest['xxh3'] == _self_digest(content)
   except _MISSING:
     raise Damaged(f'{MANIFEST} is missing') from None
   except (ValueError, LookupError, TypeError, RecursionError):
-    whole = False
-  if not whole:
+    intact = False
+  if not intact:
     raise Damaged(f'{MANIFEST} is damaged')
   return content
 
 
 def verify(folder: Path, part: int = 0, parts: int = 1) -> str:
-  """What is wrong with a checkpoint, '' where nothing is; of several parts only that part of the files is read.
+  """Returns the first damage found in a checkpoint, '' if there is none; with several parts only that part of the files is read.
 
   Raises:
-    OSError: a file cannot be read, as where a network's disk is away: that may pass, and says nothing of what was written.
+    OSError: a file cannot be read now, for example because a network file system is unavailable.
   """
   try:
     files = read_manifest(folder)['files']
@@ -80,22 +80,22 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> str:
 def _difference(folder: Path, name: str, size: int, digest: str) -> str:
   path = folder / name
   try:
-    with _telling(path):
+    with _naming(path):
       found = path.stat().st_size
       if found != size:
         return f'{name} has {found:,} bytes, not {size:,}'
-      return '' if _digest(path) == digest else f'{name} is not what was written: its XXH3 differs'
+      return '' if _digest(path) == digest else f'{name} has another XXH3 checksum than when it was written'
   except _MISSING:
     return f'{name} is missing'
 
 
 @contextlib.contextmanager
-def _telling(path: Path) -> Iterator[None]:
-  """Names the file in what the system says of it, which reading does not."""
+def _naming(path: Path) -> Iterator[None]:
+  """Adds the file's name to an OSError, which errors in reading lack."""
   try:
     yield
   except OSError as error:
-    raise OSError(error.errno, error.strerror, str(path)) from error  # Python makes it of the same class
+    raise OSError(error.errno, error.strerror, str(path)) from error  # OSError() returns the subclass for the number
 
 
 def _entry(path: Path, known: Mapping[int, tuple[int, str]]) -> tuple[int, str]:

@@ -1,7 +1,7 @@
-"""A copy of the state for the writer, on CPUs, so that the next step may take the original's memory meanwhile.
+"""Host staging: a copy of the state that a save reads while the next step overwrites the original, for states on CPUs.
 
-An accelerator's arrays are copied to the host by Orbax. On a CPU it reads them where they lie; a step to which they are donated would
-then find them taken, and put the new state into fresh memory, which costs the system far more than this copy into the same each time.
+Orbax copies the arrays of accelerators to the host. On a CPU it reads them in place; a step to which they are donated would then have
+to put the new state into fresh memory, and mapping that costs far more than this copy into memory that is reused.
 """
 
 import mmap
@@ -16,14 +16,14 @@ from gptjax.data import cores
 
 
 class HostStaging:
-  """Memory for one copy of a state; the next one is written over it."""
+  """Reusable memory for one copy of a state."""
 
   def __init__(self) -> None:
     self._memory: dict[tuple[int, int], np.ndarray] = {}
 
   def reserve(self, state: Any) -> Callable[[], None]:
-    """Has memory for such a state; what is returned makes the system hand it over, which takes a while, and ends before `copy`."""
-    memories = [self._memory_for(place, part) for place, part in _parts(jax.tree.leaves(state)).items()]
+    """Allocates memory for such a state, and returns a function that makes the system map it, which takes a while."""
+    memories = [self._memory_for(key, part) for key, part in _parts(jax.tree.leaves(state)).items()]
 
     def touch() -> None:
       for memory in memories:
@@ -31,7 +31,7 @@ class HostStaging:
     return touch
 
   def copy(self, state: Any) -> Any:
-    """The same values; those on CPUs in memory of their own, until the next call."""
+    """Returns the state with its CPU arrays copied into this memory, where they are valid until the next call."""
     leaves, tree = jax.tree.flatten(state)
     parts = _parts(leaves)
     with ThreadPoolExecutor(cores()) as pool:
@@ -42,19 +42,19 @@ class HostStaging:
         jax.device_put(copies[i, j], shard.data.sharding) for j, shard in enumerate(leaf.addressable_shards)])
     return jax.tree.unflatten(tree, leaves)
 
-  def _copy(self, place: tuple[int, int], part: jax.Array) -> np.ndarray:
-    memory = self._memory_for(place, part)
+  def _copy(self, key: tuple[int, int], part: jax.Array) -> np.ndarray:
+    memory = self._memory_for(key, part)
     np.copyto(memory, np.asarray(part))
     return memory
 
-  def _memory_for(self, place: tuple[int, int], part: jax.Array) -> np.ndarray:
-    if place not in self._memory:
-      self._memory[place] = _pages(part.shape, part.dtype)
-    return self._memory[place]
+  def _memory_for(self, key: tuple[int, int], part: jax.Array) -> np.ndarray:
+    if key not in self._memory:
+      self._memory[key] = _pages(part.shape, part.dtype)
+    return self._memory[key]
 
 
 def _parts(leaves: list[Any]) -> dict[tuple[int, int], jax.Array]:
-  """What this process holds on CPUs, by leaf and shard."""
+  """Returns this process's CPU shards by (leaf, shard)."""
   return {(i, j): shard.data for i, leaf in enumerate(leaves) if _on_cpu(leaf) for j, shard in enumerate(leaf.addressable_shards)}
 
 
@@ -63,7 +63,7 @@ def _on_cpu(leaf: Any) -> bool:
 
 
 def _pages(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-  """Memory that begins with a page: JAX takes it as it is, and does not copy it once more."""
+  """Allocates page-aligned memory, which JAX uses without copying it."""
   size = int(np.prod(shape)) * dtype.itemsize
   raw = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
   return np.frombuffer(raw, np.uint8, size).view(dtype).reshape(shape)

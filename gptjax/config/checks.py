@@ -1,14 +1,15 @@
-"""What fields of several configs have to be."""
+"""Checks that several configs share. `prefix` is that of the fields' names in errors."""
 
 import math
 
 from gptjax.config.errors import UserError
 
 INT32_MAX = 2**31 - 1
-"""What devices count steps, ids and places with is an int32."""
+"""Devices count steps, ids and positions in int32."""
 
 
 def at_least(prefix: str, config: object, lowest: float, *names: str) -> None:
+  """Raises a UserError where a field is below a limit."""
   for name in names:
     value = getattr(config, name)
     if value < lowest:
@@ -16,6 +17,7 @@ def at_least(prefix: str, config: object, lowest: float, *names: str) -> None:
 
 
 def at_most(prefix: str, config: object, highest: int, *names: str) -> None:
+  """Raises a UserError where a field is above a limit."""
   for name in names:
     value = getattr(config, name)
     if value > highest:
@@ -23,6 +25,7 @@ def at_most(prefix: str, config: object, highest: int, *names: str) -> None:
 
 
 def fraction(prefix: str, config: object, *names: str) -> None:
+  """Raises a UserError where a field is outside [0, 1)."""
   for name in names:
     value = getattr(config, name)
     if not 0 <= value < 1:
@@ -30,5 +33,6 @@ def fraction(prefix: str, config: object, *names: str) -> None:
 
 
 def divisors(n: int) -> str:
+  """Returns the divisors of n in ascending order, for an error."""
   small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
   return ', '.join(map(str, [*small, *(n // d for d in reversed(small) if d * d < n)]))

@@ -1,4 +1,4 @@
-"""What a run is: frozen dataclasses, each field with its meaning, unit and default, checked once all values are in."""
+"""The config of a run: frozen dataclasses that validate themselves. The docstring of a field is its help text."""
 
 import dataclasses
 import math
@@ -29,31 +29,31 @@ def duration_in_steps(field: str, value: Duration, *, batch_size: int, context: 
   unit = (match[2] or 'steps').lower().rstrip('s')
   steps = {'step': amount, 'token': amount / (batch_size * context), 'epoch': amount * rows_per_epoch / batch_size}[unit]
   if unit == 'step' and steps != int(steps):
-    raise UserError(field, value, 'a whole number of steps')
+    raise UserError(field, value, 'an integer number of steps')
   return math.ceil(steps - 1e-9)
 
 
 def in_unit_of_steps(value: Duration) -> bool:
-  """Whether a Duration is given in steps, and so depends on the batch size."""
+  """Whether a Duration is in steps, so that its number of tokens depends on the batch size."""
   match = _DURATION.fullmatch(str(value))
   return match is not None and (match[2] or 'steps').lower().startswith('step')
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-  """Where documents come from."""
+  """Source of the documents."""
 
   path: str = ''
-  """text, .jsonl or .parquet files (also .gz, .zst): a path, folder or glob, here or on s3:// or gs://; or tfds:NAME or \
-hf:NAME; empty: the embedded corpus, Python's standard library"""
+  """text, .jsonl or .parquet files (also .gz, .zst): a path, folder or glob, local or on s3:// or gs://; or tfds:NAME or hf:NAME;
+  empty: the built-in corpus, Python's standard library"""
   split: str = 'train'
   """split of a tfds: or hf: dataset"""
   text: str = 'text'
   """field that holds a record's text, or a template over fields: '{question}\\n{answer}'"""
   separator: str = ''
-  """what divides a text file into documents, as '\\n\\n'; empty: a file is a document"""
+  """separator of documents in a text file, such as '\\n\\n'; empty: each file is one document"""
   skip: float = 0.0
-  """largest share of malformed records that is left out and counted; more is an error"""
+  """largest fraction of malformed records that may be skipped; more is an error"""
 
   def __post_init__(self):
     if not 0 <= self.skip <= 1:
@@ -62,14 +62,14 @@ hf:NAME; empty: the embedded corpus, Python's standard library"""
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-  """How text becomes ids."""
+  """The tokenizer."""
 
   kind: Literal['bpe', 'unigram', 'chars', 'bytes'] = 'bpe'
-  """bpe, unigram: SentencePiece trained on the training documents; chars: one id a character; bytes: one a byte"""
+  """bpe, unigram: SentencePiece trained on the training documents; chars: one id per character; bytes: one id per byte"""
   vocab_size: int = 4096
-  """ids of a SentencePiece tokenizer, its 3 special ids and 256 bytes included; chars and bytes set their own"""
+  """number of ids of a SentencePiece tokenizer, including 3 special ids and 256 bytes; ignored by chars and bytes"""
   path: str = ''
-  """folder of a tokenizer to take instead: tools.train_tokenizer's, or a published model's; empty: train one"""
+  """folder of an existing tokenizer, from tools.train_tokenizer or a published model; empty: train one"""
 
   def __post_init__(self):
     if self.kind in ('bpe', 'unigram'):
@@ -79,14 +79,14 @@ class TokenizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Component:
-  """One store of a mixture."""
+  """A token store in a mixture."""
 
   store: str
   """folder or URL of a token store that tools.prepare_data made"""
   weight: float = 0.0
-  """share of the rows, relative to the others'; 0 in all components: as its rows, at least one in 65,536"""
+  """fraction of the rows, relative to the other weights; 0 in all components: in proportion to their rows"""
   epochs: float = 0.0
-  """most passes over it; once they are done its share goes to the others; 0: no limit"""
+  """maximum number of passes, after which the other components fill its fraction; 0: unlimited"""
 
   def __post_init__(self):
     at_least('data.train: ', self, 0, 'weight', 'epochs')
@@ -94,17 +94,17 @@ class Component:
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-  """Weights of a mixture from some point on."""
+  """Weights of a mixture from a point of training on."""
 
   start: Duration
-  """when they begin: a duration from the start of training"""
+  """duration from the start of training at which they apply"""
   weights: tuple[float, ...]
-  """one for each component, in their order"""
+  """one per component, in order"""
 
   def __post_init__(self):
     duration_in_steps('data.phases: start', self.start, batch_size=1, context=1, rows_per_epoch=1)
     if not self.weights or min(self.weights) < 0 or not max(self.weights):
-      raise UserError('data.phases: weights', list(self.weights), '0 or more for each component, and one above 0')
+      raise UserError('data.phases: weights', list(self.weights), '0 or more per component, with at least one above 0')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,11 +112,11 @@ class ValidationSet:
   """A named set of held-out documents."""
 
   name: str
-  """what its scores are called: letters, digits, - and _"""
+  """name of its scores: letters, digits, - and _"""
   store: str
   """folder or URL of a token store that tools.prepare_data made"""
   tags: tuple[str, ...] = ()
-  """groups it counts in; each is scored as a whole too"""
+  """groups of sets, which are also scored together"""
 
   def __post_init__(self):
     for name in (self.name, *self.tags):
@@ -128,30 +128,30 @@ class ValidationSet:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Where rows of tokens come from: a source, tokenized when it is first used, or stores that are ready."""
+  """Rows of tokens: from a source that is tokenized on first use, or from prepared token stores."""
 
   source: SourceConfig = SourceConfig()
   """documents to train on"""
   valid_fraction: float = 0.1
-  """share of the source held out: whole documents, or the end of a single file"""
+  """fraction of the source that is held out for validation: complete documents, or the end of a single file"""
   tokenizer: TokenizerConfig = TokenizerConfig()
   """the source's tokenizer"""
   train: tuple[Component, ...] = ()
-  """token stores to train on, mixed; JSON on a command line: '[{"store": "stores/books", "weight": 2}]'"""
+  """mixture of token stores to train on; JSON on a command line: '[{"store": "stores/books", "weight": 2}]'"""
   phases: tuple[Phase, ...] = ()
-  """other weights of the mixture later on: '[{"start": "1e9 tokens", "weights": [1, 3]}]'"""
+  """changes of the mixture's weights: '[{"start": "1e9 tokens", "weights": [1, 3]}]'"""
   valid: tuple[ValidationSet, ...] = ()
-  """stores to validate on, where data.train is given: '[{"name": "books", "store": "stores/books_valid", "tags": ["prose"]}]'"""
+  """token stores to validate on, with data.train: '[{"name": "books", "store": "stores/books_valid", "tags": ["prose"]}]'"""
   context: int = 256
-  """tokens a row"""
+  """tokens per row"""
   rows: Literal['concat', 'pack', 'document'] = 'concat'
-  """concat: windows over all documents end to end; pack: whole documents, best fit; document: one a row"""
+  """concat: windows over all documents end to end; pack: complete documents, best fit; document: one per row"""
   isolate_documents: bool = True
-  """attention and positions restart at each document inside a row"""
+  """restart attention and positions at each document in a row"""
   prefetch: int = 2
-  """batches made ahead of the step; 0: none"""
+  """number of batches to prepare ahead; 0: none"""
   workers: int = 0
-  """processes that make them; 0: a thread"""
+  """number of processes that prepare batches; 0: a thread"""
 
   def __post_init__(self):
     at_least('data.', self, 1, 'context')
@@ -161,61 +161,61 @@ class DataConfig:
     if not 0 < self.valid_fraction < 1:
       raise UserError('data.valid_fraction', self.valid_fraction, 'above 0 and below 1')
     if self.workers and not self.prefetch:
-      raise UserError('data.prefetch', 0, '1 or more, since there are data.workers')
+      raise UserError('data.prefetch', 0, '1 or more with data.workers')
     self._check_mixture()
 
   def _check_mixture(self) -> None:
     unweighted = [component.store for component in self.train if not component.weight]
     if 0 < len(unweighted) < len(self.train):
-      raise UserError('data.train: weight', 0.0, f'a weight above 0 for {unweighted[0]} too, or for no component')
+      raise UserError('data.train: weight', 0.0, f'a weight above 0 for {unweighted[0]} too, or 0 for all components')
     for phase in self.phases:
       if len(phase.weights) != len(self.train):
-        raise UserError('data.phases: weights', list(phase.weights), f'{len(self.train)} weights, one for each of data.train')
+        raise UserError('data.phases: weights', list(phase.weights), f'{len(self.train)} weights, one per component of data.train')
     for field, names in (('train: store', [component.store for component in self.train]),
                          ('valid: name', [one.name for one in self.valid])):
       twice = next((name for name in names if names.count(name) > 1), None)
       if twice is not None:
-        raise UserError(f'data.{field}', twice, 'each one once')
+        raise UserError(f'data.{field}', twice, 'unique values')
     if len(self.valid) > 1 and 'valid' in [one.name for one in self.valid]:
-      raise UserError('data.valid: name', 'valid', 'another name: this one is for all sets together')
+      raise UserError('data.valid: name', 'valid', 'another name: this one is reserved for all sets together')
     if self.valid and not self.train:
-      raise UserError('data.valid', [one.name for one in self.valid], 'none without data.train: a source holds out its own')
+      raise UserError('data.valid', [one.name for one in self.valid], 'none without data.train: valid_fraction of a source is held out')
     if self.train and not self.valid:
-      raise UserError('data.valid', [], 'a validation set or more, beside data.train')
+      raise UserError('data.valid', [], 'at least one validation set with data.train')
     if self.train and self.source != SourceConfig():
-      raise UserError('data.source.path', self.source.path, 'no source where data.train names stores')
+      raise UserError('data.source.path', self.source.path, 'no source together with data.train')
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """How gradients change parameters."""
+  """The optimizer and the learning rate."""
 
   name: Literal['adamw', 'muon'] = 'adamw'
-  """adamw (arXiv:1711.05101), or muon for matrices inside blocks and adamw for the rest"""
+  """adamw (arXiv:1711.05101), or muon for the matrices of blocks with adamw for all other parameters"""
   peak_lr: float = 1e-3
-  """highest learning rate of adamw's parameters"""
+  """peak learning rate of adamw"""
   muon_lr: float = 0.02
-  """highest learning rate of muon's matrices, before their factor max(1, output/input)^0.5; the schedule is the same"""
+  """peak learning rate of muon, times max(1, output/input)^0.5 per matrix; with the same schedule"""
   schedule: Literal['cosine', 'linear', 'wsd', 'constant'] = 'cosine'
-  """how the rate falls after warmup; wsd stays at the peak and falls linearly over the last `decay`"""
+  """decay of the rate after warmup; wsd stays at the peak, then decays linearly over the last `decay`"""
   warmup: Duration = 100
-  """duration of the linear rise to the peak"""
+  """duration of the linear warmup"""
   decay: Duration = 0
-  """duration of the fall at the end, for wsd only"""
+  """duration of the final decay, for wsd only"""
   final_fraction: float = 0.1
-  """what the rate falls to by the end, as a share of the peak; constant does not fall"""
+  """final learning rate as a fraction of the peak; ignored by constant"""
   b1: float = 0.9
   """adamw: decay of the first moment, per step"""
   b2: float = 0.95
   """adamw: decay of the second moment, per step"""
   eps: float = 1e-8
-  """adamw: added to the root of the second moment"""
+  """adamw: added to the square root of the second moment"""
   momentum: float = 0.95
   """muon: decay of the momentum, per step"""
   weight_decay: float = 0.1
-  """decoupled decay of matrices and embeddings, times the learning rate; norms and biases never decay"""
+  """decoupled weight decay of matrices and embeddings, times the learning rate; none for norms and biases"""
   clip: float = 1.0
-  """largest global norm of the gradient; 0: no clipping"""
+  """global gradient norm to clip to; 0: no clipping"""
 
   def __post_init__(self):
     at_least('optimizer.', self, 0, 'peak_lr', 'muon_lr', 'weight_decay', 'clip', 'eps')
@@ -226,16 +226,16 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-  """Scores and samples while training."""
+  """Validation and samples during training."""
 
   every: Duration = 250
   """duration between validations; 0: only at the end"""
   rows: int = 0
-  """validation rows scored while training, evenly spaced; 0: all. The final score is always over all"""
+  """number of validation rows to score during training, evenly spaced; 0: all, as always at the end"""
   sample_tokens: int = 200
-  """tokens of the sample printed with each validation; 0: none"""
+  """length in tokens of the sample printed with each validation; 0: no sample"""
   prompt: str = ''
-  """text the sample continues"""
+  """prompt of the sample"""
 
   def __post_init__(self):
     at_least('eval.', self, 0, 'rows', 'sample_tokens')
@@ -244,16 +244,16 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-  """What a run keeps on disk."""
+  """Checkpoints of the run."""
 
   every: Duration = 1000
   """duration between checkpoints; 0: only at the end"""
   minutes: float = 0.0
-  """minutes of the clock after which one is saved in any case; 0: none for that"""
+  """minutes of wall-clock time after which to save in any case; 0: off"""
   keep: int = 2
-  """latest checkpoints kept; with one alone nothing is left where it is damaged"""
+  """number of latest checkpoints to keep; 1 leaves none to fall back to if it is damaged"""
   keep_every: Duration = 0
-  """also keep the checkpoints at multiples of this duration; 0: none for that"""
+  """also keep the checkpoints at multiples of this duration; 0: off"""
   keep_best: bool = False
   """also keep the checkpoint with the lowest validation loss"""
 
@@ -265,15 +265,15 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FaultsConfig:
-  """What a run does about bad steps and devices that err silently."""
+  """Reactions to bad steps and to devices that silently compute wrong values."""
 
   bad_step: Literal['stop', 'skip', 'rollback'] = 'stop'
-  """the update of a step whose loss or gradient is not finite, or a spike, is never made: then end the run, go on with the next
-  batch, or go back to the last checkpoint and pass over the batch"""
+  """reaction to a step whose loss or gradient is not finite or spikes, and whose update is never applied: stop the run, skip to the
+  next batch, or roll back to the last checkpoint and skip the batch"""
   spike: float = 0.0
-  """running deviations above its running mean from which on a loss or gradient norm is a spike; 0: none is"""
+  """number of running standard deviations above the running mean at which a loss or gradient norm is a spike; 0: off"""
   compare_every: Duration = 0
-  """duration between comparisons of what several devices hold copies of; 0: only before each checkpoint"""
+  """duration between comparisons of replicated arrays across devices; 0: only before each checkpoint"""
 
   def __post_init__(self):
     at_least('faults.', self, 0, 'spike')
@@ -302,25 +302,25 @@ class Config:
   steps: Duration = 1000
   """duration of training"""
   batch_size: int = 16
-  """sequences a step, over all devices"""
+  """sequences per step, over all devices"""
   microbatches: int = 1
-  """parts the batch is run in, one after another, to save memory (gradient accumulation)"""
+  """number of microbatches per batch (gradient accumulation), which saves memory"""
   objective: Literal['next_token'] = 'next_token'
-  """what training minimizes; see gptjax/training/objective.py"""
+  """training objective; see gptjax/training/objective.py"""
   z_loss: float = 0.0
   """weight of the squared log-normalizer in the training loss (arXiv:2204.02311, section 5)"""
   zero_stage: int = 0
-  """what the data axis shares out (arXiv:1910.02054): 0 nothing, 1 the optimizer state, 2 gradients too, 3 parameters too"""
+  """sharded along mesh.data (arXiv:1910.02054): 0 nothing, 1 the optimizer state, 2 also gradients, 3 also parameters"""
   init_from: str = ''
-  """workdir, or one checkpoint in it, whose parameters a new run begins with; its optimizer, step and data are its own"""
+  """workdir, or one checkpoint in it, to initialize the parameters of a new run from; optimizer, step and data start fresh"""
   init_partial: bool = False
-  """take of init_from what fits: the first rows of tables, the first layers, what has a name in both; the rest is fresh"""
+  """load from init_from the parts that fit: common names, first rows of tables, first layers; the rest starts fresh"""
   seed: int = 0
-  """of initialization, data order and dropout"""
+  """seed of initialization, data order and dropout"""
 
   @property
   def microbatch_size(self) -> int:
-    """Rows that run at once, over all devices: batch_size / microbatches."""
+    """Sequences per microbatch, over all devices."""
     return self.batch_size // self.microbatches
 
   def __post_init__(self):
@@ -340,7 +340,7 @@ class Config:
     if wsd and not self.optimizer.decay:
       raise UserError('optimizer.decay', self.optimizer.decay, "a duration above 0 when optimizer.schedule is 'wsd'")
     if self.checkpoint.keep_best and self.eval.rows:
-      raise UserError('eval.rows', self.eval.rows, '0 with checkpoint.keep_best: scores of other rows do not compare')
+      raise UserError('eval.rows', self.eval.rows, '0 with checkpoint.keep_best: scores of different rows are not comparable')
     if self.seed >= 2**32:
       raise UserError('seed', self.seed, 'below 2**32')
     if not wsd and self.optimizer.decay:

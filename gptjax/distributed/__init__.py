@@ -1,12 +1,13 @@
-"""How the processes of one run find each other, agree that they are one, wait for each other and end together.
+"""The processes of one run: they find each other, check that they belong to the same run, wait for each other and end together.
 
-It runs before JAX and beside it: a peer that is missing, different or dead is one line of text here, where JAX would abort.
+This runs before JAX and alongside it, since `jax.distributed` aborts from C++ when a peer is missing or dies, and does not notice peers
+with other code or another config. Here each of these ends every process with one line that names the peer.
 """
 
+from gptjax.distributed.discovery import CLUSTERS, GroupSpec, discover, visible_gpus
 from gptjax.distributed.group import ProcessGroup, all_gather, broadcast, is_primary, join, process_group
-from gptjax.distributed.discovery import CLUSTERS, GroupSpec, discover
 from gptjax.distributed.notices import watch_notices
 from gptjax.distributed.rendezvous import address, bind_address
 
 __all__ = ['CLUSTERS', 'GroupSpec', 'ProcessGroup', 'address', 'all_gather', 'bind_address', 'broadcast', 'discover', 'is_primary', 'join',
-           'process_group', 'watch_notices']
+           'process_group', 'visible_gpus', 'watch_notices']

@@ -1,4 +1,7 @@
-"""Which processes make up a run and which of them this one is: from flags, or from what a cluster puts into the environment."""
+"""Which processes make up a run and which of them this one is: from flags, or from the environment that a cluster sets.
+
+JAX has such detectors too; these come before JAX is imported, know several slices and JobSets, and name the variable that is missing.
+"""
 
 import dataclasses
 import importlib.util
@@ -14,13 +17,14 @@ from typing import Any
 from gptjax.config import UserError
 
 _POD_PORT = 8476
-"""Where process 0 listens on machines that belong to one run alone, as pods and TPU hosts do."""
+"""Port of process 0 on machines that run nothing else, such as pods and TPU hosts."""
+_FLAGS = {'processes': ('count', 'the number of processes'), 'process': ('index', 'the index of this process, from 0 on'),
+          'coordinator': ('coordinator', 'HOST:PORT where process 0 listens')}
+"""Flag -> (field of GroupSpec, its meaning)."""
 
-_FIELDS = {'coordinator': 'coordinator', 'processes': 'count', 'process': 'index'}
-"""Flag -> field of GroupSpec."""
-
+Environment = Mapping[str, str]
 Metadata = Callable[[str], str | None]
-"""What Google Cloud's metadata server has under a name, or None."""
+"""Returns an attribute of a TPU VM from Google Cloud's metadata server, or None."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,89 +32,88 @@ class GroupSpec:
   """The processes of a run, as this one sees them."""
 
   count: int = 1
+  """number of processes; 0: the cluster does not report it"""
   index: int = 0
-  """of this process"""
+  """index of this process"""
   coordinator: str | None = None
   """HOST:PORT where process 0 listens; None: there is only one process"""
   source: str = 'no cluster'
-  """where the values above were found"""
+  """where these values come from"""
   gpus: tuple[int, ...] | None = None
   """those of this host that belong to this process; None: all that it sees"""
 
 
 def discover(cluster: str = 'auto', coordinator: str | None = None, processes: int | None = None, process: int | None = None,
-             environment: Mapping[str, str] = os.environ, metadata: Metadata | None = None) -> GroupSpec:
-  """The group that flags give, completed by what a cluster tells.
+             environment: Environment = os.environ, metadata: Metadata | None = None) -> GroupSpec:
+  """Returns the group that the flags describe, completed by what the cluster reports.
 
   Args:
-    cluster: auto (the first of CLUSTERS that is there, if any), none, or the name of one that must be.
+    cluster: auto (the first of CLUSTERS that is detected, if any), none, or the name of the one that is required.
     coordinator: HOST:PORT of process 0.
-    processes: how many there are.
-    process: number of this one.
+    processes: number of processes.
+    process: index of this one.
     environment: of this process.
-    metadata: asks Google Cloud's metadata server; None: where this is a TPU VM, the real one.
+    metadata: queries the metadata server; None: the real one where this is a TPU VM.
 
   Raises:
-    UserError: the chosen cluster is not there, what it tells cannot be read, or flags contradict each other or do not suffice.
+    UserError: the required cluster is not detected, its variables cannot be read, or the flags are contradictory or incomplete.
   """
-  given: dict[str, Any] = {name: value for name, value in (('coordinator', coordinator), ('processes', processes), ('process', process))
-                           if value is not None}
-  found = None
-  if len(given) < 3 and processes != 1:
-    found = _look(cluster, given, environment, metadata or _metadata_server())
-  group = dataclasses.replace(found or GroupSpec(), **{_FIELDS[name]: value for name, value in given.items()})
+  values: dict[str, Any] = {'processes': processes, 'process': process, 'coordinator': coordinator}
+  given = [flag for flag in _FLAGS if values[flag] is not None]
+  detected = None
+  if len(given) < len(_FLAGS) and processes != 1:
+    detected = _detect(cluster, environment, metadata or _metadata_server())
+  group = dataclasses.replace(detected or GroupSpec(), **{_FLAGS[flag][0]: values[flag] for flag in given})
   if given:
-    group = dataclasses.replace(group, source='flags' if not found else f'flags and {found.source}')
-  if found is None and processes != 1:
-    for name, wanted in (('processes', 'how many processes there are'), ('process', 'which of them this is, from 0 on'),
-                         ('coordinator', 'HOST:PORT where process 0 listens')):
-      if given and name not in given:
-        raise UserError(f'--{name}', None, f'{wanted}, with --{next(iter(given))}, since no cluster tells it')
+    group = dataclasses.replace(group, source=f'flags and {detected.source}' if detected else 'flags')
+  for flag, (_, meaning) in _FLAGS.items():
+    if given and flag not in given and not detected and processes != 1:
+      raise UserError(f'--{flag}', None, f'{meaning}, with --{given[0]}, since no cluster reports it')
+  if not group.count:
+    raise UserError('--processes', None, f'the number of processes, since {group.source} does not report it')
   if not 0 <= group.index < group.count:
     raise UserError('--process', group.index, f'0 to {group.count - 1} with --processes={group.count}')
   if group.count == 1:
     return GroupSpec(source=group.source)
   if group.coordinator is None:
-    raise UserError('--coordinator', None, f'HOST:PORT where process 0 listens, since {group.source} does not tell')
+    raise UserError('--coordinator', None, f'HOST:PORT where process 0 listens, since {group.source} does not report it')
   host, _, port = group.coordinator.rpartition(':')
   if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
     raise UserError('--coordinator', group.coordinator, 'HOST:PORT with a port from 1 to 65535')
   return group
 
 
-def _look(cluster: str, given: Mapping[str, object], environment: Mapping[str, str], metadata: Metadata) -> GroupSpec | None:
-  if cluster == 'none':
-    return None
-  for name, (finder, looked_for) in CLUSTERS.items():
+def _detect(cluster: str, environment: Environment, metadata: Metadata) -> GroupSpec | None:
+  for name, (detector, variables) in CLUSTERS.items():
     if cluster in ('auto', name):
       try:
-        group = finder(environment, metadata, given)
+        group = detector(environment, metadata)
       except (KeyError, ValueError, IndexError) as error:
         if isinstance(error, UserError):
           raise
-        raise UserError('--cluster', name, f'--cluster=none, or all that {name} sets: {looked_for}; what is here cannot be read '
+        raise UserError('--cluster', name, f'--cluster=none, or everything that {name} sets: {variables}; its values cannot be read '
                         f'({type(error).__name__}: {error})') from None
       if group:
         return group
       if cluster == name:
-        raise UserError('--cluster', name, f'a cluster that is here; looked for {looked_for}')
+        raise UserError('--cluster', name, f'a cluster that is detected here, by {variables}')
   return None
 
 
-def _slurm(environment: Mapping[str, str], metadata: Metadata, given: Mapping[str, object]) -> GroupSpec | None:
+def _slurm(environment: Environment, metadata: Metadata) -> GroupSpec | None:
   if not {'SLURM_JOB_ID', 'SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_STEP_NODELIST'} <= environment.keys():
-    return None  # as in a batch script, outside of srun
+    return None  # also in a batch script, outside of srun
   job = f'{environment["SLURM_JOB_ID"]}.{environment.get("SLURM_STEP_ID", "0")}'
   host = first_host(environment['SLURM_STEP_NODELIST'])
-  here = None
+  local_count = None
   if 'SLURM_STEP_TASKS_PER_NODE' in environment:
-    here = _tasks_per_node(environment['SLURM_STEP_TASKS_PER_NODE'])[int(environment.get('SLURM_NODEID', 0))]
+    local_count = _tasks_per_node(environment['SLURM_STEP_TASKS_PER_NODE'])[int(environment.get('SLURM_NODEID', 0))]
   return GroupSpec(int(environment.get('SLURM_STEP_NUM_TASKS', environment['SLURM_NTASKS'])), int(environment['SLURM_PROCID']),
-               f'{host}:{_port(job)}', f'Slurm step {job}', _gpus(environment, environment.get('SLURM_LOCALID'), here))
+                   f'{host}:{_port(job)}', f'Slurm step {job}', _gpus(environment, environment.get('SLURM_LOCALID'), local_count))
 
 
 def first_host(hosts: str) -> str:
-  """The first name of a Slurm host list: 'gpu[003-005,9]-ib,login' begins with 'gpu003-ib'."""
+  """Returns the first name of a Slurm host list: 'gpu003-ib' for 'gpu[003-005,9]-ib,login'."""
   match = re.match(r'(?:[^,\[\]]|\[[^\]]+\])+', hosts)
   if not match:
     raise ValueError(f'no host in {hosts!r}')
@@ -126,81 +129,87 @@ def _tasks_per_node(text: str) -> list[int]:
   return counts
 
 
-def _open_mpi(environment: Mapping[str, str], metadata: Metadata, given: Mapping[str, object]) -> GroupSpec | None:
+def _open_mpi(environment: Environment, metadata: Metadata) -> GroupSpec | None:
   if not {'OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE'} <= environment.keys():
     return None
-  processes, here = int(environment['OMPI_COMM_WORLD_SIZE']), int(environment.get('OMPI_COMM_WORLD_LOCAL_SIZE', 0))
-  uri = environment.get('OMPI_MCA_orte_hnp_uri', '')  # of mpirun: 1531576320.0;tcp://10.96.0.1,10.148.0.1:34911; not since Open MPI 5
+  count, local_count = int(environment['OMPI_COMM_WORLD_SIZE']), int(environment.get('OMPI_COMM_WORLD_LOCAL_SIZE', 0))
+  uri = environment.get('OMPI_MCA_orte_hnp_uri', '')  # of mpirun: 1531576320.0;tcp://10.96.0.1,10.148.0.1:34911; until Open MPI 4
   address = re.search(r'tcp://([^,:]+)|tcp6://\[([^,\]]+)', uri)
   job = uri.partition('.')[0] or environment.get('PMIX_NAMESPACE', '')
-  host = 'localhost' if here == processes else (address[1] or f'[{address[2]}]') if address else None
-  return GroupSpec(processes, int(environment['OMPI_COMM_WORLD_RANK']), f'{host}:{_port(job)}' if host else None,
-               f'Open MPI job {job or "of unknown name"}', _gpus(environment, environment.get('OMPI_COMM_WORLD_LOCAL_RANK'), here))
+  gpus = _gpus(environment, environment.get('OMPI_COMM_WORLD_LOCAL_RANK'), local_count)
+  host = 'localhost' if local_count == count else (address[1] or f'[{address[2]}]') if address else None
+  return GroupSpec(count, int(environment['OMPI_COMM_WORLD_RANK']), f'{host}:{_port(job)}' if host else None,
+                   f'Open MPI job {job or "of unknown name"}', gpus)
 
 
-def _kubernetes(environment: Mapping[str, str], metadata: Metadata, given: Mapping[str, object]) -> GroupSpec | None:
+def _kubernetes(environment: Environment, metadata: Metadata) -> GroupSpec | None:
   if not {'JOB_COMPLETION_INDEX', 'JOBSET_NAME', 'REPLICATED_JOB_NAME'} <= environment.keys():
     return None
-  if 'processes' not in given:  # nothing in a pod says how many pods there are
-    raise UserError('--processes', None, 'the parallelism of the JobSet, which its pods are not told')
   name = environment['JOBSET_NAME']
-  # Pods are JOBSET-REPLICATED_JOB-JOB-POD, and found through the headless service that has the name of the JobSet.
+  # Pods are named JOBSET-REPLICATED_JOB-JOB-POD and resolve through the headless service that has the JobSet's name.
   return GroupSpec(0, int(environment['JOB_COMPLETION_INDEX']), f'{name}-{environment["REPLICATED_JOB_NAME"]}-0-0.{name}:{_POD_PORT}',
-               f'JobSet {name}')
+                   f'JobSet {name}')
 
 
-def _tpu(environment: Mapping[str, str], metadata: Metadata, given: Mapping[str, object]) -> GroupSpec | None:
-  """A TPU slice, or several: GKE tells in the environment, TPU VMs through the metadata server."""
+def _tpu(environment: Environment, metadata: Metadata) -> GroupSpec | None:
+  """One or several TPU slices: GKE describes them in the environment, TPU VMs through the metadata server."""
   names = environment.get('TPU_PROCESS_ADDRESSES') or environment.get('TPU_WORKER_HOSTNAMES')
   worker = environment.get('TPU_WORKER_ID')
-  where, slices = 'environment', environment
-  if not names or worker is None or names.startswith('WARNING'):  # what libtpu sets, for child processes too, where it finds none
-    where, names, worker = 'metadata server', metadata('worker-network-endpoints'), metadata('agent-worker-number')
+  source, slices = 'environment', environment
+  if not names or worker is None or names.startswith('WARNING'):  # libtpu sets this, also for child processes, where it finds none
+    source, names, worker = 'metadata server', metadata('worker-network-endpoints'), metadata('agent-worker-number')
     if not names or worker is None:
       return None
     pairs = re.findall(r"^\s*(\w+)\s*:\s*'?(.*?)'?\s*$", metadata('tpu-env') or '', re.MULTILINE)
     slices = {**dict(pairs), **{name: value for name, value in environment.items() if name.startswith('MEGASCALE_')}}
   # An endpoint is a host, HOST:PORT, or NAME:NUMBER:ADDRESS.
-  parts = [one.strip().split(':') for one in names.split(',')]
+  parts = [endpoint.strip().split(':') for endpoint in names.split(',')]
   hosts = [part[2] if len(part) == 3 else part[0] for part in parts]
   count, this = int(slices.get('MEGASCALE_NUM_SLICES') or 1), int(slices.get('MEGASCALE_SLICE_ID') or 0)
   leader = (slices.get('MEGASCALE_COORDINATOR_ADDRESS') or hosts[0]).partition(':')[0]
   return GroupSpec(count * len(hosts), this * len(hosts) + int(worker), f'{leader}:{_POD_PORT}',
-               f'TPU {where}: {count} slice(s) of {len(hosts)} host(s)')
+                   f'TPU {source}: {count} slice(s) of {len(hosts)} host(s)')
 
 
-CLUSTERS: dict[str, tuple[Callable[[Mapping[str, str], Metadata, Mapping[str, object]], GroupSpec | None], str]] = {
+CLUSTERS: dict[str, tuple[Callable[[Environment, Metadata], GroupSpec | None], str]] = {
   'tpu': (_tpu, 'TPU_WORKER_HOSTNAMES and TPU_WORKER_ID, or worker-network-endpoints of the metadata server of a TPU VM'),
   'slurm': (_slurm, 'SLURM_JOB_ID, SLURM_PROCID, SLURM_NTASKS and SLURM_STEP_NODELIST, which srun sets'),
   'openmpi': (_open_mpi, 'OMPI_COMM_WORLD_RANK and OMPI_COMM_WORLD_SIZE, which mpirun sets'),
   'kubernetes': (_kubernetes, 'JOB_COMPLETION_INDEX, which Kubernetes sets, and JOBSET_NAME and REPLICATED_JOB_NAME, which the '
-                              "JobSet's manifest must"),
+                              "JobSet's manifest must set"),
 }
-"""Name -> (what reads it, what it looks for), in the order in which they are looked for."""
+"""Name -> (detector, the variables it reads), in the order of detection."""
 
 
 def _port(job: str) -> int:
-  """One port for all processes of a job, above those that systems hand out, and seldom that of another job."""
+  """Returns a port that all processes of a job compute alike, above the ephemeral range, and that two jobs rarely share."""
   return 61440 + zlib.crc32(job.encode()) % 4096
 
 
-def _gpus(environment: Mapping[str, str], local: str | None, here: int | None) -> tuple[int, ...] | None:
-  """The visible GPUs that process `local` of `here` on this host takes; None: they are shared out already, or there are none."""
-  visible = environment.get('CUDA_VISIBLE_DEVICES')
-  count = len(visible.split(',')) if visible else sum(bool(re.fullmatch(r'nvidia\d+', file.name)) for file in Path('/dev').iterdir())
-  bound = any(name in environment for name in ('SLURM_GPUS_PER_TASK', 'SLURM_TRES_PER_TASK'))  # each task sees its own alone
-  if bound or local is None or not here or here == 1 or count < here:
+def visible_gpus(environment: Environment) -> list[str]:
+  """The GPUs of this host, as CUDA_VISIBLE_DEVICES names them; found without the driver, which JAX is to open first."""
+  if visible := environment.get('CUDA_VISIBLE_DEVICES'):
+    return visible.split(',')
+  return [match[1] for file in sorted(Path('/dev').iterdir()) if (match := re.fullmatch(r'nvidia(\d+)', file.name))]
+
+
+def _gpus(environment: Environment, local_index: str | None, local_count: int | None) -> tuple[int, ...] | None:
+  """Indices among the visible GPUs for one of the processes on this host; None: the launcher has assigned them, or there are too few."""
+  if any(name in environment for name in ('SLURM_GPUS_PER_TASK', 'SLURM_TRES_PER_TASK')):  # each task sees only its own
     return None
-  return tuple(range(int(local) * count // here, (int(local) + 1) * count // here))
+  gpus = len(visible_gpus(environment))
+  if local_index is None or not local_count or local_count == 1 or gpus < local_count:
+    return None
+  return tuple(range(int(local_index) * gpus // local_count, (int(local_index) + 1) * gpus // local_count))
 
 
 def _metadata_server() -> Metadata:
-  """Asks Google Cloud's metadata server on a machine with TPUs, and nothing on others."""
+  """Returns a query of Google Cloud's metadata server on a machine with TPUs; elsewhere one that answers None."""
   chips = any(Path('/dev').glob('accel[0-9]*')) or any(Path('/dev/vfio').glob('[0-9]*'))
   if not chips or importlib.util.find_spec('libtpu') is None:
     return lambda name: None
 
-  def ask(name: str) -> str | None:
+  def query(name: str) -> str | None:
     host = os.environ.get('GCE_METADATA_IP', 'metadata.google.internal')
     request = urllib.request.Request(f'http://{host}/computeMetadata/v1/instance/attributes/{name}', headers={'Metadata-Flavor': 'Google'})
     try:
@@ -209,8 +218,8 @@ def _metadata_server() -> Metadata:
     except urllib.error.HTTPError as error:
       if error.code == 404:
         return None
-      raise UserError('--cluster', 'tpu', f'--cluster=none, or a metadata server that tells {name}; it answers {error.code}') from None
+      raise UserError('--cluster', 'tpu', f'--cluster=none, or a metadata server with {name}; its status is {error.code}') from None
     except OSError:
       return None
 
-  return ask
+  return query

@@ -1,4 +1,4 @@
-"""What a cloud says before it takes a machine back: Google Cloud and EC2 tell it to a process that asks."""
+"""Preemption notices: Google Cloud and EC2 announce to a process that asks that they are about to take its machine back."""
 
 import http.client
 import json
@@ -10,80 +10,74 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-_EVERY = 5.0
-"""Seconds between questions to EC2, as its documentation advises, and after an answer that failed."""
+_INTERVAL = 5.0
+"""Seconds between requests to EC2, as its documentation advises, and after a failed one."""
 
 
-def watch_notices(heard: Callable[[str], None], environment: Mapping[str, str] = os.environ) -> bool:
-  """Asks the cloud that this machine is of, from a thread, and calls `heard` once with what it says.
+def watch_notices(on_notice: Callable[[str], None], environment: Mapping[str, str] = os.environ) -> bool:
+  """Starts a thread that polls the machine's cloud and calls `on_notice` once, when the cloud announces the end of the machine.
 
   Args:
-    heard: gets a few words for people.
+    on_notice: gets a description of the notice.
     environment: GCE_METADATA_HOST and AWS_EC2_METADATA_SERVICE_ENDPOINT name a server, as they do for the clouds' own clients.
 
   Returns:
-    Whether this is a machine of a cloud that is asked.
+    Whether this machine belongs to one of these clouds.
   """
-  maker = _maker()
-  if host := environment.get('GCE_METADATA_HOST') or ('metadata.google.internal' if maker == 'Google' else None):
-    ask = lambda seen: _google(f'http://{host}', seen)
-  elif (url := environment.get('AWS_EC2_METADATA_SERVICE_ENDPOINT')) or maker == 'Amazon EC2':
-    ask = lambda seen: _ec2((url or 'http://169.254.169.254').rstrip('/'), seen)
+  vendor_file = Path('/sys/class/dmi/id/sys_vendor')
+  vendor = vendor_file.read_text().strip() if vendor_file.exists() else ''
+  if host := environment.get('GCE_METADATA_HOST') or ('metadata.google.internal' if vendor == 'Google' else None):
+    poll = lambda etag: _google(f'http://{host}', etag)
+  elif (url := environment.get('AWS_EC2_METADATA_SERVICE_ENDPOINT')) or vendor == 'Amazon EC2':
+    poll = lambda etag: _ec2((url or 'http://169.254.169.254').rstrip('/'))
   else:
     return False
-  threading.Thread(target=_watch, args=(ask, heard), name='cloud notices', daemon=True).start()
+  threading.Thread(target=_watch, args=(poll, on_notice), name='preemption notices', daemon=True).start()
   return True
 
 
-def _maker() -> str:
-  file = Path('/sys/class/dmi/id/sys_vendor')
-  return file.read_text().strip() if file.exists() else ''
-
-
-def _watch(ask: Callable[[str | None], tuple[str | None, str | None]], heard: Callable[[str], None]) -> None:
-  seen = None
-  while True:
+def _watch(poll: Callable[[str | None], tuple[str | None, str | None]], on_notice: Callable[[str], None]) -> None:
+  notice, etag = None, None
+  while not notice:
     try:
-      notice, seen = ask(seen)
-    except (OSError, ValueError, http.client.HTTPException):  # it may be away for a moment
-      time.sleep(_EVERY)
-      continue
-    if notice:
-      heard(notice)
-      return
+      notice, etag = poll(etag)
+    except (OSError, ValueError, http.client.HTTPException):  # the server may be unavailable for a moment
+      time.sleep(_INTERVAL)
+  on_notice(notice)
 
 
-def _google(server: str, seen: str | None) -> tuple[str | None, str | None]:
+def _request(url: str, timeout: float, method: str = 'GET', **headers: str) -> tuple[str, str | None]:
+  """Returns the text of an answer and its ETag."""
+  request = urllib.request.Request(url, method=method, headers={name.replace('_', '-'): value for name, value in headers.items()})
+  with urllib.request.urlopen(request, timeout=timeout) as answer:
+    return answer.read().decode(), answer.headers.get('ETag')
+
+
+def _google(server: str, etag: str | None) -> tuple[str | None, str | None]:
   """Waits for a change: cloud.google.com/compute/docs/metadata/querying-metadata, 'waiting for updates'."""
-  query = f'?recursive=true&wait_for_change=true&timeout_sec=60&last_etag={seen or 0}'
-  request = urllib.request.Request(f'{server}/computeMetadata/v1/instance/{query}', headers={'Metadata-Flavor': 'Google'})
-  with urllib.request.urlopen(request, timeout=90) as answer:
-    instance, seen = json.load(answer), answer.headers.get('ETag')
+  query = f'?recursive=true&wait_for_change=true&timeout_sec=60&last_etag={etag or 0}'
+  text, etag = _request(f'{server}/computeMetadata/v1/instance/{query}', 90, Metadata_Flavor='Google')
+  instance = json.loads(text)
   if not isinstance(instance, dict):
-    raise ValueError('no instance')
+    raise ValueError('the metadata server returned no instance')
   if instance.get('preempted') == 'TRUE':
-    return 'Google Cloud takes the machine back', seen
-  # Machines with accelerators are not moved elsewhere for maintenance: they end.
+    return 'Google Cloud preempts the machine', etag
+  # Machines with accelerators are not migrated for maintenance: they are terminated.
   if instance.get('maintenanceEvent', 'NONE') == 'TERMINATE_ON_HOST_MAINTENANCE':
-    return 'Google Cloud ends the machine for maintenance', seen
-  return None, seen
+    return 'Google Cloud terminates the machine for maintenance', etag
+  return None, etag
 
 
-def _ec2(server: str, seen: str | None) -> tuple[str | None, str | None]:
-  """Asks for a spot instance's notice: docs.aws.amazon.com, 'spot instance interruption notices'; `seen` is a session's token."""
-  del seen
-  request = urllib.request.Request(f'{server}/latest/api/token', method='PUT', headers={'X-aws-ec2-metadata-token-ttl-seconds': '60'})
-  with urllib.request.urlopen(request, timeout=10) as answer:
-    token = answer.read().decode()
-  request = urllib.request.Request(f'{server}/latest/meta-data/spot/instance-action', headers={'X-aws-ec2-metadata-token': token})
+def _ec2(server: str) -> tuple[str | None, None]:
+  """Requests a spot instance's notice: docs.aws.amazon.com, 'spot instance interruption notices'."""
+  token, _ = _request(f'{server}/latest/api/token', 10, 'PUT', X_aws_ec2_metadata_token_ttl_seconds='60')
   try:
-    with urllib.request.urlopen(request, timeout=10) as answer:
-      action = json.load(answer)
+    action = json.loads(_request(f'{server}/latest/meta-data/spot/instance-action', 10, X_aws_ec2_metadata_token=token)[0])
   except urllib.error.HTTPError as error:
     if error.code != 404:
       raise
-    time.sleep(_EVERY)
+    time.sleep(_INTERVAL)
     return None, None
   if not isinstance(action, dict):
-    raise ValueError('no action')
+    raise ValueError('the metadata server returned no action')
   return f'EC2 will {action.get("action")} the machine at {action.get("time")}', None

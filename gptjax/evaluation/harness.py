@@ -1,6 +1,6 @@
-"""A model of ours as EleutherAI's lm-evaluation-harness knows models (github.com/EleutherAI/lm-evaluation-harness).
+"""Adapter that makes our models available to EleutherAI's lm-evaluation-harness (github.com/EleutherAI/lm-evaluation-harness).
 
-Needs the lm_eval package (requirements-eval.txt), which imports neither torch nor TensorFlow for it.
+It needs the lm_eval package (requirements-eval.txt), but neither torch nor TensorFlow.
 """
 
 import contextlib
@@ -17,59 +17,54 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from gptjax.config import UserError
 from gptjax.data import Tokenizer
 from gptjax.data.progress import announce
-from gptjax.evaluation.likelihood import Asked, LikelihoodScorer
+from gptjax.evaluation.likelihood import LikelihoodScorer, Request
 from gptjax.inference import Generator, Sampling
 from gptjax.model import AbstractModel, Parameters
 from gptjax.distributed import is_primary
 
-MOST_TOKENS = 256
-"""That are generated where a task says nothing, as in the harness's torch backend."""
+MAX_TOKENS = 256
+"""Tokens to generate if a task does not say, as in the harness's torch backend."""
 
-_KNOWN = ('until', 'max_gen_toks', 'do_sample', 'temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
+_SUPPORTED = ('until', 'max_gen_toks', 'do_sample', 'temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
 _WITHOUT_EFFECT = {'num_beams': 1, 'num_return_sequences': 1, 'length_penalty': 1.0, 'use_cache': True}
 
-Watch = Callable[[str, int, str], contextlib.AbstractContextManager[Callable[[int], None]]]
-"""(title, total, unit): a context of long work, which is told of every so much that is done."""
-
-
-def unwatched(title: str, total: int, unit: str) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-  """Shows nothing."""
-  return contextlib.nullcontext(lambda done: None)
+Progress = Callable[[str, int, str], contextlib.AbstractContextManager[Callable[[int], None]]]
+"""(title, total, unit) -> a context whose value is called with the amount of work that was done since the last call."""
 
 
 class HarnessModel(TemplateLM):
-  """Answers what the harness asks: log-likelihoods of continuations, of whole texts, and generated text.
+  """Computes log-likelihoods of continuations, of complete texts, and generated text for the harness.
 
-  Texts become ids as in the harness's torch backend (HFLM), of which the pairs are TemplateLM's: context and continuation are encoded
-  together and cut after as many ids as the context has alone; spaces at the end of a context belong to the continuation; where there
-  is no context the tokenizer's bos stands for it. What is too long for the model loses its beginning. Text that looks like a special
-  token is text.
+  Texts are encoded as in the harness's torch backend (HFLM); TemplateLM makes the pairs: context and continuation are encoded together and
+  split after as many ids as the context has alone; trailing spaces of a context belong to the continuation; an empty context
+  becomes the tokenizer's bos. Requests that exceed the context are truncated at their beginning. Text that looks like a special token
+  is encoded as ordinary text.
 
-  Every process of a run answers everything, and so alike.
+  Every process of a run computes all results.
 
   Args:
-    blueprint: of the model.
-    mesh: where the parameters lie.
+    model: of the parameters.
+    mesh: of the parameters.
     tokenizer: of the model.
-    batch_tokens: of a batch, padding included.
-    add_bos: whether every context begins with the tokenizer's bos. None: as in HFLM, where transformers puts one: for all of ours but
-      GPT-2's, and for published ones whose files ask for it.
-    watch: shows progress.
+    batch_tokens: tokens per batch, including padding.
+    add_bos: whether every context begins with the tokenizer's bos. None: as transformers, and so HFLM, does: for all of our tokenizers
+      except GPT-2's, and for published ones whose files ask for it.
+    progress: shows the progress of long work.
   """
 
-  def __init__(self, blueprint: AbstractModel, mesh: Mesh, tokenizer: Tokenizer, batch_tokens: int, add_bos: bool | None = None,
-               watch: Watch = unwatched):
+  def __init__(self, model: AbstractModel, mesh: Mesh, tokenizer: Tokenizer, batch_tokens: int, add_bos: bool | None = None,
+               progress: Progress = lambda title, total, unit: contextlib.nullcontext(lambda done: None)):
     super().__init__()
-    self._tokenizer, self._watch, self._context = tokenizer, watch, blueprint.context
+    self._tokenizer, self._progress, self._context = tokenizer, progress, model.context
     self._add_bos = bool(tokenizer.start_ids) if add_bos is None else add_bos
-    self._rows = max(batch_tokens // blueprint.context, 1)
-    self._scorer = LikelihoodScorer(blueprint, mesh, batch_tokens)
-    self._generator = Generator(blueprint, mesh, tokenizer)
+    self._rows = max(batch_tokens // model.context, 1)
+    self._scorer = LikelihoodScorer(model, mesh, batch_tokens)
+    self._generator = Generator(model, mesh, tokenizer)
     self._parameters: Parameters | None = None
     self._weights: Parameters | None = None
 
   def use(self, parameters: Parameters | None) -> None:
-    """Answers with these parameters from now on; no other programs are compiled for them. None: lets go of those before."""
+    """Sets the parameters to evaluate, without compiling anything again; None frees the current ones."""
     self._parameters, self._weights = parameters, None
 
   @property
@@ -81,7 +76,7 @@ class HarnessModel(TemplateLM):
     return self._tokenizer.bos_id
 
   def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-    """Ids of a text, after the tokenizer's bos if the model wants it or `add_special_tokens` says so."""
+    """Ids of a text, after bos if `add_special_tokens`, or by default the model's `add_bos`, says so."""
     begin = self._add_bos if add_special_tokens is None else add_special_tokens
     return [self._tokenizer.bos_id] * begin + self._tokenizer.encode(string, 'text of a task').tolist()
 
@@ -89,79 +84,79 @@ class HarnessModel(TemplateLM):
     """(nats, greedy) of each request (context, continuation).
 
     Raises:
-      UserError: a text that the tokenizer cannot encode, or a continuation without tokens or longer than the model's context.
+      UserError: the tokenizer cannot encode a text, or a continuation has no tokens or exceeds the model's context.
     """
     return super().loglikelihood(requests, disable_tqdm=True)
 
   def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **others: Any) -> list[tuple[float, bool]]:
     for (context, continuation), *_, ids in requests:
       if not ids:
-        raise UserError('--tasks', context[-40:] + continuation, 'a continuation with tokens of its own; this one has none, or is one '
+        raise UserError('--tasks', context[-40:] + continuation, 'a continuation with tokens of its own; this one is empty or merges '
                         'with the end of its context')
-    return self._scores([Asked(before or [self.prefix_token_id], ids) for _, before, ids in requests])
+    return self._scores([Request(before or [self.prefix_token_id], ids) for _, before, ids in requests])
 
   def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
-    """Nats of each whole text, in windows of the model's context, each token with as much before it as its window has."""
-    windows: list[Asked] = []
+    """Nats of each complete text, in disjoint windows of the model's context length; tokens see only their own window."""
+    windows: list[Request] = []
     counts = []
     for request in requests:
       ids = self.tok_encode(request.args[0])
       pairs = get_rolling_token_windows(token_list=ids, prefix_token=self.prefix_token_id, max_seq_len=self._context, context_len=1)
-      mine = [Asked(*make_disjoint_window(pair)) for pair in pairs]
+      mine = [Request(*make_disjoint_window(pair)) for pair in pairs]
       windows += mine
       counts.append(len(mine))
     scores = iter(self._scores(windows))
     return [sum(next(scores)[0] for _ in range(count)) for count in counts]
 
-  def _scores(self, asked: Sequence[Asked]) -> list[tuple[float, bool]]:
-    longest = max((len(one.continuation) for one in asked), default=0)
+  def _scores(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
+    longest = max((len(one.continuation) for one in requests), default=0)
     if longest > self._context:
       raise UserError('--tasks', f'a continuation of {longest} tokens', f"at most the model's context of {self._context}")
-    cut = sum(len(one.context) + len(one.continuation) > self._context + 1 for one in asked)
-    with self._watch('log-likelihoods', len(asked), 'requests') as advance:
-      found = self._scorer(self._given(), asked, advance)
+    cut = sum(len(one.context) + len(one.continuation) > self._context + 1 for one in requests)
+    with self._progress('log-likelihoods', len(requests), 'requests') as advance:
+      found = self._scorer(self._current(), requests, advance)
     if cut and is_primary():
-      announce(f"{cut:,} of {len(asked):,} requests are longer than the model's context of {self._context} tokens: cut at their beginning")
+      announce(f"{cut:,} of {len(requests):,} requests exceed the model's context of {self._context} tokens: truncated at their beginning")
     return [(one.nats, one.greedy) for one in found]
 
   def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
     """The text that follows each request's context, up to one of its stop strings (`until`), the end of text or `max_gen_toks`.
 
     Raises:
-      UserError: a context that leaves no room for so many tokens, or text that the tokenizer cannot encode.
+      UserError: `max_gen_toks` leaves no space for a prompt, or the tokenizer cannot encode a text.
     """
     if self._weights is None:
-      self._weights = self._generator.prepare(self._given())
+      self._weights = self._generator.prepare(self._current())
     groups: dict[str, list[int]] = {}
     for index, request in enumerate(requests):
       groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
     answers = [''] * len(requests)
-    with self._watch('generation', len(requests), 'requests') as advance:
+    with self._progress('generation', len(requests), 'requests') as advance:
       for settings, group in groups.items():
         options = self._options(json.loads(settings))
-        room = self._context - options['max_tokens']
-        prompts = {index: self.tok_encode(requests[index].args[0])[-room:] or [self.prefix_token_id] for index in group}
+        prompt_tokens = self._context - options['max_tokens']
+        prompts = {index: self.tok_encode(requests[index].args[0])[-prompt_tokens:] or [self.prefix_token_id] for index in group}
         order = sorted(group, key=lambda index: len(prompts[index]), reverse=True)
         for start in range(0, len(order), self._rows):
           some = order[start:start + self._rows]
-          said = self._generator(self._weights, [prompts[index] for index in some], seeds=some, **options)
-          for index, continuation in zip(some, said, strict=True):
+          continuations = self._generator(self._weights, [prompts[index] for index in some], seeds=some, **options)
+          for index, continuation in zip(some, continuations, strict=True):
             answers[index] = continuation.text
           advance(len(some))
     return answers
 
   def _options(self, settings: dict[str, Any]) -> dict[str, Any]:
-    """The generator's settings for a task's."""
-    told = normalize_gen_kwargs(settings, MOST_TOKENS)
-    most = told['max_gen_toks']
-    if not 0 < most < self._context:
-      raise UserError('--tasks', f'max_gen_toks={most}', f"1 or more, and fewer than the model's context of {self._context}")
-    if more := sorted(name for name in told if name not in _KNOWN and told[name] != _WITHOUT_EFFECT.get(name)):
-      raise UserError('--tasks', f'{more[0]}={told[more[0]]}', f'a task that generates with {", ".join(_KNOWN)}')
-    sampling = Sampling(told['temperature'] if told['do_sample'] else 0.0, int(told.get('top_k', 0)), float(told.get('top_p', 1.0)),
-                        float(told.get('min_p', 0.0)), float(told.get('repetition_penalty', 1.0)))
-    return {'max_tokens': most, 'sampling': sampling, 'stop': [stop for stop in told['until'] if stop]}
+    """The generator's settings for those of a task."""
+    given = normalize_gen_kwargs(settings, MAX_TOKENS)
+    max_tokens = given['max_gen_toks']
+    if not 0 < max_tokens < self._context:
+      raise UserError('--tasks', f'max_gen_toks={max_tokens}', f"at least 1 and less than the model's context of {self._context}")
+    if unsupported := sorted(name for name in given if name not in _SUPPORTED and given[name] != _WITHOUT_EFFECT.get(name)):
+      raise UserError('--tasks', f'{unsupported[0]}={given[unsupported[0]]}', f'a task that generates with {", ".join(_SUPPORTED)}')
+    sampling = Sampling(given['temperature'] if given['do_sample'] else 0.0, int(given.get('top_k', 0)), float(given.get('top_p', 1.0)),
+                        float(given.get('min_p', 0.0)), float(given.get('repetition_penalty', 1.0)))
+    return {'max_tokens': max_tokens, 'sampling': sampling, 'stop': [stop for stop in given['until'] if stop]}
 
-  def _given(self) -> Parameters:
-    assert self._parameters is not None, 'use() comes first'
+  def _current(self) -> Parameters:
+    assert self._parameters is not None, 'call use() first'
     return self._parameters

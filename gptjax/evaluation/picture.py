@@ -1,4 +1,4 @@
-"""Scores over a run's checkpoints, as curves."""
+"""Plots of scores over a run's checkpoints."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -8,22 +8,20 @@ from typing import Any
 from gptjax.evaluation.results import Record, documents, metrics
 
 Curve = tuple[list[int], list[float], list[float]]
-"""Steps, values and standard errors (0: not known)."""
+"""Steps, values and standard errors (0: unknown)."""
 
 
 def draw(records: Sequence[Record], path: Path) -> bool:
-  """Writes a PNG: bits per byte and loss of each set, shares (such as accuracies) and other metrics of tasks, by step.
-
-  Returns whether there was a number to draw.
-  """
+  """Writes a PNG with bits per byte and loss of each set, and metrics of tasks, over steps; metrics between 0 and 1, such as accuracies,
+  have a panel of their own. Returns False, without a file, if there is no finite number to plot."""
   from matplotlib.figure import Figure
 
   panels: list[tuple[str, str, dict[str, Curve]]] = []
   for title, unit, field in (('held-out text', 'bits per byte', 'bits_per_byte'), ('held-out text', 'nats per token', 'loss')):
     panels.append((title, unit, _curves(records, lambda one: ((name, (score[field], None)) for name, score in documents(one).items()))))
   keys = {key for one in records for key in metrics(one)}
-  shares = {key for key in keys if all(0 <= metrics(one)[key][0] <= 1 for one in records if key in metrics(one))}
-  for unit, ours in (('share (bars: standard error)', shares), ('value', keys - shares)):
+  fractions = {key for key in keys if all(0 <= metrics(one)[key][0] <= 1 for one in records if key in metrics(one))}
+  for unit, ours in (('fraction (bars: standard error)', fractions), ('value', keys - fractions)):
     panels.append(('tasks', unit, _curves(records, lambda one: ((f'{task} {name}', value) for (task, name), value in metrics(one).items()
                                                                  if (task, name) in ours))))
   panels = [panel for panel in panels if panel[2]]

@@ -1,4 +1,4 @@
-"""What an evaluation found, as a record a checkpoint: for files, tables and pictures."""
+"""Results of an evaluation: one record per checkpoint, for files, tables and plots."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -7,14 +7,14 @@ from typing import Any
 from gptjax.evaluation.score import Scores
 
 Record = dict[str, Any]
-"""step; of documents: the fields of Score over all sets as one, `sets` and `tags` with those of each; of tasks: `tasks`, each with its
-metrics, METRIC_stderr, examples, fewshot and version."""
+"""`step`; for documents, the fields of Score over all sets together, and `sets` and `tags` with those of each set and tag; for tasks,
+`tasks` with the metrics, METRIC_stderr, examples, fewshot and version of each task."""
 
 _COLUMNS = ('loss', 'perplexity', 'bits_per_byte', 'tokens')
 
 
 def record(step: int, scores: Scores | None, tasks: Mapping[str, Mapping[str, Any]] | None) -> Record:
-  """The record of a checkpoint's scores; what was not scored is not in it."""
+  """The record of a checkpoint, with `None` results left out."""
   found: Record = {}
   if scores:
     found |= dataclasses.asdict(scores.overall)
@@ -26,7 +26,7 @@ def record(step: int, scores: Scores | None, tasks: Mapping[str, Mapping[str, An
 
 
 def documents(found: Record) -> dict[str, Mapping[str, float]]:
-  """The scores of a record by the names that metrics have: NAME, tag/TAG, and valid for all sets as one, where there are several."""
+  """The document scores of a record by metric name: NAME, tag/TAG, and, if there are several sets, `valid` for all sets together."""
   named = {**found.get('sets', {}), **{f'tag/{tag}': score for tag, score in found.get('tags', {}).items()}}
   return named | ({'valid': found} if len(found.get('sets', {})) > 1 else {})
 
@@ -38,7 +38,7 @@ def metrics(found: Record) -> dict[tuple[str, str], tuple[float, float | None]]:
 
 
 def table(records: Sequence[Record]) -> str:
-  """Lines for the screen: a line a step and set, then a line a step and metric of a task; none for a single set of a single step."""
+  """A table for the terminal: a line per step and set (unless there is only one), then a line per step and metric of each task."""
   lines = []
   rows = [(found['step'], name, score) for found in records for name, score in documents(found).items()]
   if len(rows) > 1:
@@ -46,10 +46,10 @@ def table(records: Sequence[Record]) -> str:
     for step, name, score in rows:
       loss, perplexity, bits, tokens = (score[column] for column in _COLUMNS)
       lines.append(f'{step:>9}  {name:<22}{loss:>10.4f}{perplexity:>14.3f}{bits:>12.4f}{tokens:>14,}')
-  told = [(found['step'], key, value, found['tasks'][key[0]]['examples']) for found in records for key, value in metrics(found).items()]
-  if told:
+  values = [(found['step'], key, value, found['tasks'][key[0]]['examples']) for found in records for key, value in metrics(found).items()]
+  if values:
     lines.append(f'{"step":>9}  {"task":<22}{"metric":<14}{"value":>14}{"std. error":>14}{"examples":>10}')
-    for step, (task, name), (value, error), examples in told:
+    for step, (task, name), (value, error), examples in values:
       lines.append(f'{step:>9}  {task:<22}{name:<14}{_short(value):>14}{"" if error is None else _short(error):>14}{examples or "":>10}')
   return '\n'.join(lines)
 

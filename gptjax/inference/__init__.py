@@ -1,4 +1,4 @@
-"""The inference room: text out of a trained model."""
+"""Text generation with a trained model."""
 
 from gptjax.inference.decoding import Decoder, bucket
 from gptjax.inference.generator import Continuation, Generator

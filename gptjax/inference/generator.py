@@ -1,4 +1,4 @@
-"""Text that continues prompts: where it ends, and how it is told as it comes."""
+"""Text generation: stop conditions, and streaming of text as it is generated."""
 
 import dataclasses
 from collections.abc import Generator as Coroutine
@@ -16,16 +16,16 @@ from gptjax.model import AbstractModel, Parameters
 
 @dataclasses.dataclass(frozen=True)
 class Continuation:
-  """What a prompt was continued with."""
+  """The continuation of a prompt."""
 
   text: str
-  """up to a stop string or a stop id, which are not in it"""
+  """up to a stop string or a stop id, which it excludes"""
   ids: list[int]
-  """all ids drawn, the last of which may have ended the text"""
+  """all generated ids, including one that ended the text"""
   logprobs: list[float]
-  """of each id under the model, in nats"""
+  """log-probability of each id under the model, in nats"""
   ended: Literal['id', 'text', 'length']
-  """by a stop id, a stop string, or the most tokens allowed"""
+  """stop reason: a stop id, a stop string, or the maximum number of tokens"""
 
 
 class Generator:
@@ -37,9 +37,9 @@ class Generator:
 
   Args:
     model: of the parameters.
-    mesh: where the parameters lie.
-    tokenizer: of the prompts and of the text; its end of text ends a continuation.
-    zero_stage: at which `prepare` lays the parameters out; see `Decoder`.
+    mesh: of the parameters.
+    tokenizer: of the prompts and of the text; its end-of-text ids end a continuation.
+    zero_stage: how `prepare` shards the parameters; see `Decoder`.
   """
 
   def __init__(self, model: AbstractModel, mesh: Mesh, tokenizer: Tokenizer, zero_stage: int = 0):
@@ -47,21 +47,21 @@ class Generator:
     self._decoder = Decoder(model, mesh, never_drawn(tokenizer, model.config), zero_stage)
 
   def prepare(self, parameters: Parameters) -> Parameters:
-    """Parameters as decoding reads them; worth keeping for several calls."""
+    """Parameters in the layout that decoding needs; keep them for several calls."""
     return self._decoder.prepare(parameters)
 
   def prompt(self, prompt: Prompt, source: str = '--prompt') -> list[int]:
-    """Ids of a conversation, or of a text that begins a document; where there would be none, the tokenizer's bos.
+    """Ids of a conversation, or of a text at the beginning of a document; the tokenizer's bos if there would be none.
 
     Raises:
-      UserError: the tokenizer cannot encode the text, which the error calls `source`, or has no chat template for the messages.
+      UserError: the tokenizer cannot encode the text, which the error calls `source`, or has no chat template.
     """
     if not isinstance(prompt, str):
       return self.tokenizer.chat(prompt).tolist()
     return [*self.tokenizer.start_ids, *self.tokenizer.encode(prompt, source).tolist()] or [self.tokenizer.bos_id]
 
   def __call__(self, parameters: Parameters, prompts: Sequence[Sequence[int]], **settings) -> list[Continuation]:
-    """The continuation of each prompt; the same settings as `stream`."""
+    """The continuation of each prompt, with the settings of `stream`."""
     stream = self.stream(parameters, prompts, **settings)
     while True:
       try:
@@ -72,16 +72,16 @@ class Generator:
   def stream(self, parameters: Parameters, prompts: Sequence[Sequence[int]], *, max_tokens: int, sampling: Sampling = Sampling(),
              seeds: Sequence[int] | None = None, stop: Sequence[str] = (),
              stop_ids: Sequence[int] | None = None) -> Coroutine[tuple[int, str], None, list[Continuation]]:
-    """Yields (row, piece of text) as text comes, and returns all continuations.
+    """Yields (row, piece of text) as the text is generated, and returns all continuations.
 
     Args:
-      parameters: that `prepare` made.
+      parameters: from `prepare`.
       prompts: ids of each row; see `prompt`.
-      max_tokens: tokens to add at the most, 1 or more.
-      sampling: how tokens are drawn.
-      seeds: of each row's draws; default: 0, 1, 2 and so on.
+      max_tokens: maximum number of tokens to generate, at least 1.
+      sampling: the distribution to sample from.
+      seeds: random seed of each row; default: 0, 1, 2 and so on.
       stop: strings that end a text.
-      stop_ids: ids that end it; default: the tokenizer's ends of a text and of a turn.
+      stop_ids: ids that end a text; default: the tokenizer's end-of-text and end-of-turn ids.
     """
     ends = set(self.tokenizer.stop_ids if stop_ids is None else stop_ids)
     continues = [any(self.tokenizer.pieces[i] for i in prompt) for prompt in prompts]
@@ -100,7 +100,7 @@ class Generator:
 
 
 class _Row:
-  """The text of one row. What may turn out to begin a stop string is held back."""
+  """The text of one row. A suffix that could be the start of a stop string is held back."""
 
   def __init__(self, stream: TextStream, stop: tuple[str, ...], ends: set[int]):
     self._stream, self._stop, self._ends = stream, stop, ends
@@ -111,30 +111,30 @@ class _Row:
     self.ended: Literal['id', 'text', 'length'] | None = None
 
   def push(self, token: int, logprob: float) -> str:
-    """Takes the next token; returns the text that is certain now."""
+    """Adds the next token; returns the text that became final."""
     self.ids.append(token)
     self.logprobs.append(logprob)
     if token in self._ends:
-      piece = self.finish()  # may end by a stop string itself
+      piece = self.finish()  # the rest may contain a stop string
       self.ended = self.ended or 'id'
       return piece
-    return self._certain(self._stream.push([token]))
+    return self._final(self._stream.push([token]))
 
   def finish(self) -> str:
-    """The rest of the text."""
-    piece = self._certain(self._stream.finish())
+    """Returns the rest of the text."""
+    piece = self._final(self._stream.finish())
     rest, self._held = self._held, ''
     self.text += rest
     return piece + rest
 
-  def _certain(self, new: str) -> str:
-    waiting = self._held + new
-    found = min((at for at in (waiting.find(one) for one in self._stop if one) if at >= 0), default=-1)
+  def _final(self, new: str) -> str:
+    text = self._held + new
+    found = min((at for at in (text.find(one) for one in self._stop if one) if at >= 0), default=-1)
     if found >= 0:
       self.ended, self._held = 'text', ''
-      waiting = waiting[:found]
+      text = text[:found]
     else:
-      kept = max((n for one in self._stop for n in range(1, len(one)) if waiting.endswith(one[:n])), default=0)
-      waiting, self._held = waiting[:len(waiting) - kept], waiting[len(waiting) - kept:]
-    self.text += waiting
-    return waiting
+      held = max((n for one in self._stop for n in range(1, len(one)) if text.endswith(one[:n])), default=0)
+      text, self._held = text[:len(text) - held], text[len(text) - held:]
+    self.text += text
+    return text

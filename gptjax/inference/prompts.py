@@ -1,4 +1,4 @@
-"""What is continued: texts and conversations."""
+"""Prompts: texts and conversations."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,21 +12,21 @@ Prompt = str | Sequence[Mapping[str, Any]]
 
 
 def read_prompts(path: Path) -> list[tuple[str, Prompt]]:
-  """What to continue, and what an error calls it, of each line of a file that is not empty.
+  """Returns (FILE:LINE, for errors; prompt) for each non-empty line of a file.
 
   Args:
-    path: a text a line, or (.jsonl) an object with a text "prompt" or a conversation "messages".
+    path: a file with one text per line, or (.jsonl) one object per line with a text "prompt" or a conversation "messages".
 
   Raises:
-    UserError: the file cannot be read, has nothing, or a line is no such object.
+    UserError: the file cannot be read or is empty, or a line is not such an object.
   """
   try:
-    lines = path.read_text(encoding='utf-8').split('\n')  # and not where Unicode sees ends of lines too
+    lines = path.read_text(encoding='utf-8').split('\n')  # not splitlines(), which also splits at other Unicode line breaks
   except (OSError, UnicodeDecodeError) as error:
     raise UserError('--prompts', str(path), f'a file of UTF-8 text ({getattr(error, "strerror", None) or error})') from None
   named = [(f'{path}:{number}', line) for number, line in enumerate(lines, 1) if line]
   if not named:
-    raise UserError('--prompts', str(path), 'a file with a prompt in it')
+    raise UserError('--prompts', str(path), 'a file with at least one prompt')
   return [(source, _parsed(source, line) if path.suffix == '.jsonl' else line) for source, line in named]
 
 

@@ -1,4 +1,4 @@
-"""How the next token is drawn."""
+"""Sampling of the next token."""
 
 import dataclasses
 import math
@@ -13,22 +13,22 @@ from gptjax.data import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """The distribution that the next token is drawn from: of the model, then penalized, tempered and narrowed, in this order."""
+  """The distribution of the next token: the model's, modified by repetition penalty, temperature, top_k, top_p and min_p, in this order."""
 
   temperature: float = 0.8
-  """logits are divided by it; 0: always the likeliest token"""
+  """logits are divided by it; 0: always the most likely token"""
   top_k: int = 0
-  """only the k likeliest tokens, and what is as likely as the k-th; 0: all"""
+  """only the k most likely tokens, and those as likely as the k-th; 0: all"""
   top_p: float = 1.0
-  """only the likeliest tokens that together have this probability (arXiv:1904.09751); 1: all"""
+  """only the most likely tokens that together have this probability (arXiv:1904.09751); 1: all"""
   min_p: float = 0.0
-  """only tokens of at least this share of the likeliest one's probability (arXiv:2407.01082); 0: all"""
+  """only tokens with at least this fraction of the highest probability (arXiv:2407.01082); 0: all"""
   repetition_penalty: float = 1.0
-  """logits of tokens that the text has already are divided by it, or multiplied where negative (arXiv:1909.05858); 1: they stay"""
+  """positive logits of tokens that the text contains are divided by it, negative ones multiplied (arXiv:1909.05858); 1: no penalty"""
 
   def __post_init__(self):
     if not 0 <= self.temperature < math.inf:
-      raise UserError('--temperature', self.temperature, 'a number from 0 on')
+      raise UserError('--temperature', self.temperature, 'a number of at least 0')
     if self.top_k < 0:
       raise UserError('--top_k', self.top_k, '0 or more')
     if not 0 < self.top_p <= 1:
@@ -40,16 +40,16 @@ class Sampling:
 
 
 def penalized(logits: Float[Array, 'B V'], seen: Bool[Array, 'B V'], sampling: Sampling) -> Float[Array, 'B V']:
-  """Logits with those of tokens that were seen made smaller."""
+  """Logits with the repetition penalty applied to the tokens in `seen`."""
   penalty = sampling.repetition_penalty
   return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def sample(logits: Float[Array, 'B V'], sampling: Sampling, keys: Key[Array, 'B']) -> Int[Array, 'B']:
-  """One token id a row, each drawn with its own key."""
+  """One token id per row, each drawn with its own key."""
   if sampling.temperature == 0:
     return jnp.argmax(logits, -1)
-  # From the highest on, and never by a number that float32 takes for 0.
+  # The maximum is subtracted first, and 1e-30 is still above 0 in float32: tiny temperatures give no NaN.
   logits = (logits - logits.max(-1, keepdims=True)) / max(sampling.temperature, 1e-30)
   narrow = 0 < sampling.top_k < logits.shape[-1]
   if narrow or sampling.top_p < 1:
@@ -57,7 +57,7 @@ def sample(logits: Float[Array, 'B V'], sampling: Sampling, keys: Key[Array, 'B'
     lowest = ordered[:, -1:] if narrow else -jnp.inf
     if sampling.top_p < 1:
       probabilities = jax.nn.softmax(ordered, -1)
-      before = jnp.cumsum(probabilities, -1) - probabilities  # a token stays if those above it do not reach top_p
+      before = jnp.cumsum(probabilities, -1) - probabilities  # keep a token if the more likely ones sum to less than top_p
       lowest = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), -1, keepdims=True)
     logits = jnp.where(logits < lowest, -jnp.inf, logits)
   if sampling.min_p:
@@ -66,6 +66,6 @@ def sample(logits: Float[Array, 'B V'], sampling: Sampling, keys: Key[Array, 'B'
 
 
 def never_drawn(tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, ...]:
-  """Ids that no text continues with: what begins a text, padding, unknown, and what the model has beyond the tokenizer's."""
+  """Ids that are never generated: bos, padding and unknown, and ids that the model has beyond the tokenizer's."""
   special = {tokenizer.bos_id, tokenizer.pad_id, tokenizer.unk_id} - {*tokenizer.stop_ids, None}
   return (*special, *range(tokenizer.vocab_size, config.table_rows))

@@ -1,4 +1,4 @@
-"""Whether a run and a folder are the same model: by their tensors, and by what transformers computes."""
+"""Checks that a run and a folder are the same model: by their tensors, and by the logits that transformers computes."""
 
 import dataclasses
 import importlib.util
@@ -11,53 +11,55 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float, Int
+from scipy.special import log_softmax
 
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import ComputeConfig, UserError
 from gptjax.data import Tokenizer
 from gptjax.data.progress import Work, announce
-from gptjax.interop.matching import Match, raw
+from gptjax.interop.matching import Match, bits
 from gptjax.interop.tensor_files import Entry
+from gptjax.sharding import local_rows
 from gptjax.model import AbstractModel, Parameters, abstract_model
 
 CHECKS = ('auto', 'transformers', 'roundtrip', 'none')
 
 RELATIVE = 1e-4
-"""Of the largest logit: what a difference may always be, since float32 adds up in another order."""
+"""Difference of logits that is always allowed, relative to the largest logit: float32 sums depend on their order."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-  """What a conversion ends with."""
+  """The check at the end of a conversion."""
 
   kind: str = 'auto'
-  """transformers: roundtrip, and logits against transformers; roundtrip: tensors read back are the same bits; none; auto: the first
-  that can be done on this machine"""
+  """roundtrip: tensors that are read back have the same bits; transformers: also compare logits with transformers; auto: transformers
+  where it is installed, else roundtrip; none"""
   tolerance: float = 1e-3
-  """largest difference of logits; RELATIVE of the largest logit where that is more"""
+  """largest allowed difference of logits, or RELATIVE of the largest logit if that is more"""
   prompt: str = ''
-  """text whose logits are compared; empty: 64 ids drawn at random, always the same"""
+  """text whose logits are compared; empty: 64 fixed random ids"""
 
-  def chosen(self) -> 'Check':
-    """The check with auto resolved; which it is, is told on stderr.
+  def resolved(self) -> 'Check':
+    """The check with auto resolved; announces the result on stderr.
 
     Raises:
-      UserError: what it needs is not installed.
+      UserError: the check needs a package that is not installed.
     """
-    there = all(importlib.util.find_spec(name) for name in ('torch', 'transformers'))
-    if self.kind == 'transformers' and not there:
-      raise UserError('--check', self.kind, 'roundtrip or none without torch and transformers (requirements-parity.txt brings them)')
-    kind = ('transformers' if there else 'roundtrip') if self.kind == 'auto' else self.kind
-    announce(f'check: {kind}' + ('' if there or kind == 'none' else '; torch and transformers are not installed'))
+    installed = all(importlib.util.find_spec(name) for name in ('torch', 'transformers'))
+    if self.kind == 'transformers' and not installed:
+      raise UserError('--check', self.kind, 'roundtrip or none without torch and transformers (install requirements-parity.txt)')
+    kind = ('transformers' if installed else 'roundtrip') if self.kind == 'auto' else self.kind
+    announce(f'check: {kind}' + ('' if installed or kind == 'none' else '; torch and transformers are not installed'))
     return dataclasses.replace(self, kind=kind)
 
   def tokens(self, tokenizer: Tokenizer, plan: AbstractModel) -> Int[np.ndarray, 'T']:
-    """Ids of the prompt.
+    """Ids of the prompt, at most as many as the model's context.
 
     Raises:
-      UserError: the tokenizer cannot encode it.
+      UserError: the tokenizer cannot encode the prompt.
     """
     if not self.prompt:
       return np.random.default_rng(0).integers(0, plan.config.vocab_size, min(64, plan.context), np.int32)
@@ -65,81 +67,63 @@ class Check:
 
 
 def restored(checkpoints: Checkpoints, step: int, plan: AbstractModel, mesh: Mesh, names: list[str]) -> Parameters:
-  """Some parameters of a checkpoint, with whatever axes can be shared out over the mesh."""
-  shardings = plan.shardings(3, mesh)
+  """Some parameters of a checkpoint, sharded over the mesh as at ZeRO stage 3."""
+  shapes, shardings = plan.shapes, plan.shardings(3, mesh)
   return checkpoints.restore_parameters(step, {
-    name: jax.ShapeDtypeStruct(plan.shapes[name].shape, plan.shapes[name].dtype, sharding=shardings[name]) for name in names})
+    name: jax.ShapeDtypeStruct(shapes[name].shape, shapes[name].dtype, sharding=shardings[name]) for name in names})
 
 
 def compare_tensors(checkpoints: Checkpoints, step: int, match: Match, mesh: Mesh, entries: Mapping[str, Entry]) -> str:
-  """Holds every tensor of a folder against the checkpoint's parameters, bit by bit; returns what was found, in words.
+  """Compares all tensors of a folder with a checkpoint's parameters, bit by bit; returns the result as text.
 
   Raises:
-    UserError: one differs.
+    UserError: a tensor differs.
   """
   with Work('compare', sum(entries[tensor.name].bytes for tensor in match.tensors), 'bytes') as work:
     for names, tensors in match.groups():
       parameters = restored(checkpoints, step, match.plan, mesh, names)
       for tensor in tensors:
         entry = entries[tensor.name]
-        ours = match.write(parameters, tensor, entry.dtype)
-        theirs = entry.view()
+        ours, theirs = match.write(parameters, tensor, entry.dtype), entry.view()
         if tensor.parameters == ('positions/table',):
           ours, theirs = ours[:match.plan.context], theirs[:match.plan.context]
-        if not np.array_equal(raw(ours), raw(theirs)):
-          raise UserError('--check=roundtrip', tensor.name, 'the same bits in folder and checkpoint; nothing is kept')
+        if not np.array_equal(bits(ours), bits(theirs)):
+          raise UserError('--check=roundtrip', tensor.name, 'the same bits in folder and checkpoint; nothing was written')
         work.advance(entry.bytes)
-  return f'roundtrip: all {len(match.tensors)} tensors are the same bits in folder and checkpoint'
+  return f'roundtrip: all {len(match.tensors)} tensors have the same bits in folder and checkpoint'
 
 
-@dataclasses.dataclass(frozen=True)
-class Agreement:
-  """How far two models' logits are apart."""
+def compare_logits(ours: Float[np.ndarray, 'T V'], theirs: Float[np.ndarray, 'T V'], tolerance: float) -> str:
+  """Compares logits of the same text; returns the largest difference and the mean KL divergence from `theirs` (in nats) as text.
 
-  largest: float
-  """difference of two logits"""
-  divergence: float
-  """mean KL divergence of our next-token distributions from theirs, in nats"""
-  scale: float
-  """the largest logit of theirs"""
-
-  @classmethod
-  def of(cls, ours: Float[np.ndarray, 'T V'], theirs: Float[np.ndarray, 'T V']) -> 'Agreement':
-    """Compares logits of the same text."""
-    p, q = (_log_softmax(logits.astype(np.float64)) for logits in (theirs, ours))
-    return cls(float(np.abs(ours - theirs).max()), float((np.exp(p) * (p - q)).sum(-1).mean()), float(np.abs(theirs).max()))
-
-  def report(self, tolerance: float) -> str:
-    """The figures in words.
-
-    Raises:
-      UserError: they differ by more than the tolerance.
-    """
-    allowed = max(tolerance, RELATIVE * self.scale)
-    words = f'largest difference of logits {self.largest:.2e} of {self.scale:.1f}, mean KL {self.divergence:.2e} nats'
-    if not self.largest <= allowed:  # nor what is not a number
-      raise UserError('--check=transformers', words, f'a difference of at most {allowed:.1e}; nothing is kept')
-    return f'transformers: {words}; at most {allowed:.1e} is allowed'
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-  shifted = logits - logits.max(-1, keepdims=True)
-  return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+  Raises:
+    UserError: the largest difference is above `tolerance` and above RELATIVE of the largest logit, or is NaN.
+  """
+  largest, scale = np.abs(ours - theirs).max(), np.abs(theirs).max()
+  p, q = (log_softmax(logits.astype(np.float64), -1) for logits in (theirs, ours))
+  divergence = (np.exp(p) * (p - q)).sum(-1).mean()
+  text = f'largest difference of logits {largest:.2e} of {scale:.1f}, mean KL {divergence:.2e} nats'
+  allowed = max(tolerance, RELATIVE * scale)
+  if not largest <= allowed:
+    raise UserError('--check=transformers', text, f'a difference of at most {allowed:.1e}; nothing was written')
+  return f'transformers: {text}; at most {allowed:.1e} is allowed'
 
 
 def our_logits(plan: AbstractModel, parameters: Parameters, mesh: Mesh, tokens: Int[np.ndarray, 'T']) -> Float[np.ndarray, 'T V']:
-  """Logits of a text in float32, without padded ids."""
+  """Our logits of a text in float32, without those of padded ids."""
   exact = abstract_model(plan.config, ComputeConfig(scan=plan.compute.scan), plan.context)
   with jax.set_mesh(mesh), jax.default_matmul_precision('highest'):  # accelerators round float32 otherwise
-    logits = jax.jit(lambda parameters, tokens: exact.merge(parameters)(tokens))(parameters, tokens[None])
+    # Every group of rows computes the same ones: kernels of accelerators need local rows.
+    run = local_rows(lambda parameters, tokens: exact.merge(parameters)(tokens), (PartitionSpec(), PartitionSpec()), PartitionSpec())
+    logits = jax.jit(run)(parameters, tokens[None])
     return np.asarray(logits)[0, :, :plan.config.vocab_size]
 
 
 def their_logits(folder: Path, tokens: Int[np.ndarray, 'T']) -> Float[np.ndarray, 'T V']:
-  """Logits that transformers computes from a folder in float32, in a process whose memory goes with it.
+  """Logits of a text that transformers computes from a folder in float32, in a process of its own to bound this one's memory.
 
   Raises:
-    UserError: transformers fails on the folder.
+    UserError: transformers cannot load the folder.
   """
   with tempfile.TemporaryDirectory() as scratch:
     out = Path(scratch, 'logits.npy')
@@ -147,5 +131,5 @@ def their_logits(folder: Path, tokens: Int[np.ndarray, 'T']) -> Float[np.ndarray
                           cwd=Path(__file__).parents[2], capture_output=True, text=True)
     if done.returncode:
       reason = (done.stderr.strip().splitlines() or [f'status {done.returncode}'])[-1]
-      raise UserError('--check=transformers', reason, 'a folder that transformers opens')
+      raise UserError('--check=transformers', reason, 'a folder that transformers can load')
     return np.load(out)

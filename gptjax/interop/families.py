@@ -1,10 +1,11 @@
-"""Published families of models as configs of the one transformer, and what they call its parameters.
+"""Published model families as configs of our one transformer, and the names of their tensors. A new family is a row of FAMILIES.
 
-A family reads a Hugging Face config.json into a ModelConfig, and writes one; a table says which of its tensors is which of our
-parameters. What a config.json asks for and the transformer cannot do is an error that names the field.
+A family reads a Hugging Face config.json into a ModelConfig and writes one. A config.json that asks for something the transformer does
+not support is an error that names the field.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,16 +16,16 @@ Json = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """A tensor of a folder, and the parameters it is made of."""
+  """A tensor of a Hugging Face folder, and the parameters it is made of."""
 
   name: str
-  """what the family calls it"""
+  """its name in the folder"""
   parameters: tuple[str, ...]
-  """what we call its parts, beside each other along the last axis"""
+  """our names of its parts, which are concatenated along the last axis"""
   transposed: bool = False
-  """whether it is [out, in], where a kernel is [in, out]"""
+  """whether it is [out, in], where our kernel is [in, out]"""
   rows: bool = False
-  """whether ids count its rows, which we pad"""
+  """whether it has a row per token id; ours are padded to a multiple of model.vocab_multiple"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,19 +33,31 @@ class Family:
   """One published architecture."""
 
   model_type: str
-  """config.json's name of it"""
+  """its name in config.json"""
   architecture: str
-  """the class of transformers that has its language model"""
-  read: Callable[['Fields'], tuple[ModelConfig, int]]
-  """config.json to a config and the context it is meant for"""
-  write: Callable[[ModelConfig, int], Json]
-  """the other way; may leave out what a config of this family cannot mean"""
+  """the transformers class of its language model"""
   names: Mapping[str, str]
-  """our name of a parameter to its tensor's, # for the layer's number"""
+  """tensor name of each of our parameters, with # for the layer's number"""
+  required: Mapping[str, tuple]
+  """fields of config.json of which we support some values only; the first is the default"""
+  reader: Callable[['Fields'], tuple[ModelConfig, int]]
+  """config.json to a config and the model's context length; see `read`"""
+  write: Callable[[ModelConfig, int], Json]
+  """the inverse; it may drop settings that this family does not have"""
   ignored: str = '$^'
   """pattern of tensors that hold no parameter"""
   prefix: str = ''
-  """of tensors' names, which some folders leave out"""
+  """start of tensor names that some folders leave out"""
+
+  def read(self, fields: 'Fields') -> tuple[ModelConfig, int]:
+    """The config and context length that a config.json describes.
+
+    Raises:
+      UserError: a field is missing, has the wrong type, or asks for something that is not supported.
+    """
+    for name, values in self.required.items():
+      fields.must(name, *values)
+    return self.reader(fields)
 
   def tensors(self, config: ModelConfig) -> list[Tensor]:
     """All tensors of a model."""
@@ -52,8 +65,7 @@ class Family:
     for ours, theirs in self.names.items():
       if ours == 'lm_head/kernel' and config.tied:
         continue
-      layers = range(config.layers) if '#' in ours else (0,)
-      for layer in layers:
+      for layer in range(config.layers) if '#' in ours else (0,):
         name, parameter = theirs.replace('#', str(layer)), ours.replace('#', str(layer))
         earlier = found[name].parameters if name in found else ()
         # transformers' Linear is [out, in]; GPT-2's Conv1D is [in, out], as ours.
@@ -63,52 +75,41 @@ class Family:
 
 
 class Fields:
-  """config.json, read with its defaults; what cannot be done is an error."""
+  """The fields of a config.json, with defaults and type checks; every method raises a UserError that names the field."""
 
   def __init__(self, values: Json, file: str = 'config.json'):
     self.values, self.file = values, file
 
-  def __call__(self, name: str, default: Any = None) -> Any:
+  def __call__(self, name: str, default: Any = None, expected: str = 'a value; the field is missing',
+               valid: Callable[[Any], bool] = lambda value: value is not None) -> Any:
     """A field; null counts as missing."""
     value = self.values.get(name)
     value = default if value is None else value
-    if value is None:
-      raise UserError(f'{self.file}: {name}', None, 'a value; the field is missing')
+    if not valid(value):
+      raise UserError(f'{self.file}: {name}', value, expected)
     return value
 
   def count(self, name: str, default: int | None = None) -> int:
-    """A field that must be a whole number above 0."""
-    value = self(name, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-      raise UserError(f'{self.file}: {name}', value, 'a whole number from 1 on')
-    return value
+    """A positive integer."""
+    return self(name, default, 'an integer of at least 1', lambda value: type(value) is int and value >= 1)
 
   def number(self, name: str, default: float | None = None) -> float:
-    """A field that must be a number."""
-    value = self(name, default)
-    if not isinstance(value, int | float) or isinstance(value, bool):
-      raise UserError(f'{self.file}: {name}', value, 'a number')
-    return float(value)
+    """A number."""
+    return float(self(name, default, 'a number', lambda value: type(value) in (int, float)))
 
   def flag(self, name: str, default: bool) -> bool:
-    """A field that must be true or false."""
-    value = self(name, default)
-    if not isinstance(value, bool):
-      raise UserError(f'{self.file}: {name}', value, 'true or false')
-    return value
+    """A boolean."""
+    return self(name, default, 'true or false', lambda value: type(value) is bool)
 
   def must(self, name: str, *expected: Any) -> Any:
-    """A field of which only some values can be done; the first is the default."""
-    value = self(name, expected[0])
-    if value not in expected:
-      raise UserError(f'{self.file}: {name}', value, ' or '.join(map(repr, expected)))
-    return value
+    """A field of which only some values are supported; the first is the default."""
+    return self(name, expected[0], ' or '.join(map(repr, expected)), lambda value: value in expected)
 
   def rope(self, original_context: int, theta: float = 10000.0) -> RopeConfig:
-    """Rotary positions, as transformers 5 writes them (rope_parameters) or earlier ones did (rope_theta, rope_scaling)."""
+    """RoPE settings in the fields of transformers 5 (rope_parameters) or of earlier versions (rope_theta, rope_scaling)."""
     given = self('rope_parameters', {}) or {**self('rope_scaling', {}), 'rope_theta': self.number('rope_theta', theta)}
     local = 0.0
-    if 'full_attention' in given:  # one for each kind of layer
+    if 'full_attention' in given:  # settings per kind of layer
       local = float(given['sliding_attention'].get('rope_theta', theta))
       if given['sliding_attention'].get('rope_type', 'default') != 'default':
         raise UserError(f'{self.file}: rope_parameters.sliding_attention', given['sliding_attention'], "rope_type 'default'")
@@ -129,29 +130,19 @@ class Fields:
                       int(given.get('original_max_position_embeddings', original_context)))
 
 
-def family(values: Json, file: str = 'config.json') -> Family:
-  """The family that a config.json names.
+def parse_config(values: Json, file: str = 'config.json') -> tuple[Family, ModelConfig, int]:
+  """Family, config and context length that a config.json of any content describes.
 
   Raises:
-    UserError: it is none of them.
-  """
-  names = values.get('architectures') or []
-  found = FAMILIES.get(values.get('model_type', ''))
-  if found is None or (names and found.architecture not in names and not names[0].endswith(('Model', 'LMHeadModel'))):
-    known = ', '.join(f'{one.model_type} ({one.architecture})' for one in FAMILIES.values())
-    raise UserError(f'{file}: model_type', f'{values.get("model_type")} ({", ".join(names)})', known)
-  return found
-
-
-def described(values: Json, file: str) -> tuple[Family, ModelConfig, int]:
-  """Family, config and context of a config.json that may say anything.
-
-  Raises:
-    UserError: it is of no family, or says what the transformer cannot do or nobody can read.
+    UserError: the family or one of the settings is not supported, or a field has the wrong type.
   """
   try:
-    kind = family(values, file)
-    return kind, *kind.read(Fields(values, file))
+    names = values.get('architectures') or []
+    family = FAMILIES.get(values.get('model_type', ''))
+    if family is None or (names and family.architecture not in names and not names[0].endswith(('Model', 'LMHeadModel'))):
+      known = ', '.join(f'{one.model_type} ({one.architecture})' for one in FAMILIES.values())
+      raise UserError(f'{file}: model_type', f'{values.get("model_type")} ({", ".join(names)})', known)
+    return family, *family.read(Fields(values, file))
   except UserError:
     raise
   except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
@@ -159,10 +150,10 @@ def described(values: Json, file: str) -> tuple[Family, ModelConfig, int]:
 
 
 def family_for(config: ModelConfig, context: int) -> Family:
-  """The family that a config is of: the first that it comes back from as it is.
+  """The first family that reproduces a config when it is written and read again.
 
   Raises:
-    UserError: none can say what it does.
+    UserError: no family does.
   """
   wanted = comparable(config)
   nearest: tuple[int, str, list[str]] = (len(wanted), '', [])
@@ -171,21 +162,22 @@ def family_for(config: ModelConfig, context: int) -> Family:
       got = comparable(one.read(Fields(one.write(config, context)))[0])
     except UserError:
       continue
-    differs = [name for name in wanted if wanted[name] != got.get(name)]  # one without rope has no such field
+    differs = [name for name in wanted if wanted[name] != got.get(name)]  # a config without RoPE has no field `rope`
     if not differs:
       return one
     nearest = min(nearest, (len(differs), one.model_type, differs))
   _, name, differs = nearest
   raise UserError('model', ', '.join(f'{field}={wanted[field]}' for field in differs),
-                  f'a model that a family can say; {name} comes nearest, and differs in these')
+                  f'a model that a published family can describe; the nearest, {name}, differs in these fields')
 
 
-_NOT_OF_THE_MODEL = ('vocab_multiple', 'dropout')
+_TRAINING_ONLY = ('vocab_multiple', 'dropout')
+"""Fields of a model config that do not change the function it computes."""
 
 
 def comparable(config: ModelConfig) -> Json:
-  """What a config says of the function that the model is, with its defaults resolved."""
-  values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in _NOT_OF_THE_MODEL}
+  """The fields of a config that define the function it computes, with their defaults resolved."""
+  values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in _TRAINING_ONLY}
   if config.positions != 'rope':
     del values['rope']
   values |= {'kv_heads': config.key_heads, 'mlp_width': config.hidden_width, 'head_size': config.head_width,
@@ -194,7 +186,7 @@ def comparable(config: ModelConfig) -> Json:
 
 
 def _decoder(fields: Fields, **others: Any) -> tuple[ModelConfig, int]:
-  """What the families since Llama share."""
+  """Reads the fields that all families since Llama share."""
   heads, width, context = fields.count('num_attention_heads'), fields.count('hidden_size'), fields.count('max_position_embeddings', 2048)
   common: Json = {
     'rope': fields.rope(context), 'norm': 'rmsnorm', 'norm_eps': fields.number('rms_norm_eps', 1e-6), 'mlp': 'swiglu', 'bias': False,
@@ -220,10 +212,6 @@ def _decoder_json(config: ModelConfig, context: int, **others: Any) -> Json:
 
 
 def _gpt2(fields: Fields) -> tuple[ModelConfig, int]:
-  fields.must('activation_function', 'gelu_new', 'gelu_pytorch_tanh')
-  fields.must('scale_attn_weights', True)
-  fields.must('scale_attn_by_inverse_layer_idx', False)
-  fields.must('add_cross_attention', False)
   width = fields.count('n_embd', 768)
   return ModelConfig(
     layers=fields.count('n_layer', 12), width=width, heads=fields.count('n_head', 12), mlp_width=fields.count('n_inner', 4 * width),
@@ -237,55 +225,28 @@ def _gpt2_json(config: ModelConfig, context: int) -> Json:
           'tie_word_embeddings': config.tied, 'activation_function': 'gelu_new'}
 
 
-def _llama(fields: Fields) -> tuple[ModelConfig, int]:
-  fields.must('hidden_act', 'silu')
-  fields.must('attention_bias', False)
-  fields.must('mlp_bias', False)
-  return _decoder(fields)
-
-
 def _mistral(fields: Fields) -> tuple[ModelConfig, int]:
-  fields.must('hidden_act', 'silu')
-  # Without the field it is 4,096 (the class's default); null turns it off.
-  window = fields.values.get('sliding_window', 4096)
-  return _decoder(fields, window=window or 0)
+  # A missing field means 4,096, the default of its class; null means no window.
+  return _decoder(fields, window=fields.values.get('sliding_window', 4096) or 0)
 
 
 def _mistral_json(config: ModelConfig, context: int) -> Json:
   return _decoder_json(config, context, sliding_window=config.window or None)
 
 
-def _qwen(fields: Fields, **others: Any) -> tuple[ModelConfig, int]:
-  fields.must('hidden_act', 'silu')
-  fields.must('use_sliding_window', False)
-  return _decoder(fields, **others)
-
-
-def _qwen2(fields: Fields) -> tuple[ModelConfig, int]:
-  return _qwen(fields, qkv_bias=True)
-
-
-def _qwen3(fields: Fields) -> tuple[ModelConfig, int]:
-  fields.must('attention_bias', False)
-  return _qwen(fields, qk_norm='head')
-
-
 def _olmo2(fields: Fields) -> tuple[ModelConfig, int]:
-  fields.must('hidden_act', 'silu')
-  fields.must('attention_bias', False)
   return _decoder(fields, norm_at='post', qk_norm='width', norm_eps=fields.number('rms_norm_eps', 1e-5))
 
 
 def _pattern(fields: Fields, default: int) -> int:
-  """global_every of a list of kinds of layers, or of Gemma 3's earlier field."""
+  """global_every: from the list of layer types, or from the field that early Gemma 3 folders have instead."""
   layers = fields.count('num_hidden_layers')
   kinds = fields.values.get('layer_types')
   if kinds is None:
     return fields.count('sliding_window_pattern', default)
   every = kinds.index('full_attention') + 1 if 'full_attention' in kinds else 0
   if kinds != _kinds(layers, every):
-    raise UserError(f'{fields.file}: layer_types', kinds, 'the last of every so many layers with full_attention, the others with '
-                    'sliding_attention')
+    raise UserError(f'{fields.file}: layer_types', kinds, 'full_attention in every n-th layer and sliding_attention in the others')
   return every
 
 
@@ -294,8 +255,6 @@ def _kinds(layers: int, every: int) -> list[str]:
 
 
 def _gemma(fields: Fields, every: int, **others: Any) -> tuple[ModelConfig, int]:
-  fields.must('hidden_activation', 'gelu_pytorch_tanh')
-  fields.must('attention_bias', False)
   return _decoder(
     fields, norm='rmsnorm1p', norm_at='sandwich', mlp='geglu', scaled_embedding=True, tied=fields.flag('tie_word_embeddings', True),
     window=fields.count('sliding_window', 4096), global_every=_pattern(fields, every),
@@ -308,9 +267,8 @@ def _gemma2(fields: Fields) -> tuple[ModelConfig, int]:
 
 
 def _gemma3(fields: Fields) -> tuple[ModelConfig, int]:
-  fields.must('use_bidirectional_attention', False)
   rope = fields.rope(8192, 1e6)
-  rope = dataclasses.replace(rope, local_theta=rope.local_theta or 10000.0)  # what its class takes where the folder says nothing
+  rope = dataclasses.replace(rope, local_theta=rope.local_theta or 10000.0)  # the default of its class
   return _gemma(fields, 6, qk_norm='head', rope=rope,
                 attention_cap=float(fields.values.get('attn_logit_softcapping') or 0),
                 logit_cap=float(fields.values.get('final_logit_softcapping') or 0))
@@ -319,7 +277,7 @@ def _gemma3(fields: Fields) -> tuple[ModelConfig, int]:
 def _gemma_json(config: ModelConfig, context: int) -> Json:
   values = _decoder_json(
     config, context, hidden_activation='gelu_pytorch_tanh', sliding_window=config.window or context,
-    query_pre_attn_scalar=int(config.query_scale or config.head_width),  # its class takes no fraction
+    query_pre_attn_scalar=int(config.query_scale or config.head_width),  # its class requires an integer
     attn_logit_softcapping=config.attention_cap or None,
     final_logit_softcapping=config.logit_cap or None, layer_types=_kinds(config.layers, config.global_every))
   del values['hidden_act']
@@ -344,7 +302,7 @@ _GPT2 = {
 
 
 def _llama_names(norms: Mapping[str, str], qk_norm: bool = False, qkv_bias: bool = False) -> dict[str, str]:
-  """Names of the families since Llama: they differ in what they call norms."""
+  """Tensor names of the families since Llama, which differ in the names of their norms."""
   names = {'tokens/table': 'model.embed_tokens.weight', 'norm/gain': 'model.norm.weight', 'lm_head/kernel': 'lm_head.weight'}
   layer = {
     **{f'attention/{one}/kernel': f'self_attn.{one}_proj.weight' for one in 'qkv'}, 'attention/out/kernel': 'self_attn.o_proj.weight',
@@ -362,14 +320,24 @@ _POST = {'attention_post_norm': 'post_attention_layernorm', 'mlp_post_norm': 'po
 _SANDWICH = {'attention_norm': 'input_layernorm', 'attention_post_norm': 'post_attention_layernorm',
              'mlp_norm': 'pre_feedforward_layernorm', 'mlp_post_norm': 'post_feedforward_layernorm'}
 
+_SILU = {'hidden_act': ('silu',)}
+_NO_BIAS = {'attention_bias': (False,)}
+_GEMMA = {'hidden_activation': ('gelu_pytorch_tanh',), **_NO_BIAS}
+_QWEN = {**_SILU, 'use_sliding_window': (False,)}
+
 FAMILIES = {one.model_type: one for one in (
-  Family('gpt2', 'GPT2LMHeadModel', _gpt2, _gpt2_json, _GPT2, r'(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)', 'transformer.'),
-  Family('llama', 'LlamaForCausalLM', _llama, _decoder_json, _llama_names(_PRE), r'model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq'),
-  Family('mistral', 'MistralForCausalLM', _mistral, _mistral_json, _llama_names(_PRE)),
-  Family('qwen2', 'Qwen2ForCausalLM', _qwen2, _decoder_json, _llama_names(_PRE, qkv_bias=True)),
-  Family('qwen3', 'Qwen3ForCausalLM', _qwen3, _decoder_json, _llama_names(_PRE, qk_norm=True)),
-  Family('gemma2', 'Gemma2ForCausalLM', _gemma2, _gemma_json, _llama_names(_SANDWICH)),
-  Family('gemma3_text', 'Gemma3ForCausalLM', _gemma3, _gemma3_json, _llama_names(_SANDWICH, qk_norm=True)),
-  Family('olmo2', 'Olmo2ForCausalLM', _olmo2, _decoder_json, _llama_names(_POST, qk_norm=True)),
+  Family('gpt2', 'GPT2LMHeadModel', _GPT2, {
+    'activation_function': ('gelu_new', 'gelu_pytorch_tanh'), 'scale_attn_weights': (True,), 'scale_attn_by_inverse_layer_idx': (False,),
+    'add_cross_attention': (False,)}, _gpt2, _gpt2_json, r'(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)', 'transformer.'),
+  Family('llama', 'LlamaForCausalLM', _llama_names(_PRE), {**_SILU, **_NO_BIAS, 'mlp_bias': (False,)}, _decoder, _decoder_json,
+         r'model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq'),
+  Family('mistral', 'MistralForCausalLM', _llama_names(_PRE), _SILU, _mistral, _mistral_json),
+  Family('qwen2', 'Qwen2ForCausalLM', _llama_names(_PRE, qkv_bias=True), _QWEN, functools.partial(_decoder, qkv_bias=True), _decoder_json),
+  Family('qwen3', 'Qwen3ForCausalLM', _llama_names(_PRE, qk_norm=True), {**_QWEN, **_NO_BIAS},
+         functools.partial(_decoder, qk_norm='head'), _decoder_json),
+  Family('gemma2', 'Gemma2ForCausalLM', _llama_names(_SANDWICH), _GEMMA, _gemma2, _gemma_json),
+  Family('gemma3_text', 'Gemma3ForCausalLM', _llama_names(_SANDWICH, qk_norm=True), {**_GEMMA, 'use_bidirectional_attention': (False,)},
+         _gemma3, _gemma3_json),
+  Family('olmo2', 'Olmo2ForCausalLM', _llama_names(_POST, qk_norm=True), {**_SILU, **_NO_BIAS}, _olmo2, _decoder_json),
 )}
-"""By config.json's model_type, the plainest first."""
+"""By model_type; an exported model becomes the first family that can describe it, so the simplest come first."""

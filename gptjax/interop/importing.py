@@ -1,110 +1,97 @@
-"""A folder of Hugging Face's becomes a run: config, tokenizer, and a checkpoint at step 0."""
+"""Imports a Hugging Face folder as a run: config, tokenizer, and a checkpoint at step 0."""
 
 import contextlib
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import jax
 from jax.sharding import Mesh
+from safetensors.numpy import save_file
 
 from gptjax import config as configs
 from gptjax.checkpoint import Checkpoints, Progress, Retention
 from gptjax.config import ComputeConfig, Config, DataConfig, MeshConfig, ModelConfig, UserError
 from gptjax.data import Prepared, Tokenizer, export, load_tokenizer
 from gptjax.data.progress import Work
-from gptjax.files import atomic_directory, write_json
-from gptjax.interop.comparison import Agreement, Check, compare_tensors, our_logits, their_logits
-from gptjax.interop.families import described
-from gptjax.interop.folders import CONFIG, copy_words, has_tokenizer, read_object, read_tensors
-from gptjax.interop.matching import Match, check, match
-from gptjax.interop.tensor_files import Entry, create, fill
+from gptjax.files import atomic_directory, read_json, write_json
+from gptjax.interop.comparison import Check, compare_logits, compare_tensors, our_logits, their_logits
+from gptjax.interop.families import parse_config
+from gptjax.interop.folders import CONFIG, copy_text_files, has_tokenizer
+from gptjax.interop.matching import Match, check_tensors, match
+from gptjax.interop.tensor_files import Entry, read_tensors
 from gptjax.model import Parameters, abstract_model
 from gptjax.sharding import check_heads, make_mesh
 
 KEPT, RECORD, BUFFERS = 'hf', 'gptjax.json', 'buffers.safetensors'
-"""In a workdir: the folder of what our config and checkpoint cannot say; in it, the types of tensors, and those without parameters."""
+"""In a workdir: the folder of everything that config and checkpoint cannot represent; in it, the tensors' dtypes, and the tensors that
+hold no parameter."""
+
+MAX_BATCH_TOKENS = 2**14
+"""Tokens per batch when the run scores documents, unless one row has more."""
 
 
-BATCH_TOKENS = 2**14
-"""Most tokens of a batch that scores documents, unless one row is longer."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Import:
-  """How a folder is taken in."""
-
-  context: int = 0
-  """tokens a row; 0: as many as the model is meant for"""
-  scan: bool = False
-  """stack the layers, as compute.scan has them"""
-  dtype: Literal['float32', 'bfloat16'] = 'float32'
-  """precision of matrix products and activations, as compute.dtype"""
-  mesh: MeshConfig = MeshConfig()
-  """devices that share the parameters"""
-  tokenizer: Path | None = None
-  """folder of another tokenizer than the model's own"""
-  check: Check = Check()
-
-
-def import_folder(folder: Path, workdir: Path, options: Import) -> str:
-  """Makes a run of a folder; the workdir appears whole or not at all. Returns what was made and found, in words.
+def import_folder(folder: Path, workdir: Path, *, context: int = 0, scan: bool = False,
+                  dtype: Literal['float32', 'bfloat16'] = 'float32',
+                  mesh: MeshConfig = MeshConfig(), tokenizer: Path | None = None, check: Check = Check()) -> str:
+  """Makes a run from a folder; the workdir appears complete or not at all. Returns a summary as text.
 
   Args:
     folder: config.json, safetensors and a tokenizer.
-    workdir: must not be there yet.
-    options: of the import.
+    workdir: must not exist.
+    context: tokens per row; 0: the context length of the model.
+    scan: stack the layers, see compute.scan.
+    dtype: of matrix products and activations, see compute.dtype.
+    mesh: devices over which the parameters are sharded.
+    tokenizer: folder of a tokenizer that replaces the model's own.
+    check: at the end of the import.
 
   Raises:
-    UserError: anything about the folder that is missing, damaged or cannot be done, or a check that fails.
+    UserError: something about the folder is missing, damaged or not supported, or the check fails.
   """
   if workdir.exists():
-    raise UserError('--workdir', str(workdir), 'a folder that there is not yet')
+    raise UserError('--workdir', str(workdir), 'a folder that does not exist yet')
   if not folder.is_dir():
     raise UserError('--folder', str(folder), f'a folder with {CONFIG} and safetensors')
-  values = read_object(folder / CONFIG)
-  kind, model, positions = described(values, str(folder / CONFIG))
-  if not 0 <= options.context <= positions:
-    raise UserError('--context', options.context, f'1 to {positions:,}, the positions of the model, or 0 for all')
-  context = options.context or positions
-  config = Config(model=model, compute=ComputeConfig(scan=options.scan, dtype=options.dtype), data=DataConfig(context=context),
-                  batch_size=max(1, min(Config().batch_size, BATCH_TOKENS // context)), mesh=MeshConfig(model=options.mesh.model))
+  family, model, positions = parse_config(read_json(folder / CONFIG), str(folder / CONFIG))
+  if not 0 <= context <= positions:
+    raise UserError('--context', context, f"1 to {positions:,}, the model's context length, or 0 for all of it")
+  context = context or positions
+  config = Config(model=model, compute=ComputeConfig(scan=scan, dtype=dtype), data=DataConfig(context=context),
+                  batch_size=max(1, min(Config().batch_size, MAX_BATCH_TOKENS // context)), mesh=MeshConfig(model=mesh.model))
   entries = read_tensors(folder)
-  matched = match(kind, abstract_model(config.model, config.compute, config.data.context), positions, entries)
-  others = check(matched, kind, str(folder), entries)
-  tokenizer = _tokenizer(folder, options.tokenizer, config.model)
-  chosen = options.check.chosen()
-  tokens = chosen.tokens(tokenizer, matched.plan)
-  mesh = make_mesh(options.mesh)
-  check_heads(config.model, mesh)
+  matched = match(family, abstract_model(model, config.compute, context), positions, entries)
+  buffers = check_tensors(matched, family, str(folder), entries)
+  loaded = _tokenizer(folder, tokenizer, model)
+  chosen = check.resolved()
+  tokens = chosen.tokens(loaded, matched.plan)
+  devices = make_mesh(mesh)
+  check_heads(model, devices)
   with atomic_directory(workdir, resumes=False) as out:
-    assert out, 'the workdir was not there'
+    assert out, 'the workdir did not exist'
     (out / 'config.json').write_text(configs.to_json(config))
-    export(Prepared(tokenizer, (), {}, {}, tokenizer.sha256, 'none: imported'), out / 'data')
-    _keep(folder, out / KEPT, matched, entries, others, own_tokenizer=options.tokenizer is None)
-    parameters = load(matched, mesh, entries)
-    ours = our_logits(matched.plan, parameters, mesh, tokens) if chosen.kind == 'transformers' else None
+    export(Prepared(loaded, (), {}, {}, loaded.sha256, 'none: imported'), out / 'data')
+    _keep(folder, out / KEPT, matched, entries, buffers, own_tokenizer=tokenizer is None)
+    parameters = load(matched, devices, entries)
+    ours = our_logits(matched.plan, parameters, devices, tokens) if chosen.kind == 'transformers' else None
+    summary = [f'{family.architecture}, {sum(value.size for value in parameters.values()):,} parameters, context {context:,}']
     with contextlib.closing(Checkpoints(out / 'checkpoints', Retention())) as checkpoints:
-      checkpoints.save(Progress(), {'parameters': parameters}, None)
-      checkpoints.wait()
-    count = sum(parameter.size for parameter in parameters.values())
-    del parameters
-    found = []
+      checkpoints.save(Progress(), {'parameters': parameters}, None, waits=True)  # which needs no second copy in memory
+      del parameters
     if chosen.kind != 'none':
       with contextlib.closing(Checkpoints(out / 'checkpoints')) as checkpoints:
-        found.append(compare_tensors(checkpoints, 0, matched, mesh, entries))
+        summary.append(compare_tensors(checkpoints, 0, matched, devices, entries))
     if ours is not None:
-      found.append(Agreement.of(ours, their_logits(folder, tokens)).report(chosen.tolerance))
-  return '\n'.join([f'{kind.architecture}, {count:,} parameters, context {config.data.context:,}', *found])
+      summary.append(compare_logits(ours, their_logits(folder, tokens), chosen.tolerance))
+  return '\n'.join(summary)
 
 
 def load(matched: Match, mesh: Mesh, entries: Mapping[str, Entry]) -> Parameters:
-  """Builds all parameters on the mesh, each device's part out of the part of the file that it is."""
+  """Builds all parameters on the mesh; each device's part is read from the corresponding part of the files."""
   shapes, shardings = matched.plan.shapes, matched.plan.shardings(3, mesh)
   parameters = {}
   with Work('read', sum(4 * shape.size for shape in shapes.values()), 'bytes') as work:
-    # The largest first: what a parameter takes beside itself while it is made, is then taken where there are few others.
+    # The largest first: atomic_directory a parameter takes memory besides the parameter itself, and at the start most memory is free.
     for name in sorted(shapes, key=lambda name: -shapes[name].size):
       parameters[name] = jax.block_until_ready(jax.make_array_from_callback(
         shapes[name].shape, shardings[name], lambda index: matched.read(entries, name, index or ())))
@@ -121,12 +108,11 @@ def _tokenizer(folder: Path, other: Path | None, model: ModelConfig) -> Tokenize
   return tokenizer
 
 
-def _keep(folder: Path, kept: Path, matched: Match, entries: Mapping[str, Entry], others: list[str], own_tokenizer: bool) -> None:
-  """Keeps of a folder what its export needs: its words, the types of its tensors, and tensors that hold no parameter."""
+def _keep(folder: Path, kept: Path, matched: Match, entries: Mapping[str, Entry], buffers: list[str], own_tokenizer: bool) -> None:
+  """Keeps what an export needs besides config and checkpoint: text files, the tensors' dtypes, and tensors that hold no parameter."""
   kept.mkdir()
-  copy_words(folder, kept, tokenizer=own_tokenizer)
-  record = {'dtypes': {tensor.name: entries[tensor.name].dtype for tensor in matched.tensors}, 'tokenizer': own_tokenizer}
-  write_json(kept / RECORD, record)
-  if others:
-    for name, entry in create(kept / BUFFERS, {name: entries[name] for name in others}).items():
-      fill(entry, entries[name].view())
+  copy_text_files(folder, kept, tokenizer=own_tokenizer)
+  dtypes = {tensor.name: entries[tensor.name].dtype for tensor in matched.tensors}
+  write_json(kept / RECORD, {'dtypes': dtypes, 'tokenizer': own_tokenizer})
+  if buffers:
+    save_file({name: entries[name].view() for name in buffers}, kept / BUFFERS)

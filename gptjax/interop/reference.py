@@ -1,4 +1,4 @@
-"""What transformers computes: python -m gptjax.interop.reference FOLDER '[ids]' LOGITS.npy; needs torch, and no JAX is used."""
+"""Logits of a folder as transformers computes them: python -m gptjax.interop.reference FOLDER '[ids]' LOGITS.npy"""
 
 import json
 import os
@@ -11,7 +11,7 @@ def main(folder: str, tokens: str, out: str) -> None:
   os.environ |= {'HF_HUB_OFFLINE': '1', 'TRANSFORMERS_VERBOSITY': 'error'}
   import torch
   import transformers
-  # Eager attention is the one that does everything every family asks for, such as capped scores.
+  # Only eager attention supports every family's options, such as capped scores.
   model = transformers.AutoModelForCausalLM.from_pretrained(
     folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False, attn_implementation='eager').eval()
   with torch.no_grad():

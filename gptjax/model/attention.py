@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from gptjax.config import ComputeConfig, ModelConfig, RopeConfig
 from gptjax.model.kernels import KERNELS, ScoreConfig, attention_backend
@@ -80,7 +80,7 @@ def rotate(x: Float[Array, 'B T H C'], positions: Int[Array, 'B T'], frequency: 
 
 
 def attend(score: ScoreConfig, q: Float[Array, 'B T H C'], k: Float[Array, 'B S K C'], v: Float[Array, 'B S K C'],
-           mask: Bool[Array, '#B T S'], rate: float, dropout_keys: PRNGKeyArray | None) -> Float[Array, 'B T H C']:
+           mask: Bool[Array, '#B T S'], rate: float, dropout_keys: Key[Array, 'B'] | None) -> Float[Array, 'B T H C']:
   """softmax(scale q k) v over the keys that `mask` allows (arXiv:1706.03762, equation 1).
 
   Each key head serves H/K query heads (arXiv:2305.13245). The softmax is in float32. The window is the mask's.
@@ -95,7 +95,7 @@ def attend(score: ScoreConfig, q: Float[Array, 'B T H C'], k: Float[Array, 'B S 
 
 
 def causal_attention(score: ScoreConfig, q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'], v: Float[Array, 'B T K C'],
-                     segments: Int[Array, 'B T'] | None, rate: float, dropout_keys: PRNGKeyArray | None,
+                     segments: Int[Array, 'B T'] | None, rate: float, dropout_keys: Key[Array, 'B'] | None,
                      rows: int) -> Float[Array, 'B T H C']:
   """Attention of each token to itself and those before it in its segment and window, `rows` query rows at a time.
 
@@ -164,7 +164,7 @@ class Attention(nnx.Module):
     self.config, self.compute = config, compute
 
   def __call__(self, x: Float[Array, 'N D'], layer: int | Int[Array, ''], positions: Positions, cache: Cache | None,
-               keys: PRNGKeyArray | None, rows: Rows) -> tuple[Float[Array, 'N D'], Cache | None]:
+               keys: Key[Array, 'B'] | None, rows: Rows) -> tuple[Float[Array, 'N D'], Cache | None]:
     config, (b, t) = self.config, positions.values.shape
 
     def project(name, linear, norm, count, axis):
@@ -197,7 +197,7 @@ class Attention(nnx.Module):
 
 
 def attention(config: ModelConfig, compute: ComputeConfig, score: ScoreConfig, q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'],
-              v: Float[Array, 'B T K C'], segments: Int[Array, 'B T'] | None, keys: PRNGKeyArray | None) -> Float[Array, 'B T H C']:
+              v: Float[Array, 'B T K C'], segments: Int[Array, 'B T'] | None, keys: Key[Array, 'B'] | None) -> Float[Array, 'B T H C']:
   """Causal attention by the implementation that the config and the device choose."""
   # One that is named was checked before, for the device that the program is for, which may be another than this process's.
   backend = attention_backend(config, compute, q.shape[1]) if compute.attention == 'auto' else compute.attention

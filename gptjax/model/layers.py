@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key
 
 from gptjax.config import ComputeConfig, ModelConfig
 from gptjax.model.weights import Rows, Stack, gathered, lookup, parameter, product
@@ -66,12 +66,12 @@ def capped(x: Float[Array, '*S'], cap: float) -> Float[Array, '*S']:
   return cap * jnp.tanh(x / cap) if cap else x
 
 
-def fold(keys: PRNGKeyArray | None, data: int | Int[Array, '']) -> PRNGKeyArray | None:
+def fold(keys: Key[Array, 'B'] | None, data: int | Int[Array, '']) -> Key[Array, 'B'] | None:
   """A key per row from a key per row and a number; None stays None."""
   return None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, data))(keys)
 
 
-def dropout(x: Float[Array, 'N *S'], rate: float, keys: PRNGKeyArray | None) -> Float[Array, 'N *S']:
+def dropout(x: Float[Array, 'N *S'], rate: float, keys: Key[Array, 'B'] | None) -> Float[Array, 'N *S']:
   """Zeroes a fraction `rate` of x and scales the rest up (arXiv:1207.0580).
 
   Args:

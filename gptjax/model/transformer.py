@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key
 
 from gptjax.config import MATRIX_AXIS, ComputeConfig, ModelConfig
 from gptjax.model.attention import Attention, Cache, Caches, Positions
@@ -50,7 +50,7 @@ class Block(nnx.Module):
     self.dropout = config.dropout
 
   def __call__(self, x: Float[Array, 'N D'], layer: int | Int[Array, ''], positions: Positions, cache: Cache | None,
-               keys: PRNGKeyArray | None, rows: Rows) -> tuple[Float[Array, 'N D'], Cache | None, Sums]:
+               keys: Key[Array, 'B'] | None, rows: Rows) -> tuple[Float[Array, 'N D'], Cache | None, Sums]:
     """The residual stream after the layer, its part of the cache, and the sums that it adds to the objective's (none here)."""
     normed = lambda norm, x: x if norm is None else norm(x)
     x = checkpoint_name(x, 'block')
@@ -87,7 +87,7 @@ class Transformer(nnx.Module):
     self.lm_head = None if config.tied else Linear((config.width, config.table_rows), ('embed', vocab), 0.02, compute)
 
   def hidden(self, tokens: Int[Array, 'B T'], positions: Positions | None = None, cache: Caches | None = None,
-             keys: PRNGKeyArray | None = None) -> tuple[Float[Array, 'N D'], Caches | None, Sums]:
+             keys: Key[Array, 'B'] | None = None) -> tuple[Float[Array, 'N D'], Caches | None, Sums]:
     """The normalized residual stream after the last layer, N = B * T.
 
     Args:
@@ -144,7 +144,7 @@ class Transformer(nnx.Module):
     return Head(param, self.lm_head is None, self.config.vocab_size, self.config.logit_cap)
 
   def __call__(self, tokens: Int[Array, 'B T'], positions: Positions | None = None,
-               keys: PRNGKeyArray | None = None) -> Float[Array, 'B T V']:
+               keys: Key[Array, 'B'] | None = None) -> Float[Array, 'B T V']:
     """Logits of the next token at every position."""
     logits = self.head.logits(self.hidden(tokens, positions, keys=keys)[0])
     return jax.lax.reshape(logits, (*tokens.shape, logits.shape[-1]), out_sharding=spec(None, None, ('vocab', self.config.table_rows)))

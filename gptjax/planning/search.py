@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from gptjax import config as configs
 from gptjax.config import MATRIX_AXIS, REST_AXIS, SLICE_AXES, Config, UserError
-from gptjax.config.flags import Value
+from gptjax.config.fields import Value
 from gptjax.planning.estimate import Estimate, estimate
 from gptjax.planning.topology import Topology
 

@@ -8,6 +8,7 @@ each weight where a layer reads it, forward and backward.
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,8 @@ from gptjax.sharding.rules import ParameterSpecs, Shard
 class Weight:
   """A parameter as a device has it in the step: complete, or a shard of it."""
 
-  value: Array
-  accumulator: Array | None = None
+  value: Any  # an array; transformations of trees put other things in its place
+  accumulator: Any = None
   """zeros, float32, of which only type and shape count: the gradient is taken with respect to them, because a gradient has the shape
   and dtype of its variable; None: it is taken with respect to `value`"""
   shard: Shard | None = None

@@ -1,4 +1,4 @@
-"""Bad steps: how the compiled step finds one, and what the run then does."""
+"""Bad steps: how the compiled step detects them, and how the run reacts."""
 
 import dataclasses
 import json
@@ -15,12 +15,12 @@ from gptjax.files import Lines, complete_lines, json_line, write_atomic
 from gptjax.distributed import broadcast
 
 DECAY = 0.99
-"""of the running mean and deviation, per good step"""
+"""Of the running mean and variance, per good step."""
 WARMUP = 50
-"""good steps before anything counts as a spike"""
+"""Good steps before spikes are detected."""
 BAD_STEPS = 'bad_steps.jsonl'
 MAX_CONSECUTIVE = 100
-"""bad steps that are skipped; statistics stand still meanwhile, so after so many none would be good again"""
+"""Bad steps that are skipped; the statistics stay the same meanwhile, so later steps would be bad too."""
 
 
 class LossStatistics(NamedTuple):
@@ -32,46 +32,46 @@ class LossStatistics(NamedTuple):
 
 
 def initial_statistics() -> LossStatistics:
-  """Of no step."""
+  """Returns the statistics of no steps."""
   return LossStatistics(jnp.zeros((), jnp.int32), jnp.zeros(2), jnp.zeros(2))
 
 
 def is_good_step(statistics: LossStatistics, loss: Float[Array, ''], grad_norm: Float[Array, ''],
                  spike: float) -> tuple[Bool[Array, ''], LossStatistics]:
-  """Whether a step is good, and the statistics after it, which a bad one leaves as they were.
+  """Returns whether a step is good, and the updated statistics, which a bad step does not change.
 
   Args:
-    statistics: of the steps before.
+    statistics: of the previous steps.
     loss, grad_norm: of this step.
-    spike: running deviations above the running mean from which on a step is bad; 0: only one that is not finite is.
+    spike: number of running standard deviations above the running mean at which a step is bad; 0: only if it is not finite.
   """
   values = jnp.stack([loss, grad_norm]).astype(jnp.float32)
   good = jnp.all(jnp.isfinite(values))
   away = values - statistics.mean
   if spike:
     good &= (statistics.steps < WARMUP) | jnp.all(away <= spike * jnp.sqrt(statistics.variance))
-  # The first steps weigh alike, as in a plain mean.
+  # The first steps have equal weights, as in a plain mean.
   weight = jnp.maximum(1 - DECAY, 1 / (statistics.steps + 1))
   new = LossStatistics(statistics.steps + 1, statistics.mean + weight * away, (1 - weight) * (statistics.variance + weight * away**2))
   return good, select(good, new, statistics)
 
 
 def select(good: Bool[Array, ''], new: Any, old: Any) -> Any:
-  """One tree of arrays or the other."""
+  """Selects one of two trees of arrays."""
   return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
 
 
 @dataclasses.dataclass(frozen=True)
 class BadStep:
-  """A step whose update was not made."""
+  """A step whose update was not applied."""
 
   step: int
   rows: tuple[int, int]
-  """first row of its batch, and the one after its last"""
+  """first row of its batch, and the row after its last"""
   loss: float
   grad_norm: float
   action: str
-  """what was done: FaultsConfig.bad_step"""
+  """FaultsConfig.bad_step at that time"""
 
   def __str__(self) -> str:
     finite = bool(np.isfinite([self.loss, self.grad_norm]).all())
@@ -80,16 +80,16 @@ class BadStep:
 
 
 class Rollback(Exception):
-  """Raised where the run has to go back to its last checkpoint; the text says why."""
+  """The run must go back to its last checkpoint; the text gives the reason."""
 
 
 class BadSteps:
-  """What a run knows of its bad steps, in bad_steps.jsonl of its workdir.
+  """The bad steps of a run, recorded in bad_steps.jsonl of its workdir.
 
   Args:
-    config: what to do.
+    config: determines the reaction.
     workdir: of the run.
-    writes: whether this process reads and writes the file, for all.
+    writes: whether this process reads and writes the file, on behalf of all.
   """
 
   def __init__(self, config: FaultsConfig, workdir: Path, writes: bool):
@@ -97,51 +97,51 @@ class BadSteps:
     self._lines = Lines(self._file)
     self._last, self._in_a_row = 0, 0
     self.found = _read(self._file) if writes else []
-    # Every process passes over the same rows, whatever its file system shows it of the file.
-    self._passed = [tuple(rows) for rows in broadcast('bad steps', sorted(bad.rows for bad in self.found if bad.action == 'rollback'))]
+    # Broadcast, since every process must skip the same rows even if its file system shows an older file.
+    self._skipped = [tuple(rows) for rows in broadcast('bad steps', sorted(bad.rows for bad in self.found if bad.action == 'rollback'))]
 
   def next_row(self, first: int, size: int) -> int:
-    """The row from which on a batch of `size` rows touches no batch that was passed over, at or after row `first`."""
-    for begin, end in self._passed:
+    """Returns the next row at or after `first` at which a batch of `size` rows overlaps no skipped batch."""
+    for begin, end in self._skipped:
       if first < end and begin < first + size:
         first = end
     return first
 
   def excluded_after(self, row: int) -> int:
-    """Rows that are passed over from a row on."""
-    return sum(end - max(begin, row) for begin, end in self._passed if end > row)
+    """Returns the number of skipped rows after a row."""
+    return sum(end - max(begin, row) for begin, end in self._skipped if end > row)
 
   def resume_from(self, step: int) -> None:
-    """Drops what was left out after a step from which the run goes on: it comes again. What is passed over stays so."""
+    """Forgets the steps after `step`, which are repeated; rows that a rollback skipped stay skipped."""
     kept = [bad for bad in self.found if bad.step <= step or bad.action == 'rollback']
     if self._writes:
       self._lines = Lines(self._file)
-      if self._file.exists():  # without what a kill left of a line, too
+      if self._file.exists():  # this also removes a line that a kill left incomplete
         write_atomic(self._file, ''.join(map(_line, kept)))
       elif kept:
         self._lines.write(''.join(map(_line, kept)))
     self.found = kept
-    left_out, in_a_row = {bad.step for bad in kept if bad.action != 'rollback'}, 0
-    while step - in_a_row in left_out:
+    skipped, in_a_row = {bad.step for bad in kept if bad.action != 'rollback'}, 0
+    while step - in_a_row in skipped:
       in_a_row += 1
-    # Of starts that go on within a row of bad steps, none begins to count anew.
+    # A run that resumes within a series of bad steps continues to count.
     self._last, self._in_a_row = step, broadcast('bad steps in a row', in_a_row)
 
   def flush(self) -> None:
     """Returns when every line is on the disk.
 
     Raises:
-      UserError: there is no space for them; they stay in memory.
+      UserError: they cannot be written, and stay in memory.
     """
     self._lines.flush()
 
   def add(self, step: int, rows: tuple[int, int], loss: float, grad_norm: float) -> BadStep:
-    """Writes down a bad step, and raises what it leads to.
+    """Records a bad step, and returns it if training continues.
 
     Raises:
-      UserError: it ends the run.
+      UserError: the run is to stop.
       Fault: there were too many in a row.
-      Rollback: the run goes back.
+      Rollback: the run is to go back.
     """
     bad = BadStep(step, rows, loss, grad_norm, self._config.bad_step)
     self.found.append(bad)
@@ -153,9 +153,9 @@ class BadSteps:
       raise Fault(f'{bad}; it is bad step {self._in_a_row} in a row, expected: good steps in between')
     if bad.action == 'stop':
       raise UserError('loss' if not np.isfinite(loss) else 'gradient', loss if not np.isfinite(loss) else grad_norm,
-                      f'a good step, or --config.faults.bad_step=skip or rollback; {bad}; its update was not made')
+                      f'a good step, or --config.faults.bad_step=skip or rollback; {bad}; its update was not applied')
     if bad.action == 'rollback':
-      self._passed = sorted([*self._passed, rows])
+      self._skipped = sorted([*self._skipped, rows])
       raise Rollback(str(bad))
     return bad
 
@@ -176,6 +176,6 @@ def _read(file: Path) -> list[BadStep]:
           continue
     except ValueError:
       pass
-    # To leave it out could change which rows the run takes.
-    raise UserError(f'{file}:{number}', line.strip()[:80], 'a line that the run wrote: step, rows, loss, grad_norm, action')
+    # Ignoring the line could change which rows the run reads.
+    raise UserError(f'{file}:{number}', line.strip()[:80], 'a line with step, rows, loss, grad_norm and action, as the run wrote it')
   return found

@@ -1,4 +1,4 @@
-"""What the machine can do, and what the compiler did."""
+"""Peak FLOP/s of the devices, and a count of compilations."""
 
 import time
 
@@ -8,14 +8,14 @@ import jax.numpy as jnp
 from gptjax.sharding.chips import CHIPS
 
 PEAK_FLOPS = {kind: chip.flops for chip in CHIPS.values() for kind in chip.kinds}
-"""Dense bfloat16 FLOP/s of one device by the start of its name, from the vendors' data sheets."""
+"""Dense bfloat16 FLOP/s of one device by the prefix of its kind, from the vendors' data sheets."""
 
 
 def peak_flops(devices: list[jax.Device], dtype: str) -> tuple[float, str]:
-  """FLOP/s that MFU divides by, of all devices together, and where the figure comes from.
+  """Returns the total FLOP/s of all devices, the denominator of MFU, and the source of the figure.
 
-  For devices in the table the data sheet's bfloat16 figure, whatever `dtype`; for others a square matrix product timed now
-  (virtual CPU devices share one machine, so it counts once).
+  For devices in the table this is the data sheet's bfloat16 figure regardless of `dtype`; for others a square matrix product is timed
+  (once for all virtual CPU devices, which share one machine).
   """
   kind = devices[0].device_kind
   known = max((name for name in PEAK_FLOPS if kind.startswith(name)), key=len, default=None)
@@ -24,7 +24,7 @@ def peak_flops(devices: list[jax.Device], dtype: str) -> tuple[float, str]:
   size = 2048
   times = []
   mine = [device for device in devices if device.process_index == jax.process_index()]
-  with jax.set_mesh(jax.make_mesh((1,), ('device',), devices=mine[:1])):  # the run's own mesh has all of them
+  with jax.set_mesh(jax.make_mesh((1,), ('device',), devices=mine[:1])):  # the mesh of the run has the devices of all processes
     x = jnp.ones((size, size), dtype)
     product = jax.jit(jnp.matmul)
     product(x, x).block_until_ready()
@@ -37,15 +37,15 @@ def peak_flops(devices: list[jax.Device], dtype: str) -> tuple[float, str]:
 
 
 class CompileCounter:
-  """Counts the programs that XLA compiles, or loads from the persistent cache, while it lives."""
+  """Counts the programs that XLA compiles or loads from the persistent cache, until `close`."""
 
   def __init__(self):
     self.count = 0
-    jax.monitoring.register_event_duration_secs_listener(self._heard)
+    jax.monitoring.register_event_duration_secs_listener(self._count)
 
-  def _heard(self, event: str, duration_secs: float, **_: str | int) -> None:
+  def _count(self, event: str, duration_secs: float, **_: str | int) -> None:
     self.count += event == '/jax/core/compile/backend_compile_duration'
 
   def close(self) -> None:
     """Stops counting."""
-    jax.monitoring.unregister_event_duration_listener(self._heard)
+    jax.monitoring.unregister_event_duration_listener(self._count)

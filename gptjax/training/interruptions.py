@@ -1,4 +1,4 @@
-"""What asks a run to save, or to save and end, before its time; and how all its processes come to do it after the same step."""
+"""Requests to save or stop, from signals, the cloud and the clock; all processes of a run act on them after the same step."""
 
 import contextlib
 import enum
@@ -16,38 +16,38 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gptjax.distributed import is_primary, watch_notices
 
 REQUEUE_EXIT_CODE = os.EX_TEMPFAIL
-"""Exit status, 75, of a run that was asked to end, and saved: the same command goes on."""
+"""75: the run was asked to stop and has saved; the same command resumes it."""
 
 
 class StopRequest(enum.IntEnum):
-  """What a process would do after a step."""
+  """A request to act after a step; the largest of all processes wins."""
 
   NONE = 0
   SAVE = 1
   STOP = 2
-  """save, and end"""
+  """save and end"""
 
 
 class Interruptions:
-  """Hears SIGTERM, SIGINT, the cloud and the clock. A context; inside it the first signal is a request and the second ends at once.
+  """Collects the requests. A context manager in which the first SIGTERM or SIGINT is a request, and the second ends the process.
 
   Args:
     mesh: of the run.
-    minutes: of the clock between two saves; 0: none for that.
+    minutes: wall-clock time between two saves; 0: off.
   """
 
   def __init__(self, mesh: Mesh, minutes: float = 0):
     self.reason = 'another process'
-    """why this process ends, for people"""
-    self._seconds, self._saved, self._later = 60 * minutes, time.monotonic(), float('inf')
-    self._end = False
-    self._agree = _Consensus(mesh) if jax.process_count() > 1 else None
+    """reason for stopping, to be printed"""
+    self._seconds, self._saved, self._retry_at = 60 * minutes, time.monotonic(), float('inf')
+    self._stop = False
+    self._consensus = _Consensus(mesh) if jax.process_count() > 1 else None
     self._before: dict[int, Any] = {}
 
   def __enter__(self) -> 'Interruptions':
     if threading.current_thread() is threading.main_thread():
       self._before = {number: signal.signal(number, self._signalled) for number in (signal.SIGTERM, signal.SIGINT)}
-    watch_notices(self._asked)
+    watch_notices(self._request_stop)
     return self
 
   def __exit__(self, *error: object) -> None:
@@ -58,47 +58,48 @@ class Interruptions:
     del frame
     for one in self._before:
       signal.signal(one, signal.SIG_DFL)
-    self._asked(signal.Signals(number).name)
-    with contextlib.suppress(OSError):  # whoever reads stderr may have got the same signal
-      os.write(2, f'{self.reason}: saving after this step and ending; once more ends at once\n'.encode())
+    self._request_stop(signal.Signals(number).name)
+    with contextlib.suppress(OSError):  # the reader of stderr may have been ended by the same signal
+      os.write(2, f'{self.reason}: saving after this step and ending; a second signal ends at once\n'.encode())
 
-  def _asked(self, reason: str) -> None:
-    self.reason, self._end = reason, True
+  def _request_stop(self, reason: str) -> None:
+    self.reason, self._stop = reason, True
 
   def save_in(self, seconds: float) -> None:
-    """Wishes for a save when so much time is over, as after one that failed."""
-    self._later = time.monotonic() + seconds
+    """Requests a save after some time, to retry one that failed."""
+    self._retry_at = time.monotonic() + seconds
 
   def saved(self) -> None:
-    """Every process saves: nobody waits for that any more."""
-    self._saved, self._later = time.monotonic(), float('inf')
-    if self._agree:
-      self._agree.forget()
+    """To be called when all processes save: earlier requests are then fulfilled."""
+    self._saved, self._retry_at = time.monotonic(), float('inf')
+    if self._consensus:
+      self._consensus.reset()
 
   def poll(self) -> StopRequest:
-    """What all processes do now; to be asked by each, once after each step. Several agree one step later than one alone."""
+    """Returns the request that all processes act on now. Each must call this once after every step. With several processes a request
+    takes effect one step later."""
     now = time.monotonic()
-    due = now >= self._later or bool(is_primary() and self._seconds and now - self._saved >= self._seconds)
-    mine = StopRequest.STOP if self._end else StopRequest.SAVE if due else StopRequest.NONE
-    return self._agree(mine) if self._agree else mine
+    due = now >= self._retry_at or bool(is_primary() and self._seconds and now - self._saved >= self._seconds)
+    mine = StopRequest.STOP if self._stop else StopRequest.SAVE if due else StopRequest.NONE
+    return self._consensus(mine) if self._consensus else mine
 
 
 class _Consensus:
-  """The largest request of all processes, computed by the devices beside the step, so that nobody waits for it.
+  """The largest request of all processes, computed on the devices, so that it is in order with the steps and nobody waits for it.
 
-  What is dispatched after one step is read after the next, when every process has the same value of it.
+  The result that is dispatched after one step is read after the next, with the same value in every process.
   """
 
   def __init__(self, mesh: Mesh):
     self._count, self._sharding = mesh.size, NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     self._largest = jax.jit(jnp.max)
-    self._waiting: jax.Array | None = None
+    self._pending: jax.Array | None = None
 
   def __call__(self, request: StopRequest) -> StopRequest:
     mine = lambda index: np.full(len(range(*index[0].indices(self._count))), request, np.int32)
     wishes = jax.make_array_from_callback((self._count,), self._sharding, mine)
-    before, self._waiting = self._waiting, self._largest(wishes)
-    return StopRequest.NONE if before is None else StopRequest(int(before))
+    previous, self._pending = self._pending, self._largest(wishes)
+    return StopRequest.NONE if previous is None else StopRequest(int(previous))
 
-  def forget(self) -> None:
-    self._waiting = None
+  def reset(self) -> None:
+    self._pending = None

@@ -1,4 +1,4 @@
-"""Where a run writes what happens: metrics.jsonl, TensorBoard, samples.jsonl and the terminal."""
+"""The records of a run: metrics.jsonl, samples.jsonl, TensorBoard and the terminal."""
 
 import json
 import time
@@ -17,19 +17,19 @@ from gptjax.files import Lines, complete_lines, json_line, write_atomic
 
 
 class _Console(Console):
-  """A run goes on where nobody reads what it says any more, as when its terminal or tee is gone."""
+  """Training continues if the reader of the output, such as a terminal or tee, is gone."""
 
   def on_broken_pipe(self) -> None:
     self.quiet = True
 
 
 class Logbook:
-  """The records of a run in its workdir; lines after `step` left by an earlier process are cut off.
+  """Writes the records of a run. Lines of later steps that an earlier process left are removed.
 
   Args:
     workdir: of the run.
-    step: updates done so far.
-    steps: updates in all.
+    step: number of updates so far.
+    steps: total number of updates.
   """
 
   def __init__(self, workdir: Path, step: int, steps: int):
@@ -47,7 +47,7 @@ class Logbook:
     self._bar.start()
 
   def header(self, facts: dict[str, Any]) -> None:
-    """Prints what this run is, a line a fact."""
+    """Prints the facts of a run, one per line."""
     width = max(map(len, facts))
     for name, value in facts.items():
       self.console.print(f'{name:>{width}}  {value}', markup=False)
@@ -63,7 +63,7 @@ class Logbook:
       self.console.print(f'step {step}/{self._steps}  {figures}  {_clock(left)} left', markup=False)
 
   def rewind(self, step: int) -> None:
-    """Forgets what is later than a step, from which the run goes on."""
+    """Removes the records after a step, from which the run continues."""
     self._board.close()
     for name in self._files:
       self._files[name] = Lines(_cut(self._workdir / name, step))
@@ -74,13 +74,13 @@ class Logbook:
     """Returns when every line is on the disk.
 
     Raises:
-      UserError: there is no space for them; they stay in memory.
+      UserError: they cannot be written, and stay in memory.
     """
     for file in self._files.values():
       file.flush()
 
   def advance(self, step: int) -> None:
-    """Moves the progress bar."""
+    """Updates the progress bar."""
     self._bar.update(self._task, completed=step)
 
   def validation(self, step: int, scores: dict[str, Any]) -> None:
@@ -105,7 +105,7 @@ class Logbook:
     self.console.print(line, markup=False)
 
   def close(self) -> None:
-    """Flushes everything; the bar leaves the terminal as it found it."""
+    """Closes the files and restores the terminal."""
     self._bar.stop()
     self._board.close()
 
@@ -113,11 +113,11 @@ class Logbook:
     file = self._files[name]
     waited = file.waiting
     if (error := file.write(json_line(record) + '\n')) and not waited:
-      self.say(f'{self._workdir / name}: {error}; its lines wait in memory')
+      self.say(f'{self._workdir / name}: {error}; its lines stay in memory')
 
 
 class NullLogbook(Logbook):
-  """The Logbook of the processes that another one writes for."""
+  """The Logbook of all processes but process 0, which writes for all."""
 
   def __init__(self) -> None:
     pass
@@ -129,13 +129,13 @@ class NullLogbook(Logbook):
 
 
 class _Board:
-  """TensorBoard's file, written as the figures come: tensorboardX's own thread dies on a full disk, and the run then hangs.
+  """TensorBoard's event file, written synchronously: the thread of tensorboardX's writer dies on a full disk, and the run then hangs.
 
-  A record that finds no space ends this file, which TensorBoard reads up to there; metrics.jsonl has all.
+  A record that cannot be written ends the file, up to which TensorBoard reads; metrics.jsonl is complete.
 
   Args:
-    folder: made if missing.
-    first: step from which on TensorBoard shall forget what earlier processes wrote.
+    folder: created if missing.
+    first: step from which on TensorBoard discards records of earlier processes.
   """
 
   def __init__(self, folder: Path, first: int):
@@ -148,7 +148,7 @@ class _Board:
     self._add(step, summary=Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in figures.items()]))
 
   def text(self, step: int, name: str, text: str) -> None:
-    indented = f'    {text}'.replace('\n', '\n    ')  # Markdown's way to leave it as it is
+    indented = f'    {text}'.replace('\n', '\n    ')  # a code block in Markdown
     self._add(step, summary=summary.text(name, indented))
 
   def _add(self, step: int, **content: Any) -> None:
@@ -159,7 +159,7 @@ class _Board:
       self._file.flush()
     except OSError as error:
       self._file = None
-      announce(f'tensorboard: {error.strerror}; it is not written any more by this process')
+      announce(f'tensorboard: {error.strerror}; this process no longer writes it')
 
   def close(self) -> None:
     if self._file is not None:
@@ -168,14 +168,14 @@ class _Board:
 
 
 def _cut(path: Path, step: int) -> Path:
-  """Drops the lines of a JSONL file that are of a later step, or that a killed process left unfinished."""
+  """Removes the lines of a JSONL file that are of later steps or incomplete."""
   kept = []
   for number, line in enumerate(complete_lines(path), 1):
     try:
       if json.loads(line)['step'] <= step:
         kept.append(line)
     except (ValueError, LookupError, TypeError):
-      announce(f'{path}:{number} is damaged and left out: {line.strip()[:60]!r}')
+      announce(f'{path}:{number} is damaged and removed: {line.strip()[:60]!r}')
   if path.exists():
     write_atomic(path, ''.join(kept))
   return path

@@ -70,7 +70,7 @@ def train(config: Config, options: Options) -> int:
     folder = options.workdir
     checkpoints = stack.enter_context(Checkpoints(
       folder / 'checkpoints', Retention(config.checkpoint.keep, run.keep_every, config.checkpoint.keep_best),
-      beside=(folder / 'config.json', folder / 'data' / 'identity.json', folder / 'data' / 'tokenizer')))
+      extra_files=(folder / 'config.json', folder / 'data' / 'identity.json', folder / 'data' / 'tokenizer')))
     newest = checkpoints.newest()
     progress = Progress() if newest is None else checkpoints.progress(newest)
     _check_profile(options.profile_steps, last)

@@ -1,4 +1,4 @@
-"""Replaying: steps of a run done once more from its checkpoint, to be compared with what was logged of them."""
+"""Replaying: repeats steps of a run from a checkpoint, to compare their metrics with the logged ones."""
 
 import dataclasses
 import json
@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 
-from gptjax.checkpoint import Checkpoints, Progress, read_config
+from gptjax.checkpoint import Checkpoints, Progress
 from gptjax.checkpoint.manifest import verify
-from gptjax.config import Config, UserError
+from gptjax.config import Config, UserError, read_config
 from gptjax.data import batches, prepare
 from gptjax.files import complete_lines, json_line
 from gptjax.sharding import make_mesh, process_rows, put_rows
@@ -24,7 +24,7 @@ CLOCK = ('tokens_per_second', 'mfu', 'data_wait')
 
 @dataclasses.dataclass(frozen=True)
 class Replayed:
-  """A logged step, and what it came to when it was done again."""
+  """A logged step and its repetition."""
 
   step: int
   logged: dict[str, float | int | None]
@@ -32,7 +32,7 @@ class Replayed:
 
   @property
   def differences(self) -> dict[str, float]:
-    """The relative difference of each logged field; 0: equal to the last bit, infinite: one alone is a number."""
+    """The relative difference of each logged field; 0: bitwise equal, infinite: only one is a number."""
     return {name: _difference(value, self.again.get(name)) for name, value in self.logged.items()}
 
   @property
@@ -42,16 +42,16 @@ class Replayed:
 
 
 def replay(workdir: Path, step: int, cache_dir: Path, begin: Callable[[str], None] = lambda words: None) -> Iterator[Replayed]:
-  """Does the steps from the newest checkpoint before a step up to it again, and yields those that were logged.
+  """Repeats the steps from the newest checkpoint before a step up to it, and yields those that were logged.
 
   Args:
-    workdir: of the run, in which nothing is written.
-    step: the last one; it must have been logged.
-    cache_dir: where the data of the run is prepared, or found.
-    begin: told in words where it begins.
+    workdir: of the run; nothing is written there.
+    step: the last step; it must have been logged.
+    cache_dir: for the prepared data of the run.
+    begin: gets a description of the starting point.
 
   Raises:
-    UserError: the step was not logged, or the run's data is not what it was.
+    UserError: the step was not logged, or the data of the run has changed.
   """
   logged = _logged(workdir / 'metrics.jsonl')
   if step not in logged:

@@ -1,5 +1,7 @@
-"""Whether a state is fit to go on with: devices that should hold the same do, by a digest of every array's part on every device, which
-are compared on the host; and what they hold is finite, since where ZeRO shares all out there is no copy that would differ."""
+"""The replica check: every device's shard of every array is hashed, and the hashes of replicas are compared on the host.
+
+Values are also checked to be finite, since arrays that ZeRO shards completely have no replica to compare with.
+"""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -13,31 +15,30 @@ from jax.sharding import Mesh, PartitionSpec
 from gptjax.config import AXIS_NAMES
 
 _FINITE = ('parameters/', 'optimizer/')
-"""What must be; the variance of a loss may overflow."""
+"""Arrays that must be finite; the running variance of the loss may overflow."""
 
 
 def replica_check(state: Any, mesh: Mesh) -> Callable[[Any], str]:
-  """A function of a state: which devices do not hold what most others hold of an array, or what is not finite; '' where all is well.
+  """Returns a function of a state that names devices whose shard differs from the majority of its replicas, or is not finite.
 
-  No good step leaves a parameter or a moment that is not finite, so a device or the memory did.
-
-  Every single changed value changes its digest: values as integers are summed with odd weights, modulo 2^32. The state is read once
+  It returns '' for a healthy state. No good step produces parameters or moments that are not finite, so they are a hardware fault too.
+  The digest is a sum of the bits with odd weights modulo 2^32, which every change of a single value changes. The state is read once,
   and nothing of its size is allocated.
 
   Args:
-    state: shapes and shardings of the states to come.
-    mesh: where they lie.
+    state: abstract state with shardings.
+    mesh: of the state.
   """
-  return _state_check(tuple((jax.tree_util.keystr(path, simple=True, separator='/'), leaf.sharding.spec)
+  return _cached_check(tuple((jax.tree_util.keystr(path, simple=True, separator='/'), leaf.sharding.spec)
                             for path, leaf in jax.tree.leaves_with_path(state)), mesh)
 
 
 @functools.lru_cache(maxsize=16)
-def _state_check(leaves: tuple[tuple[str, PartitionSpec], ...], mesh: Mesh) -> Callable[[Any], str]:
+def _cached_check(leaves: tuple[tuple[str, PartitionSpec], ...], mesh: Mesh) -> Callable[[Any], str]:
   """`leaves`: path and sharding of each array of the state."""
   paths, specs = zip(*leaves)
 
-  digest = _digest if mesh.size > 1 else lambda part: jnp.uint32(0)  # of one device there is nothing to compare, and a CPU takes a while
+  digest = _digest if mesh.size > 1 else lambda part: jnp.uint32(0)  # one device has no replicas, and hashing takes time
 
   def local(*parts):
     finite = [_finite(part) if path.startswith(_FINITE) else jnp.uint32(1) for path, part in zip(paths, parts)]
@@ -52,7 +53,7 @@ def _state_check(leaves: tuple[tuple[str, PartitionSpec], ...], mesh: Mesh) -> C
     digests, finite = np.moveaxis(np.asarray(facts(state)), -2, 0)
     differ = [(path, _deviating(digests[..., i], spec, mesh)) for i, (path, spec) in enumerate(zip(paths, specs))]
     infinite = [(path, _named(mesh.devices[finite[..., i] == 0])) for i, path in enumerate(paths)]
-    return _listed('state', infinite, 'not finite') or _listed('copies', differ, 'differ')
+    return _listed('state', infinite, 'not finite') or _listed('replicas', differ, 'differ')
 
   return check
 
@@ -68,15 +69,16 @@ def _digest(part: jax.Array) -> jax.Array:
 
 
 def _deviating(digests: np.ndarray, spec: PartitionSpec, mesh: Mesh) -> str:
-  """The devices whose digest (one per device of the mesh) of an array is not that of most copies of the same part."""
+  """Returns the devices whose digest (one per device of the mesh) of an array differs from most replicas of the same shard."""
   split = {name for axes in spec if axes is not None for name in ((axes,) if isinstance(axes, str) else axes)}
-  copied = [i for i, name in enumerate(AXIS_NAMES) if name not in split]
-  grouped = lambda x: np.moveaxis(x, copied, range(x.ndim - len(copied), x.ndim)).reshape(-1, int(np.prod([x.shape[i] for i in copied])))
+  replicated = [i for i, name in enumerate(AXIS_NAMES) if name not in split]
+  count = int(np.prod([mesh.devices.shape[i] for i in replicated]))
+  grouped = lambda x: np.moveaxis(x, replicated, range(x.ndim - len(replicated), x.ndim)).reshape(-1, count)
   wrong = []
   for values, devices in zip(grouped(digests), grouped(mesh.devices)):
     different, counts = np.unique(values, return_counts=True)
     if len(different) > 1:
-      usual = different[counts.argmax()] if 2 * counts.max() > len(values) else None  # of two that differ either may err
+      usual = different[counts.argmax()] if 2 * counts.max() > len(values) else None  # with two replicas either may be wrong
       wrong += [device for value, device in zip(values, devices) if value != usual]
   return _named(wrong)
 

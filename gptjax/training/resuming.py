@@ -1,4 +1,4 @@
-"""The workdir of a run: one run at a time, and a config that goes on with it only where it would be the same run."""
+"""The workdir of a run: it is locked, and resumed only with a config that continues the same run."""
 
 import contextlib
 import dataclasses
@@ -20,17 +20,17 @@ from gptjax.training.run import Run, in_steps
 FREE = ('batch_size', 'microbatches', 'zero_stage', 'mesh.', 'eval.', 'checkpoint.', 'faults.', 'compute.attention', 'compute.remat',
         'compute.saved', 'compute.offloaded', 'compute.sequence_parallel', 'data.source.path', 'data.source.skip', 'data.tokenizer.path',
         'data.prefetch', 'data.workers')
-"""Fields that change neither what is computed, up to rounding, nor the order of the rows: a resumed run may have others."""
+"""Fields that a resumed run may change: they affect neither the results, up to rounding, nor the order of the rows."""
 _HOLDABLE = ('model.dropout', 'compute.dtype')
-"""Fields of the model that its checkpoints do not depend on."""
+"""Fields of the model that do not affect its checkpoints."""
 
 
 @contextlib.contextmanager
 def lock(workdir: Path) -> Iterator[None]:
-  """Keeps other runs out of a workdir, which is made; the system lets go of it when this process ends, however it does.
+  """Creates a workdir and locks it; the system releases the lock when this process ends in any way.
 
   Raises:
-    UserError: another run is there.
+    UserError: another run holds the lock.
   """
   workdir.mkdir(parents=True, exist_ok=True)
   with (workdir / 'lock').open('a+') as file:
@@ -38,50 +38,50 @@ def lock(workdir: Path) -> Iterator[None]:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
       file.seek(0)
-      raise UserError('--workdir', str(workdir), f'a folder that no other run works in; in this one is {file.read().strip()}') from None
+      raise UserError('--workdir', str(workdir), f'a folder that no other run uses; this one is locked by {file.read().strip()}') from None
     file.truncate(0)
     file.write(f'process {os.getpid()} on {socket.gethostname()} since {time.strftime("%Y-%m-%d %H:%M:%S")}\n')
     file.flush()
     try:
       yield
     finally:
-      if not (workdir / 'config.json').exists():  # a mistake ended the run before it began
+      if not (workdir / 'config.json').exists():  # a mistake ended the run before it started
         (workdir / 'lock').unlink(missing_ok=True)
         with contextlib.suppress(OSError):
           workdir.rmdir()
 
 
 def open_workdir(workdir: Path, run: Run, data: Prepared, done: Progress | None, accept: bool) -> list[str]:
-  """Makes the workdir self-contained, or checks that it is of this run.
+  """Checks that a workdir belongs to this run, and stores config and data description in it.
 
   Args:
     workdir: of the run.
-    run, data: as asked for now.
-    done: how far the run is; None: it has no checkpoint, and may still be any run.
-    accept: whether changes of what is computed are accepted.
+    run, data: as requested now.
+    done: progress of the workdir's checkpoint; None: there is none, and any run may start.
+    accept: whether to accept changes that affect the results.
 
   Returns:
-    What changed since its checkpoint was made.
+    Descriptions of the changes since the checkpoint.
 
   Raises:
-    UserError: a change that is not allowed; every one is named.
+    UserError: changes that are not allowed; the error lists all of them.
   """
   config = run.config
-  old = configs.read(workdir / 'checkpoints' / str(done.step) / 'config.json') if done else config
+  old = configs.read_config(workdir / 'checkpoints' / str(done.step)) if done else config
   different = configs.differences(old, config)
-  vocabulary = different.pop('model.vocab_size', None)  # the last to be told: it follows from tokenizer and text, which say more
-  _leave_moved_stores(different)
+  vocabulary = different.pop('model.vocab_size', None)  # reported last: it follows from tokenizer and text
+  _ignore_moved_stores(different)
   if different and 'batch_size' in different and any(in_unit_of_steps(phase.start) for phase in config.data.phases):
     raise UserError('batch_size', config.batch_size, f'{old.batch_size}, with which this workdir was started, where data.phases start at '
                     "steps; phases that start at '1e9 tokens' do not depend on it")
   bound = {name: change for name, change in different.items() if not name.startswith(FREE)}
   if done and _open_ended(old, run, done):
     bound.pop('steps', None)
-  if 'microbatches' in different and config.model.dropout:  # each draws its own
+  if 'microbatches' in different and config.model.dropout:  # each microbatch has its own dropout key
     bound['microbatches'] = different['microbatches']
   opt = config.optimizer
   if 'batch_size' in different and not all(in_unit_of_steps(value) for value in (config.steps, opt.warmup, opt.decay) if value):
-    bound['batch_size'] = different['batch_size']  # the same epochs or tokens would be other steps
+    bound['batch_size'] = different['batch_size']  # the same epochs or tokens are another number of steps
   never = {name: change for name, change in bound.items()
            if name == 'optimizer.name' or (name.startswith('model.') and name not in _HOLDABLE)}
   if never or (bound and not accept):
@@ -94,17 +94,17 @@ def open_workdir(workdir: Path, run: Run, data: Prepared, done: Progress | None,
 
 
 def wait_until_visible(workdir: Path) -> None:
-  """Waits until every process sees the workdir as process 0 left it."""
+  """Waits until this process sees the workdir that process 0 has written."""
   broadcast('workdir')
-  deadline = time.monotonic() + 60  # network file systems may remember for so long that a file was not there
+  deadline = time.monotonic() + 60  # network file systems may cache for so long that a file did not exist
   while not (workdir / 'config.json').exists():
     if time.monotonic() > deadline:
-      raise UserError('--workdir', str(workdir), 'a folder of a file system that all processes share; process 0 wrote what is not here')
+      raise UserError('--workdir', str(workdir), 'a folder that all processes share; config.json of process 0 is not visible here')
     time.sleep(0.1)
 
 
 def _open_ended(old: Config, run: Run, done: Progress) -> bool:
-  """Whether the learning rate up to where the run is would have been the same with the steps asked for now."""
+  """Whether the learning rate so far is the same with the new number of steps."""
   opt = run.config.optimizer
   if opt.schedule == 'constant':
     return True
@@ -115,8 +115,8 @@ def _open_ended(old: Config, run: Run, done: Progress) -> bool:
   return done.step <= min(begins(old), begins(run.config))
 
 
-def _leave_moved_stores(different: dict[str, tuple]) -> None:
-  """Takes stores that only moved out of what is different; their content is in the fingerprint of the data."""
+def _ignore_moved_stores(different: dict[str, tuple]) -> None:
+  """Removes changes of a store's location; its content is part of the data's fingerprint."""
   for name in ('data.train', 'data.valid'):
     was, now = different.get(name, ((), ()))
     if name in different and [dataclasses.replace(one, store='') for one in was] == [dataclasses.replace(one, store='') for one in now]:
@@ -126,8 +126,8 @@ def _leave_moved_stores(different: dict[str, tuple]) -> None:
 def _another_run(worst: dict[str, tuple], changes: dict[str, tuple], *, accepted: bool) -> UserError:
   name, (was, now) = next(iter(worst.items()))
   every = '; '.join(f'{name} {was!r} -> {now!r}' for name, (was, now) in changes.items())
-  ways = 'another --workdir for another run' + (', or --accept_changes to go on all the same' if accepted else ', which may begin with '
-                                                'the weights of this one (init_from)')
+  ways = 'another --workdir for another run' + (', or --accept_changes to resume anyway' if accepted else ', which may be initialized '
+                                                'with the weights of this one (init_from)')
   more = f'; all changes: {every}' if len(changes) > 1 else ''
   return UserError(name, now, f'{was!r}, with which this workdir was started; {ways}{more}')
 

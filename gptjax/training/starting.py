@@ -7,9 +7,9 @@ from pathlib import Path
 import jax
 from jax.sharding import PartitionSpec
 
-from gptjax.checkpoint import Checkpoints, read_config
+from gptjax.checkpoint import Checkpoints
 from gptjax.checkpoint.manifest import MANIFEST
-from gptjax.config import UserError
+from gptjax.config import UserError, read_config
 from gptjax.data import Tokenizer, load_tokenizer
 from gptjax.files import expanded
 from gptjax.model import AbstractModel, abstract_model, stack_layers, unstack_layers

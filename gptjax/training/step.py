@@ -117,7 +117,7 @@ def train_step(model: AbstractModel, objective: ObjectiveFunction, optimizer: op
     gradient, sums = gradients(state.parameters, batch, key)
     targets = sums.pop('targets')
     norm = optax.tree.norm(gradient) / targets
-    gradient = {name: g * (1 / targets) for name, g in gradient.items()}  # a division would be written to memory
+    gradient = {name: g * (1 / targets) for name, g in gradient.items()}  # XLA would write g / targets to memory
     parameters = _put(state.parameters, specs, 'optimizer')
     metrics = {name: value / targets for name, value in sums.items()}
     metrics |= {'grad_norm': norm, 'learning_rate': rate(state.step), 'targets': targets}

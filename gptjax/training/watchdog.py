@@ -1,4 +1,4 @@
-"""A run that hangs: after a stated time without progress every thread's stack is written, and the process ends."""
+"""The watchdog ends a run that hangs: after some time without progress it writes the stacks of all threads and ends the process."""
 
 import faulthandler
 import sys
@@ -9,21 +9,21 @@ from pathlib import Path
 from gptjax.distributed import process_group
 
 _GRACE = 60.0
-"""Seconds after which C code ends a process that cannot even run this module's thread."""
+"""Seconds after which a timer in C ends a process in which not even this thread can run."""
 
 
 class Watchdog:
-  """Ends the process when it is not told of progress for too long. A context.
+  """Ends the process if `progress` is not called for some time. A context manager.
 
   Args:
-    seconds: without progress; 0: it sleeps.
-    folder: stacks are written into it too, as stacks-PROCESS.txt.
+    seconds: without progress; 0: off.
+    folder: for stacks-PROCESS.txt, the stacks of all threads.
   """
 
   def __init__(self, seconds: float, folder: Path):
     self._seconds = seconds
     self._file = folder / f'stacks-{process_group().index}.txt'
-    self._heard = time.monotonic()
+    self._last_progress = time.monotonic()
     self._over = threading.Event()
     self._thread = threading.Thread(target=self._watch, name='watchdog', daemon=True)
 
@@ -39,24 +39,24 @@ class Watchdog:
       faulthandler.cancel_dump_traceback_later()
 
   def progress(self, *_: object) -> None:
-    """Tells that something was done."""
-    self._heard = time.monotonic()
+    """Reports progress."""
+    self._last_progress = time.monotonic()
 
   def _watch(self) -> None:
     every = min(self._seconds / 4, 10.0)
     while not self._over.wait(every):
-      # Should a C call keep the interpreter's lock for ever, this thread does not come back here, and the timer is not set anew.
+      # If a C call never releases the interpreter's lock, this thread cannot set the timer again, and it fires.
       faulthandler.dump_traceback_later(self._seconds + _GRACE, exit=True)
-      if time.monotonic() - self._heard > self._seconds:
-        self._bite()
+      if time.monotonic() - self._last_progress > self._seconds:
+        self._end()
 
-  def _bite(self) -> None:
-    line = (f'hang: no step, batch or save was done for {self._seconds:g} s, expected: --hang_timeout above what they take; the stacks of '
-            f'all threads follow, and are in {self._file}')
+  def _end(self) -> None:
+    line = (f'hang: no step, batch or save was completed in {self._seconds:g} s, expected: one within --hang_timeout; the stacks of all '
+            f'threads follow, and are in {self._file}')
     try:
       with self._file.open('w') as file:
         faulthandler.dump_traceback(file)
-    except OSError:  # a folder that vanished may be why it hangs
+    except OSError:  # a missing folder may be why it hangs
       pass
     print(f'error: {line}', file=sys.stderr, flush=True)
     faulthandler.dump_traceback(sys.stderr)

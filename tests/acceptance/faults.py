@@ -256,7 +256,7 @@ def _supervised(workdir: Path, flags: list[str], logs: Path, victims: tuple[int,
     child = int(Path(f'/proc/{supervisor}/task/{supervisor}/children').read_text().split()[0])
     os.kill(child, signal.SIGKILL)
   statuses = [process.wait() for process in running.values()]
-  counts = {log_of(logs, index).read_text().count('started again in') for index in range(4)}
+  counts = {log_of(logs, index).read_text().count('restarted in') for index in range(4)}
   return statuses, counts.pop() if len(counts) == 1 else -1
 
 

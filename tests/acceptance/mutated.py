@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from gptjax import config as configs
 from gptjax.config import Config, Duration
-from gptjax.config.flags import _FIELDS as FIELDS
+from gptjax.config.fields import FIELDS
 from tests.acceptance import in_process
 
 _RECIPE = '''
@@ -239,7 +239,7 @@ def cheap_alone() -> Iterator[None]:
   class Cheap(restorer):  # type: ignore[misc, valid-type]
 
     def __init__(self, workdir: Path, model_axis: int = 0):
-      config = checkpoint.read_config(workdir)
+      config = configs.read_config(workdir)
       if not cheap(config):
         raise configs.UserError('config.json', 'too large', 'what is fuzzed')
       super().__init__(workdir, model_axis)
@@ -270,5 +270,5 @@ def cheap(config: Config) -> bool:
   per_layer = model.width * (2 * model.head_width * (model.heads + model.key_heads) + 3 * model.hidden_width)
   parameters = model.layers * per_layer + (2 * rows + context) * model.width
   per_token = model.layers * (8 * model.width + 3 * model.hidden_width + model.heads * (context + 4 * model.head_width)) + rows
-  return (parameters < 2e6 and config.batch_size * context < 2**14 and config.microbatch_size * context * per_token < 5e7 and model.layers <= 6
-          and config.eval.sample_tokens <= 32 and config.data.prefetch <= 64 and not config.data.workers)
+  return (parameters < 2e6 and config.batch_size * context < 2**14 and config.microbatch_size * context * per_token < 5e7
+          and model.layers <= 6 and config.eval.sample_tokens <= 32 and config.data.prefetch <= 64 and not config.data.workers)

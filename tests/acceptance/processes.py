@@ -54,7 +54,7 @@ def missing_peer(folder: Path) -> Result:
              for index in (0, 1, 3)]
   errors = [process.communicate()[1] for process in running]
   seconds = time.monotonic() - start
-  alike = all(text.startswith(f'error: peers: 3 of 4 came within {_TIMEOUT} s, missing: process 2, ') and text.count('\n') == 1
+  alike = all(text.startswith(f'error: peers: 3 of 4 joined within {_TIMEOUT} s, missing: process 2, ') and text.count('\n') == 1
               for text in errors)
   return Result(f'3 of 4 processes, --rendezvous_timeout={_TIMEOUT}: each ends within {_TIMEOUT} s and 3 s to start, with status 2 and '
                 'one line',

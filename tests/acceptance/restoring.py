@@ -30,7 +30,8 @@ _TARGETS = [(1, 1, 1, 0, 1), (2, 2, 1, 3, 1), (4, 4, 1, 1, 1), *((8, 8, 1, stage
 def restores(folder: Path) -> Result:
   flags = recipe(folder, '--config.model.layers=2', '--config.model.width=64', '--config.model.heads=8', '--config.model.kv_heads=2',
                  '--config.model.mlp_width=171', '--config.model.positions=rope', '--config.model.norm=rmsnorm',
-                 '--config.model.mlp=swiglu', '--config.batch_size=16', '--config.eval.every=0', '--config.mesh.max_unsharded=1', '--stop_at=20')
+                 '--config.model.mlp=swiglu', '--config.batch_size=16', '--config.eval.every=0', '--config.mesh.max_unsharded=1',
+                 '--stop_at=20')
   worst, wrong, arrays, rows = 0.0, [], 0, 0
   for name, how in _SOURCES.items():
     source = folder / name.replace(' ', '-')
@@ -100,7 +101,7 @@ def damages(folder: Path) -> Result:
     shutil.rmtree(workdir)
   files = sum(path.is_file() for path in (folder / 'base/checkpoints/20').rglob('*'))
   return Result(f'{_DAMAGES} random damages to a random one of all files of the newest checkpoint: each is found and told, the checkpoint '
-                'put into WORKDIR/damaged and the one before taken, or restored exactly; metrics and train state 10 steps later bitwise '
+                'moved to WORKDIR/damaged and the one before taken, or restored exactly; metrics and train state 10 steps later bitwise '
                 'those of a run that nothing disturbed; never a traceback',
                 f'{", ".join(f"{name} {count}" for name, count in done.items())}, of {files} files; '
                 + ', '.join(f'{name} {count}' for name, count in outcomes.items()) + ''.join(f'; wrong: {one}' for one in wrong[:5]),
@@ -134,7 +135,7 @@ def _after_damage(workdir: Path, straight: Path, flags: list[str], log: Path) ->
     return f'status {status}: {said[-300:]}'
   if figures(workdir) != figures(straight) or not same(kept(workdir, 'saved-30', 1), kept(straight, 'saved-30', 1)):
     return 'a wrong number'
-  found = re.search(r'checkpoint 20 is damaged: .*put into', said) is not None
+  found = re.search(r'checkpoint 20 is damaged: .*moved to', said) is not None
   step = 10 if found else 20
   exact = (workdir / f'restored-{step}.0.npz').exists() and same(kept(workdir, f'restored-{step}', 1), kept(straight, f'saved-{step}', 1))
   if not exact or found != (len(aside) == 1):

@@ -147,7 +147,7 @@ def test_a_checkpoint_of_another_config_is_one_line(model, optimizer, tmp_path):
   checkpoints = Checkpoints(tmp_path, Retention())
   checkpoints.save(Progress(1), fill(description()), None)
   checkpoints.wait()
-  with pytest.raises(UserError, match=r"^checkpoint: '.*/1', expected: a whole checkpoint of this config; ") as caught:
+  with pytest.raises(UserError, match=r"^checkpoint: '.*/1', expected: an intact checkpoint of this config; ") as caught:
     checkpoints.restore(1, description(model, optimizer))
   assert '\n' not in str(caught.value) and len(str(caught.value)) < 600
 

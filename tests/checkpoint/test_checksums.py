@@ -44,7 +44,7 @@ def test_a_growing_file_has_the_digest_of_the_whole(tmp_path):
       file.flush()
       os.fsync(file.fileno())
   path = mine / 'data'
-  assert followed.found == {path.stat().st_ino: (path.stat().st_size, manifest._digest(path))}
+  assert followed.by_inode == {path.stat().st_ino: (path.stat().st_size, manifest._digest(path))}
 
 
 @pytest.mark.skipif(not hasattr(os, 'posix_fadvise'), reason='the system cannot be told to let go of pages')
@@ -78,7 +78,7 @@ def test_a_file_that_changed_after_it_was_read_is_read_again(tmp_path):
   with StreamingChecksums(tmp_path / '7.saving', 0) as followed:
     path.write_bytes(b'a part')
   path.write_bytes(b'all of it')
-  manifest.write_manifest(whole, {}, followed.found)
+  manifest.write_manifest(whole, {}, followed.by_inode)
   assert not manifest.verify(whole)
 
 

@@ -29,7 +29,7 @@ def saved(tmp_path_factory):
   (folder / 'config.json').write_text('{"a": 1}')
   (folder / 'tokenizer').mkdir()
   (folder / 'tokenizer' / 'rules.json').write_text('{}')
-  checkpoints = Checkpoints(folder / 'checkpoints', Retention(), beside=(folder / 'config.json', folder / 'tokenizer'))
+  checkpoints = Checkpoints(folder / 'checkpoints', Retention(), extra_files=(folder / 'config.json', folder / 'tokenizer'))
   for step in (10, 20):
     checkpoints.save(Progress(step, 4 * step, 9 * step), state(step), None)
   checkpoints.close()
@@ -110,7 +110,7 @@ def test_where_all_are_damaged_nothing_is_begun_anew(workdir):
     (workdir / 'checkpoints' / step / 'manifest.json').unlink()
   for retention in (None, Retention(), Retention()):  # given again, the command ends alike
     checkpoints = Checkpoints(workdir / 'checkpoints', retention)
-    with pytest.raises(UserError, match=r'and all are \(20: manifest.json is missing; 10: manifest.json is missing\)$'):
+    with pytest.raises(UserError, match=r'but all are damaged \(20: manifest.json is missing; 10: manifest.json is missing\)$'):
       checkpoints.newest()
     assert checkpoints.steps() == [10, 20]
 
@@ -143,9 +143,9 @@ def test_a_kept_checkpoint_that_cannot_be_read_is_in_no_save_s_way(workdir, monk
   def away(folder):
     if folder.name == '10':
       raise OSError(errno.EIO, os.strerror(errno.EIO))
-    return manifest.read(folder)
+    return manifest.read_manifest(folder)
 
-  monkeypatch.setattr(checkpoints_module, 'read', away)
+  monkeypatch.setattr(checkpoints_module, 'read_manifest', away)
   with Checkpoints(workdir / 'checkpoints', Retention(latest=2)) as checkpoints:
     checkpoints.save(Progress(30), state(30), None)
     checkpoints.wait()

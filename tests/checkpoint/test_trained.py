@@ -41,7 +41,7 @@ def parameters(seed):
 def test_parameters_lie_on_all_devices(workdir, model_axis, expected):
   trained = load_trained(workdir(model_axis))
   assert trained.step == 5 and dict(trained.mesh.shape) == {'replica': 1, 'data': 8 // expected, 'model': expected}
-  assert trained.config.model == trained.blueprint.config == MODEL and trained.blueprint.context == 16
+  assert trained.config.model == trained.model.config == MODEL and trained.model.context == 16
   assert all((np.array(trained.parameters[name]) == value).all() for name, value in parameters(5).items())
   # Heads over `model`; over `data`, which training shared them out on, each device has all.
   assert trained.parameters['blocks/0/attention/q/kernel'].sharding.spec == PartitionSpec(None, 'model' if expected > 1 else None)
@@ -69,6 +69,6 @@ def test_parameters_of_another_config_are_one_line(workdir):
   config = configs.from_json((folder / 'config.json').read_text())
   for model in (dataclasses.replace(MODEL, width=64), dataclasses.replace(MODEL, layers=2)):
     (folder / 'config.json').write_text(configs.to_json(dataclasses.replace(config, model=model)))
-    with pytest.raises(UserError, match=r"^checkpoint: '.*/5', expected: a whole checkpoint of this config; it ") as caught:
+    with pytest.raises(UserError, match=r"^checkpoint: '.*/5', expected: an intact checkpoint of this config; it ") as caught:
       load_trained(folder)
     assert '\n' not in str(caught.value)

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from gptjax.config import (
     Component, Config, Duration, ModelConfig, Phase, UserError, ValidationSet, describe, differences, flatten, from_json, load,
-    override, read, run, to_json)
-from gptjax.config.flags import _FIELDS, _item
+    override, read_config, run, to_json)
+from gptjax.config.fields import FIELDS, item_type
 
-TEXTS = [name for name, hint in _FIELDS.items() if hint is str]
+TEXTS = [name for name, hint in FIELDS.items() if hint is str]
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -153,11 +153,11 @@ def test_all_overrides_are_in_before_any_is_checked(command):
     ('--config.kv_heads=3', "--config.kv_heads: '3', expected: model, *; did you mean --config.model.kv_heads?"),
     ('--config.lr=3', "--config.lr: '3', expected: model, *; did you mean --config.optimizer.peak_lr?"),
     ('--config.model.context=3', "--config.model.context: '3', *; did you mean --config.data.context?"),
-    ('--config.model.layers.x=3', "--config.model.layers.x: '3', expected: layers, *, compute_dtype; did you mean *"),
+    ('--config.model.layers.x=3', "--config.model.layers.x: '3', expected: layers, *, dropout; did you mean *"),
     ('--config.zzzzzz=3', "--config.zzzzzz: '3', expected: model, *, seed"),
     ('--config.=3', "--config.: '3', expected: model, *, seed"),
-    ('--config.model=3', "--config.model: '3', expected: only its fields, since it is a group: layers, *"),
-    ('--config.data.tokenizer=3', "--config.data.tokenizer: '3', expected: only its fields, *: kind, vocab_size, path"),
+    ('--config.model=3', "--config.model: '3', expected: one of its fields, since it is a group: layers, *"),
+    ('--config.data.tokenizer=3', "--config.data.tokenizer: '3', expected: one of its fields, *: kind, vocab_size, path"),
     ('--config.model.layers=many', "--config.model.layers: 'many', expected: an integer"),
     ('--config.model.layers=1.0', "--config.model.layers: '1.0', expected: an integer"),
     ('--config.model.layers=', "--config.model.layers: '', expected: an integer"),
@@ -217,7 +217,7 @@ def test_json_that_python_cannot_hold_is_told(text):
 def test_a_config_that_is_no_text_is_told(tmp_path):
   (tmp_path / 'config.json').write_bytes(b'{"seed": \xff}')
   with pytest.raises(UserError, match="config.json: .*can't decode.*expected: JSON of a config"):
-    read(tmp_path / 'config.json')
+    read_config(tmp_path)
 
 
 @pytest.mark.parametrize('path, error', [
@@ -340,13 +340,13 @@ def test_help_shows_the_defaults_of_a_recipe_and_overlooks_other_mistakes(comman
 def test_flatten_and_differences_name_fields_by_dots():
   other = Config(seed=3, model=ModelConfig(layers=12))
   assert flatten(other)['model.layers'] == 12
-  assert list(flatten(other)) == list(_FIELDS)
+  assert list(flatten(other)) == list(FIELDS)
   assert differences(Config(), other) == {'model.layers': (4, 12), 'seed': (0, 3)}
 
 
 def test_describe_marks_what_differs_from_the_default():
   lines = describe(override(Config(), {'model.layers': 12, 'eval.prompt': 'a\nb', 'steps': '3 epochs'})).splitlines()
-  assert len(lines) == len(_FIELDS)
+  assert len(lines) == len(FIELDS)
   assert {'model.layers = 12  # default 4', r"eval.prompt = 'a\nb'  # default ''", "steps = '3 epochs'  # default 1000",
           'model.bias = true', 'model.width = 128'} <= set(lines)
 
@@ -357,7 +357,7 @@ def test_describe_marks_what_differs_from_the_default():
     ({'model.layers': True}, 'model.layers: True, expected: an integer'),
     ({'model.bias': 1}, 'model.bias: 1, expected: true or false'),
     ({'steps': 1.5}, 'steps: 1.5, expected: a count of steps *'),
-    ({'model': ModelConfig()}, 'model: *, expected: only its fields, *'),
+    ({'model': ModelConfig()}, 'model: *, expected: one of its fields, *'),
 ])
 def test_override_checks_names_and_types(values, error):
   with pytest.raises(UserError) as caught:
@@ -385,7 +385,7 @@ def test_json_that_is_no_config_is_named_by_its_file(edit, error):
 def _values(hint):
   if typing.get_origin(hint) is typing.Literal:
     return st.sampled_from(typing.get_args(hint))
-  if item := _item(hint):
+  if item := item_type(hint):
     return st.just(()) if dataclasses.is_dataclass(item) else st.lists(_values(item), max_size=3).map(tuple)
   counts = st.integers(1, 10**9)
   return {
@@ -397,7 +397,7 @@ def _values(hint):
 @st.composite
 def configs(draw):
   """Any valid config: by type, and where fields depend on each other, as they do."""
-  values = {name: draw(_values(hint)) for name, hint in _FIELDS.items()}
+  values = {name: draw(_values(hint)) for name, hint in FIELDS.items()}
   kv_heads, group, pairs, microbatches = (draw(st.integers(1, 8)) for _ in range(4))
   values |= {
       'model.kv_heads': draw(st.sampled_from([0, kv_heads])), 'model.heads': kv_heads * group,
@@ -434,8 +434,8 @@ def configs(draw):
     ('[{"weight": 1}]', '--config.data.train[0].store: None, expected: text; the field is missing'),
     ('[{"store": "a", "weight": "1"}]', "--config.data.train[0].weight: '1', expected: a number"),
     ('[{"store": "a", "weight": -1}]', 'data.train: weight: -1.0, expected: 0 or more'),
-    ('[{"store": "a"}, {"store": "a"}]', "data.train: store: 'a', expected: each one once"),
-    ('[{"store": "a"}]', 'data.valid: [], expected: a validation set or more, beside data.train'),
+    ('[{"store": "a"}, {"store": "a"}]', "data.train: store: 'a', expected: unique values"),
+    ('[{"store": "a"}]', 'data.valid: [], expected: at least one validation set with data.train'),
 ])
 def test_a_list_of_objects_is_checked_through_and_through(command, value, error):
   assert command('--config=configs/base.py', f'--config.data.train={value}').error == error
@@ -448,7 +448,7 @@ def test_a_list_of_objects_is_checked_through_and_through(command, value, error)
     ({'data.valid': [{'name': 'a/b', 'store': 'x'}]}, "data.valid: 'a/b', expected: names and tags of letters"),
     ({'data.valid': [{'name': 'v', 'store': 'x'}, {'name': 'valid', 'store': 'y'}]}, "data.valid: name: 'valid', expected: another"),
     ({'data.valid': [{'name': 'v', 'store': 'x', 'tags': ['a', 'a']}]}, "data.valid: tags: ['a', 'a'], expected: each tag once"),
-    ({'data.source.path': 'x.txt'}, "data.source.path: 'x.txt', expected: no source where data.train names stores"),
+    ({'data.source.path': 'x.txt'}, "data.source.path: 'x.txt', expected: no source together with data.train"),
     ({'data.workers': 2, 'data.prefetch': 0}, 'data.prefetch: 0, expected: 1 or more'),
     ({'data.train': [{'store': 's', 'weight': 1}, {'store': 't'}]}, 'data.train: weight: 0.0, expected: a weight above 0 for t too'),
 ])

@@ -49,7 +49,7 @@ def test_processes_of_one_job_agree_on_a_port_and_jobs_differ():
 def test_a_pod_of_a_jobset_is_told_how_many_there_are():
   group = found(JOBSET, processes=8)
   assert (group.count, group.index) == (8, 5) and group.coordinator.startswith('gpt-workers-0-0.gpt:')
-  with pytest.raises(UserError, match='^--processes: None, expected: the parallelism of the JobSet'):
+  with pytest.raises(UserError, match='^--processes: None, expected: the number of processes, since JobSet gpt does not'):
     found(JOBSET)
 
 
@@ -79,18 +79,18 @@ def test_flags_come_first_and_clusters_complete_them():
 
 
 @pytest.mark.parametrize('given, message', [
-  ({'processes': 4}, '--process: None, expected: which of them this is, from 0 on'),
-  ({'process': 0}, '--processes: None, expected: how many processes there are'),
-  ({'coordinator': 'h:1'}, '--processes: None, expected: how many processes there are'),
+  ({'processes': 4}, '--process: None, expected: the index of this process, from 0 on'),
+  ({'process': 0}, '--processes: None, expected: the number of processes'),
+  ({'coordinator': 'h:1'}, '--processes: None, expected: the number of processes'),
   ({'processes': 4, 'process': 1}, '--coordinator: None, expected: HOST:PORT'),
   ({'processes': 4, 'process': 4, 'coordinator': 'h:1'}, '--process: 4, expected: 0 to 3 with --processes=4'),
   ({'processes': 1, 'process': 1}, '--process: 1, expected: 0 to 0'),
   ({'processes': 2, 'process': 1, 'coordinator': 'h'}, "--coordinator: 'h', expected: HOST:PORT"),
   ({'processes': 2, 'process': 1, 'coordinator': 'h:70000'}, "--coordinator: 'h:70000', expected: HOST:PORT"),
-  ({'cluster': 'slurm'}, "--cluster: 'slurm', expected: a cluster that is here; looked for SLURM_JOB_ID, SLURM_PROCID"),
-  ({'cluster': 'openmpi'}, "--cluster: 'openmpi', expected: a cluster that is here; looked for OMPI_COMM_WORLD_RANK"),
-  ({'cluster': 'kubernetes', 'processes': 2}, "--cluster: 'kubernetes', expected: a cluster that is here; looked for JOB_COMPLETION"),
-  ({'cluster': 'tpu'}, "--cluster: 'tpu', expected: a cluster that is here; looked for TPU_WORKER_HOSTNAMES"),
+  ({'cluster': 'slurm'}, "--cluster: 'slurm', expected: a cluster that is detected here, by SLURM_JOB_ID, SLURM_PROCID"),
+  ({'cluster': 'openmpi'}, "--cluster: 'openmpi', expected: a cluster that is detected here, by OMPI_COMM_WORLD_RANK"),
+  ({'cluster': 'kubernetes', 'processes': 2}, "--cluster: 'kubernetes', expected: a cluster that is detected here, by JOB_COMPLETION"),
+  ({'cluster': 'tpu'}, "--cluster: 'tpu', expected: a cluster that is detected here, by TPU_WORKER_HOSTNAMES"),
 ])
 def test_what_does_not_suffice_is_one_line(given, message):
   with pytest.raises(UserError) as caught:
@@ -99,7 +99,7 @@ def test_what_does_not_suffice_is_one_line(given, message):
 
 
 @pytest.mark.parametrize('environment, message', [
-  (SLURM | {'SLURM_NTASKS': 'four'}, "--cluster: 'slurm', expected: --cluster=none, or all that slurm sets: SLURM_JOB_ID"),
+  (SLURM | {'SLURM_NTASKS': 'four'}, "--cluster: 'slurm', expected: --cluster=none, or everything that slurm sets: SLURM_JOB_ID"),
   (SLURM | {'SLURM_STEP_NODELIST': ''}, "--cluster: 'slurm', expected: --cluster=none"),
   (SLURM | {'SLURM_PROCID': '4'}, '--process: 4, expected: 0 to 3'),
   (MPI | {'OMPI_MCA_orte_hnp_uri': ''}, '--coordinator: None, expected: HOST:PORT where process 0 listens, since Open MPI job'),

@@ -63,15 +63,15 @@ def test_who_is_missing_is_told_to_all_in_time(come):
   first, other = come(0, 2, processes=4, timeout=1.0)
   assert 1 <= time.monotonic() - start < 2 and first == other
   host = socket.gethostname()
-  assert first == ('peers: 2 of 4 came within 1 s, missing: process 1, process 3, expected: all 4 within --rendezvous_timeout; '
-                   f'came: process 0 on {host}, process 2 on {host}')
+  assert first == ('peers: 2 of 4 joined within 1 s, missing: process 1, process 3, expected: all 4 within --rendezvous_timeout; '
+                   f'joined: process 0 on {host}, process 2 on {host}')
 
 
 def test_who_cannot_reach_process_0_ends_in_time(come, port):
   start = time.monotonic()
   (line,) = come(1, timeout=1.0)
   assert 1 <= time.monotonic() - start < 2
-  assert line == (f"--coordinator: 'localhost:{port}', expected: the address of process 0; process 1 did not meet it there within 1 s: "
+  assert line == (f"--coordinator: 'localhost:{port}', expected: the address of process 0; process 1 did not reach it there within 1 s: "
                   'Connection refused')
 
 
@@ -94,7 +94,7 @@ def test_something_else_at_the_address_is_not_process_0(come, port):
 
 @pytest.mark.parametrize('other, field', [
   ((2, FACTS, 4), '--processes: 4, expected: 3, as process 0 on '),
-  ((1, FACTS), '--process: 1, expected: a number for each process; '),
+  ((1, FACTS), '--process: 1, expected: a different index for each process; '),
   ((2, {**FACTS, 'jax': '2'}), "jax: '2', expected: '1', as process 0 on "),
   ((2, {**FACTS, '--config.seed': '1'}), "--config.seed: '1', expected: '0', as process 0 on "),
   ((2, {'jax': '1'}), "--config.seed: None, expected: '0', as process 0 on "),

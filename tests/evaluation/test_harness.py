@@ -9,10 +9,10 @@ import pytest
 
 from small_stores import make_store
 
-from gptjax.config import ModelConfig, UserError
+from gptjax.config import ComputeConfig, ModelConfig, UserError
 from gptjax.data import EvalRows
 from gptjax.data.tokenizers import ByteTokenizer, CharTokenizer
-from gptjax.evaluation import Asked, LikelihoodScorer, Scorer
+from gptjax.evaluation import LikelihoodScorer, Request, Scorer
 from gptjax.inference import Generator, Sampling
 from gptjax.model import abstract_model
 from gptjax.training import next_token
@@ -32,7 +32,8 @@ TOKENIZER = ByteTokenizer()
 
 @pytest.fixture
 def plan():
-  return abstract_model(ModelConfig(layers=1, width=16, heads=2, vocab_size=TOKENIZER.vocab_size, positions='rope'), CONTEXT)
+  config = ModelConfig(layers=1, width=16, heads=2, vocab_size=TOKENIZER.vocab_size, positions='rope')
+  return abstract_model(config, ComputeConfig(), CONTEXT)
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def model(plan, random_parameters, one_device):
 def scored(plan, random_parameters, one_device):
   """A function of pairs of ids: their nats."""
   scorer, parameters = LikelihoodScorer(plan, one_device, 128), random_parameters(plan)
-  return lambda *asked: [one.nats for one in scorer(parameters, [Asked(*one) for one in asked])]
+  return lambda *asked: [one.nats for one in scorer(parameters, [Request(*one) for one in asked])]
 
 
 def ids(text):
@@ -95,7 +96,7 @@ def test_generated_text_ends_where_it_is_told(model, plan, random_parameters, on
     'generate_until', ('one', {'until': ['no such text'], 'max_gen_toks': 16}), ('two' * 20, {'max_gen_toks': 16}),
     ('one', {'until': [stop], 'max_gen_toks': 16}), ('one', {'until': stop, 'max_gen_toks': 3}), ('', {'max_gen_toks': 1})))
   assert got[:2] == free and got[2] == free[0][:free[0].find(stop)] and len(got[3]) <= 3 and free[0].startswith(got[3])
-  with pytest.raises(UserError, match="^--tasks: 'max_gen_toks=32', expected: 1 or more, and fewer than the model's context of 32"):
+  with pytest.raises(UserError, match="^--tasks: 'max_gen_toks=32', expected: at least 1 and less than the model's context of 32"):
     model.generate_until(requests('generate_until', ('one', {'max_gen_toks': CONTEXT})))
 
 
@@ -173,6 +174,6 @@ def test_settings_of_a_task_that_nobody_knows_are_refused(model):
 
 
 def test_standard_errors_belong_to_their_metrics():
-  told = {'n-samples': {'t': {'effective': 3}}, 'n-shot': {'t': 0}, 'versions': {'t': 1}}
-  found = tasks._result('t', {'alias': 't', 'acc,none': 0.5, 'acc_stderr,none': 0.1, 'em,strict': 0.25, 'em_stderr,strict': 0.2}, told)
+  output = {'n-samples': {'t': {'effective': 3}}, 'n-shot': {'t': 0}, 'versions': {'t': 1}}
+  found = tasks._result('t', {'alias': 't', 'acc,none': 0.5, 'acc_stderr,none': 0.1, 'em,strict': 0.25, 'em_stderr,strict': 0.2}, output)
   assert found == {'acc': 0.5, 'acc_stderr': 0.1, 'em,strict': 0.25, 'em,strict_stderr': 0.2, 'examples': 3, 'fewshot': 0, 'version': 1}

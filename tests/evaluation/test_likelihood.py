@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax.evaluation import Asked, LikelihoodScorer
+from gptjax.config import ComputeConfig
+from gptjax.evaluation import LikelihoodScorer, Request
 from gptjax.model import abstract_model
 from gptjax.training.hardware import CompileCounter
 
@@ -15,7 +16,7 @@ CONTEXT = 20
 
 @pytest.fixture
 def model(style):
-  return abstract_model(dataclasses.replace(style, layers=1), CONTEXT)
+  return abstract_model(dataclasses.replace(style, layers=1), ComputeConfig(), CONTEXT)
 
 
 def questions(count=20, seed=0):
@@ -23,7 +24,7 @@ def questions(count=20, seed=0):
   rng = np.random.default_rng(seed)
   ids = lambda n: rng.integers(4, 50, n).tolist()
   lengths = [(1, CONTEXT), (CONTEXT, 1), (CONTEXT + 30, 7), (1, 1), (5, 0), *rng.integers(1, CONTEXT // 2, (count, 2)).tolist()]
-  return [Asked(ids(context), ids(continuation)) for context, continuation in lengths]
+  return [Request(ids(context), ids(continuation)) for context, continuation in lengths]
 
 
 def plain(model, parameters, asked):
@@ -51,7 +52,7 @@ def likeliest(model, parameters, asked):
       padded = np.zeros((1, CONTEXT), np.int32)
       padded[0, :len(ids)] = ids[-CONTEXT:]
       ids.append(int(logits(padded, min(len(ids), CONTEXT) - 1).argmax()))
-    answers.append(Asked(context, ids[len(context):]))
+    answers.append(Request(context, ids[len(context):]))
   return answers
 
 

@@ -78,7 +78,7 @@ def test_a_mistake_with_sets_is_one_line(held_out, tmp_path):
       ([f'x={tmp_path}/nothing.txt'], "nothing.txt', expected: ")]:
     with pytest.raises(UserError, match=message):
       choose_sets(wanted, held_out, tmp_path)
-  with pytest.raises(UserError, match="^--sets: 'c', expected: no names, since the run has no sets of its own"):
+  with pytest.raises(UserError, match="^--sets: 'c', expected: no names \\(the run has no sets of its own\\)"):
     choose_sets(['c'], HeldOut(TOKENIZER, {}, {}), tmp_path)
 
 

@@ -10,13 +10,13 @@ from gptjax import config as configs
 from gptjax.checkpoint import Checkpoints, Progress, Restorer, Retention
 from gptjax.config import Config, DataConfig, ModelConfig, UserError
 from gptjax.data import EvalRows
-from gptjax.evaluation import Asked, LikelihoodScorer, Scorer
+from gptjax.evaluation import LikelihoodScorer, Request, Scorer
 from gptjax.model import abstract_model
 from gptjax.training import next_token
 from gptjax.training.hardware import CompileCounter
 
 MODEL = ModelConfig(layers=1, width=32, heads=4, vocab_size=259)
-ASKED = [Asked([1, 20, 30], [40, 50]), Asked([1], [60] * 12)]
+ASKED = [Request([1, 20, 30], [40, 50]), Request([1], [60] * 12)]
 
 
 @pytest.fixture
@@ -35,9 +35,9 @@ def workdir(tmp_path):
 def test_steps_are_told_by_names_and_numbers(workdir):
   with Restorer(workdir) as restorer:
     for wanted, steps in (('all', [3, 5, 8]), ('latest', [8]), ('best', [5]), ('8, 3', [3, 8]), ('best,5,latest', [5, 8])):
-      assert restorer.steps(wanted) == steps
+      assert restorer.checkpoints.resolve_all(wanted) == steps
     with pytest.raises(UserError, match="^--step: '4', expected: latest, best, 3, 5, 8"):
-      restorer.steps('3,4')
+      restorer.checkpoints.resolve_all('3,4')
 
 
 def test_all_checkpoints_are_scored_alike_on_every_mesh_without_another_program(workdir):
@@ -47,10 +47,10 @@ def test_all_checkpoints_are_scored_alike_on_every_mesh_without_another_program(
   try:
     for model_axis in (1, 4):
       with Restorer(workdir, model_axis) as restorer, jax.set_mesh(restorer.mesh):
-        scorer = Scorer(restorer.blueprint, next_token(), restorer.mesh, 8)
-        likelihoods = LikelihoodScorer(restorer.blueprint, restorer.mesh, 64)
+        scorer = Scorer(restorer.model, next_token(), restorer.mesh, 8)
+        likelihoods = LikelihoodScorer(restorer.model, restorer.mesh, 64)
         compiled = []
-        for step in restorer.steps('all'):
+        for step in restorer.checkpoints.resolve_all('all'):
           before = counter.count
           trained = restorer.restore(step)
           score = scorer(trained.parameters, EvalRows(store, 16, True))

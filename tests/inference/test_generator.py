@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from published_tokenizers import FAMILIES
 
-from gptjax.config import ModelConfig, TokenizerConfig, UserError
+from gptjax.config import ComputeConfig, ModelConfig, TokenizerConfig, UserError
 from gptjax.data import train_tokenizer
 from gptjax.data.tokenizers import CharTokenizer, load_tokenizer
 from gptjax.inference import Generator, Sampling, never_drawn
@@ -33,7 +33,7 @@ def test_nor_with_what_begins_a_text_where_that_is_not_what_ends_it(tmp_path):
 def byte_generator(one_device, random_parameters):
   """A generator of a random model for bytes, and its weights; bytes of text hardly ever form whole characters."""
   tokenizer = train_tokenizer(TokenizerConfig(kind='bytes'), [])
-  plan = abstract_model(ModelConfig(layers=1, width=16, heads=2, vocab_size=tokenizer.vocab_size), 64)
+  plan = abstract_model(ModelConfig(layers=1, width=16, heads=2, vocab_size=tokenizer.vocab_size), ComputeConfig(), 64)
   generator = Generator(plan, one_device, tokenizer)
   return generator, generator.prepare(random_parameters(plan))
 
@@ -100,7 +100,7 @@ def test_rows_that_ended_say_nothing_while_others_go_on(byte_generator):
 
 
 def test_a_prompt_the_tokenizer_cannot_encode_is_named(one_device):
-  generator = Generator(abstract_model(ModelConfig(vocab_size=6, width=16, heads=2), 4), one_device, CharTokenizer('abc'))
+  generator = Generator(abstract_model(ModelConfig(vocab_size=6, width=16, heads=2), ComputeConfig(), 4), one_device, CharTokenizer('abc'))
   with pytest.raises(UserError, match='^--prompt, character 2'):
     generator.prompt('abz')
   with pytest.raises(UserError, match='^prompts.txt:3, character 0'):

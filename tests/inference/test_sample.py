@@ -90,9 +90,9 @@ def test_a_key_gives_its_draws_again_and_another_key_others():
 
 
 @pytest.mark.parametrize('values, message', [
-    ({'temperature': -0.1}, '--temperature: -0.1, expected: a number from 0 on'),
-    ({'temperature': float('nan')}, '--temperature: nan, expected: a number from 0 on'),
-    ({'temperature': float('inf')}, '--temperature: inf, expected: a number from 0 on'),
+    ({'temperature': -0.1}, '--temperature: -0.1, expected: a number of at least 0'),
+    ({'temperature': float('nan')}, '--temperature: nan, expected: a number of at least 0'),
+    ({'temperature': float('inf')}, '--temperature: inf, expected: a number of at least 0'),
     ({'top_k': -1}, '--top_k: -1, expected: 0 or more'),
     ({'top_p': 0.0}, '--top_p: 0.0, expected: above 0 and at most 1'),
     ({'top_p': 1.1}, '--top_p: 1.1, expected: above 0 and at most 1'),

@@ -7,17 +7,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gptjax.config import ModelConfig
+from gptjax.config import ComputeConfig, ModelConfig
 from gptjax.model import abstract_model, flops_per_token, parameter_count
 
-SMALL = ModelConfig(layers=12, width=768, heads=12, vocab_size=50257, vocab_multiple=1, scan=True)
+SMALL = ModelConfig(layers=12, width=768, heads=12, vocab_size=50257, vocab_multiple=1)
 """GPT-2 small."""
 
 
 def test_gpt2_small_has_its_published_count():
   assert parameter_count(SMALL, 1024) == 124_439_808
   assert parameter_count(dataclasses.replace(SMALL, bias=False), 1024) == 124_337_664
-  assert parameter_count(dataclasses.replace(SMALL, scan=False), 1024) == 124_439_808
 
 
 def test_an_untied_head_counts_once_more_and_rotary_positions_nothing():
@@ -25,7 +24,7 @@ def test_an_untied_head_counts_once_more_and_rotary_positions_nothing():
   assert parameter_count(dataclasses.replace(SMALL, positions='rope'), 1024) == 124_439_808 - 1024 * 768
 
 
-@pytest.mark.parametrize('changes', [{}, {'bias': False}, {'tied': False}, {'scan': False}], ids=str)
+@pytest.mark.parametrize('changes', [{}, {'bias': False}, {'tied': False}], ids=str)
 def test_flops_of_gpt2_small_are_nanogpts(changes):
   # karpathy/nanoGPT, transformer_sizing.ipynb: forward and backward of one row, the full square of attention.
   assert flops_per_token(dataclasses.replace(SMALL, **changes), 1024, causal=False) * 1024 == 874_944_921_600
@@ -45,12 +44,11 @@ def test_flops_are_those_of_the_traced_program(style, causal, monkeypatch, matri
   monkeypatch.setattr('gptjax.model.attention.BLOCK', 1)
   monkeypatch.setattr('gptjax.model.attention.PARTS', 12)
   context = 12
-  config = dataclasses.replace(style, attention='blocks' if causal else 'xla')
-  plan = abstract_model(config, context)
+  plan = abstract_model(style, ComputeConfig(attention='blocks' if causal else 'xla'), context)
   loss = lambda parameters, tokens: plan.merge(parameters)(tokens).sum()
   traced = jax.make_jaxpr(jax.grad(loss))(plan.shapes, jax.ShapeDtypeStruct((3, context), jnp.int32))
   total = sum(map(flops, matrix_products(traced.jaxpr)))
-  assert total == flops_per_token(config, context, causal=causal) * 3 * context
+  assert total == flops_per_token(style, context, causal=causal) * 3 * context
 
 
 def test_causal_flops_count_each_key_a_token_sees(style):

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.config import ModelConfig, RopeConfig, UserError
-from gptjax.model import Place, attention_backend, abstract_model
+from gptjax.config import ComputeConfig, ModelConfig, RopeConfig, UserError
+from gptjax.model import Positions, abstract_model, attention_backend
 from gptjax.model.attention import BLOCK, PARTS, causal_attention, frequencies, rotate
-from gptjax.model.kernels import LANES, Scoring, cudnn, splash
-from gptjax.sharding import place
+from gptjax.model.kernels import LANES, ScoreConfig, cudnn, splash
+from gptjax.sharding import local_rows
 
 pytestmark = pytest.mark.usefixtures('one_device')
 
@@ -19,36 +19,36 @@ def draw(seed, *shape):
 
 
 def as_heads(*arrays):
-  """Arrays [B, T, H, C] as they lie in a model."""
-  return tuple(place(jax.sharding.get_mesh(), array, 'batch', None, 'heads', None) for array in arrays)
+  """Arrays [B, T, H, C] with the sharding that they have in a model."""
+  return tuple(jax.device_put(array, jax.P(None, None, 'model', None)) for array in arrays)
 
 
-PLAIN = Scoring(8 ** -0.5)
+PLAIN = ScoreConfig(8 ** -0.5)
 
 
-def plain_attention(scoring, q, k, v, segments):
+def plain_attention(score, q, k, v, segments):
   """One head, one query after the other, in float64."""
   q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
   out = np.zeros_like(q)
   group = q.shape[2] // k.shape[2]
   for b, t, h in np.ndindex(q.shape[:3]):
-    oldest = max(0, t + 1 - scoring.window) if scoring.window else 0
+    oldest = max(0, t + 1 - score.window) if score.window else 0
     seen = [s for s in range(oldest, t + 1) if segments[b, s] == segments[b, t]]
-    scores = k[b, seen, h // group] @ q[b, t, h] * scoring.scale
-    scores = scoring.cap * np.tanh(scores / scoring.cap) if scoring.cap else scores
+    scores = k[b, seen, h // group] @ q[b, t, h] * score.scale
+    scores = score.cap * np.tanh(scores / score.cap) if score.cap else scores
     weights = np.exp(scores - scores.max())
     out[b, t, h] = weights @ v[b, seen, h // group] / weights.sum()
   return out
 
 
-@pytest.mark.parametrize('length, key_heads, scoring', [
+@pytest.mark.parametrize('length, key_heads, score', [
     (BLOCK - 1, 1, PLAIN), (BLOCK, 4, PLAIN), (2 * BLOCK + 2, 2, PLAIN),
     (PARTS * BLOCK + 3, 2, PLAIN),  # more blocks than parts: they run one after the other, and the last is short
-    (2 * BLOCK + 2, 2, Scoring(0.5, cap=1.5)), (2 * BLOCK + 2, 2, Scoring(0.5, window=1)),
-    (5 * BLOCK + 3, 2, Scoring(0.5, window=BLOCK)), (5 * BLOCK + 3, 4, Scoring(0.5, 2.0, BLOCK // 2 + 1)),
-    (5 * BLOCK, 2, Scoring(0.5, window=3 * BLOCK)), (PARTS * BLOCK + 3, 2, Scoring(0.5, window=2 * BLOCK + 5)),
-    (2 * BLOCK, 2, Scoring(0.5, window=3 * BLOCK))])
-def test_blocks_equal_the_square_and_the_formula(length, key_heads, scoring):
+    (2 * BLOCK + 2, 2, ScoreConfig(0.5, cap=1.5)), (2 * BLOCK + 2, 2, ScoreConfig(0.5, window=1)),
+    (5 * BLOCK + 3, 2, ScoreConfig(0.5, window=BLOCK)), (5 * BLOCK + 3, 4, ScoreConfig(0.5, 2.0, BLOCK // 2 + 1)),
+    (5 * BLOCK, 2, ScoreConfig(0.5, window=3 * BLOCK)), (PARTS * BLOCK + 3, 2, ScoreConfig(0.5, window=2 * BLOCK + 5)),
+    (2 * BLOCK, 2, ScoreConfig(0.5, window=3 * BLOCK))])
+def test_blocks_equal_the_square_and_the_formula(length, key_heads, score):
   q, k, v = draw(0, 2, length, 4, 8), draw(1, 2, length, key_heads, 8), draw(2, 2, length, key_heads, 8)
   segments = np.sort(np.random.default_rng(3).integers(0, 3, (2, length)), 1)
   weights = draw(4, *q.shape)
@@ -57,13 +57,13 @@ def test_blocks_equal_the_square_and_the_formula(length, key_heads, scoring):
   def run(q, k, v, segments):
     def attended(rows):
       def total(q, k, v):
-        out = causal_attention(scoring, q, k, v, segments, 0.0, None, rows)
+        out = causal_attention(score, q, k, v, segments, 0.0, None, rows)
         return jnp.sum(out * weights), out
       return jax.grad(total, (0, 1, 2), has_aux=True)(q, k, v)
     return attended(BLOCK), attended(length)
 
   (gradients, out), (square_gradients, square) = run(*as_heads(q, k, v), segments)
-  np.testing.assert_allclose(out, plain_attention(scoring, q, k, v, segments), 1e-4, 1e-5)
+  np.testing.assert_allclose(out, plain_attention(score, q, k, v, segments), 1e-4, 1e-5)
   np.testing.assert_allclose(out, square, 1e-5, 1e-6)
   for gradient, expected in zip(gradients, square_gradients, strict=True):
     np.testing.assert_allclose(gradient, expected, 1e-4, 1e-5)
@@ -80,21 +80,24 @@ def test_memory_grows_with_the_context_and_not_with_its_square(length, expected)
 
 
 @pytest.mark.parametrize('segmented', [False, True])
-@pytest.mark.parametrize('key_heads, scoring', [
-    (1, PLAIN), (2, PLAIN), (4, PLAIN), (2, Scoring(0.3, cap=2.0)), (2, Scoring(0.3, window=60)), (4, Scoring(0.3, 2.0, LANES + 5))])
-def test_splash_kernels_equal_the_square(key_heads, scoring, segmented):
+@pytest.mark.parametrize('key_heads, score', [
+    (1, PLAIN), (2, PLAIN), (4, PLAIN), (2, ScoreConfig(0.3, cap=2.0)), (2, ScoreConfig(0.3, window=60)),
+    (4, ScoreConfig(0.3, 2.0, LANES + 5))])
+def test_splash_kernels_equal_the_square(key_heads, score, segmented):
   length = 2 * LANES
   q, k, v = (draw(seed, 2, length, heads, 32) for seed, heads in enumerate((4, key_heads, key_heads)))
   segments = np.sort(np.random.default_rng(3).integers(0, 3, (2, length)), 1).astype(np.int32)
-  segments = place(jax.sharding.get_mesh(), segments, 'batch', None) if segmented else None
+  segments = jnp.asarray(segments) if segmented else None
   weights = draw(4, *q.shape)
 
   def run(attend):
     total = lambda q, k, v: (lambda out: (jnp.sum(out * weights), out))(attend(q, k, v))
     return jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))(*as_heads(q, k, v))
 
-  gradients, out = run(lambda q, k, v: splash(scoring, q, k, v, segments, interpret=True))
-  expected_gradients, expected = run(lambda q, k, v: causal_attention(scoring, q, k, v, segments, 0.0, None, length))
+  # Pallas kernels run where all axes are manual, as they are in a step.
+  kernel = lambda q, k, v: splash(score, q, k, v, segments, interpret=True)
+  gradients, out = run(local_rows(kernel, (jax.P(), jax.P(), jax.P()), jax.P()))
+  expected_gradients, expected = run(lambda q, k, v: causal_attention(score, q, k, v, segments, 0.0, None, length))
   np.testing.assert_allclose(out, expected, 1e-4, 1e-5)
   for gradient, want in zip(gradients, expected_gradients, strict=True):
     np.testing.assert_allclose(gradient, want, 1e-3, 1e-4)
@@ -102,38 +105,42 @@ def test_splash_kernels_equal_the_square(key_heads, scoring, segmented):
 
 @pytest.mark.skipif(jax.default_backend() != 'gpu', reason="cuDNN's attention runs on NVIDIA GPUs")
 @pytest.mark.parametrize('segmented', [False, True])
-@pytest.mark.parametrize('scoring', [PLAIN, Scoring(0.1, window=60)], ids=str)
-def test_cudnn_equals_the_square(scoring, segmented):
+@pytest.mark.parametrize('score', [PLAIN, ScoreConfig(0.1, window=60)], ids=str)
+def test_cudnn_equals_the_square(score, segmented):
   q, k, v = (jnp.asarray(draw(seed, 2, 256, heads, 64), jnp.bfloat16) for seed, heads in enumerate((4, 2, 2)))
   segments = jnp.asarray(np.sort(np.random.default_rng(3).integers(0, 3, (2, 256)), 1), jnp.int32) if segmented else None
-  exact = causal_attention(scoring, *(x.astype(jnp.float32) for x in (q, k, v)), segments, 0.0, None, 256)
-  np.testing.assert_allclose(cudnn(scoring, q, k, v, segments).astype(jnp.float32), exact, 3e-2, 3e-2)
+  exact = causal_attention(score, *(x.astype(jnp.float32) for x in (q, k, v)), segments, 0.0, None, 256)
+  np.testing.assert_allclose(cudnn(score, q, k, v, segments).astype(jnp.float32), exact, 3e-2, 3e-2)
 
 
-HALF = {'compute_dtype': 'bfloat16'}
+HALF = {'dtype': 'bfloat16'}
 
 
-@pytest.mark.parametrize('platform, model, context, expected', [
-    ('cpu', {}, 256, 'blocks'), ('cpu', {'attention': 'xla'}, 256, 'xla'), ('tpu', {}, 256, 'splash'), ('tpu', {}, 200, 'blocks'),
-    ('tpu', {'dropout': 0.1}, 256, 'blocks'), ('gpu', HALF, 200, 'cudnn'),
-    ('gpu', HALF, 201, 'blocks'), ('gpu', HALF | {'width': 48, 'heads': 4}, 200, 'blocks'), ('gpu', {}, 256, 'blocks'),
-    ('gpu', HALF | {'dropout': 0.1}, 256, 'blocks'), ('gpu', HALF | {'attention': 'xla'}, 256, 'xla'),
+@pytest.mark.parametrize('platform, model, compute, context, expected', [
+    ('cpu', {}, {}, 256, 'blocks'), ('cpu', {}, {'attention': 'xla'}, 256, 'xla'), ('tpu', {}, {}, 256, 'splash'),
+    ('tpu', {}, {}, 200, 'blocks'), ('tpu', {'dropout': 0.1}, {}, 256, 'blocks'), ('gpu', {}, HALF, 200, 'cudnn'),
+    ('gpu', {}, HALF, 201, 'blocks'), ('gpu', {'width': 48, 'heads': 4}, HALF, 200, 'blocks'), ('gpu', {}, {}, 256, 'blocks'),
+    ('gpu', {'dropout': 0.1}, HALF, 256, 'blocks'), ('gpu', {}, HALF | {'attention': 'xla'}, 256, 'xla'),
 ])
-def test_auto_is_the_devices_own_kernel_where_it_can_be(platform, model, context, expected):
-  assert attention_backend(ModelConfig(**model), context, platform) == expected
+def test_auto_is_the_devices_own_kernel_where_it_can_be(platform, model, compute, context, expected):
+  assert attention_backend(ModelConfig(**model), ComputeConfig(**compute), context, platform) == expected
 
 
-@pytest.mark.parametrize('platform, model, context, expected', [
+@pytest.mark.parametrize('platform, compute, context, expected', [
     ('cpu', {'attention': 'splash'}, 256, 'auto, blocks, xla on a cpu'),
     ('gpu', {'attention': 'splash'}, 256, 'auto, blocks, xla, cudnn on a gpu'),
     ('tpu', {'attention': 'splash'}, 200, 'auto, blocks or xla: it needs a context of a multiple of 128, and it is 200'),
-    ('tpu', {'attention': 'splash', 'dropout': 0.1}, 256, 'auto, blocks or xla: it needs no dropout, and model.dropout is 0.1'),
     ('gpu', {'attention': 'cudnn'}, 256, "auto, blocks or xla: it needs bfloat16, and compute.dtype is 'float32'"),
 ])
-def test_a_kernel_that_cannot_run_is_refused(platform, model, context, expected):
+def test_a_kernel_that_cannot_run_is_refused(platform, compute, context, expected):
   with pytest.raises(UserError) as caught:
-    attention_backend(ModelConfig(**model), context, platform)
-  assert str(caught.value) == f"compute.attention: '{model['attention']}', expected: {accepted}"
+    attention_backend(ModelConfig(), ComputeConfig(**compute), context, platform)
+  assert str(caught.value) == f"compute.attention: '{compute['attention']}', expected: {expected}"
+
+
+def test_a_kernel_without_dropout_is_refused_with_dropout():
+  with pytest.raises(UserError, match='it needs no dropout, and model.dropout is 0.1$'):
+    attention_backend(ModelConfig(dropout=0.1), ComputeConfig(attention='splash'), 256, 'tpu')
 
 
 def test_rotary_turns_pairs_of_features_by_position_times_frequency():
@@ -158,10 +165,10 @@ def test_rotary_scores_depend_on_the_distance_alone():
 
 
 def test_moving_a_text_changes_logits_with_learned_positions_alone(style, random_parameters):
-  plan = abstract_model(style, 32)
+  plan = abstract_model(style, ComputeConfig(), 32)
   logits = jax.jit(plan.merge(random_parameters(plan)).__call__)
   tokens = jnp.asarray(np.random.default_rng(9).integers(0, 50, (1, 16)))
-  here, moved = logits(tokens, Place(jnp.arange(16)[None])), logits(tokens, Place(jnp.arange(16)[None] + 16))
+  here, moved = logits(tokens, Positions(jnp.arange(16)[None])), logits(tokens, Positions(jnp.arange(16)[None] + 16))
   difference = np.abs(here - moved).max()
   assert difference < 1e-4 if style.positions == 'rope' else difference > 0.1
 
@@ -171,7 +178,7 @@ def test_dropped_attention_weights_differ_by_row_head_and_block_and_average_out(
   shape = (2, length, heads, length)
   values = np.broadcast_to(np.eye(length, dtype=np.float32)[None, :, None], shape)  # what comes out are the weights
   zeros, values = as_heads(np.zeros(shape, np.float32), values)
-  run = jax.jit(lambda key: causal_attention(PLAIN, zeros, zeros, values, None, rate, key, rows))
+  run = jax.jit(lambda key: causal_attention(PLAIN, zeros, zeros, values, None, rate, jax.random.split(key, 2), rows))
   weights = np.asarray(run(jax.random.key(0)))
   uniform = (np.tri(length) / np.arange(1, length + 1)[:, None])[None, :, None]
   np.testing.assert_allclose(weights, np.where(weights > 0, uniform / (1 - rate), 0), 1e-5)

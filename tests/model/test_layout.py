@@ -1,15 +1,12 @@
 """Stacked and unstacked layers are the same values under other names, whatever kind of array holds them."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.config import ModelConfig
-from gptjax.model import abstract_model
-from gptjax.model.layout import stack_layers, stacked_name, unstack_layers
+from gptjax.config import ComputeConfig, ModelConfig
+from gptjax.model import abstract_model, stack_layers, stacked_name, unstack_layers
 
 CONFIG = ModelConfig(layers=11, width=16, heads=2, vocab_size=32)  # 11: layer 10 comes after 9, not after 1
 
@@ -28,16 +25,16 @@ def test_layers_are_stacked_in_order_and_unstacked_again(array):
 
 
 def test_shapes_of_both_layouts_are_those_of_the_two_models():
-  unstacked, stacked = (abstract_model(dataclasses.replace(CONFIG, scan=scan), 8).shapes for scan in (False, True))
+  unstacked, stacked = (abstract_model(CONFIG, ComputeConfig(scan=scan), 8).shapes for scan in (False, True))
   assert stack_layers(unstacked) == stacked and unstack_layers(stacked) == unstacked
 
 
 def test_layouts_can_be_changed_inside_jit():
-  unstacked = abstract_model(CONFIG, 8).shapes
+  unstacked = abstract_model(CONFIG, ComputeConfig(), 8).shapes
   assert jax.eval_shape(lambda parameters: unstack_layers(stack_layers(parameters)), unstacked) == unstacked
 
 
 def test_names():
   assert stacked_name('blocks/10/mlp/up/kernel') == ('blocks/mlp/up/kernel', 10)
   assert stacked_name('blocks/mlp/up/kernel') == ('blocks/mlp/up/kernel', None)
-  assert stacked_name('head/kernel') == ('head/kernel', None)
+  assert stacked_name('lm_head/kernel') == ('lm_head/kernel', None)

@@ -1,4 +1,4 @@
-"""The loss of the head and its gradients are what numpy says, in chunks or not, on every mesh; logits are never whole."""
+"""The loss of the head and its gradients are what numpy says, in chunks or not, on every mesh; no device has logits of all ids."""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,8 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from gptjax.config import MeshConfig
-from gptjax.model import cross_entropy, log_probabilities, loss
-from gptjax.sharding import make_mesh, place, spec
+from gptjax.model import Head, head
+from gptjax.sharding import ROWS, local_rows, make_mesh, spec, sum_over_rows
 
 TOKENS, WIDTH, IDS, TABLE = 48, 16, 29, 32
 """Some rows of the table only pad it."""
@@ -38,30 +38,50 @@ def reference(hidden, head, targets, mask, z_loss, cap=0.0):
   return ((losses + z_loss * normalizer**2) * mask).sum(), (losses * mask).sum(), slope @ head[:, :IDS].T, padded
 
 
-def run(values, mesh, rows='batch', z_loss=0.01, transposed=False, cap=0.0):
-  hidden, head, targets, mask = values
-  vocab = ('vocab', head.shape[1])
-  axes = (vocab, 'embed') if transposed else ('embed', vocab)
+def place(mesh, array, *names):
+  return jax.device_put(array, NamedSharding(mesh, jax.P(*names)))
 
-  def total(hidden, weight, targets, mask):
-    head = nnx.Param(weight, axes=axes, dtype='float32')
-    return cross_entropy(hidden, head, targets, mask, IDS, z_loss, transposed, cap)
 
-  placed = (place(mesh, hidden, rows, 'embed'), place(mesh, head.T if transposed else head, *axes),
-            place(mesh, targets, 'batch'), place(mesh, mask, 'batch'))
-  (with_z, without), (dh, dw) = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(*placed)
-  assert jax.typeof(dh).sharding.spec == jax.typeof(placed[0]).sharding.spec
-  np.testing.assert_array_equal(jax.jit(total)(*placed), (with_z, without))  # without gradients the same
-  return with_z, without, dh, dw.T if transposed else dw
+def head_of(weight, transposed=False, cap=0.0):
+  """A Head of W [D, V], or [V, D] if transposed."""
+  vocab = ('vocab', weight.shape[0 if transposed else 1])
+  return Head(nnx.Param(weight, axes=(vocab, 'embed') if transposed else ('embed', vocab), dtype='float32'), transposed, IDS, cap)
+
+
+def on_mesh(mesh, weight, transposed):
+  """The head's weight as tensor parallelism splits it."""
+  split = head_of(weight, transposed)._static.split
+  return place(mesh, weight, *split)
+
+
+def run(values, mesh, rows=None, z_loss=0.01, transposed=False, cap=0.0):
+  """Both losses, and the gradients of the first; `rows`: the mesh axis that splits each device group's rows."""
+  hidden, weight, targets, mask = values
+
+  def local(hidden, weight, targets, mask):
+    hidden = jax.reshard(hidden, jax.P(rows, None))
+
+    def total(hidden, weight):
+      return head_of(weight, transposed, cap).cross_entropy(hidden, targets, mask, z_loss)
+    (losses, (dh, dw)) = jax.value_and_grad(total, (0, 1), has_aux=True)(hidden, weight)
+    assert jax.typeof(dh).sharding.spec == jax.typeof(hidden).sharding.spec
+    return sum_over_rows((losses, total(hidden, weight))), jax.reshard(dh, jax.P(None, None)), sum_over_rows(dw)
+
+  region = local_rows(local, (ROWS, jax.P(), ROWS, ROWS), (jax.P(), ROWS, jax.P()))
+  weight = on_mesh(mesh, weight.T if transposed else weight, transposed)
+  (with_gradients, without_gradients), dh, dw = jax.jit(region)(
+    place(mesh, hidden, *ROWS), weight, place(mesh, targets, *ROWS), place(mesh, mask, *ROWS))
+  np.testing.assert_array_equal(with_gradients, without_gradients)
+  return *with_gradients, dh, dw.T if transposed else dw
 
 
 @pytest.mark.parametrize('mesh', ['1x1', '8x1', '2x4'], indirect=True)
 @pytest.mark.parametrize('in_chunks', [False, True])
-@pytest.mark.parametrize('transposed, rows, cap', [(False, 'batch', 0.0), (True, 'tokens', 0.0), (True, 'batch', 2.0)])
+@pytest.mark.parametrize('transposed, rows, cap', [(False, None, 0.0), (True, 'model', 0.0), (True, None, 2.0)])
 def test_losses_and_gradients_are_numpys(transposed, rows, cap, in_chunks, mesh, monkeypatch):
   if in_chunks:
-    monkeypatch.setattr(loss, 'CHUNK_ROWS', 5)  # divides no device's tokens: the last chunk is filled up
-    monkeypatch.setattr(loss, 'CHUNK_BYTES', 0)
+    monkeypatch.setattr(head, 'CHUNK_ROWS', 5)  # divides no device's tokens: the last chunk is filled up
+    monkeypatch.setattr(head, 'CHUNK_BYTES', 0)
   values = examples()
   for got, want in zip(run(values, mesh, rows, transposed=transposed, cap=cap), reference(*values, 0.01, cap), strict=True):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
@@ -70,31 +90,37 @@ def test_losses_and_gradients_are_numpys(transposed, rows, cap, in_chunks, mesh,
 @pytest.mark.parametrize('mesh', ['1x1', '8x1', '2x4'], indirect=True)
 @pytest.mark.parametrize('in_chunks', [False, True])
 @pytest.mark.parametrize('transposed, cap, table', [(False, 0.0, TABLE), (True, 2.0, TABLE), (True, 0.0, IDS)])
-def test_log_probabilities_and_the_likeliest_ids_are_numpys(transposed, cap, table, in_chunks, mesh, monkeypatch):
+def test_log_probabilities_their_gradients_and_the_likeliest_ids_are_numpys(transposed, cap, table, in_chunks, mesh, monkeypatch):
   if in_chunks:
-    monkeypatch.setattr(loss, 'CHUNK_ROWS', 5)
-    monkeypatch.setattr(loss, 'CHUNK_BYTES', 0)
-  hidden, head, targets, _ = examples(table=table)
-  head[:, 20] = head[:, 3]  # equally likely wherever they lie: the lower one it is
-  logits = hidden.astype(np.float64) @ head[:, :IDS]
+    monkeypatch.setattr(head, 'CHUNK_ROWS', 5)
+    monkeypatch.setattr(head, 'CHUNK_BYTES', 0)
+  hidden, weight, targets, weights = examples(table=table)
+  weight[:, 20] = weight[:, 3]  # equally likely on whichever devices they are: the lower one is reported
+  logits = hidden.astype(np.float64) @ weight[:, :IDS]
   logits = cap * np.tanh(logits / cap) if cap else logits
   targets = np.where(np.arange(TOKENS) % 2, logits.argmax(-1), targets).astype(np.int32)
-  axes = (('vocab', table), 'embed') if transposed else ('embed', ('vocab', table))
 
-  @jax.jit
-  def run(hidden, weight, targets):
-    return log_probabilities(hidden, nnx.Param(weight, axes=axes, dtype='float32'), targets, IDS, transposed, cap)
+  def local(hidden, weight, targets, weights):
+    def weighted(hidden, weight):
+      found, likeliest = head_of(weight, transposed, cap).log_probabilities(hidden, targets)
+      return jnp.sum(found * weights), (found, likeliest)
+    (dh, dw), found = jax.grad(weighted, (0, 1), has_aux=True)(hidden, weight)
+    return found, dh, sum_over_rows(dw)
 
-  weight = place(mesh, head.T if transposed else head, *axes)
-  got, likeliest = run(place(mesh, hidden, 'batch', 'embed'), weight, place(mesh, targets, 'batch'))
+  region = local_rows(local, (ROWS, jax.P(), ROWS, ROWS), (ROWS, ROWS, jax.P()))
+  (got, likeliest), dh, dw = jax.jit(region)(place(mesh, hidden, *ROWS), on_mesh(mesh, weight.T if transposed else weight, transposed),
+                                             place(mesh, targets, *ROWS), place(mesh, weights, *ROWS))
   np.testing.assert_allclose(got, (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[np.arange(TOKENS), targets], 1e-4, 1e-4)
   np.testing.assert_array_equal(likeliest, np.where(logits == np.sort(logits)[:, -1:], np.arange(IDS), IDS).min(-1) == targets)
+  *_, expected_dh, expected_dw = reference(hidden, weight, targets, weights, 0.0, cap)  # of the losses, whose sign is the other one
+  np.testing.assert_allclose(dh, -expected_dh, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(dw.T if transposed else dw, -expected_dw, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('mesh', ['2x4'], indirect=True)
-def test_a_vocabulary_that_does_not_divide_is_whole_everywhere(mesh):
+def test_a_vocabulary_that_does_not_divide_is_complete_on_every_device(mesh):
   values = examples(table=IDS)
-  for got, want in zip(run(values, mesh, 'tokens'), reference(*values, 0.01), strict=True):
+  for got, want in zip(run(values, mesh, 'model'), reference(*values, 0.01), strict=True):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
 
 
@@ -109,9 +135,9 @@ def test_large_and_small_logits_lose_nothing(scale, mesh):
 
 
 def test_targets_that_do_not_count_have_no_say(one_device):
-  hidden, head, targets, mask = examples()
+  hidden, weight, targets, mask = examples()
   other = np.where(mask == 0, 5, targets).astype(np.int32)
-  for a, b in zip(run((hidden, head, targets, mask), one_device), run((hidden, head, other, mask), one_device), strict=True):
+  for a, b in zip(run((hidden, weight, targets, mask), one_device), run((hidden, weight, other, mask), one_device), strict=True):
     np.testing.assert_array_equal(a, b)
 
 
@@ -121,14 +147,16 @@ def test_logits_of_a_large_vocabulary_take_little_memory(transposed, one_device)
   tokens, ids, width = 8192, 128 * 1024, 256
 
   def gradients(hidden, weight, targets, mask):
-    head = nnx.Param(weight, axes=('vocab', 'embed') if transposed else ('embed', 'vocab'), dtype='float32')
-    return jax.grad(lambda h, w: cross_entropy(h, nnx.Param(w, **head.get_metadata()), targets, mask, ids, 1e-4, transposed)[0],
-                    (0, 1))(hidden, weight)
+    def total(hidden, weight):
+      vocab = ('vocab', ids)
+      param = nnx.Param(weight, axes=(vocab, 'embed') if transposed else ('embed', vocab), dtype='float32')
+      return Head(param, transposed, ids).cross_entropy(hidden, targets, mask, 1e-4)[0]
+    return jax.grad(total, (0, 1))(hidden, weight)
 
   shapes = (tokens, width), (ids, width) if transposed else (width, ids), (tokens,), (tokens,)
-  dtypes, axes = (jnp.float32, jnp.float32, jnp.int32, jnp.float32), (('batch', None), (None, None), ('batch',), ('batch',))
-  arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(one_device, spec(*names)))
-            for shape, dtype, names in zip(shapes, dtypes, axes, strict=True)]
+  dtypes = jnp.float32, jnp.float32, jnp.int32, jnp.float32
+  arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(one_device, jax.P(*[None] * len(shape))))
+            for shape, dtype in zip(shapes, dtypes, strict=True)]
   memory = jax.jit(gradients).lower(*arrays).compile().memory_analysis()
   head = 4 * ids * width
   assert memory.output_size_in_bytes >= head
@@ -141,9 +169,8 @@ def test_logits_of_a_large_vocabulary_take_little_memory(transposed, one_device)
 def test_the_parts_of_the_vocabulary_are_never_joined():
   with jax.set_mesh(mesh := make_mesh(MeshConfig(1, 8))):
     values = examples(table=64 * 8, tokens=512)
-    hidden, head, targets, mask = values
-    arrays = (place(mesh, hidden, 'batch', 'embed'), place(mesh, head, 'embed', 'vocab'), place(mesh, targets, 'batch'),
-              place(mesh, mask, 'batch'))
-    total = lambda h, w, t, m: cross_entropy(h, nnx.Param(w, axes=('embed', 'vocab'), dtype='float32'), t, m, IDS)[0]
-    text = jax.jit(jax.grad(total, (0, 1))).lower(*arrays).compile().as_text()
+    hidden, weight, targets, mask = values
+    total = lambda h, w, t, m: head_of(w).cross_entropy(h, t, m)[0]
+    weight = on_mesh(mesh, weight, False)
+    text = jax.jit(jax.grad(total, (0, 1))).lower(hidden, weight, targets, mask).compile().as_text()
     assert '512,64' in text and '512,512' not in text and spec('vocab')[0] == 'model'

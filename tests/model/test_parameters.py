@@ -1,4 +1,4 @@
-"""The blueprint names every parameter, and what it takes apart it puts together."""
+"""The abstract model describes every parameter, and merges what is initialized."""
 
 import dataclasses
 
@@ -6,23 +6,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from gptjax.model import abstract_model, split
+from gptjax.config import ComputeConfig
+from gptjax.model import abstract_model, stack_layers
 
 
 @pytest.mark.parametrize('scan', [False, True])
 @pytest.mark.usefixtures('one_device')
-def test_a_blueprint_gives_back_what_it_merges(style, scan, random_parameters):
-  plan = abstract_model(dataclasses.replace(style, scan=scan), 16)
+def test_a_module_has_the_values_that_are_merged_under_their_names(style, scan, random_parameters):
+  plan = abstract_model(style, ComputeConfig(scan=scan), 16)
   parameters = random_parameters(plan)
-  again = split(plan.merge(parameters))
-  assert again.keys() == parameters.keys()
-  assert all((again[name] == parameters[name]).all() for name in parameters)
+  state = nnx.to_flat_state(nnx.split(plan.merge(parameters))[1])
+  merged = {'/'.join(map(str, path)): variable[...] for path, variable in state}
+  assert merged.keys() == parameters.keys()
+  assert all((merged[name] == parameters[name]).all() for name in parameters)
 
 
 @pytest.mark.parametrize('scan', [False, True])
-def test_a_blueprint_knows_the_axes_of_every_parameter_without_a_mesh(style, scan):
-  plan = abstract_model(dataclasses.replace(style, scan=scan), 16)
+def test_an_abstract_model_knows_the_axes_of_every_parameter_without_a_mesh(style, scan):
+  plan = abstract_model(style, ComputeConfig(scan=scan), 16)
   assert {shape.dtype for shape in plan.shapes.values()} == {jnp.dtype('float32')}
   sizes = {'layers': 2, 'embed': 32, 'positions': 16, 'head_width': 8, ('vocab', 64): 64, ('mlp', style.hidden_width): style.hidden_width,
            ('heads', 4): 32, ('kv_heads', style.key_heads): 8 * style.key_heads}
@@ -34,7 +37,7 @@ def test_a_blueprint_knows_the_axes_of_every_parameter_without_a_mesh(style, sca
 
 
 def test_a_style_has_the_parameters_of_its_parts_and_no_others(style):
-  names = {name.split('/', 2)[-1] if name.startswith('blocks/') else name for name in abstract_model(style, 16).shapes}
+  names = {name.split('/', 2)[-1] if name.startswith('blocks/') else name for name in abstract_model(style, ComputeConfig(), 16).shapes}
   matrices = {f'attention/{part}' for part in ('q', 'k', 'v', 'out')} | {'mlp/up', 'mlp/down'}
   norms = {'norm', 'attention_norm', 'mlp_norm'}
   if style.positions == 'learned':
@@ -42,15 +45,28 @@ def test_a_style_has_the_parameters_of_its_parts_and_no_others(style):
     expected |= {'tokens/table', 'positions/table'}
     expected |= {f'{part}/{kind}' for part in norms for kind in ('gain', 'bias')}
   else:
-    expected = {f'{part}/kernel' for part in matrices | {'mlp/gate', 'head'}} | {'tokens/table'}
+    expected = {f'{part}/kernel' for part in matrices | {'mlp/gate', 'lm_head'}} | {'tokens/table'}
     expected |= {f'{part}/gain' for part in norms | {'attention/q_norm', 'attention/k_norm'}}
   assert names == expected
 
 
 def test_the_same_seed_gives_the_same_parameters_and_another_gives_others(style, one_device):
-  plan = abstract_model(dataclasses.replace(style, layers=1), 4)
+  plan = abstract_model(dataclasses.replace(style, layers=1), ComputeConfig(), 4)
   draw = jax.jit(lambda seed: plan.initialize(jax.random.key(seed), plan.shardings(0, one_device)))
   one, again, other = draw(0), draw(0), draw(1)
   for name in one:
     np.testing.assert_array_equal(one[name], again[name])
     assert (one[name] != other[name]).any() == name.endswith(('kernel', 'table'))
+
+
+def test_initial_values_depend_on_names_and_not_on_what_else_the_model_has(style, one_device):
+  def draw(model, **compute):
+    plan = abstract_model(model, ComputeConfig(**compute), 4)
+    return jax.jit(lambda: plan.initialize(jax.random.key(0), plan.shardings(0, one_device)))()
+  one = draw(style)
+  scanned, untied = draw(style, scan=True), draw(dataclasses.replace(style, tied=False, layers=3))
+  for name, value in stack_layers(one).items():
+    np.testing.assert_array_equal(value, scanned[name], err_msg=name)
+  for name in one:
+    if '/down/' not in name and '/out/' not in name:  # their spread depends on the number of layers
+      np.testing.assert_array_equal(one[name], untied[name], err_msg=name)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.model import Place, abstract_model, empty_cache
+from gptjax.config import ComputeConfig
+from gptjax.model import Positions, abstract_model, empty_cache, stack_layers
 from gptjax.training import next_token
 
 pytestmark = pytest.mark.usefixtures('one_device')
@@ -24,9 +25,10 @@ def loss_and_gradients(plan, parameters, tokens, key=None):
 
   @jax.jit
   @jax.value_and_grad
-  def loss(parameters, batch, key):
-    total, count, _ = next_token()(plan.merge(parameters), batch, key)
-    return total / count
+  def loss(parameters, batch, keys):
+    model = plan.merge(parameters)
+    found = next_token()(model.head, model.hidden(batch['tokens'], keys=keys)[0], batch)
+    return found.loss / found.targets
 
   return jax.tree.map(np.asarray, loss(parameters, batch, key))
 
@@ -37,23 +39,11 @@ def assert_close(a, b, rtol=1e-5, atol=1e-6):
     np.testing.assert_allclose(x, y, rtol, atol)
 
 
-def stacked(parameters):
-  """Parameters of an unrolled model as its scan has them."""
-  layers, rest = {}, {}
-  for name, value in parameters.items():
-    if name.startswith('blocks/'):
-      _, index, part = name.split('/', 2)
-      layers.setdefault(part, {})[int(index)] = value
-    else:
-      rest[name] = value
-  return rest | {f'blocks/{part}': jnp.stack([each[i] for i in range(len(each))]) for part, each in layers.items()}
-
-
 @pytest.mark.parametrize('attention', ['blocks', 'xla'])
 def test_a_position_depends_on_itself_and_the_past_alone(style, attention, random_parameters):
   # The gradient of each position's logits by each position's input vector: exactly zero where the input is later.
   length = 70  # more than one block of queries
-  plan = abstract_model(dataclasses.replace(style, attention=attention, vocab_size=length), length)
+  plan = abstract_model(dataclasses.replace(style, vocab_size=length), ComputeConfig(attention=attention), length)
   parameters = random_parameters(plan)
   # Every input vector is a row of its own: of the positions' table, or of the tokens' where each token occurs once.
   table = 'positions/table' if style.positions == 'learned' else 'tokens/table'
@@ -74,12 +64,12 @@ def test_a_position_depends_on_itself_and_the_past_alone(style, attention, rando
 
 def test_a_document_gets_the_logits_it_gets_alone(style, random_parameters):
   first, second = 50, 40
-  plan = abstract_model(style, first + second)
+  plan = abstract_model(style, ComputeConfig(), first + second)
   parameters = random_parameters(plan)
   logits = jax.jit(lambda parameters, tokens, place: plan.merge(parameters)(tokens, place))
   positions = jnp.concatenate([jnp.arange(first), jnp.arange(second)])[None]
   segments = jnp.repeat(jnp.array([1, 2]), jnp.array([first, second]), total_repeat_length=first + second)[None]
-  place = Place(positions, segments)
+  place = Positions(positions, segments)
   tokens = ids(2, 1, first + second)
   together = logits(parameters, tokens, place)
 
@@ -93,7 +83,7 @@ def test_a_document_gets_the_logits_it_gets_alone(style, random_parameters):
 
 
 def test_without_segments_the_earlier_document_is_seen(style, random_parameters):
-  plan = abstract_model(style, 8)
+  plan = abstract_model(style, ComputeConfig(), 8)
   parameters = random_parameters(plan)
   logits = jax.jit(lambda parameters, tokens: plan.merge(parameters)(tokens))
   tokens = ids(4, 1, 8)
@@ -102,7 +92,7 @@ def test_without_segments_the_earlier_document_is_seen(style, random_parameters)
 
 def test_attention_in_blocks_gives_the_logits_of_the_full_square(style, random_parameters):
   def run(attention):
-    plan = abstract_model(dataclasses.replace(style, attention=attention), 70)
+    plan = abstract_model(style, ComputeConfig(attention=attention), 70)
     return jax.jit(plan.merge(random_parameters(plan)).__call__)(ids(5, 2, 70))
   np.testing.assert_allclose(run('blocks'), run('xla'), 1e-5, 1e-5)
 
@@ -111,18 +101,18 @@ def test_attention_in_blocks_gives_the_logits_of_the_full_square(style, random_p
 def test_reading_with_a_cache_gives_the_logits_of_the_whole(style, changes, random_parameters):
   prompt, batch, length = 12, 2, 26
   config = dataclasses.replace(style, **changes)
-  plan = abstract_model(config, length)
+  plan = abstract_model(config, ComputeConfig(), length)
   parameters = random_parameters(plan)
   tokens = ids(6, batch, length)
 
   @jax.jit
-  def read(parameters, tokens, start, filled, cache):
+  def read(parameters, tokens, start, cached, cache):
     model = plan.merge(parameters)
     positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, cache = model.hidden(tokens, Place(positions, filled=filled), cache)
-    return model.logits(hidden).reshape(*tokens.shape, -1), cache
+    hidden, cache, _ = model.hidden(tokens, Positions(positions, cached=cached), cache)
+    return model.head.logits(hidden).reshape(*tokens.shape, -1), cache
 
-  logits, cache = read(parameters, tokens[:, :prompt], 0, None, empty_cache(config, batch, length + 3))
+  logits, cache = read(parameters, tokens[:, :prompt], 0, None, empty_cache(config, ComputeConfig(), batch, length + 3))
   kept = [layer.keys.shape[2] for layer in cache]
   assert kept == [length + 3 if config.sees_all(layer) else config.window for layer in range(config.layers)]
   pieces = [logits]
@@ -136,11 +126,11 @@ def test_reading_with_a_cache_gives_the_logits_of_the_whole(style, changes, rand
 @pytest.mark.parametrize('style, dropout', [('gpt2', 0.0), ('modern', 0.2)], indirect=['style'])
 def test_a_scan_equals_unrolled_layers_dropout_included(style, dropout, random_parameters):
   style = dataclasses.replace(style, dropout=dropout)
-  tokens, key = ids(7, 2, 17), jax.random.key(1) if dropout else None
-  unrolled, scanned = (abstract_model(dataclasses.replace(style, scan=scan), 16) for scan in (False, True))
+  tokens, key = ids(7, 2, 17), jax.random.split(jax.random.key(1), 2) if dropout else None
+  unrolled, scanned = (abstract_model(style, ComputeConfig(scan=scan), 16) for scan in (False, True))
   parameters = random_parameters(unrolled)
   loss, gradients = loss_and_gradients(unrolled, parameters, tokens, key)
-  assert_close(loss_and_gradients(scanned, stacked(parameters), tokens, key), (loss, stacked(gradients)))
+  assert_close(loss_and_gradients(scanned, stack_layers(parameters), tokens, key), (loss, stack_layers(gradients)))
   assert scanned.axes['blocks/mlp/up/kernel'] == ('layers', 'embed', ('mlp', style.hidden_width))
 
 
@@ -148,7 +138,7 @@ def test_a_scan_equals_unrolled_layers_dropout_included(style, dropout, random_p
 @pytest.mark.parametrize('scan', [False, True])
 def test_what_is_recomputed_changes_no_gradient(style, scan, random_parameters):
   def run(remat):
-    plan = abstract_model(dataclasses.replace(style, remat=remat, scan=scan), 16)
+    plan = abstract_model(style, ComputeConfig(remat=remat, scan=scan), 16)
     return loss_and_gradients(plan, random_parameters(plan), ids(7, 2, 17))
   none = run('none')
   assert_close(run('dots'), none)
@@ -156,8 +146,8 @@ def test_what_is_recomputed_changes_no_gradient(style, scan, random_parameters):
 
 
 def test_shared_key_heads_equal_repeated_ones(style, random_parameters):
-  grouped = abstract_model(dataclasses.replace(style, kv_heads=2), 16)
-  repeated = abstract_model(dataclasses.replace(style, kv_heads=4), 16)
+  grouped = abstract_model(dataclasses.replace(style, kv_heads=2), ComputeConfig(), 16)
+  repeated = abstract_model(dataclasses.replace(style, kv_heads=4), ComputeConfig(), 16)
   parameters = random_parameters(grouped)
   tokens = ids(9, 2, 16)
 
@@ -173,7 +163,7 @@ def test_shared_key_heads_equal_repeated_ones(style, random_parameters):
 
 
 def test_padded_ids_are_never_predicted_and_never_learned(style, random_parameters):
-  plan = abstract_model(style, 16)
+  plan = abstract_model(style, ComputeConfig(), 16)
   parameters = random_parameters(plan)
   assert parameters['tokens/table'].shape[0] == 64 > style.vocab_size
   probabilities = jax.nn.softmax(jax.jit(plan.merge(parameters).__call__)(ids(10, 2, 16)))
@@ -186,7 +176,7 @@ def test_padded_ids_are_never_predicted_and_never_learned(style, random_paramete
 
 def test_bfloat16_computes_close_to_float32_and_keeps_float32_parameters(style, random_parameters, matrix_products):
   def run(dtype):
-    plan = abstract_model(dataclasses.replace(style, compute_dtype=dtype), 16)
+    plan = abstract_model(style, ComputeConfig(dtype=dtype), 16)
     parameters = random_parameters(plan)
     tokens = jnp.asarray(ids(7, 2, 17))
     traced = jax.make_jaxpr(lambda parameters: plan.merge(parameters)(tokens))(parameters)

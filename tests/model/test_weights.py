@@ -1,88 +1,113 @@
-"""Where gradients of weights go, in which type they are summed on the way, and what crosses which network."""
+"""How weights are read and where their gradients go: the dtype of sums, what a stage gathers, and what crosses which network."""
 
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny import batch
 
-from gptjax.config import MeshConfig
-from gptjax.model import Copy, abstract_model
+from gptjax.config import ComputeConfig, MeshConfig
+from gptjax.model import abstract_model
 from gptjax.model.weights import lookup, product
-from gptjax.sharding import make_mesh, place
+from gptjax.planning.collectives import collectives
+from gptjax.sharding import ROWS, local_rows, make_mesh, sum_over_rows
+from gptjax.training import next_token
+from gptjax.training.step import summed_gradients
 
 
 def kernel(weight, axes=('embed', ('mlp', 32)), dtype='bfloat16'):
-  return nnx.Param(weight, axes=axes, dtype=dtype)
+  return nnx.Param(weight, axes=axes, dtype=dtype, size=weight.shape[0])
 
 
 def draw(*shape, seed=0):
   return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
+def place(mesh, array, *names):
+  return jax.device_put(array, jax.NamedSharding(mesh, jax.P(*names)))
+
+
 @pytest.mark.parametrize('mesh', ['1x1', '4x2'], indirect=True)
 @pytest.mark.parametrize('transposed', [False, True])
 def test_gradients_of_bfloat16_products_are_summed_in_float32(transposed, mesh):
   # bfloat16 holds 3 digits: a sum rounded to it anywhere would be off by more than 1e-3.
-  axes = (('mlp', 32), 'embed') if transposed else ('embed', ('mlp', 32))
-  x = place(mesh, draw(512, 16), 'batch', None).astype(jnp.bfloat16)
-  dy = place(mesh, draw(512, 32, seed=1), 'batch', ('mlp', 32)).astype(jnp.bfloat16)
-  w = place(mesh, draw(32, 16) if transposed else draw(16, 32), *axes)
-  run = lambda x, w, dy: jax.vjp(lambda w: product(x, kernel(w, axes), 'batch', transposed), w)[1](dy)[0]
-  gradient = jax.jit(run)(x, w, dy)
+  axes, split = ((('mlp', 32), 'embed'), ('model', None)) if transposed else (('embed', ('mlp', 32)), (None, 'model'))
+  x = place(mesh, draw(512, 16), *ROWS).astype(jnp.bfloat16)
+  dy = place(mesh, draw(512, 32, seed=1), *ROWS, 'model').astype(jnp.bfloat16)
+  w = place(mesh, draw(32, 16) if transposed else draw(16, 32), *split)
+
+  def local(x, w, dy):
+    return sum_over_rows(jax.vjp(lambda w: product(x, kernel(w, axes), None, transposed), w)[1](dy)[0])
+  gradient = jax.jit(local_rows(local, (ROWS, jax.P(), ROWS), jax.P()))(x, w, dy)
   exact = np.asarray(x, np.float64).T @ np.asarray(dy, np.float64)
   assert gradient.dtype == jnp.float32
   np.testing.assert_allclose(gradient, exact.T if transposed else exact, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize('mesh', ['1x1', '4x2'], indirect=True)
-def test_gradients_of_a_table_are_summed_in_float32(mesh):
-  axes = (('vocab', 8), 'embed')
+@pytest.mark.parametrize('rows', [None, 'model'])
+def test_rows_of_a_table_are_looked_up_and_their_gradients_summed_in_float32(rows, mesh):
+  axes, table = (('vocab', 8), 'embed'), draw(8, 16)
   ids = np.random.default_rng(2).integers(0, 8, 512, np.int32)
-  dy = place(mesh, draw(512, 16), 'batch', None).astype(jnp.bfloat16)
-  run = lambda w, ids, dy: jax.vjp(lambda w: lookup(kernel(w, axes), ids, 'batch'), w)[1](dy)[0]
-  gradient = jax.jit(run)(place(mesh, draw(8, 16), *axes), place(mesh, ids, 'batch'), dy)
+  dy = place(mesh, draw(512, 16), *ROWS).astype(jnp.bfloat16)
+
+  def local(w, ids, dy):
+    found, backward = jax.vjp(lambda w: jax.reshard(lookup(kernel(w, axes), ids, rows), jax.P(None, None)), w)
+    return found, sum_over_rows(backward(dy)[0])
+  run = jax.jit(local_rows(local, (jax.P(), ROWS, ROWS), (ROWS, jax.P())))
+  found, gradient = run(place(mesh, table, 'model'), place(mesh, ids, *ROWS), dy)
+  np.testing.assert_array_equal(found, jnp.asarray(table, jnp.bfloat16)[ids])
   exact = np.zeros((8, 16))
   np.add.at(exact, ids, np.asarray(dy, np.float64))
   np.testing.assert_allclose(gradient, exact, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize('mesh', ['4x2'], indirect=True)
-def test_the_gradient_of_a_copy_lies_where_its_zeros_do(mesh):
-  x = place(mesh, draw(64, 16), 'batch', None)
-  whole = place(mesh, draw(16, 32), 'embed', 'mlp')
-  zeros = jax.device_put(jnp.zeros((16, 32)), jax.sharding.NamedSharding(mesh, jax.P('data', 'model')))
-  total = lambda w: jnp.sum(jnp.square(product(x, kernel(w, dtype='float32'), 'batch')))
-  plain = jax.jit(jax.grad(total))(whole)
-  apart = jax.jit(jax.grad(lambda zeros: total(Copy(whole, zeros))))(zeros)
-  assert apart.sharding.spec == jax.P('data', 'model') and plain.sharding.spec == jax.P(None, 'model')
-  np.testing.assert_allclose(apart, plain, rtol=1e-5, atol=1e-4)
+def exchanges(style, sizes, stage, microbatches, **compute):
+  """Collectives of a compiled gradient, without those of small arrays, and the bytes of all parameters."""
+  with jax.set_mesh(mesh := make_mesh(MeshConfig(*sizes))):
+    plan = abstract_model(style, ComputeConfig(**compute), 16)
+    shardings, rows = plan.shardings(stage, mesh), batch(8 * microbatches)
+    parameters = {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=shardings[name]) for name, s in plan.shapes.items()}
+    placed = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, ROWS)) for name, x in rows.items()}
+    run = jax.jit(summed_gradients(plan, next_token(), stage, mesh, microbatches))
+    text = run.lower(parameters, placed, jax.random.key(0)).compile().as_text()
+    return [one for one in collectives(text, mesh.shape) if one.payload > 4], sum(4 * s.size for s in plan.shapes.values())
 
 
-def test_what_crosses_replicas_is_the_part_that_a_device_keeps():
-  axes = (('vocab', 64), 'embed')
-  with jax.set_mesh(mesh := make_mesh(MeshConfig(4, 1, replica=2))):
-    table = jax.device_put(draw(64, 16), jax.sharding.NamedSharding(mesh, jax.P('data', None)))
-    arrays = table, place(mesh, np.zeros(64, np.int32), 'batch'), place(mesh, draw(64, 16), 'batch', None)
-    run = lambda w, ids, dy: jax.vjp(lambda w: lookup(kernel(w, axes, 'float32'), ids, 'batch'), w)[1](dy)[0]
-    text = jax.jit(run).lower(*arrays).compile().as_text()
-  # Devices i and i + 4 stand in for each other, and send a quarter of the table.
-  reduced = re.findall(r'= f32\[(\d+),16\]\S* all-reduce\(.*replica_groups=\{\{0,4\}', text)
-  assert reduced == ['16'], text
+@pytest.mark.parametrize('style', ['modern'], indirect=True)
+@pytest.mark.parametrize('stage', [0, 1])
+def test_stages_0_and_1_reduce_gradients_once_per_step_however_many_microbatches(style, stage):
+  kind = 'reduce-scatter' if stage else 'all-reduce'
+  for microbatches in (1, 4):
+    found, parameters = exchanges(style, (8, 1), stage, microbatches, scan=True)
+    assert 1.0 <= sum(one.payload * one.trips for one in found) / parameters <= 1.02, (microbatches, found)
+    assert {one.kind for one in found} <= {kind, 'all-reduce'} and all(one.trips == 1 for one in found)
 
 
-@pytest.mark.parametrize('mesh', ['8x1'], indirect=True)
+@pytest.mark.parametrize('style', ['modern'], indirect=True)
+def test_stages_2_and_3_scatter_with_every_microbatch_and_stage_3_gathers_twice(style):
+  for stage in (2, 3):
+    found, parameters = exchanges(style, (8, 1), stage, 2, scan=True)
+    sent = lambda kind: sum(one.payload * one.trips for one in found if one.kind == kind) / parameters
+    assert 1.9 < sent('reduce-scatter') <= 2.02, found  # small parameters are all-reduced once
+    assert sent('all-reduce') < 0.05
+    # Blocks forward and backward, embedding and head once, of two microbatches.
+    assert sent('all-gather') == 0 if stage == 2 else 2 < sent('all-gather') < 4
+
+
+@pytest.mark.parametrize('style', ['modern'], indirect=True)
+def test_what_crosses_replicas_is_the_shard_that_a_device_keeps(style):
+  found, parameters = exchanges(style, (4, 1, 2), 3, 1)
+  crossing = sum(one.payload for one in found if one.axes == ('replica',))
+  assert crossing / parameters == pytest.approx(1 / 4, abs=0.02)
+
+
 @pytest.mark.parametrize('changes', [{'scan': False}, {'scan': False, 'remat': 'full'}, {'scan': True}], ids=str)
-def test_stage_3_gathers_a_matrix_for_each_pass_and_keeps_none(style, changes, mesh):
-  plan = abstract_model(dataclasses.replace(style, layers=2, mlp_width=80, **changes), 16)
-  shardings = plan.shardings(3, mesh)
-  parameters = {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=shardings[name]) for name, s in plan.shapes.items()}
-  tokens = place(mesh, np.zeros((8, 16), np.int32), 'batch', None)
-  loss = lambda parameters, tokens: jnp.sum(plan.merge(parameters).hidden(tokens)[0])
-  text = jax.jit(jax.grad(loss)).lower(parameters, tokens).compile().as_text()
-  gathered = re.findall(r'= f32\[(?:1,)?32,80\]\S* all-gather\(', text)
-  # Forward and backward: of each layer, or in the bodies of two loops; the feed-forward layer has one such matrix, or two if gated.
-  assert len(gathered) == 2 * (1 if changes['scan'] else 2) * (2 if style.mlp == 'swiglu' else 1), gathered
+def test_stage_3_gathers_a_matrix_for_each_pass_and_keeps_none(style, changes):
+  found, _ = exchanges(dataclasses.replace(style, layers=2, mlp_width=80), (8, 1), 3, 1, **changes)
+  matrix = [one for one in found if one.kind == 'all-gather' and one.payload == 4 * 32 * 80]
+  # Forward and backward of each of two layers; the feed-forward layer has two such matrices, or three if gated.
+  assert sum(one.trips for one in matrix) == 2 * 2 * (3 if style.mlp == 'swiglu' else 2), matrix

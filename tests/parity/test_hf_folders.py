@@ -9,9 +9,9 @@ from tiny import files_below, run, write_text
 
 from gptjax.config import UserError
 from gptjax.data.tokenizers import ByteTokenizer
-from gptjax.interop import Check, Export, Import, comparison, export_run, import_folder, importing
-from gptjax.interop.folders import read_tensors
-from gptjax.interop.matching import raw
+from gptjax.interop import Check, comparison, export_run, import_folder, importing
+from gptjax.interop.matching import bits
+from gptjax.interop.tensor_files import read_tensors
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
@@ -32,12 +32,12 @@ def saved(tmp_path):
 
 def test_a_folder_of_transformers_goes_in_and_out(saved, tmp_path):
   assert len(list(saved.glob('*.safetensors'))) > 1
-  for words in (import_folder(saved, tmp_path / 'run', Import(check=Check('transformers'))),
-                export_run(tmp_path / 'run', tmp_path / 'out', Export(check=Check('transformers', prompt='any text'), shard_bytes=50_000))):
+  for words in (import_folder(saved, tmp_path / 'run', check=Check('transformers')),
+                export_run(tmp_path / 'run', tmp_path / 'out', check=Check('transformers', prompt='any text'), shard_bytes=50_000)):
     assert float(words.split('largest difference of logits ')[1].split()[0]) < 1e-4
     assert abs(float(words.split('mean KL ')[1].split()[0])) < 1e-8
   one, other = read_tensors(saved), read_tensors(tmp_path / 'out')
-  assert one.keys() == other.keys() and all(np.array_equal(raw(one[name].view()), raw(other[name].view())) for name in one)
+  assert one.keys() == other.keys() and all(np.array_equal(bits(one[name].view()), bits(other[name].view())) for name in one)
   theirs = [transformers.AutoModelForCausalLM.from_pretrained(folder) for folder in (saved, tmp_path / 'out')]
   assert theirs[0].dtype == theirs[1].dtype == torch.bfloat16
   same = zip(*(model.state_dict().items() for model in theirs), strict=True)
@@ -46,22 +46,22 @@ def test_a_folder_of_transformers_goes_in_and_out(saved, tmp_path):
 
 def test_logits_that_differ_leave_nothing(saved, tmp_path, monkeypatch):
   monkeypatch.setattr(importing, 'our_logits', lambda *args: comparison.our_logits(*args) + np.float32(0.01))
-  with pytest.raises(UserError, match='--check=transformers: .*1.00e-02.*nothing is kept'):
-    import_folder(saved, tmp_path / 'run', Import(check=Check('transformers')))
+  with pytest.raises(UserError, match='--check=transformers: .*1.00e-02.*nothing was written'):
+    import_folder(saved, tmp_path / 'run', check=Check('transformers'))
   assert [path.name for path in tmp_path.iterdir()] == ['in']
 
 
 def test_what_transformers_does_not_open_is_an_error_line(saved, tmp_path, monkeypatch):
   values = json.loads((saved / 'config.json').read_text())
   (saved / 'config.json').write_text(json.dumps(values | {'attention_dropout': 'none'}))
-  with pytest.raises(UserError, match='a folder that transformers opens'):
-    import_folder(saved, tmp_path / 'run', Import(check=Check('transformers')))
+  with pytest.raises(UserError, match='a folder that transformers can load'):
+    import_folder(saved, tmp_path / 'run', check=Check('transformers'))
   assert [path.name for path in tmp_path.iterdir()] == ['in']
 
 
 def test_a_run_trained_here_opens_in_transformers(tmp_path):
   run(tiny_config(write_text(tmp_path / 'text.txt'), steps=3, eval__every=0), tmp_path / 'run', tmp_path / 'cache')
-  words = export_run(tmp_path / 'run', tmp_path / 'out', Export(dtype='bfloat16', check=Check('transformers')))
+  words = export_run(tmp_path / 'run', tmp_path / 'out', dtype='bfloat16', check=Check('transformers'))
   assert float(words.split('largest difference of logits ')[1].split()[0]) < 1e-5
   model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / 'out')
   assert model.dtype == torch.bfloat16 and model.config.eos_token_id == 1

@@ -17,6 +17,7 @@ import tokenizers  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
+from gptjax.config import ComputeConfig  # noqa: E402
 from gptjax.data.tokenizers import Gpt2Tokenizer  # noqa: E402
 from gptjax.evaluation.harness import HarnessModel  # noqa: E402
 from gptjax.interop import FAMILIES, Fields  # noqa: E402
@@ -52,7 +53,7 @@ def both(request, tokenizer, one_device, monkeypatch):
   shape = {key: value for key, value in shape.items() if key != ('n_positions' if name == 'llama' else 'max_position_embeddings')}
   reference = test_families.reference(name, shape)
   config, context = FAMILIES[name].read(Fields(reference.config.to_dict() | {'architectures': [type(reference).__name__]}))
-  plan = abstract_model(config, context)
+  plan = abstract_model(config, ComputeConfig(), context)
   values = test_families.ours(name, config, {key: p.detach().numpy() for key, p in reference.named_parameters()})
   ours = HarnessModel(plan, one_device, tokenizer[0], 256)
   ours.use(jax.device_put(values, plan.shardings(0, one_device)))

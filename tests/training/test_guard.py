@@ -110,7 +110,7 @@ def bad_steps(workdir):
 def test_stop_ends_the_run_and_names_the_batch(settings, cache, tmp_path, spoil):
   straight = run(settings, tmp_path / 'straight', cache)
   spoil(8)
-  with pytest.raises(UserError, match=r'^loss: nan, expected: .*step 8 is bad.*rows 28 to 31; its update was not made$'):
+  with pytest.raises(UserError, match=r'^loss: nan, expected: .*step 8 is bad.*rows 28 to 31; its update was not applied$'):
     train(settings, options(tmp_path / 'run', cache))
   assert bad_steps(tmp_path / 'run') == [{'step': 8, 'rows': [28, 32], 'loss': None, 'grad_norm': None, 'action': 'stop'}]
   assert records(tmp_path / 'run') == [line for line in straight if line['step'] < 8]
@@ -264,7 +264,7 @@ def test_a_copy_that_differs_is_found_on_its_device(mesh, zero_stage):
   changed = jax.make_array_from_single_device_arrays(array.shape, array.sharding, [
     jax.device_put(part, device) for part, device in zip(parts, devices)])
   assert check(state._replace(parameters=state.parameters | {name: changed})) == (
-    f'copies: parameters/{name} on device {devices[5].id} of process 0 differ')
+    f'replicas: parameters/{name} on device {devices[5].id} of process 0 differ')
 
 
 @pytest.mark.parametrize('action, zero_stage', [('rollback', 0), ('skip', 3)])

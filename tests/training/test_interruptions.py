@@ -97,10 +97,10 @@ def test_a_hang_ends_with_every_stack_and_a_second_signal_at_once(settings, cach
     other.send_signal(signal.SIGTERM)
     time.sleep(0.5)
   said = other.communicate(timeout=10)[1]
-  assert other.returncode == -signal.SIGTERM and 'once more ends at once' in said
+  assert other.returncode == -signal.SIGTERM and 'a second signal ends at once' in said
   said = process.communicate(timeout=60)[1]
   assert process.returncode == 1
-  assert 'error: hang: no step, batch or save was done for 8 s' in said and 'in stuck' in said
+  assert 'error: hang: no step, batch or save was completed in 8 s' in said and 'in stuck' in said
   assert 'in stuck' in (tmp_path / 'run' / 'stacks-0.txt').read_text()
 
 
@@ -117,7 +117,7 @@ def test_wishes_of_all_processes_are_agreed_upon_a_step_later():
     assert [agree(request) for request in (StopRequest.NONE, StopRequest.SAVE, StopRequest.STOP, StopRequest.NONE, StopRequest.NONE)] == [
       StopRequest.NONE, StopRequest.NONE, StopRequest.SAVE, StopRequest.STOP, StopRequest.NONE]
     agree(StopRequest.SAVE)
-    agree.forget()  # all saved: nobody wishes for that twice
+    agree.reset()  # all saved: no request is fulfilled twice
     assert agree(StopRequest.NONE) == StopRequest.NONE
 
 
@@ -125,7 +125,7 @@ def test_a_save_that_all_agreed_upon_is_made_once():
   mesh = make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
     interruptions = Interruptions(mesh)
-    interruptions._agree = _Consensus(mesh)  # as where several processes are
+    interruptions._consensus = _Consensus(mesh)  # as where several processes are
     interruptions.save_in(0.0)
     assert [interruptions.poll(), interruptions.poll()] == [StopRequest.NONE, StopRequest.SAVE]
     interruptions.saved()
@@ -170,7 +170,7 @@ def cloud():
 
 
 @pytest.mark.parametrize('last, said', [
-  ({'preempted': 'TRUE'}, 'takes the machine back'), ({'maintenanceEvent': 'TERMINATE_ON_HOST_MAINTENANCE'}, 'for maintenance')])
+  ({'preempted': 'TRUE'}, 'preempts the machine'), ({'maintenanceEvent': 'TERMINATE_ON_HOST_MAINTENANCE'}, 'for maintenance')])
 def test_google_says_when_a_machine_is_taken_back(last, said, cloud):
   host, answers, asked = cloud
   answers['GET', '/computeMetadata/v1/instance/'] = [
@@ -184,7 +184,7 @@ def test_google_says_when_a_machine_is_taken_back(last, said, cloud):
 
 def test_ec2_says_when_a_machine_is_taken_back(cloud, monkeypatch):
   from gptjax.distributed import notices
-  monkeypatch.setattr(notices, '_EVERY', 0.01)
+  monkeypatch.setattr(notices, '_INTERVAL', 0.01)
   host, answers, asked = cloud
   answers['PUT', '/latest/api/token'] = [(200, 'secret')]
   answers['GET', '/latest/meta-data/spot/instance-action'] = [
@@ -211,7 +211,7 @@ def test_a_machine_of_no_cloud_asks_nobody():
 
 def test_two_runs_do_not_share_a_workdir(settings, cache, tmp_path):
   run(settings, tmp_path / 'run', cache, stop_at=2)
-  with lock(tmp_path / 'run'), pytest.raises(UserError, match=rf'no other run works in; in this one is process {os.getpid()} on '):
+  with lock(tmp_path / 'run'), pytest.raises(UserError, match=rf'no other run uses; this one is locked by process {os.getpid()} on '):
     train(settings, options(tmp_path / 'run', cache))
   assert records(tmp_path / 'run')[-1]['step'] == 2
   assert run(settings, tmp_path / 'run', cache)[-1]['step'] == 8  # what a dead one left is in nobody's way

@@ -119,7 +119,7 @@ def test_lines_that_find_the_disk_full_wait_for_space(tmp_path, capsys):
     book.flush()
     assert [json.loads(line)['step'] for line in complete_lines(disk / 'metrics.jsonl')] == [*range(1, 501)]
     book.close()
-  assert capsys.readouterr().err.count('its lines wait in memory') == 1
+  assert capsys.readouterr().err.count('its lines stay in memory') == 1
 
 
 def test_the_terminal_has_a_line_a_step_on_stderr(open_book, capsys):

@@ -1,0 +1,221 @@
+"""The fields of a config by dotted name ('model.layers'): types, values, JSON.
+
+Flags, recipes, JSON files and sweeps all go through `override`, so a field is checked in the same way wherever its value comes from.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+import sys
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from gptjax.config.errors import UserError
+from gptjax.config.schema import Config, Duration
+
+Value = int | float | str | tuple
+"""Type of a field's value; bool is an int, and a tuple holds dataclasses or values."""
+
+BOOLEANS = {'true': True, '1': True, 'yes': True, 'false': False, '0': False, 'no': False}
+
+
+def _hints(group: Any, prefix: str = '') -> dict[str, Any]:
+  found: dict[str, Any] = {}
+  for name, hint in typing.get_type_hints(group).items():
+    found |= _hints(hint, f'{prefix}{name}.') if dataclasses.is_dataclass(hint) else {prefix + name: hint}
+  return found
+
+
+FIELDS = _hints(Config)
+"""Dotted name -> type, in the order of the schema."""
+
+
+def flatten(config: Any, prefix: str = '') -> dict[str, Value]:
+  """Returns {dotted name: value}, in the order of the schema."""
+  flat: dict[str, Any] = {}
+  for field in dataclasses.fields(config):
+    name, value = prefix + field.name, getattr(config, field.name)
+    flat |= flatten(value, f'{name}.') if dataclasses.is_dataclass(value) else {name: value}
+  return flat
+
+
+def _flatten_json(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  flat: dict[str, Any] = {}
+  for name, value in tree.items():
+    flat |= _flatten_json(value, f'{prefix}{name}.') if isinstance(value, dict) else {prefix + name: value}
+  return flat
+
+
+def differences(a: Config, b: Config) -> dict[str, tuple[Value, Value]]:
+  """Returns {dotted name: (value in a, value in b)} of the fields that differ."""
+  ours, theirs = flatten(a), flatten(b)
+  return {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
+
+
+def override(config: Config, values: Mapping[str, object], where: str = '') -> Config:
+  """Returns a config with some values replaced. It is validated after all of them are in place.
+
+  Args:
+    config: provides the other values.
+    values: by dotted name, with the types of the schema: {'model.width': 96, 'model.heads': 3}.
+    where: prefix of names in errors: '--config.', or a file and a colon.
+
+  Raises:
+    UserError: an unknown name, a value of a wrong type, or an invalid value.
+  """
+  for name, value in values.items():
+    if name not in FIELDS:
+      raise _unknown(name, value, where)
+  return _rebuild(config, {name: checked(FIELDS[name], value, where + name) for name, value in values.items()})
+
+
+def checked(hint: Any, value: Any, name: str) -> Any:
+  """Converts a value to the type of its hint: JSON's lists and objects become tuples and dataclasses.
+
+  Raises:
+    UserError: a value of a wrong type; the error calls it `name`.
+  """
+  if item := item_type(hint):
+    if not isinstance(value, (list, tuple)):
+      raise UserError(name, value, expected(hint))
+    return tuple(checked(item, one, f'{name}[{index}]') for index, one in enumerate(value))
+  if dataclasses.is_dataclass(hint):
+    return _checked_object(hint, value, name)
+  if not _accepts(hint, value):
+    raise UserError(name, value, expected(hint), map(str, choices(hint)))
+  return float(value) if hint is float else value
+
+
+def _checked_object(hint: Any, value: Any, name: str) -> Any:
+  hints = typing.get_type_hints(hint)
+  if isinstance(value, hint):
+    value = {field: getattr(value, field) for field in hints}
+  if not isinstance(value, dict):
+    raise UserError(name, value, f'an object with {", ".join(hints)}')
+  for field in value:
+    if field not in hints:
+      raise UserError(f'{name}.{field}', value[field], ', '.join(hints), list(hints), field)
+  for field in dataclasses.fields(hint):
+    if field.default is dataclasses.MISSING and field.name not in value:
+      raise UserError(f'{name}.{field.name}', None, f'{expected(hints[field.name])}; the field is missing')
+  return hint(**{field: checked(hints[field], one, f'{name}.{field}') for field, one in value.items()})
+
+
+def _rebuild(group: Any, values: Mapping[str, object], prefix: str = '') -> Any:
+  new = {}
+  for field in dataclasses.fields(group):
+    name, old = prefix + field.name, getattr(group, field.name)
+    new[field.name] = _rebuild(old, values, f'{name}.') if dataclasses.is_dataclass(old) else values.get(name, old)
+  return dataclasses.replace(group, **new)
+
+
+def _unknown(name: str, value: object, where: str) -> UserError:
+  parts = name.split('.')
+  levels = ('.'.join([*parts[:n], '']) for n in range(len(parts), -1, -1))
+  level = next(level for level in levels if any(known.startswith(level) for known in FIELDS))
+  here = dict.fromkeys(known[len(level):].partition('.')[0] for known in FIELDS if known.startswith(level))
+  if level == f'{name}.':
+    return UserError(where + name, value, f'one of its fields, since it is a group: {", ".join(here)}')
+  return UserError(where + name, value, ', '.join(here), suggestions(where if where.startswith('--') else ''), name)
+
+
+def suggestions(prefix: str) -> dict[str, str]:
+  """Returns {text that a mistyped name may resemble: name to suggest}.
+
+  People also leave out the groups of a field (kv_heads) or most of its name (lr), so the ends of names are included.
+  """
+  ends = {re.split('[._]', name)[-1]: prefix + name for name in reversed(FIELDS)}  # reversed: the first field wins
+  ends |= {name.rpartition('.')[2]: prefix + name for name in reversed(FIELDS)}
+  return ends | {name: prefix + name for name in FIELDS}
+
+
+def choices(hint: Any) -> tuple[Any, ...]:
+  """Returns the values of a Literal, else ()."""
+  return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+
+
+def item_type(hint: Any) -> Any:
+  """Returns the type of the items of a tuple[type, ...], else None."""
+  return typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
+
+
+def _accepts(hint: Any, value: object) -> bool:
+  if choices(hint):
+    return value in choices(hint)
+  if isinstance(value, bool) or hint is bool:
+    return isinstance(value, bool) and hint is bool
+  if hint is float:
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max  # an int may be larger than any
+  return isinstance(value, hint)
+
+
+def expected(hint: Any) -> str:
+  """Describes the valid values of a hint, for an error."""
+  if choices(hint):
+    return ', '.join(map(str, choices(hint)))
+  if item := item_type(hint):
+    if not dataclasses.is_dataclass(item):
+      return 'a JSON list'
+    first = next(iter(typing.get_type_hints(item)))
+    return f"a JSON list of objects with {', '.join(typing.get_type_hints(item))}, as '[{{\"{first}\": ...}}]'"
+  words = {int: 'an integer', float: 'a number', bool: 'true or false', str: 'text'}
+  return words.get(hint, "a count of steps (2000), or one with its unit: '1.5e6 tokens', '3 epochs'")
+
+
+def parse(hint: Any, text: str | None) -> object:
+  """Parses a flag's text; returns invalid text unchanged, which `override` then rejects."""
+  if text is None or hint is None:
+    return text
+  if choices(hint):
+    return {str(choice): choice for choice in choices(hint)}.get(text, text)
+  if hint is bool:
+    return BOOLEANS.get(text.lower(), text)
+  try:
+    return json.loads(text) if item_type(hint) else int(text) if hint == Duration else hint(text)
+  except (ValueError, RecursionError):  # RecursionError: JSON that is nested too deeply
+    return text
+
+
+def to_json(config: Config) -> str:
+  """Returns a config as JSON text, nested as in the schema; `from_json` is the inverse."""
+  return json.dumps(dataclasses.asdict(config), indent=2) + '\n'
+
+
+def from_json(text: str, file: str = 'config.json') -> Config:
+  """Returns the config that `to_json` wrote.
+
+  Raises:
+    UserError: invalid JSON, or a field that is unknown, missing or of a wrong type; the error names `file`.
+  """
+  try:
+    tree = json.loads(text)
+  except json.JSONDecodeError as error:
+    line = text.split('\n')[error.lineno - 1]
+    raise UserError(f'{file}:{error.lineno}', line[:80], f'JSON ({error.msg})') from error
+  except (ValueError, RecursionError) as error:  # a number that is too long for Python, nesting that is too deep
+    raise UserError(file, text[:80], f'JSON of a config ({error})') from error
+  if not isinstance(tree, dict):
+    raise UserError(file, tree, 'an object of config fields')
+  values = _flatten_json(tree)
+  config = override(Config(), values, where=f'{file}: ')
+  for name, hint in FIELDS.items():
+    if name not in values:
+      raise UserError(f'{file}: {name}', None, f'{expected(hint)}; the field is missing')
+  return config
+
+
+def read_config(folder: pathlib.Path) -> Config:
+  """Returns the config of a run or checkpoint from its folder.
+
+  Raises:
+    UserError: there is no config.json, or it is damaged.
+  """
+  file = folder / 'config.json'
+  try:
+    return from_json(file.read_text(encoding='utf-8'), str(file))
+  except FileNotFoundError:
+    raise UserError('--workdir', str(folder), 'a folder that gptjax.train made, with its config.json') from None
+  except UnicodeDecodeError as error:
+    raise UserError(str(file), str(error), 'JSON of a config, in UTF-8') from None
