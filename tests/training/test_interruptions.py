@@ -204,7 +204,7 @@ def test_a_notice_ends_a_run_as_a_signal_does(settings, cache, tmp_path, cloud, 
   slower = loop._Loop._after_step
   monkeypatch.setattr(loop._Loop, '_after_step', lambda self, last: (time.sleep(0.2), slower(self, last))[1])
   assert train(settings, options(tmp_path, cache)) == REQUEUE_EXIT_CODE
-  assert 'Google Cloud takes the machine back: saved step' in capsys.readouterr().err
+  assert 'Google Cloud preempts the machine: saved step' in capsys.readouterr().err
 
 
 def test_a_machine_of_no_cloud_asks_nobody():
