@@ -18,7 +18,7 @@ from gptjax.interop import FAMILIES, Fields
 from gptjax.interop.matching import bits, match
 from gptjax.interop.tensor_files import DTYPES, Entry, Writer, read_tensors
 from gptjax.model import abstract_model
-from tools.bars.record import Result, bar, given, python
+from tests.acceptance.record import Result, bar, given, python
 
 _DECODER = {'vocab_size': 50261, 'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 3, 'num_attention_heads': 4,
             'num_key_value_heads': 2, 'max_position_embeddings': 64, 'head_dim': 8}
