@@ -18,7 +18,7 @@ from scipy.special import log_softmax
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import ComputeConfig, UserError
 from gptjax.data import Tokenizer
-from gptjax.data.progress import Work, announce
+from gptjax.data.progress import ProgressBar, announce
 from gptjax.interop.matching import Match, bits
 from gptjax.interop.tensor_files import Entry
 from gptjax.sharding import local_rows
@@ -79,7 +79,7 @@ def compare_tensors(checkpoints: Checkpoints, step: int, match: Match, mesh: Mes
   Raises:
     UserError: a tensor differs.
   """
-  with Work('compare', sum(entries[tensor.name].bytes for tensor in match.tensors), 'bytes') as work:
+  with ProgressBar('compare', sum(entries[tensor.name].bytes for tensor in match.tensors), 'bytes') as work:
     for names, tensors in match.groups():
       parameters = restored(checkpoints, step, match.plan, mesh, names)
       for tensor in tensors:
