@@ -10,7 +10,7 @@ from typing import Any
 from absl import flags, logging
 
 from gptjax import config as configs
-from gptjax import distributed
+from gptjax import distributed, heap
 from gptjax.cache import cache_dir
 from gptjax.config import Config
 
@@ -34,6 +34,8 @@ def start(config: Config | None = None) -> Path:
   Args:
     config: of the run; must be equal in all processes.
   """
+  if CPU_DEVICES.value or heap.runs_on_cpu():
+    heap.keep_freed_memory()  # first, because a thread that is already running may have an arena of its own
   logging.set_verbosity(logging.FATAL)  # failures are raised as well
   sys.unraisablehook = _report_unraisable
   cache = cache_dir()

@@ -1,7 +1,8 @@
-"""Learning rate and optimizers: AdamW and Muon from optax, told which parameter plays which role."""
+"""Learning rate, optimizers and their update: AdamW and Muon from optax, applied by the role of each parameter."""
 
 import functools
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax.sharding import PartitionSpec
 from optax import contrib
 
 from gptjax.config import MATRIX_AXIS, STATE_AXIS, OptimizerConfig
+from gptjax.training.guard import select
 
 
 @functools.lru_cache(maxsize=16)
@@ -45,8 +47,10 @@ def orthogonalized(name: str) -> bool:
 @functools.lru_cache(maxsize=16)
 def make_optimizer(config: OptimizerConfig, **durations: int) -> optax.GradientTransformation:
   """Clipping by global norm (arXiv:1211.5063), then AdamW or Muon; `durations` are those of `schedule`."""
-  adamw = optax.adamw(schedule(config, config.peak_lr, **durations), config.b1, config.b2, config.eps,
-                      weight_decay=config.weight_decay, mask=_by_name(decays))
+  adamw = optax.chain(
+    _scale_by_adam(config.b1, config.b2, config.eps),
+    optax.add_decayed_weights(config.weight_decay, _by_name(decays)),
+    optax.scale_by_learning_rate(schedule(config, config.peak_lr, **durations)))
   if config.name == 'adamw':
     rest = adamw
   else:
@@ -56,8 +60,65 @@ def make_optimizer(config: OptimizerConfig, **durations: int) -> optax.GradientT
       optax.add_decayed_weights(config.weight_decay),
       optax.scale_by_learning_rate(schedule(config, config.muon_lr, **durations)))
     rest = optax.partition({True: muon, False: adamw}, _by_name(orthogonalized))
-  clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()  # a resumed run may switch it
+  clip = _clip_by_global_norm(config.clip) if config.clip else optax.identity()  # a resumed run may switch it
   return optax.chain(clip, rest)
+
+
+def update(optimizer: optax.GradientTransformation, gradient: Any, norm: jax.Array, good: jax.Array, state: Any,
+           parameters: Any) -> tuple[Any, Any]:
+  """The parameters and the optimizer's state after a step; a bad step leaves both as they were, bit by bit.
+
+  Args:
+    optimizer: from `make_optimizer`, or any of optax's.
+    gradient: of the mean loss, sharded like the parameters.
+    norm: global norm of the gradient.
+    good: whether the step is good.
+    state: of the optimizer.
+    parameters: before the step.
+  """
+  updates, new = optax.with_extra_args_support(optimizer).update(gradient, state, parameters, norm=norm, good=good)
+  selected = lambda node: isinstance(node, Moments)
+  state = jax.tree.map(lambda new, old: new if selected(new) else select(good, new, old), new, state, is_leaf=selected)
+  return select(good, optax.apply_updates(parameters, updates), parameters), state
+
+
+class Moments(NamedTuple):
+  """State of `_scale_by_adam`, with the fields of optax.ScaleByAdamState."""
+
+  count: jax.Array  # type: ignore[assignment]  # tuple.count, as in optax's
+  """good steps, int32"""
+  mu: Any
+  nu: Any
+
+
+def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
+  """optax.scale_by_adam (arXiv:1412.6980) that leaves its moments as they were if not `good`, and can update them in place.
+
+  The new parameters are computed from the moments that are stored, after selection. If old and new moments were selected later, XLA would
+  compute the new ones a second time for the parameters, and copy the old ones to keep them until then: a twentieth of a step on a CPU.
+  """
+  adam = optax.scale_by_adam(b1, b2, eps)
+
+  def update(updates, state, parameters=None, *, good=True, **_):
+    del parameters
+    _, new = adam.update(updates, optax.ScaleByAdamState(*state))
+    new = select(good, Moments(*new), state)
+    mean, square = (optax.tree.bias_correction(moment, decay, new.count) for moment, decay in ((new.mu, b1), (new.nu, b2)))
+    return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square), new
+
+  return optax.GradientTransformationExtraArgs(lambda parameters: Moments(*adam.init(parameters)), update)
+
+
+def _clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
+  """optax.clip_by_global_norm as a product with one factor, which XLA fuses into what reads the gradient; a division it would write to
+  memory. `norm`: the norm of the updates, where it is known."""
+  def update(updates, state, parameters=None, *, norm=None, **_):
+    del parameters
+    norm = optax.tree.norm(updates) if norm is None else norm
+    factor = jnp.where(norm < limit, 1.0, limit / norm)
+    return jax.tree.map(lambda g: g * factor, updates), state
+
+  return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def _by_name(role):

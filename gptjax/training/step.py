@@ -17,8 +17,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.model import AbstractModel, Parameters, Positions
 from gptjax.sharding import ROWS, AnyMesh, ParameterSpecs, local_rows, row_numbers, sum_over_rows
-from gptjax.training.guard import LossStatistics, initial_statistics, is_good_step, select
+from gptjax.training.guard import LossStatistics, initial_statistics, is_good_step
 from gptjax.training.objective import Batch, ObjectiveFunction
+from gptjax.training.optimizer import update
 
 
 class TrainState(NamedTuple):
@@ -115,14 +116,13 @@ def train_step(model: AbstractModel, objective: ObjectiveFunction, optimizer: op
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     gradient, sums = gradients(state.parameters, batch, key)
     targets = sums.pop('targets')
-    gradient = {name: g / targets for name, g in gradient.items()}
+    norm = optax.tree.norm(gradient) / targets
+    gradient = {name: g * (1 / targets) for name, g in gradient.items()}  # XLA would write g / targets to memory
     parameters = _put(state.parameters, specs, 'optimizer')
     metrics = {name: value / targets for name, value in sums.items()}
-    metrics |= {'grad_norm': optax.global_norm(gradient), 'learning_rate': rate(state.step), 'targets': targets}
-    good, statistics = is_good_step(state.statistics, metrics['loss'], metrics['grad_norm'], spike)
-    updates, moments = optimizer.update(gradient, state.optimizer, parameters)
-    updated = optax.apply_updates(parameters, updates), moments
-    parameters, moments = select(good, updated, (parameters, state.optimizer))
+    metrics |= {'grad_norm': norm, 'learning_rate': rate(state.step), 'targets': targets}
+    good, statistics = is_good_step(state.statistics, metrics['loss'], norm, spike)
+    parameters, moments = update(optimizer, gradient, norm, good, state.optimizer, parameters)
     return TrainState(state.step + 1, _put(parameters, specs, 'stored'), moments, statistics), metrics | {'bad': ~good}
 
   return jax.jit(step, donate_argnums=0)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
+from tiers import full
 from tiny import DURATIONS
 
 from gptjax.checkpoint import Checkpoints, Progress, Retention
@@ -49,7 +50,7 @@ def saved(folder, steps=(1,), config=None, losses=None):
   return checkpoints
 
 
-@pytest.mark.parametrize('source', LAYOUTS[:2])
+@pytest.mark.parametrize('source', [LAYOUTS[0], full(LAYOUTS[1])])
 def test_a_train_state_comes_back_bit_by_bit_on_any_mesh(source, tmp_path):
   state = fill(description(devices=source[0], zero_stage=source[1]))
   checkpoints = Checkpoints(tmp_path / 'checkpoints', Retention())

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from tiers import full
 
 from gptjax.config import ComputeConfig, MeshConfig
 from gptjax.evaluation import LikelihoodScorer, Request
@@ -70,7 +71,7 @@ def test_likelihoods_are_those_of_whole_forward_passes(model, random_parameters,
   assert found[4] == (0, True)  # nothing is certain to follow
 
 
-@pytest.mark.parametrize('mesh, style', [('4x2', 'modern'), ('2x4', 'gpt2')], indirect=True)
+@pytest.mark.parametrize('mesh, style', [('4x2', 'modern'), full('2x4', 'gpt2')], indirect=True)
 def test_likelihoods_are_the_same_on_every_mesh(model, random_parameters, mesh):
   asked = questions()
   got = LikelihoodScorer(model, mesh, 200)(random_parameters(model), asked)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from tiers import full
 from small_stores import make_store, stream
 
 from gptjax.config import ComputeConfig, MeshConfig
@@ -96,7 +97,7 @@ def test_isolation_matters_here(model, random_parameters, held, one_device):
   assert abs(alone.loss - together.loss) > 1e-3
 
 
-@pytest.mark.parametrize('count', [1, 4, 8, 9, 100])
+@pytest.mark.parametrize('count', [full(1), 4, full(8), 9, full(100)])
 def test_a_part_of_the_rows_is_evenly_spaced_and_stands_for_its_bytes(model, plain, random_parameters, held, count):
   rows = rows_of(held)
   assert len(rows) == 9
@@ -108,8 +109,8 @@ def test_a_part_of_the_rows_is_evenly_spaced_and_stands_for_its_bytes(model, pla
   assert sum(told) == len(chosen)
 
 
-@pytest.mark.parametrize('mesh', ['8x1', '4x2'], indirect=True)
-@pytest.mark.parametrize('zero_stage', [0, 3])
+@pytest.mark.parametrize('mesh', [full('8x1'), '4x2'], indirect=True)
+@pytest.mark.parametrize('zero_stage', [full(0), 3])
 def test_a_score_is_the_same_on_all_devices(model, random_parameters, held, mesh, zero_stage):
   got = score(model, random_parameters(model, zero_stage), held, isolate=True, batch_size=8)
   with jax.set_mesh(make_mesh(MeshConfig(1, 1))):

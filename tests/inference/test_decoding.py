@@ -6,6 +6,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from tiers import full
 
 from gptjax.config import ComputeConfig, MeshConfig
 from gptjax.inference import Decoder, Sampling
@@ -65,9 +66,9 @@ def prompts_of(*lengths):
 
 
 @pytest.mark.parametrize('style, scan, changes', [
-  ('gpt2', False, {}), ('modern', True, {}), ('modern', False, {'window': 5}),
-  ('modern', False, {'window': 3, 'global_every': 2, 'layers': 4}),
-  ('modern', False, {'attention_cap': 2.0, 'logit_cap': 3.0, 'norm_at': 'sandwich'})], indirect=['style'], ids=str)
+  ('gpt2', False, {}), ('modern', True, {}), full('modern', False, {'window': 5}),
+  full('modern', False, {'window': 3, 'global_every': 2, 'layers': 4}),
+  full('modern', False, {'attention_cap': 2.0, 'logit_cap': 3.0, 'norm_at': 'sandwich'})], indirect=['style'], ids=str)
 def test_greedy_text_of_unequal_prompts_is_that_of_full_forward_passes(style, scan, changes, one_device, random_parameters):
   model = abstract_model(dataclasses.replace(style, **changes), ComputeConfig(scan=scan), 40)
   parameters = random_parameters(model)
@@ -109,7 +110,7 @@ def test_a_row_is_the_same_alone_and_beside_others(style, one_device, random_par
 
 
 @of_one_style
-@pytest.mark.parametrize('zero_stage', [0, 3])
+@pytest.mark.parametrize('zero_stage', [full(0), 3])
 def test_text_is_the_same_on_one_device_and_spread_over_eight(style, zero_stage, random_parameters):
   model = abstract_model(style, ComputeConfig(), 64)
   texts = []

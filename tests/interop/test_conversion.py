@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from tiers import full
 from tiny import config as tiny_config
 from tiny import files_below, run, small_disk, write_text
 
@@ -214,7 +215,7 @@ def test_a_folder_without_a_tokenizer_needs_another_one(tmp_path):
 
 
 @pytest.mark.parametrize('model', [
-  {}, {'compute__scan': True, 'model__positions': 'rope', 'model__norm': 'rmsnorm', 'model__mlp': 'swiglu', 'model__bias': False,
+  full({}), {'compute__scan': True, 'model__positions': 'rope', 'model__norm': 'rmsnorm', 'model__mlp': 'swiglu', 'model__bias': False,
        'model__tied': False, 'model__kv_heads': 1}])
 def test_a_run_trained_here_becomes_a_folder_of_its_family(tmp_path, model):
   run(tiny_config(write_text(tmp_path / 'text.txt'), steps=2, eval__every=0, **model), tmp_path / 'run', tmp_path / 'cache')

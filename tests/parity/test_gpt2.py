@@ -11,9 +11,8 @@ from gptjax.sharding import put_rows
 from gptjax.training import TrainState, make_optimizer, next_token, schedule, train_step
 from gptjax.training.guard import initial_statistics
 
-HOW = 'needs PyTorch and transformers: pip install -r requirements-parity.txt'
-torch = pytest.importorskip('torch', reason=HOW)
-transformers = pytest.importorskip('transformers', reason=HOW)
+torch = transformers = None
+pytestmark = pytest.mark.full
 
 CONTEXT = 80  # above one block of queries
 CONFIG = ModelConfig(layers=2, width=32, heads=4, vocab_size=50, vocab_multiple=1)

@@ -9,9 +9,8 @@ import pytest
 from gptjax.config import ComputeConfig, ModelConfig, RopeConfig
 from gptjax.model import abstract_model
 
-HOW = 'needs PyTorch and transformers: pip install -r requirements-parity.txt'
-torch = pytest.importorskip('torch', reason=HOW)
-transformers = pytest.importorskip('transformers', reason=HOW)
+torch = transformers = None
+pytestmark = pytest.mark.full
 
 CONTEXT = 80  # above one block of queries
 CONFIG = ModelConfig(

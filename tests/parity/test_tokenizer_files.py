@@ -14,7 +14,7 @@ from gptjax.data.sources.source import Document
 from gptjax.data.tokenizers import SentencePieceTokenizer, Words, load_tokenizer, train_tokenizer
 from gptjax.data.tokenizers.export import merges_from_scores
 
-transformers = pytest.importorskip('transformers')
+transformers = None
 
 ANY = st.lists(st.text() | st.sampled_from(TEXTS) | st.text(alphabet=SAMPLE)).map(''.join)
 CHATS = [
@@ -26,7 +26,7 @@ MARKS = [chr(i) for i in range(0x110000) if not 0xd800 <= i < 0xe000 and i % 7 =
 
 
 @pytest.fixture(scope='module', autouse=True)
-def quiet():
+def quiet(references):
   transformers.logging.set_verbosity_error()
 
 

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 
-from gptjax.config import ModelConfig, OptimizerConfig
+from gptjax.config import ComputeConfig, ModelConfig, OptimizerConfig
 from gptjax.model import abstract_model
 from gptjax.training import make_optimizer, schedule
-from gptjax.training.optimizer import decays, orthogonalized
+from gptjax.training.optimizer import decays, orthogonalized, update
 
 STEPS, WARMUP, DECAY, PEAK, LOW = 50, 7, 20, 6e-4, 0.1
 CONSTANT = {'schedule': 'constant', 'clip': 0.0}
@@ -64,13 +65,13 @@ def test_a_warmup_longer_than_the_run_only_rises(name):
 
 MODEL = {'layers': 2, 'width': 16, 'heads': 2, 'vocab_size': 20}
 STYLES = [
-  MODEL, MODEL | {'scan': True},
-  MODEL | {'mlp': 'swiglu', 'positions': 'rope', 'norm': 'rmsnorm', 'qk_norm': 'head', 'tied': False, 'bias': False}]
+  (MODEL, False), (MODEL, True),
+  (MODEL | {'mlp': 'swiglu', 'positions': 'rope', 'norm': 'rmsnorm', 'qk_norm': 'head', 'tied': False, 'bias': False}, False)]
 
 
-@pytest.mark.parametrize('values', STYLES)
-def test_roles_follow_from_what_a_parameter_is(values):
-  plan = abstract_model(ModelConfig(**values), 8)
+@pytest.mark.parametrize('values, scan', STYLES)
+def test_roles_follow_from_what_a_parameter_is(values, scan):
+  plan = abstract_model(ModelConfig(**values), ComputeConfig(scan=scan), 8)
   for name, axes in plan.axes.items():
     matrix = len(set(axes) - {'layers'}) == 2
     assert decays(name) == matrix, name
@@ -103,17 +104,17 @@ def test_only_matrices_and_embeddings_decay(optimizer, one_device):
   config = OptimizerConfig(**CONSTANT, name=optimizer, peak_lr=0.5, muon_lr=0.25, weight_decay=0.1)
   parameters = some(0)
   updates, _ = first_update(config, jax.tree.map(jnp.zeros_like, parameters), parameters)
-  for name, update in updates.items():
+  for name, change in updates.items():
     rate = 0.25 if optimizer == 'muon' and orthogonalized(name) else 0.5
     share = rate * 0.1 if decays(name) else 0.0
-    np.testing.assert_allclose(update, -share * parameters[name], rtol=1e-6, atol=1e-9, err_msg=name)
+    np.testing.assert_allclose(change, -share * parameters[name], rtol=1e-6, atol=1e-9, err_msg=name)
 
 
 def test_each_learning_rate_moves_its_own_parameters(one_device):
   for rate, in_blocks in (('muon_lr', False), ('peak_lr', True)):
     updates, _ = first_update(OptimizerConfig(**CONSTANT, name='muon', **{rate: 0.0}), some(1), some(0))
-    for name, update in updates.items():
-      assert np.any(update) == (orthogonalized(name) == in_blocks), name
+    for name, change in updates.items():
+      assert np.any(change) == (orthogonalized(name) == in_blocks), name
 
 
 def newton_schulz(x):
@@ -171,3 +172,58 @@ def test_clipping_on_and_off_keep_the_same_state(one_device):
   # A resumed run may switch it.
   on, off = (make_optimizer(OptimizerConfig(clip=clip), **NOW).init(some(0)) for clip in (1.0, 0.0))
   assert jax.tree.structure(on) == jax.tree.structure(off)
+
+
+def sharded(tree):
+  """Parameters or gradients on the mesh in force, sharded as ZeRO shards optimizer state."""
+  spec = lambda x: PartitionSpec('data', 'model') if x.ndim == 2 else PartitionSpec(('model', 'data'))
+  return jax.device_put(tree, {name: jax.NamedSharding(jax.sharding.get_mesh(), spec(x)) for name, x in tree.items()})
+
+
+@pytest.mark.parametrize('mesh', ['1x1', '4x2'], indirect=True)
+@pytest.mark.parametrize('clip', [0.5, 1e3, 0.0])
+def test_adamw_is_that_of_optax(clip, mesh):
+  config = OptimizerConfig(clip=clip, peak_lr=0.1, schedule='linear', weight_decay=0.3)
+  rate = schedule(config, 0.1, **NOW)
+  theirs = optax.chain(optax.clip_by_global_norm(clip) if clip else optax.identity(), optax.adamw(
+    rate, config.b1, config.b2, config.eps, weight_decay=0.3, mask=lambda tree: {name: decays(name) for name in tree}))
+  ours = make_optimizer(config, **NOW)
+  expected = parameters = sharded(some(0))
+  state, theirs_state = jax.jit(ours.init)(parameters), theirs.init(expected)
+  step = jax.jit(lambda gradient, good, state, parameters: update(ours, gradient, optax.tree.norm(gradient), good, state, parameters))
+  for seed in range(1, 4):
+    gradient = sharded(some(seed))
+    parameters, state = step(sharded(some(9)) | {'norm/gain': gradient['norm/gain'] * jnp.nan}, False, state, parameters)  # a bad step
+    parameters, state = step(gradient, True, state, parameters)
+    updates, theirs_state = jax.jit(theirs.update)(gradient, theirs_state, expected)
+    expected = optax.apply_updates(expected, updates)
+  for name in parameters:
+    np.testing.assert_allclose(parameters[name], expected[name], rtol=2e-6, atol=1e-6, err_msg=name)
+  for moment in ('mu', 'nu', 'count'):
+    got, want = optax.tree.get(state[1][0]._asdict(), moment), optax.tree.get(theirs_state[1][0]._asdict(), moment)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-9, err_msg=moment), got, want)
+
+
+@pytest.mark.parametrize('transformation', [make_optimizer(OptimizerConfig(), **NOW), make_optimizer(OptimizerConfig(name='muon'), **NOW),
+                                            optax.sgd(0.1, momentum=0.9)], ids=['adamw', 'muon', 'of optax'])
+def test_a_bad_step_changes_no_bit(transformation, one_device):
+  step = jax.jit(lambda *args: update(transformation, *args))
+  before = step(some(1), jnp.float32(3), True, transformation.init(some(0)), some(0))
+  after = step(some(2) | {'norm/gain': jnp.full(16, jnp.inf)}, jnp.float32(jnp.inf), False, before[1], before[0])
+  for one, other in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True):
+    assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
+def test_an_update_makes_no_temporary_of_the_size_of_a_parameter(one_device):
+  """The compiled update of a matrix has no array of its size but the gradient, and what it puts in place of moments and parameter."""
+  transformation, shape = make_optimizer(OptimizerConfig(), **NOW), (64, 96)
+  parameters = some(0, {'head/kernel': shape})
+
+  def step(gradient, targets, state):
+    norm = optax.tree.norm(gradient) / targets
+    gradient = jax.tree.map(lambda g: g * (1 / targets), gradient)
+    return update(transformation, gradient, norm, norm < 1e6, *reversed(state))
+
+  state = parameters, transformation.init(parameters)  # donated arrays are reused in the order of the results
+  compiled = jax.jit(step, donate_argnums=2).lower(parameters, jnp.float32(7), state).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < math.prod(shape) * 4

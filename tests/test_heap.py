@@ -1,0 +1,71 @@
+"""The heap keeps what a step frees; systems without glibc, and runs on accelerators, are left alone."""
+
+import ctypes
+import fnmatch
+import os
+import subprocess
+import sys
+
+import pytest
+
+from gptjax import heap
+
+LOOP = """
+import resource
+from gptjax import heap
+if {refused}: heap._available_memory = lambda: 1 << 60
+assert heap.keep_freed_memory()
+import jax
+import jax.numpy as jnp
+sums = jax.jit(lambda x: jnp.sum(jax.lax.optimization_barrier(jnp.outer(x, x))))  # a temporary of 64 MiB: 16,384 pages
+faults = []
+for _ in range(6):
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  sums(jnp.ones(4096)).block_until_ready()
+  faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(*faults[3:])
+"""
+
+
+@pytest.mark.skipif(not heap._has_glibc(), reason='needs glibc')
+@pytest.mark.parametrize('refused', [False, True], ids=['huge pages', 'no memory to reserve'])
+def test_temporaries_of_a_jitted_function_stay_in_the_process(refused):
+  done = subprocess.run([sys.executable, '-c', LOOP.format(refused=refused)], capture_output=True, text=True,
+                        env=os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': os.getcwd()})
+  assert done.returncode == 0, done.stderr
+  assert max(map(int, done.stdout.split())) < 500, done.stdout
+
+
+@pytest.mark.parametrize('error', [ValueError, AttributeError, OSError])
+def test_another_c_library_is_left_alone(error, monkeypatch):
+  def unknown(name):
+    raise error(name)
+
+  monkeypatch.delitem(sys.modules, 'jax', raising=False)
+  monkeypatch.setattr(os, 'confstr', unknown)
+  monkeypatch.setattr(ctypes, 'CDLL', lambda name: pytest.fail('no function of the C library may be called'))
+  assert not heap.keep_freed_memory()
+
+
+def test_a_process_that_has_imported_jax_is_left_alone(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'jax', object())
+  monkeypatch.setattr(ctypes, 'CDLL', lambda name: pytest.fail('no function of the C library may be called'))
+  assert not heap.keep_freed_memory()
+
+
+@pytest.mark.parametrize('platforms, device, expected', [
+  ('cpu', '/dev/nvidia0', True), ('cpu,cuda', '', True), ('cuda,cpu', '', False), ('tpu', '', False),
+  ('', '/dev/nvidia0', False), ('', '/dev/accel0', False), ('', '/dev/vfio/7', False), ('', '/dev/null', True)])
+def test_the_platform_is_that_of_jax_platforms_or_of_the_machine(platforms, device, expected, monkeypatch):
+  monkeypatch.setenv('JAX_PLATFORMS', platforms)
+  monkeypatch.setattr(heap, 'glob', lambda pattern: fnmatch.filter([device], pattern))
+  assert heap.runs_on_cpu() == expected
+
+
+def test_a_container_limits_the_memory(tmp_path, monkeypatch):
+  limit = tmp_path / 'memory.max'
+  monkeypatch.setattr(heap, '_CONTAINER_LIMITS', (str(tmp_path / 'none'), str(limit)))
+  limit.write_text('max\n')
+  machine = heap._available_memory()
+  limit.write_text('1048576\n')
+  assert heap._available_memory() == 1048576 < machine
