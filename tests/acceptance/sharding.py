@@ -29,6 +29,21 @@ def stages(folder: Path) -> Result:
 
 
 @bar
+def exchanges(folder: Path) -> Result:
+  found = {(one['stage'], one['microbatches']): one['sent']
+           for one in json.loads(python('tests.acceptance.exchanges', '--cpu_devices=8', f'--cache_dir={folder}').stdout)}
+  gradients = {case: sent.get('all-reduce', 0) + sent.get('reduce-scatter', 0) for case, sent in found.items()}
+  once = all(1 <= gradients[stage, 1] <= 1.02 and gradients[stage, 1] == gradients[stage, 4] for stage in (0, 1))
+  return Result('the step compiled for 8 CPU devices: at stages 0 and 1 the gradients that are exchanged are 1.00 to 1.02 times the '
+                'parameters, the same for 1 and 4 microbatches; stage 0 sends nothing else, stage 1 the updated parameters once',
+                '; '.join(f'stage {stage}, {microbatches} microbatches: '
+                          + ', '.join(f'{kind} {count:.3f}' for kind, count in sent.items())
+                          for (stage, microbatches), sent in found.items()),
+                once and {*found[0, 1]} == {'all-reduce'} and found[1, 1]['all-gather'] <= 1 and len(found) == 8,
+                'python -m tests.acceptance.exchanges')
+
+
+@bar
 def zero_bytes(folder: Path) -> Result:
   python('tools.zero_bytes', '--cpu_devices=8', f'--json={folder}/table.json', f'--picture={folder}/figure.png')
   table = json.loads((folder / 'table.json').read_text())

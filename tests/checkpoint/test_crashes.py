@@ -104,7 +104,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing_that_was_saved(tmp_path):
 
 
 def test_what_a_failed_save_leaves_in_threads_says_nothing(monkeypatch, capfd):
-  monkeypatch.setattr(sys, 'unraisablehook', start._tell_unraisable)
+  monkeypatch.setattr(sys, 'unraisablehook', start._report_unraisable)
   promise, future = tensorstore.Promise.new()
 
   async def give_up():  # as Orbax does at the first array that finds no space

@@ -68,9 +68,8 @@ def torch_loss(model, rows):
   return torch.nn.functional.cross_entropy(model(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
-def batch_of(rows, mesh):
-  arrays = {'tokens': rows[:, :-1], 'targets': rows[:, 1:], 'mask': np.ones(rows[:, 1:].shape, np.float32)}
-  return put_rows(mesh, arrays, len(rows))
+def batch_of(rows):
+  return {'tokens': rows[:, :-1], 'targets': rows[:, 1:], 'mask': np.ones(rows[:, 1:].shape, np.float32)}
 
 
 def on_mesh(values, described, zero_stage, mesh):
@@ -92,7 +91,7 @@ def test_logits_loss_and_every_gradient_are_those_of_transformers(attention, one
       return found.loss / found.targets
     return described.merge(parameters)(batch['tokens']), *jax.value_and_grad(loss)(parameters)
 
-  logits, loss, ours = run(parameters, batch_of(rows, one_device))
+  logits, loss, ours = run(parameters, batch_of(rows))
   with torch.no_grad():
     expected = model(torch.from_numpy(rows[:, :-1].astype(np.int64))).logits.numpy()
   np.testing.assert_allclose(logits, expected, 1e-4, 1e-4)
@@ -131,7 +130,7 @@ def test_steps_of_adamw_are_those_of_pytorch(mesh, zero_stage, microbatches, cli
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     assert (norm > clip) == (clip < 1)  # clipping is at work in one of the cases
     adamw.step()
-    state, metrics = step(state, batch_of(rows, mesh))
+    state, metrics = step(state, put_rows(mesh, batch_of(rows), len(rows)))
     np.testing.assert_allclose(metrics['loss'], loss.item(), 1e-4)
     np.testing.assert_allclose(metrics['grad_norm'], norm.item(), 1e-4)
   theirs = weights(model)
