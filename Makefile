@@ -4,12 +4,13 @@ PYTHON ?= python3
 DATA ?= data
 WORKDIR ?= runs/default
 RUN := .venv/bin/python -m
+PYTEST := $(RUN) pytest -n 2 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: help train test bars bench lint clean
+.PHONY: help train test test-all bars bench lint clean
 .DELETE_ON_ERROR:
 
 help:  ## what can be made
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 .venv/runtime: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: PYTHON: %d.%d, expected: Python 3.11 or newer, as in make PYTHON=python3.12" % sys.version_info[:2])'
@@ -31,8 +32,12 @@ train: .venv/runtime  ## the default job: prepare, train, evaluate, sample, repo
 	$(RUN) gptjax.generate --workdir=$(WORKDIR) --prompt='def read_lines(path):'
 	$(RUN) tools.report --workdir=$(WORKDIR)
 
-test: .venv/dev  ## every property at its smallest, and coverage
-	$(RUN) pytest -n 3 --dist=loadfile --no-loadscope-reorder --cov --cov-report=term
+test: .venv/dev  ## every property at its smallest (at most 5 minutes on 2 cores)
+	$(PYTEST) -m 'not full' $(CHECKS)
+
+test-all: .venv/parity  ## make test, then all other cases, with types checked and coverage
+	$(MAKE) test CHECKS='--typed --cov --cov-report= --cov-fail-under=0'
+	$(PYTEST) -m full --typed --cov --cov-append --cov-report=term
 
 bars: .venv/parity  ## every bar at full size; writes docs/bars.md (DATA=FOLDER)
 	$(RUN) tests.acceptance --data=$(DATA)

@@ -122,11 +122,11 @@ def _rows(restorer) -> int:
 @contextlib.contextmanager
 def _progress(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
   """Shows a progress bar in process 0."""
-  from gptjax.data.progress import Work
+  from gptjax.data.progress import ProgressBar
   if not distributed.is_primary():
     yield lambda done: None
     return
-  with Work(title, total, unit) as work:
+  with ProgressBar(title, total, unit) as work:
     yield work.advance
 
 

@@ -10,6 +10,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
+cpu_seconds: list[float] = []
+"""of each command"""
+
 SERVER = """
 import gc, json, os, runpy, sys
 import flax.nnx, jax, matplotlib.figure, optax, orbax.checkpoint
@@ -20,7 +23,8 @@ for line in sys.stdin:
   child = os.fork()
   if not child:
     break
-  print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+  _, status, usage = os.wait4(child, 0)
+  print(os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, flush=True)
 else:
   sys.exit()
 
@@ -32,6 +36,10 @@ os.environ.update(request['environment'])
 for stream, path in enumerate(request['streams']):
   os.dup2(os.open(path, os.O_RDWR | os.O_APPEND), stream)
 sys.argv = ['-m', *request['arguments']]
+if request['only_parse']:
+  import gptjax.config
+  parse = gptjax.config.run
+  gptjax.config.run = lambda main, **options: parse(lambda config: None, **options)
 sys.path[0] = request['folder']
 runpy.run_module(request['module'], run_name='__main__', alter_sys=True)
 """
@@ -44,8 +52,10 @@ def _server():
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
-def run_module(module, *arguments, folder=ROOT, environment=None, given=''):
+def run_module(module, *arguments, folder=ROOT, environment=None, given='', only_parse=False):
   """What `python -m module arguments` returns and prints, as of subprocess.run; `given` is what it reads from standard input.
+
+  With only_parse the command ends where its flags are parsed and its config is resolved.
 
   JAX reads its own variables of the environment as it is imported: they are those of the tests.
   """
@@ -53,10 +63,11 @@ def run_module(module, *arguments, folder=ROOT, environment=None, given=''):
     paths = [Path(streams) / name for name in ('in', 'out', 'err')]
     for path, text in zip(paths, (given, '', ''), strict=True):
       path.write_text(text)
-    request = {'module': module, 'arguments': [*map(str, arguments)], 'folder': str(folder),
+    request = {'module': module, 'arguments': [*map(str, arguments)], 'folder': str(folder), 'only_parse': only_parse,
                'environment': dict(os.environ if environment is None else environment), 'streams': [*map(str, paths)]}
     server = _server()
     server.stdin.write(json.dumps(request) + '\n')
     server.stdin.flush()
-    code = int(server.stdout.readline())
-    return subprocess.CompletedProcess([module, *arguments], code, paths[1].read_text(), paths[2].read_text())
+    code, seconds = server.stdout.readline().split()
+    cpu_seconds.append(float(seconds))
+    return subprocess.CompletedProcess([module, *arguments], int(code), paths[1].read_text(), paths[2].read_text())

@@ -1,5 +1,10 @@
-"""What every room's tests share: eight virtual CPU devices, checked shapes, meshes, tiny random models."""
+"""Fixtures and settings of all tests: two tiers, eight virtual CPU devices, meshes, tiny random models.
 
+`make test` runs every property at its smallest. Tests and parameters marked `full` prove the same properties for more cases, at more
+processes or by complete runs; only `make test-all` runs those, and with it the coverage and the checks of annotated types and shapes.
+"""
+
+import collections
 import functools
 import gc
 import os
@@ -8,6 +13,7 @@ from importlib import metadata
 
 import numpy as np
 import pytest
+from commands import cpu_seconds
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -28,19 +34,13 @@ if metadata.version('jaxlib').startswith('0.10.'):  # newer ones know no such fl
 
 
 def pytest_addoption(parser):
-  parser.addoption('--full', action='store_true', help='every case of a property, as its bar runs it, where a test keeps the fewest')
+  parser.addoption('--typed', action='store_true', help='check annotated types and shapes of arrays at run time')
 
 
-@pytest.fixture
-def full(request):
-  """Whether every case is asked for."""
-  return request.config.getoption('--full')
-
-
-def pytest_pycollect_makemodule(module_path):
+def pytest_pycollect_makemodule(module_path, parent):
   """Sets JAX up before the first test module that may use it is imported."""
   if module_path.parent.name not in WITHOUT_JAX:
-    _set_up_jax()
+    _set_up_jax(parent.config.getoption('--typed'))
 
 
 UNTRACED = ('parity', 'test_attention.py', 'test_conversion.py', 'test_decoding.py', 'test_equal_on_meshes.py', 'test_fuzz.py',
@@ -64,15 +64,45 @@ def pytest_collection_finish():
   gc.set_threshold(200_000, 50, 100)
 
 
-@functools.cache
-def _set_up_jax():
-  import jax
-  import jaxtyping
+def _cpu_seconds():
+  """User and system time of this process and of those that it started."""
+  return sum(os.times()[:4]) + sum(cpu_seconds)
 
-  # Annotated types and shapes hold at run time. The config room, where an int may stand for a float, checks itself; planning,
-  # where it may too, has no arrays.
-  rooms = {folder.name for folder in (ROOT / 'gptjax').iterdir() if folder.is_dir()} - {'config', 'data', 'planning'}
-  jaxtyping.install_import_hook([f'gptjax.{room}' for room in rooms], 'beartype.beartype')
+
+_counted = 0.0
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+  """Notes the CPU-seconds since the last test ended."""
+  global _counted
+  if call.when == 'teardown':
+    before, _counted = _counted, _cpu_seconds()
+    item.user_properties.append(('cpu', _counted - before))
+  return (yield)
+
+
+def pytest_terminal_summary(terminalreporter):
+  """Prints the files that took the most CPU-seconds."""
+  spent = collections.Counter()
+  for report in terminalreporter.getreports(''):
+    spent[report.nodeid.split('::')[0]] += dict(report.user_properties).get('cpu', 0)
+  if not spent:
+    return
+  terminalreporter.section(f'slowest files, of {spent.total():.0f} CPU-seconds')
+  for name, seconds in spent.most_common(10):
+    terminalreporter.write_line(f'{seconds:6.1f}  {name}')
+
+
+@functools.cache
+def _set_up_jax(typed=False):
+  import jax
+
+  if typed:
+    # An int may stand for a float in config, which checks itself, and in planning, which has no arrays.
+    import jaxtyping
+    packages = {folder.name for folder in (ROOT / 'gptjax').iterdir() if folder.is_dir()} - {'config', 'data', 'planning'}
+    jaxtyping.install_import_hook([f'gptjax.{name}' for name in packages], 'beartype.beartype')
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_num_cpu_devices', 8)
   # Most of a test's time is its compile: made quickly, and kept from run to run.

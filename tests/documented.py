@@ -14,6 +14,32 @@ def commands_of(page, language='sh'):
   return [line for block in blocks for line in block.splitlines()]
 
 
+WRITES = {'gptjax.train': 'workdir', 'tools.import_hf': 'workdir', 'tools.export_hf': 'folder'}
+"""The flag that names what a module writes; --out, --plot, --samples and --picture do so for all."""
+
+
+PATHS = re.compile(r'(?<![\w:/])(?:[A-Z]+(?:\.md)?|(?:configs|docs|tools|stores|tokenizers|runs|exports)/[\w./]+)(?![\w/])')
+
+
+def resolve(commands):
+  """Parses commands as they are written and resolves their configs, without doing what they ask for.
+
+  Every file and folder that they name is in this repository, or an earlier command writes it.
+  """
+  written = ()
+  for command in commands:
+    for part in command.split(' -- '):  # a launcher, and the command that it starts
+      _, _, module, *arguments = shlex.split(part)
+      done = run_module(module, *arguments, only_parse=True)
+      assert done.returncode == 0, f'{command}\n{done.stderr}'
+      flags = dict(argument.lstrip('-').partition('=')[::2] for argument in arguments)
+      new = tuple(flags.pop(name) for name in ('out', 'plot', 'samples', 'picture', WRITES.get(module)) if name in flags)
+      for value in flags.values():
+        for path in PATHS.findall(value):
+          assert (ROOT / path).exists() or path.startswith(written), f'{command}\n{path}: no such file, and no command writes it'
+      written += new
+
+
 def run(commands, folder):
   """Runs commands as they are written, in a folder that looks like this repository; returns what each one printed."""
   for name in ('gptjax', 'tools', 'configs', 'LICENSE', 'README.md'):

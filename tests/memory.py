@@ -1,4 +1,4 @@
-"""A source that lies in memory, for tests of what reads sources."""
+"""A source in memory for tests."""
 
 import hashlib
 

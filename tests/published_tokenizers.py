@@ -8,7 +8,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from gptjax.data.tokenizers.export import merges_of
+from gptjax.data.tokenizers.export import merges_from_scores
 
 SAMPLE = '''It's the reader's choice: they'll read 1,234 pages, or we've read them all by 2024 -- isn't that so?
   The lines that are indented,    and the words that stand apart;\tthen a tab, and déjà vu, naïve, 日本語 日本, Привет мир.
@@ -131,7 +131,7 @@ def _described(model, normalizer, words, steps, specials, added=()):
   scores = {piece: processor.get_score(i) for i, piece in enumerate(pieces)
             if not (processor.is_control(i) or processor.is_unknown(i) or processor.is_byte(i) or piece in added)}
   vocab = {piece: i for i, piece in enumerate(pieces)}
-  tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges_of(scores), unk_token='<unk>', fuse_unk=True, byte_fallback=True))
+  tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges_from_scores(scores), unk_token='<unk>', fuse_unk=True, byte_fallback=True))
   if normalizer:
     tokenizer.normalizer = normalizer
   if words:

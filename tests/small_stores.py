@@ -1,4 +1,4 @@
-"""Token stores of any shape, for tests of what reads them."""
+"""Token stores of any shape for tests."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from gptjax.data.store_writer import ShardWriter, finish_store
 from gptjax.data.tokenizers import ByteTokenizer
 
 FIRST = 10
-"""Id at place 0, were it no separator."""
+"""The id at position 0 would be this if it were not a separator."""
 
 
 class ManyIds(ByteTokenizer):

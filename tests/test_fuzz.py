@@ -22,6 +22,7 @@ def here(tmp_path, monkeypatch):
     jax.config.update(name, value)
 
 
+@pytest.mark.full
 def test_mutated_configs_run_or_are_told_in_one_line(here):
   cases = Configs(here, CACHE, 60)
   found = search(mutated(), cases.wrong, 30)
@@ -31,6 +32,7 @@ def test_mutated_configs_run_or_are_told_in_one_line(here):
     assert not cases.wrong(Mutated(way, (tuple(change),)))
 
 
+@pytest.mark.full
 def test_damaged_files_are_told_in_one_line_and_nothing_else_is_lost(here):
   cases = Damages(here, CACHE, 60)
   assert sorted(cases.parameters) == [2, 4, 6]
@@ -41,6 +43,7 @@ def test_damaged_files_are_told_in_one_line_and_nothing_else_is_lost(here):
   assert not cases.wrong(Damage('run/evaluation.json', 'shape', 5, 'evaluate'))
 
 
+@pytest.mark.full
 def test_a_case_that_is_wrong_is_found_and_made_small():
   from hypothesis import strategies as st
   found = search(st.integers(0, 1000), lambda number: 'too large' if number > 300 else '', 50)

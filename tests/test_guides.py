@@ -6,9 +6,24 @@ import subprocess
 import sys
 
 import pytest
-from documented import ROOT, commands_of, run
+from documented import ROOT, commands_of, resolve, run
+
+GUIDES = sorted(f'docs/{path.name}' for path in (ROOT / 'docs').glob('*.md') if commands_of(f'docs/{path.name}'))
 
 
+@pytest.mark.parametrize('page', GUIDES)
+def test_commands_of_a_guide_resolve(page):
+  resolve(commands_of(page))
+
+
+def test_a_wrong_command_does_not_resolve():
+  for command, error in (('python -m gptjax.train --config=configs/default.py --config.no_such=1', 'no_such'),
+                         ('python -m tools.replay --workdir=runs/never --step=3', 'runs/never: no such file')):
+    with pytest.raises(AssertionError, match=error):
+      resolve([command])
+
+
+@pytest.mark.full
 def test_commands_of_the_guide_to_data_run_as_written(tmp_path):
   printed = list(run(commands_of('docs/data.md'), tmp_path).values())
   assert len(printed) == 8 and 'bytes per token' in printed[0]
@@ -18,6 +33,7 @@ def test_commands_of_the_guide_to_data_run_as_written(tmp_path):
   assert {*score['sets']} == {'licence', 'readme'} and {*score['tags']} == {'law'}
 
 
+@pytest.mark.full
 def test_commands_of_the_guide_to_evaluation_run_as_written(tmp_path):
   pytest.importorskip('lm_eval')
   for name, text in {'lambada/lambada_test.jsonl': '{"text": "the cat sat on the mat"}\n' * 3, 'piqa/valid-labels.lst': '0\n1\n',
@@ -36,6 +52,7 @@ def test_commands_of_the_guide_to_evaluation_run_as_written(tmp_path):
   assert (workdir / 'evaluation.png').read_bytes().startswith(b'\x89PNG')
 
 
+@pytest.mark.full
 def test_commands_of_the_guide_to_clusters_run_as_written(tmp_path):
   commands = commands_of('docs/clusters.md')
   assert len(commands) == 5
@@ -46,6 +63,7 @@ def test_commands_of_the_guide_to_clusters_run_as_written(tmp_path):
   assert scores[0] and all(score == pytest.approx(scores[0], rel=1e-5) for score in scores)
 
 
+@pytest.mark.full
 def test_commands_of_the_guide_to_models_run_as_written(tmp_path):
   printed = list(run(commands_of('docs/models.md'), tmp_path).values())
   assert len(printed) == 5 and all('roundtrip: all 24 tensors have the same bits' in words for words in printed[1:3])
@@ -70,6 +88,7 @@ def test_recipes_of_the_readme_are_those_of_the_folder():
   assert listed == {f'configs/{path.name}' for path in (ROOT / 'configs').glob('*.py')}
 
 
+@pytest.mark.full
 def test_commands_of_the_guide_to_faults_run_as_written(tmp_path):
   printed = list(run(commands_of('docs/faults.md'), tmp_path).values())
   assert len(printed) == 7

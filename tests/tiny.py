@@ -14,9 +14,9 @@ import optax
 import pytest
 
 from gptjax import config as configs
-from gptjax.config import Config, DataConfig, EvalConfig, ModelConfig, OptimizerConfig, SourceConfig, TokenizerConfig
+from gptjax.config import ComputeConfig, Config, DataConfig, EvalConfig, ModelConfig, OptimizerConfig, SourceConfig, TokenizerConfig
 from gptjax.model import abstract_model
-from gptjax.sharding import place
+from gptjax.sharding import put_rows
 from gptjax.training.replaying import CLOCK
 from gptjax.training import Options, initializer, make_optimizer, next_token, schedule, train, train_step
 
@@ -43,10 +43,11 @@ def batch(rows=8, context=16, vocab=50, seed=0):
 
 def put(rows):
   """A batch on the mesh in force."""
-  return place(jax.sharding.get_mesh(), rows, 'batch', None)
+  mesh = jax.sharding.get_mesh()
+  return put_rows(mesh, rows, len(rows['tokens']))
 
 
-def trainer(model, optimizer=None, *, context=16, zero_stage=0, microbatches=1, seed=0, z_loss=0.0):
+def trainer(model, optimizer=None, *, compute=ComputeConfig(), context=16, zero_stage=0, microbatches=1, seed=0, z_loss=0.0):
   """(fresh state, train step) on the mesh in force; `optimizer` is a config or one of optax's.
 
   The initial parameters are those of seed 0, whatever `seed`.
@@ -57,7 +58,7 @@ def trainer(model, optimizer=None, *, context=16, zero_stage=0, microbatches=1, 
     rate = schedule(settings, settings.peak_lr, **DURATIONS)
   else:
     rate = optax.constant_schedule(0.0)
-  plan = abstract_model(model, context)
+  plan = abstract_model(model, compute, context)
   state = initializer(plan, optimizer, zero_stage, jax.sharding.get_mesh(), 0)()
   return state, train_step(plan, next_token(z_loss), optimizer, rate, zero_stage=zero_stage, mesh=jax.sharding.get_mesh(),
                            microbatches=microbatches, seed=seed)

@@ -4,7 +4,6 @@ An imported run reproduces its original folder, with the same tensor names and d
 published family that its model belongs to. Parameters are restored in groups: peak memory is about 2 GB and twice the largest parameter.
 """
 
-
 from absl import flags
 
 from gptjax import config as configs

@@ -1,8 +1,8 @@
-"""Tells which rows the devices of a run are given: python -m tools.feed --config=... --steps=200 --out=FILE
+"""Writes which rows the devices of a run are given: python -m tools.feed --config=... --steps=200 --out=FILE
 
-It feeds as training does and computes nothing. The file, FILE.I of process I where there are several, gets
-a line `row digest` for each row of a device of this process: its number in the run and the SHA-256 of all that the model gets
-of it. Runs of one config agree on every row, however many processes, devices, batches ahead, and rows a step they have.
+It feeds batches as training does and computes nothing. The file, FILE.I for process I where there are several, gets a line
+`row digest` for each row on a device of this process: the row's number in the run, and the SHA-256 of its arrays. Runs of one config
+agree on every row, regardless of the number of processes and devices, of the batches read ahead and of the batch size.
 """
 
 from pathlib import Path
@@ -26,8 +26,8 @@ def main(config: configs.Config) -> None:
   rows = train_rows(config, prepare(config.data, cache))
   mesh, size = make_mesh(config.mesh), config.batch_size
   feed = batches(rows, _FIRST.value, size, process_rows(mesh, size), prefetch=config.data.prefetch, workers=config.data.workers)
-  group = process_group().group
-  out = Path(f'{_OUT.value}.{group.process}' if group.processes > 1 else _OUT.value)
+  group = process_group()
+  out = Path(f'{_OUT.value}.{group.index}' if group.count > 1 else _OUT.value)
   with out.open('w') as file:
     for step in range(_STEPS.value):
       batch = put_rows(mesh, next(feed), size)

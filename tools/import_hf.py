@@ -4,7 +4,6 @@ RUN gets the model's config, its tokenizer and its parameters as the checkpoint 
 what tools.export_hf needs to reproduce the folder. Peak memory: the parameters in float32 and about 1 GB.
 """
 
-
 from absl import flags
 
 from gptjax import config as configs

@@ -1,11 +1,11 @@
-"""Looks at token stores and at what a run reads.
+"""Shows a token store, or the batches of a run.
 
 A store:  python -m tools.inspect_data --store=FOLDER [--documents=3] [--verify]
 A run:    python -m tools.inspect_data --config=configs/NAME.py [--config.FIELD=VALUE ...] [--step=0]
           python -m tools.inspect_data --workdir=FOLDER --step=1000
 
-Of a store it prints facts, documents and a histogram of their lengths; of a run, the batch of any step, decoded, each
-segment in a colour of its own, and the shares that a mixture's components really have.
+For a store it prints facts, documents and a histogram of their lengths; for a run, the decoded batch of a step with each segment in a
+different colour, and the actual fractions of a mixture's components.
 """
 
 import dataclasses
@@ -27,19 +27,19 @@ from gptjax.data.progress import counted
 from gptjax.files import expanded
 
 _STORE = flags.DEFINE_string('store', None, 'folder or URL of a token store')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a run, whose config is taken')
-_DOCUMENTS = flags.DEFINE_integer('documents', 3, "documents of a store to show, spread over it", lower_bound=0)
+_WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a run whose config to use')
+_DOCUMENTS = flags.DEFINE_integer('documents', 3, "documents of a store to show, evenly spaced", lower_bound=0)
 _CHARACTERS = flags.DEFINE_integer('characters', 300, 'characters of each document to show', lower_bound=1)
-_VERIFY = flags.DEFINE_bool('verify', False, 'read the whole store and compare it with its checksums')
-_STEP = flags.DEFINE_integer('step', 0, 'step whose batch is shown; the first is 0', lower_bound=0)
+_VERIFY = flags.DEFINE_bool('verify', False, 'read all of the store and compare it with its checksums')
+_STEP = flags.DEFINE_integer('step', 0, 'step whose batch to show; the first is 0', lower_bound=0)
 _ROWS = flags.DEFINE_integer('rows', 4, 'rows of the batch to show; 0: all', lower_bound=0)
-_STEPS = flags.DEFINE_integer('steps', 1000, "steps, from 0 on, over which a mixture's shares are counted", lower_bound=1)
-_PLOT = flags.DEFINE_string('plot', None, 'PNG file for a picture of the same')
+_STEPS = flags.DEFINE_integer('steps', 1000, "steps, from 0 on, over which a mixture's rows are counted", lower_bound=1)
+_PLOT = flags.DEFINE_string('plot', None, 'PNG file to plot the same to')
 
 COLORS = ('cyan', 'yellow', 'green', 'magenta', 'blue', 'red')
-"""Of segments, in turn."""
+"""Of successive segments."""
 
-_MOST_LENGTHS = 1_000_000
+_MAX_LENGTHS = 1_000_000
 
 
 def main(config: Config | None) -> None:
@@ -95,20 +95,20 @@ def _show_store(console: Console, store: TokenStore) -> None:
     console.print(Text(text[:_CHARACTERS.value] + ('…' if len(text) > _CHARACTERS.value else '')))
   if _VERIFY.value:
     store.verify()
-    console.print(f'\nverified: all {manifest["shards"]:,} shards are as they were written')
+    console.print(f'\nverified: all {manifest["shards"]:,} shards are undamaged')
 
 
 def lengths(store: TokenStore) -> np.ndarray:
-  """Tokens of documents [n], separators included: of all, or of a million that are spread over the store."""
-  if store.documents <= _MOST_LENGTHS:
+  """Tokens of documents [n], separators included: of all, or of a million in 64 evenly spaced stretches of the store."""
+  if store.documents <= _MAX_LENGTHS:
     return np.diff(store.starts(0, store.documents))
-  stretch = _MOST_LENGTHS // 64
+  stretch = _MAX_LENGTHS // 64
   firsts = np.linspace(0, store.documents - stretch, 64).astype(int).tolist()
   return np.concatenate([np.diff(store.starts(first, first + stretch)) for first in firsts])
 
 
 def _show_lengths(console: Console, found: np.ndarray) -> None:
-  console.print(f'\n[bold]tokens a document[/bold]  mean {found.mean():,.1f}, median {np.median(found):,.0f}, longest {found.max():,}')
+  console.print(f'\n[bold]tokens per document[/bold]  mean {found.mean():,.1f}, median {np.median(found):,.0f}, longest {found.max():,}')
   edges = 2 ** np.arange(0, int(found.max()).bit_length() + 1)
   counts, _ = np.histogram(found, edges)
   filled = np.flatnonzero(counts)
@@ -119,7 +119,7 @@ def _show_lengths(console: Console, found: np.ndarray) -> None:
 
 def _show_batch(console: Console, batch: Batch, tokenizer: Tokenizer) -> None:
   count = _ROWS.value or len(batch['tokens'])
-  console.print('Colours tell segments apart; ▏ begins a document; what is padding has mask 0.')
+  console.print('Each segment has a colour; ▏ marks the start of a document; padding has mask 0.')
   for number in range(min(count, len(batch['tokens']))):
     tokens, segments, mask = (batch[name][number] for name in ('tokens', 'segments', 'mask'))
     console.print(f'\n[bold]step {_STEP.value:,}, row {number}[/bold]  {segments.max()} segments, {int(mask.sum()):,} targets, '
@@ -134,23 +134,23 @@ def _colored(tokens: list[int], segments: list[int], tokenizer: Tokenizer) -> Te
     if not segment:
       text.append(f'▏{len(ids):,} padding', 'dim')
       continue
-    begins = '▏' if ids[0] == tokenizer.bos_id else ''
-    text.append(begins + tokenizer.decode(ids), COLORS[segment % len(COLORS)])
+    start = '▏' if ids[0] == tokenizer.bos_id else ''
+    text.append(start + tokenizer.decode(ids), COLORS[segment % len(COLORS)])
   return text
 
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-  """A component's part of a run's rows."""
+  """A component's fraction of a run's rows."""
 
-  wanted: float
-  """of its weights at the start"""
-  realised: np.ndarray
-  """[points] share of the rows from the first to each of some points"""
+  weight: float
+  """normalized weight at the start"""
+  actual: np.ndarray
+  """[points] fraction of the rows before each of some points"""
   rows: int
-  """taken in all steps"""
+  """rows taken"""
   passes: float
-  """over the component"""
+  """passes over the component"""
 
 
 def _shares(rows: TrainRows, config: Config) -> dict[str, Share]:
@@ -172,11 +172,11 @@ def _shares(rows: TrainRows, config: Config) -> dict[str, Share]:
 
 
 def _show_shares(console: Console, shares: dict[str, Share], config: Config) -> None:
-  table = Table(title=f'rows of steps 0 to {_STEPS.value - 1:,}, {config.batch_size} a step', title_justify='left')
-  for column in ('component', 'weight', 'realised', 'rows', 'passes'):
+  table = Table(title=f'rows of steps 0 to {_STEPS.value - 1:,}, {config.batch_size} per step', title_justify='left')
+  for column in ('component', 'weight', 'actual', 'rows', 'passes'):
     table.add_column(column, justify='left' if column == 'component' else 'right')
   for name, share in shares.items():
-    table.add_row(Text(name), f'{share.wanted:.4f}', f'{share.realised[-1]:.4f}', f'{share.rows:,}', f'{share.passes:.3f}')
+    table.add_row(Text(name), f'{share.weight:.4f}', f'{share.actual[-1]:.4f}', f'{share.rows:,}', f'{share.passes:.3f}')
   console.print()
   console.print(table)
 
@@ -192,7 +192,7 @@ def _plot(stores: dict[str, TokenStore], batch: Batch | None, shares: dict[str, 
     found = lengths(store)
     edges = np.geomspace(1, max(found.max(), 2), 50)
     histogram.hist(found, edges, histtype='step', label=f'{name}: {counted(store.documents)}', weights=np.full(len(found), 1 / len(found)))
-  histogram.set(xscale='log', xlabel='tokens a document', ylabel='share of documents', title='Lengths')
+  histogram.set(xscale='log', xlabel='tokens per document', ylabel='fraction of documents', title='Lengths')
   histogram.legend(loc='upper left', fontsize='small')
   if batch is not None and shares is not None:
     shown, mixed = others
@@ -200,14 +200,14 @@ def _plot(stores: dict[str, TokenStore], batch: Batch | None, shares: dict[str, 
     colors = matplotlib.colors.ListedColormap(['white', *plt.get_cmap('tab10').colors[:6]])
     shown.imshow(segments, cmap=colors, vmin=0, vmax=6, aspect='auto', interpolation='nearest')
     padding = 1 - batch['mask'].mean()
-    shown.set(xlabel='place in the row', ylabel='row', title=f'Segments of step {_STEP.value:,}; white: padding, {padding:.2%}')
+    shown.set(xlabel='position in the row', ylabel='row', title=f'Segments of step {_STEP.value:,}; white: padding, {padding:.2%}')
     for name, share in shares.items():
-      mixed.plot(np.linspace(0, _STEPS.value, len(share.realised) + 1)[1:], share.realised, label=f'{name}, {share.passes:.2f} passes')
-    mixed.set(xlabel='step', ylabel='share of all rows up to here', title='Mixture', ylim=(0, 1.02))
+      mixed.plot(np.linspace(0, _STEPS.value, len(share.actual) + 1)[1:], share.actual, label=f'{name}, {share.passes:.2f} passes')
+    mixed.set(xlabel='step', ylabel='fraction of all rows so far', title='Mixture', ylim=(0, 1.02))
     mixed.legend(loc='best', fontsize='small')
   figure.savefig(_PLOT.value, dpi=120)
   plt.close(figure)
-  print(f'picture: {_PLOT.value}', file=sys.stderr)
+  print(f'plot: {_PLOT.value}', file=sys.stderr)
 
 
 if __name__ == '__main__':

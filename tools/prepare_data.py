@@ -1,7 +1,7 @@
 """Makes a token store: python -m tools.prepare_data --source=PATH --tokenizer=FOLDER --out=FOLDER
 
-The store can be trained on (data.train), validated on (data.valid) and looked at (tools.inspect_data). Killed, the same
-command goes on after the last finished shard. Equal arguments make equal stores, over any number of processes.
+The store can be used for training (data.train) and validation (data.valid), and shown by tools.inspect_data. An interrupted command
+resumes after the last finished shard when it is repeated. Equal arguments give equal stores, with any number of processes.
 """
 
 import dataclasses
@@ -23,15 +23,15 @@ from tools import source_flags
 
 _TOKENIZER = flags.DEFINE_string(
   'tokenizer', None, "folder of a tokenizer: tools.train_tokenizer's, or a published model's; or 'bytes'", required=True)
-_OUT = flags.DEFINE_string('out', None, 'folder of the store; it appears when it is whole', required=True)
-_PROCESSES = flags.DEFINE_integer('processes', 0, 'processes that tokenize; 0: one a core', lower_bound=0)
-_SIDE = flags.DEFINE_enum('side', 'all', ['all', 'train', 'valid'], 'documents to take: all, or one side of --valid_fraction')
-_FRACTION = flags.DEFINE_float('valid_fraction', 0.01, 'share of the documents that --side=valid has and --side=train has not')
-_DEDUPLICATE = flags.DEFINE_bool('deduplicate', False, 'drop documents whose text was there before')
+_OUT = flags.DEFINE_string('out', None, 'folder of the store; it appears when the store is complete', required=True)
+_PROCESSES = flags.DEFINE_integer('processes', 0, 'processes that tokenize; 0: one per core', lower_bound=0)
+_SIDE = flags.DEFINE_enum('side', 'all', ['all', 'train', 'valid'], 'documents to use: all, or one side of a split by --valid_fraction')
+_FRACTION = flags.DEFINE_float('valid_fraction', 0.01, 'fraction of the documents on the side of validation')
+_DEDUPLICATE = flags.DEFINE_bool('deduplicate', False, 'drop documents whose text occurred before')
 _DECONTAMINATE = flags.DEFINE_multi_string(
-  'decontaminate', [], 'NAME=SOURCE, a path or JSON as in --source, or NAME=STORE: what shares 13 words in a row with '
-  'one of these evaluation documents is dropped')
-_SHARD = flags.DEFINE_integer('shard_tokens', 2**28, 'tokens after which a shard ends', lower_bound=1)
+  'decontaminate', [], 'NAME=SOURCE, a path or JSON as in --source, or NAME=STORE: drop documents that have 13 consecutive words in '
+  'common with one of these evaluation documents')
+_SHARD = flags.DEFINE_integer('shard_tokens', 2**28, 'tokens per shard, approximately', lower_bound=1)
 for _field in dataclasses.fields(Filters):
   _define = flags.DEFINE_integer if _field.type is int else flags.DEFINE_float
   _define(_field.name, _field.default, configs.docstrings(Filters)[_field.name])
@@ -46,29 +46,29 @@ def main(_) -> None:
                   _contamination(), _DEDUPLICATE.value, _SHARD.value)
   if out.exists():
     if not (out / MANIFEST).exists():
-      raise UserError('--out', str(out), 'a folder that is not there yet, or the store of the same command; this one holds something else')
-    announce(f'{out} is there already')
+      raise UserError('--out', str(out), 'a new folder, or the store of the same command; this one has other contents')
+    announce(f'{out} exists already')
   processes = _PROCESSES.value or cores()
   try:
     store = write_store(out, recipe, processes=processes)
   except KeyboardInterrupt:
-    announce(f'stopped; the same command goes on after the finished shards in {out}.building')
+    announce(f'stopped; the same command resumes after the finished shards in {out}.building')
     raise
   manifest = store.manifest
   print(f'{out}: {counted(store.documents)}, {store.tokens:,} tokens, {store.bytes:,} bytes, '
         f'{store.bytes / store.tokens:.3f} bytes per token')
-  looked_for = {f'decontamination, {name}': 0 for name in manifest['decontaminated']}
-  for reason, count in (looked_for | manifest['dropped']).items():
+  none_found = {f'decontamination, {name}': 0 for name in manifest['decontaminated']}
+  for reason, count in (none_found | manifest['dropped']).items():
     print(f'dropped by {reason}: {counted(count)}')
   if manifest['malformed']:
     print(f'malformed: {manifest["malformed"]:,} of {manifest["records"]:,} records')
 
 
 def _source() -> Source:
-  one, *others = source_flags.sources()
+  chosen, *others = source_flags.sources()
   if others:
-    raise UserError('--source', others[0].path, 'one source; a mixture is made of stores, in data.train')
-  source = open_source(one, cache_dir())
+    raise UserError('--source', others[0].path, 'one source; mixtures are made of stores, in data.train')
+  source = open_source(chosen, cache_dir())
   if _SIDE.value == 'all':
     if flags.FLAGS['valid_fraction'].present:
       raise UserError('--side', 'all', 'train or valid, with --valid_fraction')
@@ -92,7 +92,7 @@ def _contamination() -> Contamination | None:
     if skipped == len(sets[name]):
       raise UserError('--decontaminate', name, f'a set with documents of 8 words or more; it has {counted(skipped)}')
     if skipped:
-      announce(f'{name}: {counted(skipped)} of {len(sets[name]):,} too short to be looked for')
+      announce(f'{name}: {counted(skipped)} of {len(sets[name]):,} too short to be matched')
   return contamination
 
 

@@ -1,4 +1,4 @@
-"""Digests of the rows that devices are given, by which two feeds are compared."""
+"""Digests of the rows on devices, to compare two data pipelines."""
 
 import hashlib
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def digests(batch: dict) -> list[tuple[int, str]]:
-  """The digest of each row of a batch that a device of this process has, by its place in the batch."""
+  """(index in the batch, digest) of each row that is on a device of this process."""
   found: dict[int, hashlib._Hash] = {}
   for name in sorted(batch):
     for shard in batch[name].addressable_shards:

@@ -1,4 +1,4 @@
-"""The flags that name sources, the same for every tool."""
+"""The flags that describe sources, shared by all tools."""
 
 import json
 
@@ -16,16 +16,16 @@ _SKIP = flags.DEFINE_float('skip', SourceConfig.skip, _FIELDS['skip'])
 
 
 def sources() -> list[SourceConfig]:
-  """What every --source names, in order; --split, --text, --separator and --skip hold for all that say nothing else."""
-  common = {'split': _SPLIT.value, 'text': _TEXT.value, 'separator': _SEPARATOR.value, 'skip': _SKIP.value}
-  return [source(text, '--source', common) for text in _SOURCE.value or ['']]
+  """The source of each --source, in order; --split, --text, --separator and --skip are the defaults of all."""
+  defaults = {'split': _SPLIT.value, 'text': _TEXT.value, 'separator': _SEPARATOR.value, 'skip': _SKIP.value}
+  return [source(text, '--source', defaults) for text in _SOURCE.value or ['']]
 
 
-def source(text: str, flag: str, common: dict[str, object]) -> SourceConfig:
-  """The source of a path, or of a JSON object such as '{"path": "train.jsonl", "text": "{question}"}'.
+def source(text: str, flag: str, defaults: dict[str, object]) -> SourceConfig:
+  """Parses a path, or a JSON object such as '{"path": "train.jsonl", "text": "{question}"}'.
 
   Raises:
-    UserError: not such an object, or a field that it cannot have.
+    UserError: the object is invalid, or has an unknown field.
   """
   fields: object = {'path': text}
   if text.startswith('{'):
@@ -33,4 +33,4 @@ def source(text: str, flag: str, common: dict[str, object]) -> SourceConfig:
       fields = json.loads(text)
     except (ValueError, RecursionError) as error:
       raise UserError(flag, text, f'a path, or a JSON object ({error})') from None
-  return configs.checked(SourceConfig, common | fields if isinstance(fields, dict) else fields, flag)
+  return configs.checked(SourceConfig, defaults | fields if isinstance(fields, dict) else fields, flag)

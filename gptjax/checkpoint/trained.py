@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from gptjax.checkpoint.checkpoints import Checkpoints
-from gptjax.config import Config, MeshConfig, read_config
+from gptjax.config import MATRIX_AXIS, Config, MeshConfig, read_config
 from gptjax.model import AbstractModel, Parameters, abstract_model, attention_backend
 from gptjax.sharding import check_heads, describe, make_mesh
 
@@ -60,8 +60,9 @@ class Restorer:
     # The devices that are present decide how the model is computed, but not how its layers are stored.
     compute = dataclasses.replace(self.config.compute, attention='auto', sequence_parallel=False)
     self.model = abstract_model(self.config.model, compute, self.config.data.context)
-    fits = jax.device_count() % self.config.mesh.model == 0
-    self.mesh = make_mesh(MeshConfig(model=model_axis or (self.config.mesh.model if fits else 1)))
+    trained_on = self.config.mesh.sizes[MATRIX_AXIS]
+    fits = jax.device_count() % trained_on == 0
+    self.mesh = make_mesh(MeshConfig(**{MATRIX_AXIS: model_axis or (trained_on if fits else 1)}))
     check_heads(self.config.model, self.mesh)
     self.checkpoints = Checkpoints(workdir / 'checkpoints')
 

@@ -159,7 +159,7 @@ activations that saved and offloaded name (names)"""
   offloaded: tuple[Activation, ...] = ()
   """activations kept in the host's memory under remat 'names'; for devices with a memory of their own"""
   sequence_parallel: bool = False
-  """split the activations between products over mesh.model too, by token (arXiv:2205.05198)"""
+  """split the activations between products by token, over the devices that split matrices (arXiv:2205.05198)"""
   attention: Literal['auto', 'blocks', 'xla', 'splash', 'cudnn'] = 'auto'
   """blocks: causal blocks, on any device; xla: the full square; splash: TPU kernels; cudnn: NVIDIA's; auto: the device's own \
 where it can, else blocks"""

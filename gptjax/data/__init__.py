@@ -1,7 +1,7 @@
-"""The data room: text becomes rows of token ids.
+"""Data: text becomes rows of token ids.
 
-Documents come from a source, are tokenized into stores, each in shards, and laid out in rows; row i of a run is then a pure
-function of (stores, mixture, layout, seed, i). numpy only: nothing in here knows of JAX or devices.
+Documents of a source are tokenized into stores, which are cut into rows; row i of a run is a pure function of (stores,
+mixture, layout, seed, i). Uses numpy only: no module here depends on JAX or devices.
 """
 
 from gptjax.data.encoding import Recipe, cores
@@ -9,7 +9,7 @@ from gptjax.data.filters import Contamination, Filters
 from gptjax.data.held_out import HeldOut, compression_yardsticks, export, open_held_out
 from gptjax.data.loading import batches
 from gptjax.data.mixture import Mixture
-from gptjax.data.packing import plan
+from gptjax.data.packing import packing_plan
 from gptjax.data.prepare import Prepared, prepare, train_rows
 from gptjax.data.rows import Batch, EvalRows, Packed, TrainRows, Windows
 from gptjax.data.sources import Document, Source, open_source, split_source
@@ -20,6 +20,6 @@ from gptjax.data.tokenizing import write_store
 __all__ = [
     'Batch', 'Contamination', 'Document', 'EvalRows', 'Filters', 'HeldOut', 'Mixture', 'Packed', 'Prepared', 'Recipe', 'Source',
     'TextStream', 'TokenStore', 'Tokenizer', 'TrainRows', 'Windows', 'batches', 'compression_yardsticks', 'cores', 'export',
-    'load_tokenizer', 'open_held_out', 'open_source', 'plan', 'prepare', 'split_source', 'train_rows',
+    'load_tokenizer', 'open_held_out', 'open_source', 'packing_plan', 'prepare', 'split_source', 'train_rows',
     'train_tokenizer', 'write_store',
 ]

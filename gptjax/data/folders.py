@@ -1,4 +1,4 @@
-"""Folders of finished files, here or in object storage: whole files, sizes, digests, and ranges of bytes."""
+"""Folders of finished files, local or in object storage: files, sizes, digests and byte ranges."""
 
 import contextlib
 import functools
@@ -19,27 +19,30 @@ from gptjax.config import UserError
 Range = tuple[str, int, int]
 """File name, first byte, byte after the last."""
 
-_RESIDENT = 2**29  # bytes of maps after which their pages are handed back
-_NEIGHBOURS = 2**16  # bytes that Linux maps around a touched page
-_CHUNK = 2**24  # bytes that are hashed, or asked for at once
+_MAX_RESIDENT = 2**29
+"""Bytes of memory maps that may be resident before their pages are released."""
+_FAULT_AROUND = 2**16
+"""Bytes that Linux maps around a page fault."""
+_CHUNK = 2**24
+"""Bytes fetched and hashed at once."""
 
 
-def open_folder(place: str) -> 'LocalFolder | RemoteFolder':
-  """The folder at a path, or at a URL such as s3://bucket/name."""
-  return RemoteFolder(place) if '://' in place else LocalFolder(os.path.expanduser(place))
+def open_folder(location: str) -> 'LocalFolder | RemoteFolder':
+  """Opens the folder at a path, or at a URL such as s3://bucket/name."""
+  return RemoteFolder(location) if '://' in location else LocalFolder(os.path.expanduser(location))
 
 
 class LocalFolder:
-  """A folder on this machine; ranges are views of memory maps."""
+  """A folder on this machine; byte ranges are views of memory maps."""
 
-  def __init__(self, place: str):
-    _many_files()
-    self._root = Path(place)
+  def __init__(self, location: str):
+    _raise_file_limit()
+    self._root = Path(location)
     self._maps: dict[str, tuple[mmap.mmap, np.ndarray]] = {}
-    self._read = 0
+    self._touched = 0
 
   def read(self, name: str) -> bytes:
-    """A whole file."""
+    """Contents of a file."""
     return (self._root / name).read_bytes()
 
   def sizes(self) -> dict[str, int]:
@@ -47,11 +50,11 @@ class LocalFolder:
     return {path.name: path.stat().st_size for path in self._root.iterdir()}
 
   def local(self, name: str) -> Path:
-    """A path on this machine with the content of the sub-folder `name`."""
+    """A local path with the contents of the sub-folder `name`."""
     return self._root / name
 
   def copy(self, to: Path) -> None:
-    """Copies the whole folder."""
+    """Copies the folder and everything below it."""
     shutil.copytree(self._root, to)
 
   def sha256(self, name: str) -> str:
@@ -60,10 +63,10 @@ class LocalFolder:
       return hashlib.file_digest(file, 'sha256').hexdigest()
 
   def ranges(self, wanted: Sequence[Range]) -> list[np.ndarray]:
-    """The bytes of each range, as uint8.
+    """Reads byte ranges as uint8 arrays.
 
     Raises:
-      UserError: a file cannot be read, or is shorter.
+      UserError: a file cannot be read, or is too short.
     """
     found = []
     for name, start, stop in wanted:
@@ -71,78 +74,74 @@ class LocalFolder:
       if len(data) < stop - start:
         raise _too_short(self._root / name, start + len(data), stop)
       found.append(data)
-    self.reading(len(wanted), sum(stop - start for _, start, stop in wanted))
+    self.count_touched(len(wanted), sum(stop - start for _, start, stop in wanted))
     return found
 
-  def reading(self, ranges: int, size: int) -> None:
-    """To be told of ranges that are read, of so many bytes together.
+  def count_touched(self, ranges: int, size: int) -> None:
+    """Counts ranges about to be read, `size` bytes in total, and releases the pages of all maps when too many are resident.
 
-    Pages count as memory of this process until it hands them back (the system keeps them cached), and each first touch
-    brings its neighbours.
+    Pages count as memory of this process until they are released (the page cache keeps them), and each fault maps its neighbours.
     """
-    self._read += ranges * _NEIGHBOURS + size
-    if self._read > _RESIDENT:
-      self._read = 0
+    self._touched += ranges * _FAULT_AROUND + size
+    if self._touched > _MAX_RESIDENT:
+      self._touched = 0
       for mapped, _ in self._maps.values():
         mapped.madvise(mmap.MADV_DONTNEED)
 
   def mapped(self, name: str) -> np.ndarray:
-    """A whole file as uint8, nothing of it read yet."""
-    return (self._maps.get(name) or self._map(name))[1]
-
-  def _map(self, name: str) -> tuple[mmap.mmap, np.ndarray]:
-    try:
-      with (self._root / name).open('rb') as file:
-        mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-    except (OSError, ValueError) as error:  # an empty file cannot be mapped
-      raise UserError(str(self._root / name), str(error), 'a file that can be read') from None
-    self._maps[name] = mapped, np.frombuffer(mapped, np.uint8)
-    return self._maps[name]
+    """A file as a memory-mapped uint8 array."""
+    if name not in self._maps:
+      try:
+        with (self._root / name).open('rb') as file:
+          mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+      except (OSError, ValueError) as error:  # an empty file cannot be mapped
+        raise UserError(str(self._root / name), str(error), 'a readable file') from None
+      self._maps[name] = mapped, np.frombuffer(mapped, np.uint8)
+    return self._maps[name][1]
 
 
 class RemoteFolder:
-  """A folder in object storage, through fsspec; the ranges of one call are asked for at once."""
+  """A folder in object storage, through fsspec; all ranges of one call are fetched concurrently."""
 
-  def __init__(self, place: str):
-    self._root = place.rstrip('/')
+  def __init__(self, location: str):
+    self._root = location.rstrip('/')
+    self._errors = functools.partial(storage_errors, 'token store', self._root)
 
   @functools.cached_property
   def _system(self) -> Any:
     import fsspec
-    with remote_errors('token store', self._root):
+    with self._errors():
       return fsspec.core.url_to_fs(self._root)[0]
 
   def read(self, name: str) -> bytes:
-    with remote_errors('token store', self._root):
+    with self._errors():
       return self._system.cat_file(f'{self._root}/{name}')
 
   def sizes(self) -> dict[str, int]:
-    with remote_errors('token store', self._root):
-      return {one['name'].rpartition('/')[2]: one['size'] for one in self._system.ls(self._root, detail=True)}
+    with self._errors():
+      return {info['name'].rpartition('/')[2]: info['size'] for info in self._system.ls(self._root, detail=True)}
 
   def local(self, name: str) -> Path:
-    """Copies the sub-folder `name` to a temporary place, which stays until the process ends."""
-    copy = tempfile.TemporaryDirectory()
-    _KEPT.append(copy)
-    with remote_errors('token store', self._root):
-      self._system.get(f'{self._root}/{name}/', f'{copy.name}/', recursive=True)
-    return Path(copy.name)
+    """Copies the sub-folder `name` to a temporary folder that exists until the process ends."""
+    _TEMPORARY.append(tempfile.TemporaryDirectory())
+    to = Path(_TEMPORARY[-1].name)
+    RemoteFolder(f'{self._root}/{name}').copy(to)
+    return to
 
   def copy(self, to: Path) -> None:
-    with remote_errors('token store', self._root):
+    with self._errors():
       self._system.get(f'{self._root}/', f'{to}/', recursive=True)
 
   def sha256(self, name: str) -> str:
-    whole = hashlib.sha256()
-    with remote_errors('token store', self._root), \
-        self._system.open(f'{self._root}/{name}', block_size=_CHUNK, cache_type='readahead') as file:
+    digest = hashlib.sha256()
+    with self._errors(), self._system.open(f'{self._root}/{name}', block_size=_CHUNK, cache_type='readahead') as file:
       while chunk := file.read(_CHUNK):
-        whole.update(chunk)
-    return whole.hexdigest()
+        digest.update(chunk)
+    return digest.hexdigest()
 
   def ranges(self, wanted: Sequence[Range]) -> list[np.ndarray]:
     paths = [f'{self._root}/{name}' for name, _, _ in wanted]
-    with remote_errors('token store', self._root):
+    with self._errors():
       found = self._system.cat_ranges(paths, [start for _, start, _ in wanted], [stop for _, _, stop in wanted], on_error='raise')
     for path, data, (_, start, stop) in zip(paths, found, wanted):
       if len(data) < stop - start:
@@ -150,29 +149,31 @@ class RemoteFolder:
     return [np.frombuffer(data, np.uint8) for data in found]
 
 
-_KEPT: list[tempfile.TemporaryDirectory] = []
+_TEMPORARY: list[tempfile.TemporaryDirectory] = []
 
 
 @functools.cache
-def _many_files() -> None:
-  """Lets this process have as many files open as it may: a map of a shard is one."""
+def _raise_file_limit() -> None:
+  """Raises this process's limit of open files to the maximum, because each mapped shard is one."""
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
   if soft != hard:
-    with contextlib.suppress(ValueError, OSError):  # some systems have a lower bound of their own
+    with contextlib.suppress(ValueError, OSError):  # some systems have a lower limit of their own
       resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 @contextlib.contextmanager
-def remote_errors(field: str, url: str) -> Iterator[None]:
-  """Makes a UserError of what clients of object storage raise: errors of the system, and of the libraries below them."""
+def storage_errors(field: str, path: str) -> Iterator[None]:
+  """Raises a UserError for an OSError and, if the path is a URL, for any error: storage clients raise those of many libraries."""
   try:
     yield
   except UserError:
     raise
   except Exception as error:
+    if '://' not in path and not isinstance(error, OSError):
+      raise
     reason = getattr(error, 'strerror', None) or str(error) or type(error).__name__
-    raise UserError(field, url, f'what can be read ({reason})') from None
+    raise UserError(field, path, f'a readable file, folder or URL ({reason})') from None
 
 
-def _too_short(file: object, length: int, wanted: int) -> UserError:
-  return UserError(str(file), f'{length:,} bytes', f'{wanted:,} bytes or more, as it was written; restore it, or prepare the store again')
+def _too_short(file: object, length: int, expected: int) -> UserError:
+  return UserError(str(file), f'{length:,} bytes', f'{expected:,} bytes or more, as written; restore it, or prepare the store again')

@@ -1,4 +1,4 @@
-"""Loading: batches made ahead of the step that reads them, by a thread or by processes, through Grain."""
+"""Loading: batches prepared ahead of the step that reads them, in a thread or in processes, through Grain."""
 
 import contextlib
 import dataclasses
@@ -11,61 +11,58 @@ import numpy as np
 from gptjax.data.encoding import end_with_parent
 from gptjax.data.rows import Batch, TrainRows
 
-_STEPS = 2**62  # as good as endless; Grain asks for a length
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Batches:
-  """Grain's view of a run: element i is the batch of step i.
+  """A Grain data source whose element i is the batch of step i.
 
-  A whole batch is one element: with rows as elements, 64 of 1,024 tokens a batch, it was 20 times slower (6 against 137
-  million tokens a second on 2 cores).
+  Elements are batches and not rows, because with rows Grain was 20 times slower (64 x 1,024 tokens: 6 against 137 million
+  tokens/s on 2 cores).
   """
 
   rows: TrainRows
   first_row: int
   batch_size: int
-  mine: np.ndarray
+  local_rows: np.ndarray
 
   def __len__(self) -> int:
-    return _STEPS
+    return 2**62  # Grain requires a length
 
   def __getitem__(self, index: int) -> Batch:
-    return self.rows.batch(self.first_row + index * self.batch_size + self.mine)
+    return self.rows.batch(self.first_row + index * self.batch_size + self.local_rows)
 
 
 def _start_worker(index: int, count: int) -> None:
   del index, count
-  for number in (signal.SIGINT, signal.SIGTERM):  # a terminal and Slurm tell them to workers too, which the run needs to end well
+  for number in (signal.SIGINT, signal.SIGTERM):  # a terminal and Slurm also send them to workers, which the run needs to end cleanly
     signal.signal(number, signal.SIG_IGN)
   threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def batches(rows: TrainRows, first_row: int, batch_size: int, mine: np.ndarray, *, prefetch: int,
+def batches(rows: TrainRows, first_row: int, batch_size: int, local_rows: np.ndarray, *, prefetch: int,
             workers: int) -> Generator[Batch, None, None]:
-  """The batches of a run from some row on, without end; to be closed, so that its threads and processes end.
+  """Yields the batches of a run without end; the generator must be closed to end its threads and processes.
 
   Args:
     rows: of the run.
     first_row: rows taken before.
-    batch_size: B, rows a step takes, over all processes.
-    mine: [n] which rows of each batch this process makes, from 0 to B - 1.
-    prefetch: batches made ahead; 0: none, each is made when it is asked for.
-    workers: processes that make them; 0: a thread.
+    batch_size: B, rows per step over all processes.
+    local_rows: [n] which rows of each batch this process makes, from 0 to B - 1.
+    prefetch: batches prepared ahead; 0: each is prepared on request.
+    workers: processes that prepare them; 0: a thread.
   """
-  import grain  # brings JAX, which takes seconds and tools do without
-  dataset = grain.MapDataset.source(_Batches(rows, first_row, batch_size, mine))
-  read = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
-  ready = dataset.to_iter_dataset(read)
+  import grain  # imports JAX, which takes seconds and which tools do not need
+  dataset = grain.MapDataset.source(_Batches(rows, first_row, batch_size, local_rows))
   if workers:
     from absl import flags
-    flags.FLAGS.mark_as_parsed()  # Grain hands the flags of a process on to its workers, and asks whether there are any
-    alone = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    ready = alone.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=-(-prefetch // workers)),
-                              worker_init_fn=_start_worker)
-  iterator = iter(ready)
+    flags.FLAGS.mark_as_parsed()  # Grain passes flags to its workers, and requires that they are parsed
+    each = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=-(-prefetch // workers))
+    iterator = iter(each.mp_prefetch(options, worker_init_fn=_start_worker))
+  else:
+    iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)))
   try:
     yield from iterator
   finally:
-    with contextlib.suppress(AttributeError):  # Grain's own, where a worker failed before all had started
+    with contextlib.suppress(AttributeError):  # raised by Grain if a worker failed before all had started
       iterator.close()

@@ -9,101 +9,100 @@ import numpy as np
 from gptjax.config import UserError
 
 CYCLE = 2**16
-"""Rows after which a mixture repeats its pattern; shares are multiples of one row in so many."""
+"""Rows after which a mixture repeats its pattern; weights are rounded to multiples of one row per cycle."""
 
-_NEVER = 2**62
-"""No run comes to such a row."""
+_UNREACHABLE = 2**62
+"""A row that no run reaches."""
 
 
 @dataclasses.dataclass(frozen=True)
-class _Stretch:
-  """Rows over which the shares do not change."""
+class _Span:
+  """A range of rows with constant weights."""
 
   first: int
   """its first row"""
   taken: np.ndarray
-  """[components] rows taken of each before it"""
+  """[components] rows taken of each before the span"""
   pattern: np.ndarray
-  """[cycle] component of each row of a cycle"""
+  """[cycle] component of each row"""
   ranks: np.ndarray
-  """[cycle] how many rows before it in its cycle are of its component"""
+  """[cycle] number of earlier rows of the same component in the cycle"""
   quotas: np.ndarray
-  """[components] rows of each in a cycle"""
+  """[components] rows of each per cycle"""
 
-  def taken_until(self, row: int) -> np.ndarray:
+  def taken_before(self, row: int) -> np.ndarray:
     """Rows [components] taken of each before `row`."""
     cycles, rest = divmod(row - self.first, len(self.pattern))
     return self.taken + cycles * self.quotas + np.bincount(self.pattern[:rest], minlength=len(self.quotas))
 
   def end_of(self, component: int, rows: int) -> int:
-    """The row after the one with which so many rows of a component have been taken."""
+    """The first row after `rows` rows of a component have been taken."""
     cycles, rest = divmod(rows - int(self.taken[component]) - 1, int(self.quotas[component]))
     return self.first + cycles * len(self.pattern) + int(np.flatnonzero(self.pattern == component)[rest]) + 1
 
 
 class Mixture:
-  """Deals rows out to components as evenly as their weights allow, each component's rows in order and without a gap.
+  """Assigns rows to components as evenly as their weights allow; each component's rows are in order and consecutive.
 
-  A pattern of CYCLE rows repeats; in any stretch of rows a component is at most some rows away from its share. Weights are
-  constant over stretches of rows: they change where a phase begins and where a component has used up its passes.
+  A pattern of CYCLE rows repeats, so that in any range of rows a component deviates from its weight by only a few rows. Weights
+  change where a phase begins and where a component reaches its limit.
 
   Args:
-    counts: rows of one pass over each component.
-    weights: of each component, relative; all 0: as their counts. Each gets at least a row of a cycle.
-    limits: most rows of each component; 0: none.
-    phases: (first row, weights) of what comes later, in order.
+    counts: rows per pass over each component.
+    weights: relative weight of each component; all 0: `counts`. Each component gets at least one row per cycle.
+    limits: maximum number of rows of each component; 0: none.
+    phases: (first row, weights) of later phases, in order.
   """
 
   def __init__(self, counts: Sequence[int], weights: Sequence[float], limits: Sequence[int] = (),
                phases: Sequence[tuple[int, Sequence[float]]] = ()):
-    start = list(weights) if any(weights) else [float(count) for count in counts]
-    phases = [(row, later) for row, later in phases if row < _NEVER]
+    phases = [(row, later) for row, later in phases if row < _UNREACHABLE]
     ends = [row for row, _ in phases]
     if ends != sorted(set(ends)) or any(row < 1 for row in ends):
-      raise UserError('data.phases: start', ends, 'rows after the first one, each later than the one before')
+      raise UserError('data.phases: start', ends, 'rows after the first, each later than the one before')
     limits = list(limits) or [0] * len(counts)
     self.rows: int | None = None
-    """rows there are; None: endless"""
-    self._stretches: list[_Stretch] = []
+    """number of rows; None: endless"""
+    self._spans: list[_Span] = []
     taken = np.zeros(len(counts), np.int64)
     row = 0
-    for weights_now, end in zip([start, *(list(w) for _, w in phases)], [*ends, None]):
+    for phase_weights, end in zip([weights if any(weights) else counts, *(later for _, later in phases)], [*ends, None]):
       while end is None or row < end:
-        left = [0.0 if limit and taken[k] >= limit else weight for k, (weight, limit) in enumerate(zip(weights_now, limits))]
+        left = [0.0 if limit and taken[k] >= limit else float(weight) for k, (weight, limit) in enumerate(zip(phase_weights, limits))]
         if not any(left):
           self.rows = row
           return
-        stretch = _Stretch(row, taken, *_pattern(left))
-        self._stretches.append(stretch)
-        stops = [stretch.end_of(k, limit) for k, limit in enumerate(limits) if limit and left[k]]
-        if end is None and not stops:
+        span = _Span(row, taken, *_pattern(left))
+        self._spans.append(span)
+        stops = [span.end_of(k, limit) for k, limit in enumerate(limits) if limit and left[k]]
+        stops += [] if end is None else [end]
+        if not stops:
           return
-        row = min([*stops, *([end] if end is not None else [])])
-        taken = stretch.taken_until(row)
+        row = min(stops)
+        taken = span.taken_before(row)
 
   def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Component [n] of each row, and which row of that component, counted over all its passes, [n].
+    """The component [n] of each row, and its index [n] among the component's rows over all passes.
 
     Raises:
-      UserError: a row after the last.
+      UserError: a row is after the last.
     """
     if self.rows is not None and rows.max(initial=-1) >= self.rows:
       raise UserError('steps', f'row {rows.max():,}', f'at most the {self.rows:,} rows that data.train has within its epochs')
     components, indices = np.empty_like(rows), np.empty_like(rows)
-    which = np.searchsorted([stretch.first for stretch in self._stretches], rows, 'right') - 1
-    for number in np.unique(which):
-      here, stretch = which == number, self._stretches[number]
-      cycles, slots = np.divmod(rows[here] - stretch.first, len(stretch.pattern))
-      dealt = stretch.pattern[slots]
-      components[here] = dealt
-      indices[here] = stretch.taken[dealt] + cycles * stretch.quotas[dealt] + stretch.ranks[slots]
+    spans = np.searchsorted([span.first for span in self._spans], rows, 'right') - 1
+    for number in np.unique(spans):
+      here, span = spans == number, self._spans[number]
+      cycles, slots = np.divmod(rows[here] - span.first, len(span.pattern))
+      component = components[here] = span.pattern[slots]
+      indices[here] = span.taken[component] + cycles * span.quotas[component] + span.ranks[slots]
     return components, indices
 
 
 def _pattern(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Component and rank of each row of a cycle, and the rows of each component in it."""
+  """Component and rank of each row of a cycle, and the number of rows of each component in it."""
   quotas = _quotas(weights)
-  # The t-th of n rows is due at (t + 1/2) / n of the cycle, so every component is spread evenly over it.
+  # The t-th of n rows is due at (t + 1/2) / n of the cycle, which spreads every component evenly.
   due = np.concatenate([(np.arange(n) + 0.5) / n for n in quotas])
   order = np.argsort(due, kind='stable')
   components = np.repeat(np.arange(len(quotas)), quotas)[order]
@@ -112,15 +111,15 @@ def _pattern(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def _quotas(weights: Sequence[float]) -> np.ndarray:
-  """Whole rows of a cycle for each weight, by largest remainder; at least one where a weight is above 0."""
+  """Rows per cycle for each weight, by the largest-remainder method; at least one where a weight is above 0."""
   share = np.asarray(weights, np.float64) / max(weights)
   share /= share.sum()
   cycle = CYCLE if np.count_nonzero(share) > 1 else 1
   exact = share * cycle
   quotas = np.maximum(np.floor(exact), share > 0).astype(np.int64)
-  short = cycle - int(quotas.sum())
-  order = np.argsort(quotas - exact, kind='stable')  # those with the largest remainder first
-  for k in itertools.islice(itertools.cycle(order[share[order] > 0].tolist()), max(short, 0)):
+  missing = cycle - int(quotas.sum())
+  order = np.argsort(quotas - exact, kind='stable')  # largest remainder first
+  for k in itertools.islice(itertools.cycle(order[share[order] > 0].tolist()), max(missing, 0)):
     quotas[k] += 1
   while quotas.sum() > cycle:  # many tiny weights were rounded up
     quotas[quotas.argmax()] -= 1

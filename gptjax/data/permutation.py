@@ -1,4 +1,4 @@
-"""Random orders without a table: a permutation of any range, one index at a time."""
+"""Random permutations of any range, computed one index at a time and without a table."""
 
 import math
 
@@ -9,26 +9,25 @@ _ROUNDS = 6
 
 
 def permute(indices: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-  """The images of `indices` [n] under pseudo-random permutations of range(size), one for each key [n].
+  """Images of `indices` [n] under pseudo-random permutations of range(size), one for each key [n].
 
-  A Feistel network over pairs of a number below a and one below b permutes range(a * b), which is hardly more than
-  `size`; whoever lands outside walks on until inside (Black and Rogaway 2002, sections 4 and 5), which leaves a permutation
-  of the range itself.
+  A Feistel network over pairs of numbers below a and b permutes range(a * b), slightly more than `size`. Images outside
+  range(size) are permuted again until they are inside (cycle walking; Black and Rogaway 2002, sections 4 and 5).
   """
   a = _U64(math.isqrt(size - 1) + 1)
   b = _U64(-(-size // int(a)))
-  turns = mix(keys + np.arange(2, 2 + _ROUNDS, dtype=_U64)[:, None])
-  images = _feistel(indices.astype(_U64), a, b, turns)
+  round_keys = mix(keys + np.arange(2, 2 + _ROUNDS, dtype=_U64)[:, None])
+  images = _feistel(indices.astype(_U64), a, b, round_keys)
   while (outside := images >= size).any():
-    images[outside] = _feistel(images[outside], a, b, turns[:, outside])
+    images[outside] = _feistel(images[outside], a, b, round_keys[:, outside])
   return images.astype(np.int64)
 
 
-def _feistel(numbers: np.ndarray, a: np.uint64, b: np.uint64, turns: np.ndarray) -> np.ndarray:
+def _feistel(numbers: np.ndarray, a: np.uint64, b: np.uint64, round_keys: np.ndarray) -> np.ndarray:
   left, right = np.divmod(numbers, b)
-  for turn in range(0, _ROUNDS, 2):
-    left = (left + mix(right + turns[turn]) % a) % a
-    right = (right + mix(left + turns[turn + 1]) % b) % b
+  for number in range(0, _ROUNDS, 2):
+    left = (left + mix(right + round_keys[number]) % a) % a
+    right = (right + mix(left + round_keys[number + 1]) % b) % b
   return left * b + right
 
 

@@ -1,4 +1,4 @@
-"""How long work shows itself: a bar on a terminal, a line now and then in a log; always on stderr."""
+"""Progress of long operations on stderr: a bar on a terminal, a line per minute in a log."""
 
 import sys
 import time
@@ -7,7 +7,7 @@ from types import TracebackType
 import rich.console
 import rich.progress
 
-_EVERY = 60  # seconds between lines of a log
+_LOG_INTERVAL = 60  # seconds
 
 
 def announce(line: str) -> None:
@@ -20,40 +20,32 @@ def counted(documents: int) -> str:
   return f'{documents:,} document{"s" * (documents != 1)}'
 
 
-class Work:
-  """Long work, as a context.
-
-  Args:
-    title: what it does.
-    total: how much there is.
-    unit: of the total: 'bytes', which are shown as MB, or what is counted, in the plural.
-    done: how much is done already.
-  """
+class ProgressBar:
+  """A context manager that shows the progress of an operation; the unit is 'bytes', shown as MB, or a plural noun."""
 
   def __init__(self, title: str, total: int, unit: str, done: int = 0):
     self._title, self._total, self._unit, self._done, self._first = title, total, unit, done, done
-    self._started = self._told = time.monotonic()
-    columns = [rich.progress.TextColumn('{task.description}'), rich.progress.BarColumn(),
-               *((rich.progress.DownloadColumn(), rich.progress.TransferSpeedColumn()) if unit == 'bytes' else
-                 (rich.progress.MofNCompleteColumn(), rich.progress.TextColumn(unit))),
-               rich.progress.TimeRemainingColumn()]
-    self._bar = rich.progress.Progress(*columns, console=rich.console.Console(stderr=True), transient=True,
-                                       disable=not sys.stderr.isatty())
+    self._started = self._logged = time.monotonic()
+    amount = ([rich.progress.DownloadColumn(), rich.progress.TransferSpeedColumn()] if unit == 'bytes' else
+              [rich.progress.MofNCompleteColumn(), rich.progress.TextColumn(unit)])
+    self._bar = rich.progress.Progress(
+      rich.progress.TextColumn('{task.description}'), rich.progress.BarColumn(), *amount, rich.progress.TimeRemainingColumn(),
+      console=rich.console.Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
     self._task = self._bar.add_task(title, total=total, completed=done)
 
-  def __enter__(self) -> 'Work':
+  def __enter__(self) -> 'ProgressBar':
     if self._bar.disable:
       announce(f'{self._title}: {self._amount(self._total)}' + (f', {self._amount(self._done)} done before' if self._done else ''))
     self._bar.start()
     return self
 
   def advance(self, amount: int) -> None:
-    """Tells that so much more is done."""
+    """Adds to the amount done."""
     self._done += amount
     self._bar.advance(self._task, amount)
     now = time.monotonic()
-    if self._bar.disable and now - self._told > _EVERY:
-      self._told = now
+    if self._bar.disable and now - self._logged > _LOG_INTERVAL:
+      self._logged = now
       left = (self._total - self._done) * (now - self._started) / max(self._done - self._first, 1)
       announce(f'{self._title}: {self._amount(self._done)} of {self._amount(self._total)}, {left / 60:.0f} minutes left')
 

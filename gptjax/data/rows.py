@@ -1,82 +1,74 @@
-"""Rows: what a training step and an evaluation read, each a pure function of its index.
+"""Rows for training and evaluation, each a pure function of its index.
 
-All that a training run has to remember of its data is how many rows it has taken.
+The data state of a training run is the number of rows it has taken.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
 from gptjax.data.mixture import Mixture
-from gptjax.data.packing import Plan
+from gptjax.data.packing import PackingPlan
 from gptjax.data.permutation import mix, permute
 from gptjax.data.store import TokenStore
 
 Batch = dict[str, np.ndarray]
-"""Arrays of shape [B, T]: int32 tokens and targets, float32 mask; where documents are isolated, int32 positions, segments."""
+"""Arrays [B, T]: int32 tokens and targets, float32 mask; if documents are isolated, int32 positions and segments."""
 
 
 class Layout(Protocol):
-  """How a store becomes rows: `count` of them hold each of its targets once."""
+  """Cuts a store into `count` rows that contain each of its targets once."""
 
   store: TokenStore
   count: int
 
   def fill(self, frame: 'Frame', slots: np.ndarray, rows: np.ndarray, draws: np.ndarray) -> None:
-    """Puts rows [n] of an epoch into the frame's `slots` [n]; `draws` [n], uint64, are equal within an epoch."""
+    """Writes rows [n] of an epoch to `slots` [n] of a frame; `draws` [n] are random uint64, equal within an epoch."""
 
 
 class Frame:
-  """A batch while it is filled.
-
-  Args:
-    shape: B, T.
-  """
+  """A batch of shape (B, T) that layouts fill."""
 
   def __init__(self, shape: tuple[int, int]):
     self.tokens = np.zeros(shape, np.int32)
     self.targets = np.zeros(shape, np.int32)
-    self.begins = np.zeros(shape, bool)
-    """where a document, or a row, begins"""
-    self.begins[:, 0] = True
-    self.used = np.zeros(shape[0], np.int64)
-    """tokens of each row, from its start; what comes after is padding"""
-    self.foretold = np.ones(shape, bool)
-    """where the target is one: not a document's beginning after another one's end"""
+    self.document_starts = np.zeros(shape, bool)
+    """where a document, or a row, starts"""
+    self.document_starts[:, 0] = True
+    self.lengths = np.zeros(shape[0], np.int64)
+    """tokens of each row; the rest is padding"""
+    self.loss_mask = np.ones(shape, bool)
+    """False where the target is not predictable: a document's start after another's end"""
 
   def take(self, layout: Layout, slots: np.ndarray, rows: np.ndarray, draws: np.ndarray) -> None:
-    """Has a layout fill some slots, and leaves out what its store says is no target."""
+    """Fills slots from a layout, and masks separators that are not targets."""
     layout.fill(self, slots, rows, draws)
     if layout.store.end != layout.store.separator:
-      self.foretold[slots] = self.targets[slots] != layout.store.separator
+      self.loss_mask[slots] = self.targets[slots] != layout.store.separator
 
   def batch(self, isolate_documents: bool) -> Batch:
-    """The arrays for the model. Padding has segment 0 and mask 0; the id that stands there means nothing."""
+    """The model's inputs. Padding has segment 0, mask 0 and an arbitrary id."""
     shape = self.tokens.shape
-    real = np.arange(shape[1]) < self.used[:, None]
-    batch = {'tokens': self.tokens, 'targets': self.targets, 'mask': (real & self.foretold).astype(np.float32)}
+    real = np.arange(shape[1]) < self.lengths[:, None]
+    batch = {'tokens': self.tokens, 'targets': self.targets, 'mask': (real & self.loss_mask).astype(np.float32)}
     if isolate_documents:
-      # Every row begins a stretch, so the stretches can be laid end to end over all rows.
-      begins = np.flatnonzero(self.begins)
-      lengths = np.diff(begins, append=self.begins.size)
-      per_row = np.bincount(begins // shape[1], minlength=shape[0])
-      numbers = np.arange(1, len(begins) + 1) - np.repeat(np.cumsum(per_row) - per_row, per_row)
+      # Every row starts a segment, so all rows can be treated as one sequence of segments.
+      starts = np.flatnonzero(self.document_starts)
+      lengths = np.diff(starts, append=self.document_starts.size)
+      per_row = np.bincount(starts // shape[1], minlength=shape[0])
+      numbers = np.arange(1, len(starts) + 1) - np.repeat(np.cumsum(per_row) - per_row, per_row)
       segments = np.repeat(numbers.astype(np.int32), lengths).reshape(shape)
       if not real.all():
         segments *= real
-      places = np.arange(self.begins.size, dtype=np.int32) - np.repeat(begins.astype(np.int32), lengths)
-      batch |= {'positions': places.reshape(shape), 'segments': segments}
+      positions = np.arange(self.document_starts.size, dtype=np.int32) - np.repeat(starts.astype(np.int32), lengths)
+      batch |= {'positions': positions.reshape(shape), 'segments': segments}
     return batch
 
 
 class Windows:
-  """Concatenate, then cut: windows of T over the circle of all documents; the last of an epoch is padded.
-
-  Args:
-    store: the tokens.
-    context: T, tokens a row.
-  """
+  """Concatenate and cut: windows of `context` tokens over the circular stream; the last of an epoch is padded."""
 
   def __init__(self, store: TokenStore, context: int):
     self.store = store
@@ -84,85 +76,81 @@ class Windows:
     self.count = -(-store.tokens // context)
 
   def fill(self, frame: Frame, slots: np.ndarray, rows: np.ndarray, draws: np.ndarray) -> None:
-    """See Layout; an epoch's first window starts at a place below T that its draw decides."""
-    begin = rows * self.context
-    used = np.minimum(self.store.tokens - begin, self.context)
-    begin = (begin + (draws % np.uint64(self.context)).astype(np.int64)) % self.store.tokens
-    ids = self.store.read(begin, used + 1)
-    frame.used[slots] = used
-    if (used == self.context).all():
+    """See Layout. The offset of an epoch's first window, below `context`, is its draw."""
+    start = rows * self.context
+    lengths = np.minimum(self.store.tokens - start, self.context)
+    start = (start + (draws % np.uint64(self.context)).astype(np.int64)) % self.store.tokens
+    ids = self.store.read(start, lengths + 1)
+    frame.lengths[slots] = lengths
+    if (lengths == self.context).all():
       ids = ids.reshape(len(slots), self.context + 1)
       frame.tokens[slots], frame.targets[slots] = ids[:, :-1], ids[:, 1:]
     else:
-      for slot, length, end in zip(slots, used, np.cumsum(used + 1)):
+      for slot, length, end in zip(slots, lengths, np.cumsum(lengths + 1)):
         row = ids[end - length - 1:end]
         frame.tokens[slot, :length], frame.targets[slot, :length] = row[:-1], row[1:]
-    # The separator stands nowhere but where a document begins.
-    frame.begins[slots, 1:] = frame.tokens[slots, 1:] == self.store.separator
+    # The separator occurs only where a document starts.
+    frame.document_starts[slots, 1:] = frame.tokens[slots, 1:] == self.store.separator
 
 
 class Packed:
-  """Rows of whole documents, or of pieces of documents longer than a row, as a plan lays them out.
+  """Rows of complete documents, or of pieces of documents longer than a row, as a packing plan of the store assigns them."""
 
-  Args:
-    store: the tokens.
-    plan: made for this store.
-  """
-
-  def __init__(self, store: TokenStore, plan: Plan):
+  def __init__(self, store: TokenStore, plan: PackingPlan):
     self.store = store
     self.plan = plan
     self.count = plan.rows
 
   def fill(self, frame: Frame, slots: np.ndarray, rows: np.ndarray, draws: np.ndarray) -> None:
     """See Layout."""
-    places, lengths, pieces = self.plan.pieces(rows)
+    positions, lengths, pieces = self.plan.pieces(rows)
     row = np.repeat(slots, pieces)
     ends = np.cumsum(lengths)
-    used = np.add.reduceat(lengths, np.cumsum(pieces) - pieces)
-    ids = self.store.read(places, lengths)
-    for slot, length, end in zip(slots.tolist(), used.tolist(), np.cumsum(used).tolist()):
+    row_lengths = np.add.reduceat(lengths, np.cumsum(pieces) - pieces)
+    ids = self.store.read(positions, lengths)
+    for slot, length, end in zip(slots.tolist(), row_lengths.tolist(), np.cumsum(row_lengths).tolist()):
       frame.tokens[slot, :length] = ids[end - length:end]
-    frame.used[slots] = used
+    frame.lengths[slots] = row_lengths
     frame.targets[slots, :-1] = frame.tokens[slots, 1:]
-    last = ends - np.repeat(np.cumsum(used) - used, pieces) - 1  # of each piece, in its row
-    frame.begins[row, last - lengths + 1] = True
+    last = ends - np.repeat(np.cumsum(row_lengths) - row_lengths, pieces) - 1  # of each piece, in its row
+    frame.document_starts[row, last - lengths + 1] = True
     frame.targets[row, last] = self.store.separator
-    # Only a row that is one piece can end inside a document.
+    # Only a row that is a single piece can end inside a document.
     full = lengths == frame.tokens.shape[1]
-    frame.targets[row[full], -1] = self.store.read((places + lengths)[full] % self.store.tokens, np.ones(full.sum(), np.int64))
+    frame.targets[row[full], -1] = self.store.read((positions + lengths)[full] % self.store.tokens, np.ones(full.sum(), np.int64))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class TrainRows:
-  """An endless sequence of rows over a mixture: each component epoch after epoch, each epoch in an order of its own.
+  """An endless sequence of rows over a mixture. Each component is repeated epoch by epoch, each epoch in its own order.
 
-  The order is a permutation that a hash of (seed, component, epoch) draws: no table to keep, any row in constant time.
-
-  Args:
-    layouts: the components.
-    mixture: which row is whose.
-    context: T, tokens a row.
-    seed: 0 or more; another seed gives other orders.
-    isolate_documents: whether positions and segments are made.
+  The order is a permutation drawn by a hash of (seed, component, epoch), so that any row takes constant time and no table.
   """
 
-  def __init__(self, layouts: Sequence[Layout], mixture: Mixture, context: int, seed: int, isolate_documents: bool):
-    self.layouts = layouts
-    self.mixture = mixture
-    self.context = context
-    self.seed = seed
-    self.isolate_documents = isolate_documents
-    self.rows_per_epoch = sum(layout.count for layout in layouts)
-    """rows that hold every component once"""
+  layouts: Sequence[Layout]
+  """the components"""
+  mixture: Mixture
+  context: int
+  """T, tokens per row"""
+  seed: int
+  """0 or more"""
+  isolate_documents: bool
+  """whether batches have positions and segments"""
+
+  @property
+  def rows_per_epoch(self) -> int:
+    """Rows that contain every component once."""
+    return sum(layout.count for layout in self.layouts)
 
   def batch(self, rows: np.ndarray) -> Batch:
     """Rows at indices [n], as arrays [n, T].
 
-    tokens and targets: ids; targets are one step ahead. positions: tokens since the later of the document's and the row's
-    start. segments: 1, 2, ... by document within the row, 0 for padding. mask: 1, 0 for padding and where there is no target.
+    tokens and targets: ids; targets are shifted by one. positions: tokens since the start of the document or of the row,
+    whichever is later. segments: documents of a row, numbered from 1; 0 for padding. mask: 1, or 0 for padding and where there is
+    no target.
 
     Raises:
-      UserError: a row that the mixture does not have, or a damaged store.
+      UserError: a row is beyond the mixture's last, or a store is damaged.
     """
     frame = Frame((len(rows), self.context))
     components, indices = self.mixture.locate(np.asarray(rows, np.int64))
@@ -170,25 +158,14 @@ class TrainRows:
       slots = np.flatnonzero(components == component)
       layout = self.layouts[component]
       epochs, within = np.divmod(indices[slots], layout.count)
-      keys = mix(self._seed(component) + epochs.astype(np.uint64))
+      # The seed is hashed before the epoch is added, so that seed 0 in epoch 1 is not seed 1 in epoch 0.
+      keys = mix(mix(np.full(1, (self.seed + (int(component) << 32)) % 2**64, np.uint64)) + epochs.astype(np.uint64))
       frame.take(layout, slots, permute(within, layout.count, keys), mix(keys + np.uint64(1)))
     return frame.batch(self.isolate_documents)
 
-  def _seed(self, component: int) -> np.ndarray:
-    # Hashed before the epoch is added: seed 0 in epoch 1 is not seed 1 in epoch 0.
-    return mix(np.full(1, (self.seed + (int(component) << 32)) % 2**64, np.uint64))
-
 
 class EvalRows:
-  """Non-overlapping windows over a store, in order; the last one is padded.
-
-  Every token of every document and its end is a target exactly once.
-
-  Args:
-    store: the tokens.
-    context: T, tokens a row.
-    isolate_documents: whether positions and segments are made.
-  """
+  """Non-overlapping windows over a store, in order; the last one is padded. Every target of the store occurs exactly once."""
 
   def __init__(self, store: TokenStore, context: int, isolate_documents: bool):
     self.store = store
@@ -198,10 +175,7 @@ class EvalRows:
     self.count = self._windows.count
 
   def batch(self, rows: np.ndarray) -> Batch:
-    """Rows at indices [n] as arrays [n, T], laid out as TrainRows.batch does.
-
-    Rows from `count` on are all padding, so the last batch of an evaluation can be as large as the others.
-    """
+    """Rows at indices [n] as arrays [n, T], as in TrainRows.batch. Rows from `count` on are padding, to fill the last batch."""
     rows = np.asarray(rows, np.int64)
     frame = Frame((len(rows), self.context))
     slots = np.flatnonzero(rows < self.count)

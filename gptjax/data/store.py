@@ -1,17 +1,17 @@
-"""Token stores: documents as one stream of ids on disk or in object storage, in shards, checked whenever they are read.
+"""Token stores: documents as one stream of ids, on disk or in object storage, verified on reading.
 
 A store is a folder or URL with
 
-    manifest.json   what it was made from, counts, and the digest of the index
-    index.bin       a RECORD a shard: ids and documents up to its end, digest of its file
-    00000.shard     ids; then the place of each document among them; then a CRC-32 of every BLOCK bytes of both
+    manifest.json   origin, counts, and the digest of the index
+    index.bin       one RECORD per shard: ids and documents up to its end, digest of its file
+    00000.shard     ids; then the position of each document among them; then a CRC-32 of every BLOCK bytes of both
     tokenizer/      the tokenizer
 
-A document is a separator and its ids. The stream is a circle: what ends a document is the separator that begins the next,
-and what ends the last is the first. So each of its ids is a target exactly once.
+A document is a separator followed by its ids. The stream is circular: a document ends with the separator of the next one, and
+the last with that of the first. So each id is a target exactly once.
 
-Of a tokenizer whose bos and eos differ, such as Llama's, the separator is bos and a document has its eos as its last id. What
-follows eos is another text, which nothing foretells: bos is then no target.
+If a tokenizer's bos and eos differ, as Llama's do, the separator is bos, and a document's last id is eos. Since eos is
+followed by an unrelated text, bos is then not a target.
 """
 
 import dataclasses
@@ -30,17 +30,17 @@ from gptjax.data.folders import LocalFolder, Range, open_folder
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 
 VERSION = 2
-"""Of the format; raise it when stores of before can no longer be read."""
+"""Format version, to be incremented when older stores become unreadable."""
 
 BLOCK = 2**14
-"""Bytes under one checksum: a row of 1,024 ids lies in one block or two, and each is checked once."""
+"""Bytes per checksum: a row of 1,024 ids spans one or two blocks, and each is verified once."""
 
 MANIFEST, INDEX, TOKENIZER = 'manifest.json', 'index.bin', 'tokenizer'
 RECORD = np.dtype([('tokens', '<i8'), ('documents', '<i8'), ('sha256', 'S64')])
 
 
 def manifest_sha256(manifest: dict[str, Any]) -> str:
-  """Hex digest of what a manifest says beside this digest."""
+  """Hex digest of a manifest's other entries."""
   facts = {name: value for name, value in manifest.items() if name != 'sha256'}
   return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -52,7 +52,7 @@ def shard_name(number: int) -> str:
 
 @dataclasses.dataclass(eq=False)
 class Shard:
-  """Where things lie in one file of a store."""
+  """Layout of a shard's file, and the checksums verified so far."""
 
   name: str
   first_token: int
@@ -62,158 +62,135 @@ class Shard:
   itemsize: int
   """bytes of an id"""
   mapped: np.ndarray | None = None
-  """[tokens] its ids, where the file is mapped"""
+  """[tokens] its ids, if the file is memory-mapped"""
   checksums: np.ndarray | None = None
-  """[blocks] CRC-32s, once they were needed"""
-  checked: bytearray = dataclasses.field(default_factory=bytearray)
-  """1 for each block that was found as it was written"""
+  """[blocks] CRC-32s, once they have been read"""
+  verified: bytearray = dataclasses.field(default_factory=bytearray)
+  """1 for each verified block"""
 
-  @property
-  def ids(self) -> int:
-    """Bytes of its ids."""
-    return self.tokens * self.itemsize
-
-  @property
-  def starts(self) -> int:
-    """Place of its documents' places, aligned to their 8 bytes."""
-    return self.ids + -self.ids % 8
-
-  @property
-  def sums(self) -> int:
-    """Place of its checksums."""
-    return self.starts + 8 * self.documents
-
-  @property
-  def size(self) -> int:
-    """Bytes of the file."""
-    return self.sums + 4 * -(-self.sums // BLOCK)
+  def __post_init__(self):
+    self.ids = self.tokens * self.itemsize
+    """bytes of its ids"""
+    self.starts = self.ids + -self.ids % 8
+    """offset of its documents' positions, aligned to 8 bytes"""
+    self.sums = self.starts + 8 * self.documents
+    """offset of its checksums"""
+    self.size = self.sums + 4 * -(-self.sums // BLOCK)
+    """bytes of the file"""
 
   def blocks(self, first: int, stop: int) -> Range:
-    """The whole blocks that hold bytes first, ..., stop - 1."""
+    """The blocks that contain bytes [first, stop)."""
     return self.name, first // BLOCK * BLOCK, min(-(-stop // BLOCK) * BLOCK, self.sums)
 
 
 class TokenStore:
-  """A stream of documents. Opening one reads its manifest, whatever its size; the index comes with the first ids.
+  """A stream of documents. Opening reads only the manifest, whatever the size; the index is read with the first ids.
 
-  Ids are read in ranges, out of memory maps or, where the store is a URL, with a request a range, all of a call at once.
-  Every block is compared with its CRC-32 before it is first used.
-
-  Args:
-    place: folder or URL.
-    manifest: what its manifest.json says.
+  Ranges of ids are read from memory maps or, if the store is a URL, with one request each, all of a call concurrently.
+  Every block is verified against its CRC-32 before it is first used.
   """
 
-  def __init__(self, place: str, manifest: dict[str, Any]):
-    self.place = place
+  def __init__(self, location: str, manifest: dict[str, Any]):
+    self.location = location
     self.manifest = manifest
     self.dtype = np.dtype(manifest['dtype'])
     self.tokens: int = manifest['tokens']
     """ids in the stream"""
     self.documents: int = manifest['documents']
-    """documents in the stream"""
     self.bytes: int = manifest['bytes']
     """UTF-8 bytes of all documents"""
     self.vocab_size: int = manifest['vocab_size']
-    """ids are below this"""
     self.separator: int = manifest['separator']
-    """id that begins documents, and stands nowhere else"""
+    """id that starts documents, and occurs nowhere else"""
     self.end: int = manifest['end']
-    """id that ends documents; the separator itself, or each document's last one"""
+    """id that ends documents; the separator itself, or each document's last id"""
     self.targets = self.tokens if self.end == self.separator else self.tokens - self.documents
     """ids that are targets, each once"""
     self.sha256: str = manifest['index_sha256']
-    """hex digest; equal for equal ids and documents"""
+    """hex digest of ids and documents"""
     self.tokenizer_sha256: str = manifest['tokenizer_sha256']
-    """hex digest of the tokenizer that made the ids"""
-    self._folder = open_folder(place)
+    self._folder = open_folder(location)
     self._shards: dict[int, Shard] = {}
 
   @staticmethod
-  def open(place: Path | str) -> 'TokenStore':
-    """Opens a store.
+  def open(location: Path | str) -> 'TokenStore':
+    """Opens the store in a folder or at a URL.
 
     Raises:
-      UserError: there is none, or one of another version.
+      UserError: there is no store, or one of another version.
     """
     try:
-      manifest = json.loads(open_folder(str(place)).read(MANIFEST))
+      manifest = json.loads(open_folder(str(location)).read(MANIFEST))
     except UserError:
       raise
     except (OSError, ValueError, RecursionError) as error:
-      reason = 'none is there' if isinstance(error, FileNotFoundError) else str(error)
-      raise UserError('token store', str(place), f'a folder or URL with a token store, which tools.prepare_data makes ({reason})') from None
+      reason = 'there is none' if isinstance(error, FileNotFoundError) else str(error)
+      raise UserError('token store', str(location), f'a folder or URL of a token store made by tools.prepare_data ({reason})') from None
     version = manifest.get('version') if isinstance(manifest, dict) else None
     if version != VERSION:
-      raise UserError(f'{place}/{MANIFEST}, version', version, f'{VERSION}, which this code reads; prepare it again')
+      raise UserError(f'{location}/{MANIFEST}, version', version, f'{VERSION}, which this code reads; prepare the store again')
     if manifest.get('sha256') != manifest_sha256(manifest):
-      raise UserError(f'{place}/{MANIFEST}', manifest.get('sha256'), 'a manifest as it was written; restore it, or prepare the store again')
-    return TokenStore(str(place), manifest)
+      raise _damaged(f'{location}/{MANIFEST}', manifest.get('sha256'), 'the manifest')
+    return TokenStore(str(location), manifest)
 
   def __reduce__(self):
-    return TokenStore, (self.place, self.manifest)  # a process that gets a copy maps the files itself
+    return TokenStore, (self.location, self.manifest)  # a process that unpickles it maps the files itself
 
   def tokenizer(self) -> Tokenizer:
     """The tokenizer that made the ids.
 
     Raises:
-      UserError: another one lies there.
+      UserError: the folder has another one.
     """
     found = load_tokenizer(self._folder.local(TOKENIZER))
     if found.sha256 != self.tokenizer_sha256:
-      raise UserError(f'{self.place}/{TOKENIZER}', found.sha256[:12], f'the tokenizer {self.tokenizer_sha256[:12]}, with which the '
-                      'store was made; restore it, or prepare the store again')
+      raise _damaged(f'{self.location}/{TOKENIZER}', found.sha256[:12], f'the tokenizer {self.tokenizer_sha256[:12]}')
     return found
 
   @functools.cached_property
   def index(self) -> np.ndarray:
-    """A RECORD for each shard."""
+    """One RECORD per shard."""
     data = self._folder.read(INDEX)
     if hashlib.sha256(data).hexdigest() != self.sha256:
-      raise UserError(f'{self.place}/{INDEX}', f'{len(data)} bytes', 'the index as it was written; restore it, or prepare the store again')
+      raise _damaged(f'{self.location}/{INDEX}', f'{len(data)} bytes', 'the index')
     return np.frombuffer(data, RECORD)
 
   def check(self) -> None:
-    """Compares the size of every shard with the index, without reading one.
+    """Checks the size of every shard without reading one.
 
     Raises:
-      UserError: a shard is missing or not of its size; it is named.
+      UserError: a shard is missing or has another size; the error names it.
     """
     sizes = self._folder.sizes()
     for number in range(len(self.index)):
       shard = self._shard(number)
       if sizes.get(shard.name) != shard.size:
         found = f'{sizes[shard.name]:,} bytes' if shard.name in sizes else None
-        raise UserError(f'{self.place}/{shard.name}', found,
-                        f'{shard.size:,} bytes, as it was written; restore it, or prepare the store again')
+        raise _damaged(f'{self.location}/{shard.name}', found, f'{shard.size:,} bytes')
 
   def verify(self) -> None:
     """Reads every shard and compares its SHA-256 with the index, and the tokenizer's with the manifest.
 
     Raises:
-      UserError: something is not as it was written; it is named.
+      UserError: something differs; the error names it.
     """
     self.check()
     self.tokenizer()
     for number, record in enumerate(self.index):
       if (found := self._folder.sha256(shard_name(number))) != record['sha256'].decode():
-        raise self._damaged(shard_name(number), f'SHA-256 {found}', f'{record["sha256"].decode()}')
+        raise _damaged(f'{self.location}/{shard_name(number)}', f'SHA-256 {found}', record['sha256'].decode())
 
   def read(self, starts: np.ndarray | Sequence[int], counts: np.ndarray | Sequence[int]) -> np.ndarray:
-    """Ids of ranges of the circle, one range after another.
-
-    Args:
-      starts: places, from 0 to tokens - 1.
-      counts: ids of each range.
+    """Reads ranges of the circular stream, given by starts (0 to tokens - 1) and numbers of ids, and concatenates them.
 
     Raises:
-      UserError: a block is not as it was written; its file is named.
+      UserError: a block is damaged; the error names its file.
     """
     starts, counts = np.asarray(starts, np.int64), np.asarray(counts, np.int64)
     out = np.empty(counts.sum(), self.dtype)
     pieces = list(self._pieces(starts, counts))
-    if isinstance(self._folder, LocalFolder):  # a view of the map instead of the blocks around it
-      self._folder.reading(len(pieces), out.nbytes)
+    if isinstance(self._folder, LocalFolder):  # copies from views of the map, and not of the enclosing blocks, for speed
+      self._folder.count_touched(len(pieces), out.nbytes)
       for shard, first, stop, at in pieces:
         out[at:at + stop - first] = self._mapped(shard, first, stop)
     else:
@@ -224,23 +201,23 @@ class TokenStore:
     return out
 
   def _mapped(self, shard: Shard, first: int, stop: int) -> np.ndarray:
-    """Ids of a shard out of its map, its blocks checked."""
+    """A view of a shard's ids, in verified blocks."""
     assert isinstance(self._folder, LocalFolder)
     size = shard.itemsize
-    if shard.mapped is None or shard.checked.find(0, first * size // BLOCK, -(-stop * size // BLOCK)) >= 0:
+    if shard.mapped is None or shard.verified.find(0, first * size // BLOCK, -(-stop * size // BLOCK)) >= 0:
       list(self._bytes([(shard, first * size, stop * size)]))
       if shard.mapped is None:
         shard.mapped = self._folder.mapped(shard.name)[:shard.ids].view(self.dtype)
     return shard.mapped[first:stop]
 
   def texts(self, first: int, stop: int) -> Iterator[str]:
-    """The texts of documents first to stop - 1."""
-    tokenizer, places = self.tokenizer(), self.starts(first, stop)
-    for start, end in zip(places, places[1:]):
+    """Yields the texts of documents [first, stop)."""
+    tokenizer, positions = self.tokenizer(), self.starts(first, stop)
+    for start, end in zip(positions, positions[1:]):
       yield tokenizer.decode(self.read([start], [end - start]).tolist())
 
   def _pieces(self, starts: np.ndarray, counts: np.ndarray) -> Iterator[tuple[Shard, int, int, int]]:
-    """The stretches of shards that ranges of the circle consist of, each with its place in what is read."""
+    """Cuts ranges of the stream at the ends of shards; yields (shard, first and stop within it, position in the result)."""
     at = 0
     for number, start, count in zip(np.searchsorted(self.index['tokens'], starts, 'right').tolist(), starts.tolist(), counts.tolist()):
       while count:
@@ -254,7 +231,7 @@ class TokenStore:
         start = self._shard(number).first_token if count else start
 
   def starts(self, first: int, stop: int) -> np.ndarray:
-    """Places [stop - first + 1] of documents first to stop - 1, and the end of the last of them, as int64."""
+    """Positions of documents [first, stop) and the end of the last, as int64 [stop - first + 1]."""
     found = []
     at, last = first, min(stop + 1, self.documents)
     while at < last:
@@ -268,31 +245,32 @@ class TokenStore:
   def _shard(self, number: int) -> Shard:
     if number not in self._shards:
       tokens, documents, _ = self.index[number - 1].item() if number else (0, 0, b'')
-      here = self.index[number]
-      self._shards[number] = Shard(shard_name(number), tokens, documents, int(here['tokens']) - tokens,
-                                   int(here['documents']) - documents, self.dtype.itemsize)
+      record = self.index[number]
+      self._shards[number] = Shard(shard_name(number), tokens, documents, int(record['tokens']) - tokens,
+                                   int(record['documents']) - documents, self.dtype.itemsize)
     return self._shards[number]
 
   def _bytes(self, wanted: Sequence[tuple[Shard, int, int]]) -> Iterator[np.ndarray]:
-    """Stretches of shards' bytes, the blocks that hold them checked."""
+    """Reads byte ranges of shards and verifies the blocks that contain them."""
     spans = [shard.blocks(first, stop) for shard, first, stop in wanted]
     unknown = list({shard.name: shard for shard, _, _ in wanted if shard.checksums is None}.values())
     for shard, sums in zip(unknown, self._folder.ranges([(shard.name, shard.sums, shard.size) for shard in unknown])):
-      shard.checksums, shard.checked = sums.view('<u4'), bytearray(len(sums) // 4)
+      shard.checksums, shard.verified = sums.view('<u4'), bytearray(len(sums) // 4)
     for (shard, first, stop), span, data in zip(wanted, spans, self._folder.ranges(spans)):
-      self._check(shard, span, data)
+      self._verify_blocks(shard, span, data)
       yield data[first - span[1]:stop - span[1]]
 
-  def _check(self, shard: Shard, span: Range, data: np.ndarray) -> None:
+  def _verify_blocks(self, shard: Shard, span: Range, data: np.ndarray) -> None:
     first, stop = span[1] // BLOCK, -(-span[2] // BLOCK)
     assert shard.checksums is not None
-    if shard.checked.find(0, first, stop) < 0:
+    if shard.verified.find(0, first, stop) < 0:
       return
     for block in range(first, stop):
       start = (block - first) * BLOCK
       if zlib.crc32(data[start:start + BLOCK].data) != shard.checksums[block]:
-        raise self._damaged(shard.name, f'another CRC-32 from byte {block * BLOCK:,} on', 'the bytes')
-      shard.checked[block] = 1
+        raise _damaged(f'{self.location}/{shard.name}', f'another CRC-32 from byte {block * BLOCK:,} on', 'the bytes')
+      shard.verified[block] = 1
 
-  def _damaged(self, name: str, found: str, expected: str) -> UserError:
-    return UserError(f'{self.place}/{name}', found, f'{expected} as written; restore it, or prepare the store again')
+
+def _damaged(file: str, found: object, expected: str) -> UserError:
+  return UserError(file, found, f'{expected} as written; restore it, or prepare the store again')

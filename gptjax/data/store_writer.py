@@ -1,12 +1,11 @@
-"""The writing side of token stores: shards that are whole or not there."""
+"""Writing of token stores. A shard appears only when it is complete."""
 
-import dataclasses
 import hashlib
 import json
 import os
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,9 +19,8 @@ def id_dtype(vocab_size: int) -> np.dtype:
   return np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
 
 
-@dataclasses.dataclass(frozen=True)
-class ShardRecord:
-  """What is known of a finished shard."""
+class ShardRecord(NamedTuple):
+  """Facts about a finished shard."""
 
   tokens: int
   documents: int
@@ -31,17 +29,12 @@ class ShardRecord:
   sha256: str
 
   def size(self, dtype: np.dtype) -> int:
-    """Bytes of its file, of ids of this type."""
+    """Bytes of its file."""
     return Shard('', 0, 0, self.tokens, self.documents, dtype.itemsize).size
 
 
 class ShardWriter:
-  """Writes one shard as its documents come; until `close` there is only a file beside its place.
-
-  Args:
-    directory: of the store.
-    number: of the shard.
-  """
+  """Writes shard `number` of a store to a temporary file, which `close` renames."""
 
   def __init__(self, directory: Path, number: int):
     self._path = directory / shard_name(number)
@@ -49,32 +42,26 @@ class ShardWriter:
     self._file = self._partial.open('wb')
     self._digest = hashlib.sha256()
     self._lengths: list[np.ndarray] = []
-    self._sums: list[int] = []
-    self._rest = b''  # of a block that is not full yet
+    self._checksums: list[int] = []
+    self._incomplete = b''  # of the last block
     self.tokens = 0
     self.bytes = 0
 
   def append(self, ids: np.ndarray, lengths: np.ndarray, text_bytes: int) -> None:
-    """Adds documents.
-
-    Args:
-      ids: of all of them, each after its separator.
-      lengths: ids of each, the separator included.
-      text_bytes: UTF-8 bytes of their texts.
-    """
+    """Appends documents: all their ids, the ids of each, separators included, and the UTF-8 bytes of their texts."""
     self._write(ids.tobytes())
     self._lengths.append(lengths)
     self.tokens += len(ids)
     self.bytes += text_bytes
 
   def close(self) -> ShardRecord:
-    """Finishes the shard; it is on the disk when this returns."""
+    """Finishes the shard and waits until it is on disk."""
     lengths = np.concatenate(self._lengths)
     self._write(bytes(-self._file.tell() % 8))
     self._write((np.cumsum(lengths) - lengths).astype('<i8').tobytes())
-    if self._rest:
-      self._sums.append(zlib.crc32(self._rest))
-    self._put(np.asarray(self._sums, '<u4').tobytes())
+    if self._incomplete:
+      self._checksums.append(zlib.crc32(self._incomplete))
+    self._write_unchecked(np.asarray(self._checksums, '<u4').tobytes())
     self._file.flush()
     os.fsync(self._file.fileno())
     self._file.close()
@@ -83,32 +70,25 @@ class ShardWriter:
     return ShardRecord(self.tokens, len(lengths), self.bytes, self._digest.hexdigest())
 
   def abort(self) -> None:
-    """Gives the shard up."""
+    """Discards the shard."""
     self._file.close()
     self._partial.unlink(missing_ok=True)
 
   def _write(self, data: bytes) -> None:
-    """Adds bytes that are under a checksum."""
-    self._put(data)
-    data = self._rest + data
-    whole = len(data) // BLOCK * BLOCK
-    self._sums += [zlib.crc32(memoryview(data)[at:at + BLOCK]) for at in range(0, whole, BLOCK)]
-    self._rest = data[whole:]
+    """Writes bytes and computes the checksums of their blocks."""
+    self._write_unchecked(data)
+    data = self._incomplete + data
+    complete = len(data) // BLOCK * BLOCK
+    self._checksums += [zlib.crc32(memoryview(data)[at:at + BLOCK]) for at in range(0, complete, BLOCK)]
+    self._incomplete = data[complete:]
 
-  def _put(self, data: bytes) -> None:
+  def _write_unchecked(self, data: bytes) -> None:
     self._file.write(data)
     self._digest.update(data)
 
 
 def finish_store(directory: Path, tokenizer: Tokenizer, shards: list[ShardRecord], facts: dict[str, Any]) -> None:
-  """Writes what makes shards a store: tokenizer, index and, last, the manifest.
-
-  Args:
-    directory: with the shards.
-    tokenizer: that made the ids.
-    shards: in order.
-    facts: what else the manifest says.
-  """
+  """Writes tokenizer, index and, last, the manifest, which also contains `facts`."""
   index = np.zeros(len(shards), RECORD)
   index['tokens'] = np.cumsum([shard.tokens for shard in shards])
   index['documents'] = np.cumsum([shard.documents for shard in shards])

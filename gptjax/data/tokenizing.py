@@ -1,19 +1,20 @@
-"""Tokenizing: from a source to a token store, and on from the last finished shard after a kill."""
+"""Tokenizing: a source becomes a token store; an interrupted build resumes after its last finished shard."""
 
 import collections
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterable
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from gptjax.config import UserError
-from gptjax.data.encoding import TOLD, Encoded, Recipe, encoded, tasks_of
-from gptjax.data.journal import Journal, Progress
-from gptjax.data.progress import Work, announce
-from gptjax.data.sources import Part, Source, refuse
+from gptjax.data.encoding import MAX_REPORTED, Encoded, Recipe, encode_tasks, tasks_of
+from gptjax.data.progress import ProgressBar, announce
+from gptjax.data.sources import Part, malformed_error
 from gptjax.data.store import MANIFEST, TokenStore, shard_name
 from gptjax.data.store_writer import ShardRecord, ShardWriter, finish_store, id_dtype
 from gptjax.files import atomic_directory
@@ -22,139 +23,204 @@ _JOURNAL = 'journal.db'
 
 
 def write_store(directory: Path, recipe: Recipe, *, processes: int = 1, title: str = 'tokenizing') -> TokenStore:
-  """Makes a store, or goes on where a killed process left one.
-
-  A shard's end is committed together with the digests of its documents; what came after it is done again.
-
-  Args:
-    directory: of the store; it appears when it is whole. One that is there of the same recipe is left as it is.
-    recipe: what it is made of.
-    processes: that tokenize; what they hold in memory does not depend on the size of the source.
-    title: what the progress bar calls the work.
+  """Makes a store, or resumes an interrupted build. An existing store of the same recipe is left unchanged.
+  The folder appears when the store is complete. Memory does not depend on the size of the source.
 
   Raises:
-    UserError: too many malformed records (the first is named), a text that cannot be encoded, no document is left, or a
-      store of another recipe lies there, whole or begun. Finished shards, if there are any, stay for a call that comes after.
+    UserError: too many records are malformed (the error names the first), a text cannot be encoded, no documents remain, or the
+      folder has a complete or unfinished store of another recipe. Finished shards are kept for a later call.
   """
   with atomic_directory(directory, lambda folder: any(folder.glob('*.shard'))) as folder:
     if folder:
       _build(folder, recipe, processes, title)
   store = TokenStore.open(directory)
   if store.manifest.get('fingerprint') != recipe.fingerprint():
-    raise UserError('--out', str(directory), 'another folder: this one holds a store of another source, tokenizer or filter')
+    raise UserError('--out', str(directory), 'another folder: this one has a store of another source, tokenizer or filter')
   return store
 
 
 def _build(folder: Path, recipe: Recipe, processes: int, title: str) -> None:
-  if (folder / MANIFEST).exists():  # it comes last: only the folder's name was missing
-    if TokenStore.open(folder).manifest.get('fingerprint') == recipe.fingerprint():
-      _forget(folder)
-      return
+  complete = (folder / MANIFEST).exists()  # it is written last: only renaming the folder was missing
+  if complete and TokenStore.open(folder).manifest.get('fingerprint') != recipe.fingerprint():
     (folder / MANIFEST).unlink()
-  dtype = id_dtype(recipe.tokenizer.vocab_size)
-  with Journal(folder / _JOURNAL, recipe.fingerprint()) as journal:
-    shards = [ShardRecord(**shard) for shard in journal.progress.shards]
-    paths = [folder / shard_name(number) for number in range(len(shards))]
-    if not all(path.exists() and path.stat().st_size == shard.size(dtype) for path, shard in zip(paths, shards)):
-      announce(f'{folder}: finished shards are missing; started anew')
-      journal.reset()
-    progress = journal.progress
-    if progress.tasks:
-      announce(f'{folder}: going on after {len(progress.shards)} finished shards')
-    for path in (*folder.glob('*.shard'), *folder.glob('*.partial')):  # begun, or finished just before the kill
-      if path.suffix == '.partial' or int(path.stem) >= len(progress.shards):
-        path.unlink()
-    with Work(title, recipe.source.size, 'bytes', progress.source_bytes) as work:
-      tasks = itertools.islice(tasks_of(recipe.source.parts()), progress.tasks, None)
-      with contextlib.closing(encoded(tasks, recipe, processes)) as results:
-        _Writer(folder, recipe, journal, work).write(results)
-    shards = [ShardRecord(**shard) for shard in progress.shards]
-    if not shards:
-      raise UserError('source', recipe.source.description, f'documents; of {progress.records:,} records none is left, and dropped were '
-                      f'{progress.dropped}')
-  finish_store(folder, recipe.tokenizer, shards, {
-    'source': recipe.source.description, 'records': progress.records, 'malformed': progress.malformed,
-    'malformed_first': progress.malformed_first,
-    'dropped': progress.dropped, 'filters': dataclasses.asdict(recipe.filters), 'deduplicated': recipe.deduplicate,
-    'decontaminated': recipe.contamination.names if recipe.contamination else [], 'fingerprint': recipe.fingerprint()})
-  _forget(folder)
-
-
-def _forget(folder: Path) -> None:
-  for path in folder.glob(f'{_JOURNAL}*'):  # with what SQLite leaves beside it in a killed process
+    complete = False
+  if not complete:
+    with contextlib.closing(Journal(folder / _JOURNAL, recipe.fingerprint())) as journal:
+      _remove_unfinished(folder, journal, id_dtype(recipe.tokenizer.vocab_size))
+      state = journal.state
+      with ProgressBar(title, recipe.source.size, 'bytes', state.source_bytes) as progress:
+        tasks = itertools.islice(tasks_of(recipe.source.parts()), state.tasks, None)
+        with contextlib.closing(encode_tasks(tasks, recipe, processes)) as results:
+          _Writer(folder, recipe, journal, progress).write(results)
+      if not state.shards:
+        raise UserError('source', recipe.source.description, f'documents; none of its {state.records:,} records is left, dropped were '
+                        f'{state.dropped}')
+    finish_store(folder, recipe.tokenizer, state.shards, {
+      'source': recipe.source.description, 'records': state.records, 'malformed': state.malformed,
+      'malformed_first': state.malformed_first, 'dropped': state.dropped, 'filters': dataclasses.asdict(recipe.filters),
+      'deduplicated': recipe.deduplicate, 'decontaminated': recipe.contamination.names if recipe.contamination else [],
+      'fingerprint': recipe.fingerprint()})
+  for path in folder.glob(f'{_JOURNAL}*'):  # including files that SQLite leaves beside it in a killed process
     path.unlink()
 
 
-class _Writer:
-  """The one process that writes: what the others encoded arrives in the order of the source."""
+def _remove_unfinished(folder: Path, journal: 'Journal', dtype: np.dtype) -> None:
+  """Removes shards that the journal does not list, or all if one that it lists is missing."""
+  shards = journal.state.shards
+  paths = [folder / shard_name(number) for number in range(len(shards))]
+  if not all(path.exists() and path.stat().st_size == shard.size(dtype) for path, shard in zip(paths, shards)):
+    announce(f'{folder}: finished shards are missing; starting over')
+    journal.reset()
+    paths = []
+  if paths:
+    announce(f'{folder}: resuming after {len(paths)} finished shards')
+  for path in {*folder.glob('*.shard'), *folder.glob('*.partial')} - {*paths}:
+    path.unlink()
 
-  def __init__(self, folder: Path, recipe: Recipe, journal: 'Journal', work: Work):
-    self._folder, self._recipe, self._journal, self._work = folder, recipe, journal, work
+
+@dataclasses.dataclass
+class BuildState:
+  """Everything needed to resume after a finished shard."""
+
+  tasks: int = 0
+  source_bytes: int = 0
+  records: int = 0
+  malformed: int = 0
+  malformed_first: list[str] = dataclasses.field(default_factory=list)
+  file: str = ''
+  file_records: int = 0
+  """records of `file` so far"""
+  dropped: dict[str, int] = dataclasses.field(default_factory=dict)
+  shards: list[ShardRecord] = dataclasses.field(default_factory=list)
+
+
+class Journal:
+  """A database beside the shards, with the state and, for deduplication, a digest of every document.
+
+  Each shard is one transaction, so that a killed process leaves the state after the last finished shard. A damaged database is
+  replaced.
+
+  Raises:
+    UserError: there are finished shards of another recipe.
+  """
+
+  state: BuildState
+
+  def __init__(self, path: Path, fingerprint: str):
+    self._path, self._fingerprint = path, fingerprint
+    with self._errors():
+      try:
+        self._open()
+      except sqlite3.OperationalError:
+        raise
+      except sqlite3.DatabaseError:
+        announce(f'{path}: damaged; starting over')
+        self._database.close()
+        path.unlink()
+        self._open()
+      saved, state = self._database.execute('select fingerprint, state from progress').fetchone() or ('', '{}')
+    self.state = BuildState(**json.loads(state))
+    self.state.shards = [ShardRecord(*shard) for shard in self.state.shards]
+    if saved != fingerprint:
+      if self.state.shards:
+        self.close()
+        raise UserError('--out', str(path.parent), f'the arguments of its {len(self.state.shards)} finished shards, or another folder: '
+                        'source, tokenizer, filters or shard size differ')
+      self.reset()
+
+  def close(self) -> None:
+    """Closes the database; what was not committed is lost."""
+    self._database.close()
+
+  def reset(self) -> None:
+    """Discards the state permanently; to be called before its files are removed."""
+    self.state = BuildState()
+    with self._errors():
+      self._database.execute('delete from digests')
+      self._database.execute('delete from progress')
+      self._database.execute('insert into progress values (?, ?)', (self._fingerprint, '{}'))
+    self.commit()
+
+  def add(self, digests: Iterable[bytes]) -> np.ndarray:
+    """Adds digests of documents; returns, as booleans, which of them are new."""
+    with self._errors():
+      insert = 'insert or ignore into digests values (?)'
+      return np.array([self._database.execute(insert, (digest,)).rowcount == 1 for digest in digests], bool)
+
+  def commit(self) -> None:
+    """Saves the state and the digests added so far."""
+    with self._errors():
+      self._database.execute('update progress set state = ?', (json.dumps(dataclasses.asdict(self.state)),))
+      self._database.commit()
+
+  def _open(self) -> None:
+    self._database = sqlite3.connect(self._path)
+    self._database.execute('pragma cache_size = -100000')  # kB; the rest stays on disk
+    self._database.execute('create table if not exists progress (fingerprint text, state text)')
+    self._database.execute('create table if not exists digests (digest blob primary key) without rowid')
+
+  @contextlib.contextmanager
+  def _errors(self) -> Iterator[None]:
+    try:
+      yield
+    except sqlite3.Error as error:  # for example, a full disk
+      raise OSError(0, str(error), str(self._path)) from None
+
+
+class _Writer:
+  """Writes encoded tasks, which arrive in the order of the source, to shards."""
+
+  def __init__(self, folder: Path, recipe: Recipe, journal: Journal, progress: ProgressBar):
+    self._folder, self._recipe, self._journal, self._progress = folder, recipe, journal, progress
+    self._state = journal.state
     self._shard: ShardWriter | None = None
 
   def write(self, tasks: Iterable[tuple[list[Part], Encoded]]) -> None:
-    """Writes shard after shard."""
-    progress = self._journal.progress
     try:
-      for parts, found in tasks:
-        self._count(parts, found)
+      for parts, encoded in tasks:
+        self._count(parts, encoded)
         if self._recipe.deduplicate:
-          _keep(found, self._journal.new(found.digests), 'duplicate')
-        if len(found.lengths):
-          self._shard = self._shard or ShardWriter(self._folder, len(progress.shards))
-          self._shard.append(found.ids, found.lengths, int(found.sizes.sum()))
-        progress.dropped = dict(sorted((collections.Counter(progress.dropped) + found.dropped).items()))
+          encoded.keep(self._journal.add(encoded.digests), 'duplicate')
+        if len(encoded.lengths):
+          self._shard = self._shard or ShardWriter(self._folder, len(self._state.shards))
+          self._shard.append(encoded.ids, encoded.lengths, int(encoded.sizes.sum()))
+        self._state.dropped = dict(sorted((collections.Counter(self._state.dropped) + encoded.dropped).items()))
         if self._shard and self._shard.tokens >= self._recipe.shard_tokens:
-          self._close()
-        self._work.advance(sum(part.size for part in parts))
-      _check_malformed(self._recipe.source, progress, final=True)
+          self._close(self._shard)
+        self._progress.advance(sum(part.size for part in parts))
+      self._check_malformed(min_records=0)
       if self._shard:
-        self._close()
+        self._close(self._shard)
     finally:
       if self._shard:
         self._shard.abort()
 
-  def _close(self) -> None:
-    assert self._shard
-    self._journal.progress.shards.append(dataclasses.asdict(self._shard.close()))
+  def _close(self, shard: ShardWriter) -> None:
+    self._state.shards.append(shard.close())
     self._journal.commit()
     self._shard = None
 
-  def _count(self, parts: list[Part], found: Encoded) -> None:
-    """Counts records, and names the first malformed ones by their place in the file."""
-    progress, source = self._journal.progress, self._recipe.source
-    told = collections.defaultdict(list)
-    for index, malformed in found.malformed:
-      told[index].append(malformed)
-    for index, (part, records) in enumerate(zip(parts, found.records)):
-      if part.file != progress.file:
-        progress.file, progress.file_records = part.file, 0
-      for malformed in told[index]:
-        error = refuse(source, part, malformed, progress.file_records)
+  def _count(self, parts: list[Part], encoded: Encoded) -> None:
+    """Updates the state, and reports the first malformed records with their position in the file."""
+    state, source = self._state, self._recipe.source
+    for index, (part, records) in enumerate(zip(parts, encoded.records)):
+      if part.file != state.file:
+        state.file, state.file_records = part.file, 0
+      for error in (malformed_error(source, part, malformed, state.file_records) for i, malformed in encoded.malformed if i == index):
         if not source.skip:
           raise error
-        if len(progress.malformed_first) < TOLD:
-          progress.malformed_first.append(str(error))
-          announce(f'left out: {error}')
-      progress.file_records += records
-    progress.records += sum(found.records)
-    progress.malformed += found.malformed_count
-    progress.tasks += 1
-    progress.source_bytes += sum(part.size for part in parts)
-    _check_malformed(source, progress, final=False)
+        if len(state.malformed_first) < MAX_REPORTED:
+          state.malformed_first.append(str(error))
+          announce(f'skipped: {error}')
+      state.file_records += records
+    state.records += sum(encoded.records)
+    state.malformed += encoded.malformed_count
+    state.tasks += 1
+    state.source_bytes += sum(part.size for part in parts)
+    self._check_malformed(min_records=10_000)  # fewer do not give a meaningful fraction
 
-
-def _check_malformed(source: Source, progress: Progress, *, final: bool) -> None:
-  # A few at the start are no rate yet.
-  if progress.malformed > source.skip * progress.records and (final or progress.records >= 10_000):
-    raise UserError('source.skip', source.skip, f'a share above the {progress.malformed:,} malformed of {progress.records:,} records, '
-                    'or a source without them')
-
-
-def _keep(found: Encoded, kept: np.ndarray, reason: str) -> None:
-  """Drops the documents that are not marked in `kept` [documents]."""
-  if kept.all():
-    return
-  found.dropped[reason] += int((~kept).sum())
-  found.ids = found.ids[np.repeat(kept, found.lengths)]
-  found.lengths, found.sizes = found.lengths[kept], found.sizes[kept]
+  def _check_malformed(self, min_records: int) -> None:
+    state, skip = self._state, self._recipe.source.skip
+    if state.records >= min_records and state.malformed > skip * state.records:
+      raise UserError('source.skip', skip, f'a fraction above the {state.malformed:,} malformed of {state.records:,} records, '
+                      'or a source without them')

@@ -18,7 +18,7 @@ from scipy.special import log_softmax
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import ComputeConfig, UserError
 from gptjax.data import Tokenizer
-from gptjax.data.progress import Work, announce
+from gptjax.data.progress import ProgressBar, announce
 from gptjax.interop.matching import Match, bits
 from gptjax.interop.tensor_files import Entry
 from gptjax.sharding import local_rows
@@ -79,7 +79,7 @@ def compare_tensors(checkpoints: Checkpoints, step: int, match: Match, mesh: Mes
   Raises:
     UserError: a tensor differs.
   """
-  with Work('compare', sum(entries[tensor.name].bytes for tensor in match.tensors), 'bytes') as work:
+  with ProgressBar('compare', sum(entries[tensor.name].bytes for tensor in match.tensors), 'bytes') as work:
     for names, tensors in match.groups():
       parameters = restored(checkpoints, step, match.plan, mesh, names)
       for tensor in tensors:
@@ -112,8 +112,8 @@ def compare_logits(ours: Float[np.ndarray, 'T V'], theirs: Float[np.ndarray, 'T 
 def our_logits(plan: AbstractModel, parameters: Parameters, mesh: Mesh, tokens: Int[np.ndarray, 'T']) -> Float[np.ndarray, 'T V']:
   """Our logits of a text in float32, without those of padded ids."""
   exact = abstract_model(plan.config, ComputeConfig(scan=plan.compute.scan), plan.context)
-  with jax.set_mesh(mesh), jax.default_matmul_precision('highest'):  # accelerators round float32 otherwise
-    # Every group of rows computes the same ones: kernels of accelerators need local rows.
+  with jax.set_mesh(mesh), jax.default_matmul_precision('highest'):  # the default of accelerators rounds float32
+    # Every group of devices computes the same row: attention kernels of accelerators need local rows.
     run = local_rows(lambda parameters, tokens: exact.merge(parameters)(tokens), (PartitionSpec(), PartitionSpec()), PartitionSpec())
     logits = jax.jit(run)(parameters, tokens[None])
     return np.asarray(logits)[0, :, :plan.config.vocab_size]

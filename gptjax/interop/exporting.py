@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, MeshConfig, UserError, read_config
 from gptjax.data import Tokenizer, load_tokenizer
-from gptjax.data.progress import Work
+from gptjax.data.progress import ProgressBar
 from gptjax.files import atomic_directory, read_json, write_json
 from gptjax.interop.comparison import Check, compare_logits, compare_tensors, our_logits, restored, their_logits
 from gptjax.interop.families import Family, comparable, family_for, parse_config
@@ -100,7 +100,7 @@ def _described(config: Config, kept: Path, tokenizer: Tokenizer, dtype: str) -> 
 def _write_tensors(writer: Writer, checkpoints: Checkpoints, step: int, matched: Match, mesh: Mesh, tensors: Mapping[str, Entry],
                    buffers: Mapping[str, Entry]) -> None:
   """Restores some parameters at a time and writes the tensors that they make up."""
-  with Work('write', sum(entry.bytes for entry in tensors.values()), 'bytes') as work:
+  with ProgressBar('write', sum(entry.bytes for entry in tensors.values()), 'bytes') as work:
     for names, group in matched.groups():
       parameters = jax.block_until_ready(restored(checkpoints, step, matched.plan, mesh, names))
       for tensor in group:

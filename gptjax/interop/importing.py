@@ -13,7 +13,7 @@ from gptjax import config as configs
 from gptjax.checkpoint import Checkpoints, Progress, Retention
 from gptjax.config import ComputeConfig, Config, DataConfig, MeshConfig, ModelConfig, UserError
 from gptjax.data import Prepared, Tokenizer, export, load_tokenizer
-from gptjax.data.progress import Work
+from gptjax.data.progress import ProgressBar
 from gptjax.files import atomic_directory, read_json, write_json
 from gptjax.interop.comparison import Check, compare_logits, compare_tensors, our_logits, their_logits
 from gptjax.interop.families import parse_config
@@ -90,8 +90,8 @@ def load(matched: Match, mesh: Mesh, entries: Mapping[str, Entry]) -> Parameters
   """Builds all parameters on the mesh; each device's part is read from the corresponding part of the files."""
   shapes, shardings = matched.plan.shapes, matched.plan.shardings(3, mesh)
   parameters = {}
-  with Work('read', sum(4 * shape.size for shape in shapes.values()), 'bytes') as work:
-    # The largest first: atomic_directory a parameter takes memory besides the parameter itself, and at the start most memory is free.
+  with ProgressBar('read', sum(4 * shape.size for shape in shapes.values()), 'bytes') as work:
+    # The largest first: Building a parameter takes memory besides the parameter itself, and at the start most memory is free.
     for name in sorted(shapes, key=lambda name: -shapes[name].size):
       parameters[name] = jax.block_until_ready(jax.make_array_from_callback(
         shapes[name].shape, shardings[name], lambda index: matched.read(entries, name, index or ())))

@@ -31,7 +31,7 @@ def search(config: Config, topology: Topology) -> list[Estimate]:
       refusals.append(error)
   if not found:
     raise next(iter(refusals), UserError('batch_size', config.batch_size, f'a row for each of the {topology.devices} devices of '
-                                         f'{topology.name}, or for each mesh.model of them, up to {LARGEST_MODEL}'))
+                                         f'{topology.name}, or for each mesh.{MATRIX_AXIS} of them, up to {LARGEST_MODEL}'))
   return sorted(found, key=rank)
 
 

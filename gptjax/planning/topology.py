@@ -49,7 +49,7 @@ class Topology:
 
   @property
   def groups(self) -> int:
-    """Slices or nodes: what mesh.replica may count."""
+    """Slices or nodes."""
     return self.slices if self.chip.is_tpu else self.shape[1]
 
   def mesh_sizes(self, config: Config) -> dict[str, int]:

@@ -1,19 +1,26 @@
 """The records of a run: metrics.jsonl, samples.jsonl, TensorBoard and the terminal."""
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import summary
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import RecordWriter
 
 from gptjax.data.progress import announce
 from gptjax.files import Lines, complete_lines, json_line, write_atomic
+
+# tensorboardX imports these where they are installed, which takes seconds; scalars and text need none of them.
+_unneeded = {'torch', 'google.cloud.storage', 'boto3'} - sys.modules.keys()
+sys.modules.update(dict.fromkeys(_unneeded))  # type: ignore[arg-type]  # None: an import of it fails
+from tensorboardX import summary  # noqa: E402
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # noqa: E402
+from tensorboardX.proto.summary_pb2 import Summary  # noqa: E402
+from tensorboardX.record_writer import RecordWriter  # noqa: E402
+for _name in _unneeded:
+  del sys.modules[_name]
 
 
 class _Console(Console):

@@ -17,12 +17,13 @@ from gptjax.files import write_atomic
 from gptjax.distributed import broadcast
 from gptjax.training.run import Run, in_steps
 
-FREE = ('batch_size', 'microbatches', 'zero_stage', 'mesh.', 'eval.', 'checkpoint.', 'faults.', 'compute.attention', 'compute.remat',
-        'compute.saved', 'compute.offloaded', 'compute.sequence_parallel', 'data.source.path', 'data.source.skip', 'data.tokenizer.path',
-        'data.prefetch', 'data.workers')
+FREE = ('batch_size', 'microbatches', 'zero_stage', 'mesh.', 'compute.', 'eval.', 'checkpoint.', 'faults.', 'data.source.path',
+        'data.source.skip', 'data.tokenizer.path', 'data.prefetch', 'data.workers')
 """Fields that a resumed run may change: they affect neither the results, up to rounding, nor the order of the rows."""
-_HOLDABLE = ('model.dropout', 'compute.dtype')
-"""Fields of the model that do not affect its checkpoints."""
+_PRECISION = 'compute.dtype'
+"""Rounds otherwise, which takes --accept_changes."""
+_STRUCTURE = ('model.', 'optimizer.name', 'compute.scan')
+"""Fields that decide which arrays a checkpoint has; a run cannot change them, except for dropout."""
 
 
 @contextlib.contextmanager
@@ -74,16 +75,13 @@ def open_workdir(workdir: Path, run: Run, data: Prepared, done: Progress | None,
   if different and 'batch_size' in different and any(in_unit_of_steps(phase.start) for phase in config.data.phases):
     raise UserError('batch_size', config.batch_size, f'{old.batch_size}, with which this workdir was started, where data.phases start at '
                     "steps; phases that start at '1e9 tokens' do not depend on it")
-  bound = {name: change for name, change in different.items() if not name.startswith(FREE)}
+  bound = {name: change for name, change in different.items() if not name.startswith(FREE) or name in (_PRECISION, *_STRUCTURE)}
   if done and _open_ended(old, run, done):
     bound.pop('steps', None)
-  if 'microbatches' in different and config.model.dropout:  # each microbatch has its own dropout key
-    bound['microbatches'] = different['microbatches']
   opt = config.optimizer
   if 'batch_size' in different and not all(in_unit_of_steps(value) for value in (config.steps, opt.warmup, opt.decay) if value):
     bound['batch_size'] = different['batch_size']  # the same epochs or tokens are another number of steps
-  never = {name: change for name, change in bound.items()
-           if name == 'optimizer.name' or (name.startswith('model.') and name not in _HOLDABLE)}
+  never = {name: change for name, change in bound.items() if name.startswith(_STRUCTURE) and name != 'model.dropout'}
   if never or (bound and not accept):
     raise _another_run(never or bound, bound, accepted=not never)
   export(data, workdir / 'data', replace=(accept and not vocabulary) or not done)

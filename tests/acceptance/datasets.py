@@ -16,7 +16,7 @@ import numpy as np
 
 from gptjax.config import SourceConfig
 from gptjax.data import (
-  Document, Mixture, Packed, TokenStore, TrainRows, Windows, batches, cores, load_tokenizer, open_source, plan)
+  Document, Mixture, Packed, TokenStore, TrainRows, Windows, batches, cores, load_tokenizer, open_source, packing_plan)
 from tests.acceptance.record import Result, bar, given, python, several, train
 
 CONTEXT, BATCH = 1024, 64
@@ -44,10 +44,10 @@ def rows_of(layouts: list, seed: int = 0) -> TrainRows:
 @bar
 def same_rows(folder: Path) -> Result:
   stores = three(folder)
-  parts = ', '.join(f'Component({store.place!r}, {weight})' for store, weight in zip(stores, (3, 2, 1)))
+  parts = ', '.join(f'Component({store.location!r}, {weight})' for store, weight in zip(stores, (3, 2, 1)))
   (folder / 'recipe.py').write_text(
     'from gptjax.config import *\n\ndef get_config():\n'
-    f'  return Config(data=DataConfig(train=({parts}), valid=(ValidationSet("v", {stores[2].place!r}),), rows="pack", '
+    f'  return Config(data=DataConfig(train=({parts}), valid=(ValidationSet("v", {stores[2].location!r}),), rows="pack", '
     f'context={CONTEXT}), batch_size={BATCH})\n')
   reference = _feed(folder, 'one process', 1, '--steps=200')
   others = {
@@ -78,7 +78,7 @@ def _feed(folder: Path, name: str, processes: int, *flags: str) -> dict[int, str
 @bar
 def seek(folder: Path) -> Result:
   stores = three(folder)
-  rows = rows_of([Packed(store, plan(store, CONTEXT, 'pack', folder / 'cache')) for store in stores])
+  rows = rows_of([Packed(store, packing_plan(store, CONTEXT, 'pack', folder / 'cache')) for store in stores])
   for step in range(300):  # every block read and checked once
     rows.batch(np.random.default_rng(step).integers(0, 10**12, BATCH))
   spent: dict[int, list[float]] = {0: [], 10**9: []}
@@ -97,22 +97,22 @@ def seek(folder: Path) -> Result:
 @bar
 def coverage(folder: Path) -> Result:
   books, paragraphs, gsm8k = three(folder)
-  plans = {store.place: plan(store, CONTEXT, 'pack', folder / 'cache') for store in (paragraphs, gsm8k)}
+  plans = {store.location: packing_plan(store, CONTEXT, 'pack', folder / 'cache') for store in (paragraphs, gsm8k)}
   exact = {'concat': _covers(Windows(books, CONTEXT)),
-           'pack': all(_covers(Packed(store, plans[store.place])) for store in (paragraphs, gsm8k))}
-  split = sum(_split_documents(store, plans[store.place]) for store in (paragraphs, gsm8k))
-  padding = {store.place: plans[store.place].padding for store in (gsm8k, paragraphs)}
+           'pack': all(_covers(Packed(store, plans[store.location])) for store in (paragraphs, gsm8k))}
+  split = sum(_split_documents(store, plans[store.location]) for store in (paragraphs, gsm8k))
+  padding = {store.location: plans[store.location].padding for store in (gsm8k, paragraphs)}
   return Result('each token a target (concat: books) and an input (pack: gsm8k, paragraphs) exactly once an epoch; no document '
                 'that fits is split; padding below 1.5 % on gsm8k and 0.1 % on paragraphs of books at 1,024',
-                f'concat {exact["concat"]}, pack {exact["pack"]}, {split} split; padding {padding[gsm8k.place]:.2%} and '
-                f'{padding[paragraphs.place]:.3%}', all(exact.values()) and not split and padding[gsm8k.place] < 0.015
-                and padding[paragraphs.place] < 0.001, 'python -m tests.acceptance --only=coverage')
+                f'concat {exact["concat"]}, pack {exact["pack"]}, {split} split; padding {padding[gsm8k.location]:.2%} and '
+                f'{padding[paragraphs.location]:.3%}', all(exact.values()) and not split and padding[gsm8k.location] < 0.015
+                and padding[paragraphs.location] < 0.001, 'python -m tests.acceptance --only=coverage')
 
 
 def _covers(layout: Windows | Packed) -> bool:
   """Whether an epoch has each place of the stream once as input and once as target, told by place, not by id."""
   store = layout.store
-  places = TokenStore(store.place, store.manifest | {'dtype': '<i8', 'separator': -1})
+  places = TokenStore(store.location, store.manifest | {'dtype': '<i8', 'separator': -1})
   # The same layout over a stream of places: what is read of it is where it was read.
   places.read = lambda starts, counts: np.concatenate(
     [np.empty(0, np.int64), *((start + np.arange(count)) % store.tokens for start, count in zip(starts, counts))])
@@ -146,7 +146,7 @@ def _split_documents(store: TokenStore, packed) -> int:
 @bar
 def loader(folder: Path) -> Result:
   stores = three(folder)
-  packed = [Packed(store, plan(store, CONTEXT, 'pack', folder / 'cache')) for store in stores]
+  packed = [Packed(store, packing_plan(store, CONTEXT, 'pack', folder / 'cache')) for store in stores]
   kinds = {'concat': rows_of([Windows(stores[0], CONTEXT)]), 'pack': rows_of([packed[2]]), 'concat of 3': rows_of(
     [Windows(store, CONTEXT) for store in stores]), 'pack of 3': rows_of(packed)}
   speeds = {}
@@ -217,8 +217,8 @@ def memory(folder: Path) -> Result:
   assert process.returncode == 0
   seconds = time.monotonic() - start
   store = TokenStore.open(folder / 'store')
-  code = (f'import resource; from tests.acceptance.datasets import *; store = TokenStore.open({store.place!r})\n'
-          f'rows = rows_of([Packed(store, plan(store, CONTEXT, "pack", Path({str(folder)!r}) / "cache"))])\n'
+  code = (f'import resource; from tests.acceptance.datasets import *; store = TokenStore.open({store.location!r})\n'
+          f'rows = rows_of([Packed(store, packing_plan(store, CONTEXT, "pack", Path({str(folder)!r}) / "cache"))])\n'
           'feed = batches(rows, 0, BATCH, np.arange(BATCH), prefetch=2, workers=0)\n'
           f'for _ in range({-(-store.tokens // (BATCH * CONTEXT))}): next(feed)\n'
           'print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)')

@@ -32,12 +32,12 @@ def follow(name: str, fields: dict[str, Any]) -> dict[str, float]:
 
   mesh = jax.sharding.get_mesh()
   config, context = FAMILIES[name].read(Fields(fields))
-  plan = abstract_model(config, context)
+  model = abstract_model(config, configs.ComputeConfig(), context)
   rng = np.random.default_rng(0)
   gain = lambda name: name.endswith('gain') and config.norm != 'rmsnorm1p'
   # Smaller in tables than in blocks: a tied model would only repeat its last id.
   parameters = jax.device_put({name: (0.03 if 'blocks' not in name else 0.2) * rng.standard_normal(shape.shape, np.float32) + gain(name)
-                               for name, shape in plan.shapes.items()}, plan.shardings(0, mesh))
+                               for name, shape in model.shapes.items()}, model.shardings(0, mesh))
   prompts = [rng.integers(0, 211, length).tolist() for length in LENGTHS]
   seen: list[np.ndarray] = []
   sample = decoding.sample
@@ -47,13 +47,13 @@ def follow(name: str, fields: dict[str, Any]) -> dict[str, float]:
     return sample(logits, *rest)
 
   decoding.sample = told
-  decoder = Decoder(plan, mesh)
+  decoder = Decoder(model, mesh)
   steps = decoder(decoder.prepare(parameters), prompts, Sampling(temperature=0.0), range(len(prompts)), NEW)
   drawn = np.stack([ids for ids, _ in steps], 1)
   jax.effects_barrier()
   decoding.sample = sample
 
-  full = jax.jit(lambda parameters, tokens: plan.merge(parameters)(tokens)[0])
+  full = jax.jit(lambda parameters, tokens: model.merge(parameters)(tokens)[0])
   different, worst = 0, 0.0
   for row, prompt in enumerate(prompts):
     tokens = np.zeros((1, context), np.int32)  # what comes later changes nothing before it

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gptjax.checkpoint.manifest import verify
-from tools.bars.kept_state import kept, same
-from tools.bars.record import CLOCK, python
-from tools.bars.training import shakespeare
+from tests.acceptance.kept_state import kept, same
+from tests.acceptance.record import CLOCK, python
+from tests.acceptance.training import shakespeare
 
 STEPS = 300
 KEEP = 2

@@ -18,7 +18,7 @@ from gptjax.interop import FAMILIES, Fields
 from gptjax.interop.matching import bits, match
 from gptjax.interop.tensor_files import DTYPES, Entry, Writer, read_tensors
 from gptjax.model import abstract_model
-from tools.bars.record import Result, bar, given, python
+from tests.acceptance.record import Result, bar, given, python
 
 _DECODER = {'vocab_size': 50261, 'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 3, 'num_attention_heads': 4,
             'num_key_value_heads': 2, 'max_position_embeddings': 64, 'head_dim': 8}
@@ -56,7 +56,7 @@ def same_tensors(one: Path, other: Path) -> bool:
 
 @bar
 def families(folder: Path) -> Result:
-  done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-s', '--full', 'tests/parity/test_families.py', '-k', 'logits_and'],
+  done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-s', 'tests/parity/test_families.py', '-k', 'logits_and'],
                         stdout=subprocess.PIPE, text=True)
   found = re.findall(r'worst of (\w+): logits (\S+), gradients (\S+)\n', done.stdout)
   logits, gradients = (max(float(one[at]) for one in found) for at in (1, 2))
@@ -65,7 +65,7 @@ def families(folder: Path) -> Result:
     'logits within 1e-4 of transformers, gradients within 1e-3 relative',
     f'{len(found)} models of {len({name for name, *_ in found})} families; logits '
     f'{logits:.1e}, gradients {gradients:.1e}', done.returncode == 0 and {name for name, *_ in found} == set(FAMILIES),
-    'pytest --full tests/parity/test_families.py')
+    'pytest tests/parity/test_families.py')
 
 
 @bar

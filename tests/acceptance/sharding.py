@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig
+from gptjax.config import ComputeConfig, Config, DataConfig, MeshConfig, ModelConfig
 from tests.acceptance.record import Result, bar, python
 
 TOLERANCE = {'adamw': 1e-5, 'dropout': 1e-5, 'muon': 1e-4}
@@ -17,10 +17,11 @@ TOLERANCE = {'adamw': 1e-5, 'dropout': 1e-5, 'muon': 1e-4}
 
 @bar
 def stages(folder: Path) -> Result:
-  worst = json.loads(python('tests.acceptance.stages', '--cpu_devices=8', f'--cache_dir={folder}').stdout)
+  worst = json.loads(python('tests.acceptance.stages', '--cpu_devices=16', f'--cache_dir={folder}').stdout)
   most = {case: max(found.items(), key=lambda item: item[1]) for case, found in worst.items()}
-  return Result('8 devices; ZeRO 0 to 3 x meshes 8x1, 4x2, 2x4, 1x8 x accumulation 1 and 4 x scanned and unrolled; 8 heads, 2 key '
-                'heads, odd vocabulary and feed-forward: 10 losses and gradient norms within 1e-5 of one device, dropout too; Muon 1e-4',
+  return Result('8 devices; ZeRO 0 to 3 x meshes 8x1, 4x2, 2x4, 1x8 x accumulation 1 and 4 x scanned and unrolled, and 2 replicas of 8x1, '
+                '4x2, 2x4 with 4 microbatches; 8 heads, 2 key heads, odd vocabulary and feed-forward: 10 losses and gradient norms within '
+                '1e-5 of one device and one microbatch, with dropout too; Muon with dropout 1e-4',
                 f'{sum(map(len, worst.values()))} runs; '
                 + ', '.join(f'{case} {value:.1e} ({name})' for case, (name, value) in most.items()),
                 set(most) == set(TOLERANCE) and all(value <= TOLERANCE[case] for case, (_, value) in most.items()),
@@ -41,7 +42,8 @@ def zero_bytes(folder: Path) -> Result:
 
 LARGE = Config(
   model=ModelConfig(layers=8, width=2048, heads=16, mlp_width=5632, vocab_size=32000, positions='rope', norm='rmsnorm', mlp='swiglu',
-                    bias=False, tied=False, scan=True, remat='full', compute_dtype='bfloat16'),
+                    bias=False, tied=False),
+  compute=ComputeConfig(scan=True, remat='full', dtype='bfloat16'),
   data=DataConfig(context=2048), mesh=MeshConfig(data=8, model=2), batch_size=64)
 """A model that is long to compile and short to read."""
 
@@ -50,7 +52,8 @@ LARGE = Config(
 def tpu_program(folder: Path) -> Result:
   from gptjax import planning
   from gptjax.model import abstract_model
-  from gptjax.planning.program import abstract_mesh, compile_step
+  from gptjax.planning.program import compile_step
+  from gptjax.sharding import abstract_mesh
   _on_cpu()
   topology = planning.parse('v5p:2x2x4')
   figures, met = [], True
@@ -78,10 +81,11 @@ def tpu_program(folder: Path) -> Result:
     # What the compiler assigns to temporaries in the chip's main memory, of color 0, which is not told.
     assigned, = dump.glob('*after_optimizations-buffer-assignment.txt')
     temporaries, = re.findall(r'^allocation \d+: size (\d+), preallocated-temp', assigned.read_text(), re.MULTILINE)
-    # Each layer leaves its input, in the compute type, for the backward pass; its gradients, shared out, are state by the paper's count.
+    # A layer keeps its input, in the compute dtype, for the backward pass; its shard of the gradients is state by the paper's count.
     activations = layers * config.batch_size * config.data.context / config.mesh.data * config.model.width * 2
-    plan, mesh = abstract_model(config.model, config.data.context), abstract_mesh(topology.mesh_sizes(config))
-    gradients = 4 * sum(math.prod(place.shard_shape(plan.shapes[name].shape)) for name, place in plan.shardings(3, mesh).items())
+    model = abstract_model(config.model, config.compute, config.data.context)
+    shardings = model.shardings(3, abstract_mesh(topology.mesh_sizes(config)))
+    gradients = 4 * sum(math.prod(sharding.shard_shape(model.shapes[name].shape)) for name, sharding in shardings.items())
     return float(temporaries), activations, gradients
 
   at = [sizes_at(layers) for layers in (8, 16, 32)]
@@ -89,10 +93,10 @@ def tpu_program(folder: Path) -> Result:
     grown, activations, gradients = (b - a for a, b in zip(small, large, strict=True))
     met &= abs(grown / (activations + gradients) - 1) <= 0.1
     figures.append(f'{layers} to {2 * layers} layers: temporaries {grown / 1e6:+.0f} MB, activations saved {activations / 1e6:.0f} and '
-                   f'gradients shared out {gradients / 1e6:.0f} ({grown / (activations + gradients) - 1:+.1%})')
+                   f'sharded gradients {gradients / 1e6:.0f} ({grown / (activations + gradients) - 1:+.1%})')
   return Result('the step compiled for v5p:2x2x4 (data 8, model 2): at stages 2 and 3 gradients leave by float32 '
                 'reduce-scatter, parameters are gathered in bfloat16; bytes sent within 10 % of theory at each stage; stage 3 at L and 2L '
-                'layers: temporaries, as the compiler assigns them, grow by saved activations and shared-out gradients alone, within 10 %',
+                'layers: temporaries, as the compiler assigns them, grow by saved activations and sharded gradients alone, within 10 %',
                 '; '.join(figures), met, 'python -m tests.acceptance --only=tpu_program')
 
 

@@ -50,6 +50,7 @@ def save_on_and_on(folder, committed):
     committed.send(step)
 
 
+@pytest.mark.full
 def test_a_kill_while_saving_loses_nothing_that_was_saved(tmp_path):
   processes = multiprocessing.get_context('forkserver')
   processes.set_forkserver_preload(['gptjax.checkpoint'])

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 
 from gptjax import config as configs
 from gptjax.checkpoint import Checkpoints, Progress, Retention, load_trained
-from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, UserError
+from gptjax.config import ComputeConfig, Config, DataConfig, MeshConfig, ModelConfig, UserError
 from gptjax.model import abstract_model
 
 # What Orbax was still reading when it failed.
@@ -34,7 +34,7 @@ def workdir(tmp_path):
 
 def parameters(seed):
   rng = np.random.default_rng(seed)
-  return {name: rng.standard_normal(s.shape, np.float32) for name, s in abstract_model(MODEL, 16).shapes.items()}
+  return {name: rng.standard_normal(s.shape, np.float32) for name, s in abstract_model(MODEL, ComputeConfig(), 16).shapes.items()}
 
 
 @pytest.mark.parametrize('model_axis, expected', [(1, 1), (2, 2), (3, 1)])

@@ -1,4 +1,4 @@
-"""Where a text begins with one id and ends with another, a document has both, and what follows its end is no target."""
+"""Tokenizers whose bos and eos differ: a document has both, and the bos after an eos is not a target."""
 
 import collections
 
@@ -7,7 +7,7 @@ import pytest
 from published_tokenizers import FAMILIES
 
 from gptjax.config import SourceConfig
-from gptjax.data import EvalRows, Mixture, Packed, TrainRows, Windows, encoding, plan
+from gptjax.data import EvalRows, Mixture, Packed, TrainRows, Windows, encoding, packing_plan
 from gptjax.data.encoding import Recipe
 from gptjax.data.sources import open_source
 from gptjax.data.tokenizers import load_tokenizer
@@ -37,7 +37,7 @@ def test_a_document_has_what_begins_and_what_ends_it(store):
 @pytest.mark.parametrize('kind', ['concat', 'pack', 'document'])
 @pytest.mark.parametrize('context', [5, 16, 100])
 def test_every_id_but_what_begins_a_document_is_a_target_once(store, kind, context, tmp_path):
-  layout = Windows(store, context) if kind == 'concat' else Packed(store, plan(store, context, kind, tmp_path))
+  layout = Windows(store, context) if kind == 'concat' else Packed(store, packing_plan(store, context, kind, tmp_path))
   rows = TrainRows([layout], Mixture([layout.count], [1.0]), context, 0, True)
   ids = store.read([0], [store.tokens])
   two = store.end != store.separator

@@ -1,4 +1,4 @@
-"""What a workdir keeps of its data, when it is not as it was written."""
+"""Damaged copies of data in a workdir."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A mixture deals every component's rows out in order, without a gap, as evenly as the weights allow."""
+"""A mixture takes every component's rows in order, consecutively, and as evenly as the weights allow."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Rows packed by best fit, where the context is no bound."""
+"""Best-fit packing with a context longer than all documents."""
 
 import numpy as np
 

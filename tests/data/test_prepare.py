@@ -1,4 +1,4 @@
-"""Data is prepared once, found again by what determines it, and never found half-done."""
+"""Data is prepared once, cached by everything that determines it, and never found incomplete."""
 
 import argparse
 import dataclasses
@@ -16,7 +16,7 @@ import pytest
 
 from gptjax.config import Component, Config, DataConfig, Phase, SourceConfig, TokenizerConfig, UserError, ValidationSet
 from gptjax.data import Document, Recipe, compression_yardsticks, open_source, prepare, train_rows, write_store
-from gptjax.data.progress import Work
+from gptjax.data.progress import ProgressBar
 from gptjax.data.tokenizers import ByteTokenizer, CharTokenizer
 
 module = importlib.import_module('gptjax.data.prepare')  # gptjax.data.prepare is the function
@@ -205,7 +205,7 @@ def test_progress_is_a_line_in_a_log_and_a_bar_on_a_terminal(monkeypatch):
 
   for stream, drawn in ((io.StringIO(), 'counting: 3 documents\n'), (Terminal(), None)):
     monkeypatch.setattr(sys, 'stderr', stream)
-    with Work('counting', 3, 'documents') as work:
+    with ProgressBar('counting', 3, 'documents') as progress:
       for _ in range(3):
-        work.advance(1)
+        progress.advance(1)
     assert stream.getvalue() == drawn if drawn else 'counting' in stream.getvalue()

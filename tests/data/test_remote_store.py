@@ -1,4 +1,4 @@
-"""A store in an object store is read as one here: through a server that speaks S3."""
+"""A store in object storage reads like a local one, tested with an S3 server."""
 
 import pickle
 
@@ -23,6 +23,7 @@ def stores(tmp_path_factory):
     yield str(folder), 's3://stores/store'
 
 
+@pytest.mark.full
 def test_a_store_is_read_by_ranges_and_checked(stores, monkeypatch):
   here, there = map(TokenStore.open, stores)
   asked, ranges = [], RemoteFolder.ranges
@@ -37,17 +38,19 @@ def test_a_store_is_read_by_ranges_and_checked(stores, monkeypatch):
   there.verify()
 
 
+@pytest.mark.full
 def test_it_is_trained_on_and_its_validation_documents_are_kept_here(stores, tmp_path):
   data = DataConfig(train=(Component(stores[1]),), valid=(ValidationSet('v', stores[1]),), rows='pack', context=64)
   prepared = prepare(data, tmp_path / 'cache')
   assert prepared.layouts[0].count > 300
   export(prepared, tmp_path / 'data')
   kept = open_held_out(tmp_path / 'data')
-  assert kept.valid['v'].sha256 == prepared.valid['v'].sha256 and '://' not in kept.valid['v'].place
+  assert kept.valid['v'].sha256 == prepared.valid['v'].sha256 and '://' not in kept.valid['v'].location
   batch = EvalRows(kept.valid['v'], 64, True).batch(np.arange(3))
   assert all((batch[name] == EvalRows(prepared.valid['v'], 64, True).batch(np.arange(3))[name]).all() for name in batch)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize('damage', ['truncated', 'flipped'])
 def test_what_is_damaged_there_is_named(stores, damage):
   import s3fs
@@ -64,6 +67,7 @@ def test_what_is_damaged_there_is_named(stores, damage):
     system.pipe(name, whole)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize('place', ['s3://stores/nothing', 's3://no-bucket/store', 'nosuch://bucket/store'])
 def test_a_store_that_is_not_there_is_one_line(stores, place):
   with pytest.raises(UserError, match=f"^token store: '{place}', expected: "):

@@ -1,11 +1,10 @@
-"""A sample is about as large as asked for, the same every time, out of few parts of a large source."""
+"""A sample has about the requested size, is reproducible, and reads few parts of a large source."""
 
 import pytest
 from memory import Memory, documents, malformed
 
 from gptjax.config import UserError
-from gptjax.data.sampling import sample
-from gptjax.data.sources import is_held_out
+from gptjax.data.sources import is_held_out, sample
 from gptjax.data.sources.source import Document
 
 

@@ -1,4 +1,4 @@
-"""A store gives back what was written, says what is damaged, and costs nothing to open."""
+"""A store returns what was written, reports what is damaged, and takes constant time to open."""
 
 import hashlib
 import json
@@ -56,7 +56,7 @@ def flip(path, place):
 
 
 def test_every_flipped_byte_is_found_before_it_is_used(store):
-  path, shard = store.place, store._shard(1)
+  path, shard = store.location, store._shard(1)
   file = Path(path) / shard.name
   for place in (0, shard.ids - 1, BLOCK + 3, shard.starts + 9, shard.sums + 1):
     flip(file, place)
@@ -72,8 +72,8 @@ def test_every_flipped_byte_is_found_before_it_is_used(store):
 
 
 def test_only_rows_on_damaged_blocks_fail(store):
-  flip(Path(store.place) / '00001.shard', 3)
-  damaged = TokenStore.open(store.place)
+  flip(Path(store.location) / '00001.shard', 3)
+  damaged = TokenStore.open(store.location)
   assert (damaged.read([0], [9000]) == expected()[:9000]).all()
   with pytest.raises(UserError, match='00001.shard'):
     damaged.read([9000], [100])
@@ -81,7 +81,7 @@ def test_only_rows_on_damaged_blocks_fail(store):
 
 @pytest.mark.parametrize('damage', ['truncate', 'remove', 'empty', 'index', 'manifest', 'deep manifest', 'version'])
 def test_a_store_that_is_not_whole_is_refused_before_training(store, damage):
-  folder = Path(store.place)
+  folder = Path(store.location)
   match damage:
     case 'truncate':
       (folder / '00002.shard').write_bytes((folder / '00002.shard').read_bytes()[:-1])
@@ -134,7 +134,7 @@ def test_pages_that_were_read_are_handed_back(tmp_path, monkeypatch):
 
   stream(store)
   assert resident() >= 2**15  # kB: all ids
-  monkeypatch.setattr(folders, '_RESIDENT', 2**18)
+  monkeypatch.setattr(folders, '_MAX_RESIDENT', 2**18)
   for start in range(0, 2**23, 10_000):
     store.read([start], [500])
   assert resident() < 2**14  # some systems map 2 MB at a touch

@@ -1,4 +1,4 @@
-"""Any text comes back exactly, text is never taken for a special id, and the same documents give the same tokenizer."""
+"""Any text decodes to itself, text never becomes a special id, and the same documents give the same tokenizer."""
 
 import io
 import json
@@ -138,7 +138,7 @@ def test_the_longest_symbol_wins_and_their_ids_come_first(with_symbols, kind, tm
 
 @pytest.mark.parametrize('symbols', [[''], ['a'], ['ab', 'cd', 'ab']])
 def test_a_symbol_is_no_byte_and_stands_once(symbols):
-  with pytest.raises(UserError, match=rf"^symbol: {symbols[0]!r}, expected: texts of two bytes or more, each one once$"):
+  with pytest.raises(UserError, match=rf"^symbol: {symbols[0]!r}, expected: distinct texts of two or more bytes$"):
     train('bpe', symbols=symbols)
 
 
@@ -175,9 +175,9 @@ def test_other_tokenizers_have_other_digests(trained, with_symbols):
 
 
 @pytest.mark.parametrize(('name', 'text', 'message'), [
-  (FILE, '{"kind": "bpe"', 'whole'), (FILE, '[]', 'whole'), (FILE, '{"kind": "bpe"}', 'whole'),
-  (FILE, '[' * 100_000, 'whole'), (FILE, '{"kind": "bpe", "words": "(", "symbols": []}', 'whole'),
-  (FILE, '{"kind": "wordpiece"}', "'wordpiece', expected: a kind"), ('tokenizer.model', 'x', 'whole'),
+  (FILE, '{"kind": "bpe"', 'undamaged'), (FILE, '[]', 'undamaged'), (FILE, '{"kind": "bpe"}', 'undamaged'),
+  (FILE, '[' * 100_000, 'undamaged'), (FILE, '{"kind": "bpe", "words": "(", "symbols": []}', 'undamaged'),
+  (FILE, '{"kind": "wordpiece"}', "'wordpiece', expected: a kind"), ('tokenizer.model', 'x', 'undamaged'),
   ('tokenizer.model', None, 'No such file')])
 def test_a_damaged_folder_is_one_mistake(trained, tmp_path, name, text, message):
   trained['bpe'].save(tmp_path)
@@ -199,14 +199,14 @@ def test_a_model_with_the_special_ids_of_old_is_refused(trained):
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(['a b']), model_writer=model, vocab_size=8, hard_vocab_limit=False, pad_id=0, bos_id=1, eos_id=2,
     unk_id=3, minloglevel=2)
-  with pytest.raises(UserError, match=r"'special ids \[0, 1, 2, 3\]', expected: .* that this version of gptjax trained"):
+  with pytest.raises(UserError, match=r"'special ids \[0, 1, 2, 3\]', expected: .* trained by this version of gptjax"):
     SentencePieceTokenizer('unigram', model.getvalue(), trained['bpe'].words)
 
 
 def test_words_that_are_kept_are_bounded(trained, monkeypatch):
   tokenizer = pickle.loads(pickle.dumps(trained['bpe']))
   expected = tokenizer.encode(' '.join(f'word{i}' for i in range(1000)))
-  monkeypatch.setattr(subwords, '_KEPT_WORDS', 10)
+  monkeypatch.setattr(subwords, '_MAX_CACHED_WORDS', 10)
   tokenizer = pickle.loads(pickle.dumps(tokenizer))
   assert (tokenizer.encode(' '.join(f'word{i}' for i in range(1000))) == expected).all()
   tokenizer.encode(' ' * 1000)

@@ -1,4 +1,4 @@
-"""A store is the same whoever made it and however often they were killed, and what is wrong with a source is told."""
+"""Stores do not depend on processes and interruptions, and errors in a source are reported."""
 
 import json
 import multiprocessing
@@ -16,7 +16,7 @@ from memory import Memory, malformed
 from gptjax.config import SourceConfig, UserError
 from gptjax.data import Contamination, Document, Filters, Recipe, TokenStore, open_source, write_store
 from gptjax.data import encoding
-from gptjax.data.journal import Journal
+from gptjax.data.tokenizing import Journal
 from gptjax.data.sources import Part
 from gptjax.data.tokenizers import ByteTokenizer
 
@@ -84,7 +84,7 @@ def test_finished_shards_are_not_made_again(lines, tmp_path, small_tasks, monkey
   commit = Journal.commit
 
   def ended(journal):
-    if len(journal.progress.shards) > kept:
+    if len(journal.state.shards) > kept:
       raise KeyboardInterrupt
     commit(journal)
 
@@ -156,7 +156,7 @@ def test_a_kill_just_before_the_folder_gets_its_name_costs_nothing(lines, tmp_pa
   (tmp_path / 'store').rename(tmp_path / 'store.building')
   for left in ('journal.db', 'journal.db-journal'):
     (tmp_path / 'store.building' / left).touch()
-  monkeypatch.setattr(encoding, '_encoder', None)
+  monkeypatch.setattr(encoding, 'encode', None)
   write_store(tmp_path / 'store', recipe(lines))
   assert folder_bytes(tmp_path / 'store') == before
 
@@ -206,7 +206,7 @@ def test_a_killed_command_goes_on_and_leaves_no_process(tmp_path):
   process.send_signal(signal.SIGKILL)
   process.wait()
   again = subprocess.run([*command, f'--out={tmp_path}/store'], check=True, cwd=ROOT, capture_output=True, text=True)
-  assert 'going on after' in again.stderr
+  assert 'resuming after' in again.stderr
   assert folder_bytes(tmp_path / 'store') == folder_bytes(tmp_path / 'straight')
   until = time.monotonic() + 20
   while (left := [child for child in children if os.path.exists(f'/proc/{child}')]) and time.monotonic() < until:
@@ -240,15 +240,15 @@ def test_malformed_records_below_a_rate_are_left_out_and_counted(tmp_path, capsy
     store = make()
     assert (store.documents, store.manifest['malformed'], store.manifest['records']) == (80, 20, 100)
     assert store.manifest['malformed_first'][1].startswith('memory, record 6: ')
-    assert 'left out: memory, record 6: ' in capsys.readouterr().err
+    assert 'skipped: memory, record 6: ' in capsys.readouterr().err
   else:
-    with pytest.raises(UserError, match=r'^source.skip: 0.1, expected: a share above the 20 malformed of 100 records'):
+    with pytest.raises(UserError, match=r'^source.skip: 0.1, expected: a fraction above the 20 malformed of 100 records'):
       make()
     assert not list(tmp_path.iterdir())
 
 
 def test_a_source_of_which_nothing_is_left_is_refused(tmp_path):
-  with pytest.raises(UserError, match='none is left, .*min_chars'):
+  with pytest.raises(UserError, match='none of its 1 records is left, .*min_chars'):
     write_store(tmp_path / 'store', Recipe(Memory([Document('a', 'b')]), ByteTokenizer(), Filters(min_chars=9)))
   assert not list(tmp_path.iterdir())
 

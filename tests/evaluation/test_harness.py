@@ -31,23 +31,23 @@ TOKENIZER = ByteTokenizer()
 
 
 @pytest.fixture
-def plan():
+def transformer():
   config = ModelConfig(layers=1, width=16, heads=2, vocab_size=TOKENIZER.vocab_size, positions='rope')
   return abstract_model(config, ComputeConfig(), CONTEXT)
 
 
 @pytest.fixture
-def model(plan, random_parameters, one_device):
+def model(transformer, random_parameters, one_device):
   """The adapter, with random parameters."""
-  found = harness.HarnessModel(plan, one_device, TOKENIZER, 128, add_bos=False)
-  found.use(random_parameters(plan))
+  found = harness.HarnessModel(transformer, one_device, TOKENIZER, 128, add_bos=False)
+  found.use(random_parameters(transformer))
   return found
 
 
 @pytest.fixture
-def scored(plan, random_parameters, one_device):
+def scored(transformer, random_parameters, one_device):
   """A function of pairs of ids: their nats."""
-  scorer, parameters = LikelihoodScorer(plan, one_device, 128), random_parameters(plan)
+  scorer, parameters = LikelihoodScorer(transformer, one_device, 128), random_parameters(transformer)
   return lambda *asked: [one.nats for one in scorer(parameters, [Request(*one) for one in asked])]
 
 
@@ -68,28 +68,28 @@ def test_pairs_become_ids_as_in_the_torch_backend(model, scored):
 
 
 @pytest.mark.parametrize('add_bos', [True, None])
-def test_a_bos_comes_where_the_tokenizer_or_the_user_wants_one(add_bos, plan, random_parameters, one_device, scored):
-  model = harness.HarnessModel(plan, one_device, TOKENIZER, 128, add_bos)
-  model.use(random_parameters(plan))
+def test_a_bos_comes_where_the_tokenizer_or_the_user_wants_one(add_bos, transformer, random_parameters, one_device, scored):
+  model = harness.HarnessModel(transformer, one_device, TOKENIZER, 128, add_bos)
+  model.use(random_parameters(transformer))
   got = model.loglikelihood(requests('loglikelihood', ('one', ' two'), ('', 'two')))
   want = scored(([TOKENIZER.bos_id, *ids('one')], ids(' two')), ([TOKENIZER.bos_id], ids('two')))
   np.testing.assert_allclose([nats for nats, _ in got], want, rtol=1e-5)
 
 
 @pytest.mark.parametrize('text', ['short', 'a text that is as long as two rows of the model are, to the byte'])
-def test_rolling_likelihoods_are_the_scorers_losses(text, model, scored, plan, random_parameters, one_device, tmp_path):
+def test_rolling_likelihoods_are_the_scorers_losses(text, model, scored, transformer, random_parameters, one_device, tmp_path):
   (nats,) = model.loglikelihood_rolling(requests('loglikelihood_rolling', (text,)))
   store = make_store(tmp_path / 'store', [len(ids(text)) + 1], vocab_size=259, draw=lambda count: np.array([0, *ids(text)]))
-  score = Scorer(plan, next_token(), one_device, 2)(random_parameters(plan), EvalRows(store, CONTEXT, True))
+  score = Scorer(transformer, next_token(), one_device, 2)(random_parameters(transformer), EvalRows(store, CONTEXT, True))
   # The scorer counts the end of the document too, which stands alone in a row after full ones.
   rest = len(text) % CONTEXT
   (end,) = scored(([TOKENIZER.bos_id, *ids(text)] if rest else ids(text)[-1:], [TOKENIZER.eos_id]))
   np.testing.assert_allclose(nats + end, -score.loss * score.tokens, rtol=1e-5)
 
 
-def test_generated_text_ends_where_it_is_told(model, plan, random_parameters, one_device):
-  generator = Generator(plan, one_device, TOKENIZER)
-  weights = generator.prepare(random_parameters(plan))
+def test_generated_text_ends_where_it_is_told(model, transformer, random_parameters, one_device):
+  generator = Generator(transformer, one_device, TOKENIZER)
+  weights = generator.prepare(random_parameters(transformer))
   free = [generator(weights, [ids(text)[-16:]], max_tokens=16, sampling=Sampling(0.0))[0].text for text in ('one', 'two' * 20)]
   stop = free[0][5:7]
   got = model.generate_until(requests(
@@ -100,12 +100,12 @@ def test_generated_text_ends_where_it_is_told(model, plan, random_parameters, on
     model.generate_until(requests('generate_until', ('one', {'max_gen_toks': CONTEXT})))
 
 
-def test_what_cannot_be_scored_is_told(model, plan, one_device):
+def test_what_cannot_be_scored_is_told(model, transformer, one_device):
   with pytest.raises(UserError, match="^--tasks: 'a continuation of 40 tokens', expected: at most the model's context of 32"):
     model.loglikelihood(requests('loglikelihood', ('a', 'b' * 40)))
   with pytest.raises(UserError, match="^--tasks: 'one', expected: a continuation with tokens of its own"):
     model.loglikelihood(requests('loglikelihood', ('one', '')))
-  letters = harness.HarnessModel(plan, one_device, CharTokenizer('abc'), 128)
+  letters = harness.HarnessModel(transformer, one_device, CharTokenizer('abc'), 128)
   with pytest.raises(UserError, match="^text of a task, character 1: 'z'"):
     letters.loglikelihood(requests('loglikelihood', ('a', 'z')))
 

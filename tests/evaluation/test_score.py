@@ -7,11 +7,14 @@ import jax
 import numpy as np
 import pytest
 
+from tiers import full
 from small_stores import make_store, stream
 
+from gptjax.config import ComputeConfig, MeshConfig
 from gptjax.data import EvalRows
 from gptjax.evaluation import Scorer, pooled
 from gptjax.model import abstract_model
+from gptjax.sharding import make_mesh
 from gptjax.training import next_token
 from gptjax.training.hardware import CompileCounter
 
@@ -41,7 +44,7 @@ def pieces_of(row):
 
 @pytest.fixture
 def model(style):
-  return abstract_model(dataclasses.replace(style, layers=1), CONTEXT)
+  return abstract_model(dataclasses.replace(style, layers=1), ComputeConfig(), CONTEXT)
 
 
 @pytest.fixture
@@ -94,7 +97,7 @@ def test_isolation_matters_here(model, random_parameters, held, one_device):
   assert abs(alone.loss - together.loss) > 1e-3
 
 
-@pytest.mark.parametrize('count', [1, 4, 8, 9, 100])
+@pytest.mark.parametrize('count', [full(1), 4, full(8), 9, full(100)])
 def test_a_part_of_the_rows_is_evenly_spaced_and_stands_for_its_bytes(model, plain, random_parameters, held, count):
   rows = rows_of(held)
   assert len(rows) == 9
@@ -106,11 +109,11 @@ def test_a_part_of_the_rows_is_evenly_spaced_and_stands_for_its_bytes(model, pla
   assert sum(told) == len(chosen)
 
 
-@pytest.mark.parametrize('mesh', ['8x1', '4x2'], indirect=True)
-@pytest.mark.parametrize('zero_stage', [0, 3])
+@pytest.mark.parametrize('mesh', [full('8x1'), '4x2'], indirect=True)
+@pytest.mark.parametrize('zero_stage', [full(0), 3])
 def test_a_score_is_the_same_on_all_devices(model, random_parameters, held, mesh, zero_stage):
   got = score(model, random_parameters(model, zero_stage), held, isolate=True, batch_size=8)
-  with jax.set_mesh(jax.make_mesh((1, 1, 1), mesh.axis_names, axis_types=mesh.axis_types, devices=jax.devices()[:1])):
+  with jax.set_mesh(make_mesh(MeshConfig(1, 1))):
     want = score(model, random_parameters(model), held, isolate=True, batch_size=8)
   assert_score(got, want.loss * want.tokens, want.tokens, held.bytes)
 

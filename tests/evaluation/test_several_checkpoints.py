@@ -8,7 +8,7 @@ from small_stores import make_store
 
 from gptjax import config as configs
 from gptjax.checkpoint import Checkpoints, Progress, Restorer, Retention
-from gptjax.config import Config, DataConfig, ModelConfig, UserError
+from gptjax.config import ComputeConfig, Config, DataConfig, ModelConfig, UserError
 from gptjax.data import EvalRows
 from gptjax.evaluation import LikelihoodScorer, Request, Scorer
 from gptjax.model import abstract_model
@@ -26,7 +26,8 @@ def workdir(tmp_path):
   checkpoints = Checkpoints(tmp_path / 'checkpoints', Retention(latest=3))
   for step, loss in ((3, 2.0), (5, 1.0), (8, 3.0)):
     rng = np.random.default_rng(step)
-    parameters = {name: 0.2 * rng.standard_normal(s.shape, np.float32) for name, s in abstract_model(MODEL, 16).shapes.items()}
+    shapes = abstract_model(MODEL, ComputeConfig(), 16).shapes
+    parameters = {name: 0.2 * rng.standard_normal(s.shape, np.float32) for name, s in shapes.items()}
     checkpoints.save(Progress(step), {'parameters': parameters, 'step': np.array(step)}, loss)
   checkpoints.close()
   return tmp_path

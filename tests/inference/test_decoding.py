@@ -6,8 +6,9 @@ import functools
 import jax
 import numpy as np
 import pytest
+from tiers import full
 
-from gptjax.config import MeshConfig
+from gptjax.config import ComputeConfig, MeshConfig
 from gptjax.inference import Decoder, Sampling
 from gptjax.model import abstract_model
 from gptjax.sharding import make_mesh
@@ -33,21 +34,20 @@ def draw(decoder, parameters, prompts, most, sampling=GREEDY, seeds=None):
 
 
 @functools.cache
-def whole(config, context):
-  """A full forward pass, compiled once for all texts of a model."""
-  plan = abstract_model(config, context)
-  return jax.jit(lambda parameters, tokens: plan.merge(parameters)(tokens)[0])
+def full_pass(model):
+  """A forward pass over all tokens, compiled once for all texts of a model."""
+  return jax.jit(lambda parameters, tokens: model.merge(parameters)(tokens)[0])
 
 
-def recomputed(plan, parameters, prompt, count, forbidden=(), penalty=1.0):
+def recomputed(model, parameters, prompt, count, forbidden=(), penalty=1.0):
   """The likeliest continuation by full forward passes over the text so far, and its log-probabilities.
 
   Text that has filled the context is continued from its later half.
   """
-  logits = whole(plan.config, plan.context)
-  text, window, logprobs = list(prompt), list(prompt)[-plan.context:], []
+  logits = full_pass(model)
+  text, window, logprobs = list(prompt), list(prompt)[-model.context:], []
   for _ in range(count):
-    padded = np.zeros((1, plan.context), np.int32)  # what comes later changes nothing before it
+    padded = np.zeros((1, model.context), np.int32)  # what comes later changes nothing before it
     padded[0, :len(window)] = window
     row = np.array(logits(parameters, padded)[len(window) - 1])
     allowed = row.copy()
@@ -56,8 +56,8 @@ def recomputed(plan, parameters, prompt, count, forbidden=(), penalty=1.0):
     allowed[seen] *= np.where(allowed[seen] > 0, 1 / penalty, penalty)
     text.append(int(allowed.argmax()))
     logprobs.append(row[text[-1]] - np.log(np.exp(row - row.max()).sum()) - row.max())
-    full = len(window) == plan.context
-    window = text[-max(plan.context // 2, 1):] if full else window + text[-1:]
+    full = len(window) == model.context
+    window = text[-max(model.context // 2, 1):] if full else window + text[-1:]
   return text[len(prompt):], logprobs
 
 
@@ -65,16 +65,17 @@ def prompts_of(*lengths):
   return [np.random.default_rng(length).integers(0, 50, length).tolist() for length in lengths]
 
 
-@pytest.mark.parametrize('style, changes', [
-  ('gpt2', {}), ('modern', {'scan': True}), ('modern', {'window': 5}), ('modern', {'window': 3, 'global_every': 2, 'layers': 4}),
-  ('modern', {'attention_cap': 2.0, 'logit_cap': 3.0, 'norm_at': 'sandwich'})], indirect=['style'], ids=str)
-def test_greedy_text_of_unequal_prompts_is_that_of_full_forward_passes(style, changes, one_device, random_parameters):
-  plan = abstract_model(dataclasses.replace(style, **changes), 40)
-  parameters = random_parameters(plan)
+@pytest.mark.parametrize('style, scan, changes', [
+  ('gpt2', False, {}), ('modern', True, {}), full('modern', False, {'window': 5}),
+  full('modern', False, {'window': 3, 'global_every': 2, 'layers': 4}),
+  full('modern', False, {'attention_cap': 2.0, 'logit_cap': 3.0, 'norm_at': 'sandwich'})], indirect=['style'], ids=str)
+def test_greedy_text_of_unequal_prompts_is_that_of_full_forward_passes(style, scan, changes, one_device, random_parameters):
+  model = abstract_model(dataclasses.replace(style, **changes), ComputeConfig(scan=scan), 40)
+  parameters = random_parameters(model)
   prompts = prompts_of(1, 5, 17, 20)
-  ids, logprobs = draw(Decoder(plan, one_device), parameters, prompts, 20)
+  ids, logprobs = draw(Decoder(model, one_device), parameters, prompts, 20)
   for row, prompt in enumerate(prompts):
-    wanted, scores = recomputed(plan, parameters, prompt, 20)
+    wanted, scores = recomputed(model, parameters, prompt, 20)
     assert ids[row].tolist() == wanted
     np.testing.assert_allclose(logprobs[row], scores, 1e-4, 1e-4)
   assert len({tuple(row) for row in ids.tolist()}) == 4 and len(set(ids.flatten().tolist())) > 3  # no text that agrees by accident
@@ -82,23 +83,23 @@ def test_greedy_text_of_unequal_prompts_is_that_of_full_forward_passes(style, ch
 
 @pytest.mark.parametrize('context', [1, 11])
 def test_text_goes_on_beyond_the_context(style, context, one_device, random_parameters):
-  plan = abstract_model(style, context)
-  parameters = random_parameters(plan)
-  decoder = Decoder(plan, one_device)
+  model = abstract_model(style, ComputeConfig(), context)
+  parameters = random_parameters(model)
+  decoder = Decoder(model, one_device)
   for lengths in ((1, 4), (11, 12), (13, 30)):  # shorter than the context, as long, longer
     prompts = prompts_of(*lengths)
     ids, _ = draw(decoder, parameters, prompts, 30)
     if max(lengths) + 30 <= context or min(map(len, prompts)) >= context:  # rows that fill the context together
-      assert ids.tolist() == [recomputed(plan, parameters, prompt, 30)[0] for prompt in prompts]
+      assert ids.tolist() == [recomputed(model, parameters, prompt, 30)[0] for prompt in prompts]
     alone, _ = draw(decoder, parameters, prompts[1:], 30)
-    assert alone[0].tolist() == recomputed(plan, parameters, prompts[1], 30)[0]
+    assert alone[0].tolist() == recomputed(model, parameters, prompts[1], 30)[0]
 
 
 @of_one_style
 def test_a_row_is_the_same_alone_and_beside_others(style, one_device, random_parameters):
-  plan = abstract_model(style, 64)
-  parameters = random_parameters(plan)
-  decoder = Decoder(plan, one_device)
+  model = abstract_model(style, ComputeConfig(), 64)
+  parameters = random_parameters(model)
+  decoder = Decoder(model, one_device)
   prompts = prompts_of(3, 9, 1, 30, 2)
   sampling = Sampling(temperature=1.0, top_p=0.95, repetition_penalty=1.2)
   together, _ = draw(decoder, parameters, prompts, 20, sampling, seeds=[7, 8, 9, 10, 2**32 - 1])
@@ -109,45 +110,46 @@ def test_a_row_is_the_same_alone_and_beside_others(style, one_device, random_par
 
 
 @of_one_style
-@pytest.mark.parametrize('zero_stage', [0, 3])
+@pytest.mark.parametrize('zero_stage', [full(0), 3])
 def test_text_is_the_same_on_one_device_and_spread_over_eight(style, zero_stage, random_parameters):
-  plan = abstract_model(style, 64)
+  model = abstract_model(style, ComputeConfig(), 64)
   texts = []
   for sizes in ((1, 1), (4, 2), (8, 1)) if zero_stage else ((1, 1), (2, 4)):
     with jax.set_mesh(mesh := make_mesh(MeshConfig(*sizes))):
-      parameters = random_parameters(plan, zero_stage=0 if sizes == (1, 1) else 3)
-      decoder = Decoder(plan, mesh, zero_stage=zero_stage)
+      parameters = random_parameters(model, zero_stage=0 if sizes == (1, 1) else 3)
+      decoder = Decoder(model, mesh, zero_stage=zero_stage)
       texts.append(draw(decoder, parameters, prompts_of(3, 9, 1), 16, Sampling(temperature=1.0))[0].tolist())
   assert all(text == texts[0] for text in texts)
 
 
 @of_one_style
 def test_forbidden_and_padded_ids_never_appear(style, one_device, random_parameters):
-  plan = abstract_model(style, 64)
-  parameters = random_parameters(plan)
-  free, _ = draw(Decoder(plan, one_device), parameters, [[9]], 20)
+  model = abstract_model(style, ComputeConfig(), 64)
+  parameters = random_parameters(model)
+  free, _ = draw(Decoder(model, one_device), parameters, [[9]], 20)
   forbidden = tuple(sorted(set(free[0].tolist())))[:6]
-  decoder = Decoder(plan, one_device, forbidden)
-  assert draw(decoder, parameters, [[9]], 20)[0][0].tolist() == recomputed(plan, parameters, [9], 20, forbidden)[0]
+  decoder = Decoder(model, one_device, forbidden)
+  assert draw(decoder, parameters, [[9]], 20)[0][0].tolist() == recomputed(model, parameters, [9], 20, forbidden)[0]
   wild, _ = draw(decoder, parameters, [[9]] * 8, 60, Sampling(temperature=50.0))
   assert set(wild.flatten().tolist()) == set(range(style.vocab_size)) - set(forbidden)  # and all others do
 
 
 @of_one_style
 def test_ids_of_prompt_and_text_are_penalized(style, one_device, random_parameters):
-  plan = abstract_model(dataclasses.replace(style, tied=True), 24)  # which likes to repeat; and the text outgrows the context
-  parameters = random_parameters(plan)
+  # A tied head likes to repeat; and the text outgrows the context.
+  model = abstract_model(dataclasses.replace(style, tied=True), ComputeConfig(), 24)
+  parameters = random_parameters(model)
   prompts = prompts_of(9, 9)
-  ids, _ = draw(Decoder(plan, one_device), parameters, prompts, 40, Sampling(0.0, repetition_penalty=1.7))
-  assert ids.tolist() == [recomputed(plan, parameters, prompt, 40, penalty=1.7)[0] for prompt in prompts]
-  assert ids.tolist() != [recomputed(plan, parameters, prompt, 40)[0] for prompt in prompts]
+  ids, _ = draw(Decoder(model, one_device), parameters, prompts, 40, Sampling(0.0, repetition_penalty=1.7))
+  assert ids.tolist() == [recomputed(model, parameters, prompt, 40, penalty=1.7)[0] for prompt in prompts]
+  assert ids.tolist() != [recomputed(model, parameters, prompt, 40)[0] for prompt in prompts]
 
 
 @of_one_style
 def test_a_bucket_of_shapes_is_compiled_once(style, one_device, random_parameters):
-  plan = abstract_model(style, 64)
-  decoder = Decoder(plan, one_device)
-  weights = decoder.prepare(random_parameters(plan))
+  model = abstract_model(style, ComputeConfig(), 64)
+  decoder = Decoder(model, one_device)
+  weights = decoder.prepare(random_parameters(model))
   run = lambda lengths, most: list(decoder(weights, prompts_of(*lengths), Sampling(), range(len(lengths)), most))
   run((1, 2, 9), 20)
   counter = CompileCounter()
@@ -163,8 +165,8 @@ def test_a_bucket_of_shapes_is_compiled_once(style, one_device, random_parameter
 
 @of_one_style
 def test_preparing_and_decoding_leave_the_parameters_alone(style, one_device, random_parameters):
-  plan = abstract_model(style, 8)
-  parameters = random_parameters(plan)
+  model = abstract_model(style, ComputeConfig(), 8)
+  parameters = random_parameters(model)
   before = jax.tree.map(np.array, parameters)
-  draw(Decoder(plan, one_device), parameters, [[1]], 10)
+  draw(Decoder(model, one_device), parameters, [[1]], 10)
   assert all(np.array_equal(parameters[name], before[name]) for name in before)

@@ -33,9 +33,9 @@ def test_nor_with_what_begins_a_text_where_that_is_not_what_ends_it(tmp_path):
 def byte_generator(one_device, random_parameters):
   """A generator of a random model for bytes, and its weights; bytes of text hardly ever form whole characters."""
   tokenizer = train_tokenizer(TokenizerConfig(kind='bytes'), [])
-  plan = abstract_model(ModelConfig(layers=1, width=16, heads=2, vocab_size=tokenizer.vocab_size), ComputeConfig(), 64)
-  generator = Generator(plan, one_device, tokenizer)
-  return generator, generator.prepare(random_parameters(plan))
+  model = abstract_model(ModelConfig(layers=1, width=16, heads=2, vocab_size=tokenizer.vocab_size), ComputeConfig(), 64)
+  generator = Generator(model, one_device, tokenizer)
+  return generator, generator.prepare(random_parameters(model))
 
 
 def test_text_is_the_decoded_ids_and_ends_before_eos(byte_generator):
@@ -100,7 +100,8 @@ def test_rows_that_ended_say_nothing_while_others_go_on(byte_generator):
 
 
 def test_a_prompt_the_tokenizer_cannot_encode_is_named(one_device):
-  generator = Generator(abstract_model(ModelConfig(vocab_size=6, width=16, heads=2), ComputeConfig(), 4), one_device, CharTokenizer('abc'))
+  model = abstract_model(ModelConfig(vocab_size=6, width=16, heads=2), ComputeConfig(), 4)
+  generator = Generator(model, one_device, CharTokenizer('abc'))
   with pytest.raises(UserError, match='^--prompt, character 2'):
     generator.prompt('abz')
   with pytest.raises(UserError, match='^prompts.txt:3, character 0'):

@@ -155,6 +155,7 @@ def probe(tmp_path):
   return command
 
 
+@pytest.mark.full
 def test_every_task_learns_who_and_where_it_is(cluster, tmp_path, probe):
   workdir = tmp_path / 'run'
   number = cluster.submit(workdir, *probe(PROBE), '--flag=two words', SLURM_MEM_PER_CPU='1', SLURM_MEM_PER_NODE='1')
@@ -171,6 +172,7 @@ def test_every_task_learns_who_and_where_it_is(cluster, tmp_path, probe):
   assert f'job {number}, restart 0, 2 nodes: {NODES}' in Path(f'{workdir}.out').read_text()
 
 
+@pytest.mark.full
 def test_a_job_that_runs_out_of_time_is_queued_again(cluster, tmp_path, probe):
   workdir = tmp_path / 'run'
   number = cluster.submit(workdir, *probe(SLEEP))
@@ -187,12 +189,14 @@ def test_a_job_that_runs_out_of_time_is_queued_again(cluster, tmp_path, probe):
     assert f'process {process} restart 0\n' in log and log.endswith(f'process {process} restart 1\n')
 
 
+@pytest.mark.full
 def test_a_task_that_fails_ends_the_others_and_the_job(cluster, tmp_path, probe):
   number = cluster.submit(tmp_path / 'run', *probe(FAIL))
   assert cluster.wait_for(number, 'COMPLETED', 'FAILED', seconds=30)[0] == 'FAILED'
   assert 'task 1: Exited with exit code 3' in (tmp_path / 'run.out').read_text()
 
 
+@pytest.mark.full
 def test_training_meets_over_the_nodes(cluster, tmp_path):
   workdir, text = tmp_path / 'run', tmp_path / 'text.txt'
   text.write_text('a lazy dog and the quick brown fox jump over old warm stoves while small cats sleep.\n' * 100)

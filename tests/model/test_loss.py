@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import full
 from flax import nnx
 from jax.sharding import NamedSharding
 
@@ -75,7 +76,7 @@ def run(values, mesh, rows=None, z_loss=0.01, transposed=False, cap=0.0):
   return *with_gradients, dh, dw.T if transposed else dw
 
 
-@pytest.mark.parametrize('mesh', ['1x1', '8x1', '2x4'], indirect=True)
+@pytest.mark.parametrize('mesh', [full('1x1'), full('8x1'), '2x4'], indirect=True)
 @pytest.mark.parametrize('in_chunks', [False, True])
 @pytest.mark.parametrize('transposed, rows, cap', [(False, None, 0.0), (True, 'model', 0.0), (True, None, 2.0)])
 def test_losses_and_gradients_are_numpys(transposed, rows, cap, in_chunks, mesh, monkeypatch):
@@ -87,7 +88,7 @@ def test_losses_and_gradients_are_numpys(transposed, rows, cap, in_chunks, mesh,
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize('mesh', ['1x1', '8x1', '2x4'], indirect=True)
+@pytest.mark.parametrize('mesh', [full('1x1'), full('8x1'), '2x4'], indirect=True)
 @pytest.mark.parametrize('in_chunks', [False, True])
 @pytest.mark.parametrize('transposed, cap, table', [(False, 0.0, TABLE), (True, 2.0, TABLE), (True, 0.0, IDS)])
 def test_log_probabilities_their_gradients_and_the_likeliest_ids_are_numpys(transposed, cap, table, in_chunks, mesh, monkeypatch):

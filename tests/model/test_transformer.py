@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import full
 
 from gptjax.config import ComputeConfig
 from gptjax.model import Positions, abstract_model, empty_cache, stack_layers
@@ -39,7 +40,7 @@ def assert_close(a, b, rtol=1e-5, atol=1e-6):
     np.testing.assert_allclose(x, y, rtol, atol)
 
 
-@pytest.mark.parametrize('attention', ['blocks', 'xla'])
+@pytest.mark.parametrize('attention', ['blocks', full('xla')])
 def test_a_position_depends_on_itself_and_the_past_alone(style, attention, random_parameters):
   # The gradient of each position's logits by each position's input vector: exactly zero where the input is later.
   length = 70  # more than one block of queries
@@ -97,7 +98,9 @@ def test_attention_in_blocks_gives_the_logits_of_the_full_square(style, random_p
   np.testing.assert_allclose(run('blocks'), run('xla'), 1e-5, 1e-5)
 
 
-@pytest.mark.parametrize('changes', [{}, {'window': 5}, {'window': 5, 'global_every': 2}, {'window': 16, 'attention_cap': 2.0}], ids=str)
+@pytest.mark.parametrize('changes', [
+  {}, full({'window': 5}), {'window': 5, 'global_every': 2},
+  full({'window': 16, 'attention_cap': 2.0})], ids=str)
 def test_reading_with_a_cache_gives_the_logits_of_the_whole(style, changes, random_parameters):
   prompt, batch, length = 12, 2, 26
   config = dataclasses.replace(style, **changes)

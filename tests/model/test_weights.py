@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import full
 from flax import nnx
 from tiny import batch
 
@@ -105,7 +106,7 @@ def test_what_crosses_replicas_is_the_shard_that_a_device_keeps(style):
   assert crossing / parameters == pytest.approx(1 / 4, abs=0.02)
 
 
-@pytest.mark.parametrize('changes', [{'scan': False}, {'scan': False, 'remat': 'full'}, {'scan': True}], ids=str)
+@pytest.mark.parametrize('changes', [full({'scan': False}), {'scan': False, 'remat': 'full'}, {'scan': True}], ids=str)
 def test_stage_3_gathers_a_matrix_for_each_pass_and_keeps_none(style, changes):
   found, _ = exchanges(dataclasses.replace(style, layers=2, mlp_width=80), (8, 1), 3, 1, **changes)
   matrix = [one for one in found if one.kind == 'all-gather' and one.payload == 4 * 32 * 80]

@@ -1,16 +1,17 @@
 """Every family against transformers: logits, gradients of the loss, and decoding with a cache, for shapes of every kind."""
 
+
 import jax
 import numpy as np
 import pytest
+from tiers import full
 
 from gptjax.config import ComputeConfig
 from gptjax.interop import FAMILIES, Fields, parse_config
-from gptjax.model import abstract_model
-from gptjax.sharding import place
+from gptjax.model import abstract_model, stack_layers
+from gptjax.training import next_token
 
-torch = pytest.importorskip('torch')
-transformers = pytest.importorskip('transformers')
+torch = transformers = None
 
 VOCABULARY = 50
 LLAMA3 = {'rope_type': 'llama3', 'rope_theta': 500.0, 'factor': 4.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
@@ -65,60 +66,56 @@ def ours(name, config, tensors):
   return found
 
 
-@pytest.mark.parametrize('name, shape', CASES)
-def test_logits_and_gradients_are_those_of_transformers(name, shape, one_device, full):
+SMALLEST = [pytest.param(name, shapes[0], False, (33,), id=name) for name, shapes in SHAPES.items()]
+EVERY = [full(name, shape, scan, lengths, id=f'{name}-{index}-{"scan" if scan else "unrolled"}')
+         for name, shapes in SHAPES.items() for index, shape in enumerate(shapes)
+         for scan, lengths in ((False, (3, 16, 33)), (True, (33,)))]
+
+
+@pytest.mark.parametrize('name, shape, scan, lengths', SMALLEST + EVERY)
+def test_logits_and_gradients_are_those_of_transformers(name, shape, scan, lengths, one_device):
   model = reference(name, shape)
   values = model.config.to_dict() | {'architectures': [type(model).__name__]}
   family, config, context = parse_config(values)
   assert family is FAMILIES[name]
   worst = [0.0, 0.0]
-  for scan in (False, True) if full or shape is SHAPES[name][0] else (False,):
-    plan = abstract_model(config, ComputeConfig(scan=scan), context)
-    parameters = ours(name, config, {key: p.detach().numpy() for key, p in model.named_parameters()})
-    if scan:
-      parameters = stacked(parameters, config.layers)
-    assert {key: p.shape for key, p in parameters.items()} == {key: s.shape for key, s in plan.shapes.items()}
-    placed = jax.device_put(parameters, plan.shardings(0, one_device))
-    for length in (33,) if scan else (3, 16, 33) if full else (3, 33):
-      tokens = np.random.default_rng(length).integers(2, VOCABULARY, (2, length), np.int32)  # 0 or 1 pads: no gradient there
-      model.zero_grad()
-      result = model(torch.from_numpy(tokens.astype(np.int64)), labels=torch.from_numpy(tokens.astype(np.int64)))
-      result.loss.backward()
+  described = abstract_model(config, ComputeConfig(scan=scan), context)
+  parameters = ours(name, config, {key: p.detach().numpy() for key, p in model.named_parameters()})
+  if scan:
+    parameters = stack_layers(parameters)
+  assert {key: p.shape for key, p in parameters.items()} == {key: s.shape for key, s in described.shapes.items()}
+  placed = jax.device_put(parameters, described.shardings(0, one_device))
+  for length in lengths:
+    tokens = np.random.default_rng(length).integers(2, VOCABULARY, (2, length), np.int32)  # 0 or 1 pads: no gradient there
+    model.zero_grad()
+    result = model(torch.from_numpy(tokens.astype(np.int64)), labels=torch.from_numpy(tokens.astype(np.int64)))
+    result.loss.backward()
 
-      @jax.jit
-      def run(parameters, tokens, targets, mask):
-        def loss(parameters):
-          model = plan.merge(parameters)
-          hidden = model.hidden(tokens)[0]
-          return model.loss(hidden, targets, mask)[0] / mask.sum(), model.logits(hidden)
-        return jax.value_and_grad(loss, has_aux=True)(parameters)
+    @jax.jit
+    def run(parameters, batch):
+      def loss(parameters):
+        model = described.merge(parameters)
+        hidden = model.hidden(batch['tokens'])[0]
+        found = next_token()(model.head, hidden, batch)
+        return found.loss / found.targets, model.head.logits(hidden)
+      return jax.value_and_grad(loss, has_aux=True)(parameters)
 
-      mask = np.ones(tokens.shape, np.float32)
-      mask[:, -1] = 0
-      (loss, logits), gradients = run(placed, place(one_device, tokens, 'batch', None), *(
-        place(one_device, x.reshape(-1), 'batch') for x in (np.roll(tokens, -1, 1), mask)))
-      logits = np.asarray(logits)[:, :VOCABULARY].reshape(*tokens.shape, -1)
-      np.testing.assert_allclose(logits, result.logits.detach().numpy(), rtol=0, atol=1e-4)
-      worst[0] = max(worst[0], np.abs(logits - result.logits.detach().numpy()).max())
-      np.testing.assert_allclose(loss, result.loss.item(), 1e-5)
-      theirs = ours(name, config, {key: p.grad.numpy() for key, p in model.named_parameters()})
-      theirs = stacked(theirs, config.layers) if scan else theirs
-      largest = max(np.abs(gradient).max() for gradient in theirs.values())
-      for key, gradient in gradients.items():
-        # Some are zero but for rounding, as those of biases of keys.
-        scale = max(np.abs(theirs[key]).max(), 1e-3 * largest)
-        np.testing.assert_allclose(gradient, theirs[key], 1e-3, 1e-4 * scale, err_msg=key)
-        worst[1] = max(worst[1], np.abs(gradient - theirs[key]).max() / scale)
+    mask = np.ones(tokens.shape, np.float32)
+    mask[:, -1] = 0
+    (loss, logits), gradients = run(placed, {'tokens': tokens, 'targets': np.roll(tokens, -1, 1), 'mask': mask})
+    logits = np.asarray(logits)[:, :VOCABULARY].reshape(*tokens.shape, -1)
+    np.testing.assert_allclose(logits, result.logits.detach().numpy(), rtol=0, atol=1e-4)
+    worst[0] = max(worst[0], np.abs(logits - result.logits.detach().numpy()).max())
+    np.testing.assert_allclose(loss, result.loss.item(), 1e-5)
+    theirs = ours(name, config, {key: p.grad.numpy() for key, p in model.named_parameters()})
+    theirs = stack_layers(theirs) if scan else theirs
+    largest = max(np.abs(gradient).max() for gradient in theirs.values())
+    for key, gradient in gradients.items():
+      # Some are zero but for rounding, as those of biases of keys.
+      scale = max(np.abs(theirs[key]).max(), 1e-3 * largest)
+      np.testing.assert_allclose(gradient, theirs[key], 1e-3, 1e-4 * scale, err_msg=key)
+      worst[1] = max(worst[1], np.abs(gradient - theirs[key]).max() / scale)
   print(f'worst of {name}: logits {worst[0]:.1e}, gradients {worst[1]:.1e}')  # for the bar of this name
-
-
-def stacked(parameters, layers):
-  """Those of all layers as one."""
-  out = {key: value for key, value in parameters.items() if not key.startswith('blocks/')}
-  for key in parameters:
-    if key.startswith('blocks/0/'):
-      out[key.replace('/0/', '/')] = np.stack([parameters[key.replace('/0/', f'/{layer}/')] for layer in range(layers)])
-  return out
 
 
 @pytest.mark.parametrize('name, shape', CASES)

@@ -13,8 +13,8 @@ from gptjax.interop import Check, comparison, export_run, import_folder, importi
 from gptjax.interop.matching import bits
 from gptjax.interop.tensor_files import read_tensors
 
-torch = pytest.importorskip('torch')
-transformers = pytest.importorskip('transformers')
+torch = transformers = None
+pytestmark = pytest.mark.full
 
 SHAPE = {'vocab_size': 261, 'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 3, 'num_attention_heads': 4,
          'num_key_value_heads': 2, 'max_position_embeddings': 128, 'head_dim': 16, 'sliding_window': 7, 'initializer_range': 0.3}

@@ -7,21 +7,16 @@ import jax
 import numpy as np
 import pytest
 
-torch = pytest.importorskip('torch')
-transformers = pytest.importorskip('transformers')
-pytest.importorskip('lm_eval')
-pytest.importorskip('accelerate')
+import test_families
+import tokenizers
 
-import test_families  # noqa: E402
-import tokenizers  # noqa: E402
-from lm_eval.api.instance import Instance  # noqa: E402
-from lm_eval.models.huggingface import HFLM  # noqa: E402
+from gptjax.config import ComputeConfig
+from gptjax.data.tokenizers import Gpt2Tokenizer
+from gptjax.interop import FAMILIES, Fields
+from gptjax.model import abstract_model
 
-from gptjax.config import ComputeConfig  # noqa: E402
-from gptjax.data.tokenizers import Gpt2Tokenizer  # noqa: E402
-from gptjax.evaluation.harness import HarnessModel  # noqa: E402
-from gptjax.interop import FAMILIES, Fields  # noqa: E402
-from gptjax.model import abstract_model  # noqa: E402
+torch = transformers = None
+pytestmark = pytest.mark.full
 
 CONTEXT = 32
 TEXT = '''It's the reader's choice: they'll read 1,234 pages, or we've read them all by 2024 -- isn't that so?
@@ -47,20 +42,28 @@ def tokenizer(tmp_path_factory):
 def both(request, tokenizer, one_device, monkeypatch):
   """Our adapter and theirs, of the same model."""
   monkeypatch.setitem(os.environ, 'HF_HUB_OFFLINE', '1')
+  pytest.importorskip('lm_eval')
+  pytest.importorskip('accelerate')
+  from lm_eval.models.huggingface import HFLM
+
+  from gptjax.evaluation.harness import HarnessModel
+  monkeypatch.setattr(test_families, 'torch', torch)
+  monkeypatch.setattr(test_families, 'transformers', transformers)
   name, count = request.param, tokenizer[0].vocab_size
   monkeypatch.setattr(test_families, 'VOCABULARY', count)
   shape = test_families.SHAPES[name][0] | {'vocab_size': count, 'n_positions': CONTEXT, 'max_position_embeddings': CONTEXT}
   shape = {key: value for key, value in shape.items() if key != ('n_positions' if name == 'llama' else 'max_position_embeddings')}
   reference = test_families.reference(name, shape)
   config, context = FAMILIES[name].read(Fields(reference.config.to_dict() | {'architectures': [type(reference).__name__]}))
-  plan = abstract_model(config, ComputeConfig(), context)
+  described = abstract_model(config, ComputeConfig(), context)
   values = test_families.ours(name, config, {key: p.detach().numpy() for key, p in reference.named_parameters()})
-  ours = HarnessModel(plan, one_device, tokenizer[0], 256)
-  ours.use(jax.device_put(values, plan.shardings(0, one_device)))
+  ours = HarnessModel(described, one_device, tokenizer[0], 256)
+  ours.use(jax.device_put(values, described.shardings(0, one_device)))
   return ours, HFLM(pretrained=reference, tokenizer=tokenizer[1], batch_size=4, device='cpu')
 
 
 def requests(kind, arguments):
+  from lm_eval.api.instance import Instance
   return [Instance(request_type=kind, doc={}, arguments=one, idx=0) for one in arguments]
 
 

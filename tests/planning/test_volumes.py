@@ -30,20 +30,20 @@ def test_gradients_and_copies_follow_the_stage(large, at_stage):
   assert 2 * 2 * layer < analytic_memory(large, SIZES).gathered < 2 * 4 * layer
 
 
-@pytest.mark.parametrize('stage, passes', [(0, 2), (1, 3), (2, 2), (3, 3)])
+@pytest.mark.parametrize('stage, passes', [(0, 2), (1, 2), (2, 2), (3, 3)])
 def test_data_parallelism_sends_the_parameters_so_many_times(large, at_stage, stage, passes):
-  config = at_stage(large, stage, compute_dtype='float32')
+  config = at_stage(large, stage, dtype='float32')
   sent = by_axis(theoretical(config, SIZES))['data']
   once = 4 * parameter_count(large.model, 4096) / 4 * 15 / 16
   assert sent == pytest.approx(passes * once, rel=0.02)
 
 
-@pytest.mark.parametrize('stage, times', [(0, 3.92), (1, 3.96), (2, 4), (3, 4)])  # of embedding and head the first two once
-def test_gradients_are_reduced_with_every_microbatch(large, at_stage, stage, times):
+@pytest.mark.parametrize('stage, times', [(0, 1), (1, 1), (2, 4), (3, 4)])
+def test_gradients_are_reduced_once_per_step_or_with_every_microbatch(large, at_stage, stage, times):
   def sent(parts):
     found = theoretical(at_stage(dataclasses.replace(large, microbatches=parts), stage), SIZES)
     return sum(one.total for one in found if one.why.startswith('gradients') and one.axes == ('data',))
-  assert sent(4) == pytest.approx(times * sent(1), rel=0.01)
+  assert sent(4) == times * sent(1) > 0
 
 
 @pytest.mark.parametrize('remat, sums', [('none', 4), ('dots', 4), ('full', 5)])

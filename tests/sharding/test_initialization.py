@@ -1,18 +1,19 @@
-"""A model too large for one device can be made: under ZeRO stage 3 initialization creates nothing whole."""
+"""A model too large for one device can be made: under ZeRO stage 3 initialization creates shards only."""
 
 import math
 
 import jax
 import pytest
+from tiers import full
 
-from gptjax.config import ModelConfig, OptimizerConfig
+from gptjax.config import ComputeConfig, ModelConfig, OptimizerConfig
 from gptjax.model import abstract_model
 from gptjax.training import abstract, initializer, make_optimizer
 
 
-@pytest.mark.parametrize('mesh, scan', [('8x1', False), ('8x1', True), ('4x2', True)], indirect=['mesh'])
+@pytest.mark.parametrize('mesh, scan', [full('8x1', False), full('8x1', True), ('4x2', True)], indirect=['mesh'])
 def test_nothing_whole_is_made_under_stage_3(mesh, scan):
-  plan = abstract_model(ModelConfig(layers=2, width=128, heads=4, vocab_size=4096, scan=scan), 128)
+  plan = abstract_model(ModelConfig(layers=2, width=128, heads=4, vocab_size=4096), ComputeConfig(scan=scan), 128)
   optimizer = make_optimizer(OptimizerConfig(), steps=10, warmup=0, decay=0)
   initialize = initializer(plan, optimizer, 3, mesh, seed=0)
   memory = initialize.lower().compile().memory_analysis()  # of one device
@@ -26,7 +27,7 @@ def test_nothing_whole_is_made_under_stage_3(mesh, scan):
 
 @pytest.mark.parametrize('mesh', ['4x2'], indirect=True)
 def test_the_abstract_state_is_that_of_the_state_that_is_made(style, mesh):
-  plan = abstract_model(style, 16)
+  plan = abstract_model(style, ComputeConfig(), 16)
   initialize = initializer(plan, make_optimizer(OptimizerConfig(), steps=10, warmup=0, decay=0), 3, mesh, seed=0)
   described, made = abstract(initialize, mesh), initialize()
   assert jax.tree.structure(described) == jax.tree.structure(made)

@@ -7,7 +7,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType
 
-from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, UserError
+from gptjax.config import AXIS_NAMES, ComputeConfig, Config, DataConfig, MeshConfig, ModelConfig, UserError
 from gptjax.sharding import check_sizes, make_mesh, mesh
 
 
@@ -26,7 +26,7 @@ def test_a_mesh_has_the_sizes_asked_for_as_explicit_axes(data, model, sizes):
     (-1, 3, 'mesh.model: 3, expected: a divisor of the 8 devices: 1, 2, 4, 8'),
     (-1, 16, 'mesh.model: 16, expected: a divisor of the 8 devices: 1, 2, 4, 8'),
     (1, 9, 'mesh.model: 9, expected: a divisor of the 8 devices: 1, 2, 4, 8'),
-    (9, 1, 'mesh.data: 9, expected: -1 or at most 8 with 8 devices and mesh.model=1'),
+    (9, 1, 'mesh.data: 9, expected: -1 or at most 8 with 8 devices'),
     (3, 4, 'mesh.data: 3, expected: -1 or at most 2 with 8 devices and mesh.model=4'),
 ])
 def test_devices_that_do_not_suffice_or_divide_are_refused(data, model, message):
@@ -63,7 +63,7 @@ MODEL = {'width': 32, 'heads': 4, 'vocab_size': 64}
     ({}, {'batch_size': 24, 'microbatches': 4},
      'batch_size: 24, expected: a multiple of mesh.data=4 * microbatches=4: 16 or 32'),
     ({'width': 9, 'heads': 3}, {}, 'mesh.model: 2, expected: a divisor of model.heads=3 and of the 8 devices: 1'),
-    ({'sequence_parallel': True}, {'batch_size': 4, 'data': DataConfig(context=7)},
+    ({}, {'compute': ComputeConfig(sequence_parallel=True), 'batch_size': 4, 'data': DataConfig(context=7)},
      'compute.sequence_parallel: True, expected: false, or a multiple of mesh.model=2 tokens on a device, not 7'),
 ])
 def test_sizes_that_the_mesh_does_not_divide_are_refused(model, rest, message):
@@ -104,7 +104,7 @@ class FakeDevice:
 ])
 def test_replica_goes_over_slices_first_and_model_stays_within_one(slices, sizes):
   devices = [FakeDevice(index, index % slices) for index in range(8)]  # not in the order of their slices
-  arranged = mesh._arranged(*sizes, devices)
+  arranged = mesh._arranged(dict(zip(AXIS_NAMES, sizes)), devices)
   assert arranged.shape == sizes and {device.id for device in arranged.flat} == {*range(8)}
   replica, data, _ = sizes
   of = lambda group: {device.slice_index for device in group.flat}
@@ -120,13 +120,13 @@ def test_replica_goes_over_slices_first_and_model_stays_within_one(slices, sizes
 ])
 def test_replicas_that_slices_do_not_allow_are_refused(slices, sizes, message):
   with pytest.raises(UserError) as caught:
-    mesh._arranged(*sizes, [FakeDevice(index, index // (8 // slices)) for index in range(8)])
+    mesh._arranged(dict(zip(AXIS_NAMES, sizes)), [FakeDevice(index, index // (8 // slices)) for index in range(8)])
   assert str(caught.value) == message
 
 
 def test_replicas_are_of_whole_processes():
   devices = [FakeDevice(index, 0, process_index=index // 2) for index in range(12)]
   with pytest.raises(UserError, match=r'^mesh\.replica: 4, expected: .* of the 6 processes of the 12 devices: 1, 2, 3, 6, 12, '):
-    mesh._arranged(4, 3, 1, devices)
-  arranged = mesh._arranged(3, 2, 2, devices)
+    mesh._arranged(dict(zip(AXIS_NAMES, (4, 3, 1))), devices)
+  arranged = mesh._arranged(dict(zip(AXIS_NAMES, (3, 2, 2))), devices)
   assert [{device.process_index for device in group.flat} for group in arranged] == [{0, 1}, {2, 3}, {4, 5}]

@@ -1,4 +1,4 @@
-"""The table from logical to mesh axes, and what ZeRO stage 3 shares out."""
+"""The table from logical to mesh axes, and what each stage of ZeRO shards."""
 
 import itertools
 import math
@@ -9,16 +9,15 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from jax.sharding import PartitionSpec as P
 
-from gptjax.config import MeshConfig, ModelConfig, OptimizerConfig
+from gptjax.config import ComputeConfig, MeshConfig, ModelConfig, OptimizerConfig
 from gptjax.model import abstract_model
-from gptjax.sharding import RULES, make_mesh, place, places, spec, undivided
+from gptjax.sharding import RULES, make_mesh, parameter_specs, put_rows, spec, unsharded_axes
 from gptjax.training import make_optimizer, state_bytes
 
 
 @pytest.mark.parametrize('axes, expected', [
     ((), P()),
-    (('batch', None), P(('replica', 'data'), None)),
-    (('batch', None, 'vocab'), P(('replica', 'data'), None, 'model')),
+    ((None, None, 'vocab'), P(None, None, 'model')),
     (('vocab', 'embed'), P('model', None)),
     (('positions', 'embed'), P(None, None)),
     (('embed', 'heads'), P(None, 'model')),
@@ -26,7 +25,7 @@ from gptjax.training import make_optimizer, state_bytes
     (('layers', 'embed', 'mlp'), P(None, None, 'model')),
     (('layers', 'head_width'), P(None, None)),
 ])
-def test_a_logical_axis_lies_where_the_table_says(axes, expected):
+def test_a_logical_axis_is_split_as_the_table_says(axes, expected):
   assert spec(*axes) == expected
 
 
@@ -50,15 +49,15 @@ def test_an_axis_the_table_does_not_know_is_an_error():
     (('embed', ('mlp', 36)), (64, 36), P('data', 'model')),
     (('embed', ('kv_heads', 3)), (64, 48), P('data', None)),  # 3 heads stay together, though 2 divides 48
 ])
-def test_what_is_shared_out_is_the_first_axis_that_divides(axes, shape, expected):
+def test_the_first_dimension_that_divides_is_sharded(axes, shape, expected):
   mesh = make_mesh(MeshConfig(4, 2))
-  whole = spec(*axes, mesh=mesh)
-  for stage, copied in itertools.product(range(4), (False, True)):
-    found = places(axes, shape, stage, copied, mesh)
-    assert found.compute == whole
-    assert found.optimizer == (expected if stage >= 1 else whole)
-    assert found.gradient == (expected if stage >= 2 else whole)
-    assert found.stored == (expected if stage == 3 or (copied and stage) else whole)
+  unsharded = spec(*axes, mesh=mesh)
+  for stage, converted in itertools.product(range(4), (False, True)):
+    found = parameter_specs(axes, shape, stage, converted, mesh)
+    assert found.compute == unsharded
+    assert found.optimizer == (expected if stage >= 1 else unsharded)
+    assert found.gradient == (expected if stage >= 2 else unsharded)
+    assert found.stored == (expected if stage == 3 or (converted and stage) else unsharded)
 
 
 @settings(max_examples=200, deadline=None)
@@ -69,26 +68,26 @@ def test_what_is_shared_out_is_the_first_axis_that_divides(axes, shape, expected
 def test_data_is_added_at_most_once_and_only_where_it_may(pairs, data):
   axes, shape = zip(*pairs, strict=True)
   mesh = make_mesh(MeshConfig(data, 2))
-  stored = places(axes, shape, 3, False, mesh).stored
+  stored = parameter_specs(axes, shape, 3, False, mesh).stored
   changed = [i for i in range(len(axes)) if stored[i] != spec(*axes)[i]]
   parts = {i: 2 * data if RULES[axis] else data for i, axis in enumerate(axes) if axis != 'layers'}
   fitting = [i for i in parts if shape[i] % parts[i] == 0]
   assert changed == fitting[:1]
   assert all(stored[i] == (('model', 'data') if RULES[axes[i]] else 'data') for i in changed)
-  assert undivided(axes, shape, 3, mesh).keys() == ({'data'} if data > 1 and not fitting else set())
+  assert unsharded_axes(axes, shape, 3, mesh).keys() == ({'data'} if data > 1 and not fitting else set())
 
 
-def test_what_the_mesh_does_not_divide_is_told():
+def test_sizes_that_the_mesh_does_not_divide_are_reported():
   mesh = make_mesh(MeshConfig(4, 2))
-  assert undivided(('embed', ('mlp', 33)), (64, 33), 0, mesh) == {'model': 33}
-  assert undivided(('embed', ('kv_heads', 3)), (66, 48), 1, mesh) == {'model': 3}  # data takes the other axis
-  assert undivided(('layers', 'embed', ('mlp', 33)), (2, 66, 33), 2, mesh) == {'model': 33, 'data': 66}
-  assert undivided(('embed', ('mlp', 36)), (64, 36), 3, mesh) == {}
+  assert unsharded_axes(('embed', ('mlp', 33)), (64, 33), 0, mesh) == {'model': 33}
+  assert unsharded_axes(('embed', ('kv_heads', 3)), (66, 48), 1, mesh) == {'model': 3}  # data takes the other axis
+  assert unsharded_axes(('layers', 'embed', ('mlp', 33)), (2, 66, 33), 2, mesh) == {'model': 33, 'data': 66}
+  assert unsharded_axes(('embed', ('mlp', 36)), (64, 36), 3, mesh) == {}
 
 
-def test_place_puts_each_row_on_its_device(mesh):
+def test_each_row_is_put_on_its_device(mesh):
   rows = np.arange(16 * 3).reshape(16, 3)
-  placed = place(mesh, {'tokens': rows}, 'batch', None)['tokens']
+  placed = put_rows(mesh, {'tokens': rows}, 16)['tokens']
   np.testing.assert_array_equal(placed, rows)
   for shard in placed.addressable_shards:
     assert shard.data.shape == (16 // mesh.shape['data'], 3)
@@ -99,10 +98,10 @@ def test_place_puts_each_row_on_its_device(mesh):
 @pytest.mark.parametrize('scan', [False, True])
 def test_bytes_of_a_device_are_the_papers(scan, data):
   """Parameters, gradients and Adam's moments in float32 (arXiv:1910.02054, figure 1, with 4 + 4 + 8 bytes a parameter)."""
-  model = ModelConfig(layers=2, width=64, heads=8, vocab_size=256, scan=scan)
+  model = ModelConfig(layers=2, width=64, heads=8, vocab_size=256)
   mesh = make_mesh(MeshConfig(data, 1))
   with jax.set_mesh(mesh):
-    plan = abstract_model(model, 64)
+    plan = abstract_model(model, ComputeConfig(scan=scan), 64)
     count = sum(math.prod(shape.shape) for shape in plan.shapes.values())
     for stage, expected in enumerate((16, 8 + 8 / data, 4 + 12 / data, 16 / data)):
       held = state_bytes(plan, make_optimizer(OptimizerConfig(), steps=1, warmup=0, decay=0), stage, mesh)

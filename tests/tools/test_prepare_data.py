@@ -1,4 +1,4 @@
-"""The commands that make and show stores: what they print, and what they say to a mistake."""
+"""The commands that make and show stores: their output, and their errors."""
 
 import json
 import pathlib
@@ -42,7 +42,7 @@ def test_the_same_again_is_there_already(home):
   before = files_below(home)
   flags = (f'--source={home}/qa.jsonl', r'--text={question}?\n{answer}', '--tokenizer=bytes', f'--out={home}/store')
   done = tool('prepare_data', *flags)
-  assert done.returncode == 0 and 'is there already' in done.stderr and files_below(home) == before
+  assert done.returncode == 0 and 'exists already' in done.stderr and files_below(home) == before
 
 
 def test_evaluation_sets_are_sources_or_stores(home, tmp_path):
@@ -69,15 +69,15 @@ def test_evaluation_sets_are_sources_or_stores(home, tmp_path):
   (['--source={home}/qa.jsonl', '--source={home}/binary.txt'], "--source: '{home}/binary.txt', expected: one source"),
   (['--source={home}/qa.jsonl', '--out={home}/store'], "--out: '{home}/store', expected: another folder"),
   (['--source={home}/store'], "data.source.path: '{home}/store', expected: documents; this is a token store"),
-  (['--source={home}/qa.jsonl', '--out={home}'], "--out: '{home}', expected: a folder that is not there yet"),
+  (['--source={home}/qa.jsonl', '--out={home}'], "--out: '{home}', expected: a new folder"),
   (['--source={home}/qa.jsonl', '--valid_fraction=0.1'], "--side: 'all', expected: train or valid"),
   (['--source={home}/qa.jsonl', '--out=s3://bucket/x'], "--out: 's3://bucket/x', expected: a folder on this machine"),
 ])
 def test_a_mistake_is_one_line_and_leaves_nothing(home, tmp_path, flags, message):
   before = files_below(home)
   done = tool('prepare_data', '--tokenizer=bytes', f'--out={tmp_path}/out', *(flag.replace('{home}', str(home)) for flag in flags))
-  told = [line for line in done.stderr.splitlines() if not line.startswith(('tokenizing: ', f'{home}/store is there'))]
-  assert len(told) == 1 and told[0].startswith('error: ' + message.replace('{home}', str(home))), done.stderr
+  errors = [line for line in done.stderr.splitlines() if not line.startswith(('tokenizing: ', f'{home}/store exists'))]
+  assert len(errors) == 1 and errors[0].startswith('error: ' + message.replace('{home}', str(home))), done.stderr
   assert (done.returncode, done.stdout) == (2, '') and files_below(home) == before and not list(tmp_path.iterdir())
 
 

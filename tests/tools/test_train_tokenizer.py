@@ -1,4 +1,4 @@
-"""The tool writes a whole tokenizer or nothing, scores it on what it did not see, and says what is wrong in one line."""
+"""The tool writes a complete tokenizer or nothing, scores it on held-out text, and reports errors in one line."""
 
 import json
 import pathlib
@@ -69,7 +69,7 @@ def test_the_same_again_is_fine_and_another_is_refused(tmp_path):
   assert tool(*base).stdout == first.stdout
   done = tool(*base, '--digits=3')
   assert (done.returncode, done.stdout) == (2, '')
-  assert done.stderr.splitlines()[-1].startswith(f"error: --out: '{out}', expected: a folder that there is not yet; another")
+  assert done.stderr.splitlines()[-1].startswith(f"error: --out: '{out}', expected: a new folder; this one")
   assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
   assert [path.name for path in tmp_path.iterdir()] == ['tok']
 
@@ -77,12 +77,12 @@ def test_the_same_again_is_fine_and_another_is_refused(tmp_path):
 @pytest.mark.parametrize(('arguments', 'message'), [
   (['--source=missing', '--out=DIR/x'], "error: data.source.path: 'missing', expected: a file"),
   (['--source=empty', '--out=DIR/x'], "error: --source: ['memory'], expected: sources with text to train on"),
-  (['--source=a', '--out=DIR'], "error: --out: 'DIR', expected: a folder that there is not yet, or one of the same tokenizer"),
+  (['--source=a', '--out=DIR'], "error: --out: 'DIR', expected: a new folder, or one of the same tokenizer"),
   (['--source=a', '--out=DIR/x', '--weights=1,2'], "error: --weights: '1,2', expected: 1 numbers above 0, one for each --source"),
   (['--source=a', '--out=DIR/x', '--gpt2_bpe=DIR'], "error: tokenizer: 'DIR/encoder.json', expected: GPT-2's encoder.json"),
   (['--source={"pth": "a"}', '--out=DIR/x'], "error: --source.pth: 'a', expected: path, split, text, separator, skip; did you"),
   (['--source=a', '--out=DIR/x', '--vocab_size=100000'], 'error: data.tokenizer.vocab_size: 100032, expected: at most '),
-  (['--source=a', '--out=DIR/x', '--symbol=x'], "error: symbol: 'x', expected: texts of two bytes or more"),
+  (['--source=a', '--out=DIR/x', '--symbol=x'], "error: symbol: 'x', expected: distinct texts of two or more bytes"),
   (['--source=a', '--out=DIR/x', '--digits=0'], "error: --digits: '0', expected: "),
   (['--source=a'], 'error: --out: None, expected: a value')])
 def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, arguments, message):
@@ -112,7 +112,7 @@ def test_held_out_documents_are_never_trained_on():
 def test_where_nothing_is_held_out_the_score_says_so():
   corpus = Corpus([Memory(documents(3))], [10**6], 0.0)
   assert len(list(corpus)) == 3
-  assert corpus.scored()[0] == '300 bytes of text that it was trained on, since none of it is held out'
+  assert corpus.scored()[0] == '300 bytes of training text, since no document is held out'
 
 
 def test_what_is_scored_on_is_bounded():

@@ -6,63 +6,68 @@ import math
 import jax
 import numpy as np
 import pytest
+from tiers import full
 from tiny import batch, put, trainer
 
-from gptjax.config import MeshConfig, ModelConfig, OptimizerConfig
+from gptjax.config import ComputeConfig, MeshConfig, ModelConfig, OptimizerConfig
 from gptjax.sharding import make_mesh
 
 STEPS = 6
 ODD = ModelConfig(layers=2, width=32, heads=8, kv_heads=2, mlp_width=43, vocab_size=51, vocab_multiple=1, positions='rope', norm='rmsnorm',
-                  mlp='swiglu', bias=False, tied=False, scan=True, dropout=0.1)
+                  mlp='swiglu', bias=False, tied=False, dropout=0.1)
 """Its vocabulary, its feed-forward width and, from 4 devices on, its key heads do not divide."""
 
 LAYOUTS = {'8x1': (MeshConfig(8, 1), 1), '4x2': (MeshConfig(4, 2), 2), '2x4': (MeshConfig(2, 4), 3), '1x8': (MeshConfig(1, 8), 2),
-           '2x2x2': (MeshConfig(2, 2, replica=2), 3)}
+           '2x2x2': (MeshConfig(2, 2, replica=2), 3), '4x1x2': (MeshConfig(4, 1, replica=2), 0)}
 """Meshes and ZeRO stages; the bar `stages` follows all of them on all meshes."""
 
 
-def follow(model, optimizer, mesh, zero_stage):
+def follow(model, compute, optimizer, mesh, zero_stage, microbatches=4):
   """Losses and gradient norms of some steps [STEPS, 2], and the share of the state that the first device holds."""
   with jax.set_mesh(make_mesh(mesh)):
     settings = OptimizerConfig(name=optimizer, peak_lr=1e-2, clip=0.5)
-    state, step = trainer(model, settings, zero_stage=zero_stage, microbatches=2, z_loss=1e-3)
+    state, step = trainer(model, settings, compute=compute, zero_stage=zero_stage, microbatches=microbatches, z_loss=1e-3)
     arrays = [leaf for leaf in jax.tree.leaves(state) if leaf.size > 1]
     first = jax.devices()[0]
     held = sum(math.prod(s.data.shape) for leaf in arrays for s in leaf.addressable_shards if s.device == first)
     figures = []
     for seed in range(STEPS):
-      state, metrics = step(state, put(batch(16, seed=seed % 2)))
+      state, metrics = step(state, put(batch(32, seed=seed % 2)))
       figures.append([metrics['loss'], metrics['grad_norm']])
     return np.array(figures, np.float64), held / sum(leaf.size for leaf in arrays)
 
 
-@pytest.mark.parametrize('model, optimizer, tolerance, layouts', [
-    (dataclasses.replace(ODD, sequence_parallel=True, remat='names', saved=('q', 'k'), offloaded=('block',)), 'adamw', 1e-5,
-     ('2x2x2',)),
-    (dataclasses.replace(ODD, scan=False, tied=True, positions='learned', norm='layernorm', bias=True), 'adamw', 1e-5,
-     ('8x1',)),
-    (dataclasses.replace(ODD, remat='dots'), 'muon', 1e-4, ('1x8',))], ids=['tokens split', 'unrolled', 'muon'])
-def test_losses_are_those_of_one_device(model, optimizer, tolerance, layouts, full):
-  one, held = follow(model, optimizer, MeshConfig(1, 1), 0)
+SPLIT = ComputeConfig(scan=True, sequence_parallel=True, remat='names', saved=('q', 'k'), offloaded=('block',))
+UNROLLED = dataclasses.replace(ODD, tied=True, positions='learned', norm='layernorm', bias=True)
+CASES = [
+  pytest.param(ODD, SPLIT, 'adamw', 1e-5, ['2x2x2'], id='tokens split'),
+  full(ODD, SPLIT, 'adamw', 1e-5, ['4x2', '2x4'], id='tokens split, other layouts'),
+  full(UNROLLED, ComputeConfig(), 'adamw', 1e-5, ['8x1', '4x1x2'], id='unrolled'),
+  full(ODD, ComputeConfig(scan=True, remat='dots'), 'muon', 1e-4, ['1x8'], id='muon')]
+
+
+@pytest.mark.parametrize('model, compute, optimizer, tolerance, layouts', CASES)
+def test_losses_are_those_of_one_device_and_one_microbatch(model, compute, optimizer, tolerance, layouts):
+  one, held = follow(model, compute, optimizer, MeshConfig(1, 1), 0, microbatches=1)
   assert held == 1 and one[0, 0] - one[-2, 0] > 0.2  # it learns
-  for mesh, zero_stage in LAYOUTS.values() if full else map(LAYOUTS.__getitem__, layouts):
-    figures, held = follow(model, optimizer, mesh, zero_stage)
+  for mesh, zero_stage in map(LAYOUTS.__getitem__, layouts):
+    figures, held = follow(model, compute, optimizer, mesh, zero_stage)
     np.testing.assert_allclose(figures, one, rtol=tolerance, err_msg=f'{mesh}, ZeRO {zero_stage}')
     assert held < (1.0 if zero_stage < 3 else 0.7)
 
 
-HALF = dataclasses.replace(ODD, compute_dtype='bfloat16', dropout=0.0)
+HALF = dataclasses.replace(ODD, dropout=0.0), ComputeConfig(scan=True, dtype='bfloat16'), 'adamw', MeshConfig(4, 1)
 
 
 @pytest.fixture(scope='module')
-def whole():
+def unsharded():
   """The figures where every device has all parameters."""
-  return follow(HALF, 'adamw', MeshConfig(4, 1), 0)[0]
+  return follow(*HALF, 0)[0]
 
 
-@pytest.mark.parametrize('zero_stage', [1, 2, 3])
-def test_what_is_gathered_in_bfloat16_computes_what_is_whole(zero_stage, whole):
-  # The exchanges are of other values than the whole ones' roundings: the float32 original lies shared out.
-  figures, held = follow(HALF, 'adamw', MeshConfig(4, 1), zero_stage)
-  np.testing.assert_allclose(figures, whole, rtol=1e-3)
+@pytest.mark.parametrize('zero_stage', [full(1), full(2), 3])
+def test_a_shard_gathered_in_bfloat16_computes_what_the_complete_parameter_does(zero_stage, unsharded):
+  # What is exchanged are roundings of other values: the float32 original is sharded.
+  figures, held = follow(*HALF, zero_stage)
+  np.testing.assert_allclose(figures, unsharded, rtol=1e-3)
   assert held < 0.3

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import full
 from tiny import batch, config, options, put, records, run, small_disk, trainer, write_text
 
 from gptjax import config as configs
@@ -30,7 +31,8 @@ def settings(cache):
   return config(write_text(cache / 'text.txt'), steps=10, eval__every=0, checkpoint__every=3, checkpoint__keep=5)
 
 
-@pytest.mark.parametrize('mesh, zero_stage, microbatches', [('1x1', 0, 1), ('4x2', 0, 2), ('4x2', 3, 1)], indirect=['mesh'])
+@pytest.mark.parametrize('mesh, zero_stage, microbatches', [
+  ('1x1', 0, 1), full('4x2', 0, 2), ('4x2', 3, 1)], indirect=['mesh'])
 @pytest.mark.parametrize('where', ['loss', 'gradient'])
 def test_an_update_that_is_not_finite_is_not_made(mesh, zero_stage, microbatches, where):
   state, step = trainer(MODEL, zero_stage=zero_stage, microbatches=microbatches)
@@ -250,7 +252,7 @@ def test_a_damaged_line_of_bad_steps_is_a_mistake(tmp_path):
     BadSteps(FaultsConfig(), tmp_path, writes=True)
 
 
-@pytest.mark.parametrize('mesh, zero_stage', [('8x1', 0), ('4x2', 1)], indirect=['mesh'])
+@pytest.mark.parametrize('mesh, zero_stage', [('8x1', 0), full('4x2', 1)], indirect=['mesh'])
 def test_a_copy_that_differs_is_found_on_its_device(mesh, zero_stage):
   state, step = trainer(dataclasses.replace(MODEL, heads=4), zero_stage=zero_stage)
   check = replica_check(state, mesh)
@@ -267,7 +269,7 @@ def test_a_copy_that_differs_is_found_on_its_device(mesh, zero_stage):
     f'replicas: parameters/{name} on device {devices[5].id} of process 0 differ')
 
 
-@pytest.mark.parametrize('action, zero_stage', [('rollback', 0), ('skip', 3)])
+@pytest.mark.parametrize('action, zero_stage', [('rollback', 3), ('skip', 3), full('rollback', 0)])
 def test_a_device_that_spoils_its_state_is_found_within_the_interval(action, zero_stage, settings, cache, tmp_path, monkeypatch, capsys):
   settings = configs.override(settings, {'mesh.data': 4, 'faults.compare_every': 2, 'faults.bad_step': action, 'checkpoint.every': 4,
                                          'zero_stage': zero_stage, 'mesh.max_unsharded': 1.0})

@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import jax
 import pytest
+from tiers import full
 from tiny import config, options, records, run, write_text
 
 from gptjax import config as configs
@@ -32,7 +33,7 @@ def settings(cache):
   return config(write_text(cache / 'text.txt'), steps=8, eval__every=0, model__dropout=0.1)
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('number', [signal.SIGTERM, full(signal.SIGINT)])
 def test_a_signal_saves_that_step_and_the_same_command_goes_on(number, settings, cache, tmp_path, monkeypatch, capsys):
   straight = run(settings, tmp_path / 'straight', cache)
   advance = Logbook.advance
@@ -90,6 +91,7 @@ def stuck(settings, workdir, cache, seconds):
                           stderr=subprocess.PIPE, text=True, env=os.environ | {'PYTHONPATH': f'{TESTS}:{TESTS.parent}'})
 
 
+@pytest.mark.full
 def test_a_hang_ends_with_every_stack_and_a_second_signal_at_once(settings, cache, tmp_path):
   process, other = stuck(settings, tmp_path / 'run', cache, 8), stuck(settings, tmp_path / 'other', cache, 0)
   assert other.stdout.readline() == 'stuck\n'
@@ -202,7 +204,7 @@ def test_a_notice_ends_a_run_as_a_signal_does(settings, cache, tmp_path, cloud, 
   slower = loop._Loop._after_step
   monkeypatch.setattr(loop._Loop, '_after_step', lambda self, last: (time.sleep(0.2), slower(self, last))[1])
   assert train(settings, options(tmp_path, cache)) == REQUEUE_EXIT_CODE
-  assert 'Google Cloud takes the machine back: saved step' in capsys.readouterr().err
+  assert 'Google Cloud preempts the machine: saved step' in capsys.readouterr().err
 
 
 def test_a_machine_of_no_cloud_asks_nobody():

@@ -75,13 +75,13 @@ def test_a_run_writes_all_it_promises(tmp_path, text, cache, capsys):
 
 
 def test_a_run_that_is_done_does_nothing(tmp_path, text, cache, capsys):
-  settings = config(text, steps=2)
+  settings = config(text, steps=4)
   lines = run(settings, tmp_path, cache)
   capsys.readouterr()
   assert run(settings, tmp_path, cache) == lines
-  assert 'nothing to do: step 2 of 2 is done' in capsys.readouterr().err
-  more = configs.override(settings, {'steps': 3})
-  assert run(more, tmp_path, cache, accept_changes=True)[:2] == lines[:2]
+  assert 'nothing to do: step 4 of 4 is done' in capsys.readouterr().err
+  more = configs.override(settings, {'steps': 6})
+  assert run(more, tmp_path, cache, accept_changes=True)[:4] == lines[:4]
 
 
 def test_a_trace_ends_with_the_run_at_the_latest(tmp_path, text, cache):

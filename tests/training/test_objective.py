@@ -7,23 +7,26 @@ import numpy as np
 import pytest
 from tiny import batch, put
 
-from gptjax.model import Place, abstract_model
+from gptjax.config import ComputeConfig
+from gptjax.model import Positions, abstract_model
+from gptjax.sharding import ROWS, local_rows, sum_over_rows
 from gptjax.training import next_token
 
 
 @pytest.mark.parametrize('mesh', ['1x1', '4x2'], indirect=True)
 @pytest.mark.parametrize('z_loss', [0.0, 0.01])
 def test_the_loss_is_of_the_models_logits_over_the_targets_that_count(z_loss, style, mesh, random_parameters):
-  plan = abstract_model(dataclasses.replace(style, layers=1), 16)
+  plan = abstract_model(dataclasses.replace(style, layers=1), ComputeConfig(), 16)
   rows = batch()
-  parameters = random_parameters(plan)
+  zero = plan.zero(0, mesh)
 
-  @jax.jit
-  def both(parameters, rows):
-    model = plan.merge(parameters)
-    return next_token(z_loss)(model, rows, None), model(rows['tokens'], Place(rows['positions'], rows['segments']))
+  def local(entered, rows):
+    model, positions = plan.merge(zero.weights(entered)), Positions(rows['positions'], rows['segments'])
+    found = next_token(z_loss)(model.head, model.hidden(rows['tokens'], positions)[0], rows)
+    return sum_over_rows(found), jax.reshard(model(rows['tokens'], positions), jax.P(None, None, None))
 
-  (total, count, metrics), logits = both(parameters, put(rows))
+  run = jax.jit(local_rows(local, (zero.in_specs, ROWS), (jax.P(), ROWS)))
+  (total, count, metrics), logits = run(random_parameters(plan), put(rows))
   logits = np.asarray(logits, np.float64)[..., :50]
   normalizer = np.log(np.exp(logits).sum(-1))
   losses = normalizer - np.take_along_axis(logits, rows['targets'][..., None], -1)[..., 0]

@@ -87,6 +87,7 @@ def test_one_process_restores_what_two_saved_bit_by_bit(home, two):
   assert all(len(part) > 5 for part in parts) and not {*parts[0]} & {*parts[1]}  # each had a part of its own, as of ZeRO 3
 
 
+@pytest.mark.full
 def test_two_processes_score_and_sample_as_one_does(home, one, two):
   workdir, _ = two
   written = run(home, 'gptjax.generate', f'--workdir={workdir}', '--prompt=the ', '--max_tokens=4')
@@ -97,6 +98,7 @@ def test_two_processes_score_and_sample_as_one_does(home, one, two):
   np.testing.assert_allclose(score['loss'], records(one)[-1]['eval/valid/loss'], rtol=1e-5)
 
 
+@pytest.mark.full
 def test_a_mistake_that_process_0_finds_ends_both_with_one_line_each(home, two):
   workdir, _ = two
   done = train(home, 'two', 2, '--config.seed=1', check=False)
@@ -107,6 +109,7 @@ def test_a_mistake_that_process_0_finds_ends_both_with_one_line_each(home, two):
   assert sorted(told) == [f'[1] error: process 0: {line}', f'error: {line}'] and 'Traceback' not in done.stderr
 
 
+@pytest.mark.full
 def test_processes_of_different_configs_do_not_start(home):
   script = home / 'differ.py'
   script.write_text('import os, sys\nown = sys.argv[1:]\nindex = own[-2]\n'

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
+from tiers import full
 from tiny import config, options, records, run, write_text
 
 from gptjax import config as configs
@@ -81,7 +82,7 @@ def test_a_stopped_run_goes_on_bit_by_bit(settings, stopped, straight, cache):
 KILLED = """
 import json, os, pathlib, signal, sys, time
 import conftest
-conftest._set_up_jax()
+conftest._set_up_jax(sys.argv[5] == 'True')
 from tiny import config, run
 from gptjax.training import logbook, loop
 loop.peak_flops = lambda devices, dtype: (1e12, 'assumed')
@@ -101,11 +102,13 @@ run(config(sys.argv[1], **json.loads(sys.argv[4])), workdir, sys.argv[3])
 """
 
 
-def test_a_killed_run_goes_on_bit_by_bit(settings, straight, tmp_path, cache):
+@pytest.mark.full
+def test_a_killed_run_goes_on_bit_by_bit(settings, straight, tmp_path, cache, pytestconfig):
   # Killed in the middle of a line of step 6; the last checkpoint is of step 3.
   workdir = tmp_path / 'run'
   # The same settings of JAX: with other checks of types the program, and so the last bit, would be another.
-  killed = subprocess.run([sys.executable, '-c', KILLED, settings.data.source.path, workdir, cache, json.dumps(SETTINGS)],
+  killed = subprocess.run([sys.executable, '-c', KILLED, settings.data.source.path, workdir, cache, json.dumps(SETTINGS),
+                           str(pytestconfig.getoption('--typed'))],
                           capture_output=True, text=True, env=os.environ | {'PYTHONPATH': f'{TESTS}:{TESTS.parent}'})
   assert killed.returncode == -signal.SIGKILL, killed.stderr
   left = (workdir / 'metrics.jsonl').read_text().splitlines(keepends=True)
@@ -185,7 +188,7 @@ def test_changed_data_is_an_error(end, settings, halfway, tmp_path, cache):
   assert (halfway / 'config.json').read_bytes() == before
 
 
-@pytest.mark.parametrize('values', [{'mesh.data': 1, 'zero_stage': 0}, {'mesh.model': 2}])
+@pytest.mark.parametrize('values', [full({'mesh.data': 1, 'zero_stage': 0}), {'mesh.model': 2}])
 def test_a_run_goes_on_elsewhere(values, settings, stopped, straight, cache):
   lines = run(configs.override(settings, values), stopped, cache)
   for ours, theirs in zip(lines, records(straight), strict=True):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from tiers import full
 from tiny import config, options, records, run, write_text
 
 from gptjax import config as configs
@@ -57,7 +58,7 @@ def test_all_weights_come_and_nothing_else(settings, source, cache, weights, tmp
   assert train(configs.override(settings, {'init_from': str(source), 'seed': 5}), options(tmp_path, cache)) == 0
 
 
-@pytest.mark.parametrize('mesh, zero_stage', [(MeshConfig(1, 1), 0), (MeshConfig(4, 2), 3)])
+@pytest.mark.parametrize('mesh, zero_stage', [full(MeshConfig(1, 1), 0), (MeshConfig(4, 2), 3)])
 def test_layers_may_be_stacked_or_not_and_lie_anywhere(mesh, zero_stage, settings, source, cache, weights):
   changed = configs.override(settings, {'init_from': str(source), 'compute.scan': True, 'zero_stage': zero_stage, 'batch_size': 8,
                                         'mesh.max_unsharded': 1.0})
@@ -67,7 +68,7 @@ def test_layers_may_be_stacked_or_not_and_lie_anywhere(mesh, zero_stage, setting
     assert (value == np.stack(one_by_one) if name.startswith('blocks/') else value == one_by_one).all()
 
 
-@pytest.mark.parametrize('mesh, scan', [(MeshConfig(1, 1), False), (MeshConfig(4, 2), True)])
+@pytest.mark.parametrize('mesh, scan', [full(MeshConfig(1, 1), False), (MeshConfig(4, 2), True)])
 def test_what_fits_comes_and_the_rest_is_fresh(mesh, scan, settings, source, cache, weights):
   values = {'model.layers': 2, 'model.vocab_size': 49, 'data.context': 32, 'compute.scan': scan, 'mesh.max_unsharded': 1.0, 'batch_size': 8}
   changed = configs.override(settings, values | {'init_from': str(source)})

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiers import full
 from tiny import batch, put, trainer
 
-from gptjax.config import ModelConfig, OptimizerConfig
-from gptjax.model import Place, abstract_model
+from gptjax.config import ComputeConfig, ModelConfig, OptimizerConfig
+from gptjax.model import Positions, abstract_model
 
 # Loss and gradient norm of the first three steps. A change of the initialization, the model, the loss or the optimizer
 # moves them. Where that is what you wanted, paste the figures that the failing test prints, and say so in the commit.
@@ -47,7 +48,8 @@ def test_the_gradient_is_of_the_mean_over_all_targets(shallow, one_device):
   after, metrics = step(state, put(rows))
 
   def mean_loss(parameters, rows):
-    logits = abstract_model(shallow, 16).merge(parameters)(rows['tokens'], Place(rows['positions'], rows['segments']))
+    rows = jax.reshard(rows, jax.P(None, None))
+    logits = abstract_model(shallow, ComputeConfig(), 16).merge(parameters)(rows['tokens'], Positions(rows['positions'], rows['segments']))
     picked = jnp.sum(jax.nn.log_softmax(logits) * jax.nn.one_hot(rows['targets'], logits.shape[-1]), -1)
     return -jnp.sum(picked * rows['mask']) / rows['mask'].sum()
 
@@ -67,17 +69,17 @@ def test_microbatches_change_nothing(shallow, mesh):
   counts = rows['mask'].sum(1)
   assert max(counts[::2].sum(), counts[1::2].sum()) > 1.1 * min(counts[::2].sum(), counts[1::2].sum())
   results = {}
-  for microbatches in (1, 2, 4):
+  for microbatches in (1, 4):
     state, step = trainer(shallow, optax.sgd(1.0), microbatches=microbatches, z_loss=1e-3)
     state, metrics = step(state, put(rows))
     results[microbatches] = host((state.parameters, metrics))
-  for microbatches in (2, 4):
+  for microbatches in (4,):
     for (path, got), want in zip(jax.tree.leaves_with_path(results[microbatches]), jax.tree.leaves(results[1])):
       message = f'{microbatches} {jax.tree_util.keystr(path)}'
       np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-7, err_msg=message)
 
 
-@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+@pytest.mark.parametrize('optimizer', [full('adamw'), 'muon'])
 @pytest.mark.parametrize('mesh', ['4x2'], indirect=True)
 def test_the_old_state_is_given_up_and_the_new_lies_as_it_did(optimizer, shallow, mesh):
   state, step = trainer(shallow, OptimizerConfig(name=optimizer), zero_stage=3)
@@ -108,18 +110,20 @@ def test_dropout_is_drawn_anew_by_seed_and_step(shallow, one_device):
   assert plain[0] == plain[1] not in dropped
 
 
-def test_each_microbatch_has_a_dropout_of_its_own(one_device):
+def test_each_row_has_a_dropout_of_its_own_whatever_the_microbatches(one_device):
   model = ModelConfig(layers=1, width=16, heads=2, vocab_size=50, dropout=0.3)
-  state, step = trainer(model, optax.sgd(0.0))
-  rows = batch(4)
-  half = float(step(state, put(rows))[1]['loss'])
-  state, step = trainer(model, optax.sgd(0.0), microbatches=2)
-  twice = {name: np.repeat(values, 2, axis=0) for name, values in rows.items()}  # microbatches take every second row
-  whole = float(step(state, put(twice))[1]['loss'])
-  assert abs(whole - half) > 1e-4
+  rows = batch(2)
+  twice = {name: np.concatenate([values, values]) for name, values in rows.items()}
+
+  def loss(rows, microbatches):
+    state, step = trainer(model, optax.sgd(0.0), microbatches=microbatches)
+    return float(step(state, put(rows))[1]['loss'])
+  assert abs(loss(twice, 1) - loss(rows, 1)) > 1e-4  # the second copy drops other features
+  assert loss(twice, 2) == pytest.approx(loss(twice, 1), rel=1e-6)
 
 
-@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+@pytest.mark.parametrize('style, optimizer', [
+  ('gpt2', 'adamw'), ('modern', 'muon'), full('gpt2', 'muon'), full('modern', 'adamw')], indirect=['style'])
 def test_the_first_steps_have_the_known_figures(optimizer, style, one_device):
   state, step = trainer(style, OptimizerConfig(name=optimizer, peak_lr=1e-2, warmup=0))
   found = []

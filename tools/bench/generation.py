@@ -34,10 +34,10 @@ def ours(count: int) -> Callable[[], None]:
   from gptjax import inference, model, sharding
 
   jax.set_mesh(mesh := sharding.make_mesh(configs.MeshConfig()))
-  plan = model.abstract_model(configs.ModelConfig(layers=12, width=768, heads=12, vocab_size=50257), configs.ComputeConfig(), 1024)
-  shardings = plan.shardings(0, mesh)
-  parameters = jax.jit(lambda key: plan.initialize(key, shardings))(jax.random.key(0))
-  decoder = inference.Decoder(plan, mesh)
+  gpt2 = model.abstract_model(configs.ModelConfig(layers=12, width=768, heads=12, vocab_size=50257), configs.ComputeConfig(), 1024)
+  shardings = gpt2.shardings(0, mesh)
+  parameters = jax.jit(lambda key: gpt2.initialize(key, shardings))(jax.random.key(0))
+  decoder = inference.Decoder(gpt2, mesh)
   weights, rows = decoder.prepare(parameters), prompts(count)
   del parameters
 

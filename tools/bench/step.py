@@ -51,14 +51,14 @@ def our_step(shape: Shape) -> Callable[[np.ndarray], float]:
   from gptjax import model, sharding, training
 
   jax.set_mesh(mesh := sharding.make_mesh(configs.MeshConfig()))
-  plan = model.abstract_model(configs.ModelConfig(layers=shape.layers, width=shape.width, heads=shape.heads, vocab_size=shape.vocab,
-                                                  vocab_multiple=1), configs.ComputeConfig(), shape.context)
+  config = configs.ModelConfig(layers=shape.layers, width=shape.width, heads=shape.heads, vocab_size=shape.vocab, vocab_multiple=1)
+  described = model.abstract_model(config, configs.ComputeConfig(), shape.context)
   optimizer_config = configs.OptimizerConfig(peak_lr=1e-4, schedule='constant', warmup=0)
   durations = {'steps': 1000, 'warmup': 0, 'decay': 0}
   optimizer = training.make_optimizer(optimizer_config, **durations)
-  step = training.train_step(plan, training.next_token(), optimizer,
+  step = training.train_step(described, training.next_token(), optimizer,
                              training.schedule(optimizer_config, 1e-4, **durations), zero_stage=0, mesh=mesh, microbatches=1, seed=0)
-  state = training.initializer(plan, optimizer, 0, mesh, 0)()
+  state = training.initializer(described, optimizer, 0, mesh, 0)()
   mask = np.ones((shape.batch, shape.context), np.float32)
 
   def run(rows):

@@ -13,19 +13,17 @@ _FIELD = re.compile(r'[^.\[\]{}]+(\.[^.\[\]{}]+)*')
 
 
 def unescaped(text: str) -> str:
-  """Text from a flag: a line end or a tab may be written as two characters, `\\n` or `\\t`."""
+  """Text of a flag, in which `\\n` and `\\t` may be written as two characters."""
   return text.replace('\\n', '\n').replace('\\t', '\t')
 
 
 class Fields:
-  """What config.text asks of a record.
+  """Extracts text from records: a field, or a template such as '{question}\\n{answer}', with '{{' and '}}' for braces.
 
-  Args:
-    text: name of a field, or a template: '{question}\\n{answer}', where '{{' and '}}' stand for braces. The name 'a.b'
-      reaches for the field b of the object in the field a.
+  'a.b' is field b of the object in field a.
 
   Raises:
-    UserError: the template is none.
+    UserError: the template is invalid.
   """
 
   def __init__(self, text: str):
@@ -35,10 +33,10 @@ class Fields:
     self.names = list(dict.fromkeys(field for _, field in self._pieces if field))
 
   def check(self, names: list[str], place: str) -> None:
-    """Refuses what no record can have, where columns are known: all of them by their full names.
+    """Checks the fields against the full names of all columns.
 
     Raises:
-      UserError: a field is not there.
+      UserError: a field does not exist.
     """
     for field in self.names:
       # A column may be an object whose fields are not listed, or a field of an object that is.
@@ -46,12 +44,9 @@ class Fields:
         raise UserError('data.source.text', field, f'a column of {place}: {", ".join(names)}', names=names)
 
   def record(self, name: str, record: Mapping[str, Any], index: int) -> Record:
-    """What a record gives: a document called `name`, or nothing where the text is only white space.
+    """Makes a document of a record, number `index` of its part; None if its text is only white space.
 
-    Args:
-      name: the document's.
-      record: text, UTF-8 bytes or, for templates, numbers by field; objects are mappings.
-      index: the record's, among those of its part.
+    Fields are strings, UTF-8 bytes, mappings or, for templates, numbers.
     """
     text = ''
     for literal, field in self._pieces:
@@ -64,41 +59,41 @@ class Fields:
     return Document(name, text) if text.strip() else None
 
   def _value(self, record: Mapping[str, Any], field: str, index: int) -> str | Malformed:
-    value, above = record, ''
+    value, parent = record, ''
     for key in field.split('.'):
       if not isinstance(value, Mapping) or key not in value:
-        names = tuple(f'{above}{name}' for name in value) if isinstance(value, Mapping) else ()
+        names = tuple(f'{parent}{name}' for name in value) if isinstance(value, Mapping) else ()
         return Malformed(field, f'a field that the record has: {", ".join(names) or "none"}', index, names=names)
-      value, above = value[key], f'{above}{key}.'
+      value, parent = value[key], f'{parent}{key}.'
     expected = f'text{" or a number" * self._template} in the field {field}'
     try:
       if isinstance(value, bytes):
         return value.decode()
       if isinstance(value, str):
-        value.encode()  # JSON can hold halves of surrogate pairs, which are no text
+        value.encode()  # JSON can contain lone surrogates, which UTF-8 cannot represent
         return value
     except (UnicodeEncodeError, UnicodeDecodeError) as error:
       return Malformed(error.object[error.start:error.start + 4], f'UTF-8 {expected}', index)
     if self._template and isinstance(value, Number) and not isinstance(value, bool):
       return str(value)
-    return Malformed(shortened(str(value)), expected, index)
+    return Malformed(truncated(str(value)), expected, index)
 
 
-def shortened(text: str) -> str:
-  """The beginning of a text, for an error."""
+def truncated(text: str) -> str:
+  """At most 60 characters of a text, for error messages."""
   return text if len(text) <= 60 else f'{text[:59]}…'
 
 
 def _parse(text: str) -> list[tuple[str, str]]:
-  """Literal text and the field behind it, by turns."""
+  """Parses a template to pairs of literal text and the field after it."""
   expected = "a field's name, or a template of fields and text such as '{question}\\n{answer}'"
   try:
     pieces = list(string.Formatter().parse(unescaped(text)))
   except ValueError as error:
     raise UserError('data.source.text', text, f'{expected} ({error})') from None
-  for _, field, how, conversion in pieces:
-    if field is not None and (how or conversion or not _FIELD.fullmatch(field)):
+  for _, field, format_spec, conversion in pieces:
+    if field is not None and (format_spec or conversion or not _FIELD.fullmatch(field)):
       raise UserError('data.source.text', text, f'{expected}, with plain names in the braces')
   if not any(field for _, field, _, _ in pieces):
-    raise UserError('data.source.text', text, f'{expected}, with a field at least')
+    raise UserError('data.source.text', text, f'{expected}, with at least one field')
   return [(literal, field or '') for literal, field, _, _ in pieces]

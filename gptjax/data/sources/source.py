@@ -1,6 +1,7 @@
-"""What a source is: documents in a fixed order, cut into parts that any process can read by itself."""
+"""The interface of sources: documents in a fixed order, cut into parts that any process can read independently."""
 
 import abc
+import collections
 import dataclasses
 from collections.abc import Iterator, Sequence
 
@@ -9,7 +10,7 @@ from gptjax.config import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """A text and the name that says where it came from, unique within its source and the same wherever the source lies."""
+  """A text and its name, which is unique within the source and does not depend on the source's location."""
 
   name: str
   text: str
@@ -17,66 +18,63 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Malformed:
-  """A record that should hold a document and does not."""
+  """A record that should contain a document but does not."""
 
   value: str | bytes
-  """what was found, shortened"""
+  """the offending value, truncated"""
   expected: str
-  """what should have been there"""
+  """description of a valid value"""
   record: int
-  """its index among the records of its part"""
+  """index of the record within its part"""
   place: str = ''
-  """what errors call its place, where that is more than its number: a file and the byte"""
+  """location for error messages where it is more precise than the record's number: file and byte"""
   names: tuple[str, ...] = ()
-  """what the value may be a misspelling of"""
+  """valid values that this one may be a misspelling of"""
 
 
 Record = Document | Malformed | None
-"""What a record gives; None: nothing, as a blank line does."""
+"""What reading a record yields; None for one without text, such as a blank line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """A stretch of a source that is read at once: some megabytes of text."""
+  """A unit of reading: a range of a source with some megabytes of text."""
 
   file: str
-  """what errors call the place, such as a path"""
+  """path, or another location for error messages"""
   name: str
-  """what the names of its documents begin with"""
+  """prefix of its documents' names"""
   start: int
-  """where the part begins: bytes, rows or records, as its source counts"""
+  """first byte, row or record, depending on the source"""
   stop: int
-  """where it ends"""
+  """end, exclusive"""
   size: int
-  """bytes of the source that it takes up, for progress"""
+  """bytes of the source that it accounts for in progress reports"""
   payload: bytes = b''
-  """the records themselves, where only one process can read the file (compressed text)"""
+  """the records themselves, where the file can only be read sequentially (compressed text)"""
 
 
 class Source(abc.ABC):
-  """Documents in a fixed order.
-
-  A source is cheap to pickle: worker processes get a copy and read the parts that they are given.
-  """
+  """Documents in a fixed order. Sources are cheap to pickle: each worker process gets a copy and reads the parts it is given."""
 
   description: str
-  """what it is, for headers and manifests; the same wherever it lies"""
+  """for logs and manifests; does not depend on the location"""
   size: int
   """bytes of all parts"""
   skip: float
-  """largest share of malformed records that may be left out"""
+  """largest fraction of malformed records that may be skipped"""
   names: Sequence[str] = ()
-  """names of all documents, where they are known without reading; one name: the source is one document, in whatever pieces"""
+  """names of all documents, where they are known without reading; a single name: the source is one document, possibly in pieces"""
   part_bytes: int = 8 * 2**20
-  """about how many bytes of text a part has"""
+  """approximate bytes of text per part"""
 
   @abc.abstractmethod
   def parts(self) -> Iterator[Part]:
-    """The parts, in the order of the documents, the same at every call; made as they are asked for."""
+    """Yields the parts lazily, in document order, the same at every call."""
 
   @abc.abstractmethod
   def read(self, part: Part) -> Iterator[Record]:
-    """What the records of a part give: one item for each, in their order, so that who counts the items counts records.
+    """Yields exactly one item per record of a part, in order, so that counting items counts records.
 
     Raises:
       UserError: the file cannot be read.
@@ -84,10 +82,10 @@ class Source(abc.ABC):
 
   @abc.abstractmethod
   def fingerprint(self) -> str:
-    """Hex digest of what is known of the source without reading it (names, sizes, times of change) and how it is read."""
+    """Hex digest of what is known without reading (names, sizes, modification times) and of the reading options."""
 
   def place(self, part: Part, record: int) -> str:
-    """What an error calls a record: its file and line, where `record` counts from the first of the part's file."""
+    """Location of a record for error messages; `record` is its index within the file."""
     return f'{part.file}, record {record + 1}'
 
   def __iter__(self) -> Iterator[Document | Malformed]:
@@ -96,29 +94,29 @@ class Source(abc.ABC):
 
 
 def documents(source: Source) -> Iterator[Document]:
-  """All documents of a source.
+  """Yields all documents of a source.
 
   Raises:
-    UserError: a larger share of the records than its `skip` is malformed; the first of them is named.
+    UserError: a larger fraction of the records than `source.skip` is malformed; the error names the first.
   """
-  first, records, malformed = None, 0, 0
-  before: dict[str, int] = {}
+  first, malformed = None, 0
+  records: collections.Counter[str] = collections.Counter()
   for part in source.parts():
+    before = records[part.file]
     for record in source.read(part):
-      records += 1
-      before[part.file] = before.get(part.file, 0) + 1
+      records[part.file] += 1
       if isinstance(record, Malformed):
         malformed += 1
-        first = first or refuse(source, part, dataclasses.replace(record, record=0), before[part.file] - 1)
+        first = first or malformed_error(source, part, record, before)
         if not source.skip:
           raise first
       elif record is not None:
         yield record
-  if first and malformed > source.skip * records:
+  if first and malformed > source.skip * records.total():
     raise first
 
 
-def refuse(source: Source, part: Part, malformed: Malformed, before: int) -> UserError:
-  """The error for a malformed record of a part; `before` is how many records the earlier parts of its file have."""
+def malformed_error(source: Source, part: Part, malformed: Malformed, before: int) -> UserError:
+  """The error for a malformed record of a part; `before` is the number of records in earlier parts of the same file."""
   place = malformed.place or source.place(part, before + malformed.record)
   return UserError(place, malformed.value, malformed.expected, names=malformed.names)

@@ -1,7 +1,10 @@
-"""The embedded corpus: the sources of the standard library of the Python that runs this, ready wherever Python is."""
+"""The embedded corpus: the source code of the running Python's standard library, available wherever Python is."""
 
+import contextlib
+import dataclasses
 import fnmatch
 import hashlib
+import json
 import os
 import platform
 import sysconfig
@@ -12,61 +15,41 @@ from gptjax.config import UserError
 from gptjax.data.sources.source import Document, Part, Source
 from gptjax.files import locked
 
-_NO_FOLDERS = ('__pycache__', 'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'encodings', 'pydoc_data',
-               'config-*', 'lib-dynload')
-_NO_FILES = ('_sysconfigdata*.py', 'entities.py')
-"""Other people's packages, test suites, and tables that a script wrote: codecs, pydoc's topics, build settings, HTML's
-entities."""
+_EXCLUDED = ('__pycache__', 'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'encodings', 'pydoc_data',
+             'config-*', 'lib-dynload', '_sysconfigdata*.py', 'entities.py')
+"""Third-party packages, test suites and generated tables: codecs, pydoc topics, build settings, HTML entities."""
 
 
 def stdlib_modules(folder: Path) -> list[Document]:
-  """The standard library's modules as documents named like 'json/decoder.py', straight from where Python has them.
+  """Reads the standard library's modules as documents with names like 'json/decoder.py'.
 
-  Left out: third-party packages, test suites, generated tables, empty files, and files that are not UTF-8 (a module
-  may declare another encoding, PEP 263).
-
-  Args:
-    folder: root of the library.
+  Excludes third-party packages, test suites, generated tables, empty files, and files that are not UTF-8 (a module may declare
+  another encoding, PEP 263).
 
   Raises:
-    UserError: this Python has no sources (some embedded distributions have compiled modules only).
+    UserError: there are no source files (some embedded distributions have only compiled modules).
   """
-  texts = {path.relative_to(folder).as_posix(): _text(path) for path in _modules(folder)}
-  documents = [Document(name, text) for name, text in sorted(texts.items()) if text]
+  is_excluded = lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in _EXCLUDED)
+  documents = []
+  for parent, folders, files in os.walk(folder):
+    folders[:] = [name for name in folders if not is_excluded(name)]
+    for path in (Path(parent, name) for name in files if name.endswith('.py') and not is_excluded(name)):
+      with contextlib.suppress(UnicodeDecodeError):
+        if text := path.read_bytes().decode():
+          documents.append(Document(path.relative_to(folder).as_posix(), text))
   if not documents:
     raise UserError('data.source.path', '', f'text files: this Python has no sources of its standard library in {folder}')
-  return documents
-
-
-def _modules(root: Path) -> Iterator[Path]:
-  for folder, folders, files in os.walk(root):
-    folders[:] = [name for name in folders if not _matches(name, _NO_FOLDERS)]
-    yield from (Path(folder, name) for name in files if name.endswith('.py') and not _matches(name, _NO_FILES))
-
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-  return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _text(path: Path) -> str:
-  try:
-    return path.read_bytes().decode()
-  except UnicodeDecodeError:
-    return ''
+  return sorted(documents, key=lambda document: document.name)
 
 
 class Stdlib(Source):
-  """The modules through their TFDS dataset, in one part and in the order of their names.
+  """The modules as a TFDS dataset, in one part and sorted by name.
 
-  The dataset is built when it is first read. It lies under the digest of the modules and its version is Python's, so
-  another interpreter has another one.
-
-  Args:
-    cache_dir: the dataset lies in `cache_dir/tfds`.
-    folder: root of the library; the running interpreter's unless given.
+  The dataset is built in `cache_dir/tfds` when it is first read. Its folder is named after the digest of the modules, so that
+  another interpreter has its own.
 
   Raises:
-    UserError: this Python has no sources.
+    UserError: this Python has no source files.
   """
 
   def __init__(self, cache_dir: Path, folder: Path | None = None):
@@ -76,10 +59,7 @@ class Stdlib(Source):
     self.size = sum(len(document.text.encode()) for document in documents)
     self.skip = 0.0
     self.description = f'standard library of Python {platform.python_version()}'
-    digest = hashlib.sha256()
-    for document in documents:
-      digest.update(_sha256(document.name) + _sha256(document.text))
-    self._digest = digest.hexdigest()
+    self._digest = hashlib.sha256(json.dumps(list(map(dataclasses.astuple, documents))).encode()).hexdigest()
     self._data_dir = cache_dir / 'tfds' / self._digest[:16]
 
   def fingerprint(self) -> str:
@@ -90,11 +70,6 @@ class Stdlib(Source):
 
   def read(self, part: Part) -> Iterator[Document]:
     # TFDS takes half a second to import, and only the first run with this corpus needs it.
-    from gptjax.data.sources.stdlib_builder import build_and_read
-    with locked(self._data_dir.parent / 'lock'):  # data with another tokenizer may need the same dataset now
-      documents = build_and_read(stdlib_modules(self._folder), self._data_dir)
-    yield from documents
-
-
-def _sha256(text: str) -> bytes:
-  return hashlib.sha256(text.encode(errors='surrogateescape')).digest()
+    from gptjax.data.sources.tfds_source import build_and_read
+    with locked(self._data_dir.parent / 'lock'):  # a run with another tokenizer may build the same dataset now
+      yield from build_and_read(stdlib_modules(self._folder), self._data_dir)

@@ -1,31 +1,28 @@
-"""Text files: each a document, or cut into documents at a separator; and what they share with JSON lines."""
+"""Text files and JSON lines."""
 
 import abc
+import json
 from collections.abc import Iterable, Iterator, Sequence
 
 from gptjax.config import SourceConfig
-from gptjax.data.sources.borders import Border
-from gptjax.data.sources.compressed import SUFFIXES, Stream
-from gptjax.data.sources.fields import unescaped
-from gptjax.data.sources.files import File, fingerprint, opened
+from gptjax.data.sources.boundaries import Boundary
+from gptjax.data.sources.fields import Fields, truncated, unescaped
+from gptjax.data.sources.files import SUFFIXES, File, Stream, fingerprint, opened
 from gptjax.data.sources.source import Document, Malformed, Part, Record, Source
 
-_AHEAD = 2**23
+_READAHEAD = 2**23
 
 
 class RecordFiles(Source):
-  """Files whose records end at borders. A part is a stretch of one: its records are those that begin there.
+  """Files cut into parts of about `step` bytes at record boundaries.
 
-  A worker reads the bytes of its part by itself. A compressed file can be read only from its beginning, so who asks
-  for the parts reads it, and its parts carry the bytes.
+  A part covers a range of offsets; its records are those that start there, and a worker reads them independently. A compressed
+  file can only be read sequentially: `parts` decompresses it, and each part carries its bytes.
   """
 
-  def __init__(self, files: Sequence[File], border: Border, step: int, description: str, skip: float):
-    self.files = files
-    self.border = border
-    self.step = step
-    self.description = description
-    self.skip = skip
+  def __init__(self, files: Sequence[File], boundary: Boundary, step: int, description: str, skip: float):
+    self.files, self.boundary, self.step = files, boundary, step
+    self.description, self.skip = description, skip
     self.size = sum(file.size for file in files)
 
   def parts(self) -> Iterator[Part]:
@@ -38,83 +35,117 @@ class RecordFiles(Source):
           yield Part(file.path, file.name, start, stop, stop - start)
 
   def _compressed(self, file: File) -> Iterator[Part]:
-    with opened(file.path, _AHEAD) as raw:
+    with opened(file.path, _READAHEAD) as raw:
       stream = Stream(raw, file.path)
-      begin = taken = 0
+      begin = read = 0
       while True:
-        # The same cuts as those of the plain file.
-        end = self.border.after(stream.read, stream.reach((begin // self.step + 1) * self.step), begin)
+        # The cuts are those of the uncompressed file.
+        end = self.boundary.after(stream.read, stream.reach((begin // self.step + 1) * self.step), begin)
         if end == begin:
           break
         payload = stream.read(begin, end)
         stream.drop(end)
-        before, taken = taken, raw.tell()
-        yield Part(file.path, file.name, begin, end, taken - before, payload)
+        before, read = read, raw.tell()
+        yield Part(file.path, file.name, begin, end, read - before, payload)
         begin = end
 
-  def stretch(self, part: Part) -> tuple[int, bytes]:
-    """The bytes of a part's records, and where they begin in the file."""
+  def _records(self, part: Part) -> tuple[int, bytes]:
+    """Offset and bytes of a part's records."""
     if part.payload:
       return part.start, part.payload
     with opened(part.file) as file:
       def read(start: int, stop: int) -> bytes:
         file.seek(start)
         return file.read(stop - start)
-      return self.border.stretch(read, part.start, part.stop)
+      return self.boundary.records(read, part.start, part.stop)
 
   def read(self, part: Part) -> Iterator[Record]:
-    for index, (offset, piece) in enumerate(self.pieces(*self.stretch(part))):
-      yield self.record(part, index, offset, piece)
+    for index, (offset, data) in enumerate(self.split(*self._records(part))):
+      yield self.record(part, index, offset, data)
 
-  def pieces(self, offset: int, data: bytes) -> Iterable[tuple[int, bytes]]:
-    """The records of a stretch, each with its place in the file."""
-    return self.border.split(data, offset)
+  def split(self, offset: int, data: bytes) -> Iterable[tuple[int, bytes]]:
+    """Splits bytes into records, each with its offset in the file."""
+    return self.boundary.split(data, offset)
 
   @abc.abstractmethod
-  def record(self, part: Part, index: int, offset: int, piece: bytes) -> Record:
-    """What the bytes of a record give; `index` counts in the part, `offset` is the record's place in the file."""
+  def record(self, part: Part, index: int, offset: int, data: bytes) -> Record:
+    """Parses a record; `index` is its number in the part, `offset` its position in the file."""
 
 
 class TextFiles(RecordFiles):
-  """UTF-8 files. Bytes become text one to one: line ends stay as they are in the file.
+  """UTF-8 files, decoded without changing line ends.
 
-  With a separator a file is cut there, and pieces of white space only are left out. Without one it is a document, or,
-  if it is large, several, each from a line end that no white space follows to another.
+  With a separator a file is split there, and pieces of only white space are dropped. Without one, a file is a document; a large
+  one is several, cut at line ends that no white space follows.
   """
 
-  whole_bytes = 64 * 2**20
-  """files above this size are cut without a separator, too"""
+  max_document_bytes = 64 * 2**20
+  """larger files are cut even without a separator"""
 
   def __init__(self, files: Sequence[File], description: str, config: SourceConfig):
-    separator = unescaped(config.separator)
-    self._separator = separator
-    super().__init__(files, Border(separator), self.part_bytes if separator else self.whole_bytes, description, config.skip)
+    self._separator = separator = unescaped(config.separator)
+    step = self.part_bytes if separator else self.max_document_bytes
+    super().__init__(files, Boundary(separator), step, description, config.skip)
+    self._may_cut = any(file.size > self.max_document_bytes or file.path.endswith(SUFFIXES) for file in files)
     if separator:
-      self.description += f', cut at {separator!r}'
-    elif any(file.size > self.whole_bytes or file.path.endswith(SUFFIXES) for file in files):
-      self.description += f', those above {self.whole_bytes / 2**20:.0f} MB cut at line ends'
+      self.description += f', split at {separator!r}'
+    elif self._may_cut:
+      self.description += f', files above {self.max_document_bytes / 2**20:.0f} MB cut at line ends'
 
   @property
   def names(self) -> Sequence[str]:  # type: ignore[override]
-    if self._separator:
-      return ()
-    known = all(file.size <= self.whole_bytes and not file.path.endswith(SUFFIXES) for file in self.files)
-    return [file.name for file in self.files] if known or len(self.files) == 1 else ()
+    known = not self._separator and (not self._may_cut or len(self.files) == 1)
+    return [file.name for file in self.files] if known else ()
 
   def fingerprint(self) -> str:
     return fingerprint('text', self.files, self._separator)
 
-  def pieces(self, offset: int, data: bytes) -> Iterable[tuple[int, bytes]]:
+  def split(self, offset: int, data: bytes) -> Iterable[tuple[int, bytes]]:
     if self._separator:
-      return super().pieces(offset, data)
+      return super().split(offset, data)
     return [(offset, data)] if data else []
 
-  def record(self, part: Part, index: int, offset: int, piece: bytes) -> Record:
+  def record(self, part: Part, index: int, offset: int, data: bytes) -> Record:
     try:
-      text = piece.decode()
+      text = data.decode()
     except UnicodeDecodeError as error:
-      found = piece[error.start:error.start + 4]
+      found = data[error.start:error.start + 4]
       return Malformed(found, 'a file of UTF-8 text', index, f'{part.file}, byte {offset + error.start}')
     if self._separator:
       return Document(f'{part.name}#{offset}', text) if text.strip() else None
     return Document(f'{part.name}#{offset}' if offset else part.name, text)
+
+
+def _reject_constant(name: str) -> None:
+  raise ValueError(f'JSON has no {name}')
+
+
+_DECODER = json.JSONDecoder(parse_constant=_reject_constant)
+
+
+class JsonLines(RecordFiles):
+  """Files with one JSON object per line. A record is a line; blank lines contain no document."""
+
+  def __init__(self, files: Sequence[File], description: str, config: SourceConfig):
+    self._fields = Fields(config.text)
+    super().__init__(files, Boundary('\n'), self.part_bytes, description, config.skip)
+
+  def fingerprint(self) -> str:
+    return fingerprint('jsonl', self.files, self._fields.text)
+
+  def place(self, part: Part, record: int) -> str:
+    return f'{part.file}:{record + 1}'
+
+  def record(self, part: Part, index: int, offset: int, data: bytes) -> Record:
+    try:
+      line = data.decode()
+      if not line.strip():
+        return None
+      value = _DECODER.decode(line)
+    except UnicodeDecodeError as error:
+      return Malformed(data[error.start:error.start + 4], 'UTF-8 text', index)
+    except (ValueError, RecursionError):
+      value = None
+    if not isinstance(value, dict):
+      return Malformed(truncated(line), 'a JSON object on a line of its own', index)
+    return self._fields.record(f'{part.name}#{offset}', value, index)

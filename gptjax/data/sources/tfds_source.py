@@ -1,4 +1,7 @@
-"""TFDS datasets: those of its catalogue, prepared folders, and the user's own builders. Importing this imports TFDS."""
+"""TFDS datasets: from its catalogue, prepared folders, a user's builder, or the embedded corpus.
+
+Importing this imports TFDS (but not TensorFlow).
+"""
 
 import contextlib
 import functools
@@ -8,34 +11,34 @@ import io
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 
 from gptjax.config import SourceConfig, UserError
-from gptjax.data.progress import announce
+from gptjax.data.packages import library_error
+from gptjax.data.progress import ProgressBar, announce
 from gptjax.data.sources.fields import Fields
-from gptjax.data.sources.rows import Rows
-from gptjax.data.sources.source import Part
+from gptjax.data.sources.source import Document, Part
+from gptjax.data.sources.tables import TableSource
 
 
-class TfdsRecords(Rows):
-  """The records of a dataset's split, read by their numbers without TensorFlow; prepared first where it is not there.
+class TfdsRecords(TableSource):
+  """The records of a dataset's split or a slice of it, read by index without TensorFlow. The dataset is prepared if necessary.
 
-  Args:
-    config: `path` is 'tfds:' and a dataset's name ('NAME/CONFIG:VERSION'), the folder of a prepared one ('/DIR/NAME/1.0.0')
-      or a builder's class ('MODULE:CLASS', found from the working directory or PYTHONPATH); `split` may be a slice.
+  config.path is 'tfds:' and a dataset's name ('NAME/CONFIG:VERSION'), the folder of a prepared one ('/DIR/NAME/1.0.0') or a builder
+  class ('MODULE:CLASS', imported from the working directory or PYTHONPATH).
 
   Raises:
-    UserError: there is no such dataset, split or field, or TFDS cannot prepare it here as array_record.
+    UserError: the dataset, split or field does not exist, or TFDS cannot prepare it here as array_record.
   """
 
   def __init__(self, config: SourceConfig):
-    self.fields = Fields(config.text)
-    self.skip = config.skip
+    self.fields, self.skip = Fields(config.text), config.skip
     self._path, self._split = config.path, config.split
     with _errors(config.path):
-      builder = _prepared(config.path.partition(':')[2])
+      builder = _prepared(config.path.removeprefix('tfds:'))
     info = builder.info
     self.fields.check(_leaves(info.features), info.full_name)
     with _errors(config.path):
@@ -70,6 +73,13 @@ class TfdsRecords(Rows):
     return tfds.builder_from_directory(self._directory).as_data_source(self._split)
 
 
+def prepare_quietly(builder: tfds.core.DatasetBuilder) -> None:
+  """Prepares a dataset, without TFDS's output on stdout, which belongs to the commands."""
+  tfds.disable_progress_bar()
+  with contextlib.redirect_stdout(io.StringIO()):
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+
+
 def _prepared(name: str) -> tfds.core.DatasetBuilder:
   folder = os.path.expanduser(name)
   if os.path.isdir(folder):
@@ -81,25 +91,23 @@ def _prepared(name: str) -> tfds.core.DatasetBuilder:
     builder = tfds.builder(name, file_format='array_record')
   if not builder.data_path.exists():  # is_prepared() warns
     announce(f'preparing {builder.info.full_name} in {builder.data_dir}')
-    tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(io.StringIO()):  # stdout belongs to the binaries
-      builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    prepare_quietly(builder)
   return builder
 
 
 def _builder_class(module: str, name: str) -> type[tfds.core.DatasetBuilder]:
   if '' not in sys.path and os.getcwd() not in sys.path:
     sys.path.append(os.getcwd())
+  path = f'tfds:{module}:{name}'
   try:
     found = getattr(importlib.import_module(module), name, None)
   except ModuleNotFoundError as error:
     if not f'{module}.'.startswith(f'{error.name}.'):
       raise
-    raise UserError('data.source.path', f'tfds:{module}:{name}', 'a module in the working directory or on PYTHONPATH') from None
+    raise UserError('data.source.path', path, 'a module in the working directory or on PYTHONPATH') from None
   if not (isinstance(found, type) and issubclass(found, tfds.core.DatasetBuilder)):
     names = [key for key, value in vars(sys.modules[module]).items() if isinstance(value, type)]
-    raise UserError('data.source.path', f'tfds:{module}:{name}', 'the name of a tfds.core.GeneratorBasedBuilder', names=names,
-                    given=name)
+    raise UserError('data.source.path', path, 'the name of a tfds.core.GeneratorBasedBuilder', names=names, given=name)
   return found
 
 
@@ -110,19 +118,58 @@ def _errors(path: str) -> Iterator[None]:
   except UserError:
     raise
   except tfds.core.DatasetNotFoundError:
-    name = path.partition(':')[2]
-    raise UserError('data.source.path', path, 'tfds: and a dataset of TFDS, a folder with a prepared one, or MODULE:CLASS',
-                    names={known: f'tfds:{known}' for known in tfds.list_builders(with_community_datasets=False)}, given=name) from None
+    names = {known: f'tfds:{known}' for known in tfds.list_builders(with_community_datasets=False)}
+    raise UserError('data.source.path', path, 'tfds: and a dataset of TFDS, the folder of a prepared one, or MODULE:CLASS',
+                    names=names, given=path.removeprefix('tfds:')) from None
   except ModuleNotFoundError as error:
     raise UserError('data.source.path', path, f'a machine with the {error.name} package: pip install {error.name}') from None
   except Exception as error:
-    # Builders are programs of their own, which fail in any way: without network, without a package that they need.
-    reason = next(iter(str(error).strip().splitlines()), '')
-    raise UserError('data.source.path', path, 'a dataset that is prepared as array_record, or that TFDS can prepare here '
-                    f'({type(error).__name__}: {reason})') from None
+    # Builders are third-party programs that fail in any way: without network, without a package that they need.
+    expected = 'a dataset that is prepared as array_record, or that TFDS can prepare here'
+    raise library_error('data.source.path', path, expected, error) from None
 
 
-def _leaves(features: Any, above: str = '') -> list[str]:
+def _leaves(features: Any, prefix: str = '') -> list[str]:
+  """Full names of all features."""
   if not isinstance(features, tfds.features.FeaturesDict):
-    return [above.removesuffix('.')]
-  return [leaf for name, feature in features.items() for leaf in _leaves(feature, f'{above}{name}.')]
+    return [prefix.removesuffix('.')]
+  return [leaf for name, feature in features.items() for leaf in _leaves(feature, f'{prefix}{name}.')]
+
+
+class PythonStdlib(tfds.core.GeneratorBasedBuilder):
+  """Sources of Python's standard library: an example is a module's name and its text."""
+
+  VERSION = tfds.core.Version('{}.{}.{}'.format(*sys.version_info))
+
+  # TFDS looks for checksums of downloads beside this path, and needs an undeclared dependency to find it; nothing is downloaded.
+  code_path = None
+
+  def __init__(self, *, modules: Sequence[Document], **kwargs):
+    self._modules = modules
+    super().__init__(**kwargs)
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    features = tfds.features.FeaturesDict({'name': tfds.features.Text(), 'text': tfds.features.Text()})
+    return tfds.core.DatasetInfo(builder=self, description=self.__doc__, features=features, license='PSF-2.0',
+                                 homepage='https://docs.python.org/3/library/')
+
+  def _split_generators(self, dl_manager) -> dict[str, Iterator[tuple[str, dict[str, str]]]]:
+    return {'train': self._generate_examples()}
+
+  def _generate_examples(self) -> Iterator[tuple[str, dict[str, str]]]:
+    with ProgressBar('building the dataset of the standard library', len(self._modules), 'documents') as progress:
+      for document in self._modules:
+        yield document.name, {'name': document.name, 'text': document.text}
+        progress.advance(1)
+
+
+def build_and_read(modules: Sequence[Document], data_dir: Path) -> list[Document]:
+  """Reads the dataset in `data_dir`, built first if it does not exist: documents sorted by name.
+
+  TFDS builds in a temporary folder and renames it when the dataset is complete.
+  """
+  builder = PythonStdlib(modules=modules, data_dir=data_dir, file_format='array_record')
+  prepare_quietly(builder)
+  records = builder.as_data_source(split='train')
+  documents = (Document(record['name'].decode(), record['text'].decode()) for record in records)
+  return sorted(documents, key=lambda document: document.name)

@@ -1,12 +1,11 @@
-"""Tokenizers: text to ids and back, exactly, whatever the text."""
+"""Tokenizers, which convert any text to ids and back without loss."""
 
 from gptjax.data.tokenizers.gpt2 import Gpt2Tokenizer
 from gptjax.data.tokenizers.hugging_face import HuggingFaceTokenizer
 from gptjax.data.tokenizers.loading import load_tokenizer
 from gptjax.data.tokenizers.sentencepiece_model import SentencePieceModel
-from gptjax.data.tokenizers.subwords import SentencePieceTokenizer, Words
+from gptjax.data.tokenizers.subwords import SentencePieceTokenizer, Words, train_tokenizer
 from gptjax.data.tokenizers.tokenizer import ByteTokenizer, CharTokenizer, TextStream, Tokenizer
-from gptjax.data.tokenizers.training import train_tokenizer
 
 __all__ = [
     'ByteTokenizer', 'CharTokenizer', 'Gpt2Tokenizer', 'HuggingFaceTokenizer', 'SentencePieceModel', 'SentencePieceTokenizer',

@@ -4,42 +4,39 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from gptjax.config import UserError
+from gptjax.data.packages import optional
 from gptjax.data.tokenizers import export
-from gptjax.data.tokenizers.tokenizer import ALPHABET, Tokenizer, in_bytes, utf8, write
+from gptjax.data.tokenizers.tokenizer import ALPHABET, Tokenizer, from_alphabet, to_alphabet, utf8, write_json
 
-ENCODER, MERGES = 'encoder.json', 'vocab.bpe'
-"""The files: ids of tokens as JSON, and below a first line `#version: 0.2` the two halves of each merge, in their order."""
-VOCAB, MERGES_TEXT = 'vocab.json', 'merges.txt'
-"""What Hugging Face calls them."""
+OPENAI_FILES = ('encoder.json', 'vocab.bpe')
+"""Ids by token, and, after a line `#version: 0.2`, one merge per line in order, as two tokens."""
+HUGGING_FACE_FILES = ('vocab.json', 'merges.txt')
+"""The same files under other names."""
 
 _SEPARATOR = '<|endoftext|>'
 
 _WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-r"""GPT-2's words as OpenAI's tiktoken writes them, without backtracking where none is needed. The words of
-`'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+`."""
+r"""GPT-2's pattern `'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+` as OpenAI's tiktoken writes it, with
+less backtracking."""
 
 _LONG_SPACE = re.compile(r'(?<![^\S\x1c-\x1f])[^\S\x1c-\x1f]{65536,}')
-r"""Long white space, Unicode's (Python's has four characters more). Its last character begins a word if anything follows,
-`\s+(?!\S)`; tiktoken would step back from there with a stack as high as the space is long, and refuses to from 10^6 on."""
+r"""Long white space by Unicode's definition (Python's has four more characters). By `\s+(?!\S)` its last character starts a word if
+anything follows; tiktoken's regex engine would backtrack to there with a stack as deep as the space is long, and fails from 10^6 on."""
 
 
 class Gpt2Tokenizer(Tokenizer):
-  """GPT-2's byte-level BPE (Radford et al. 2019): 50,257 ids, the separator '<|endoftext|>' the last of them.
+  """GPT-2's byte-level BPE (Radford et al. 2019): 50,257 ids, of which '<|endoftext|>' is the last.
 
-  Text that reads '<|endoftext|>' is text like any other. There is no pad id of its own: rows are masked by arrays, never
-  by ids, so the separator serves.
-
-  Args:
-    directory: folder with encoder.json and vocab.bpe, or with vocab.json and merges.txt, which are the same; any byte-level BPE
-      of that form will do.
+  Uses tiktoken, which is ten times as fast as the `tokenizers` package. The text '<|endoftext|>' is encoded as text. There is no
+  separate pad id: rows are masked by arrays and not by ids, so the separator serves.
+  The folder has encoder.json and vocab.bpe, or the same as vocab.json and merges.txt, of any byte-level BPE of that form.
 
   Raises:
-    UserError: tiktoken is not there, a file is missing or damaged, or the two do not agree.
+    UserError: tiktoken is not installed, a file is missing or damaged, or the two are inconsistent.
   """
 
   kind = 'gpt2'
@@ -48,46 +45,39 @@ class Gpt2Tokenizer(Tokenizer):
 
   def __init__(self, directory: Path):
     directory = Path(directory)
-    theirs = (directory / MERGES_TEXT).exists() and not (directory / ENCODER).exists()
-    names = (VOCAB, MERGES_TEXT) if theirs else (ENCODER, MERGES)
-    self._files = {name: _read(directory / there) for name, there in zip((ENCODER, MERGES), names)}
-    pieces = [in_bytes(character) for character in sorted(ALPHABET)] + list(_merged(self._files[MERGES], directory / names[1]))
-    _check(pieces, self._files[ENCODER], directory / names[0])
+    renamed = (directory / HUGGING_FACE_FILES[1]).exists() and not (directory / OPENAI_FILES[0]).exists()
+    vocab_path, merges_path = (directory / name for name in (HUGGING_FACE_FILES if renamed else OPENAI_FILES))
+    self._vocab, self._merges = _read(vocab_path), _read(merges_path)
+    pieces = [from_alphabet(character) for character in sorted(ALPHABET)] + list(_merged(self._merges, merges_path))
+    _check_vocab(self._vocab, pieces, vocab_path)
     super().__init__([*pieces, b''])
     self.pad_id = self.bos_id = self.eos_id = len(pieces)
-    self._encoding = _encoding({piece: rank for rank, piece in enumerate(pieces)})
+    ranks = {piece: rank for rank, piece in enumerate(pieces)}
+    # Without special tokens, all text is encoded as text.
+    self._encoding = optional('tiktoken', 'tokenizer', 'gpt2').Encoding('gpt2', pat_str=_WORDS, mergeable_ranks=ranks, special_tokens={})
 
   def encode(self, text: str, source: str = 'text') -> np.ndarray:
     utf8(text, source)
     ids, start = [], 0
-    borders = (space.end() - 1 for space in _LONG_SPACE.finditer(text) if space.end() < len(text))
-    for stop in [*borders, len(text)]:
+    cuts = (space.end() - 1 for space in _LONG_SPACE.finditer(text) if space.end() < len(text))
+    for stop in [*cuts, len(text)]:
       ids.append(self._encoding.encode_to_numpy(text[start:stop]))
       start = stop
     return np.concatenate(ids).astype(np.int32)
 
   def save(self, directory: Path) -> None:
-    write(directory, {'kind': self.kind})
-    self._write(directory, ENCODER, MERGES)
+    write_json(directory, {'kind': self.kind})
+    self._write(directory, OPENAI_FILES)
 
   def save_hugging_face(self, directory: Path) -> None:
-    merges = [line.split(' ') for line in self._files[MERGES].split('\n')[1:] if line]
-    description = export.gpt2(json.loads(self._files[ENCODER]), merges, _SEPARATOR)
-    export.write_tokenizer(directory, description, dict.fromkeys(('bos_token', 'eos_token'), _SEPARATOR))
-    self._write(directory, VOCAB, MERGES_TEXT)
+    merges: list = [tuple(line.split(' ')) for line in self._merges.split('\n')[1:] if line]
+    tokenizer = export.gpt2_tokenizer(json.loads(self._vocab), merges, _SEPARATOR)
+    export.write_tokenizer(directory, tokenizer, dict.fromkeys(('bos_token', 'eos_token'), _SEPARATOR))
+    self._write(directory, HUGGING_FACE_FILES)
 
-  def _write(self, directory: Path, *names: str) -> None:
-    for name, content in zip(names, (self._files[ENCODER], self._files[MERGES])):
+  def _write(self, directory: Path, names: tuple[str, str]) -> None:
+    for name, content in zip(names, (self._vocab, self._merges)):
       (directory / name).write_text(content, encoding='utf-8', newline='')
-
-
-def _encoding(ranks: dict[bytes, int]) -> Any:
-  try:
-    import tiktoken  # only now: whoever brings no GPT-2 need not have it
-  except ImportError:
-    raise UserError('tokenizer', 'gpt2', 'a machine with the tiktoken package: pip install tiktoken') from None
-  # Without special tokens all text is text.
-  return tiktoken.Encoding('gpt2', pat_str=_WORDS, mergeable_ranks=ranks, special_tokens={})
 
 
 def _read(path: Path) -> str:
@@ -100,29 +90,26 @@ def _read(path: Path) -> str:
 
 
 def _merged(merges: str, path: Path) -> Iterator[bytes]:
-  """The bytes that each merge makes, in the order of merges."""
+  """The bytes that each merge produces, in order."""
   for number, line in enumerate(merges.split('\n')[1:], 2):
     if not line:
       continue  # the end of the file
     try:
-      left, right = map(in_bytes, line.split(' '))
+      left, right = map(from_alphabet, line.split(' '))
     except (ValueError, KeyError):
-      raise UserError(f'{path}:{number}', line[:80], 'two tokens and a space between them') from None
+      raise UserError(f'{path}:{number}', line[:80], 'two tokens separated by a space') from None
     yield left + right
 
 
-def _check(pieces: list[bytes], encoder: str, path: Path) -> None:
-  """Refuses files that disagree: encoder.json has each piece at its place, the separator behind them and nothing else."""
+def _check_vocab(vocab: str, pieces: list[bytes], path: Path) -> None:
+  """Raises a UserError unless the vocabulary assigns to each piece its index, the next id to the separator, and nothing else."""
   try:
-    found = json.loads(encoder)
-  except json.JSONDecodeError as error:
-    raise UserError(f'{path}:{error.lineno}', encoder[error.pos:error.pos + 40], f'JSON ({error.msg})') from None
-  except (ValueError, RecursionError) as error:  # numbers too long for Python, brackets too deep
-    raise UserError(str(path), encoder[:40], f'JSON ({error})') from None
+    found = json.loads(vocab)
+  except (ValueError, RecursionError) as error:  # not JSON, numbers too long for Python, or brackets too deep
+    raise UserError(str(path), vocab[:40], f'JSON ({error})') from None
   if not isinstance(found, dict):
-    raise UserError(str(path), encoder[:40], 'an object of tokens and their ids')
-  wanted = {piece.decode('latin-1').translate(dict(enumerate(ALPHABET))): rank for rank, piece in enumerate(pieces)}
-  wanted[_SEPARATOR] = len(pieces)
-  for token in [*wanted, *found]:
-    if found.get(token) != wanted.get(token):
-      raise UserError(f'{path}: {token!r}', found.get(token), f'{wanted.get(token)}, the id that the merges give it')
+    raise UserError(str(path), vocab[:40], 'an object of tokens and their ids')
+  expected = {to_alphabet(piece): rank for rank, piece in enumerate(pieces)} | {_SEPARATOR: len(pieces)}
+  for token in [*expected, *found]:
+    if found.get(token) != expected.get(token):
+      raise UserError(f'{path}: {token!r}', found.get(token), f'{expected.get(token)}, the id that the merges imply')

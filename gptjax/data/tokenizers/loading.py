@@ -1,11 +1,11 @@
-"""A saved tokenizer's way back."""
+"""Loading of tokenizers."""
 
 import json
 import re
 from pathlib import Path
 
 from gptjax.config import UserError
-from gptjax.data.tokenizers.gpt2 import ENCODER, MERGES_TEXT, Gpt2Tokenizer
+from gptjax.data.tokenizers.gpt2 import HUGGING_FACE_FILES, OPENAI_FILES, Gpt2Tokenizer
 from gptjax.data.tokenizers.hugging_face import HuggingFaceTokenizer
 from gptjax.data.tokenizers.published import DESCRIPTION, Published
 from gptjax.data.tokenizers.sentencepiece_model import SentencePieceModel
@@ -15,18 +15,18 @@ from gptjax.files import expanded
 
 
 def load_tokenizer(directory: Path | str) -> Tokenizer:
-  """Reads what `Tokenizer.save` wrote, or a published model's: a folder of Hugging Face's with tokenizer.json, one with GPT-2's two
-  files (encoder.json and vocab.bpe, or vocab.json and merges.txt), or one with SentencePiece's tokenizer.model.
+  """Loads a tokenizer from a folder that `Tokenizer.save` wrote, or from a published model's.
+
+  A published model's folder has tokenizer.json, GPT-2's two files (encoder.json and vocab.bpe, or vocab.json and merges.txt), or
+  tokenizer.model.
 
   Raises:
     UserError: the folder has no tokenizer, or a damaged one.
   """
   folder = expanded(directory)
-  path = folder / FILE
   try:
-    if not path.exists() and (published := _published(folder)):
-      return published
-    saved = json.loads(path.read_text(encoding='utf-8'))
+    kind = _published_kind(folder)
+    saved = {'kind': kind} if kind else json.loads((folder / FILE).read_text(encoding='utf-8'))
     match saved['kind']:
       case 'bytes':
         return ByteTokenizer()
@@ -43,17 +43,21 @@ def load_tokenizer(directory: Path | str) -> Tokenizer:
   except UserError:
     raise
   except OSError as error:
-    raise UserError('tokenizer', str(directory), f'a folder with {FILE} and what belongs to it, or with a published '
-                    f"model's {DESCRIPTION}, {MODEL} or {ENCODER} ({error.strerror}: {error.filename})") from None
+    raise UserError('tokenizer', str(directory), f"a folder with {FILE} and its other files, or with a published model's {DESCRIPTION}, "
+                    f"{MODEL} or {OPENAI_FILES[0]} ({error.strerror}: {error.filename})") from None
   except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, re.error) as error:  # RecursionError is a RuntimeError
-    raise UserError('tokenizer', str(directory), f'a folder whose tokenizer is whole ({type(error).__name__}: {error})') from None
-  raise UserError(str(path), saved['kind'], 'a kind that this version of gptjax knows: bpe, unigram, chars, bytes, gpt2, '
+    raise UserError('tokenizer', str(directory), f'a folder with an undamaged tokenizer ({type(error).__name__}: {error})') from None
+  raise UserError(str(folder / FILE), saved['kind'], 'a kind that this version of gptjax supports: bpe, unigram, chars, bytes, gpt2, '
                   'hugging_face, sentencepiece')
 
 
-def _published(folder: Path) -> Tokenizer | None:
-  if (folder / DESCRIPTION).exists():
-    return HuggingFaceTokenizer(Published.read(folder))
-  if (folder / ENCODER).exists() or (folder / MERGES_TEXT).exists():
-    return Gpt2Tokenizer(folder)
-  return SentencePieceModel(Published.read(folder)) if (folder / MODEL).exists() else None
+def _published_kind(folder: Path) -> str:
+  """Kind of a published model's tokenizer; empty for a folder that `Tokenizer.save` wrote, or without a tokenizer."""
+  has = lambda name: (folder / name).exists()
+  if has(FILE):
+    return ''
+  if has(DESCRIPTION):
+    return 'hugging_face'
+  if has(OPENAI_FILES[0]) or has(HUGGING_FACE_FILES[1]):
+    return 'gpt2'
+  return 'sentencepiece' if has(MODEL) else ''

@@ -1,4 +1,4 @@
-"""Tokenizers of a SentencePiece tokenizer.model that others trained: Llama 2, Mistral, Gemma."""
+"""Published SentencePiece models, tokenizer.model: Llama 2, Mistral, Gemma."""
 
 import re
 
@@ -7,49 +7,45 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from gptjax.config import UserError
-from gptjax.data.tokenizers import chat
-from gptjax.data.tokenizers.published import MODEL, Published, PublishedTokenizer
+from gptjax.data.tokenizers.published import MODEL, Published, PublishedTokenizer, special_pattern
 from gptjax.data.tokenizers.tokenizer import utf8
 
 
 class SentencePieceModel(PublishedTokenizer):
-  """What the sentencepiece package makes of a tokenizer.model, and the special tokens that the folder adds to it.
+  """A tokenizer.model, encoded by the sentencepiece package, and the special tokens that its folder adds.
 
-  In a conversation the text after a special token gets SentencePiece's space in front only where tokenizer_config.json
-  says `"legacy": true`.
-
-  Args:
-    published: the files.
+  In a conversation, SentencePiece's space is prepended to the text after a special token only if tokenizer_config.json has
+  `"legacy": true`.
 
   Raises:
-    UserError: the file is damaged, or the model has no bytes to fall back to.
+    UserError: the file is damaged, or the model has no byte fallback.
   """
 
   kind = 'sentencepiece'
 
   def __init__(self, published: Published):
-    path = f'{published.place}/{MODEL}'
+    path = f'{published.location}/{MODEL}'
     try:
       self._model = sentencepiece.SentencePieceProcessor(model_proto=published.files[MODEL])
     except RuntimeError as error:
-      raise UserError(path, f'{len(published.files[MODEL])} bytes', f'a model that SentencePiece reads ({error})') from None
+      raise UserError(path, f'{len(published.files[MODEL])} bytes', f'a model that SentencePiece can read ({error})') from None
+    self._continuing = _without_prefix(published.files[MODEL])
     model, count = self._model, self._model.vocab_size()
     texts = list(map(model.id_to_piece, range(count)))
     if sum(map(model.is_byte, range(count))) != 256:
       raise UserError(path, 'no token for some bytes', 'a model trained with byte_fallback')
-    more = {i: text for i, text in sorted(published.added.items()) if i >= count}
+    more = {i: text for i, text in sorted(published.added_tokens.items()) if i >= count}
     if list(more) != list(range(count, count + len(more))):
-      raise UserError(f'{published.place}: added tokens', list(more)[0], f'{count}, the first id after those of {MODEL}, and so on')
+      raise UserError(f'{published.location}: added tokens', list(more)[0], f'consecutive ids from {count} on, after those of {MODEL}')
     control = {i: texts[i] for i in range(count) if model.is_control(i) or model.is_unknown(i)}
     ids = dict(zip([*texts, *more.values()], range(count + len(more))))
     own = {'bos_token': model.bos_id(), 'eos_token': model.eos_id(), 'pad_token': model.pad_id(), 'unk_token': model.unk_id()}
-    tokens = {name: texts[i] for name, i in own.items() if i >= 0} | published.tokens
+    names = {name: texts[i] for name, i in own.items() if i >= 0} | published.special_tokens
     self.prefix = b' ' if model.normalize('a').startswith('▁') else b''
-    added = {i: text for i, text in published.added.items() if i >= count or texts[i] == text}
-    super().__init__(published, [*map(self._bytes, range(count)), *(b'' for _ in more)], tokens, control | added, ids.get)
-    # SentencePiece would find these in a text by itself.
-    self._found = chat.special_pattern(text for i, text in added.items() if i < count and i not in control)
-    self._inside = _without_prefix(published.files[MODEL])
+    added = {i: text for i, text in published.added_tokens.items() if i >= count or texts[i] == text}
+    super().__init__(published, [*map(self._bytes, range(count)), *(b'' for _ in more)], names, control | added, ids.get)
+    # Special tokens that SentencePiece would recognize in any text.
+    self._recognized = special_pattern(text for i, text in added.items() if i < count and i not in control)
 
   def _bytes(self, i: int) -> bytes:
     text = self._model.id_to_piece(i)
@@ -61,21 +57,22 @@ class SentencePieceModel(PublishedTokenizer):
 
   def encode(self, text: str, source: str = 'text') -> np.ndarray:
     utf8(text, source)
-    return np.array(self._text(text, self._model), np.int32)
+    return np.array(self._encode_text(text, self._model), np.int32)
 
-  def _text(self, text: str, model: sentencepiece.SentencePieceProcessor) -> list[int]:
-    places = [found.start() + 1 for found in re.finditer(f'(?={self._found.pattern})', text)] if self._found else []
-    ids = model.encode(text[:places[0]] if places else text)
-    for start, stop in zip(places, [*places[1:], len(text)]):
-      ids += self._inside.encode(text[start:stop])
+  def _encode_text(self, text: str, model: sentencepiece.SentencePieceProcessor) -> list[int]:
+    """Encodes a text in pieces, cut inside special tokens so that SentencePiece does not recognize them."""
+    cuts = [found.start() + 1 for found in re.finditer(f'(?={self._recognized.pattern})', text)] if self._recognized else []
+    ids = model.encode(text[:cuts[0]] if cuts else text)
+    for start, stop in zip(cuts, [*cuts[1:], len(text)]):
+      ids += self._continuing.encode(text[start:stop])
     return ids
 
-  def _section(self, text: str, first: bool) -> list[int]:
-    return self._text(text, self._model if first or self.published.config.get('legacy', False) else self._inside)
+  def _encode_section(self, text: str, first: bool) -> list[int]:
+    return self._encode_text(text, self._model if first or self.published.config.get('legacy', False) else self._continuing)
 
 
 def _without_prefix(model: bytes) -> sentencepiece.SentencePieceProcessor:
-  """The same model for a text that goes on."""
-  proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]  # it is made at import
+  """The same model for text that follows other text."""
+  proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]  # defined at import
   proto.normalizer_spec.add_dummy_prefix = False
   return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())

@@ -1,41 +1,45 @@
-"""Tokenizers of pieces of words that SentencePiece learned."""
+"""Subword tokenizers of SentencePiece, and the training of tokenizers."""
 
+import collections
 import io
+import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 
-from gptjax.config import UserError
+from gptjax.config import TokenizerConfig, UserError
+from gptjax.data.progress import announce
+from gptjax.data.sources.source import Document
 from gptjax.data.tokenizers import export
-from gptjax.data.tokenizers.tokenizer import ALPHABET, SPECIALS, Tokenizer, in_alphabet, in_bytes, utf8, write
+from gptjax.data.tokenizers.tokenizer import (
+  ALPHABET, SPECIALS, ByteTokenizer, CharTokenizer, Tokenizer, from_alphabet, to_alphabet, utf8, write_json)
 
 MODEL = 'tokenizer.model'
 """SentencePiece's own file in a tokenizer's folder."""
 
-_KEPT_WORDS, _KEPT_LENGTH = 2**18, 128
+_MAX_CACHED_WORDS, _MAX_CACHED_LENGTH = 2**18, 128
 
 
-def words_of(digits: int) -> str:
-  r"""The regular expression of words, whose borders no SentencePiece piece crosses.
+def word_pattern(digits: int) -> str:
+  r"""The regular expression of words, whose boundaries no piece crosses.
 
-  A word is: letters with the space or sign before them; a digit, or up to so many; signs with the line ends and the
-  indent after them; line ends and indents; spaces but the last, which goes with the next word.
+  A word is one of: letters with the space or sign before them; up to `digits` digits; signs with the line ends and indentation
+  after them; line ends and indentation; spaces except the last, which belongs to the next word.
 
-  Of 4,096 ids trained on Python's standard library, each then holds 19 % more bytes than under SentencePiece's own rule.
-  The 64 bounds what a text without spaces costs.
+  With 4,096 ids trained on Python's standard library, an id represents 19 % more bytes than with SentencePiece's own rule.
+  The limit of 64 bounds the cost of text without spaces.
   """
   return rf'[^\w\n]?[^\W\d]{{1,64}}|\d{{1,{digits}}}| ?[^\w\s]{{1,64}}(?:\n+ *)?|\s*\n *|\s+(?!\S)|\s'
 
 
 class Words:
-  """Cuts text into words and symbols; all of them together are the text.
+  """Splits text into words and symbols, whose concatenation is the text.
 
-  Args:
-    pattern: regular expression of a word; it matches at any character.
-    symbols: texts that are words wherever they stand, the longest first where one begins with another.
+  `pattern`, the regular expression of a word, must match at any character. Symbols are texts that are always one word; the
+  longest takes precedence.
   """
 
   def __init__(self, pattern: str, symbols: Sequence[str] = ()):
@@ -44,64 +48,62 @@ class Words:
     self._word = re.compile(pattern)
     self._symbol = re.compile('|'.join(map(re.escape, sorted(symbols, key=len, reverse=True)))) if symbols else None
 
-  def cut(self, text: str) -> Iterator[str]:
-    """The words, in order."""
-    if not self._symbol:
-      return map(re.Match.group, self._word.finditer(text))  # findall's list would be far larger than the text
-    return self._around(self._symbol, text)
+  def split(self, text: str) -> Iterator[str]:
+    """The words in order."""
+    if not self._symbol:  # without a generator in between, for speed
+      return self._words(text, 0, len(text))
+    return self._split_at_symbols(self._symbol, text)
 
-  def _around(self, symbols: re.Pattern[str], text: str) -> Iterator[str]:
+  def _split_at_symbols(self, symbols: re.Pattern[str], text: str) -> Iterator[str]:
     start = 0
     for symbol in symbols.finditer(text):
-      yield from map(re.Match.group, self._word.finditer(text, start, symbol.start()))
+      yield from self._words(text, start, symbol.start())
       yield symbol.group()
       start = symbol.end()
-    yield from map(re.Match.group, self._word.finditer(text, start))
+    yield from self._words(text, start, len(text))
+
+  def _words(self, text: str, start: int, stop: int) -> Iterator[str]:
+    return map(re.Match.group, self._word.finditer(text, start, stop))  # findall's list would be far larger than the text
 
 
-class _IdsOfWords(dict[str, bytes]):
-  """Ids of words as the bytes of int32, kept, since most of a text is words seen before."""
+class _WordCache(dict[str, bytes]):
+  """Ids of words as int32 bytes, cached because most words of a text occur repeatedly."""
 
   def __init__(self, model: bytes):
     self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
 
   def __missing__(self, word: str) -> bytes:
-    ids = np.array(self.processor.encode(in_alphabet(word)), np.int32).tobytes()
-    if len(self) >= _KEPT_WORDS:  # or the words of a large corpus would fill the memory
+    ids = np.array(self.processor.encode(to_alphabet(word.encode())), np.int32).tobytes()
+    if len(self) >= _MAX_CACHED_WORDS:  # or the words of a large corpus would fill the memory
       self.clear()
-    if len(word) <= _KEPT_LENGTH:
+    if len(word) <= _MAX_CACHED_LENGTH:
       self[word] = ids
     return ids
 
 
 class SentencePieceTokenizer(Tokenizer):
-  """Pieces of words, learned with SentencePiece: BPE (arXiv:1508.07909) or unigram (arXiv:1804.10959).
+  """Pieces of words learned by SentencePiece: BPE (arXiv:1508.07909) or unigram (arXiv:1804.10959).
 
-  SentencePiece sees the UTF-8 bytes of a word as characters of an alphabet of 256 (as GPT-2 does), all of them pieces:
-  there is always a byte to fall back to. So every text has ids, and nothing in it (a space, a NUL, SentencePiece's own
-  U+2581) means anything special.
+  SentencePiece receives the UTF-8 bytes of a word as characters of an alphabet of 256, as in GPT-2, all of which are pieces. So
+  any text can be encoded, and nothing in it (a space, a NUL, SentencePiece's own U+2581) has a special meaning.
 
-  Args:
-    kind: 'bpe' or 'unigram'.
-    model: what SentencePiece saves.
-    words: how text is cut before SentencePiece sees it; its symbols are pieces of the model.
+  `kind` is 'bpe' or 'unigram', `model` a serialized SentencePiece model. `words` splits text before SentencePiece encodes it; its
+  symbols are pieces of the model.
 
   Raises:
-    UserError: the model has other special ids than `Tokenizer`.
+    UserError: the model's special ids differ from those of `Tokenizer`.
   """
 
   def __init__(self, kind: str, model: bytes, words: Words):
-    self.kind = kind
-    self.model = model
-    self.words = words
-    self._ids = _IdsOfWords(model)
+    self.kind, self.model, self.words = kind, model, words
+    self._ids = _WordCache(model)
     processor = self._ids.processor
     found = [processor.pad_id(), processor.bos_id(), processor.eos_id(), processor.unk_id()]
-    if found != [self.pad_id, self.bos_id, -1, self.unk_id]:
-      raise UserError('tokenizer', f'special ids {found}', f'a {MODEL} that this version of gptjax trained, with '
-                      f'{[self.pad_id, self.bos_id, -1, self.unk_id]}')
+    expected = [self.pad_id, self.bos_id, -1, self.unk_id]
+    if found != expected:
+      raise UserError('tokenizer', f'special ids {found}', f'a {MODEL} trained by this version of gptjax, with {expected}')
     pieces = map(processor.id_to_piece, range(SPECIALS, processor.vocab_size()))
-    super().__init__([b''] * SPECIALS + [in_bytes(piece) for piece in pieces])
+    super().__init__([b''] * SPECIALS + [from_alphabet(piece) for piece in pieces])
 
   def __reduce__(self):
     return SentencePieceTokenizer, (self.kind, self.model, self.words)
@@ -112,18 +114,89 @@ class SentencePieceTokenizer(Tokenizer):
   def encode(self, text: str, source: str = 'text') -> np.ndarray:
     utf8(text, source)
     ids = io.BytesIO()
-    ids.writelines(map(self._ids.__getitem__, self.words.cut(text)))  # b''.join would take 80 bytes a word meanwhile
+    ids.writelines(map(self._ids.__getitem__, self.words.split(text)))  # b''.join would temporarily take 80 bytes per word
     return np.frombuffer(ids.getbuffer(), np.int32)
 
   def save(self, directory: Path) -> None:
-    write(directory, {'kind': self.kind, 'words': self.words.pattern, 'symbols': list(self.words.symbols)})
+    write_json(directory, {'kind': self.kind, 'words': self.words.pattern, 'symbols': list(self.words.symbols)})
     (directory / MODEL).write_bytes(self.model)
 
   def save_hugging_face(self, directory: Path) -> None:
     for symbol in self.words.symbols:
       if not symbol.isascii() and set(symbol) <= set(ALPHABET):
-        raise UserError('symbol', symbol, "for Hugging Face's files, symbols of ASCII or with a character that is no byte's in GPT-2's "
-                        'alphabet: the tokenizers package would read this one as bytes')
+        raise UserError('symbol', symbol, "for Hugging Face's files, symbols that are ASCII or have a character outside GPT-2's byte "
+                        'alphabet: the tokenizers package would decode this one as bytes')
     processor = self._ids.processor
     scores = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(SPECIALS, self.vocab_size)]
-    export.write_tokenizer(directory, export.subwords(self.kind, scores, self.words.pattern, self.words.symbols))
+    export.write_tokenizer(directory, export.subword_tokenizer(self.kind, scores, self.words.pattern, self.words.symbols))
+
+
+def train_tokenizer(
+    config: TokenizerConfig, documents: Iterable[Document], *, digits: int = 1, symbols: Sequence[str] = ()) -> Tokenizer:
+  """Trains a tokenizer; the same documents give the same one.
+
+  'chars' needs every document that will be encoded, validation included; the other kinds can encode any text, because every
+  byte is a piece, and learn well from a `sample`. Documents are read once.
+
+  Args:
+    config: kind and vocabulary size; its path is ignored.
+    documents: texts to learn from.
+    digits: maximum number of digits in a piece of 'bpe' or 'unigram'; 1: single digits, 3: as in GPT-4.
+    symbols: texts that 'bpe' and 'unigram' always encode as one id.
+
+  Raises:
+    UserError: the vocabulary is larger than the documents allow or too small for bytes and symbols, a text is not valid
+      Unicode, or digits or symbols are invalid.
+  """
+  match config.kind:
+    case 'bytes':
+      return ByteTokenizer()
+    case 'chars':
+      characters: set[str] = set()
+      for document in documents:
+        characters.update(document.text)
+      return CharTokenizer(''.join(characters))
+    case 'bpe' | 'unigram':
+      return _train_sentencepiece(config, documents, _words(digits, symbols))
+
+
+def _words(digits: int, symbols: Sequence[str]) -> Words:
+  if digits < 1:
+    raise UserError('digits', digits, '1 or more digits per piece')
+  for symbol in symbols:
+    if len(symbol.encode(errors='replace')) < 2 or symbols.count(symbol) > 1:
+      raise UserError('symbol', symbol, 'distinct texts of two or more bytes')
+    if symbol in ('<pad>', '<s>', '</s>', '<unk>'):
+      raise UserError('symbol', symbol, "texts other than SentencePiece's own special tokens")
+  return Words(word_pattern(digits), symbols)
+
+
+def _train_sentencepiece(config: TokenizerConfig, documents: Iterable[Document], words: Words) -> Tokenizer:
+  smallest = SPECIALS + len(ALPHABET) + len(words.symbols)
+  if config.vocab_size < smallest:
+    raise UserError('data.tokenizer.vocab_size', config.vocab_size, f'{smallest} or more: special ids, 256 bytes and symbols')
+  counts: collections.Counter[str] = collections.Counter()
+  for document in documents:
+    utf8(document.text, document.name)
+    counts.update(words.split(document.text))
+  for symbol in words.symbols:
+    del counts[symbol]  # a Counter raises no KeyError
+  announce(f'training the {config.kind} tokenizer with {config.vocab_size:,} ids')
+  # One word and its count per line. Each byte's character occurs once, so that all are pieces.
+  lines = itertools.chain((f'{byte}\t1' for byte in ALPHABET), (f'{to_alphabet(word.encode())}\t{n}' for word, n in counts.items()))
+  model = io.BytesIO()
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines, input_format='tsv', model_writer=model, model_type=config.kind,
+        vocab_size=config.vocab_size, pad_id=Tokenizer.pad_id, bos_id=Tokenizer.bos_id, eos_id=-1, unk_id=Tokenizer.unk_id,
+        user_defined_symbols=[to_alphabet(symbol.encode()) for symbol in words.symbols], character_coverage=1.0,
+        normalization_rule_name='identity', add_dummy_prefix=False, split_by_unicode_script=False,
+        split_by_whitespace=False, max_sentencepiece_length=32, seed_sentencepiece_size=25 * config.vocab_size,
+        minloglevel=2, num_threads=8)  # fixed, because the result of unigram depends on it
+  except RuntimeError as error:
+    limit = re.search(r'Vocabulary size too high .* <= (\d+)', str(error))
+    if not limit:
+      raise
+    raise UserError('data.tokenizer.vocab_size', config.vocab_size, f'at most {limit[1]} for these documents, or '
+                    "data.tokenizer.kind 'chars' or 'bytes'") from None
+  return SentencePieceTokenizer(config.kind, model.getvalue(), words)

@@ -1,4 +1,4 @@
-"""What every tokenizer does, and the two that need no training: bytes and characters."""
+"""The interface of tokenizers, and the two that need no training: bytes and characters."""
 
 import abc
 import codecs
@@ -16,117 +16,106 @@ from gptjax.config import UserError
 from gptjax.data.tokenizers import export
 
 FILE = 'gptjax_tokenizer.json'
-"""What `Tokenizer.save` writes into a folder, among other files. (Hugging Face's is tokenizer.json.)"""
+"""Written by `Tokenizer.save`, among other files. (Hugging Face's is tokenizer.json.)"""
 SPECIALS = 3
-"""Special ids of a tokenizer of ours."""
+"""Number of special ids of our own tokenizers."""
 
 
 class Tokenizer(abc.ABC):
-  """Turns text into ids and ids into text; `decode(encode(text)) == text` for any text that can be written as UTF-8.
+  """Converts between text and ids; `decode(encode(text)) == text` for any text that UTF-8 can represent.
 
-  Published tokenizers (PublishedTokenizer) may lose a little; they say what.
-
-  Text never becomes a special id, however much it looks like one. What an id stands for is a string of bytes, because
-  an id may hold only a part of a character.
-
-  Args:
-    pieces: UTF-8 bytes of each id; b'' for the special ones.
+  Published tokenizers (PublishedTokenizer) document their exceptions. Text never becomes a special id, even if it looks like one.
+  An id represents a byte string, because it may be only a part of a character.
+  `pieces` are the UTF-8 bytes of each id, b'' for special ids.
   """
 
   kind: str
-  """what its folder calls it"""
+  """name of the class in a saved folder"""
   pad_id: int = 0
   bos_id: int = 1
-  eos_id: int = 1  # one separator: the stream of a store is circular, a document's end is the next one's beginning
+  eos_id: int = 1  # one separator: a store's stream is circular, so a document's end is the next one's start
   unk_id: int | None = 2
-  """never made of text; None: the tokenizer has none"""
+  """never produced by `encode`; None: the tokenizer has none"""
   prefix: bytes = b''
-  """what `encode` puts before a text and `decode` takes away: a space where SentencePiece writes one before every text"""
+  """prepended by `encode` and removed by `decode`: a space where SentencePiece adds one before every text"""
 
   def __init__(self, pieces: Sequence[bytes]):
     self.pieces = tuple(pieces)
 
   @property
   def vocab_size(self) -> int:
-    """Count of ids, special ones included."""
+    """Number of ids, including special ones."""
     return len(self.pieces)
 
   @property
   def start_ids(self) -> tuple[int, ...]:
-    """Ids that a text has in front where it is a model's prompt: bos_id, but for published tokenizers that put none there."""
+    """Ids that start a prompt: bos_id, or nothing for published tokenizers that add none."""
     return (self.bos_id,)
 
   @property
   def stop_ids(self) -> tuple[int, ...]:
-    """Ids that end a text, or a turn of a conversation; eos_id is one of them."""
+    """Ids that end a text or a turn of a conversation, eos_id included."""
     return (self.eos_id,)
 
   @functools.cached_property
   def sha256(self) -> str:
-    """Hex digest of all that its ids depend on: equal for a tokenizer and what is saved and loaded of it."""
-    whole = hashlib.sha256(json.dumps([self.kind, self._rules()]).encode())
+    """Hex digest of everything that ids depend on; saving and loading preserves it."""
+    digest = hashlib.sha256(json.dumps([self.kind, self._rules()]).encode())
     for piece in self.pieces:
-      whole.update(len(piece).to_bytes(8) + piece)
-    return whole.hexdigest()
+      digest.update(len(piece).to_bytes(8) + piece)
+    return digest.hexdigest()
 
   def _rules(self) -> list[str]:
-    """What the ids of a text depend on beside kind and pieces."""
+    """What ids depend on besides kind and pieces."""
     return []
 
   @abc.abstractmethod
   def encode(self, text: str, source: str = 'text') -> np.ndarray:
-    """Ids of a text as int32 [n], no special ones added.
-
-    Args:
-      text: any text.
-      source: what an error calls the text, such as the file it is from.
+    """Encodes a text to int32 ids [n], without special ids; `source` is its name for error messages, such as its file.
 
     Raises:
-      UserError: the text cannot be encoded; the error names the character and its place.
+      UserError: the text cannot be encoded; the error names the character and its position.
     """
 
   def decode(self, ids: Iterable[int]) -> str:
-    """Text of ids; special ids give nothing, bytes that are not UTF-8 give U+FFFD."""
+    """Decodes ids; special ids have no text, and invalid UTF-8 becomes U+FFFD."""
     return b''.join(self.pieces[i] for i in ids).removeprefix(self.prefix).decode('utf-8', errors='replace')
 
   def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **options: object) -> np.ndarray:
-    """Ids of a conversation as int32 [n], special ones included, as the tokenizer's chat template writes it.
+    """Encodes a conversation with the tokenizer's chat template to int32 ids [n], including special ids.
 
-    Only the template makes special ids; what looks like one in a message is text.
+    Only the template produces special ids; text in a message that looks like one is encoded as text.
 
     Args:
-      messages: {'role': ..., 'content': ...} each, in order; the template says which roles there are.
-      add_generation_prompt: end with what comes before the assistant's answer.
-      options: what else the template asks for, such as enable_thinking.
+      messages: {'role': ..., 'content': ...} each, in order; the template defines the roles.
+      add_generation_prompt: append the start of the assistant's answer.
+      options: other variables of the template, such as enable_thinking.
 
     Raises:
-      UserError: the tokenizer has no template, or the template refuses the messages.
+      UserError: the tokenizer has no template, or the template rejects the messages.
     """
     raise UserError('tokenizer', self.kind, 'one with a chat template (chat_template.jinja, or chat_template in tokenizer_config.json)')
 
   @abc.abstractmethod
   def save(self, directory: Path) -> None:
-    """Writes all that `load_tokenizer` needs into a folder: JSON and the files that the tokenizer is made of, if it is of files."""
+    """Writes everything that `load_tokenizer` needs to a folder."""
 
   @abc.abstractmethod
   def save_hugging_face(self, directory: Path) -> None:
-    """Writes files with which transformers' `AutoTokenizer.from_pretrained(directory)` gives the same ids and texts.
+    """Writes files from which transformers' `AutoTokenizer.from_pretrained(directory)` loads a tokenizer with the same ids and texts.
 
-    Which ids a model begins and stops with is said by config.json and generation_config.json, too; those are the model's.
+    The model's config.json and generation_config.json, which may also name start and stop ids, are not written here.
 
     Raises:
-      UserError: those files cannot say what this tokenizer does.
+      UserError: Hugging Face's format cannot represent this tokenizer.
     """
 
 
 class TextStream:
-  """Text of ids that arrive a few at a time; all pieces together are the `decode` of all ids.
+  """Decodes ids that arrive a few at a time; the concatenated results equal `decode` of all ids.
 
-  A character whose bytes have not all arrived is held back until they have.
-
-  Args:
-    tokenizer: of the ids.
-    continues: whether text came before, so that a space in front is one.
+  A character is held back until all its bytes have arrived. `continues` means that other text precedes, so that the tokenizer's
+  prefix is kept.
   """
 
   def __init__(self, tokenizer: Tokenizer, continues: bool = False):
@@ -142,12 +131,12 @@ class TextStream:
     return self._decoder.decode(data)
 
   def finish(self) -> str:
-    """What was held back: U+FFFD if the last character is incomplete."""
+    """The rest: U+FFFD if the last character is incomplete."""
     return self._decoder.decode(b'', final=True)
 
 
 class ByteTokenizer(Tokenizer):
-  """One id for each byte of the UTF-8 text."""
+  """One id per byte of UTF-8."""
 
   kind = 'bytes'
 
@@ -158,14 +147,14 @@ class ByteTokenizer(Tokenizer):
     return np.frombuffer(utf8(text, source), np.uint8).astype(np.int32) + SPECIALS
 
   def save(self, directory: Path) -> None:
-    write(directory, {'kind': self.kind})
+    write_json(directory, {'kind': self.kind})
 
   def save_hugging_face(self, directory: Path) -> None:
-    export.write_tokenizer(directory, export.bytes_alone(ALPHABET))
+    export.write_tokenizer(directory, export.byte_tokenizer(ALPHABET))
 
 
 class CharTokenizer(Tokenizer):
-  """One id for each character of a given set, in the order of code points."""
+  """One id per character of a given set, in code-point order."""
 
   kind = 'chars'
 
@@ -180,20 +169,20 @@ class CharTokenizer(Tokenizer):
     ids = np.searchsorted(self._codes, codes)
     unseen = self._codes[np.minimum(ids, len(self._codes) - 1)] != codes
     if unseen.any():
-      place = int(unseen.argmax())
-      raise UserError(f'{source}, character {place}', text[place],
-                      f'one of the {len(self.characters)} characters that the tokenizer was made from')
+      position = int(unseen.argmax())
+      raise UserError(f'{source}, character {position}', text[position],
+                      f"one of the {len(self.characters)} characters of the tokenizer's training text")
     return (ids + SPECIALS).astype(np.int32)
 
   def save(self, directory: Path) -> None:
-    write(directory, {'kind': self.kind, 'characters': self.characters})
+    write_json(directory, {'kind': self.kind, 'characters': self.characters})
 
   def save_hugging_face(self, directory: Path) -> None:
-    export.write_tokenizer(directory, export.characters_alone(self.characters))
+    export.write_tokenizer(directory, export.char_tokenizer(self.characters))
 
 
 def _byte_alphabet() -> str:
-  """A printable character for each byte, GPT-2's choice: itself where it has one, else the next free from U+0100."""
+  """GPT-2's printable character for each byte: the byte's own, or the next one from U+0100 if that is not printable."""
   printable = {*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)}
   others = itertools.count(256)
   return ''.join(chr(byte) if byte in printable else chr(next(others)) for byte in range(256))
@@ -204,26 +193,26 @@ _TO_ALPHABET = dict(enumerate(ALPHABET))
 _TO_BYTE = {character: byte for byte, character in enumerate(ALPHABET)}
 
 
-def in_alphabet(text: str) -> str:
-  """The UTF-8 bytes of a text, each as its character of the alphabet."""
-  return text.encode().decode('latin-1').translate(_TO_ALPHABET)
+def to_alphabet(data: bytes) -> str:
+  """Represents each byte by its character of the alphabet."""
+  return data.decode('latin-1').translate(_TO_ALPHABET)
 
 
-def in_bytes(characters: str) -> bytes:
-  """The bytes that characters of the alphabet stand for; KeyError for any other character."""
+def from_alphabet(characters: str) -> bytes:
+  """Inverse of `to_alphabet`; KeyError for other characters."""
   return bytes(_TO_BYTE[character] for character in characters)
 
 
-def write(directory: Path, saved: dict[str, object]) -> None:
-  """Writes a tokenizer's own JSON file into a folder, which is made if need be."""
+def write_json(directory: Path, saved: dict[str, object]) -> None:
+  """Writes a tokenizer's own JSON file to a folder, created if necessary."""
   directory.mkdir(parents=True, exist_ok=True)
   (directory / FILE).write_text(json.dumps(saved) + '\n', encoding='utf-8')
 
 
 def utf8(text: str, source: str) -> bytes:
-  """The text's UTF-8 bytes, or a UserError that names the lone surrogate and its place."""
+  """Encodes to UTF-8; a lone surrogate raises a UserError with its position."""
   try:
     return text.encode()
   except UnicodeEncodeError as error:
     raise UserError(f'{source}, character {error.start}', text[error.start],
-                    'characters that UTF-8 can write (no lone surrogates)') from None
+                    'characters that UTF-8 can represent (no lone surrogates)') from None

@@ -1,4 +1,4 @@
-"""A line of JSON gives one document, or says what it has instead and where, in parts and when compressed as well."""
+"""A line of JSON yields one document, or an error with its location, also in parts and compressed files."""
 
 import gzip
 import json
@@ -8,7 +8,7 @@ import zstandard
 from hypothesis import given, settings, strategies as st
 
 from gptjax.config import SourceConfig, UserError
-from gptjax.data.sources import Document, Malformed, open_source, refuse
+from gptjax.data.sources import Document, Malformed, open_source, malformed_error
 
 
 def open_lines(path, **config):
@@ -20,7 +20,7 @@ def read_line(tmp_path, line, text='text'):
   source = open_lines(tmp_path / 'a.jsonl', text=text)
   (part,) = source.parts()
   (record,) = source.read(part)
-  return str(refuse(source, part, record, 4)).partition('a.jsonl')[2] if isinstance(record, Malformed) else record
+  return str(malformed_error(source, part, record, 4)).partition('a.jsonl')[2] if isinstance(record, Malformed) else record
 
 
 def errors(source):
@@ -29,7 +29,7 @@ def errors(source):
   for part in source.parts():
     records = list(source.read(part))
     before = counts.get(part.file, 0)
-    found += [str(refuse(source, part, record, before)) for record in records if isinstance(record, Malformed)]
+    found += [str(malformed_error(source, part, record, before)) for record in records if isinstance(record, Malformed)]
     counts[part.file] = before + len(records)
   return found
 
@@ -95,7 +95,7 @@ def test_what_a_template_cannot_take_is_malformed(tmp_path, template, line, erro
 
 
 @pytest.mark.parametrize('template', ['{', '{a', '{}', '{a!r}', '{a:>3}', '{a[0]}', '{a.}', '{a..b}', '{{a}}', '{a}}'])
-def test_other_templates_are_refused(tmp_path, template):
+def test_other_templates_are_malformed_errord(tmp_path, template):
   (tmp_path / 'a.jsonl').write_text('{"a": "b"}')
   with pytest.raises(UserError, match=r'^data.source.text: '):
     open_lines(tmp_path, text=template)

@@ -1,4 +1,4 @@
-"""What lies in an object store is read as what lies here: through a server that speaks S3."""
+"""An object store reads like a local folder, tested with an S3 server."""
 
 import os
 import pickle
@@ -37,13 +37,14 @@ def bucket(tmp_path_factory):
     yield folder
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(('pattern', 'config'), [
     ('text', {}), ('text', {'separator': r'\n\n'}), ('text/a.txt', {}), ('text/*.txt', {}), ('text/**/*.txt', {}), ('lines', {}),
     ('packed/a.jsonl.zst', {}), ('*/*.jsonl*', {}), ('tables', {}), ('tables/t.parquet', {}),
 ])
 def test_a_bucket_gives_what_a_folder_gives(bucket, pattern, config, monkeypatch):
   monkeypatch.setattr(Source, 'part_bytes', 3000)
-  monkeypatch.setattr(TextFiles, 'whole_bytes', 100)
+  monkeypatch.setattr(TextFiles, 'max_document_bytes', 100)
   here = open_source(SourceConfig(path=f'{bucket}/{pattern}', **config))
   there = open_source(SourceConfig(path=f's3://bucket/data/{pattern}', **config))
   copy = pickle.loads(pickle.dumps(there))
@@ -54,6 +55,7 @@ def test_a_bucket_gives_what_a_folder_gives(bucket, pattern, config, monkeypatch
   assert len(list(there)) > 1
 
 
+@pytest.mark.full
 def test_only_a_part_of_an_object_is_fetched(bucket, monkeypatch):
   import s3fs
   fetched, real = [], s3fs.core._fetch_range
@@ -65,13 +67,14 @@ def test_only_a_part_of_an_object_is_fetched(bucket, monkeypatch):
 
   monkeypatch.setattr(s3fs.core, '_fetch_range', fetch)
   monkeypatch.setattr(Source, 'part_bytes', 500)
-  monkeypatch.setattr('gptjax.data.sources.borders._WINDOW', 50)
+  monkeypatch.setattr('gptjax.data.sources.boundaries._WINDOW', 50)
   source = open_source(SourceConfig(path='s3://bucket/data/lines'))
   assert not fetched
   assert list(source.read(list(source.parts())[3]))
   assert 400 < sum(fetched) < 800
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(('path', 'error'), [
     ('s3://bucket/data/text/a.tx', r'a file, a folder or a glob .*did you mean s3://bucket/data/text/a.txt\?'),
     ('s3://bucket/data/text/*.rst', 'a glob that matches files'), ('s3://other/a.txt', 'a file, a folder'),
@@ -82,6 +85,7 @@ def test_what_is_not_there_is_named(bucket, path, error):
     open_source(SourceConfig(path=path))
 
 
+@pytest.mark.full
 def test_the_fingerprint_follows_the_object(bucket):
   import s3fs
   config = SourceConfig(path='s3://bucket/data/lines/a.jsonl')
@@ -121,6 +125,7 @@ server.stop()
 '''
 
 
+@pytest.mark.full
 def test_google_cloud_storage():
   pytest.importorskip('gcp_storage_emulator')
   pytest.importorskip('gcsfs')

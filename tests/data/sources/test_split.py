@@ -1,4 +1,4 @@
-"""A document stays on its side of the split, and the two sides are the whole."""
+"""A document stays on its side of the split, and the two sides together are the source."""
 
 import dataclasses
 import gzip
@@ -50,7 +50,7 @@ def test_a_single_document_is_split_where_nanogpt_splits_it(nanogpt):
 
 @pytest.mark.parametrize('packed', [False, True])
 def test_a_single_document_in_pieces_is_split_at_the_same_place(tmp_path, monkeypatch, packed):
-  monkeypatch.setattr(TextFiles, 'whole_bytes', 70)
+  monkeypatch.setattr(TextFiles, 'max_document_bytes', 70)
   text = ''.join(f'líne {i}\n' for i in range(1000))
   path = tmp_path / ('a.txt.gz' if packed else 'a.txt')
   path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())

@@ -1,4 +1,4 @@
-"""The embedded corpus is what the library's modules are, through a TFDS dataset that does not need TensorFlow."""
+"""The embedded corpus is the library's modules, in a TFDS dataset that does not need TensorFlow."""
 
 import pickle
 import shutil
@@ -90,14 +90,14 @@ def test_a_build_that_dies_leaves_nothing_that_is_trusted(library, tmp_path, mon
 
   source = Stdlib(tmp_path, library)
   with monkeypatch.context() as patch:
-    from gptjax.data.sources import stdlib_builder
-    patch.setattr(stdlib_builder.Work, 'advance', killed)
+    from gptjax.data.sources import tfds_source
+    patch.setattr(tfds_source.ProgressBar, 'advance', killed)
     with pytest.raises(KeyboardInterrupt):
       list(source)
   assert list(source) == stdlib_modules(library)
 
 
-def test_the_room_imports_nothing_optional():
+def test_the_package_imports_nothing_optional():
   optional = {'tensorflow_datasets', 'tensorflow', 'jax', 'flax', 'pyarrow', 'datasets', 'fsspec', 's3fs', 'zstandard'}
   code = f'import sys, gptjax.data.sources; print({optional} & set(sys.modules))'
   assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout == 'set()\n'

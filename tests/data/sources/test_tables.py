@@ -1,4 +1,4 @@
-"""Tables are read column by column, in parts that are ranges of rows: Parquet, and data sets of Hugging Face."""
+"""Parquet files and Hugging Face datasets are read by columns, in parts that are ranges of rows."""
 
 import io
 import os
@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gptjax.config import SourceConfig, UserError
-from gptjax.data.sources import Document, Malformed, open_source, refuse
+from gptjax.data.sources import Document, Malformed, open_source, malformed_error
 from gptjax.data.sources.source import Source
 
 TABLE = pa.table({'text': [f'text {i}' for i in range(1000)], 'id': list(range(1000)), 'other': ['x' * 100] * 1000,
@@ -74,7 +74,7 @@ def test_rows_that_hold_no_text_are_malformed(tmp_path):
   (part,) = source.parts()
   first, second, third, last = source.read(part)
   assert (first, last) == (Document('a.parquet#0', 'fine'), None)
-  assert [str(refuse(source, part, record, 0)) for record in (second, third)] == [
+  assert [str(malformed_error(source, part, record, 0)) for record in (second, third)] == [
       f"{tmp_path}/a.parquet, record 2: 'None', expected: text in the field text",
       f"{tmp_path}/a.parquet, record 3: b'\\xe9', expected: UTF-8 text in the field text"]
 
@@ -86,7 +86,7 @@ def test_a_column_that_is_missing_and_a_broken_file_are_named(tmp_path):
   whole = (tmp_path / 'a.parquet').read_bytes()
   for data in (whole[:-100], b'no Parquet', whole[:100] + bytes(2000) + whole[2100:]):
     (tmp_path / 'a.parquet').write_bytes(data)
-    with pytest.raises(UserError, match=r'^data.source.path: .*a\.parquet.*a whole Parquet file'):
+    with pytest.raises(UserError, match=r'^data.source.path: .*a\.parquet.*an undamaged Parquet file'):
       list(open_table(tmp_path))
 
 

@@ -1,4 +1,4 @@
-"""Text files are read as they are, and cuts, wherever they fall, never lose, split or repeat a document."""
+"""Text files are read unchanged, and cutting them into parts never loses, splits or repeats a document."""
 
 import gzip
 import sys
@@ -8,8 +8,8 @@ import zstandard
 from hypothesis import given, settings, strategies as st
 
 from gptjax.config import SourceConfig, UserError
-from gptjax.data.sources import Document, Malformed, open_source, refuse
-from gptjax.data.sources.compressed import Stream
+from gptjax.data.sources import Document, Malformed, open_source, malformed_error
+from gptjax.data.sources.files import Stream
 from gptjax.data.sources.text import RecordFiles, TextFiles
 
 PACKERS = {'': bytes, '.gz': gzip.compress, '.zst': zstandard.ZstdCompressor().compress}
@@ -96,7 +96,7 @@ def test_text_that_is_not_utf8_is_named_with_file_and_byte(tmp_path, separator):
   source = open_text(tmp_path, separator=separator)
   (part,) = source.parts()
   (malformed,) = (record for record in source.read(part) if isinstance(record, Malformed))
-  assert str(refuse(source, part, malformed, 7)) == (
+  assert str(malformed_error(source, part, malformed, 7)) == (
       f"{tmp_path}/a.txt, byte 9: {malformed.value!r}, expected: a file of UTF-8 text")
   assert malformed.value == b'\xe9 au'[:len(malformed.value)]
 
@@ -147,8 +147,8 @@ def naive_lines(text, step):
 @settings(max_examples=300, deadline=None, database=None)
 def test_a_large_file_is_cut_at_line_ends_that_no_white_space_follows(tmp_path_factory, text, step, window):
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr('gptjax.data.sources.borders._WINDOW', window)
-    patch.setattr(TextFiles, 'whole_bytes', step)
+    patch.setattr('gptjax.data.sources.boundaries._WINDOW', window)
+    patch.setattr(TextFiles, 'max_document_bytes', step)
     for ending, pack in PACKERS.items():
       path = tmp_path_factory.getbasetemp() / f'whole.txt{ending}'
       path.write_bytes(pack(text.encode()))
@@ -161,12 +161,12 @@ def test_a_large_file_is_cut_at_line_ends_that_no_white_space_follows(tmp_path_f
 
 
 def test_large_files_are_said_to_be_cut(tmp_path, monkeypatch):
-  monkeypatch.setattr(TextFiles, 'whole_bytes', 2**20)
+  monkeypatch.setattr(TextFiles, 'max_document_bytes', 2**20)
   (tmp_path / 'a.txt').write_text('line\n' * 10)
   assert open_text(tmp_path).description == tmp_path.name
   (tmp_path / 'b.txt').write_text('line\n' * 2**18)
   source = open_text(tmp_path)
-  assert source.description == f'{tmp_path.name} (2 text files), those above 1 MB cut at line ends'
+  assert source.description == f'{tmp_path.name} (2 text files), files above 1 MB cut at line ends'
   assert [(d.name, len(d.text)) for d in source] == [('a.txt', 50), ('b.txt', 2**20 + 4), ('b.txt#1048580', 2**18 - 4)]
 
 
@@ -174,7 +174,7 @@ def test_a_compressed_file_is_never_in_memory_as_a_whole(tmp_path, monkeypatch):
   packer = zstandard.ZstdCompressor()
   members = [packer.compress(f'{i} {"x" * 2000}\n'.encode() * 50) for i in range(100)]  # 10 MB
   (tmp_path / 'a.txt.zst').write_bytes(b''.join(members))
-  monkeypatch.setattr('gptjax.data.sources.compressed._CHUNK', 100)
+  monkeypatch.setattr('gptjax.data.sources.files._CHUNK', 100)
   monkeypatch.setattr(RecordFiles, 'part_bytes', 300_000)
   largest = [0]
   read = Stream.read
@@ -223,7 +223,7 @@ def test_one_format_is_read_and_the_rest_is_named(tmp_path):
     (tmp_path / name).write_text(text)
   source = open_text(tmp_path)
   assert [document.text for document in source] == ['A']
-  assert source.description == f'{tmp_path.name} (1 JSON lines file; 1 text file left out; 1 JSON file left out)'
+  assert source.description == f'{tmp_path.name} (1 JSON lines file; 1 text file ignored; 1 JSON file ignored)'
   with pytest.raises(UserError, match=r'^data.source.separator: .*a record is a document'):
     open_text(tmp_path, separator='x')
   (tmp_path / 'b.parquet').write_text('x')

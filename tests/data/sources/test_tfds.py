@@ -1,4 +1,4 @@
-"""A TFDS dataset is read by its name, its folder or its builder's class, and its announcements stay away from stdout."""
+"""A TFDS dataset is opened by name, folder or builder class, and TFDS prints nothing on stdout."""
 
 import os
 import pickle

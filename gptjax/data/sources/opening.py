@@ -1,0 +1,81 @@
+"""Opening of sources: TFDS, Hugging Face, the embedded corpus, or files and their format from a path, folder or glob."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from gptjax.config import SourceConfig, UserError
+from gptjax.data.sources.files import SUFFIXES, File, find, stem, title
+from gptjax.data.sources.source import Source
+from gptjax.data.sources.stdlib import Stdlib
+from gptjax.data.sources.tables import HuggingFace, Parquet
+from gptjax.data.sources.text import JsonLines, TextFiles
+from gptjax.files import expanded
+
+_SUFFIXES = {
+    'JSON lines': ('.jsonl', '.ndjson'),
+    'Parquet': ('.parquet',),
+    'text': ('.txt', '.text', '.md', '.rst', '.tex', '.py'),
+    'JSON': ('.json',),
+}
+"""Files read in a folder; JSON and text may be compressed. A path or glob may name text files with any other suffix."""
+
+_PRIORITIES = (('JSON lines', 'Parquet'), ('text',), ('JSON',))
+"""Beside data files, text is their README or LICENSE and .json files are metadata; beside text, .json files are metadata."""
+
+_SOURCES: dict[str, Callable[[Sequence[File], str, SourceConfig], Source]] = {
+    'JSON lines': JsonLines, 'JSON': JsonLines, 'Parquet': Parquet, 'text': TextFiles,
+}
+
+
+def open_source(config: SourceConfig, cache_dir: Path | None = None) -> Source:
+  """Opens the source that a config describes, without reading its documents.
+
+  Prepares a TFDS dataset that is not prepared yet, and downloads a Hugging Face dataset that is not in its cache. Only the embedded
+  corpus needs `cache_dir`, where it stores its dataset.
+
+  Raises:
+    UserError: the source does not exist, or the config does not fit it.
+  """
+  if not config.path:
+    assert cache_dir is not None
+    return Stdlib(cache_dir)
+  if config.path.startswith('tfds:'):
+    from gptjax.data.sources.tfds_source import TfdsRecords  # takes half a second to import
+    return TfdsRecords(config)
+  if config.path.startswith('hf:'):
+    return HuggingFace(config)
+  if '://' not in config.path and (expanded(config.path) / 'index.bin').exists():
+    raise UserError('data.source.path', config.path, 'documents; this is a token store, which data.train takes')
+  return _open_files(config)
+
+
+def _open_files(config: SourceConfig) -> Source:
+  """Opens the files at a path, in a folder or matched by a glob, local or remote.
+
+  Of several formats one is read: JSON lines or Parquet, then text, then .json files. The description names the others.
+  """
+  plain = tuple(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
+  files = find(config.path, (*plain, *(suffix + packed for suffix in plain if suffix != '.parquet' for packed in SUFFIXES)))
+  by_kind: dict[str, list[File]] = {}
+  for file in files:
+    by_kind.setdefault(_kind(file.name), []).append(file)
+  kind, *conflicts = next(found for kinds in _PRIORITIES if (found := [kind for kind in kinds if kind in by_kind]))
+  if conflicts:
+    counts = ', '.join(_counted(found, name) for name, found in by_kind.items())
+    raise UserError('data.source.path', config.path, f'files of one format, which a glob can select; there are {counts}')
+  if config.separator and kind != 'text':
+    raise UserError('data.source.separator', config.separator, f'none for {kind} files: a record is a document')
+  description = title(config.path)
+  if len(files) > 1:
+    ignored = [f'{_counted(found, name)} ignored' for name, found in by_kind.items() if name != kind]
+    description += f' ({"; ".join([_counted(by_kind[kind], kind), *ignored])})'
+  return _SOURCES[kind](by_kind[kind], description, config)
+
+
+def _kind(name: str) -> str:
+  return next((kind for kind, suffixes in _SUFFIXES.items()
+               if (name if kind == 'Parquet' else stem(name)).lower().endswith(suffixes)), 'text')
+
+
+def _counted(files: Sequence[File], kind: str) -> str:
+  return f'{len(files):,} {kind} file{"s" * (len(files) != 1)}'

@@ -1,0 +1,176 @@
+"""Sources of rows that are read by index: Parquet files and Hugging Face datasets."""
+
+import abc
+import contextlib
+import hashlib
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from gptjax.config import SourceConfig, UserError
+from gptjax.data.packages import library_error, optional
+from gptjax.data.sources.fields import Fields
+from gptjax.data.sources.files import File, fingerprint, opened
+from gptjax.data.sources.source import Part, Record, Source
+
+_BATCH = 256
+"""Rows in memory at a time."""
+
+_BUFFER = 2**22
+"""Bytes of a column fetched at a time."""
+
+_MAX_PARTS_PER_GROUP = 8
+"""Few, because reading a part that starts inside a row group decodes the rows before it."""
+
+
+class TableSource(Source):
+  """Rows with named fields. A part is a range of the rows of a file or dataset."""
+
+  fields: Fields
+
+  @abc.abstractmethod
+  def rows(self, part: Part) -> Iterable[Mapping[str, Any]]:
+    """The rows of a part."""
+
+  def read(self, part: Part) -> Iterator[Record]:
+    for index, row in enumerate(self.rows(part)):
+      yield self.fields.record(f'{part.name}#{part.start + index}', row, index)
+
+  def ranges(self, file: str, name: str, length: int, size: int) -> Iterator[Part]:
+    """Cuts a dataset of `length` rows and `size` bytes into parts."""
+    step = max(1, length * self.part_bytes // max(1, size))
+    for start in range(0, length, step):
+      yield row_range(file, name, start, min(start + step, length), length, size)
+
+
+def row_range(file: str, name: str, start: int, stop: int, length: int, size: int) -> Part:
+  """The part of rows [start, stop) out of `length` rows with `size` bytes."""
+  return Part(file, name, start, stop, size * stop // length - size * start // length)
+
+
+def table_rows(table: Any) -> list[dict[str, Any]]:
+  """Rows of an Arrow table or batch, with strings as bytes, because Arrow does not check that they are UTF-8."""
+  import pyarrow
+  columns = [column.cast(pyarrow.large_binary()) if pyarrow.types.is_string(column.type)
+             or pyarrow.types.is_large_string(column.type) else column for column in table.columns]
+  return type(table).from_arrays(columns, names=table.schema.names).to_pylist()
+
+
+class Parquet(TableSource):
+  """Parquet files, whose rows are records. A part is several row groups, or a range of a large one; only the needed columns are read."""
+
+  def __init__(self, files: Sequence[File], description: str, config: SourceConfig):
+    self.files, self.description, self.skip = files, description, config.skip
+    self.fields = Fields(config.text)
+    self.size = sum(file.size for file in files)
+
+  def fingerprint(self) -> str:
+    return fingerprint('parquet', self.files, self.fields.text)
+
+  def parts(self) -> Iterator[Part]:
+    for file in self.files:
+      with self._open(file.path) as table:
+        groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
+        cuts, length = self._cuts(groups), table.metadata.num_rows
+      for start, stop in itertools.pairwise(cuts):
+        yield row_range(file.path, file.name, start, stop, length, file.size)
+
+  def _cuts(self, groups: Sequence[Any]) -> list[int]:
+    """First rows of a file's parts, and the number of its rows."""
+    cuts, row, held = {0}, 0, 0
+    for group in groups:
+      columns = (group.column(i) for i in range(group.num_columns))
+      size = sum(column.total_uncompressed_size for column in columns if self._is_needed(column.path_in_schema))
+      if held + size > self.part_bytes:
+        cuts.add(row)
+        held = 0
+      count = min(_MAX_PARTS_PER_GROUP, -(-size // self.part_bytes)) or 1
+      cuts |= {row + group.num_rows * i // count for i in range(1, count)}
+      row += group.num_rows
+      held += size
+    return sorted(cuts | {row})
+
+  def _is_needed(self, column: str) -> bool:
+    return any(f'{column}.'.startswith(f'{field}.') for field in self.fields.names)
+
+  def rows(self, part: Part) -> Iterator[Mapping[str, Any]]:
+    with self._open(part.file) as table:
+      ends = list(itertools.accumulate(table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)))
+      groups = [i for i, (start, end) in enumerate(zip([0, *ends], ends)) if start < part.stop and part.start < end]
+      row = [0, *ends][groups[0]]
+      # Single-threaded, because worker processes already use all cores.
+      for batch in table.iter_batches(_BATCH, row_groups=groups, columns=self.fields.names, use_threads=False):
+        low, high = max(part.start - row, 0), min(part.stop - row, len(batch))
+        if low < high:
+          yield from table_rows(batch.slice(low, high - low))
+        row += len(batch)
+        if row >= part.stop:
+          break
+
+  @contextlib.contextmanager
+  def _open(self, path: str) -> Iterator[Any]:
+    """Opens a file and checks that it has the columns."""
+    arrow, parquet = (optional(package, 'data.source.path', path) for package in ('pyarrow', 'pyarrow.parquet'))
+    with opened(path) as file:
+      try:
+        table = parquet.ParquetFile(file, buffer_size=_BUFFER)
+        self.fields.check([table.schema.column(i).path for i in range(len(table.schema))], path)
+        yield table
+      except UserError:
+        raise
+      except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError('data.source.path', path, f'an undamaged Parquet file ({error})') from None
+
+
+class HuggingFace(TableSource):
+  """The rows of a split of 'hf:FOLDER', 'hf:NAME' or 'hf:NAME:CONFIGURATION'.
+
+  Tables are memory-mapped; pickles contain only their file names.
+
+  Raises:
+    UserError: the dataset, split or column does not exist, or the hub cannot be reached.
+  """
+
+  def __init__(self, config: SourceConfig):
+    self.fields, self.skip, self._split = Fields(config.text), config.skip, config.split
+    name = config.path.removeprefix('hf:')
+    folder = os.path.expanduser(name)
+    if is_folder := os.path.isdir(folder):
+      name = os.path.basename(os.path.abspath(folder))
+    dataset = _load(config, name, folder if is_folder else '')
+    self.description = f'hf:{name}, split {config.split}'
+    self.fields.check(dataset.column_names, config.path)
+    self._dataset_fingerprint = dataset._fingerprint
+    columns = dict.fromkeys(field.partition('.')[0] for field in self.fields.names)
+    self._rows = dataset.select_columns(list(columns)).with_format('arrow')
+    self.size = self._rows.data.nbytes
+
+  def fingerprint(self) -> str:
+    return hashlib.sha256(f'{self.description} {self._dataset_fingerprint} {self.fields.text}'.encode()).hexdigest()
+
+  def parts(self) -> Iterator[Part]:
+    yield from self.ranges(self.description, self._split, len(self._rows), self.size)
+
+  def rows(self, part: Part) -> Sequence[Mapping[str, Any]]:
+    return table_rows(self._rows[part.start:part.stop])
+
+
+def _load(config: SourceConfig, name: str, folder: str) -> Any:
+  """Loads a split from a folder, or from the hub where `folder` is empty."""
+  datasets = optional('datasets', 'data.source.path', config.path)
+  try:
+    if not folder:
+      name, _, configuration = name.partition(':')
+      return datasets.load_dataset(name, configuration or None, split=config.split)
+    dataset = datasets.load_from_disk(folder)
+    if not isinstance(dataset, datasets.DatasetDict):
+      return dataset
+    if config.split not in dataset:
+      raise UserError('data.source.split', config.split, f'a split of {config.path}: {", ".join(dataset)}', names=list(dataset))
+    return dataset[config.split]
+  except UserError:
+    raise
+  except Exception as error:
+    # The hub's client and the libraries below it raise errors of many classes: no such dataset, no access, no network.
+    raise library_error('data.source.path', config.path, 'hf: and a dataset that can be loaded here, or its folder', error) from None
