@@ -30,7 +30,7 @@ class Shape:
 SHAPES = {
   'large': Shape(12, 768, 12, 256, 4, 50304, 1, 0.93),
   'medium': Shape(6, 384, 6, 256, 16, 65, 1, 1.0),
-  'small': Shape(4, 128, 4, 64, 12, 65, 50, 1.0),
+  'small': Shape(4, 128, 4, 64, 12, 65, 20, 1.0),
 }
 MOST_FAULTS = 1000
 """page faults per step: a temporary buffer that is not kept causes 250 per MiB"""
