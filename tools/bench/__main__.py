@@ -1,4 +1,4 @@
-"""Times gptjax beside torch and transformers on this machine's CPU: python -m tools.bench [--only=NAME,...] [--out=FILE.md]
+"""Measures gptjax beside torch and transformers on this machine's CPU: python -m tools.bench [--only=NAME,...] [--out=FILE.md]
 
 Needs requirements-parity.txt. See `contest.py` for how it is measured.
 """
@@ -22,36 +22,41 @@ CONTESTS: dict[str, tuple[str, Contest]] = {
 """By name: the table it belongs to, and the contest."""
 
 TITLES = {
-  'training': '## A training step\n\nfloat32, AdamW and clipping included, the same batches; milliseconds a step.',
-  'generation': f"## Generation\n\nGPT-2 small's shape, random weights, float32, greedy, {generation.NEW} new tokens each; milliseconds a "
-                'token of all prompts.\nCompiling comes before.',
+  'training': '## A training step\n\nfloat32, AdamW and clipping included, the same batches; per step.',
+  'generation': f"## Generation\n\nGPT-2 small's shape, random weights, float32, greedy, {generation.NEW} new tokens per prompt; per token "
+                'of all prompts.\nCompiling comes before.',
 }
 _WHAT = {'training': 'layers / width / context / batch / vocabulary', 'generation': 'prompts'}
 
-_ROUNDS = flags.DEFINE_integer('rounds', 7, 'alternating rounds of each', lower_bound=1)
-_ONLY = flags.DEFINE_list('only', list(CONTESTS), f'what to time: {", ".join(CONTESTS)}')
+_ROUNDS = flags.DEFINE_integer('rounds', 7, 'alternating rounds of each implementation', lower_bound=1)
+_ONLY = flags.DEFINE_list('only', list(CONTESTS), f'what to measure: {", ".join(CONTESTS)}')
 _OUT = flags.DEFINE_string('out', '', 'Markdown file to write the tables to; empty: only print them')
-_WORKER = flags.DEFINE_string('worker', '', 'internal: the implementation that this process times')
+_WORKER = flags.DEFINE_string('worker', '', 'internal: the implementation that this process runs')
 
 
-def table(room: str, results: list[dict]) -> str:
+def table(kind: str, results: list[dict]) -> str:
   """Results of one kind as Markdown."""
-  rivals = list(results[0]['seconds'])
-  lines = [f'| {_WHAT[room]} | {" | ".join(rivals)} | faster rival over {OURS} (lowest to highest round) | bar |',
-           f'|{" --- |" * (len(rivals) + 3)}']
+  implementations = list(results[0]['costs'])
+  lines = [f'| {_WHAT[kind]} | {" | ".join(implementations)} | ratio (lowest to highest round) | bar |',
+           f'|{" --- |" * (len(implementations) + 3)}']
   for result in results:
-    milliseconds = ' | '.join(f'{seconds * 1e3:,.1f} ms' for seconds in result['seconds'].values())
-    lines.append(f'| {CONTESTS[result["name"]][1].work} | {milliseconds} | {result["ratio"]:.2f} ({result["lowest"]:.2f} to '
-                 f'{result["highest"]:.2f}) | at least {result["bar"]:.2f} |')
+    costs = ' | '.join(f'{1e3 * cost["cpu"]:,.1f} ms; {1e3 * cost["wall"]:,.1f} ms; {cost["faults"]:,.0f}'
+                       for cost in result['costs'].values())
+    lines.append(f'| {CONTESTS[result["name"]][1].work} | {costs} | {result["ratio"]:.2f} ({result["lowest"]:.2f} to '
+                 f'{result["highest"]:.2f}) | at least {result["bar"]:.2f}, {"met" if result["met"] else "not met"} |')
   return '\n'.join(lines)
 
 
 def page(results: list[dict], rounds: int) -> str:
   """docs/bench.md."""
-  parts = ['# Speed', f'On CPU, beside torch; medians over {rounds} alternating rounds. `make bench` wrote this.']
-  for room, title in TITLES.items():
-    if chosen := [result for result in results if CONTESTS[result['name']][0] == room]:
-      parts += [title, table(room, chosen)]
+  parts = ['# Speed', f'Beside torch on a CPU; medians over {rounds} alternating rounds, each implementation in a process of its own. '
+           '`make bench` wrote this.', f"""\
+A cell: CPU time (user + system, all threads); wall time, which other work on the machine lengthens;
+page faults. The ratio is the faster rival's CPU time to {OURS}'s. A training step of {OURS} must cause fewer than
+{step.MOST_FAULTS:,} page faults."""]
+  for kind, title in TITLES.items():
+    if chosen := [result for result in results if CONTESTS[result['name']][0] == kind]:
+      parts += [title, table(kind, chosen)]
   return '\n\n'.join([*parts, f'{datetime.date.today()}, {machine()}']) + '\n'
 
 
@@ -67,7 +72,7 @@ def main(_) -> None:
       metadata.version(package)
     except metadata.PackageNotFoundError:
       raise configs.UserError(package, None, 'pip install -r requirements-parity.txt') from None
-  Path(_OUT.value or '.').parent.mkdir(exist_ok=True)  # not after minutes of timing
+  Path(_OUT.value or '.').parent.mkdir(exist_ok=True)  # not after minutes of measuring
   results = []
   for name in _ONLY.value:
     results.append(compare(name, CONTESTS[name][1], _ROUNDS.value))

@@ -1,20 +1,24 @@
-"""Implementations of one piece of work, each in a process of its own that waits while another is timed.
+"""Implementations of one piece of work, each in a process of its own that waits while another one is measured.
 
-Rounds alternate, so a noisy machine slows all of them, and what is told is the median over rounds of the ratio to the faster rival.
+Rounds alternate, so that a noisy machine slows all of them, and a bar is about CPU-seconds (user + system of all threads), which other
+work on the machine changes least. The ratio is the median over rounds of the faster rival's CPU-seconds to ours.
 """
 
 import contextlib
 import dataclasses
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 OURS = 'gptjax'
+WARMUP = 5
+"""rounds that are not measured; memory that the heap will keep is touched in them"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,46 +26,64 @@ class Contest:
   """Work that several implementations do."""
 
   work: str
-  """what it is, for the table"""
+  """its description in the table"""
   implementations: Mapping[str, Callable[[], Callable[[], Any]]]
-  """by name, ours among them: each sets up, and returns what does a round of the work"""
+  """by name, ours among them: each sets up, and returns a function that does a round of the work"""
   units: int
-  """steps or tokens a round"""
+  """steps or tokens per round"""
   bar: float
-  """a rival's time over ours that the project promises"""
+  """least ratio of a rival's CPU-seconds to ours"""
+  most_faults: float
+  """page faults per unit that ours must stay below"""
+
+
+class Cost(NamedTuple):
+  """Of one step or token."""
+
+  cpu: float
+  """seconds, user + system"""
+  wall: float
+  """seconds"""
+  faults: float
+  """page faults, all but those that read a disk"""
+
+
+def _now() -> Cost:
+  used = resource.getrusage(resource.RUSAGE_SELF)
+  return Cost(used.ru_utime + used.ru_stime, time.perf_counter(), used.ru_minflt)
 
 
 def serve(contest: Contest, implementation: str) -> None:
-  """A worker: warms up, then times a round for every line on stdin, and answers with JSON."""
+  """A worker: warms up, then measures a round for every line on stdin, and answers with JSON."""
   run = contest.implementations[implementation]()
-  for _ in range(3):
+  for _ in range(WARMUP):
     run()
-  print(json.dumps({'ready': True}), flush=True)
+  print(json.dumps('ready'), flush=True)
   for _ in sys.stdin:
-    start = time.perf_counter()
+    before = _now()
     run()
-    print(json.dumps({'seconds': (time.perf_counter() - start) / contest.units}), flush=True)
+    print(json.dumps([(b - a) / contest.units for a, b in zip(before, _now())]), flush=True)
 
 
 @contextlib.contextmanager
-def _worker(name: str, implementation: str) -> Iterator[Callable[[], float]]:
-  """A warm worker process; calling it times a round, in seconds a unit."""
+def _worker(name: str, implementation: str) -> Iterator[Callable[[], Cost]]:
+  """A warm worker process; calling it measures a round."""
   command = [sys.executable, '-m', 'tools.bench', f'--worker={implementation}', f'--only={name}']
   # Idle torch threads spin by default and would slow down whoever is being timed.
   environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'OMP_WAIT_POLICY': 'PASSIVE', 'KMP_BLOCKTIME': '0'}
   process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                              env=environment)
 
-  def answer() -> dict:
+  def answer() -> Any:
     while line := process.stdout.readline():
-      if line.startswith('{'):
+      if line.startswith(('[', '"')):
         return json.loads(line)
     raise RuntimeError(f'{implementation} ended with status {process.wait()} on {name}')
 
-  def round_() -> float:
+  def round_() -> Cost:
     process.stdin.write('go\n')
     process.stdin.flush()
-    return answer()['seconds']
+    return Cost(*answer())
 
   try:
     answer()
@@ -72,15 +94,17 @@ def _worker(name: str, implementation: str) -> Iterator[Callable[[], float]]:
 
 
 def compare(name: str, contest: Contest, rounds: int) -> dict:
-  """Seconds a unit by implementation, and the ratio of the faster rival's to ours."""
+  """Median costs by implementation, the ratio of the faster rival's CPU-seconds to ours, and whether the bar is met."""
   with contextlib.ExitStack() as stack:
-    rounds_of = {one: stack.enter_context(_worker(name, one)) for one in contest.implementations}
-    times: dict[str, list[float]] = {one: [] for one in contest.implementations}
+    workers = {one: stack.enter_context(_worker(name, one)) for one in contest.implementations}
+    costs: dict[str, list[Cost]] = {one: [] for one in contest.implementations}
     for _ in range(rounds):
-      for one, timed in rounds_of.items():
-        times[one].append(timed())
-  medians = {one: statistics.median(seconds) for one, seconds in times.items()}
-  fastest = min((one for one in medians if one != OURS), key=medians.__getitem__)
-  ratios = [theirs / ours for theirs, ours in zip(times[fastest], times[OURS])]
-  return {'name': name, 'seconds': medians, 'fastest rival': fastest, 'ratio': statistics.median(ratios),
-          'lowest': min(ratios), 'highest': max(ratios), 'bar': contest.bar}
+      for one, measured in workers.items():
+        costs[one].append(measured())
+  medians = {one: Cost(*map(statistics.median, zip(*found))) for one, found in costs.items()}
+  fastest = min((one for one in medians if one != OURS), key=lambda one: medians[one].cpu)
+  ratios = [theirs.cpu / ours.cpu for theirs, ours in zip(costs[fastest], costs[OURS])]
+  ratio, faults = statistics.median(ratios), max(cost.faults for cost in costs[OURS])
+  return {'name': name, 'costs': {one: cost._asdict() for one, cost in medians.items()}, 'fastest rival': fastest, 'ratio': ratio,
+          'lowest': min(ratios), 'highest': max(ratios), 'bar': contest.bar, 'faults': faults,
+          'met': ratio >= contest.bar and faults < contest.most_faults}
