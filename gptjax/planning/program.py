@@ -103,7 +103,7 @@ def compile_step(config: Config, topology: Topology, options: Mapping[str, str |
   config = configs.override(config, {f'mesh.{name}': size for name, size in sizes.items()} | {
     'batch_size': config.batch_size // topology.slices})
   mesh = make_mesh(config.mesh, _devices(topology))
-  compiled = _compile(config, mesh, options)
+  compiled = compile_on(mesh, for_platform(config, 'tpu'), options)
   memory, text = compiled.memory_analysis(), compiled.as_text()
   assert memory is not None and text is not None
   arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -128,10 +128,11 @@ def _devices(topology: Topology) -> list[jax.Device]:
     raise UserError('--topology', topology.name, f'a shape that libtpu knows; it says: {error}') from None
 
 
-def _compile(config: Config, mesh: Mesh, options: Mapping[str, str | bool]) -> jax.stages.Compiled:
+def compile_on(mesh: Mesh, config: Config, options: Mapping[str, str | bool] = MappingProxyType({})) -> jax.stages.Compiled:
+  """Compiles the real train step for a mesh of devices; raises TooLarge."""
   durations = _durations(config)
   with jax.set_mesh(mesh):
-    model = abstract_model(config.model, for_platform(config, 'tpu').compute, config.data.context)
+    model = abstract_model(config.model, config.compute, config.data.context)
     optimizer = make_optimizer(config.optimizer, **durations)
     state = abstract(initializer(model, optimizer, config.zero_stage, mesh, config.seed), mesh)
     step: Any = train_step(model, make_objective(config), optimizer, schedule(config.optimizer, config.optimizer.peak_lr, **durations),

@@ -1,12 +1,13 @@
 """Rows of a batch: which of them a process loads and a device computes, and the region of a program in which rows are local."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 from jaxtyping import Array, Int
 
 from gptjax.config import MATRIX_AXIS, ROW_AXES
@@ -21,8 +22,24 @@ def local_rows(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
 
   Inside, arrays have the shapes of one device's rows, and what the function does not exchange itself is not exchanged. Its check
   of replication is off, because arrays' types drop mesh axes of size 1 while the axis names of a `psum` do not.
+
+  The specs say how rows are divided; matrices that come or leave split stay so. At the border of a region, JAX gathers what an explicit
+  axis splits that is not an axis of the region, so that this one is automatic there, and explicit again inside.
   """
-  return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names={*ROW_AXES}, check_vma=False)
+  def run(*args):
+    split: list[Any] = []
+
+    def inside(*args):
+      out = function(*args)
+      split.append(jax.tree.map(_matrices, out))
+      return out
+
+    explicit = jax.sharding.explicit_axes(inside, axes=MATRIX_AXIS, in_sharding=jax.tree.map(_matrices, args))
+    region = jax.shard_map(explicit, in_specs=in_specs, out_specs=out_specs, axis_names={*ROW_AXES}, check_vma=False)
+    with use_abstract_mesh(jax.sharding.get_abstract_mesh().update_axis_types({MATRIX_AXIS: AxisType.Auto})):
+      out = region(*jax.reshard(args, jax.tree.map(_rows, args)))
+    return jax.reshard(out, jax.tree.map(lambda x, matrices: _both(_rows(x), matrices), out, split[-1]))
+  return run
 
 
 def local_matrices(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
@@ -32,10 +49,27 @@ def local_matrices(function: Callable, in_specs: Any, out_specs: Any) -> Callabl
 
 def local(spec: PartitionSpec) -> PartitionSpec:
   """The part of a spec that the region of `local_rows` is manual over."""
+  return _only(spec, ROW_AXES)
+
+
+def _rows(x: Array) -> PartitionSpec:
+  return local(jax.typeof(x).sharding.spec)
+
+
+def _matrices(x: Array) -> PartitionSpec:
+  return _only(jax.typeof(x).sharding.spec, (MATRIX_AXIS,))
+
+
+def _only(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
   def kept(names):
-    names = tuple(name for name in (names if isinstance(names, tuple) else (names,)) if name in ROW_AXES)
+    names = tuple(name for name in (names if isinstance(names, tuple) else (names,)) if name in axes)
     return names if len(names) > 1 else names[0] if names else None
   return PartitionSpec(*map(kept, spec))
+
+
+def _both(rows: PartitionSpec, matrices: PartitionSpec) -> PartitionSpec:
+  """The spec of an array whose rows and matrices are split, along different dimensions."""
+  return PartitionSpec(*(a if b is None else b for a, b in itertools.zip_longest(rows, matrices)))
 
 
 def row_groups(mesh: AnyMesh) -> int:

@@ -65,7 +65,10 @@ def as_weight(value: Array | Weight) -> Weight:
 
 def gather(x: Array, shard: Shard) -> Array:
   """All shards of a weight, one after the other."""
-  return _joined(jax.lax.all_gather(x, STATE_AXIS, axis=x.ndim + shard.dim, tiled=True), shard)
+  split = jax.typeof(x).sharding.spec
+  # An array that an explicit axis splits would be gathered along that axis too; so it becomes manual, too.
+  run = local_matrices(lambda x: jax.lax.all_gather(x, STATE_AXIS, axis=x.ndim + shard.dim, tiled=True), split, split)
+  return _joined(run(x), shard)
 
 
 def scatter(x: Array, shard: Shard) -> Array:
