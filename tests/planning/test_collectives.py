@@ -4,8 +4,11 @@ import importlib.util
 
 import pytest
 
+from gptjax.config import override
 from gptjax.planning import collectives, estimate, parse, theoretical
 from gptjax.planning.collectives import PADDED, Collective, totals
+from gptjax.planning.program import compile_on
+from gptjax.sharding import make_mesh
 
 # The tests keep compiled programs on disk, and those of absent TPUs cannot be loaded back.
 pytestmark = pytest.mark.filterwarnings('ignore:Error reading persistent compilation cache')
@@ -115,6 +118,16 @@ def test_a_loop_of_unknown_length_is_refused():
     collectives(text, MESH)
   with pytest.raises(ValueError, match='ENTRY'):
     collectives('no program', MESH)
+
+
+def test_a_program_for_cpus_sends_what_theory_says(tiny):
+  config = override(tiny, {'compute.dtype': 'float32', 'microbatches': 2})
+  sizes = {'replica': 1, 'data': 2, 'model': 2}
+  text = compile_on(make_mesh(config.mesh), config).as_text()
+  found, theory = totals(collectives(text, sizes)), totals(theoretical(config, sizes))
+  for kind in ('all-gather', 'reduce-scatter'):
+    assert found[('data',), kind, 'f32'] == pytest.approx(theory[('data',), kind, 'f32'], rel=0.1)  # an embedding is gathered once
+  assert not [key for key in found if 'model' in key[0] and key[1] != 'all-reduce']  # split matrices stay split
 
 
 @pytest.fixture(scope='module')
