@@ -82,4 +82,4 @@ def test_an_end_from_outside_ends_all(number, status, tmp_path):
 
 def test_no_command_is_one_line():
   done = subprocess.run([sys.executable, '-m', 'tools.launch.local', '--devices=1'], cwd=ROOT, capture_output=True, text=True)
-  assert done.returncode == 2 and done.stderr.startswith('error: command: None, expected: one after --')
+  assert done.returncode == 2 and done.stderr.startswith('error: command: None, expected: a command after --')
