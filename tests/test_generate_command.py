@@ -18,7 +18,8 @@ def run(tmp_path_factory):
   text = write_text(home / 'text.txt')
   (home / 'recipe.py').write_text(RECIPE.format(text=str(text)))
   done = call('train', f'--config={home}/recipe.py', f'--workdir={home}/run', f'--cache_dir={CACHE}', '--config.eval.sample_tokens=0',
-              f'--config.data.tokenizer.path={home}/qwen', '--config.data.context=64', '--config.model.head_size=8')
+              f'--config.data.tokenizer.path={home}/qwen', '--config.data.context=64', '--config.model.head_size=8',
+              '--config.steps=40', '--config.optimizer.peak_lr=0.03')
   assert done.returncode == 0, done.stderr
   return home / 'run'
 
