@@ -65,19 +65,26 @@ def as_weight(value: Array | Weight) -> Weight:
 
 def gather(x: Array, shard: Shard) -> Array:
   """All shards of a weight, one after the other."""
-  split = jax.typeof(x).sharding.spec
-  # An array that an explicit axis splits would be gathered along that axis too; so it becomes manual, too.
-  run = local_matrices(lambda x: jax.lax.all_gather(x, STATE_AXIS, axis=x.ndim + shard.dim, tiled=True), split, split)
-  return _joined(run(x), shard)
+  split, dim = jax.typeof(x).sharding.spec, x.ndim + shard.dim
+
+  def local(x):
+    x = x if shard.parts == 1 else x.squeeze(dim - 1)  # compilers exchange arrays best whose first dimension is cut
+    return jax.lax.all_gather(x, STATE_AXIS, axis=x.ndim + shard.dim, tiled=True)
+
+  # Inside, the array's matrix axis is manual, too: JAX would gather the array along that one as well.
+  return local_matrices(local, split, split if shard.parts == 1 else PartitionSpec(*split[:dim], *split[dim + 1:]))(x)
 
 
 def scatter(x: Array, shard: Shard) -> Array:
   """This device's shard of the sum of all devices' gradients: the transpose of `gather`."""
-  x = _cut(x, shard)
-  split = jax.typeof(x).sharding.spec
-  # JAX cannot lower a reduce-scatter of an array that an explicit axis splits: it becomes manual, too.
-  run = local_matrices(lambda x: jax.lax.psum_scatter(x, STATE_AXIS, scatter_dimension=x.ndim + shard.dim, tiled=True), split, split)
-  return run(x)
+  split, dim = jax.typeof(x).sharding.spec, x.ndim + shard.dim
+
+  def local(x):
+    x = jax.lax.psum_scatter(x, STATE_AXIS, scatter_dimension=dim, tiled=True)
+    return x if shard.parts == 1 else jnp.expand_dims(x, dim)
+
+  # JAX cannot lower a reduce-scatter of an array that an explicit axis splits.
+  return local_matrices(local, split, split if shard.parts == 1 else PartitionSpec(*split[:dim + 1], None, *split[dim + 1:]))(x)
 
 
 def _cut(x: Array, shard: Shard) -> Array:

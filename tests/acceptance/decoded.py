@@ -29,6 +29,7 @@ def follow(name: str, fields: dict[str, Any]) -> dict[str, float]:
   from gptjax.inference import Decoder, Sampling, decoding
   from gptjax.interop import FAMILIES, Fields
   from gptjax.model import abstract_model
+  from gptjax.sharding import local_matrices
 
   mesh = jax.sharding.get_mesh()
   config, context = FAMILIES[name].read(Fields(fields))
@@ -42,11 +43,14 @@ def follow(name: str, fields: dict[str, Any]) -> dict[str, float]:
   seen: list[np.ndarray] = []
   sample = decoding.sample
 
-  def told(logits, *rest):
-    jax.debug.callback(lambda x: seen.append(np.asarray(x)), logits, ordered=True)
-    return sample(logits, *rest)
+  def recorded(logits, *rest):
+    def record(x):
+      jax.debug.callback(lambda x: seen.append(np.asarray(x)), x, ordered=True)
+      return x
+    both = jax.sharding.PartitionSpec(None, None)  # callbacks take no arrays with explicit axes
+    return sample(local_matrices(record, both, both)(logits), *rest)
 
-  decoding.sample = told
+  decoding.sample = recorded
   decoder = Decoder(model, mesh)
   steps = decoder(decoder.prepare(parameters), prompts, Sampling(temperature=0.0), range(len(prompts)), NEW)
   drawn = np.stack([ids for ids, _ in steps], 1)
