@@ -172,10 +172,11 @@ def test_each_checkpoint_tells_of_which_run_it_is(settings, stopped, cache):
     train(configs.override(settings, {'seed': 1}), options(stopped, cache))
 
 
-def test_other_microbatches_draw_other_dropout(settings, stopped, cache):
+def test_microbatches_may_change_although_there_is_dropout(settings, stopped, cache):
+  # Masks depend on the rows alone; that losses stay equal is shown by the tests of the step.
   assert settings.model.dropout and settings.microbatches != 1
-  with pytest.raises(UserError, match='^microbatches: 1, expected: '):
-    train(configs.override(settings, {'microbatches': 1}), options(stopped, cache))
+  lines = run(configs.override(settings, {'microbatches': 1}), stopped, cache)
+  assert lines[-1]['step'] == settings.steps
 
 
 @pytest.mark.parametrize('end', ['one more line.\n', 'Ä'])
