@@ -38,7 +38,8 @@ def follow(model, compute, optimizer, mesh, zero_stage, microbatches=4):
 
 
 SPLIT = ComputeConfig(scan=True, sequence_parallel=True, remat='names', saved=('q', 'k'), offloaded=('block',))
-UNROLLED = dataclasses.replace(ODD, tied=True, positions='learned', norm='layernorm', bias=True)
+# Without biases: those of keys have a gradient of rounding alone, which Adam scales to full steps; test_meshes compares biases.
+UNROLLED = dataclasses.replace(ODD, tied=True, positions='learned', norm='layernorm')
 CASES = [
   pytest.param(ODD, SPLIT, 'adamw', 1e-5, ['2x2x2'], id='tokens split'),
   full(ODD, SPLIT, 'adamw', 1e-5, ['4x2', '2x4'], id='tokens split, other layouts'),
