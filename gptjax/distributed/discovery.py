@@ -8,13 +8,13 @@ import importlib.util
 import os
 import re
 import urllib.error
-import urllib.request
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from gptjax.config import UserError
+from gptjax.distributed.metadata import request
 
 _POD_PORT = 8476
 """Port of process 0 on machines that run nothing else, such as pods and TPU hosts."""
@@ -211,10 +211,8 @@ def _metadata_server() -> Metadata:
 
   def query(name: str) -> str | None:
     host = os.environ.get('GCE_METADATA_IP', 'metadata.google.internal')
-    request = urllib.request.Request(f'http://{host}/computeMetadata/v1/instance/attributes/{name}', headers={'Metadata-Flavor': 'Google'})
     try:
-      with urllib.request.urlopen(request, timeout=10) as answer:
-        return answer.read().decode()
+      return request(f'http://{host}/computeMetadata/v1/instance/attributes/{name}', 10, Metadata_Flavor='Google')[0]
     except urllib.error.HTTPError as error:
       if error.code == 404:
         return None

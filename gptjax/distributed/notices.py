@@ -6,9 +6,10 @@ import os
 import threading
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from gptjax.distributed.metadata import request
 
 _INTERVAL = 5.0
 """Seconds between requests to EC2, as its documentation advises, and after a failed one."""
@@ -46,17 +47,10 @@ def _watch(poll: Callable[[str | None], tuple[str | None, str | None]], on_notic
   on_notice(notice)
 
 
-def _request(url: str, timeout: float, method: str = 'GET', **headers: str) -> tuple[str, str | None]:
-  """Returns the text of an answer and its ETag."""
-  request = urllib.request.Request(url, method=method, headers={name.replace('_', '-'): value for name, value in headers.items()})
-  with urllib.request.urlopen(request, timeout=timeout) as answer:
-    return answer.read().decode(), answer.headers.get('ETag')
-
-
 def _google(server: str, etag: str | None) -> tuple[str | None, str | None]:
   """Waits for a change: cloud.google.com/compute/docs/metadata/querying-metadata, 'waiting for updates'."""
   query = f'?recursive=true&wait_for_change=true&timeout_sec=60&last_etag={etag or 0}'
-  text, etag = _request(f'{server}/computeMetadata/v1/instance/{query}', 90, Metadata_Flavor='Google')
+  text, etag = request(f'{server}/computeMetadata/v1/instance/{query}', 90, Metadata_Flavor='Google')
   instance = json.loads(text)
   if not isinstance(instance, dict):
     raise ValueError('the metadata server returned no instance')
@@ -70,9 +64,9 @@ def _google(server: str, etag: str | None) -> tuple[str | None, str | None]:
 
 def _ec2(server: str) -> tuple[str | None, None]:
   """Requests a spot instance's notice: docs.aws.amazon.com, 'spot instance interruption notices'."""
-  token, _ = _request(f'{server}/latest/api/token', 10, 'PUT', X_aws_ec2_metadata_token_ttl_seconds='60')
+  token, _ = request(f'{server}/latest/api/token', 10, 'PUT', X_aws_ec2_metadata_token_ttl_seconds='60')
   try:
-    action = json.loads(_request(f'{server}/latest/meta-data/spot/instance-action', 10, X_aws_ec2_metadata_token=token)[0])
+    action = json.loads(request(f'{server}/latest/meta-data/spot/instance-action', 10, X_aws_ec2_metadata_token=token)[0])
   except urllib.error.HTTPError as error:
     if error.code != 404:
       raise

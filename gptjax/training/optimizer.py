@@ -102,7 +102,7 @@ def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransforma
   def update(updates, state, parameters=None, *, good=True, **_):
     del parameters
     _, new = adam.update(updates, optax.ScaleByAdamState(*state))
-    new = select(good, Moments(*new), state)
+    new = select(jnp.asarray(good), Moments(*new), state)
     mean, square = (optax.tree.bias_correction(moment, decay, new.count) for moment, decay in ((new.mu, b1), (new.nu, b2)))
     return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square), new
 
