@@ -146,8 +146,10 @@ def test_a_failed_save_is_wished_for_again_after_its_time():
 
 
 @pytest.fixture
-def cloud():
-  """A metadata server: answers by path and method, each a list that is served in order, the last one again and again."""
+def cloud(monkeypatch):
+  """A metadata server: answers by path and method, each a list that is served in order, the last one again and again. A proxy of the
+  environment does not reach it."""
+  monkeypatch.setenv('http_proxy', 'http://127.0.0.1:9')
   answers, asked = {}, []
 
   class Handler(BaseHTTPRequestHandler):
