@@ -99,10 +99,9 @@ def _set_up_jax(typed=False):
   import jax
 
   if typed:
-    # An int may stand for a float in config, which checks itself, and in planning, which has no arrays.
     import jaxtyping
-    packages = {folder.name for folder in (ROOT / 'gptjax').iterdir() if folder.is_dir()} - {'config', 'data', 'planning'}
-    jaxtyping.install_import_hook([f'gptjax.{name}' for name in packages], 'beartype.beartype')
+    packages = {folder.name for folder in (ROOT / 'gptjax').iterdir() if folder.is_dir()} - {'config', 'data'}  # they check themselves
+    jaxtyping.install_import_hook([f'gptjax.{name}' for name in packages], 'tiers.checked')
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_num_cpu_devices', 8)
   # Most of a test's time is its compile: made quickly, and kept from run to run.

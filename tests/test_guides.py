@@ -94,5 +94,5 @@ def test_commands_of_the_guide_to_faults_run_as_written(tmp_path):
   assert len(printed) == 7
   steps = [json.loads(line)['step'] for line in (tmp_path / 'runs/faults/metrics.jsonl').read_text().splitlines()]
   assert sorted({*steps}) == [*range(1, 13)]
-  assert printed[3].count('intact') == 3 and 'parameters/tokens/table' in printed[4] and 'tensors bitwise equal' in printed[5]
+  assert printed[3].count('intact') == 3 and 'trained/tokens/table' in printed[4] and 'tensors bitwise equal' in printed[5]
   assert '2 logged steps repeated: bitwise equal' in printed[6]

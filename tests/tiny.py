@@ -47,7 +47,8 @@ def put(rows):
   return put_rows(mesh, rows, len(rows['tokens']))
 
 
-def trainer(model, optimizer=None, *, compute=ComputeConfig(), context=16, zero_stage=0, microbatches=1, seed=0, z_loss=0.0):
+def trainer(model, optimizer=None, *, compute=ComputeConfig(), context=16, zero_stage=0, microbatches=1, seed=0, z_loss=0.0,
+            frozen=()):
   """(fresh state, train step) on the mesh in force; `optimizer` is a config or one of optax's.
 
   The initial parameters are those of seed 0, whatever `seed`.
@@ -59,7 +60,7 @@ def trainer(model, optimizer=None, *, compute=ComputeConfig(), context=16, zero_
   else:
     rate = optax.constant_schedule(0.0)
   plan = abstract_model(model, compute, context)
-  state = initializer(plan, optimizer, zero_stage, jax.sharding.get_mesh(), 0)()
+  state = initializer(plan, optimizer, zero_stage, jax.sharding.get_mesh(), 0, plan.matching('frozen', frozen))()
   return state, train_step(plan, next_token(z_loss), optimizer, rate, zero_stage=zero_stage, mesh=jax.sharding.get_mesh(),
                            microbatches=microbatches, seed=seed)
 

@@ -20,7 +20,7 @@ from gptjax.files import expanded
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a run', required=True)
 _STEP = flags.DEFINE_string('step', None, 'latest, best or a number: list the tensors of that checkpoint')
 _AGAINST = flags.DEFINE_string('against', None, 'another step of the run, another workdir (its newest) or a folder checkpoints/STEP')
-_MATCH = flags.DEFINE_string('match', '', 'only tensors whose name contains this, such as parameters/')
+_MATCH = flags.DEFINE_string('match', '', 'only tensors whose name contains this, such as trained/')
 
 
 def main(_) -> int:

@@ -1,6 +1,7 @@
 """Saving, verifying and restoring checkpoints. All Orbax code is in this package."""
 
 from gptjax.checkpoint.checkpoints import DAMAGED, Checkpoints, Progress, Retention
+from gptjax.checkpoint.contents import by_name
 from gptjax.checkpoint.trained import Restorer, Trained, load_trained
 
-__all__ = ['DAMAGED', 'Checkpoints', 'Progress', 'Restorer', 'Retention', 'Trained', 'load_trained']
+__all__ = ['DAMAGED', 'Checkpoints', 'Progress', 'Restorer', 'Retention', 'Trained', 'by_name', 'load_trained']

@@ -26,12 +26,14 @@ from gptjax.checkpoint.checksums import StreamingChecksums
 from gptjax.checkpoint.contents import by_name
 from gptjax.checkpoint.manifest import Damaged, read_manifest, verify, write_manifest
 from gptjax.checkpoint.staging import HostStaging
-from gptjax.config import Fault, UserError
+from gptjax.config import Config, Fault, UserError, read_config
 from gptjax.data.progress import announce
 from gptjax.files import sync
 from gptjax.model import Parameters
 from gptjax.distributed import process_group, is_primary, all_gather, broadcast
 
+VERSION = 1
+"""Of the names of arrays and of the facts in the manifest; a checkpoint of another version is refused."""
 DAMAGED = 'damaged'
 """Folder next to `checkpoints` to which damaged ones are moved."""
 
@@ -172,7 +174,8 @@ class Checkpoints:
     self.wait()
     saving = self._directory / f'{progress.step}.saving'
     # NaN would compare as the best loss.
-    facts = {'progress': dataclasses.asdict(progress), 'loss': loss if loss is not None and math.isfinite(loss) else None,
+    facts = {'version': VERSION, 'progress': dataclasses.asdict(progress),
+             'loss': loss if loss is not None and math.isfinite(loss) else None,
              'saved': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}
     try:
       written = self._background.submit(self._begin, saving, state if waits else self._staging.copy(state)).result()
@@ -244,13 +247,22 @@ class Checkpoints:
     except Damaged as damaged:
       raise self._unfit(step, str(damaged)) from None
 
+  def config(self, step: int) -> Config:
+    """Returns the config of the run when it wrote a checkpoint."""
+    return read_config(self._directory / str(step))
+
   def restore_parameters(self, step: int, parameters: dict[str, jax.ShapeDtypeStruct]) -> Parameters:
     """Loads only the parameters of a TrainState, without allocating its optimizer state.
 
     Raises:
       UserError: the checkpoint is damaged, or has other shapes.
     """
-    return self._load(step, {'parameters': parameters}, partial=True)['parameters']
+    stored = self._shapes(step)
+    parts: dict[str, dict[str, jax.ShapeDtypeStruct]] = {'trained': {}, 'frozen': {}}
+    for name, shape in parameters.items():
+      parts['frozen' if f'frozen/{name}' in stored else 'trained'][name] = shape
+    loaded = self._load(step, {part: wanted for part, wanted in parts.items() if wanted}, partial=True)
+    return {name: array for part in loaded.values() for name, array in part.items()}
 
   def close(self) -> None:
     """Waits for the pending save."""
@@ -269,8 +281,10 @@ class Checkpoints:
   def _load(self, step: int, wanted: Any, partial: bool = False) -> Any:
     if wrong := self._wrong(step):
       raise self._unfit(step, f'it is damaged: {wrong}')
-    folder = self._directory / str(step)
-    expected, found = (by_name(tree, lambda leaf: tuple(leaf.shape)) for tree in (wanted, ocp.metadata(folder).metadata))
+    if (version := read_manifest(self._directory / str(step))['facts'].get('version')) != VERSION:
+      raise self._unfit(step, f'it has version {version}, and this code reads version {VERSION}')
+    folder, found = self._directory / str(step), self._shapes(step)
+    expected = by_name(wanted, lambda leaf: tuple(leaf.shape))
     for name, shape in expected.items():
       if found.get(name) != shape:
         raise self._unfit(step, f'it has {f"{list(found[name])} instead of {list(shape)} for " if name in found else "no "}{name}')
@@ -283,6 +297,9 @@ class Checkpoints:
       # Orbax wraps every failure in one about its handlers; only the cause is of use to a person.
       words = ' '.join(str(error.__cause__ or error).split())[:300]
       raise Fault(f'{folder}: {words}, expected: a checkpoint that can be loaded') from error
+
+  def _shapes(self, step: int) -> dict[str, tuple[int, ...]]:
+    return by_name(ocp.metadata(self._directory / str(step)).metadata, lambda leaf: tuple(leaf.shape))
 
   def _wrong(self, step: int) -> str:
     """Returns in which way a checkpoint is damaged, '' if it is intact; every process reads a part of its files."""

@@ -17,12 +17,12 @@ _CHUNK_BYTES = 2**28
 
 
 def by_name(tree: Any, function: Callable[[Any], Any]) -> dict[str, Any]:
-  """Returns a function's values on the leaves of a tree, or of Orbax's metadata of one, by names such as 'parameters/NAME'."""
+  """Returns a function's values on the leaves of a tree, or of Orbax's metadata of one, by names such as 'trained/NAME'."""
   return {jax.tree_util.keystr(path, simple=True, separator='/'): function(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 class Contents:
-  """The tensors of the checkpoint in a folder by name: 'step', 'parameters/NAME', 'optimizer/.../NAME', 'statistics/...'.
+  """The tensors of the checkpoint in a folder by name: 'step', 'trained/NAME', 'frozen/NAME', 'optimizer/.../NAME', 'statistics/...'.
 
   Raises:
     UserError: there is no checkpoint, or it is damaged.

@@ -315,6 +315,8 @@ class Config:
   """workdir, or one checkpoint in it, to initialize the parameters of a new run from; optimizer, step and data start fresh"""
   init_partial: bool = False
   """load from init_from the parts that fit: common names, first rows of tables, first layers; the rest starts fresh"""
+  frozen: tuple[str, ...] = ()
+  """patterns of names of parameters that are not trained, such as 'tokens/*' or 'blocks/0/*'"""
   seed: int = 0
   """seed of initialization, data order and dropout"""
 

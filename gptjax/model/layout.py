@@ -10,13 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_LAYER = re.compile(r'blocks/(\d+)/')
+_LAYER = re.compile(r'(.*/)?blocks/(\d+)/(.*)')
+_STACKED = re.compile(r'(.*/)?blocks/(?!\d+/)(.*)')
 
 
 def stacked_name(name: str) -> tuple[str, int | None]:
-  """A parameter's name in the stacked layout, and the index of its layer there: None for a parameter outside the layers."""
-  match = _LAYER.match(name)
-  return (f'blocks/{name[match.end():]}', int(match[1])) if match else (name, None)
+  """A parameter's name in the stacked layout, and the index of its layer there: None for a parameter outside the layers.
+
+  The name may be the end of a path, as in 'optimizer/mu/blocks/3/mlp/up/kernel'.
+  """
+  match = _LAYER.fullmatch(name)
+  return (f'{match[1] or ""}blocks/{match[3]}', int(match[2])) if match else (name, None)
 
 
 def stack_layers(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,8 +44,8 @@ def unstack_layers(parameters: Mapping[str, Any]) -> dict[str, Any]:
   """Parameters with an array per layer; the inverse of `stack_layers`, for the same kinds of values."""
   unstacked: dict[str, Any] = {}
   for name, value in parameters.items():
-    if name.startswith('blocks/') and not _LAYER.match(name):
-      unstacked |= {f'blocks/{layer}/{name.removeprefix("blocks/")}': _index(value, layer) for layer in range(value.shape[0])}
+    if match := _STACKED.fullmatch(name):
+      unstacked |= {f'{match[1] or ""}blocks/{layer}/{match[2]}': _index(value, layer) for layer in range(value.shape[0])}
     else:
       unstacked[name] = value
   return unstacked

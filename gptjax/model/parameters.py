@@ -4,14 +4,15 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from gptjax.config import ComputeConfig, ModelConfig
+from gptjax.config import ComputeConfig, ModelConfig, UserError
 from gptjax.model.transformer import Transformer
 from gptjax.model.weights import initial_value
 from gptjax.sharding import AnyMesh, Axis, ParameterSpecs, Weight, Zero, parameter_specs, unsharded_axes
@@ -78,6 +79,29 @@ class AbstractModel:
   def shardings(self, zero_stage: int, mesh: AnyMesh) -> dict[str, NamedSharding]:
     """Sharding of every parameter between steps."""
     return {name: NamedSharding(mesh, specs.stored) for name, specs in self.specs(zero_stage, mesh).items()}
+
+  def matching(self, field: str, patterns: Sequence[str]) -> frozenset[str]:
+    """Names of the parameters that match one of some patterns such as 'tokens/*' or 'blocks/0/*'.
+
+    Patterns are compared with names of unstacked layers, so that they mean the same with and without `compute.scan`.
+
+    Raises:
+      UserError: naming `field`: a pattern that matches nothing, or only some layers of a stacked parameter.
+    """
+    found = set()
+    for pattern in patterns:
+      matches = {name: [fnmatchcase(one, pattern) for one in self._unstacked_names(name)] for name in self.shapes}
+      if not any(map(any, matches.values())):
+        known = [one for name in self.shapes for one in self._unstacked_names(name)]
+        raise UserError(field, pattern, "a pattern that matches parameters, such as 'tokens/*' or 'blocks/0/*'", known)
+      if partly := next((name for name, one in matches.items() if any(one) and not all(one)), None):
+        raise UserError(field, pattern, f'all layers or none of {partly}, or compute.scan=False: a scan stacks the layers')
+      found |= {name for name, one in matches.items() if all(one)}
+    return frozenset(found)
+
+  def _unstacked_names(self, name: str) -> list[str]:
+    layers = range(self.config.layers) if 'layers' in self.axes[name] else [None]
+    return [name if layer is None else name.replace('blocks/', f'blocks/{layer}/', 1) for layer in layers]
 
   def initialize(self, key: jax.Array, shardings: dict[str, NamedSharding]) -> Parameters:
     """Fresh parameters with these shardings, equal on every mesh, scanned or not; to be traced under jit."""

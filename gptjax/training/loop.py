@@ -2,33 +2,32 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import jax
 
 from gptjax.checkpoint import Checkpoints, Progress, Retention
 from gptjax.config import Config, Fault, UserError
-from gptjax.data import Prepared, batches, cores, prepare
-from gptjax.evaluation import Scorer
+from gptjax.data import Prepared, cores, prepare
+from gptjax.distributed import all_gather, broadcast, is_primary, process_group
 from gptjax.files import write_atomic
-from gptjax import inference
 from gptjax.model import flops_per_token
-from gptjax.distributed import process_group, is_primary, all_gather, broadcast
-from gptjax.sharding import make_mesh, process_rows, put_rows
-from gptjax.training.replicas import replica_check
+from gptjax.sharding import make_mesh
 from gptjax.training.guard import BadSteps, Rollback
 from gptjax.training.hardware import CompileCounter, peak_flops
 from gptjax.training.interruptions import REQUEUE_EXIT_CODE, Interruptions, StopRequest
 from gptjax.training.logbook import Logbook, NullLogbook
-from gptjax.training.resuming import lock, open_workdir, wait_until_visible
-from gptjax.training.run import Run, header, resolve
-from gptjax.training.starting import beginning
+from gptjax.training.replicas import replica_check
+from gptjax.training.resuming import lock, open_workdir, restore, wait_until_visible
+from gptjax.training.run import Run, every, header, resolve
+from gptjax.training.starting import initial_state
 from gptjax.training.step import TrainState
+from gptjax.training.steps import Dispatched, Source, Steps
+from gptjax.training.validation import Validation
 from gptjax.training.watchdog import Watchdog
 
 RETRY = 30.0
@@ -37,6 +36,17 @@ MAX_RETRIES = 10
 """of the last save, which the run waits for"""
 MAX_ROLLBACKS = 10
 """in a row without a new checkpoint"""
+
+
+class Action(Protocol):
+  """What a loop does after certain steps, such as validation."""
+
+  def due(self, step: int) -> bool:
+    """Whether to act after a step."""
+
+  def __call__(self, step: int, state: TrainState) -> float | None:
+    """Acts; returns the loss by which checkpoints are compared, if it has found one."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -77,11 +87,11 @@ def train(config: Config, options: Options) -> int:
     bad_steps = BadSteps(config.faults, folder, writes=is_primary())
     _check_rows(run, progress, last, bad_steps)
     if newest is None:  # before the workdir is made, which a mistake in init_from should leave undone
-      state, begun = beginning(run, data.tokenizer)
+      state, begun = initial_state(run, data.tokenizer)
     changed = open_workdir(folder, run, data, None if newest is None else progress, options.accept_changes) if is_primary() else []
     wait_until_visible(folder)
     if newest is not None:
-      state, begun = checkpoints.restore(newest, run.abstract_state)[0], f'step {progress.step}, {progress.tokens:,} tokens'
+      state, begun = restore(checkpoints, newest, run)[0], f'step {progress.step}, {progress.tokens:,} tokens'
     elif config.init_from:  # from now on the run needs the other one no more
       checkpoints.save(progress, state, None, waits=True)
     peak = peak_flops(list(mesh.devices.flatten()), run.config.compute.dtype)
@@ -97,7 +107,10 @@ def train(config: Config, options: Options) -> int:
       checkpoints.prepare(state)
     watchdog = stack.enter_context(Watchdog(options.hang_timeout, folder))
     interruptions = stack.enter_context(Interruptions(mesh, run.config.checkpoint.minutes))
-    return _Loop(run, data, checkpoints, book, options, peak[0], watchdog, interruptions, bad_steps).go(state, progress, last)
+    loop = _Loop(run, run.batches, [Validation(run, data, book, watchdog.progress)], lambda: initial_state(run, data.tokenizer)[0],
+                 checkpoints=checkpoints, book=book, options=options, peak=peak[0], watchdog=watchdog, interruptions=interruptions,
+                 bad_steps=bad_steps)
+    return loop.go(state, progress, last)
 
 
 def _prepare(config: Config, cache_dir: Path) -> Prepared:
@@ -127,74 +140,68 @@ def _check_rows(run: Run, done: Progress, last: int, bad_steps: BadSteps) -> Non
 
 
 class _Loop:
-  """One process's part of a run."""
+  """One process's part of a run.
 
-  def __init__(self, run: Run, data: Prepared, checkpoints: Checkpoints, book: Logbook, options: Options, peak: float,
-               watchdog: Watchdog, interruptions: Interruptions, bad_steps: BadSteps):
-    self.run, self.data, self.checkpoints, self.book, self.options, self.peak = run, data, checkpoints, book, options, peak
+  Args:
+    run, checkpoints, book, options, watchdog, interruptions, bad_steps: of the run.
+    source: of its batches.
+    actions: what to do after certain steps.
+    fresh: makes the state of step 0, to which a run rolls back that has no checkpoint.
+    peak: FLOP/s of the devices.
+  """
+
+  def __init__(self, run: Run, source: Source, actions: Sequence[Action], fresh: Callable[[], TrainState], *, checkpoints: Checkpoints,
+               book: Logbook, options: Options, peak: float, watchdog: Watchdog, interruptions: Interruptions, bad_steps: BadSteps):
+    self.run, self.source, self.actions, self.fresh = run, source, actions, fresh
+    self.checkpoints, self.book, self.options, self.peak = checkpoints, book, options, peak
     self.watchdog, self.interruptions, self.bad_steps = watchdog, interruptions, bad_steps
-    config = run.config
-    self.scorer = Scorer(run.model, run.objective, run.mesh, config.microbatch_size, config.zero_stage)
-    self.flops = flops_per_token(config.model, config.data.context)
+    self.flops = flops_per_token(run.config.model, run.config.data.context)
     self.check = replica_check(run.abstract_state, run.mesh)
+    self.counter = CompileCounter()
     self.compiles = 0
     self.rollbacks = 0  # since the last checkpoint
     self.tracing = False
     self.clock = (0.0, 0)  # seconds and tokens at the last logged step
-    self.waited = 0.0  # seconds since then in which there was no batch
 
   def go(self, state: TrainState, progress: Progress, last: int) -> int:
     """Runs to step `last`; returns the exit status."""
-    counter = CompileCounter()
     self._begin(state, progress)
+    del state  # the first step reuses its memory
     try:
-      while self.progress.step < last:
+      while self.steps.step < last:
         try:
-          self._start_trace(self.progress.step + 1)
-          self._step(counter)
+          self._start_trace(self.steps.step + 1)
+          self._step()
           self._stop_trace(last)
           if self._after_step(last) == StopRequest.STOP:
-            self.book.say(f'{self.interruptions.reason}: saved step {self.progress.step} of {last}, ending; the same command goes on')
+            self.book.say(f'{self.interruptions.reason}: saved step {self.steps.step} of {last}, ending; the same command goes on')
             return REQUEUE_EXIT_CODE
         except Rollback as reason:
           self._roll_back(reason, last)
       return 0
     finally:
-      counter.close()
-      self.batches.close()
+      self.counter.close()
+      self.steps.close()
       if self.tracing:
         jax.profiler.stop_trace()
 
   def _begin(self, state: TrainState, progress: Progress) -> None:
-    """Stands at a state, as fresh from the start or from a checkpoint."""
-    self.state, self.progress = state, progress
+    """Continues from a state, which is new or from a checkpoint."""
     self.watchdog.progress()
-    self.pending: tuple[int, tuple[int, int], dict[str, jax.Array]] | None = None
     self.bad_steps.resume_from(progress.step)
-    self.batches = self._batches(progress.rows)
-    self._restart_clock(progress.tokens)
+    self.steps = Steps(self.run, self.source, self.bad_steps, state, progress)
+    self.pending: Dispatched | None = None
+    self.tokens = progress.tokens
+    self._restart_clock()
 
-  def _batches(self, row: int) -> Generator[Any, None, None]:
-    config = self.run.config
-    return batches(self.run.rows, row, config.batch_size, process_rows(self.run.mesh, config.batch_size),
-                   prefetch=config.data.prefetch, workers=config.data.workers)
-
-  def _step(self, counter: CompileCounter) -> None:
-    run, done, size = self.run, self.progress, self.run.config.batch_size
-    row = self.bad_steps.next_row(done.rows, size)
-    if row != done.rows:
-      self.batches.close()
-      self.batches = self._batches(row)
-      self.book.say(f'step {done.step + 1}: rows {done.rows:,} to {row - 1:,} are passed over')
-    start = time.perf_counter()
-    batch = next(self.batches)
-    self.waited += time.perf_counter() - start
-    self.progress = Progress(done.step + 1, row + size, done.tokens)
-    before = counter.count
-    self.state, metrics = run.step(self.state, put_rows(run.mesh, batch, size))
-    self.compiles += counter.count - before
+  def _step(self) -> None:
+    before = self.counter.count
+    dispatched = self.steps.dispatch()
+    self.compiles += self.counter.count - before
     assert self.compiles <= 1, f'the step was compiled {self.compiles} times'
-    dispatched = (self.progress.step, (row, row + size), metrics)
+    if dispatched.passed_over:
+      first = dispatched.rows[0]
+      self.book.say(f'step {dispatched.step}: rows {first - dispatched.passed_over:,} to {first - 1:,} are passed over')
     self._read_pending()
     self.pending = dispatched
     self.watchdog.progress()
@@ -203,11 +210,10 @@ class _Loop:
     """Waits for the step before the one just dispatched, and logs it where it is due."""
     if self.pending is None:
       return
-    (step, rows, metrics), self.pending = self.pending, None
+    (step, rows, _, metrics), self.pending = self.pending, None
     # Waits for the step, so never more than one is ahead; and counted on the host, since a run outgrows an int32.
     bad = bool(metrics['bad'])
-    tokens = self.progress.tokens + (0 if bad else int(metrics['targets']))
-    self.progress = dataclasses.replace(self.progress, tokens=tokens)
+    self.tokens += 0 if bad else int(metrics['targets'])
     self.book.advance(step)
     if bad:
       self._compare()  # it may be a device, and not the batch
@@ -215,45 +221,40 @@ class _Loop:
     if step % self.options.log_every and step not in (1, self.run.steps):
       return
     values = {name: float(value) for name, value in jax.device_get(metrics).items() if name not in ('targets', 'bad')}
-    now = time.perf_counter()
-    seconds = now - self.clock[0]
-    speed = (tokens - self.clock[1]) / seconds
-    self.book.step(step, values | {'tokens': tokens, 'tokens_per_second': speed, 'mfu': speed * self.flops / self.peak,
-                                   'data_wait': self.waited / seconds})
-    self._restart_clock(tokens)
+    seconds = time.perf_counter() - self.clock[0]
+    speed = (self.tokens - self.clock[1]) / seconds
+    self.book.step(step, values | {'tokens': self.tokens, 'tokens_per_second': speed, 'mfu': speed * self.flops / self.peak,
+                                   'data_wait': self.steps.waited / seconds})
+    self._restart_clock()
 
-  def _restart_clock(self, tokens: int) -> None:
-    self.clock, self.waited = (time.perf_counter(), tokens), 0.0
+  def _restart_clock(self) -> None:
+    self.clock, self.steps.waited = (time.perf_counter(), self.tokens), 0.0
 
   def _after_step(self, last: int) -> StopRequest:
-    """Compares, validates and saves where that is due; tells whether to end after it."""
-    run, step = self.run, self.progress.step
+    """Compares replicas, acts and saves where that is due; returns the request that was acted on."""
+    run, step = self.run, self.steps.step
     request = self.interruptions.poll()
-    final = step == run.steps
-    due = lambda every: bool(every) and step % every == 0
-    scheduled = due(run.checkpoint_every)
-    save = scheduled or step == last or request > StopRequest.NONE
-    # Which checkpoint is best can only be told of those that were validated; stop_at adds no line to the metrics.
-    validate = final or due(run.eval_every) or (scheduled and run.config.checkpoint.keep_best)
-    if save or due(run.compare_every):
+    save = every(run.checkpoint_every, step) or step == last or request > StopRequest.NONE
+    due = [action for action in self.actions if action.due(step)]
+    compare = save or every(run.compare_every, step)
+    if compare or due:
       self._read_pending()
+    if compare:
       self._compare()
-    loss = None
-    if validate:
-      self._read_pending()
-      loss = self._validate(final)
+    losses = [action(step, self.steps.state) for action in due]
     if save:
+      loss = next((loss for loss in losses if loss is not None), None)
       self._save(loss, waits=step == last or request == StopRequest.STOP)
     elif not self.checkpoints.saving:
       self._heed_failure(self.checkpoints.wait)
-    if validate or save:
-      self._restart_clock(self.progress.tokens)
+    if due or save:
+      self._restart_clock()
     return request if step < last else StopRequest.NONE
 
   def _compare(self) -> None:
     """Raises where a device spoiled the state: no checkpoint shall be of it, and no step that is left out makes it good."""
-    if wrong := self.check(self.state):
-      text = f'{wrong} at step {self.progress.step}, expected: finite values, the same in all copies'
+    if wrong := self.check(self.steps.state):
+      text = f'{wrong} at step {self.steps.step}, expected: finite values, the same in all copies'
       if self.run.config.faults.bad_step == 'rollback':
         raise Rollback(text)
       raise Fault(f'{text}; run the same command again to go on from the last checkpoint, without that device if it errs again')
@@ -274,7 +275,7 @@ class _Loop:
     # To save is the work of all: what keeps process 0 from it, keeps all.
     if refusal := broadcast('save', self._refusal() if is_primary() else None):
       raise UserError.from_text(refusal)
-    self.checkpoints.save(self.progress, self.state, loss, waits)
+    self.checkpoints.save(Progress(self.steps.step, self.steps.row, self.tokens), self.steps.state, loss, waits)
     self.rollbacks = 0
 
   def _refusal(self) -> str:
@@ -306,33 +307,14 @@ class _Loop:
     if self.rollbacks > MAX_ROLLBACKS:
       raise Fault(f'{reason}; the run went back {MAX_ROLLBACKS} times since its last checkpoint, expected: good steps in between')
     self._heed_failure(self.checkpoints.wait)
-    self.batches.close()
+    self.steps.close()
     newest = self.checkpoints.newest()
-    del self.state
-    if newest is None:
-      state, progress = beginning(self.run, self.data.tokenizer)[0], Progress()
-    else:
-      state, progress = self.checkpoints.restore(newest, self.run.abstract_state)
+    del self.steps.state
+    state, progress = (self.fresh(), Progress()) if newest is None else restore(self.checkpoints, newest, self.run)
     self.book.rewind(progress.step)
     self.book.say(f'{reason}: back to step {progress.step}')
     self._begin(state, progress)
     _check_rows(self.run, progress, last, self.bad_steps)
-
-  def _validate(self, final: bool) -> float:
-    settings, step = self.run.config.eval, self.progress.step
-    scores = self.scorer.sets(self.state.parameters, self.run.valid, self.data.tags, count=0 if final else settings.rows,
-                              advance=self.watchdog.progress)
-    self.book.validation(step, scores.named())
-    if settings.sample_tokens:
-      said = self.generator(self.generator.prepare(self.state.parameters), [self.generator.prompt(settings.prompt, 'eval.prompt')],
-                            max_tokens=settings.sample_tokens, seeds=[self.run.config.seed])
-      self.book.sample(step, settings.prompt, said[0].text)
-    return scores.overall.loss
-
-  @functools.cached_property
-  def generator(self) -> inference.Generator:
-    """For samples."""
-    return inference.Generator(self.run.model, self.run.mesh, self.data.tokenizer, self.run.config.zero_stage)
 
   def _start_trace(self, step: int) -> None:
     if is_primary() and self.options.profile_steps and not self.tracing and step == self.options.profile_steps[0]:
@@ -341,9 +323,9 @@ class _Loop:
       self.tracing = True
 
   def _stop_trace(self, last: int) -> None:
-    if self.tracing and self.options.profile_steps and self.progress.step >= min(self.options.profile_steps[1], last):
+    if self.tracing and self.options.profile_steps and self.steps.step >= min(self.options.profile_steps[1], last):
       self._read_pending()
       jax.profiler.stop_trace()
       self.tracing = False
-      self.book.say(f'trace up to step {self.progress.step} in {self.options.workdir / "profile"}')
-      self._restart_clock(self.progress.tokens)
+      self.book.say(f'trace up to step {self.steps.step} in {self.options.workdir / "profile"}')
+      self._restart_clock()

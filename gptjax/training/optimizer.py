@@ -47,21 +47,22 @@ def orthogonalized(name: str) -> bool:
 @functools.lru_cache(maxsize=16)
 def make_optimizer(config: OptimizerConfig, **durations: int) -> optax.GradientTransformation:
   """Clipping by global norm (arXiv:1211.5063), then AdamW or Muon; `durations` are those of `schedule`."""
-  adamw = optax.chain(
-    _scale_by_adam(config.b1, config.b2, config.eps),
-    optax.add_decayed_weights(config.weight_decay, _by_name(decays)),
-    optax.scale_by_learning_rate(schedule(config, config.peak_lr, **durations)))
+  # Links have names, because those of a checkpoint's arrays consist of them.
+  adamw = optax.named_chain(
+    ('adam', _scale_by_adam(config.b1, config.b2, config.eps)),
+    ('decay', optax.add_decayed_weights(config.weight_decay, _by_name(decays))),
+    ('rate', optax.scale_by_learning_rate(schedule(config, config.peak_lr, **durations))))
   if config.name == 'adamw':
     rest = adamw
   else:
-    muon = optax.chain(
-      _whole_matrices(contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=_matrix_axes)),
-      optax.stateless(_scale_by_shape),
-      optax.add_decayed_weights(config.weight_decay),
-      optax.scale_by_learning_rate(schedule(config, config.muon_lr, **durations)))
-    rest = optax.partition({True: muon, False: adamw}, _by_name(orthogonalized))
+    muon = optax.named_chain(
+      ('muon', _whole_matrices(contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=_matrix_axes))),
+      ('shape', optax.stateless(_scale_by_shape)),
+      ('decay', optax.add_decayed_weights(config.weight_decay)),
+      ('rate', optax.scale_by_learning_rate(schedule(config, config.muon_lr, **durations))))
+    rest = optax.partition({'muon': muon, 'adamw': adamw}, _by_name(lambda name: 'muon' if orthogonalized(name) else 'adamw'))
   clip = _clip_by_global_norm(config.clip) if config.clip else optax.identity()  # a resumed run may switch it
-  return optax.chain(clip, rest)
+  return optax.named_chain(('clip', clip), ('update', rest))
 
 
 def update(optimizer: optax.GradientTransformation, gradient: Any, norm: jax.Array, good: jax.Array, state: Any,

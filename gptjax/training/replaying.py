@@ -1,22 +1,24 @@
 """Replaying: repeats steps of a run from a checkpoint, to compare their metrics with the logged ones."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from gptjax.checkpoint import Checkpoints, Progress
 from gptjax.checkpoint.manifest import verify
 from gptjax.config import Config, UserError, read_config
-from gptjax.data import batches, prepare
+from gptjax.data import prepare
 from gptjax.files import complete_lines, json_line
-from gptjax.sharding import make_mesh, process_rows, put_rows
+from gptjax.sharding import make_mesh
 from gptjax.training.guard import BadSteps
+from gptjax.training.resuming import restore
 from gptjax.training.run import resolve
-from gptjax.training.starting import beginning
+from gptjax.training.starting import initial_state
+from gptjax.training.steps import Steps
 
 CLOCK = ('tokens_per_second', 'mfu', 'data_wait')
 """Fields of metrics.jsonl that depend on the clock."""
@@ -69,25 +71,21 @@ def replay(workdir: Path, step: int, cache_dir: Path, begin: Callable[[str], Non
   with jax.set_mesh(mesh):
     run = resolve(config, data, mesh)
     if before is not None:
-      state, progress = checkpoints.restore(before, run.abstract_state)
+      state, progress = restore(checkpoints, before, run)
     else:
-      state, progress = beginning(run, data.tokenizer)[0], Progress()
+      state, progress = initial_state(run, data.tokenizer)[0], Progress()
     words = 'the start: no checkpoint before it is left' if before is None else f'checkpoint {before}'
     begin(f'from {words}, {step - progress.step} steps')
-    bad = BadSteps(config.faults, workdir, writes=True)
-    size, tokens, row = config.batch_size, progress.tokens, progress.rows
-    for number in range(progress.step + 1, step + 1):
-      start = bad.next_row(row, size)
-      if number == progress.step + 1 or start != row:
-        row = start
-        feed = batches(run.rows, row, size, process_rows(mesh, size), prefetch=config.data.prefetch, workers=config.data.workers)
-      state, metrics = run.step(state, put_rows(mesh, next(feed), size))
-      row += size
-      found: dict[str, Any] = jax.device_get(metrics)
-      tokens += 0 if found['bad'] else int(found['targets'])
-      if number in logged:
-        values = {name: float(value) for name, value in found.items() if name not in ('bad', 'targets')} | {'tokens': tokens}
-        yield Replayed(number, logged[number], json.loads(json_line(values)))
+    steps, tokens = Steps(run, run.batches, BadSteps(config.faults, workdir, writes=True), state, progress), progress.tokens
+    del state  # the first step reuses its memory
+    with contextlib.closing(steps):
+      while steps.step < step:
+        number, _, _, metrics = steps.dispatch()
+        found = jax.device_get(metrics)
+        tokens += 0 if found.pop('bad') else int(found.pop('targets'))
+        if number in logged:
+          values = {name: float(value) for name, value in found.items() if name != 'targets'} | {'tokens': tokens}
+          yield Replayed(number, logged[number], json.loads(json_line(values)))
 
 
 def _config_at(workdir: Path, checkpoints: Checkpoints, step: int) -> Config:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from gptjax.config import AXIS_NAMES
 
-_FINITE = ('parameters/', 'optimizer/')
+_FINITE = ('trained/', 'frozen/', 'optimizer/')
 """Arrays that must be finite; the running variance of the loss may overflow."""
 
 

@@ -9,20 +9,24 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+
 from gptjax import config as configs
-from gptjax.checkpoint import Progress
+from gptjax.checkpoint import Checkpoints, Progress, by_name
 from gptjax.config import Config, UserError, in_unit_of_steps
 from gptjax.data import Prepared, export
 from gptjax.files import write_atomic
 from gptjax.distributed import broadcast
-from gptjax.training.run import Run, in_steps
+from gptjax.model import abstract_model, stack_layers, unstack_layers
+from gptjax.training.run import Run, frozen_names, in_steps
+from gptjax.training.step import TrainState, abstract, initializer
 
 FREE = ('batch_size', 'microbatches', 'zero_stage', 'mesh.', 'compute.', 'eval.', 'checkpoint.', 'faults.', 'data.source.path',
         'data.source.skip', 'data.tokenizer.path', 'data.prefetch', 'data.workers')
 """Fields that a resumed run may change: they affect neither the results, up to rounding, nor the order of the rows."""
 _PRECISION = 'compute.dtype'
 """Rounds otherwise, which takes --accept_changes."""
-_STRUCTURE = ('model.', 'optimizer.name', 'compute.scan')
+_STRUCTURE = ('model.', 'optimizer.name', 'frozen')
 """Fields that decide which arrays a checkpoint has; a run cannot change them, except for dropout."""
 
 
@@ -89,6 +93,28 @@ def open_workdir(workdir: Path, run: Run, data: Prepared, done: Progress | None,
     raise _another_run({'model.vocab_size': vocabulary}, {}, accepted=False)
   write_atomic(workdir / 'config.json', configs.to_json(config))
   return [f'{name} {was} -> {now}' for name, (was, now) in different.items()]
+
+
+def restore(checkpoints: Checkpoints, step: int, run: Run) -> tuple[TrainState, Progress]:
+  """The state of a checkpoint, with the layers stacked or not as `compute.scan` asks for now.
+
+  Raises:
+    UserError: the checkpoint is damaged, or of another model or optimizer.
+  """
+  scan = checkpoints.config(step).compute.scan
+  if scan == run.config.compute.scan:
+    return checkpoints.restore(step, run.abstract_state)
+  before = dataclasses.replace(run.config, compute=dataclasses.replace(run.config.compute, scan=scan))
+  model = abstract_model(before.model, before.compute, before.data.context)
+  stored, progress = checkpoints.restore(step, abstract(
+    initializer(model, run.optimizer, before.zero_stage, run.mesh, before.seed, frozen_names(model, before)), run.mesh))
+  wanted, layout = run.abstract_state, unstack_layers if scan else stack_layers
+
+  def convert(state: TrainState) -> TrainState:
+    arrays = layout(by_name(state, lambda x: x))
+    return jax.tree.unflatten(jax.tree.structure(wanted), [arrays[name] for name in by_name(wanted, lambda x: x)])
+
+  return jax.jit(convert, donate_argnums=0, out_shardings=jax.tree.map(lambda x: x.sharding, wanted))(stored), progress
 
 
 def wait_until_visible(workdir: Path) -> None:

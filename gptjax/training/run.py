@@ -3,20 +3,22 @@
 import dataclasses
 import math
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from gptjax import config as configs
 from gptjax.config import INT32_MAX, Config, Duration, UserError, duration_in_steps
-from gptjax.data import EvalRows, Prepared, TrainRows, train_rows
+from gptjax.data import EvalRows, Prepared, TrainRows, batches, train_rows
 from gptjax.model import AbstractModel, abstract_model, attention_backend, flops_per_token, parameter_count
 from gptjax.distributed import process_group
-from gptjax.sharding import AnyMesh, check_sizes, describe
+from gptjax.sharding import AnyMesh, check_sizes, describe, process_rows
 from gptjax.training.objective import ObjectiveFunction, make_objective
 from gptjax.training.optimizer import make_optimizer, schedule
 from gptjax.training.step import TrainState, abstract, initializer, train_step
@@ -31,6 +33,7 @@ class Run:
   mesh: Mesh
   model: AbstractModel
   objective: ObjectiveFunction
+  optimizer: optax.GradientTransformation
   initialize: Callable[[], TrainState]
   step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
   rows: TrainRows
@@ -40,6 +43,12 @@ class Run:
   checkpoint_every: int
   keep_every: int
   compare_every: int
+
+  def batches(self, row: int) -> Generator[dict[str, np.ndarray], None, None]:
+    """The batches from a row on, each with the rows of this process."""
+    config = self.config
+    return batches(self.rows, row, config.batch_size, process_rows(self.mesh, config.batch_size), prefetch=config.data.prefetch,
+                   workers=config.data.workers)
 
   @property
   def abstract_state(self) -> TrainState:
@@ -67,6 +76,7 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
   if durations['decay'] > steps:
     raise UserError('optimizer.decay', opt.decay, f'at most the {steps} steps of the run')
   model = abstract_model(config.model, config.compute, config.data.context)
+  frozen = frozen_names(model, config)
   check_unsharded(model, config, mesh)
   attention_backend(config.model, config.compute, config.data.context)  # one that cannot run is reported now
   memories = [memory.kind for memory in jax.local_devices()[0].addressable_memories()]
@@ -75,8 +85,8 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
   optimizer = make_optimizer(opt, **durations)
   objective = make_objective(config)
   return Run(
-    config=config, mesh=mesh, model=model, objective=objective, rows=rows, steps=steps,
-    initialize=initializer(model, optimizer, config.zero_stage, mesh, config.seed),
+    config=config, mesh=mesh, model=model, objective=objective, optimizer=optimizer, rows=rows, steps=steps,
+    initialize=initializer(model, optimizer, config.zero_stage, mesh, config.seed, frozen),
     step=train_step(model, objective, optimizer, schedule(opt, opt.peak_lr, **durations),
                     zero_stage=config.zero_stage, mesh=mesh, microbatches=config.microbatches, seed=config.seed, spike=config.faults.spike),
     valid={name: EvalRows(store, config.data.context, config.data.isolate_documents) for name, store in data.valid.items()},
@@ -84,6 +94,23 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
     checkpoint_every=steps_of('checkpoint.every', config.checkpoint.every),
     keep_every=steps_of('checkpoint.keep_every', config.checkpoint.keep_every),
     compare_every=steps_of('faults.compare_every', config.faults.compare_every))
+
+
+def frozen_names(model: AbstractModel, config: Config) -> frozenset[str]:
+  """Names of the parameters that config.frozen keeps from being trained.
+
+  Raises:
+    UserError: a pattern that fits no parameter, or patterns that fit all.
+  """
+  names = model.matching('frozen', config.frozen)
+  if len(names) == len(model.shapes):
+    raise UserError('frozen', list(config.frozen), 'patterns that leave parameters to train')
+  return names
+
+
+def every(count: int, step: int) -> bool:
+  """Whether something is due after a step that happens every `count` steps; 0: never."""
+  return bool(count) and step % count == 0
 
 
 def in_steps(config: Config, rows: TrainRows, field: str, value: Duration) -> int:
@@ -128,6 +155,7 @@ def header(run: Run, data: Prepared, begun: str, peak: tuple[float, str]) -> dic
     **({'unsharded': f'{fraction:.1%} of the parameters; ' + '; '.join(reasons)} if reasons else {}),
     'data': data.description,
     'parameters': parameter_count(model, config.data.context),
+    **({'frozen': f'{frozen:,} of the parameters'} if (frozen := sum(x.size for x in run.abstract_state.frozen.values())) else {}),
     'tokens a step': tokens,
     'steps': f'{run.steps:,}, {run.steps * config.batch_size / run.rows.rows_per_epoch:.2f} epochs',
     'FLOPs a token': flops_per_token(model, config.data.context),

@@ -21,7 +21,7 @@ _RESIZED = ('vocab', 'positions', 'layers')
 """Logical axes of which a part can be taken: the first rows of a table, the first layers of a stack."""
 
 
-def beginning(run: Run, tokenizer: Tokenizer) -> tuple[TrainState, str]:
+def initial_state(run: Run, tokenizer: Tokenizer) -> tuple[TrainState, str]:
   """The state of step 0, and in words what its parameters are.
 
   Args:
@@ -49,9 +49,9 @@ def beginning(run: Run, tokenizer: Tokenizer) -> tuple[TrainState, str]:
   found = source.checkpoints.restore_parameters(source.step, {
     name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shardings[name]) for name, shape in source.plan.shapes.items()})
   found = in_layout(found)
-  parameters = {name: _taken(fresh, found.pop(name, None)) for name, fresh in state.parameters.items()}
+  take = lambda parameters: {name: _taken(fresh, found.pop(name, None)) for name, fresh in parameters.items()}
   words = f'nothing, parameters of {path}, step {source.step}' + (f', in part: {_listed(differences)}' if differences else '')
-  return state._replace(parameters=parameters), words
+  return state._replace(trained=take(state.trained), frozen=take(state.frozen)), words
 
 
 @dataclasses.dataclass(frozen=True)

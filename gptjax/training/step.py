@@ -27,22 +27,31 @@ class TrainState(NamedTuple):
 
   step: jax.Array
   """updates done, int32"""
-  parameters: Parameters
+  trained: Parameters
+  frozen: Parameters
+  """parameters that the model reads and no step changes"""
   optimizer: Any
+  """for the trained ones alone"""
   statistics: LossStatistics
   """of loss and gradient norm, by which a bad step is known"""
+
+  @property
+  def parameters(self) -> Parameters:
+    """All that the model reads."""
+    return {**self.trained, **self.frozen}
 
 
 @functools.lru_cache(maxsize=16)  # an equal run in the same process traces and compiles nothing again
 def initializer(model: AbstractModel, optimizer: optax.GradientTransformation, zero_stage: int, mesh: AnyMesh,
-                seed: int) -> Callable[[], TrainState]:
-  """A jitted function that makes the state of step 0, each part created where it belongs."""
+                seed: int, frozen: frozenset[str] = frozenset()) -> Callable[[], TrainState]:
+  """A jitted function that makes the state of step 0, each part created where it belongs; `frozen`: names of parameters."""
   shardings, specs = model.shardings(zero_stage, mesh), model.specs(zero_stage, mesh)
 
   def initialize():
     parameters = model.initialize(jax.random.key(seed), shardings)
+    kept = {name: parameters.pop(name) for name in sorted(frozen)}
     moments = optimizer.init(_put(parameters, specs, 'optimizer'))
-    return TrainState(jnp.zeros((), jnp.int32), parameters, moments, initial_statistics())
+    return TrainState(jnp.zeros((), jnp.int32), parameters, kept, moments, initial_statistics())
 
   return jax.jit(initialize)
 
@@ -57,8 +66,8 @@ def abstract(initialize: Callable[[], TrainState], mesh: AnyMesh) -> TrainState:
 
 
 def summed_gradients(model: AbstractModel, objective: ObjectiveFunction, zero_stage: int, mesh: AnyMesh,
-                     microbatches: int) -> Callable[[Parameters, Batch, jax.Array], tuple[Parameters, dict[str, jax.Array]]]:
-  """A function (parameters, batch, key) -> (gradient of the summed loss, sums of targets and metrics), over all rows of the batch.
+                     microbatches: int) -> Callable[[Parameters, Parameters, Batch, jax.Array], tuple[Parameters, dict[str, jax.Array]]]:
+  """A function (trained, frozen, batch, key) -> (gradient of the summed loss, sums of targets and metrics), over all rows of the batch.
 
   The gradients are sharded as the optimizer state is. Dropout keys are folded from (key, row, layer), so that the masks depend neither
   on the mesh nor on the number of microbatches.
@@ -66,15 +75,15 @@ def summed_gradients(model: AbstractModel, objective: ObjectiveFunction, zero_st
   zero = model.zero(zero_stage, mesh)
 
   def loss(variables, weights, batch, keys):
-    module = model.merge({name: weight.with_variable(variables[name]) for name, weight in weights.items()})
+    module = model.merge(weights | {name: weights[name].with_variable(variable) for name, variable in variables.items()})
     positions = Positions(batch['positions'], batch['segments']) if 'segments' in batch else None
     hidden, _, layers = module.hidden(batch['tokens'], positions, keys=keys)
     total, targets, metrics = objective(module.head, hidden, batch)
     return total + layers.pop('loss', 0), {'targets': targets, **metrics, **layers}
 
-  def local(entered, batch, key):
-    weights = zero.weights(entered)
-    variables = {name: weight.variable for name, weight in weights.items()}
+  def local(trained, frozen, batch, key):
+    weights = zero.weights(trained) | zero.weights(frozen, differentiated=False)
+    variables = {name: weights[name].variable for name in trained}
     numbers = row_numbers(batch['tokens'].shape[0])
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(numbers) if model.config.dropout else None
 
@@ -92,10 +101,10 @@ def summed_gradients(model: AbstractModel, objective: ObjectiveFunction, zero_st
       (gradient, sums), _ = jax.lax.scan(add, zeros, parts)
     return zero.reduce(gradient), sum_over_rows(sums)
 
-  run = local_rows(local, (zero.in_specs, ROWS, PartitionSpec()), (zero.out_specs(model.shapes), PartitionSpec()))
-
-  def summed(parameters, batch, key):
-    gradient, sums = run(zero.enter(parameters), batch, key)
+  def summed(trained, frozen, batch, key):
+    specs = lambda parameters: {name: zero.in_specs[name] for name in parameters}
+    run = local_rows(local, (specs(trained), specs(frozen), ROWS, PartitionSpec()), (zero.out_specs(trained), PartitionSpec()))
+    gradient, sums = run(zero.enter(trained), zero.enter(frozen), batch, key)
     return zero.leave(gradient), sums
 
   return summed
@@ -114,16 +123,16 @@ def train_step(model: AbstractModel, objective: ObjectiveFunction, optimizer: op
 
   def step(state: TrainState, batch: Batch):
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    gradient, sums = gradients(state.parameters, batch, key)
+    gradient, sums = gradients(state.trained, state.frozen, batch, key)
     targets = sums.pop('targets')
     norm = optax.tree.norm(gradient) / targets
     gradient = {name: g * (1 / targets) for name, g in gradient.items()}  # XLA would write g / targets to memory
-    parameters = _put(state.parameters, specs, 'optimizer')
+    parameters = _put(state.trained, specs, 'optimizer')
     metrics = {name: value / targets for name, value in sums.items()}
     metrics |= {'grad_norm': norm, 'learning_rate': rate(state.step), 'targets': targets}
     good, statistics = is_good_step(state.statistics, metrics['loss'], norm, spike)
     parameters, moments = update(optimizer, gradient, norm, good, state.optimizer, parameters)
-    return TrainState(state.step + 1, _put(parameters, specs, 'stored'), moments, statistics), metrics | {'bad': ~good}
+    return TrainState(state.step + 1, _put(parameters, specs, 'stored'), state.frozen, moments, statistics), metrics | {'bad': ~good}
 
   return jax.jit(step, donate_argnums=0)
 
@@ -132,15 +141,16 @@ def _put(arrays: Mapping[str, jax.Array], specs: Mapping[str, ParameterSpecs], r
   return {name: jax.reshard(x, getattr(specs[name], role)) for name, x in arrays.items()}
 
 
-def state_bytes(model: AbstractModel, optimizer: optax.GradientTransformation, zero_stage: int, mesh: AnyMesh) -> dict[str, int]:
+def state_bytes(model: AbstractModel, optimizer: optax.GradientTransformation, zero_stage: int, mesh: AnyMesh,
+                frozen: frozenset[str] = frozenset()) -> dict[str, int]:
   """Bytes that a device holds of parameters, gradients and optimizer state, by the shapes of its shards; nothing is allocated."""
-  state = abstract(initializer(model, optimizer, zero_stage, mesh, 0), mesh)
+  state = abstract(initializer(model, optimizer, zero_stage, mesh, 0, frozen), mesh)
   specs, dtypes = model.specs(zero_stage, mesh), model.dtypes
   held = lambda leaves: sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
   at = lambda name, spec, dtype: jax.ShapeDtypeStruct(model.shapes[name].shape, dtype, sharding=NamedSharding(mesh, spec))
   found = {
     'parameters': held(state.parameters.values()),
-    'gradients': held(at(name, spec.gradient, 'float32') for name, spec in specs.items()),
+    'gradients': held(at(name, spec.gradient, 'float32') for name, spec in specs.items() if name not in frozen),
     'optimizer': held(jax.tree.leaves(state.optimizer)),
   }
   if zero_stage in (1, 2):  # what is gathered for a step, unless it is stored so

@@ -76,7 +76,7 @@ def run(config: Config, workdir: Path, cache: Path) -> Trained:
 
   def keep(self, last):
     wish = after(self, last)
-    states[self.progress.step] = jax.device_get(self.state)
+    states[self.steps.step] = jax.device_get(self.steps.state)
     return wish
 
   def hear(self, line):
@@ -94,13 +94,13 @@ def run(config: Config, workdir: Path, cache: Path) -> Trained:
 
 def disturbance(where: str, config: Config, cache: Path):
   """A context in which something is not finite once."""
-  from gptjax.training import loop
+  from gptjax.training import loop, steps
   from gptjax.training import run as resolving
   if where == 'one device':
     return mock.patch.object(loop._Loop, '_after_step', _erring(loop._Loop._after_step))
   tokens = _batch(config, cache)
   if where == 'batch':
-    place = loop.put_rows
+    place = steps.put_rows
 
     def spoiled(mesh, batch, size):
       if (batch['tokens'] == tokens).all():
@@ -109,7 +109,7 @@ def disturbance(where: str, config: Config, cache: Path):
         batch = batch | {'mask': mask}
       return place(mesh, batch, size)
 
-    return mock.patch.object(loop, 'put_rows', spoiled)
+    return mock.patch.object(steps, 'put_rows', spoiled)
   return mock.patch.object(resolving, 'make_objective', lambda config: _with_bad_gradient(int(tokens.sum())))
 
 
@@ -151,15 +151,15 @@ def _erring(after):
   left = [_BAD - 1]
 
   def err(self, last):
-    if left == [self.progress.step]:
+    if left == [self.steps.step]:
       left.clear()
-      name = next(name for name in self.state.parameters if name.endswith('up/kernel'))
-      array = self.state.parameters[name]
+      name = next(name for name in self.steps.state.trained if name.endswith('up/kernel'))
+      array = self.steps.state.trained[name]
       parts = [np.array(shard.data) for shard in array.addressable_shards]
       parts[2][:1] = np.nan
       array = jax.make_array_from_single_device_arrays(array.shape, array.sharding, [
         jax.device_put(part, shard.device) for part, shard in zip(parts, array.addressable_shards)])
-      self.state = self.state._replace(parameters=self.state.parameters | {name: array})
+      self.steps.state = self.steps.state._replace(trained=self.steps.state.trained | {name: array})
     return after(self, last)
 
   return err

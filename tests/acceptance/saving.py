@@ -73,9 +73,9 @@ def main(config: Config) -> None:
   found: dict = {}
 
   def at_the_end_of_a_step(self, last):
-    step = self.progress.step
+    step = self.steps.step
     self._read_pending()
-    jax.block_until_ready(self.state)
+    jax.block_until_ready(self.steps.state)
     ends.append(time.perf_counter())
     if self.checkpoints.saving:
       busy.update((step, step + 1))
@@ -85,7 +85,7 @@ def main(config: Config) -> None:
 
   def timed_save(self, loss, waits):
     if waits:  # the last, beside which nothing goes on
-      jax.block_until_ready(self.state)
+      jax.block_until_ready(self.steps.state)
       self.checkpoints.wait()
       gc.collect()
       before = memory.now()
@@ -94,10 +94,10 @@ def main(config: Config) -> None:
     save(self, loss, waits)
     seconds = time.perf_counter() - begun
     if waits:
-      found.update(before=before, alone=memory.most(), whole_save=seconds, state=sum(x.nbytes for x in jax.tree.leaves(self.state)))
+      found.update(before=before, alone=memory.most(), whole_save=seconds, state=sum(x.nbytes for x in jax.tree.leaves(self.steps.state)))
     else:
       calls.append(seconds)
-      busy.add(self.progress.step + 1)
+      busy.add(self.steps.step + 1)
 
   with Memory() as memory, mock.patch.object(loop._Loop, '_after_step', at_the_end_of_a_step), mock.patch.object(
       loop._Loop, '_save', timed_save):

@@ -43,7 +43,7 @@ def run(config, compute, mesh, zero_stage, random_parameters):
 
   @jax.jit
   def everything(parameters, batch, key):
-    gradients, sums = summed_gradients(plan, next_token(z_loss=1e-3), zero_stage, mesh, 1)(parameters, batch, key)
+    gradients, sums = summed_gradients(plan, next_token(z_loss=1e-3), zero_stage, mesh, 1)(parameters, {}, batch, key)
     return local_rows(local_logits, (zero.in_specs, ROWS), ROWS)(zero.enter(parameters), batch), sums, gradients
 
   logits, sums, gradients = everything(random_parameters(plan, zero_stage), batch, jax.random.key(2))
@@ -122,7 +122,7 @@ def test_under_stage_3_devices_exchange_parameters_and_gradients_never_activatio
   rows = put_rows(mesh, {'tokens': np.zeros((16, 28), np.int32), 'targets': np.zeros((16, 28), np.int32),
                          'mask': np.ones((16, 28), np.float32)}, 16)
   step = jax.jit(summed_gradients(plan, next_token(), 3, mesh, 1))
-  program = step.lower(random_parameters(plan, zero_stage=3), rows, jax.random.key(0)).compile().as_text()
+  program = step.lower(random_parameters(plan, zero_stage=3), {}, rows, jax.random.key(0)).compile().as_text()
   results = ' '.join(match[1] for match in COLLECTIVE.finditer(program))
   exchanged = {tuple(map(int, sizes.split(','))) for sizes in re.findall(r'\w\[([\d,]+)\]', results)}
   stored = plan.shardings(3, mesh)

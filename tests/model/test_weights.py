@@ -75,7 +75,7 @@ def lowered(style, sizes, stage, microbatches, **compute):
     parameters = {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=shardings[name]) for name, s in plan.shapes.items()}
     placed = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, ROWS)) for name, x in rows.items()}
     run = jax.jit(summed_gradients(plan, next_token(), stage, mesh, microbatches))
-    return run.lower(parameters, placed, jax.random.key(0)), sum(4 * s.size for s in plan.shapes.values())
+    return run.lower(parameters, {}, placed, jax.random.key(0)), sum(4 * s.size for s in plan.shapes.values())
 
 
 def exchanges(style, sizes, stage, microbatches, **compute):

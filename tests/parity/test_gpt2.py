@@ -121,7 +121,7 @@ def test_steps_of_adamw_are_those_of_pytorch(mesh, zero_stage, microbatches, cli
                     zero_stage=zero_stage, mesh=mesh, microbatches=microbatches, seed=0)
   parameters = on_mesh(weights(model), described, zero_stage, mesh)
   start = weights(model)
-  state = TrainState(jnp.zeros((), jnp.int32), parameters, jax.jit(optimizer.init)(parameters), initial_statistics())
+  state = TrainState(jnp.zeros((), jnp.int32), parameters, {}, jax.jit(optimizer.init)(parameters), initial_statistics())
   for index in range(3):
     rows = text(8, seed=index)
     adamw.zero_grad()

@@ -18,7 +18,7 @@ from gptjax import config as configs
 from gptjax.checkpoint import Checkpoints, Progress
 from gptjax.config import Fault, FaultsConfig, ModelConfig, UserError
 from gptjax.data import prepare, train_rows
-from gptjax.training import loop, train
+from gptjax.training import loop, steps, train
 from gptjax.training.replicas import replica_check
 from gptjax.training.guard import WARMUP, BadSteps, Rollback, initial_statistics, is_good_step
 from gptjax.training.run import Run
@@ -49,9 +49,9 @@ def test_an_update_that_is_not_finite_is_not_made(mesh, zero_stage, microbatches
     name = 'blocks/0/attention_norm/gain'
     gain = before.parameters[name].copy()
     gain[0] = np.inf
-    before = before._replace(parameters=before.parameters | {name: gain})
+    before = before._replace(trained=before.trained | {name: gain})
     placed = jax.device_put(gain, state.parameters[name].sharding)
-    state, metrics = step(state._replace(parameters=state.parameters | {name: placed}), good)
+    state, metrics = step(state._replace(trained=state.trained | {name: placed}), good)
   assert metrics['bad']
   after = jax.device_get(state)
   assert after.step == before.step + 1
@@ -90,7 +90,7 @@ def test_a_spike_is_told_from_what_is_usual():
 @pytest.fixture
 def spoil(settings, cache, monkeypatch):
   """A function (step): makes the batch of a step of the undisturbed run not finite."""
-  rows, place = train_rows(settings, prepare(settings.data, cache)), loop.put_rows
+  rows, place = train_rows(settings, prepare(settings.data, cache)), steps.put_rows
 
   def spoil(step):
     bad = rows.batch(4 * (step - 1) + np.arange(4))['tokens']
@@ -100,7 +100,7 @@ def spoil(settings, cache, monkeypatch):
         batch = batch | {'mask': np.where(batch['mask'] > 0, np.nan, batch['mask']).astype(np.float32)}
       return place(mesh, batch, size)
 
-    monkeypatch.setattr(loop, 'put_rows', spoiled)
+    monkeypatch.setattr(steps, 'put_rows', spoiled)
 
   return spoil
 
@@ -265,8 +265,8 @@ def test_a_copy_that_differs_is_found_on_its_device(mesh, zero_stage):
   array = state.parameters[name]
   changed = jax.make_array_from_single_device_arrays(array.shape, array.sharding, [
     jax.device_put(part, device) for part, device in zip(parts, devices)])
-  assert check(state._replace(parameters=state.parameters | {name: changed})) == (
-    f'replicas: parameters/{name} on device {devices[5].id} of process 0 differ')
+  assert check(state._replace(trained=state.trained | {name: changed})) == (
+    f'replicas: trained/{name} on device {devices[5].id} of process 0 differ')
 
 
 @pytest.mark.parametrize('action, zero_stage', [('rollback', 3), ('skip', 3), full('rollback', 0)])
@@ -278,19 +278,19 @@ def test_a_device_that_spoils_its_state_is_found_within_the_interval(action, zer
   after = loop._Loop._after_step
 
   def err_once(self, last):
-    if errs == [self.progress.step]:
+    if errs == [self.steps.step]:
       errs.clear()
-      name, array = next(item for item in self.state.parameters.items() if item[0].endswith('up/kernel'))
+      name, array = next(item for item in self.steps.state.trained.items() if item[0].endswith('up/kernel'))
       parts = [np.array(shard.data) for shard in array.addressable_shards]
       parts[2][:] = np.nan
       array = jax.make_array_from_single_device_arrays(array.shape, array.sharding, [
         jax.device_put(part, shard.device) for part, shard in zip(parts, array.addressable_shards)])
-      self.state = self.state._replace(parameters=self.state.parameters | {name: array})
+      self.steps.state = self.steps.state._replace(trained=self.steps.state.trained | {name: array})
     return after(self, last)
 
   monkeypatch.setattr(loop._Loop, '_after_step', err_once)
   if action == 'skip':
-    with pytest.raises(Fault, match='^state: parameters/blocks/0/mlp/up/kernel on device 2 of process 0 not finite at step 8'):
+    with pytest.raises(Fault, match='^state: trained/blocks/0/mlp/up/kernel on device 2 of process 0 not finite at step 8'):
       train(settings, options(tmp_path / 'run', cache))
     assert Checkpoints(tmp_path / 'run' / 'checkpoints').steps() == [4]
     assert run(settings, tmp_path / 'run', cache) == straight

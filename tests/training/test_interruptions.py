@@ -75,7 +75,7 @@ loop.peak_flops = lambda devices, dtype: (1e12, 'assumed')
 after = loop._Loop._after_step
 
 def stuck(self, last):
-  if self.progress.step == 3:
+  if self.steps.step == 3:
     print('stuck', flush=True)
     while True:
       time.sleep(0.05)

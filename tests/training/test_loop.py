@@ -28,7 +28,7 @@ def compiled(monkeypatch):
   heard = lambda event, _, fun_name='', **rest: found.append((now[0], fun_name)) if 'backend_compile' in event else None
   jax.monitoring.register_event_duration_secs_listener(heard)
   start = loop._Loop._step
-  monkeypatch.setattr(loop._Loop, '_step', lambda self, counter: (now.__setitem__(0, now[0] + 1), start(self, counter)))
+  monkeypatch.setattr(loop._Loop, '_step', lambda self: (now.__setitem__(0, now[0] + 1), start(self)))
   yield found
   jax.monitoring.unregister_event_duration_listener(heard)
 

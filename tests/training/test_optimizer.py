@@ -200,7 +200,7 @@ def test_adamw_is_that_of_optax(clip, mesh):
   for name in parameters:
     np.testing.assert_allclose(parameters[name], expected[name], rtol=2e-6, atol=1e-6, err_msg=name)
   for moment in ('mu', 'nu', 'count'):
-    got, want = optax.tree.get(state[1][0]._asdict(), moment), optax.tree.get(theirs_state[1][0]._asdict(), moment)
+    got, want = optax.tree.get(state['update']['adam']._asdict(), moment), optax.tree.get(theirs_state[1][0]._asdict(), moment)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-9, err_msg=moment), got, want)
 
 

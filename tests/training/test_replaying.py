@@ -72,20 +72,20 @@ def test_a_step_is_done_again_where_the_data_has_moved(trained, cache, tmp_path)
 def test_a_checkpoint_is_read_tensor_by_tensor(trained):
   folder = trained / 'checkpoints' / '8'
   contents = Contents(folder)
-  assert {'step', 'parameters/tokens/table', 'statistics/mean'} <= set(contents.shapes)
+  assert {'step', 'trained/tokens/table', 'statistics/mean'} <= set(contents.shapes)
   names = list(contents.shapes)[::-1]
   found = dict(contents.read(names))
   assert list(found) == names and found['step'] == 8
-  shapes = {name.removeprefix('parameters/'): shape for name, shape in contents.shapes.items() if name.startswith('parameters/')}
+  shapes = {name.removeprefix('trained/'): shape for name, shape in contents.shapes.items() if name.startswith('trained/')}
   parameters = Checkpoints(trained / 'checkpoints').restore_parameters(8, shapes)
-  assert all((found[f'parameters/{name}'] == np.asarray(value)).all() for name, value in parameters.items())
+  assert all((found[f'trained/{name}'] == np.asarray(value)).all() for name, value in parameters.items())
 
 
 def test_the_tools_say_it(trained, tmp_path):
   done = run_module('tools.inspect_checkpoint', f'--workdir={trained}')
   assert done.returncode == 0 and done.stdout.count('intact') == 2
-  done = run_module('tools.inspect_checkpoint', f'--workdir={trained}', '--step=8', '--against=6', '--match=parameters/')
-  assert done.returncode == 1 and 'parameters/tokens/table' in done.stdout and ' 0 of ' in done.stdout
+  done = run_module('tools.inspect_checkpoint', f'--workdir={trained}', '--step=8', '--against=6', '--match=trained/')
+  assert done.returncode == 1 and 'trained/tokens/table' in done.stdout and ' 0 of ' in done.stdout
   copy = shutil.copytree(trained, tmp_path / 'run')
   done = run_module('tools.inspect_checkpoint', f'--workdir={trained}', '--step=latest', f'--against={copy}')
   assert done.returncode == 0 and 'tensors bitwise equal' in done.stdout

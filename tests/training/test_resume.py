@@ -15,6 +15,8 @@ from tiers import full
 from tiny import config, options, records, run, write_text
 
 from gptjax import config as configs
+from gptjax.checkpoint import load_trained
+from gptjax.checkpoint.manifest import read_manifest, write_manifest
 from gptjax.config import UserError
 from gptjax.data import train_rows, prepare
 from gptjax.training import train
@@ -79,6 +81,41 @@ def test_a_stopped_run_goes_on_bit_by_bit(settings, stopped, straight, cache):
   assert_same_run(stopped, straight)
 
 
+@pytest.mark.parametrize('scan', [True, full(False)])
+def test_layers_may_be_stacked_or_not_on_resume(scan, settings, straight, tmp_path, cache):
+  run(configs.override(settings, {'compute.scan': not scan}), tmp_path / 'run', cache, stop_at=4)
+  changed = run(configs.override(settings, {'compute.scan': scan}), tmp_path / 'run', cache)
+  for got, want in zip(changed, records(straight), strict=True):
+    assert got.keys() == want.keys()
+    assert all(got[name] == pytest.approx(value, rel=1e-4) for name, value in want.items() if name != 'grad_norm'), (got, want)
+
+
+def test_a_checkpoint_of_another_version_is_refused(settings, stopped, cache):
+  folder = stopped / 'checkpoints' / '4'
+  facts = read_manifest(folder)['facts']
+  (folder / 'manifest.json').unlink()
+  write_manifest(folder, facts | {'version': 0})
+  with pytest.raises(UserError, match='it has version 0, and this code reads version 1'):
+    train(settings, options(stopped, cache))
+
+
+@pytest.mark.full
+def test_frozen_parameters_are_saved_and_resumed_and_may_not_change(settings, tmp_path, cache):
+  settings = configs.override(settings, {'frozen': ('tokens/*', 'blocks/0/attention/*')})
+  run(settings, tmp_path / 'straight', cache)
+  run(settings, tmp_path / 'run', cache, stop_at=3)
+  run(settings, tmp_path / 'run', cache)
+  assert_same_run(tmp_path / 'run', tmp_path / 'straight')
+  first, last = (arrays(tmp_path / 'run', step) for step in (6, 8))
+  frozen = [name for name in last if 'frozen' in name]
+  assert len(frozen) == 9 and all((first[name] == last[name]).all() for name in frozen)
+  parameters = load_trained(tmp_path / 'run').parameters
+  assert {f"['{part}']['{name}']" for name in parameters for part in ('trained', 'frozen')} > {name for name in last if 'blocks' in name
+                                                                                            and 'optimizer' not in name}
+  with pytest.raises(UserError, match='frozen'):
+    train(configs.override(settings, {'frozen': (), 'steps': 9}), options(tmp_path / 'run', cache, accept_changes=True))
+
+
 KILLED = """
 import json, os, pathlib, signal, sys, time
 import conftest
@@ -128,7 +165,8 @@ def test_what_does_not_make_another_run_may_change(settings, stopped, tmp_path, 
     'optimizer.warmup': 1, 'optimizer.decay': 2, 'optimizer.final_fraction': 0.0, 'optimizer.b1': 0.8,
     'optimizer.b2': 0.9, 'optimizer.eps': 1e-7, 'optimizer.momentum': 0.9, 'optimizer.weight_decay': 0.0,
     'optimizer.clip': 0.0,
-    'model.dropout': 0.0, 'compute.attention': 'xla', 'compute.remat': 'full', 'data.source.path': str(other), 'data.prefetch': 0}
+    'model.dropout': 0.0, 'compute.attention': 'xla', 'compute.remat': 'full', 'compute.scan': True,
+    'data.source.path': str(other), 'data.prefetch': 0}
   changed = configs.override(settings, values)
   maths = {name for name in values if name.startswith('optimizer.')} | {'steps', 'z_loss', 'model.dropout'}
   with pytest.raises(UserError, match='--accept_changes') as caught:
@@ -150,7 +188,7 @@ def test_what_does_not_make_another_run_may_change(settings, stopped, tmp_path, 
 
 
 @pytest.mark.parametrize('values, field', [
-  ({'seed': 1}, 'seed'), ({'model.layers': 2}, 'model.layers'), ({'compute.scan': True}, 'compute.scan'),
+  ({'seed': 1}, 'seed'), ({'model.layers': 2}, 'model.layers'), ({'frozen': ('tokens/*',)}, 'frozen'),
   ({'model.vocab_size': 64}, 'model.vocab_size'), ({'data.context': 8}, 'data.context'),
   ({'data.valid_fraction': 0.2}, 'data.valid_fraction'), ({'data.isolate_documents': False}, 'data.isolate_documents'),
   ({'data.tokenizer.kind': 'bytes'}, 'data.tokenizer.kind'), ({'optimizer.name': 'adamw'}, 'optimizer.name'),

@@ -11,7 +11,7 @@ from gptjax.config import MeshConfig, UserError
 from gptjax.data import prepare
 from gptjax.sharding import make_mesh
 from gptjax.training import resolve, train
-from gptjax.training.starting import beginning
+from gptjax.training.starting import initial_state
 
 import jax
 
@@ -34,7 +34,7 @@ def begun(settings, cache, mesh=MeshConfig(1, 1)):
   mesh = make_mesh(mesh)
   with jax.set_mesh(mesh):
     data = prepare(settings.data, cache)
-    state, words = beginning(resolve(settings, data, mesh), data.tokenizer)
+    state, words = initial_state(resolve(settings, data, mesh), data.tokenizer)
     return jax.device_get(state), words
 
 

@@ -79,6 +79,23 @@ def test_microbatches_change_nothing(shallow, mesh):
       np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-7, err_msg=message)
 
 
+@pytest.mark.parametrize('zero_stage', [0, full(1), full(2), 3])
+@pytest.mark.parametrize('mesh', ['4x2'], indirect=True)
+def test_frozen_parameters_stay_and_the_others_learn_as_they_would_beside_constants(zero_stage, shallow, mesh):
+  results = []
+  for frozen in ((), ('tokens/*', 'blocks/0/mlp/*')):
+    state, step = trainer(shallow, optax.sgd(1.0, momentum=0.9), zero_stage=zero_stage, microbatches=2, frozen=frozen)
+    results.append((before := host(state), host(step(state, put(batch()))[0])))
+  (start, every), (before, after) = results
+  assert len(before.frozen) == 5 and before.trained.keys() | before.frozen.keys() == start.trained.keys()
+  assert not any(name in jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(after.optimizer) for name in before.frozen)
+  for name, value in before.frozen.items():
+    assert (after.frozen[name] == value).all() and (every.trained[name] != value).any()
+  for name, value in after.trained.items():
+    np.testing.assert_allclose(value, every.trained[name], atol=1e-7, err_msg=name)
+    assert (value != before.trained[name]).any()
+
+
 @pytest.mark.parametrize('optimizer', [full('adamw'), 'muon'])
 @pytest.mark.parametrize('mesh', ['4x2'], indirect=True)
 def test_the_old_state_is_given_up_and_the_new_lies_as_it_did(optimizer, shallow, mesh):
