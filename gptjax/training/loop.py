@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 
@@ -38,6 +38,7 @@ MAX_ROLLBACKS = 10
 """in a row without a new checkpoint"""
 
 
+@runtime_checkable
 class Action(Protocol):
   """What a loop does after certain steps, such as validation."""
 
