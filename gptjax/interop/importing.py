@@ -76,7 +76,7 @@ def import_folder(folder: Path, workdir: Path, *, context: int = 0, scan: bool =
     ours = our_logits(matched.plan, parameters, devices, tokens) if chosen.kind == 'transformers' else None
     summary = [f'{family.architecture}, {sum(value.size for value in parameters.values()):,} parameters, context {context:,}']
     with contextlib.closing(Checkpoints(out / 'checkpoints', Retention())) as checkpoints:
-      checkpoints.save(Progress(), {'parameters': parameters}, None, waits=True)  # which needs no second copy in memory
+      checkpoints.save(Progress(), {'trained': parameters}, None, waits=True)  # which needs no second copy in memory
       del parameters
     if chosen.kind != 'none':
       with contextlib.closing(Checkpoints(out / 'checkpoints')) as checkpoints:

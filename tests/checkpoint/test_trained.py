@@ -25,7 +25,7 @@ def workdir(tmp_path):
     (tmp_path / 'config.json').write_text(configs.to_json(config))
     checkpoints = Checkpoints(tmp_path / 'checkpoints', Retention(latest=2))
     for step, loss in ((3, 1.0), (5, 2.0)):
-      state = {'parameters': parameters(step), 'optimizer': {'mu': np.zeros(1000)}, 'step': np.array(step)}
+      state = {'trained': parameters(step), 'optimizer': {'mu': np.zeros(1000)}, 'step': np.array(step)}
       checkpoints.save(Progress(step), state, loss)
     checkpoints.close()
     return tmp_path

@@ -28,7 +28,7 @@ def workdir(tmp_path):
     rng = np.random.default_rng(step)
     shapes = abstract_model(MODEL, ComputeConfig(), 16).shapes
     parameters = {name: 0.2 * rng.standard_normal(s.shape, np.float32) for name, s in shapes.items()}
-    checkpoints.save(Progress(step), {'parameters': parameters, 'step': np.array(step)}, loss)
+    checkpoints.save(Progress(step), {'trained': parameters, 'step': np.array(step)}, loss)
   checkpoints.close()
   return tmp_path
 

@@ -147,7 +147,7 @@ def change(workdir, function):
   """Saves another checkpoint, of step 1."""
   parameters = {name: function(value) for name, value in load_trained(workdir).parameters.items()}
   checkpoints = Checkpoints(workdir / 'checkpoints', Retention())
-  checkpoints.save(Progress(1), {'parameters': parameters}, None)
+  checkpoints.save(Progress(1), {'trained': parameters}, None)
   checkpoints.close()
 
 
