@@ -40,7 +40,7 @@ def begun(settings, cache, mesh=MeshConfig(1, 1)):
 
 @pytest.fixture(scope='module')
 def weights(settings, source, cache):
-  return begun(configs.override(settings, {'init_from': str(source)}), cache)[0].parameters
+  return begun(configs.override(settings, {'init_from': str(source)}), cache)[0].trained
 
 
 def test_all_weights_come_and_nothing_else(settings, source, cache, weights, tmp_path, capsys):
@@ -48,8 +48,8 @@ def test_all_weights_come_and_nothing_else(settings, source, cache, weights, tmp
   assert words == 'nothing, fresh parameters'
   state, words = begun(configs.override(settings, {'init_from': str(source / 'checkpoints' / '3')}), cache)
   assert words == f'nothing, parameters of {source}/checkpoints/3, step 3'
-  assert state.step == 0 and all((state.parameters[name] == weights[name]).all() for name in fresh.parameters)
-  assert any((state.parameters[name] != fresh.parameters[name]).any() for name in fresh.parameters)
+  assert state.step == 0 and all((state.trained[name] == weights[name]).all() for name in fresh.trained)
+  assert any((state.trained[name] != fresh.trained[name]).any() for name in fresh.trained)
   assert all((a == b).all() for a, b in zip(jax.tree.leaves(state.optimizer), jax.tree.leaves(fresh.optimizer)))
   lines = run(configs.override(settings, {'init_from': str(source), 'seed': 5}), tmp_path, cache)
   assert lines[0]['step'] == 1 and lines[0]['loss'] < records(source)[0]['loss']
@@ -63,7 +63,7 @@ def test_layers_may_be_stacked_or_not_and_lie_anywhere(mesh, zero_stage, setting
   changed = configs.override(settings, {'init_from': str(source), 'compute.scan': True, 'zero_stage': zero_stage, 'batch_size': 8,
                                         'mesh.max_unsharded': 1.0})
   state, _ = begun(changed, cache, mesh)
-  for name, value in state.parameters.items():
+  for name, value in state.trained.items():
     one_by_one = [weights[name.replace('blocks/', f'blocks/{i}/')] for i in range(3)] if name.startswith('blocks/') else weights[name]
     assert (value == np.stack(one_by_one) if name.startswith('blocks/') else value == one_by_one).all()
 
@@ -74,14 +74,14 @@ def test_what_fits_comes_and_the_rest_is_fresh(mesh, scan, settings, source, cac
   changed = configs.override(settings, values | {'init_from': str(source)})
   with pytest.raises(UserError, match='^init_from: .*init_partial for what there is: (.*tokens/table|blocks)'):
     begun(changed, cache, mesh)
-  fresh = begun(configs.override(settings, values), cache, mesh)[0].parameters
+  fresh = begun(configs.override(settings, values), cache, mesh)[0].trained
   state, words = begun(configs.override(changed, {'init_partial': True}), cache, mesh)
   assert 'in part: ' in words
-  table = state.parameters['tokens/table']
+  table = state.trained['tokens/table']
   assert (table[:32] == weights['tokens/table']).all() and (table[32:] == fresh['tokens/table'][32:]).all()
-  positions = state.parameters['positions/table']
+  positions = state.trained['positions/table']
   assert (positions[:16] == weights['positions/table']).all() and (positions[16:] == fresh['positions/table'][16:]).all()
-  up = state.parameters['blocks/mlp/up/kernel' if scan else 'blocks/1/mlp/up/kernel']
+  up = state.trained['blocks/mlp/up/kernel' if scan else 'blocks/1/mlp/up/kernel']
   assert (up[1] == weights['blocks/1/mlp/up/kernel'] if scan else up == weights['blocks/1/mlp/up/kernel']).all()
 
 
