@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from gptjax.config import ComputeConfig, ModelConfig, UserError
 from gptjax.model.transformer import Transformer
 from gptjax.model.weights import initial_value
-from gptjax.sharding import AnyMesh, Axis, ParameterSpecs, Weight, Zero, parameter_specs, unsharded_axes
+from gptjax.sharding import AnyMesh, Axis, ParameterSpecs, Weight, Zero, parameter_specs, shared, unsharded_axes
 
 Parameters = dict[str, jax.Array]
 
@@ -113,6 +113,9 @@ class AbstractModel:
 
   def merge(self, parameters: Mapping[str, jax.Array | Weight]) -> Transformer:
     """The module with these values; free of cost inside a traced function."""
+    table = parameters['tokens/table']
+    if self.config.tied and isinstance(table, Weight) and table.shard:  # the embedding and the head read it
+      parameters = {**parameters, 'tokens/table': shared(table, self.dtypes['tokens/table'])}
     flat = {path: variable.replace(parameters[name]) for name, (path, variable) in self.variables.items()}
     return nnx.merge(self.graph, nnx.from_flat_state(flat))
 

@@ -67,6 +67,17 @@ def as_weight(value: Array | Weight) -> Weight:
   return value if isinstance(value, Weight) else Weight(value)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def shared(weight: Weight, dtype: str) -> Weight:
+  """A weight for several readers: it is gathered once, and the sum of their gradients is scattered once."""
+  value = weight.read(dtype)
+  return Weight(value, jnp.zeros(value.shape, jnp.float32, out_sharding=jax.typeof(value).sharding.spec))
+
+
+shared.defvjp(lambda weight, dtype: (shared(weight, dtype), weight),
+              lambda dtype, weight, gradients: (weight.cotangent(gradients.accumulator),))
+
+
 def gather(x: Array, shard: Shard) -> Array:
   """All shards of a weight, one after the other."""
   split, dim = jax.typeof(x).sharding.spec, x.ndim + shard.dim

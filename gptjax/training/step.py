@@ -36,8 +36,8 @@ class TrainState(NamedTuple):
   """of loss and gradient norm, by which a bad step is known"""
 
   @property
-  def parameters(self) -> Parameters:
-    """All that the model reads."""
+  def parameters(self) -> dict[str, Any]:
+    """All that the model reads; abstract or on the host where the state is."""
     return {**self.trained, **self.frozen}
 
 

@@ -95,7 +95,7 @@ def test_stages_0_and_1_reduce_gradients_once_per_step_however_many_microbatches
     assert {one.kind for one in found} <= {kind, 'all-reduce'} and all(one.trips == 1 for one in found)
 
 
-@pytest.mark.parametrize('style', ['modern'], indirect=True)
+@pytest.mark.parametrize('style', ['modern', 'gpt2'], indirect=True)  # the table of the second is read twice
 def test_stages_2_and_3_scatter_with_every_microbatch_and_stage_3_gathers_twice(style):
   for stage in (2, 3):
     found, parameters = exchanges(style, (8, 1), stage, 2, scan=True)
