@@ -82,9 +82,12 @@ def test_a_stopped_run_goes_on_bit_by_bit(settings, stopped, straight, cache):
 
 
 @pytest.mark.parametrize('scan', [True, full(False)])
-def test_layers_may_be_stacked_or_not_on_resume(scan, settings, straight, tmp_path, cache):
-  run(configs.override(settings, {'compute.scan': not scan}), tmp_path / 'run', cache, stop_at=4)
-  changed = run(configs.override(settings, {'compute.scan': scan}), tmp_path / 'run', cache)
+def test_layers_may_be_stacked_or_not_on_resume(scan, settings, straight, stopped, tmp_path, cache):
+  workdir = stopped
+  if not scan:
+    workdir = tmp_path / 'scanned'
+    run(configs.override(settings, {'compute.scan': True}), workdir, cache, stop_at=4)
+  changed = run(configs.override(settings, {'compute.scan': scan}), workdir, cache)
   for got, want in zip(changed, records(straight), strict=True):
     assert got.keys() == want.keys()
     assert all(got[name] == pytest.approx(value, rel=1e-4) for name, value in want.items() if name != 'grad_norm'), (got, want)
