@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from gptjax.data.store import TokenStore
-from gptjax.data.store_writer import ShardWriter, finish_store
+from gptjax.data.store import ShardWriter, TokenStore, finish_store
 from gptjax.data.tokenizers import ByteTokenizer
 
 FIRST = 10

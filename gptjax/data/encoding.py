@@ -16,8 +16,7 @@ import numpy as np
 from gptjax.config import UserError
 from gptjax.data.filters import Contamination, Filters
 from gptjax.data.sources import Malformed, Part, Source
-from gptjax.data.store import VERSION
-from gptjax.data.store_writer import id_dtype
+from gptjax.data.store import VERSION, id_dtype
 from gptjax.data.tokenizers import Tokenizer
 
 TASK = 2**22

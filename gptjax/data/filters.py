@@ -1,6 +1,7 @@
 """Filters, which drop documents of poor quality, and decontamination, which drops those with text of an evaluation set."""
 
 import dataclasses
+import functools
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
@@ -58,27 +59,12 @@ def _repeated_lines(text: str) -> float:
   return (characters - sum(map(len, set(lines)))) / max(characters, 1)
 
 
-NGRAM = 13
+_NGRAM = 13
 """Words of the n-grams that are matched."""
-MIN_WORDS = 8
+_MIN_WORDS = 8
 """Words of the shortest evaluation document that is matched."""
-
 _WORD = re.compile(r'[^\W_]+')
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
-_MAX_CACHED_WORDS = 2**18
-
-
-class _WordHashes(dict[str, int]):
-  """A cache of 64-bit hashes of words, the same in every process (unlike Python's own)."""
-
-  def __missing__(self, word: str) -> int:
-    if len(self) >= _MAX_CACHED_WORDS:
-      self.clear()
-    value = self[word] = int.from_bytes(hashlib.blake2b(word.encode(errors='surrogatepass'), digest_size=8).digest())
-    return value
-
-  def __reduce__(self):
-    return _WordHashes, ()
 
 
 class Contamination:
@@ -94,22 +80,21 @@ class Contamination:
     self.names = list(sets)
     self.skipped = dict.fromkeys(sets, 0)
     """documents too short to be matched, by set"""
-    self._hashes = _WordHashes()
     found: dict[int, list[tuple[np.ndarray, int]]] = {}
     for owner, (name, documents) in enumerate(sets.items()):
       for document in documents:
-        words = self._words(document.text)
-        if len(words) < MIN_WORDS:
+        words = _word_hashes(document.text)
+        if len(words) < _MIN_WORDS:
           self.skipped[name] += 1
         else:
-          length = min(len(words), NGRAM)
+          length = min(len(words), _NGRAM)
           found.setdefault(length, []).append((_ngrams(words, length), owner))
     # By length: sorted n-grams and the set of each; an n-gram of several sets belongs to the first.
     self._ngrams = {length: _sorted_ngrams(found[length]) for length in sorted(found, reverse=True)}
 
   def find(self, text: str) -> str | None:
     """Name of a set that has an n-gram in common with the text, or None."""
-    words = self._words(text)
+    words = _word_hashes(text)
     for length, (ngrams, owners) in self._ngrams.items():
       found = _ngrams(words, length)
       nearest = np.minimum(np.searchsorted(ngrams, found), len(ngrams) - 1)
@@ -126,8 +111,15 @@ class Contamination:
       digest.update(ngrams.tobytes() + owners.tobytes())
     return digest.hexdigest()
 
-  def _words(self, text: str) -> np.ndarray:
-    return np.fromiter(map(self._hashes.__getitem__, map(re.Match.group, _WORD.finditer(text.lower()))), np.uint64)
+
+@functools.lru_cache(2**18)
+def _word_hash(word: str) -> int:
+  """A 64-bit hash that is the same in every process (unlike Python's own)."""
+  return int.from_bytes(hashlib.blake2b(word.encode(errors='surrogatepass'), digest_size=8).digest())
+
+
+def _word_hashes(text: str) -> np.ndarray:
+  return np.fromiter(map(_word_hash, map(re.Match.group, _WORD.finditer(text.lower()))), np.uint64)
 
 
 def _ngrams(words: np.ndarray, length: int) -> np.ndarray:

@@ -72,7 +72,7 @@ class LocalFolder:
     for name, start, stop in wanted:
       data = self.mapped(name)[start:stop]
       if len(data) < stop - start:
-        raise _too_short(self._root / name, start + len(data), stop)
+        raise damaged(f'{self._root}/{name}', f'{start + len(data):,} bytes', f'{stop:,} bytes or more,')
       found.append(data)
     self.count_touched(len(wanted), sum(stop - start for _, start, stop in wanted))
     return found
@@ -122,11 +122,10 @@ class RemoteFolder:
       return {info['name'].rpartition('/')[2]: info['size'] for info in self._system.ls(self._root, detail=True)}
 
   def local(self, name: str) -> Path:
-    """Copies the sub-folder `name` to a temporary folder that exists until the process ends."""
-    _TEMPORARY.append(tempfile.TemporaryDirectory())
-    to = Path(_TEMPORARY[-1].name)
-    RemoteFolder(f'{self._root}/{name}').copy(to)
-    return to
+    """Copies the sub-folder `name` to a temporary folder that exists as long as this object."""
+    self._temporary = tempfile.TemporaryDirectory()
+    RemoteFolder(f'{self._root}/{name}').copy(Path(self._temporary.name))
+    return Path(self._temporary.name)
 
   def copy(self, to: Path) -> None:
     with self._errors():
@@ -145,11 +144,8 @@ class RemoteFolder:
       found = self._system.cat_ranges(paths, [start for _, start, _ in wanted], [stop for _, _, stop in wanted], on_error='raise')
     for path, data, (_, start, stop) in zip(paths, found, wanted):
       if len(data) < stop - start:
-        raise _too_short(path, start + len(data), stop)
+        raise damaged(path, f'{start + len(data):,} bytes', f'{stop:,} bytes or more,')
     return [np.frombuffer(data, np.uint8) for data in found]
-
-
-_TEMPORARY: list[tempfile.TemporaryDirectory] = []
 
 
 @functools.cache
@@ -175,5 +171,6 @@ def storage_errors(field: str, path: str) -> Iterator[None]:
     raise UserError(field, path, f'a readable file, folder or URL ({reason})') from None
 
 
-def _too_short(file: object, length: int, expected: int) -> UserError:
-  return UserError(str(file), f'{length:,} bytes', f'{expected:,} bytes or more, as written; restore it, or prepare the store again')
+def damaged(file: str, found: object, expected: str) -> UserError:
+  """The error for a file that is not as it was written."""
+  return UserError(file, found, f'{expected} as written; restore it, or prepare the store again')

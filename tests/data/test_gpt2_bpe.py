@@ -113,7 +113,7 @@ def copy(folder, tmp_path, **changed):
 
 @pytest.mark.parametrize(('name', 'change', 'message'), [
   ('encoder', lambda old: old[:-5], r"encoder.json: '.*', expected: JSON"),
-  ('encoder', lambda old: b'[1]', r"encoder.json: '\[1\]', expected: an object of tokens"),
+  ('encoder', lambda old: b'[1]', r"encoder.json: '\[1\]', expected: a JSON object"),
   ('encoder', lambda old: old.replace(b'"!": 0', b'"!": 1'), r"encoder.json: '!': 1, expected: 0, the id that the merges imply"),
   ('encoder', lambda old: old.replace(b'"!": 0, ', b''), r"encoder.json: '!': None, expected: 0"),
   ('encoder', lambda old: old.replace(b'"!": 0', b'"!": 0, "new": 9999'), r"encoder.json: 'new': 9999, expected: None"),

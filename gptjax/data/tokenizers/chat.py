@@ -13,6 +13,7 @@ import jinja2.sandbox
 from gptjax.config import UserError
 from gptjax.data.tokenizers.published import MARK
 
+
 class ChatTemplate:
   """A Jinja template, rendered as in transformers, in a sandbox because it is an untrusted program. `location` is for errors.
 

@@ -44,7 +44,7 @@ class Published:
     """
     files = {name: (directory / name).read_bytes() for name in _FILES if (directory / name).exists()}
     names = [FILE] if (directory / FILE).exists() else ['generation_config.json', 'config.json']
-    configs = [_object(directory / name, (directory / name).read_bytes()) for name in names if (directory / name).exists()]
+    configs = [json_object(f'{directory}/{name}', (directory / name).read_bytes()) for name in names if (directory / name).exists()]
     special_ids = {}
     for name in ('bos_token_id', 'eos_token_id', 'pad_token_id'):
       value: Any = next((config[name] for config in configs if config.get(name) is not None), [])
@@ -55,7 +55,7 @@ class Published:
 
   def json(self, name: str) -> dict[str, Any]:
     """The object in a file; empty if the file does not exist."""
-    return _object(Path(self.location, name), self.files.get(name, b'{}'))
+    return json_object(f'{self.location}/{name}', self.files.get(name, b'{}'))
 
   @functools.cached_property
   def config(self) -> dict[str, Any]:
@@ -181,11 +181,12 @@ def special_pattern(tokens: Iterable[str]) -> re.Pattern[str] | None:
   return re.compile('|'.join(map(re.escape, longest))) if longest else None
 
 
-def _object(path: Path, data: bytes) -> dict[str, Any]:
+def json_object(location: str, data: bytes | str) -> dict[str, Any]:
+  """Parses an object; a UserError names `location` if the data is something else."""
   try:
     found = json.loads(data)
-  except (ValueError, RecursionError) as error:
-    raise UserError(str(path), data[:40], f'JSON ({error})') from None
+  except (ValueError, RecursionError) as error:  # not JSON, numbers too long for Python, or brackets too deep
+    raise UserError(location, data[:40], f'JSON ({error})') from None
   if not isinstance(found, dict):
-    raise UserError(str(path), data[:40], 'a JSON object')
+    raise UserError(location, data[:40], 'a JSON object')
   return found

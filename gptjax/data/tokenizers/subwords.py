@@ -46,24 +46,14 @@ class Words:
     self.pattern = pattern
     self.symbols = tuple(symbols)
     self._word = re.compile(pattern)
-    self._symbol = re.compile('|'.join(map(re.escape, sorted(symbols, key=len, reverse=True)))) if symbols else None
+    self._symbol = re.compile(f"({'|'.join(map(re.escape, sorted(symbols, key=len, reverse=True)))})") if symbols else None
 
   def split(self, text: str) -> Iterator[str]:
     """The words in order."""
+    words = lambda part: map(re.Match.group, self._word.finditer(part))  # findall's list would be far larger than the text
     if not self._symbol:  # without a generator in between, for speed
-      return self._words(text, 0, len(text))
-    return self._split_at_symbols(self._symbol, text)
-
-  def _split_at_symbols(self, symbols: re.Pattern[str], text: str) -> Iterator[str]:
-    start = 0
-    for symbol in symbols.finditer(text):
-      yield from self._words(text, start, symbol.start())
-      yield symbol.group()
-      start = symbol.end()
-    yield from self._words(text, start, len(text))
-
-  def _words(self, text: str, start: int, stop: int) -> Iterator[str]:
-    return map(re.Match.group, self._word.finditer(text, start, stop))  # findall's list would be far larger than the text
+      return words(text)
+    return itertools.chain.from_iterable([part] if i % 2 else words(part) for i, part in enumerate(self._symbol.split(text)))
 
 
 class _WordCache(dict[str, bytes]):
@@ -148,19 +138,10 @@ def train_tokenizer(
     UserError: the vocabulary is larger than the documents allow or too small for bytes and symbols, a text is not valid
       Unicode, or digits or symbols are invalid.
   """
-  match config.kind:
-    case 'bytes':
-      return ByteTokenizer()
-    case 'chars':
-      characters: set[str] = set()
-      for document in documents:
-        characters.update(document.text)
-      return CharTokenizer(''.join(characters))
-    case 'bpe' | 'unigram':
-      return _train_sentencepiece(config, documents, _words(digits, symbols))
-
-
-def _words(digits: int, symbols: Sequence[str]) -> Words:
+  if config.kind == 'bytes':
+    return ByteTokenizer()
+  if config.kind == 'chars':
+    return CharTokenizer(''.join(set(itertools.chain.from_iterable(document.text for document in documents))))
   if digits < 1:
     raise UserError('digits', digits, '1 or more digits per piece')
   for symbol in symbols:
@@ -168,7 +149,7 @@ def _words(digits: int, symbols: Sequence[str]) -> Words:
       raise UserError('symbol', symbol, 'distinct texts of two or more bytes')
     if symbol in ('<pad>', '<s>', '</s>', '<unk>'):
       raise UserError('symbol', symbol, "texts other than SentencePiece's own special tokens")
-  return Words(word_pattern(digits), symbols)
+  return _train_sentencepiece(config, documents, Words(word_pattern(digits), symbols))
 
 
 def _train_sentencepiece(config: TokenizerConfig, documents: Iterable[Document], words: Words) -> Tokenizer:

@@ -67,7 +67,7 @@ def test_only_a_part_of_an_object_is_fetched(bucket, monkeypatch):
 
   monkeypatch.setattr(s3fs.core, '_fetch_range', fetch)
   monkeypatch.setattr(Source, 'part_bytes', 500)
-  monkeypatch.setattr('gptjax.data.sources.boundaries._WINDOW', 50)
+  monkeypatch.setattr('gptjax.data.sources.text._WINDOW', 50)
   source = open_source(SourceConfig(path='s3://bucket/data/lines'))
   assert not fetched
   assert list(source.read(list(source.parts())[3]))

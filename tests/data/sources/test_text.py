@@ -147,7 +147,7 @@ def naive_lines(text, step):
 @settings(max_examples=300, deadline=None, database=None)
 def test_a_large_file_is_cut_at_line_ends_that_no_white_space_follows(tmp_path_factory, text, step, window):
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr('gptjax.data.sources.boundaries._WINDOW', window)
+    patch.setattr('gptjax.data.sources.text._WINDOW', window)
     patch.setattr(TextFiles, 'max_document_bytes', step)
     for ending, pack in PACKERS.items():
       path = tmp_path_factory.getbasetemp() / f'whole.txt{ending}'
