@@ -59,10 +59,8 @@ def _repeated_lines(text: str) -> float:
   return (characters - sum(map(len, set(lines)))) / max(characters, 1)
 
 
-_NGRAM = 13
-"""Words of the n-grams that are matched."""
-_MIN_WORDS = 8
-"""Words of the shortest evaluation document that is matched."""
+_NGRAM = 13  # words of the n-grams that are matched
+_MIN_WORDS = 8  # words of the shortest evaluation document that is matched
 _WORD = re.compile(r'[^\W_]+')
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 

@@ -19,12 +19,9 @@ from gptjax.config import UserError
 Range = tuple[str, int, int]
 """File name, first byte, byte after the last."""
 
-_MAX_RESIDENT = 2**29
-"""Bytes of memory maps that may be resident before their pages are released."""
-_FAULT_AROUND = 2**16
-"""Bytes that Linux maps around a page fault."""
-_CHUNK = 2**24
-"""Bytes fetched and hashed at once."""
+_MAX_RESIDENT = 2**29  # bytes of memory maps that may be resident before their pages are released
+_FAULT_AROUND = 2**16  # bytes that Linux maps around a page fault
+_CHUNK = 2**24  # bytes fetched and hashed at once
 
 
 def open_folder(location: str) -> 'LocalFolder | RemoteFolder':

@@ -1,11 +1,11 @@
 """The copies of tokenizer and validation sets in a workdir, with which a model is scored and sampled where its data is not."""
 
 import dataclasses
+import gzip
 import json
 import lzma
 import shutil
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,7 @@ from gptjax.data.store import TokenStore
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.files import atomic_directory, read_json
 
-_MAX_COMPRESSED = 2**26
-"""Bytes of text, which xz compresses in a minute."""
+_MAX_COMPRESSED = 2**26  # bytes of text, which xz compresses in a minute
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -95,17 +94,7 @@ def compression_yardsticks(tokenizer: Tokenizer, stores: Mapping[str, TokenStore
   total = sum(store.bytes for store in stores.values())
   if total > _MAX_COMPRESSED:
     return {}
-  compressors: dict[str, Any] = {'gzip -9': zlib.compressobj(9, wbits=31), 'xz -9': lzma.LZMACompressor(preset=9)}
-  sizes = dict.fromkeys(compressors, 0)
-  for store in stores.values():
-    for data in _text_bytes(tokenizer, store):
-      for name, compressor in compressors.items():
-        sizes[name] += len(compressor.compress(data))
-  return {name: 8 * (sizes[name] + len(compressor.flush())) / total for name, compressor in compressors.items()}
-
-
-def _text_bytes(tokenizer: Tokenizer, store: TokenStore) -> Iterator[bytes]:
-  """Yields the text of a store, 100,000 ids at a time; separators have none."""
-  for first in range(0, store.tokens, 100_000):
-    ids = store.read([first], [min(100_000, store.tokens - first)])
-    yield b''.join(map(tokenizer.pieces.__getitem__, ids.tolist()))
+  text_of = lambda ids: b''.join(map(tokenizer.pieces.__getitem__, ids.tolist()))
+  data = b''.join(text_of(store.read([first], [min(100_000, store.tokens - first)]))
+                  for store in stores.values() for first in range(0, store.tokens, 100_000))
+  return {'gzip -9': 8 * len(gzip.compress(data, 9)) / total, 'xz -9': 8 * len(lzma.compress(data, preset=9)) / total}

@@ -26,15 +26,8 @@ class PackingPlan:
 
   directory: Path
   rows: int
-  tokens: int
-  """of all pieces: those of the store"""
-  context: int
-  """maximum tokens per row"""
-
-  @property
-  def padding(self) -> float:
-    """Fraction of positions that are padding."""
-    return 1 - self.tokens / (self.rows * self.context)
+  padding: float
+  """fraction of positions that are padding"""
 
   @functools.cached_property
   def _folder(self) -> LocalFolder:
@@ -49,7 +42,7 @@ class PackingPlan:
     return pieces['position'].copy(), pieces['length'].copy(), np.array([stop - first for first, stop in bounds])
 
   def __reduce__(self):
-    return PackingPlan, (self.directory, self.rows, self.tokens, self.context)
+    return PackingPlan, (self.directory, self.rows, self.padding)  # without memory maps
 
 
 def packing_plan(store: TokenStore, context: int, layout: str, cache_dir: Path) -> PackingPlan:
@@ -59,11 +52,12 @@ def packing_plan(store: TokenStore, context: int, layout: str, cache_dir: Path) 
   fit of documents and remainders, or 'document', one document or piece per row.
   """
   directory = Path(cache_dir) / 'plans' / f'{store.sha256[:16]}-{layout}-{context}'
+  pack = best_fit if layout == 'pack' else lambda lengths, _: [[piece] for piece in range(len(lengths))]
   with atomic_directory(directory) as folder:
     if folder:
-      _write(folder, store, context, best_fit if layout == 'pack' else _one_per_row)
-  facts = json.loads((directory / 'plan.json').read_text())
-  return PackingPlan(directory, facts['rows'], store.tokens, context)
+      _write(folder, store, context, pack)
+  rows = json.loads((directory / 'plan.json').read_text())['rows']
+  return PackingPlan(directory, rows, padding=1 - store.tokens / (rows * context))
 
 
 def _write(folder: Path, store: TokenStore, context: int, pack: Callable[[np.ndarray, int], list[list[int]]]) -> None:
@@ -124,7 +118,3 @@ def best_fit(lengths: np.ndarray, context: int) -> list[list[int]]:
       rows_by_space[left].append(row)
       spaces |= 1 << left
   return rows
-
-
-def _one_per_row(lengths: np.ndarray, context: int) -> list[list[int]]:
-  return [[piece] for piece in range(len(lengths))]

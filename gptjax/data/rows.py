@@ -50,20 +50,12 @@ class Frame:
 
   def batch(self, isolate_documents: bool) -> Batch:
     """The model's inputs. Padding has segment 0, mask 0 and an arbitrary id."""
-    shape = self.tokens.shape
-    real = np.arange(shape[1]) < self.lengths[:, None]
+    columns = np.arange(self.tokens.shape[1], dtype=np.int32)
+    real = columns < self.lengths[:, None]
     batch = {'tokens': self.tokens, 'targets': self.targets, 'mask': (real & self.loss_mask).astype(np.float32)}
     if isolate_documents:
-      # Every row starts a segment, so all rows can be treated as one sequence of segments.
-      starts = np.flatnonzero(self.document_starts)
-      lengths = np.diff(starts, append=self.document_starts.size)
-      per_row = np.bincount(starts // shape[1], minlength=shape[0])
-      numbers = np.arange(1, len(starts) + 1) - np.repeat(np.cumsum(per_row) - per_row, per_row)
-      segments = np.repeat(numbers.astype(np.int32), lengths).reshape(shape)
-      if not real.all():
-        segments *= real
-      positions = np.arange(self.document_starts.size, dtype=np.int32) - np.repeat(starts.astype(np.int32), lengths)
-      batch |= {'positions': positions.reshape(shape), 'segments': segments}
+      starts = np.maximum.accumulate(np.where(self.document_starts, columns, 0), axis=1)
+      batch |= {'positions': columns - starts, 'segments': np.cumsum(self.document_starts, axis=1, dtype=np.int32) * real}
     return batch
 
 
@@ -82,13 +74,9 @@ class Windows:
     start = (start + (draws % np.uint64(self.context)).astype(np.int64)) % self.store.tokens
     ids = self.store.read(start, lengths + 1)
     frame.lengths[slots] = lengths
-    if (lengths == self.context).all():
-      ids = ids.reshape(len(slots), self.context + 1)
-      frame.tokens[slots], frame.targets[slots] = ids[:, :-1], ids[:, 1:]
-    else:
-      for slot, length, end in zip(slots, lengths, np.cumsum(lengths + 1)):
-        row = ids[end - length - 1:end]
-        frame.tokens[slot, :length], frame.targets[slot, :length] = row[:-1], row[1:]
+    for slot, length, end in zip(slots.tolist(), lengths.tolist(), np.cumsum(lengths + 1).tolist()):
+      row = ids[end - length - 1:end]
+      frame.tokens[slot, :length], frame.targets[slot, :length] = row[:-1], row[1:]
     # The separator occurs only where a document starts.
     frame.document_starts[slots, 1:] = frame.tokens[slots, 1:] == self.store.separator
 

@@ -285,7 +285,8 @@ class ShardRecord(NamedTuple):
 class ShardWriter:
   """Writes shard `number` of a store to a temporary file, which `close` renames: a shard appears only when it is complete."""
 
-  def __init__(self, directory: Path, number: int):
+  def __init__(self, directory: Path, number: int, dtype: np.dtype):
+    self._itemsize = dtype.itemsize
     self._path = directory / shard_name(number)
     self._partial = self._path.with_suffix('.partial')
     self._file = self._partial.open('wb')
@@ -296,11 +297,11 @@ class ShardWriter:
     self.tokens = 0
     self.bytes = 0
 
-  def append(self, ids: np.ndarray, lengths: np.ndarray, text_bytes: int) -> None:
-    """Appends documents: all their ids, the ids of each, separators included, and the UTF-8 bytes of their texts."""
-    self._write(ids.tobytes())
-    self._lengths.append(lengths)
-    self.tokens += len(ids)
+  def append(self, documents: Sequence[bytes], text_bytes: int) -> None:
+    """Appends documents: the bytes of their ids, separators included, and the UTF-8 bytes of all their texts."""
+    self._write(b''.join(documents))
+    self._lengths.append(np.array([len(ids) // self._itemsize for ids in documents]))
+    self.tokens += int(self._lengths[-1].sum())
     self.bytes += text_bytes
 
   def close(self) -> ShardRecord:

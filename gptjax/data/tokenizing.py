@@ -137,10 +137,9 @@ class Journal:
     self._database.execute('insert into progress values (?, ?)', (self._fingerprint, '{}'))
     self.commit()
 
-  def add(self, digests: Iterable[bytes]) -> np.ndarray:
-    """Adds digests of documents; returns, as booleans, which of them are new."""
-    insert = 'insert or ignore into digests values (?)'
-    return np.array([self._database.execute(insert, (digest,)).rowcount == 1 for digest in digests], bool)
+  def is_new(self, digest: bytes) -> bool:
+    """Whether no document had this digest before; it is added."""
+    return self._database.execute('insert or ignore into digests values (?)', (digest,)).rowcount == 1
 
   def commit(self) -> None:
     """Saves the state and the digests added so far."""
@@ -167,11 +166,13 @@ def _write_shards(folder: Path, recipe: Recipe, journal: Journal, tasks: Iterabl
   try:
     for parts, encoded in tasks:
       _count(state, recipe.source, parts, encoded)
+      documents = encoded.documents
       if recipe.deduplicate:
-        encoded.keep(journal.add(encoded.digests), 'duplicate')
-      if len(encoded.lengths):
-        shard = shard or ShardWriter(folder, len(state.shards))
-        shard.append(encoded.ids, encoded.lengths, int(encoded.sizes.sum()))
+        documents = [document for document in documents if journal.is_new(document[-1])]
+        encoded.dropped['duplicate'] += len(encoded.documents) - len(documents)
+      if documents:
+        shard = shard or ShardWriter(folder, len(state.shards), id_dtype(recipe.tokenizer.vocab_size))
+        shard.append([ids for ids, _, _ in documents], sum(size for _, size, _ in documents))
       state.dropped = dict(sorted((collections.Counter(state.dropped) + encoded.dropped).items()))
       if shard and shard.tokens >= recipe.shard_tokens:
         close(shard)

@@ -18,14 +18,12 @@ from gptjax.data.folders import storage_errors
 from gptjax.data.packages import optional
 from gptjax.files import expanded
 
-_CLIENTS = {'s3': 's3fs', 's3a': 's3fs', 'gs': 'gcsfs', 'gcs': 'gcsfs'}
-"""Packages through which fsspec reads object stores, by URL scheme."""
+_CLIENTS = {'s3': 's3fs', 's3a': 's3fs', 'gs': 'gcsfs', 'gcs': 'gcsfs'}  # packages through which fsspec reads object stores, by URL scheme
 
 SUFFIXES = ('.gz', '.zst')
 """Of compressed files."""
 
-_CHUNK = 2**16
-"""Compressed bytes per read: few, since their decompressed size has no bound."""
+_CHUNK = 2**16  # compressed bytes per read: few, since their decompressed size has no bound
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,14 +14,11 @@ from gptjax.data.sources.fields import Fields
 from gptjax.data.sources.files import File, fingerprint, opened
 from gptjax.data.sources.source import Part, Record, Source
 
-_BATCH = 256
-"""Rows in memory at a time."""
+_BATCH = 256  # rows in memory at a time
 
-_BUFFER = 2**22
-"""Bytes of a column fetched at a time."""
+_BUFFER = 2**22  # bytes of a column fetched at a time
 
-_MAX_PARTS_PER_GROUP = 8
-"""Few, because reading a part that starts inside a row group decodes the rows before it."""
+_MAX_PARTS_PER_GROUP = 8  # few, because reading a part that starts inside a row group decodes the rows before it
 
 
 class TableSource(Source):

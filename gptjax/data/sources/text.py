@@ -12,8 +12,7 @@ from gptjax.data.sources.source import Document, Malformed, Part, Record, Source
 
 _READAHEAD = 2**23
 _WINDOW = 2**16
-_MAX_WINDOW = 2**22
-"""Bytes searched for a boundary at once."""
+_MAX_WINDOW = 2**22  # bytes searched for a boundary at once
 
 _SPACES = b'|'.join(re.escape(char.encode()) for char in map(chr, range(0x3001)) if char.isspace())
 _LINE_END = rb'\n(?!' + _SPACES + rb')(?=.)'

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import operator
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,11 +30,13 @@ class HuggingFaceTokenizer(PublishedTokenizer):
     description = published.json(DESCRIPTION)
     self._backend = _load(published)
     self._backend.encode_special_tokens = True  # text that looks like a special token is text
-    tokens = _tokens_by_id(self._backend.get_vocab(with_added_tokens=True), published)
-    ids = dict(zip(tokens, range(len(tokens))))
+    vocab = self._backend.get_vocab(with_added_tokens=True)
+    if missing := {*range(len(vocab))} - {*vocab.values()}:
+      raise UserError(f'{published.location}/{DESCRIPTION}, id {min(missing)}', None, f'{len(vocab)} consecutive ids, each of one token')
+    tokens = sorted(vocab, key=vocab.__getitem__)
     bytes_of, self.prefix = _byte_decoder(description.get('decoder'), published)
     special = {i: token.content for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
-    super().__init__(published, list(map(bytes_of, tokens)), _unk_token(description['model']) | published.special_tokens, special, ids.get)
+    super().__init__(published, list(map(bytes_of, tokens)), _unk_token(description['model']) | published.special_tokens, special, vocab.get)
     if self.unk_id is None and not {bytes([byte]) for byte in range(256)} <= set(self.pieces):
       raise UserError(f'{published.location}/{DESCRIPTION}', 'no token for some bytes', 'all 256 bytes, or an unk_token')
 
@@ -87,14 +90,6 @@ def _unk_token(model: Mapping[str, Any]) -> dict[str, str]:
   return {'unk_token': model['unk_token']} if model.get('unk_token') else {}
 
 
-def _tokens_by_id(vocab: Mapping[str, int], published: Published) -> list[str]:
-  tokens = {i: token for token, i in vocab.items()}
-  for i in range(len(vocab)):
-    if i not in tokens:
-      raise UserError(f'{published.location}/{DESCRIPTION}, id {i}', None, f'{len(vocab)} consecutive ids, each of one token')
-  return [tokens[i] for i in range(len(vocab))]
-
-
 def _byte_decoder(decoder: Any, published: Published) -> tuple[Callable[[str], bytes], bytes]:
   """A function from tokens to their bytes, and the prefix that decoding removes from texts."""
   steps: list[Callable[[str], str | bytes]] = []
@@ -135,7 +130,5 @@ def _decode_alphabet(token: str) -> bytes:
 
 def _decode_hex(token: str) -> str | bytes:
   """Decodes byte tokens such as <0x0A>."""
-  try:
-    return bytes.fromhex(token[3:5]) if len(token) == 6 and token.startswith('<0x') and token.endswith('>') else token
-  except ValueError:
-    return token
+  found = re.fullmatch(r'<0x([0-9A-Fa-f]{2})>', token)
+  return bytes.fromhex(found[1]) if found else token

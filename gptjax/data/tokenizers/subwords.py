@@ -14,11 +14,9 @@ from gptjax.config import TokenizerConfig, UserError
 from gptjax.data.progress import announce
 from gptjax.data.sources.source import Document
 from gptjax.data.tokenizers import export
+from gptjax.data.tokenizers.published import MODEL
 from gptjax.data.tokenizers.tokenizer import (
   ALPHABET, SPECIALS, ByteTokenizer, CharTokenizer, Tokenizer, from_alphabet, to_alphabet, utf8, write_json)
-
-MODEL = 'tokenizer.model'
-"""SentencePiece's own file in a tokenizer's folder."""
 
 _MAX_CACHED_WORDS, _MAX_CACHED_LENGTH = 2**18, 128
 
