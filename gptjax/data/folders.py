@@ -60,11 +60,7 @@ class LocalFolder:
       return hashlib.file_digest(file, 'sha256').hexdigest()
 
   def ranges(self, wanted: Sequence[Range]) -> list[np.ndarray]:
-    """Reads byte ranges as uint8 arrays.
-
-    Raises:
-      UserError: a file cannot be read, or is too short.
-    """
+    """Reads byte ranges as uint8 arrays. Raises a UserError if a file cannot be read, or is too short."""
     found = []
     for name, start, stop in wanted:
       data = self.mapped(name)[start:stop]

@@ -33,8 +33,7 @@ class HeldOut:
 def export(prepared: Prepared, directory: Path, replace: bool = False) -> None:
   """Copies the tokenizer and the validation sets to a folder, which appears when it is complete.
 
-  Raises:
-    UserError: the folder has those of other data and `replace` is not set, or a validation set is damaged.
+  Raises a UserError if the folder has those of other data and `replace` is not set, or a validation set is damaged.
   """
   if (directory / 'identity.json').exists():
     found = _identity(directory)['fingerprint']
@@ -61,11 +60,7 @@ def export(prepared: Prepared, directory: Path, replace: bool = False) -> None:
 
 
 def open_held_out(directory: Path) -> HeldOut:
-  """Opens what `export` wrote.
-
-  Raises:
-    UserError: there is nothing, or it is damaged.
-  """
+  """Opens what `export` wrote. Raises a UserError if there is nothing, or it is damaged."""
   if not (directory / 'identity.json').exists():
     raise UserError('--workdir', str(directory.parent), 'a folder that gptjax.train made')
   identity = _identity(directory)

@@ -81,8 +81,7 @@ class Mixture:
   def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The component [n] of each row, and its index [n] among the component's rows over all passes.
 
-    Raises:
-      UserError: a row is after the last.
+    Raises a UserError if a row is after the last.
     """
     if self.rows is not None and rows.max(initial=-1) >= self.rows:
       raise UserError('steps', f'row {rows.max():,}', f'at most the {self.rows:,} rows that data.train has within its epochs')

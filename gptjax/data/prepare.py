@@ -43,11 +43,9 @@ class Prepared:
 def prepare(config: DataConfig, cache_dir: Path, processes: int = 1) -> Prepared:
   """Opens the stores of a config, or makes them from its source and caches them.
 
-  If another process is preparing the same data, it waits for it. Stores made from a source are in `cache_dir/data`, packing plans in
-  `cache_dir/plans`; each appears when it is complete. At most `processes` processes tokenize.
-
-  Raises:
-    UserError: a source cannot be read or split, or stores are damaged or have different tokenizers.
+  If another process is preparing the same data, it waits for it. Stores made from a source are in `cache_dir/data`, packing plans
+  in `cache_dir/plans`; each appears when it is complete. At most `processes` processes tokenize. Raises a UserError if a source
+  cannot be read or split, or stores are damaged or have different tokenizers.
   """
   train, valid = _make_stores(config, cache_dir, processes) if not config.train else (
     {component.store: TokenStore.open(component.store) for component in config.train},

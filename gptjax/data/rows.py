@@ -135,10 +135,7 @@ class TrainRows:
 
     tokens and targets: ids; targets are shifted by one. positions: tokens since the start of the document or of the row,
     whichever is later. segments: documents of a row, numbered from 1; 0 for padding. mask: 1, or 0 for padding and where there is
-    no target.
-
-    Raises:
-      UserError: a row is beyond the mixture's last, or a store is damaged.
+    no target. Raises a UserError if a row is beyond the mixture's last, or a store is damaged.
     """
     frame = Frame((len(rows), self.context))
     components, indices = self.mixture.locate(np.asarray(rows, np.int64))

@@ -120,11 +120,7 @@ class TokenStore:
 
   @staticmethod
   def open(location: Path | str) -> 'TokenStore':
-    """Opens the store in a folder or at a URL.
-
-    Raises:
-      UserError: there is no store, or one of another version.
-    """
+    """Opens the store in a folder or at a URL. Raises a UserError if there is no store, or one of another version."""
     try:
       manifest = json.loads(open_folder(str(location)).read(MANIFEST))
     except UserError:
@@ -169,8 +165,7 @@ class TokenStore:
   def verify(self) -> None:
     """Reads everything and compares each shard's SHA-256 with the index, and the tokenizer's with the manifest.
 
-    Raises:
-      UserError: something differs; the error names it.
+    Raises a UserError if something differs; the error names it.
     """
     self.check()
     self.tokenizer()
@@ -181,8 +176,7 @@ class TokenStore:
   def read(self, starts: np.ndarray | Sequence[int], counts: np.ndarray | Sequence[int]) -> np.ndarray:
     """Reads ranges of the circular stream, given by starts (0 to tokens - 1) and numbers of ids, and concatenates them.
 
-    Raises:
-      UserError: a block is damaged; the error names its file.
+    Raises a UserError if a block is damaged; the error names its file.
     """
     starts, counts = np.asarray(starts, np.int64), np.asarray(counts, np.int64)
     out = np.empty(counts.sum(), self.dtype)

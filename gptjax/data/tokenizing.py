@@ -22,12 +22,11 @@ _JOURNAL = 'journal.db'
 
 
 def write_store(directory: Path, recipe: Recipe, *, processes: int = 1, title: str = 'tokenizing') -> TokenStore:
-  """Makes a store, or resumes an interrupted build. An existing store of the same recipe is left unchanged.
-  The folder appears when the store is complete. Memory does not depend on the size of the source.
+  """Makes a store, or resumes an interrupted build.
 
-  Raises:
-    UserError: too many records are malformed (the error names the first), a text cannot be encoded, no documents remain, or the
-      folder has a complete or unfinished store of another recipe. Finished shards are kept for a later call.
+  The folder appears when the store is complete; a store of the same recipe is left unchanged. Memory does not depend on the size of
+  the source. Raises a UserError if too many records are malformed (the error names the first), a text cannot be encoded, no
+  documents remain, or the folder has a complete or unfinished store of another recipe. Finished shards are kept for a later call.
   """
   with atomic_directory(directory, lambda folder: any(folder.glob('*.shard'))) as folder:
     if folder:
@@ -98,10 +97,7 @@ class Journal:
   """A database beside the shards, with the state and, for deduplication, a digest of every document.
 
   Each shard is one transaction, so that a killed process leaves the state after the last finished shard. A damaged database is
-  replaced.
-
-  Raises:
-    UserError: there are finished shards of another recipe.
+  replaced. Raises a UserError if there are finished shards of another recipe.
   """
 
   def __init__(self, path: Path, fingerprint: str):

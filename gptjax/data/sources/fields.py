@@ -20,10 +20,7 @@ def unescaped(text: str) -> str:
 class Fields:
   """Extracts text from records: a field, or a template such as '{question}\\n{answer}', with '{{' and '}}' for braces.
 
-  'a.b' is field b of the object in field a.
-
-  Raises:
-    UserError: the template is invalid.
+  'a.b' is field b of the object in field a. Raises a UserError if the template is invalid.
   """
 
   def __init__(self, text: str):

@@ -44,9 +44,7 @@ def find(pattern: str, suffixes: tuple[str, ...]) -> list[File]:
   """Lists the file at a path, the files in a folder at any depth, or the files that match a glob, sorted by name.
 
   Hidden and empty files are omitted, and in a folder those without one of the suffixes. URLs may be any that fsspec supports.
-
-  Raises:
-    UserError: nothing is found, or it cannot be read.
+  Raises a UserError if nothing is found, or it cannot be read.
   """
   with storage_errors('data.source.path', pattern):
     found, is_folder = (_remote if '://' in pattern else _local)(pattern, suffixes)
@@ -79,8 +77,7 @@ def fingerprint(kind: str, files: Iterable[File], *options: str) -> str:
 def opened(path: str, readahead: int = 0) -> Iterator[BinaryIO]:
   """Opens the file at a path or URL; for sequential reading, each remote request fetches `readahead` more bytes.
 
-  Raises:
-    UserError: it cannot be opened, or reading fails inside the context.
+  Raises a UserError if it cannot be opened, or reading fails inside the context.
   """
   with storage_errors('data.source.path', path), contextlib.ExitStack() as stack:
     if '://' in path:
@@ -162,9 +159,7 @@ class Stream:
 
   Not fsspec or zstandard's stream_reader, because those end silently where a .zst file is truncated.
 
-  Raises:
-    OSError: on reading, the file is broken or truncated.
-    UserError: the package that reads it is not installed.
+  Reading raises an OSError if the file is broken or truncated, and a UserError if the package for it is not installed.
   """
 
   def __init__(self, raw: BinaryIO, path: str):

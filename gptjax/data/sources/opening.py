@@ -30,12 +30,10 @@ _SOURCES: dict[str, Callable[[Sequence[File], str, SourceConfig], Source]] = {
 def open_source(config: SourceConfig, cache_dir: Path | None = None) -> Source:
   """Opens the source that a config describes, without reading its documents.
 
-  Prepares a TFDS dataset that is not prepared yet, and downloads a Hugging Face dataset that is not in its cache. Only the embedded
-  corpus needs `cache_dir`, where it stores its dataset. Of files in several formats one is read: JSON lines or Parquet, then text,
-  then .json files; the description names the others.
-
-  Raises:
-    UserError: the source does not exist, or the config does not fit it.
+  Prepares a TFDS dataset that is not prepared yet, and downloads a Hugging Face dataset that is not in its cache. Only the
+  embedded corpus needs `cache_dir`, where it stores its dataset. Of files in several formats one is read: JSON lines or Parquet,
+  then text, then .json files; the description names the others. Raises a UserError if the source does not exist, or the config
+  does not fit it.
   """
   if not config.path:
     assert cache_dir is not None

@@ -19,13 +19,10 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio
 def split_source(source: Source, fraction: float) -> tuple[Source, Source]:
   """Splits a source into (training, validation). Both have the source's parts; each yields None for the other's documents.
 
-  A document is held out if the hash of its name is among the lowest `fraction` of all hashes, so that adding documents
-  moves none from one side to the other. Where names are known without reading, the document with the lowest hash is always held
-  out and that with the highest never. A source that is a single document is read, and its last `fraction` of characters is held
-  out. Malformed records belong to the training side.
-
-  Raises:
-    UserError: a single document is too short to split, or cannot be read.
+  A document is held out if the hash of its name is among the lowest `fraction` of all hashes, so that adding documents moves none
+  from one side to the other. Where names are known without reading, the document with the lowest hash is always held out and that
+  with the highest never. A source that is a single document is read, and its last `fraction` of characters is held out. Malformed
+  records belong to the training side. Raises a UserError if a single document is too short to split, or cannot be read.
   """
   if len(source.names) == 1:
     return _split_by_position(source, fraction)
@@ -97,12 +94,10 @@ def _split_by_position(source: Source, fraction: float) -> tuple[Source, Source]
 def sample(source: Source, characters: int = TRAINING_CHARACTERS) -> Iterator[Document]:
   """Yields a fixed pseudo-random sample of a source of about `characters` characters; everything if the source is no larger.
 
-  Of a large source only some parts are read, evenly spaced, with four times as much text. Documents are selected by a hash
-  of name and position. Documents longer than 65,536 characters are sampled in chunks of that length, each with the document's name,
-  so that a source of one huge text also has a sample.
-
-  Raises:
-    UserError: of the records that were read, a larger fraction than `source.skip` is malformed.
+  Of a large source only some parts are read, evenly spaced, with four times as much text. Documents are selected by a hash of
+  name and position. Documents longer than 65,536 characters are sampled in chunks of that length, each with the document's name,
+  so that a source of one huge text also has a sample. Raises a UserError if a larger fraction of the records that
+  were read than `source.skip` is malformed.
   """
   fraction = min(1.0, 4 * characters / max(source.size, 1))
   records, malformed = 0, []

@@ -76,8 +76,7 @@ class Source(abc.ABC):
   def read(self, part: Part) -> Iterator[Record]:
     """Yields exactly one item per record of a part, in order, so that counting items counts records.
 
-    Raises:
-      UserError: the file cannot be read.
+    Raises a UserError if the file cannot be read.
     """
 
   @abc.abstractmethod
@@ -96,8 +95,7 @@ class Source(abc.ABC):
 def documents(source: Source) -> Iterator[Document]:
   """Yields all documents of a source.
 
-  Raises:
-    UserError: a larger fraction of the records than `source.skip` is malformed; the error names the first.
+  Raises a UserError if a larger fraction of the records than `source.skip` is malformed; the error names the first.
   """
   first, malformed = None, 0
   records: collections.Counter[str] = collections.Counter()

@@ -115,10 +115,8 @@ class Parquet(TableSource):
 class HuggingFace(TableSource):
   """The rows of a split of 'hf:FOLDER', 'hf:NAME' or 'hf:NAME:CONFIGURATION'.
 
-  Tables are memory-mapped; pickles contain only their file names.
-
-  Raises:
-    UserError: the dataset, split or column does not exist, or the hub cannot be reached.
+  Tables are memory-mapped; pickles contain only their file names. Raises a UserError if the dataset, split or column does not
+  exist, or the hub cannot be reached.
   """
 
   def __init__(self, config: SourceConfig):

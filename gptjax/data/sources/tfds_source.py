@@ -27,11 +27,9 @@ from gptjax.data.sources.tables import TableSource
 class TfdsRecords(TableSource):
   """The records of a dataset's split or a slice of it, read by index without TensorFlow. The dataset is prepared if necessary.
 
-  config.path is 'tfds:' and a dataset's name ('NAME/CONFIG:VERSION'), the folder of a prepared one ('/DIR/NAME/1.0.0') or a builder
-  class ('MODULE:CLASS', imported from the working directory or PYTHONPATH).
-
-  Raises:
-    UserError: the dataset, split or field does not exist, or TFDS cannot prepare it here as array_record.
+  config.path is 'tfds:' and a dataset's name ('NAME/CONFIG:VERSION'), the folder of a prepared one ('/DIR/NAME/1.0.0') or a
+  builder class ('MODULE:CLASS', imported from the working directory or PYTHONPATH). Raises a UserError if the dataset, split or
+  field does not exist, or TFDS cannot prepare it here as array_record.
   """
 
   def __init__(self, config: SourceConfig):

@@ -32,12 +32,10 @@ anything follows; tiktoken's regex engine would backtrack to there with a stack 
 class Gpt2Tokenizer(Tokenizer):
   """GPT-2's byte-level BPE (Radford et al. 2019): 50,257 ids, of which '<|endoftext|>' is the last.
 
-  Uses tiktoken, which is ten times as fast as the `tokenizers` package. The text '<|endoftext|>' is encoded as text. The separator
-  is also the pad id, because rows are masked by arrays and not by ids. The folder has encoder.json and vocab.bpe, or the same as
-  vocab.json and merges.txt, of any byte-level BPE of that form.
-
-  Raises:
-    UserError: tiktoken is not installed, a file is missing or damaged, or the two are inconsistent.
+  Uses tiktoken, which is ten times as fast as the `tokenizers` package. The text '<|endoftext|>' is encoded as text. The
+  separator is also the pad id, because rows are masked by arrays and not by ids. The folder has encoder.json and vocab.bpe, or
+  the same as vocab.json and merges.txt, of any byte-level BPE of that form. Raises a UserError if tiktoken is not installed, a
+  file is missing or damaged, or the two are inconsistent.
   """
 
   kind = 'gpt2'

@@ -18,10 +18,8 @@ from gptjax.data.tokenizers.tokenizer import from_alphabet, utf8
 class HuggingFaceTokenizer(PublishedTokenizer):
   """A tokenizer.json, encoded by the `tokenizers` package, without the special ids that it would put around a text.
 
-  As in transformers, a space at the start of a text is lost where Metaspace prepends one.
-
-  Raises:
-    UserError: the file is damaged, or describes something other than byte-level BPE or unigram, or the same with byte fallback.
+  As in transformers, a space at the start of a text is lost where Metaspace prepends one. Raises a UserError if the file is
+  damaged, or describes something other than byte-level BPE or unigram, or the same with byte fallback.
   """
 
   kind = 'hugging_face'
@@ -36,7 +34,8 @@ class HuggingFaceTokenizer(PublishedTokenizer):
     tokens = sorted(vocab, key=vocab.__getitem__)
     bytes_of, self.prefix = _byte_decoder(description.get('decoder'), published)
     special = {i: token.content for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
-    super().__init__(published, list(map(bytes_of, tokens)), _unk_token(description['model']) | published.special_tokens, special, vocab.get)
+    names = _unk_token(description['model']) | published.special_tokens
+    super().__init__(published, list(map(bytes_of, tokens)), names, special, vocab.get)
     if self.unk_id is None and not {bytes([byte]) for byte in range(256)} <= set(self.pieces):
       raise UserError(f'{published.location}/{DESCRIPTION}', 'no token for some bytes', 'all 256 bytes, or an unk_token')
 

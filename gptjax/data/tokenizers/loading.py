@@ -21,10 +21,7 @@ def load_tokenizer(directory: Path | str) -> Tokenizer:
   """Loads a tokenizer from a folder that `Tokenizer.save` wrote, or from a published model's.
 
   A published model's folder has tokenizer.json, GPT-2's two files (encoder.json and vocab.bpe, or vocab.json and merges.txt), or
-  tokenizer.model.
-
-  Raises:
-    UserError: the folder has no tokenizer, or a damaged one.
+  tokenizer.model. Raises a UserError if the folder has no tokenizer, or a damaged one.
   """
   folder = expanded(directory)
   published = [kind for name, kind in _PUBLISHED.items() if (folder / name).exists()]

@@ -37,11 +37,7 @@ class Published:
 
   @staticmethod
   def read(directory: Path) -> 'Published':
-    """Reads a folder of Hugging Face's, or one that `PublishedTokenizer.save` wrote.
-
-    Raises:
-      UserError: a file is damaged.
-    """
+    """Reads a folder of Hugging Face's, or one that `PublishedTokenizer.save` wrote. Raises a UserError if a file is damaged."""
     files = {name: (directory / name).read_bytes() for name in _FILES if (directory / name).exists()}
     names = [FILE] if (directory / FILE).exists() else ['generation_config.json', 'config.json']
     configs = [json_object(f'{directory}/{name}', (directory / name).read_bytes()) for name in names if (directory / name).exists()]

@@ -15,10 +15,7 @@ class SentencePieceModel(PublishedTokenizer):
   """A tokenizer.model, encoded by the sentencepiece package, and the special tokens that its folder adds.
 
   In a conversation, SentencePiece's space is prepended to the text after a special token only if tokenizer_config.json has
-  `"legacy": true`.
-
-  Raises:
-    UserError: the file is damaged, or the model has no byte fallback.
+  `"legacy": true`. Raises a UserError if the file is damaged, or the model has no byte fallback.
   """
 
   kind = 'sentencepiece'

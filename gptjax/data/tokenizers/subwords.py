@@ -76,10 +76,7 @@ class SentencePieceTokenizer(Tokenizer):
   any text can be encoded, and nothing in it (a space, a NUL, SentencePiece's own U+2581) has a special meaning.
 
   `kind` is 'bpe' or 'unigram', `model` a serialized SentencePiece model. `words` splits text before SentencePiece encodes it; its
-  symbols are pieces of the model.
-
-  Raises:
-    UserError: the model's special ids differ from those of `Tokenizer`.
+  symbols are pieces of the model. Raises a UserError if the model's special ids differ from those of `Tokenizer`.
   """
 
   def __init__(self, kind: str, model: bytes, words: Words):

@@ -73,8 +73,7 @@ class Tokenizer(abc.ABC):
   def encode(self, text: str, source: str = 'text') -> np.ndarray:
     """Encodes a text to int32 ids [n], without special ids; `source` is its name for error messages, such as its file.
 
-    Raises:
-      UserError: the text cannot be encoded; the error names the character and its position.
+    Raises a UserError if the text cannot be encoded; the error names the character and its position.
     """
 
   def decode(self, ids: Iterable[int]) -> str:
@@ -104,10 +103,8 @@ class Tokenizer(abc.ABC):
   def save_hugging_face(self, directory: Path) -> None:
     """Writes files from which transformers' `AutoTokenizer.from_pretrained(directory)` loads a tokenizer with the same ids and texts.
 
-    The model's config.json and generation_config.json, which may also name start and stop ids, are not written here.
-
-    Raises:
-      UserError: Hugging Face's format cannot represent this tokenizer.
+    The model's config.json and generation_config.json, which may also name start and stop ids, are not written here. Raises a
+    UserError if Hugging Face's format cannot represent this tokenizer.
     """
 
 
