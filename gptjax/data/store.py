@@ -121,13 +121,11 @@ class TokenStore:
   @staticmethod
   def open(location: Path | str) -> 'TokenStore':
     """Opens the store in a folder or at a URL. Raises a UserError if there is no store, or one of another version."""
+    data = open_folder(str(location)).read(MANIFEST)
     try:
-      manifest = json.loads(open_folder(str(location)).read(MANIFEST))
-    except UserError:
-      raise
-    except (OSError, ValueError, RecursionError) as error:
-      reason = 'there is none' if isinstance(error, FileNotFoundError) else str(error)
-      raise UserError('token store', str(location), f'a folder or URL of a token store made by tools.prepare_data ({reason})') from None
+      manifest = json.loads(data)
+    except (ValueError, RecursionError) as error:
+      raise UserError('token store', str(location), f'a folder or URL of an undamaged token store ({error})') from None
     version = manifest.get('version') if isinstance(manifest, dict) else None
     if version != VERSION:
       raise UserError(f'{location}/{MANIFEST}, version', version, f'{VERSION}, which this code reads; prepare the store again')

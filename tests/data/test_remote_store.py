@@ -9,7 +9,7 @@ from small_stores import make_store, stream
 
 from gptjax.config import Component, DataConfig, UserError, ValidationSet
 from gptjax.data import EvalRows, TokenStore, export, open_held_out, prepare
-from gptjax.data.folders import RemoteFolder
+from gptjax.data.folders import Folder
 
 
 @pytest.fixture(scope='module')
@@ -26,8 +26,8 @@ def stores(tmp_path_factory):
 @pytest.mark.full
 def test_a_store_is_read_by_ranges_and_checked(stores, monkeypatch):
   here, there = map(TokenStore.open, stores)
-  asked, ranges = [], RemoteFolder.ranges
-  monkeypatch.setattr(RemoteFolder, 'ranges', lambda self, wanted: (asked.append(wanted), ranges(self, wanted))[1])
+  asked, ranges = [], Folder.ranges
+  monkeypatch.setattr(Folder, 'ranges', lambda self, wanted: (asked.append(wanted), ranges(self, wanted))[1])
   rng = np.random.default_rng(0)
   starts, counts = rng.integers(0, here.tokens, 20), rng.integers(1, 400, 20)
   assert (pickle.loads(pickle.dumps(there)).read(starts, counts) == here.read(starts, counts)).all()

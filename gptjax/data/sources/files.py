@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gptjax.config import UserError
-from gptjax.data.folders import storage_errors
+from gptjax.data.folders import file_system, storage_errors
 from gptjax.data.packages import optional
 from gptjax.files import expanded
-
-_CLIENTS = {'s3': 's3fs', 's3a': 's3fs', 'gs': 'gcsfs', 'gcs': 'gcsfs'}  # packages through which fsspec reads object stores, by URL scheme
 
 SUFFIXES = ('.gz', '.zst')
 """Of compressed files."""
@@ -81,7 +79,7 @@ def opened(path: str, readahead: int = 0) -> Iterator[BinaryIO]:
   """
   with storage_errors('data.source.path', path), contextlib.ExitStack() as stack:
     if '://' in path:
-      system, location = _file_system(path)
+      system, location = file_system('data.source.path', path)
       cache = {'cache_type': 'readahead', 'block_size': readahead} if readahead else {'cache_type': 'none'}
       yield stack.enter_context(system.open(location, 'rb', **cache))
     else:
@@ -92,7 +90,7 @@ def _siblings(pattern: str) -> list[str]:
   """What a path may be a misspelling of."""
   folder = posixpath.dirname(pattern)
   with contextlib.suppress(OSError):
-    system, location = _file_system(folder or '.')
+    system, location = file_system('data.source.path', folder or '.')
     return [posixpath.join(folder, posixpath.basename(name)) for name in system.ls(location, detail=False)]
   return []
 
@@ -118,18 +116,8 @@ def _local(pattern: str, suffixes: tuple[str, ...]) -> tuple[list[File], bool]:
   return [File(str(file), file.relative_to(root).as_posix(), stat.st_size, str(stat.st_mtime_ns)) for file, stat in stats], is_folder
 
 
-def _file_system(url: str) -> tuple[Any, str]:
-  """The fsspec file system of a URL, and the path within it."""
-  try:
-    return optional('fsspec', 'data.source.path', url).core.url_to_fs(url)
-  except ImportError as error:
-    package = _CLIENTS.get(url.partition('://')[0])
-    expected = f'a machine with the {package} package: pip install {package}' if package else str(error)
-    raise UserError('data.source.path', url, expected) from None
-
-
 def _remote(pattern: str, suffixes: tuple[str, ...]) -> tuple[list[File], bool]:
-  system, location = _file_system(pattern)
+  system, location = file_system('data.source.path', pattern)
   system.invalidate_cache()
   is_folder = False
   try:
