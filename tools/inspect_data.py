@@ -67,7 +67,7 @@ def main(config: Config | None) -> None:
 def _rows(config: Config | None) -> tuple[TrainRows, Tokenizer, Config]:
   if not config:
     if not _WORKDIR.value:
-      raise UserError('--store', None, 'a token store; or --config or --workdir for what a run reads')
+      raise UserError('--store', None, 'a token store; or --config or --workdir for the data of a run')
     config = configs.read_config(expanded(_WORKDIR.value))
   config = configs.override(config, {'data.isolate_documents': True})  # segments are shown either way
   data = prepare(config.data, cache_dir(), cores())

@@ -122,7 +122,7 @@ class Journal:
       self.reset()
 
   def close(self) -> None:
-    """Closes the database; what was not committed is lost."""
+    """Closes the database; uncommitted changes are lost."""
     self._database.close()
 
   def reset(self) -> None:

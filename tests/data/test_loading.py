@@ -33,7 +33,7 @@ def rows(stores, tmp_path):
 
 
 @pytest.mark.parametrize('prefetch, workers', [(0, 0), (1, 0), (4, 0), (2, 2)])
-def test_batches_made_ahead_are_those_made_when_asked_for(rows, prefetch, workers):
+def test_prefetched_batches_equal_batches_made_on_request(rows, prefetch, workers):
   if workers:
     from absl import flags  # Grain hands the flags of a process to its workers
     flags.FLAGS.mark_as_parsed()

@@ -81,7 +81,7 @@ class Source(abc.ABC):
 
   @abc.abstractmethod
   def fingerprint(self) -> str:
-    """Hex digest of what is known without reading (names, sizes, modification times) and of the reading options."""
+    """Hex digest of everything known without reading (names, sizes, modification times) and of the reading options."""
 
   def place(self, part: Part, record: int) -> str:
     """Location of a record for error messages; `record` is its index within the file."""
