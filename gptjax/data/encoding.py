@@ -46,13 +46,6 @@ class Recipe:
              self.contamination.sha256 if self.contamination else '', self.deduplicate, self.shard_tokens]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-  def drop_reason(self, text: str) -> str | None:
-    """Why a document is dropped, or None."""
-    reason = self.filters.reason(text)
-    if not reason and self.contamination and (name := self.contamination.find(text)):
-      reason = f'decontamination, {name}'
-    return reason
-
 
 @dataclasses.dataclass
 class Encoded:
@@ -86,8 +79,10 @@ def encode(recipe: Recipe, parts: list[Part]) -> Encoded:
           result.malformed.append((index, record))
       elif record is None:
         continue
-      elif reason := recipe.drop_reason(record.text):
+      elif reason := recipe.filters.reason(record.text):
         result.dropped[reason] += 1
+      elif recipe.contamination and (name := recipe.contamination.find(record.text)):
+        result.dropped[f'decontamination, {name}'] += 1
       else:
         data = record.text.encode()
         ids = np.concatenate([separator, tokenizer.encode(record.text, record.name), end], dtype=dtype, casting='unsafe')

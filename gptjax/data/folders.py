@@ -6,6 +6,7 @@ import hashlib
 import mmap
 import os
 import resource
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -89,6 +90,9 @@ class LocalFolder(Folder):
 
   def local(self, name: str) -> Path:
     return Path(self._root, name)
+
+  def copy(self, to: Path) -> None:
+    shutil.copytree(self._root, to)  # follows symbolic links
 
   def ranges(self, wanted: Sequence[Range]) -> list[np.ndarray]:
     found = [self.mapped(name)[start:stop] for name, start, stop in wanted]

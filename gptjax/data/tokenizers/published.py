@@ -7,15 +7,12 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from gptjax.config import UserError
 from gptjax.data.tokenizers.tokenizer import FILE, Tokenizer, write_json
-
-if TYPE_CHECKING:
-  from gptjax.data.tokenizers.chat import ChatTemplate
 
 DESCRIPTION, MODEL, CONFIG, TEMPLATE = 'tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'chat_template.jinja'
 _SPECIAL_MAP, _ADDED = 'special_tokens_map.json', 'added_tokens.json'
@@ -90,13 +87,12 @@ class PublishedTokenizer(Tokenizer):
   `decode(encode(text)) == text` up to what its files define: a normalizer such as Qwen's NFC changes text before encoding, and
   SentencePiece treats U+2581 as a space. Invalid UTF-8 may give fewer U+FFFD than in transformers.
 
+  Raises a UserError if a special token is not in the vocabulary, or no token that ends a text is defined.
+
   Args:
     published, pieces: the files, and the UTF-8 bytes of each id.
     names: texts of bos_token and so on, where defined.
     special, id_of: texts of the special ids, by id; the id of a token's text, or None.
-
-  Raises:
-    UserError: a special token is not in the vocabulary, or no token that ends a text is defined.
   """
 
   def __init__(self, published: Published, pieces: Sequence[bytes], names: Mapping[str, str], special: Mapping[int, str],
@@ -113,8 +109,8 @@ class PublishedTokenizer(Tokenizer):
         raise UserError(f'{published.location}: {name}', list(values), f'ids of the tokenizer, 0 to {len(pieces) - 1}')
       ids[name.removesuffix('_id')] = [*ids.get(name.removesuffix('_id'), []), *values]
     if not ids['eos_token']:
-      raise UserError(f'{published.location}: eos_token', None,
-                      f'a token that ends a text, in {CONFIG}, or its id in generation_config.json')
+      expected = f'a token that ends a text, in {CONFIG}, or its id in generation_config.json'
+      raise UserError(f'{published.location}: eos_token', None, expected)
     self._stop_ids = tuple(dict.fromkeys(ids['eos_token']))
     self.eos_id = self._stop_ids[0]
     self.bos_id, self.pad_id = ((*ids[name], self.eos_id)[0] for name in ('bos_token', 'pad_token'))
@@ -136,7 +132,7 @@ class PublishedTokenizer(Tokenizer):
     return [str(ids), *(f'{name} {hashlib.sha256(data).hexdigest()}' for name, data in sorted(self.published.files.items()))]
 
   @functools.cached_property
-  def _template(self) -> 'ChatTemplate | None':
+  def _template(self) -> Any:
     from gptjax.data.tokenizers.chat import ChatTemplate  # imports Jinja
     source, location = self.published.template
     return ChatTemplate(source, location) if source else None

@@ -25,8 +25,7 @@ class Tokenizer(abc.ABC):
   """Converts between text and ids; `decode(encode(text)) == text` for any text that UTF-8 can represent.
 
   Published tokenizers (PublishedTokenizer) document their exceptions. Text never becomes a special id, even if it looks like one.
-  An id represents a byte string, because it may be only a part of a character.
-  `pieces` are the UTF-8 bytes of each id, b'' for special ids.
+  `pieces` are the UTF-8 bytes of each id, which may be only a part of a character; b'' for special ids.
   """
 
   kind: str
@@ -83,15 +82,13 @@ class Tokenizer(abc.ABC):
   def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **options: object) -> np.ndarray:
     """Encodes a conversation with the tokenizer's chat template to int32 ids [n], including special ids.
 
-    Only the template produces special ids; text in a message that looks like one is encoded as text.
+    Only the template produces special ids; text in a message that looks like one is encoded as text. Raises a UserError if the
+    tokenizer has no template, or the template rejects the messages.
 
     Args:
       messages: {'role': ..., 'content': ...} each, in order; the template defines the roles.
       add_generation_prompt: append the start of the assistant's answer.
       options: other variables of the template, such as enable_thinking.
-
-    Raises:
-      UserError: the tokenizer has no template, or the template rejects the messages.
     """
     raise UserError('tokenizer', self.kind, 'one with a chat template (chat_template.jinja, or chat_template in tokenizer_config.json)')
 
@@ -178,14 +175,10 @@ class CharTokenizer(Tokenizer):
     export.write_tokenizer(directory, export.char_tokenizer(self.characters))
 
 
-def _byte_alphabet() -> str:
-  """GPT-2's printable character for each byte: the byte's own, or the next one from U+0100 if that is not printable."""
-  printable = {*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)}
-  others = itertools.count(256)
-  return ''.join(chr(byte) if byte in printable else chr(next(others)) for byte in range(256))
-
-
-ALPHABET = _byte_alphabet()
+_PRINTABLE = {*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)}
+_OTHERS = itertools.count(256)
+ALPHABET = ''.join(chr(byte if byte in _PRINTABLE else next(_OTHERS)) for byte in range(256))
+"""GPT-2's printable character for each byte: the byte's own, or the next one from U+0100 if that is not printable."""
 _TO_ALPHABET = dict(enumerate(ALPHABET))
 _TO_BYTE = {character: byte for byte, character in enumerate(ALPHABET)}
 
