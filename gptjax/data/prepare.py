@@ -10,9 +10,9 @@ from pathlib import Path
 from gptjax.config import Config, DataConfig, Duration, UserError, duration_in_steps, in_unit_of_steps
 from gptjax.data.encoding import Recipe
 from gptjax.data.mixture import Mixture
-from gptjax.data.packing import packing_plan
+from gptjax.data.packing import Packed
 from gptjax.data.progress import counted
-from gptjax.data.rows import Layout, Packed, TrainRows, Windows
+from gptjax.data.rows import Layout, TrainRows, Windows
 from gptjax.data.sources import Source, documents, open_source, sample, split_source
 from gptjax.data.store import TokenStore
 from gptjax.data.tokenizing import write_store
@@ -63,7 +63,7 @@ def prepare(config: DataConfig, cache_dir: Path, processes: int = 1) -> Prepared
     for tag in validation_set.tags:
       tags.setdefault(tag, []).append(validation_set.name)
   layouts = [Windows(store, config.context) if config.rows == 'concat' else
-             Packed(store, packing_plan(store, config.context, config.rows, cache_dir)) for store in train.values()]
+             Packed(store, config.context, config.rows, cache_dir) for store in train.values()]
   parts = [[store.sha256 for store in train.values()], {name: store.sha256 for name, store in valid.items()}, tags, tokenizer.sha256]
   return Prepared(tokenizer, layouts, valid, tags, hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16],
                   _description(config, tokenizer, dict(zip(train, layouts)), valid))
@@ -109,7 +109,7 @@ def _build(folder: Path, config: DataConfig, source: Source, processes: int) -> 
 
 def _description(config: DataConfig, tokenizer: Tokenizer, layouts: dict[str, Layout], valid: dict[str, TokenStore]) -> str:
   amounts = lambda store: f'{counted(store.documents)}, {store.tokens:,} tokens, {store.bytes:,} bytes'
-  sets = [f'train {name}: {amounts(layout.store)}' + (f', {layout.plan.padding:.2%} padding' if isinstance(layout, Packed) else '')
+  sets = [f'train {name}: {amounts(layout.store)}' + (f', {layout.padding:.2%} padding' if isinstance(layout, Packed) else '')
           for name, layout in layouts.items()]
   sets += [f'{name}: {amounts(store)}' for name, store in valid.items()]
   bytes_per_token = sum(store.bytes for store in valid.values()) / sum(store.tokens for store in valid.values())

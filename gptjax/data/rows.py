@@ -10,7 +10,6 @@ from typing import Protocol
 import numpy as np
 
 from gptjax.data.mixture import Mixture
-from gptjax.data.packing import PackingPlan
 from gptjax.data.permutation import mix, permute
 from gptjax.data.store import TokenStore
 
@@ -45,19 +44,6 @@ class Windows:
     starts = rows * self.context
     offsets = (draws % np.uint64(self.context)).astype(np.int64)
     return (starts + offsets) % self.store.tokens, np.minimum(self.store.tokens - starts, self.context), np.ones_like(rows)
-
-
-class Packed:
-  """Rows of complete documents, or of pieces of documents longer than a row, as a packing plan of the store assigns them."""
-
-  def __init__(self, store: TokenStore, plan: PackingPlan):
-    self.store = store
-    self.plan = plan
-    self.count = plan.rows
-
-  def pieces(self, rows: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """See Layout."""
-    return self.plan.pieces(rows)
 
 
 class Frame:

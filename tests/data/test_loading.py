@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from small_stores import make_store
 
-from gptjax.data import Mixture, Packed, TrainRows, Windows, batches, packing_plan
+from gptjax.data import Mixture, Packed, TrainRows, Windows, batches
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -27,7 +27,7 @@ def stores(tmp_path_factory):
 @pytest.fixture
 def rows(stores, tmp_path):
   from gptjax.data import TokenStore
-  layouts = [Packed(TokenStore.open(stores / 'a'), packing_plan(TokenStore.open(stores / 'a'), 32, 'pack', tmp_path)),
+  layouts = [Packed(TokenStore.open(stores / 'a'), 32, 'pack', tmp_path),
              Windows(TokenStore.open(stores / 'b'), 32)]
   return TrainRows(layouts, Mixture([layout.count for layout in layouts], [2.0, 1.0]), 32, 0, True)
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from small_stores import make_store, stream
 
 from gptjax.config import UserError
-from gptjax.data import EvalRows, Mixture, Packed, TrainRows, Windows, packing_plan
+from gptjax.data import EvalRows, Mixture, Packed, TrainRows, Windows
 from gptjax.data.permutation import permute
 
 SHAPES = [([2], 1), ([7], 3), ([4, 3, 5], 4), ([1, 1, 1, 9, 2], 5), ([50, 50], 7), ([5], 16), ([3] * 40 + [60, 1, 13], 10)]
@@ -21,7 +21,7 @@ def rows_of(layouts, context, seed=0, weights=None, **mixture):
 
 
 def layout_of(kind, store, context, folder):
-  return Windows(store, context) if kind == 'concat' else Packed(store, packing_plan(store, context, kind, folder / 'cache'))
+  return Windows(store, context) if kind == 'concat' else Packed(store, context, kind, folder / 'cache')
 
 
 def epoch(rows, number):
