@@ -111,10 +111,7 @@ def tasks_of(parts: Iterable[Part]) -> Iterator[list[Part]]:
 
 
 def encode_tasks(tasks: Iterator[list[Part]], recipe: Recipe, processes: int) -> Generator[tuple[list[Part], Encoded], None, None]:
-  """Encodes tasks in several processes; yields results in order, with a bounded number of tasks in flight.
-
-  The generator must be closed to end the processes.
-  """
+  """Encodes tasks in processes that end when the generator is closed; yields results in order, few tasks ahead."""
   first = list(itertools.islice(tasks, 2))
   tasks = itertools.chain(first, tasks)
   if processes == 1 or len(first) < 2:  # starting a process takes longer than a task

@@ -81,11 +81,7 @@ def _identity(directory: Path) -> dict[str, Any]:
 
 
 def compression_yardsticks(tokenizer: Tokenizer, stores: Mapping[str, TokenStore]) -> dict[str, float]:
-  """Bits per byte of general compressors on the concatenated documents of all stores, to compare with a model's.
-
-  Returns:
-    'gzip -9' and 'xz -9' if there are at most 64 MB, else nothing.
-  """
+  """Bits per byte of 'gzip -9' and 'xz -9' on the documents of all stores, to compare with a model's; nothing above 64 MB."""
   total = sum(store.bytes for store in stores.values())
   if total > _MAX_COMPRESSED:
     return {}

@@ -32,8 +32,7 @@ class _Batches:
     return self.rows.batch(self.first_row + index * self.batch_size + self.local_rows)
 
 
-def _start_worker(index: int, count: int) -> None:
-  del index, count
+def _start_worker(_index: int, _count: int) -> None:
   for number in (signal.SIGINT, signal.SIGTERM):  # a terminal and Slurm also send them to workers, which the run needs to end cleanly
     signal.signal(number, signal.SIG_IGN)
   threading.Thread(target=end_with_parent, daemon=True).start()

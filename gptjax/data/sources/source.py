@@ -74,10 +74,7 @@ class Source(abc.ABC):
 
   @abc.abstractmethod
   def read(self, part: Part) -> Iterator[Record]:
-    """Yields exactly one item per record of a part, in order, so that counting items counts records.
-
-    Raises a UserError if the file cannot be read.
-    """
+    """Yields exactly one item per record of a part, in order. Raises a UserError if the file cannot be read."""
 
   @abc.abstractmethod
   def fingerprint(self) -> str:
@@ -103,13 +100,13 @@ def documents(source: Source) -> Iterator[Document]:
     before = records[part.file]
     for record in source.read(part):
       records[part.file] += 1
-      if isinstance(record, Malformed):
+      if isinstance(record, Document):
+        yield record
+      elif record:
         malformed += 1
         first = first or malformed_error(source, part, record, before)
         if not source.skip:
           raise first
-      elif record is not None:
-        yield record
   if first and malformed > source.skip * records.total():
     raise first
 

@@ -20,9 +20,9 @@ _LONGEST_SPACE = 3  # bytes
 
 
 class Boundary:
-  """Finds where records start from any offset exactly as by reading from the start of a file.
+  """The starts of records at a separator or, if it is empty, at line ends that no white space follows.
 
-  The separator is a string or, where it is empty, a line end that no white space follows.
+  They are found from any offset exactly as by reading from the start of a file.
   """
 
   def __init__(self, separator: str):

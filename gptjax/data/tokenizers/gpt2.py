@@ -90,10 +90,10 @@ def _read(path: Path) -> str:
 
 def _pairs(merges: str, path: Path) -> list[tuple[str, str]]:
   """The two tokens of each merge, in order."""
-  pairs = []
+  pairs, alphabet = [], {*ALPHABET}
   for number, line in enumerate(merges.split('\n')[1:], 2):
     match line.split(' '):
-      case [left, right] if {*left, *right} <= {*ALPHABET}:
+      case [left, right] if alphabet.issuperset(left + right):
         pairs.append((left, right))
       case tokens if tokens != ['']:  # as at the end of the file
         raise UserError(f'{path}:{number}', line[:80], 'two tokens separated by a space')

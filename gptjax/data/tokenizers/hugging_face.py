@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import operator
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,7 +11,7 @@ import tokenizers
 
 from gptjax.config import UserError
 from gptjax.data.tokenizers.published import DESCRIPTION, MARK, Published, PublishedTokenizer
-from gptjax.data.tokenizers.tokenizer import from_alphabet, utf8
+from gptjax.data.tokenizers.tokenizer import ALPHABET, from_alphabet, utf8
 
 
 class HuggingFaceTokenizer(PublishedTokenizer):
@@ -91,43 +90,29 @@ def _unk_token(model: Mapping[str, Any]) -> dict[str, str]:
 
 def _byte_decoder(decoder: Any, published: Published) -> tuple[Callable[[str], bytes], bytes]:
   """A function from tokens to their bytes, and the prefix that decoding removes from texts."""
-  steps: list[Callable[[str], str | bytes]] = []
-  prefix = b''
+  replaced: list[tuple[str, str]] = []
+  kinds, prefix, alphabet = set(), b'', {*ALPHABET}
   for step in decoder['decoders'] if decoder and decoder['type'] == 'Sequence' else [decoder]:
     match step:
-      case {'type': 'ByteLevel'}:
-        steps.append(_decode_alphabet)
+      case {'type': 'ByteLevel' | 'ByteFallback' | 'Fuse' as kind}:
+        kinds.add(kind)
       case {'type': 'Replace', 'pattern': {'String': old}, 'content': new}:
-        steps.append(operator.methodcaller('replace', old, new))
-      case {'type': 'ByteFallback'}:
-        steps.append(_decode_hex)
+        replaced.append((old, new))
       case {'type': 'Metaspace', 'replacement': old}:
-        steps.append(operator.methodcaller('replace', old, ' '))
+        replaced.append((old, ' '))
         prefix = b'' if step.get('prepend_scheme') == 'never' or step.get('add_prefix_space') is False else b' '
       case {'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0}:
         prefix = b' '
-      case {'type': 'Fuse'}:
-        pass
       case _:
         raise UserError(f'{published.location}/{DESCRIPTION}: decoder', step and step.get('type'), 'ByteLevel, or a sequence of Replace, '
                         'ByteFallback, Fuse, Metaspace and one Strip on the left')
 
   def decode(token: str) -> bytes:
-    value: str | bytes = token
-    for step in steps:
-      value = step(value) if isinstance(value, str) else value
-    return value.encode() if isinstance(value, str) else value
+    for old, new in replaced:
+      token = token.replace(old, new)
+    if 'ByteLevel' in kinds and alphabet.issuperset(token):  # other tokens are added ones, which are plain text
+      return from_alphabet(token)
+    byte = re.fullmatch('<0x([0-9A-Fa-f]{2})>', token) if 'ByteFallback' in kinds else None
+    return bytes.fromhex(byte[1]) if byte else token.encode()
+
   return decode, prefix
-
-
-def _decode_alphabet(token: str) -> bytes:
-  try:
-    return from_alphabet(token)
-  except KeyError:  # added tokens are plain text
-    return token.encode()
-
-
-def _decode_hex(token: str) -> str | bytes:
-  """Decodes byte tokens such as <0x0A>."""
-  found = re.fullmatch(r'<0x([0-9A-Fa-f]{2})>', token)
-  return bytes.fromhex(found[1]) if found else token
