@@ -6,11 +6,11 @@ mixture, layout, seed, i). Uses numpy only: no module here depends on JAX or dev
 
 from gptjax.data.encoding import Recipe, cores
 from gptjax.data.filters import Contamination, Filters
-from gptjax.data.held_out import HeldOut, compression_yardsticks, export, open_held_out
+from gptjax.data.held_out import compression_yardsticks, export, open_held_out
 from gptjax.data.loading import batches
 from gptjax.data.mixture import Mixture
 from gptjax.data.packing import Packed
-from gptjax.data.prepare import Prepared, prepare, train_rows
+from gptjax.data.prepare import HeldOut, Prepared, prepare, train_rows
 from gptjax.data.rows import Batch, EvalRows, TrainRows, Windows
 from gptjax.data.sources import Document, Source, open_source, split_source
 from gptjax.data.store import TokenStore

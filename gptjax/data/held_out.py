@@ -1,6 +1,5 @@
 """The copies of tokenizer and validation sets in a workdir, with which a model is scored and sampled where its data is not."""
 
-import dataclasses
 import gzip
 import json
 import lzma
@@ -11,23 +10,12 @@ from typing import Any
 
 from gptjax.config import UserError
 from gptjax.data.folders import open_folder
-from gptjax.data.prepare import Prepared
+from gptjax.data.prepare import HeldOut, Prepared
 from gptjax.data.store import TokenStore
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.files import atomic_directory, read_json
 
 _MAX_COMPRESSED = 2**26  # bytes of text, which xz compresses in a minute
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class HeldOut:
-  """Tokenizer and validation sets of a run."""
-
-  tokenizer: Tokenizer
-  valid: dict[str, TokenStore]
-  """validation sets by name"""
-  tags: dict[str, list[str]]
-  """names of the sets with each tag"""
 
 
 def export(prepared: Prepared, directory: Path, replace: bool = False) -> None:

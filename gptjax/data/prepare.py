@@ -23,17 +23,22 @@ _FORMAT = 3  # To be incremented when the cached data or its meaning changes.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Prepared:
-  """The data of training and evaluation."""
+class HeldOut:
+  """Tokenizer and validation sets of a run."""
 
   tokenizer: Tokenizer
-  """of all stores"""
-  layouts: Sequence[Layout]
-  """of the training stores"""
   valid: dict[str, TokenStore]
   """validation sets by name"""
   tags: dict[str, list[str]]
-  """names of the validation sets with each tag"""
+  """names of the sets with each tag"""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared(HeldOut):
+  """The data of training and evaluation."""
+
+  layouts: Sequence[Layout]
+  """of the training stores"""
   fingerprint: str
   """hex digest of documents, splits and tokenizer"""
   description: str
@@ -65,7 +70,7 @@ def prepare(config: DataConfig, cache_dir: Path, processes: int = 1) -> Prepared
   layouts = [Windows(store, config.context) if config.rows == 'concat' else
              Packed(store, config.context, config.rows, cache_dir) for store in train.values()]
   parts = [[store.sha256 for store in train.values()], {name: store.sha256 for name, store in valid.items()}, tags, tokenizer.sha256]
-  return Prepared(tokenizer, layouts, valid, tags, hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16],
+  return Prepared(tokenizer, valid, tags, layouts, hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16],
                   _description(config, tokenizer, dict(zip(train, layouts)), valid))
 
 
