@@ -26,14 +26,13 @@ class Filters:
   """maximum fraction of characters in lines that repeat an earlier line, e.g. 0.2 (Gopher, arXiv:2112.11446 table A1)"""
 
   def __post_init__(self):
-    for name in ('min_chars', 'max_chars'):
-      if getattr(self, name) < 0:
-        raise UserError(f'--{name}', getattr(self, name), '0 or more characters')
+    for name, value in dataclasses.asdict(self).items():
+      if name.endswith('chars') and value < 0:
+        raise UserError(f'--{name}', value, '0 or more characters')
+      if not name.endswith('chars') and not 0 <= value <= 1:
+        raise UserError(f'--{name}', value, '0 to 1')
     if 0 < self.max_chars < self.min_chars:
       raise UserError('--max_chars', self.max_chars, f'0 (no limit), or at least --min_chars={self.min_chars}')
-    for name in ('min_letters', 'max_repeated_lines'):
-      if not 0 <= getattr(self, name) <= 1:
-        raise UserError(f'--{name}', getattr(self, name), '0 to 1')
 
   def reason(self, text: str) -> str | None:
     """Name of the filter that drops a text, or None."""

@@ -9,13 +9,14 @@ import json
 import os
 import posixpath
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from gptjax.config import UserError
 from gptjax.data.folders import file_system, storage_errors
 from gptjax.data.packages import optional
+from gptjax.data.sources.source import Source
 from gptjax.files import expanded
 
 SUFFIXES = ('.gz', '.zst')
@@ -65,10 +66,17 @@ def title(pattern: str) -> str:
   return pattern[len(fixed):].lstrip('/') if glob.has_magic(pattern) else posixpath.basename(pattern.rstrip('/'))
 
 
-def fingerprint(kind: str, files: Iterable[File], *options: str) -> str:
-  """Hex digest of a list of files and of the options with which they are read."""
-  listed = [(file.name, file.size, file.version) for file in files]
-  return hashlib.sha256(json.dumps([kind, *options, listed]).encode()).hexdigest()
+class FileSource(Source):
+  """A source of files; `kind` and `option` say how they are read, for the fingerprint."""
+
+  def __init__(self, files: Sequence[File], description: str, skip: float, kind: str, option: str):
+    self.files, self.description, self.skip = files, description, skip
+    self.size = sum(file.size for file in files)
+    self._kind, self._option = kind, option
+
+  def fingerprint(self) -> str:
+    listed = [(file.name, file.size, file.version) for file in self.files]
+    return hashlib.sha256(json.dumps([self._kind, self._option, listed]).encode()).hexdigest()
 
 
 @contextlib.contextmanager

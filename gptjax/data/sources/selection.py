@@ -45,7 +45,7 @@ def _hash(name: str) -> int:
 
 
 class _Side(Source):
-  """One side of a split at `cut`: documents with a hash below it or, of a single document, the characters before it; or the others.
+  """One side of a split: documents with a hash below `cut` are held out; of a single document, the characters from `cut` on.
 
   `offsets` are the positions in characters of a single document's pieces, by the start of their part.
   """

@@ -22,9 +22,8 @@ _EXCLUDED = ('__pycache__', 'site-packages', 'dist-packages', 'test', 'tests', '
 def stdlib_modules(folder: Path) -> list[Document]:
   """Reads the standard library's modules as documents with names like 'json/decoder.py'.
 
-  Excludes third-party packages, test suites, generated tables, empty files, and files that are not UTF-8 (a module may declare
-  another encoding, PEP 263). Raises a UserError if there are no source files (some embedded distributions have only compiled
-  modules).
+  Excludes third-party packages, test suites, generated tables, empty files, and files that are not UTF-8 (PEP 263). Raises a
+  UserError if there are no source files (some embedded distributions have only compiled modules).
   """
   is_excluded = lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in _EXCLUDED)
   documents = []

@@ -11,7 +11,7 @@ from typing import Any
 from gptjax.config import SourceConfig, UserError
 from gptjax.data.packages import library_error, optional
 from gptjax.data.sources.fields import Fields
-from gptjax.data.sources.files import File, fingerprint, opened
+from gptjax.data.sources.files import File, FileSource, opened
 from gptjax.data.sources.source import Part, Record, Source
 
 _BATCH = 256  # rows in memory at a time
@@ -49,16 +49,12 @@ def table_rows(table: Any) -> list[dict[str, Any]]:
   return type(table).from_arrays(columns, names=table.schema.names).to_pylist()
 
 
-class Parquet(TableSource):
+class Parquet(FileSource, TableSource):
   """Parquet files, whose rows are records. A part is several row groups, or a range of a large one; only the needed columns are read."""
 
   def __init__(self, files: Sequence[File], description: str, config: SourceConfig):
-    self.files, self.description, self.skip = files, description, config.skip
+    super().__init__(files, description, config.skip, 'parquet', config.text)
     self.fields = Fields(config.text)
-    self.size = sum(file.size for file in files)
-
-  def fingerprint(self) -> str:
-    return fingerprint('parquet', self.files, self.fields.text)
 
   def parts(self) -> Iterator[Part]:
     for file in self.files:

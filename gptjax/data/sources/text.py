@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from gptjax.config import SourceConfig
 from gptjax.data.sources.fields import Fields, truncated, unescaped
-from gptjax.data.sources.files import SUFFIXES, File, Stream, fingerprint, opened
-from gptjax.data.sources.source import Document, Malformed, Part, Record, Source
+from gptjax.data.sources.files import SUFFIXES, File, FileSource, Stream, opened
+from gptjax.data.sources.source import Document, Malformed, Part, Record
 
 _READAHEAD = 2**23
 _WINDOW = 2**16
@@ -80,17 +80,15 @@ class Boundary:
       begin = end + len(self._separator)
 
 
-class RecordFiles(Source):
+class RecordFiles(FileSource):
   """Files cut into parts of about `step` bytes at record boundaries.
 
   A part covers a range of offsets; its records are those that start there, and a worker reads them independently. A compressed
   file can only be read sequentially: `parts` decompresses it, and each part carries its bytes.
   """
 
-  def __init__(self, files: Sequence[File], boundary: Boundary, step: int, description: str, skip: float):
-    self.files, self.boundary, self.step = files, boundary, step
-    self.description, self.skip = description, skip
-    self.size = sum(file.size for file in files)
+  boundary: Boundary
+  step: int
 
   def parts(self) -> Iterator[Part]:
     for file in self.files:
@@ -145,8 +143,8 @@ class TextFiles(RecordFiles):
 
   def __init__(self, files: Sequence[File], description: str, config: SourceConfig):
     self._separator = separator = unescaped(config.separator)
-    step = self.part_bytes if separator else self.max_document_bytes
-    super().__init__(files, Boundary(separator), step, description, config.skip)
+    super().__init__(files, description, config.skip, 'text', separator)
+    self.boundary, self.step = Boundary(separator), self.part_bytes if separator else self.max_document_bytes
     may_cut = any(file.size > self.max_document_bytes or file.path.endswith(SUFFIXES) for file in files)
     if separator:
       self.description += f', split at {separator!r}'
@@ -154,9 +152,6 @@ class TextFiles(RecordFiles):
       self.description += f', files above {self.max_document_bytes / 2**20:.0f} MB cut at line ends'
     if not separator and (not may_cut or len(files) == 1):
       self.names = [file.name for file in files]
-
-  def fingerprint(self) -> str:
-    return fingerprint('text', self.files, self._separator)
 
   def record(self, part: Part, index: int, offset: int, data: bytes) -> Record:
     try:
@@ -177,10 +172,8 @@ class JsonLines(RecordFiles):
 
   def __init__(self, files: Sequence[File], description: str, config: SourceConfig):
     self._fields = Fields(config.text)
-    super().__init__(files, Boundary('\n'), self.part_bytes, description, config.skip)
-
-  def fingerprint(self) -> str:
-    return fingerprint('jsonl', self.files, self._fields.text)
+    super().__init__(files, description, config.skip, 'jsonl', config.text)
+    self.boundary, self.step = Boundary('\n'), self.part_bytes
 
   def place(self, part: Part, record: int) -> str:
     return f'{part.file}:{record + 1}'
