@@ -1,5 +1,6 @@
 """An object store reads like a local folder, tested with an S3 server."""
 
+import importlib
 import os
 import pickle
 import socket
@@ -98,7 +99,7 @@ def test_the_fingerprint_changes_with_the_object(bucket):
 
 def test_the_error_names_a_missing_client(monkeypatch):
   monkeypatch.setitem(sys.modules, 's3fs', None)
-  monkeypatch.delitem(sys.modules['fsspec.registry']._registry, 's3', raising=False)
+  monkeypatch.delitem(importlib.import_module('fsspec.registry')._registry, 's3', raising=False)
   with pytest.raises(UserError, match=r'^data.source.path: .s3://a/b.*s3fs package: pip install s3fs'):
     open_source(SourceConfig(path='s3://a/b'))
 
