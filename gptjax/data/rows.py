@@ -80,12 +80,16 @@ class Frame:
 
   def batch(self, isolate_documents: bool) -> Batch:
     """The model's inputs. Padding has segment 0, mask 0 and an arbitrary id."""
-    columns = np.arange(self.tokens.shape[1], dtype=np.int32)
-    real = columns < self.lengths[:, None]
+    shape = self.tokens.shape
+    real = np.arange(shape[1]) < self.lengths[:, None]
     batch = {'tokens': self.tokens, 'targets': self.targets, 'mask': (real & self.loss_mask).astype(np.float32)}
     if isolate_documents:
-      starts = np.maximum.accumulate(np.where(self.starts, columns, 0), axis=1)
-      batch |= {'positions': columns - starts, 'segments': np.cumsum(self.starts, axis=1, dtype=np.int32) * real}
+      starts = np.flatnonzero(self.starts)  # each row starts a segment, so all rows can be treated as one sequence of segments
+      rows, lengths = starts // shape[1], np.diff(starts, append=self.starts.size)
+      numbers = np.arange(1, len(starts) + 1) - np.searchsorted(rows, rows)
+      segments = np.repeat(numbers.astype(np.int32), lengths).reshape(shape) * real
+      positions = np.arange(self.starts.size, dtype=np.int32) - np.repeat(starts.astype(np.int32), lengths)
+      batch |= {'positions': positions.reshape(shape), 'segments': segments}
     return batch
 
 
