@@ -145,11 +145,6 @@ def _remote(pattern: str, suffixes: tuple[str, ...]) -> tuple[list[File], bool]:
           if not any(part.startswith('.') for part in name.split('/'))], is_folder
 
 
-def stem(name: str) -> str:
-  """A file's name without .gz or .zst."""
-  return name.removesuffix('.gz').removesuffix('.zst')
-
-
 class Stream:
   """A sliding window over the decompressed bytes of a file, which is read sequentially; the suffix of its path decides the format.
 

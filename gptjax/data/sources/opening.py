@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from gptjax.config import SourceConfig, UserError
-from gptjax.data.sources.files import SUFFIXES, File, find, stem, title
+from gptjax.data.sources.files import SUFFIXES, File, find, title
 from gptjax.data.sources.source import Source
 from gptjax.data.sources.stdlib import Stdlib
 from gptjax.data.sources.tables import HuggingFace, Parquet
@@ -61,5 +61,6 @@ def open_source(config: SourceConfig) -> Source:
 
 
 def _kind(name: str) -> str:
+  uncompressed = name.removesuffix('.gz').removesuffix('.zst')
   return next((kind for kind, suffixes in _SUFFIXES.items()
-               if (name if kind == 'Parquet' else stem(name)).lower().endswith(suffixes)), 'text')
+               if (name if kind == 'Parquet' else uncompressed).lower().endswith(suffixes)), 'text')

@@ -11,7 +11,7 @@ from gptjax.config import UserError
 from gptjax.data.packages import optional
 from gptjax.data.tokenizers import export
 from gptjax.data.tokenizers.published import json_object
-from gptjax.data.tokenizers.tokenizer import ALPHABET, Tokenizer, from_alphabet, to_alphabet, utf8, write_json
+from gptjax.data.tokenizers.tokenizer import ALPHABET, Tokenizer, from_alphabet, to_alphabet, utf8
 
 OPENAI_FILES = ('encoder.json', 'vocab.bpe')
 """Ids by token, and, after a line `#version: 0.2`, one merge per line in order, as two tokens."""
@@ -66,7 +66,7 @@ class Gpt2Tokenizer(Tokenizer):
     return np.concatenate(ids).astype(np.int32)
 
   def save(self, directory: Path) -> None:
-    write_json(directory, {'kind': self.kind})
+    super().save(directory)
     self._write(directory, OPENAI_FILES)
 
   def save_hugging_face(self, directory: Path) -> None:

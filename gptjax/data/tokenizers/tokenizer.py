@@ -92,9 +92,9 @@ class Tokenizer(abc.ABC):
     """
     raise UserError('tokenizer', self.kind, 'one with a chat template (chat_template.jinja, or chat_template in tokenizer_config.json)')
 
-  @abc.abstractmethod
   def save(self, directory: Path) -> None:
     """Writes everything that `load_tokenizer` needs to a folder."""
+    write_json(directory, {'kind': self.kind})
 
   @abc.abstractmethod
   def save_hugging_face(self, directory: Path) -> None:
@@ -139,9 +139,6 @@ class ByteTokenizer(Tokenizer):
 
   def encode(self, text: str, source: str = 'text') -> np.ndarray:
     return np.frombuffer(utf8(text, source), np.uint8).astype(np.int32) + SPECIALS
-
-  def save(self, directory: Path) -> None:
-    write_json(directory, {'kind': self.kind})
 
   def save_hugging_face(self, directory: Path) -> None:
     export.write_tokenizer(directory, export.byte_tokenizer(ALPHABET))
