@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from absl import flags
 
 from gptjax import config as configs
+from gptjax.cache import cache_dir
 from gptjax.config import UserError
 from gptjax.data import Contamination, Document, Filters, Recipe, Source, TokenStore, load_tokenizer, open_source, split_source, write_store
 from gptjax.data.encoding import cores
@@ -67,7 +68,7 @@ def _source() -> Source:
   chosen, *others = source_flags.sources()
   if others:
     raise UserError('--source', others[0].path, 'one source; mixtures are made of stores, in data.train')
-  source = open_source(chosen)
+  source = open_source(chosen, cache_dir())
   if _SIDE.value == 'all':
     if flags.FLAGS['valid_fraction'].present:
       raise UserError('--side', 'all', 'train or valid, with --valid_fraction')

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from absl import flags
 
+from gptjax.cache import cache_dir
 from gptjax.config import TokenizerConfig, UserError, run
 from gptjax.data.progress import announce
 from gptjax.data.sources import Document, Source, is_held_out, open_source, sample
@@ -118,7 +119,7 @@ def main(_: None) -> None:
   characters = budgets(values.weights, len(chosen), values.characters)
   existing = _existing(out)
   gpt2 = {f'gpt2 ({values.gpt2_bpe})': Gpt2Tokenizer(expanded(values.gpt2_bpe))} if values.gpt2_bpe else {}
-  corpus = Corpus([open_source(source) for source in chosen], characters, values.held_out)
+  corpus = Corpus([open_source(source, cache_dir()) for source in chosen], characters, values.held_out)
   tokenizer = train_tokenizer(config, corpus, digits=values.digits, symbols=values.symbol)
   _save(tokenizer, out, existing)
   description, texts = corpus.scored()

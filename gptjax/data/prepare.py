@@ -91,7 +91,7 @@ def train_rows(config: Config, data: Prepared) -> TrainRows:
 
 
 def _make_stores(config: DataConfig, cache_dir: Path, processes: int) -> tuple[dict[str, TokenStore], dict[str, TokenStore]]:
-  source = open_source(config.source)
+  source = open_source(config.source, cache_dir)
   tokenizer = load_tokenizer(config.tokenizer.path).sha256 if config.tokenizer.path else dataclasses.asdict(config.tokenizer)
   parts = [_FORMAT, source.fingerprint(), source.skip, config.valid_fraction, tokenizer]
   directory = cache_dir / 'data' / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -48,7 +48,7 @@ def _open(name: str, path: str, held_out: HeldOut, cache_dir: Path) -> TokenStor
 
 
 def _tokenized(name: str, path: str, held_out: HeldOut, cache_dir: Path) -> TokenStore:
-  recipe = Recipe(open_source(SourceConfig(path)), held_out.tokenizer)
+  recipe = Recipe(open_source(SourceConfig(path), cache_dir), held_out.tokenizer)
   make = lambda: write_store(cache_dir / 'data' / f'set-{recipe.fingerprint()[:16]}', recipe, processes=cores(), title=f'tokenizing {name}')
   # Process 0 first: the others then find the store in a shared cache, or write it to their own disk.
   store = make() if is_primary() else None

@@ -1,6 +1,7 @@
 """Opening of sources: TFDS, Hugging Face, the embedded corpus, or files and their format from a path, folder or glob."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from gptjax.config import SourceConfig, UserError
 from gptjax.data.sources.files import SUFFIXES, File, find, title
@@ -26,15 +27,17 @@ _SOURCES: dict[str, Callable[[Sequence[File], str, SourceConfig], Source]] = {
 }
 
 
-def open_source(config: SourceConfig) -> Source:
+def open_source(config: SourceConfig, cache_dir: Path | None = None) -> Source:
   """Opens the source that a config describes, without reading its documents.
 
-  Prepares a TFDS dataset that is not prepared yet, and downloads a Hugging Face dataset that is not in its cache. Of files in
-  several formats one is read: JSON lines or Parquet, then text, then .json files; the description names the others. Raises a
-  UserError if the source does not exist, or the config does not fit it.
+  Prepares a TFDS dataset that is not prepared yet, and downloads a Hugging Face dataset that is not in its cache. Only the
+  embedded corpus needs `cache_dir`, where it stores its dataset. Of files in several formats one is read: JSON lines or Parquet,
+  then text, then .json files; the description names the others. Raises a UserError if the source does not exist, or the config
+  does not fit it.
   """
   if not config.path:
-    return Stdlib()
+    assert cache_dir is not None
+    return Stdlib(cache_dir)
   if config.path.startswith('tfds:'):
     from gptjax.data.sources.tfds_source import TfdsRecords  # takes half a second to import
     return TfdsRecords(config)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from gptjax.config import UserError
 from gptjax.data.sources.source import Document, Part, Source
+from gptjax.files import locked
 
 _EXCLUDED = ('__pycache__', 'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'encodings', 'pydoc_data',
              'config-*', 'lib-dynload', '_sysconfigdata*.py', 'entities.py')
@@ -39,9 +40,13 @@ def stdlib_modules(folder: Path) -> list[Document]:
 
 
 class Stdlib(Source):
-  """The modules, in one part and sorted by name. Raises a UserError if this Python has no source files."""
+  """The modules as a TFDS dataset, in one part and sorted by name.
 
-  def __init__(self, folder: Path | None = None):
+  The dataset is built in `cache_dir/tfds` when it is first read. Its folder is named after the digest of the modules, so that
+  another interpreter has its own. Raises a UserError if this Python has no source files.
+  """
+
+  def __init__(self, cache_dir: Path, folder: Path | None = None):
     self._folder = Path(folder or sysconfig.get_path('stdlib'))
     documents = stdlib_modules(self._folder)
     self.names = [document.name for document in documents]
@@ -49,6 +54,7 @@ class Stdlib(Source):
     self.skip = 0.0
     self.description = f'standard library of Python {platform.python_version()}'
     self._digest = hashlib.sha256(json.dumps(list(map(dataclasses.astuple, documents))).encode()).hexdigest()
+    self._data_dir = cache_dir / 'tfds' / self._digest[:16]
 
   def fingerprint(self) -> str:
     return self._digest
@@ -57,4 +63,7 @@ class Stdlib(Source):
     yield Part(self.description, '', 0, len(self.names), self.size)
 
   def read(self, part: Part) -> Iterator[Document]:
-    yield from stdlib_modules(self._folder)
+    # TFDS takes half a second to import, and only the first run with this corpus needs it.
+    from gptjax.data.sources.tfds_source import build_and_read
+    with locked(self._data_dir.parent / 'lock'):  # a run with another tokenizer may build the same dataset now
+      yield from build_and_read(stdlib_modules(self._folder), self._data_dir)

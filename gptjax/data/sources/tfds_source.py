@@ -1,21 +1,26 @@
-"""TFDS datasets: from its catalogue, prepared folders, or a user's builder. Importing this imports TFDS (but not TensorFlow)."""
+"""TFDS datasets: from its catalogue, prepared folders, a user's builder, or the embedded corpus.
+
+Importing this imports TFDS (but not TensorFlow).
+"""
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib
 import io
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 
 from gptjax.config import SourceConfig, UserError
 from gptjax.data.packages import library_error
-from gptjax.data.progress import announce
+from gptjax.data.progress import ProgressBar, announce
 from gptjax.data.sources.fields import Fields
-from gptjax.data.sources.source import Part
+from gptjax.data.sources.source import Document, Part
 from gptjax.data.sources.tables import TableSource
 
 
@@ -57,6 +62,13 @@ class TfdsRecords(TableSource):
       return self._records.__getitems__(range(part.start, part.stop))
 
 
+def prepare_quietly(builder: tfds.core.DatasetBuilder) -> None:
+  """Prepares a dataset, without TFDS's output on stdout, which belongs to the commands."""
+  tfds.disable_progress_bar()
+  with contextlib.redirect_stdout(io.StringIO()):
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+
+
 def _prepared(name: str) -> tfds.core.DatasetBuilder:
   folder = os.path.expanduser(name)
   if os.path.isdir(folder):
@@ -66,9 +78,7 @@ def _prepared(name: str) -> tfds.core.DatasetBuilder:
              tfds.builder(name, file_format='array_record'))
   if not builder.data_path.exists():  # is_prepared() warns
     announce(f'preparing {builder.info.full_name} in {builder.data_dir}')
-    tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(io.StringIO()):  # which belongs to the commands
-      builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    prepare_quietly(builder)
   return builder
 
 
@@ -112,3 +122,41 @@ def _leaves(features: Any, prefix: str = '') -> list[str]:
   if not isinstance(features, tfds.features.FeaturesDict):
     return [prefix.removesuffix('.')]
   return [leaf for name, feature in features.items() for leaf in _leaves(feature, f'{prefix}{name}.')]
+
+
+class PythonStdlib(tfds.core.GeneratorBasedBuilder):
+  """Sources of Python's standard library: an example is a module's name and its text."""
+
+  VERSION = tfds.core.Version('{}.{}.{}'.format(*sys.version_info))
+
+  # TFDS looks for checksums of downloads beside this path, and needs an undeclared dependency to find it; nothing is downloaded.
+  code_path = None
+
+  def __init__(self, *, modules: Sequence[Document], **kwargs):
+    self._modules = modules
+    super().__init__(**kwargs)
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    features = tfds.features.FeaturesDict({'name': tfds.features.Text(), 'text': tfds.features.Text()})
+    return tfds.core.DatasetInfo(builder=self, description=self.__doc__, features=features, license='PSF-2.0',
+                                 homepage='https://docs.python.org/3/library/')
+
+  def _split_generators(self, dl_manager) -> dict[str, Iterator[tuple[str, dict[str, str]]]]:
+    return {'train': self._generate_examples()}
+
+  def _generate_examples(self) -> Iterator[tuple[str, dict[str, str]]]:
+    with ProgressBar('building the dataset of the standard library', len(self._modules), 'documents') as progress:
+      for document in self._modules:
+        yield document.name, dataclasses.asdict(document)
+        progress.advance(1)
+
+
+def build_and_read(modules: Sequence[Document], data_dir: Path) -> list[Document]:
+  """Reads the dataset in `data_dir`, built first if it does not exist: documents sorted by name.
+
+  TFDS builds in a temporary folder and renames it when the dataset is complete.
+  """
+  builder = PythonStdlib(modules=modules, data_dir=data_dir, file_format='array_record')
+  prepare_quietly(builder)
+  documents = (Document(record['name'].decode(), record['text'].decode()) for record in builder.as_data_source(split='train'))
+  return sorted(documents, key=lambda document: document.name)

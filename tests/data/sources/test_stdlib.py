@@ -1,4 +1,4 @@
-"""The embedded corpus is the library's modules, without tests and generated files."""
+"""The embedded corpus is the library's modules, in a TFDS dataset that does not need TensorFlow."""
 
 import pickle
 import shutil
@@ -38,35 +38,63 @@ def test_only_modules_written_by_people_are_included(library):
   assert {'json/decoder.py', 'asyncio/base_events.py'} <= modules
 
 
-def test_the_running_library_is_a_corpus():
-  source = open_source(SourceConfig())
+def test_the_running_library_is_a_corpus(tmp_path):
+  source = open_source(SourceConfig(), tmp_path)
   assert len(source.names) > 300
   assert {'argparse.py', 'json/decoder.py'} <= set(source.names)
   assert source.size > 5e6
   assert not any('test' in Path(name).parts for name in source.names)
-  assert source.fingerprint() == open_source(SourceConfig()).fingerprint()
+  assert not list(tmp_path.iterdir())
+  assert source.fingerprint() == open_source(SourceConfig(), tmp_path).fingerprint()
 
 
 def test_a_python_without_sources_is_an_error(tmp_path):
   with pytest.raises(UserError, match=rf'^data.source.path: .*no sources .*{tmp_path}'):
-    Stdlib(tmp_path)
+    Stdlib(tmp_path, tmp_path)
 
 
-def test_the_source_yields_the_modules(library, capfd):
-  source = pickle.loads(pickle.dumps(Stdlib(library)))
+def test_the_dataset_gives_the_sources_back(library, tmp_path, capfd):
+  source = pickle.loads(pickle.dumps(Stdlib(tmp_path, library)))
   documents = list(source)
   assert documents == stdlib_modules(library)
   assert [document.name for document in documents] == source.names
-  assert sum(part.size for part in source.parts()) == source.size
+  assert 'tensorflow' not in sys.modules
+  out, err = capfd.readouterr()
+  assert out == ''
+  assert len(err.splitlines()) == 1
+  version = '.'.join(map(str, sys.version_info[:3]))
+  records = list((tmp_path / 'tfds').glob(f'*/python_stdlib/{version}/*.array_record-*'))
+  assert len(records) == 1
+  before = records[0].stat().st_mtime_ns
+  assert list(Stdlib(tmp_path, library)) == documents
+  assert records[0].stat().st_mtime_ns == before
   assert capfd.readouterr() == ('', '')
 
 
-def test_changed_modules_are_another_source(library):
-  before = Stdlib(library)
+def test_other_sources_are_another_dataset(library, tmp_path):
+  before = Stdlib(tmp_path, library)
+  list(before)
   (library / 'crlf.py').write_text('y = 2\n')
-  after = Stdlib(library)
+  after = Stdlib(tmp_path, library)
   assert after.fingerprint() != before.fingerprint()
   assert {document.name: document.text for document in after}['crlf.py'] == 'y = 2\n'
+
+
+def test_a_build_that_dies_leaves_nothing_that_is_trusted(library, tmp_path, monkeypatch):
+  done = []
+
+  def killed(work, amount):
+    done.append(amount)
+    if len(done) == 20:
+      raise KeyboardInterrupt
+
+  source = Stdlib(tmp_path, library)
+  with monkeypatch.context() as patch:
+    from gptjax.data.sources import tfds_source
+    patch.setattr(tfds_source.ProgressBar, 'advance', killed)
+    with pytest.raises(KeyboardInterrupt):
+      list(source)
+  assert list(source) == stdlib_modules(library)
 
 
 def test_the_package_imports_nothing_optional():
