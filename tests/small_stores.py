@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from gptjax.data.store import TokenStore
-from gptjax.data.store_writer import ShardWriter, finish_store
+from gptjax.data.store import ShardWriter, TokenStore, finish_store
 from gptjax.data.tokenizers import ByteTokenizer
 
 FIRST = 10
@@ -32,9 +31,9 @@ def make_store(folder, lengths, shard_documents=None, vocab_size=2**16 + 1, draw
     ids = np.asarray(draw(part.sum()) if draw else np.arange(FIRST + place, FIRST + place + part.sum()))
     ids = ids.astype('<u4' if vocab_size > 2**16 else '<u2')
     ids[np.cumsum(part) - part] = tokenizer.bos_id
-    writer = ShardWriter(folder, len(shards))
+    writer = ShardWriter(folder, len(shards), ids.dtype)
     for piece, length in zip(np.split(ids, np.cumsum(part)[:-1]), part):
-      writer.append(piece, np.array([length]), int(3 * (length - 1)))
+      writer.append([piece.tobytes()], int(3 * (length - 1)))
     shards.append(writer.close())
     place += part.sum()
   finish_store(folder, tokenizer, shards, {})

@@ -34,7 +34,7 @@ _VERIFY = flags.DEFINE_bool('verify', False, 'read all of the store and compare 
 _STEP = flags.DEFINE_integer('step', 0, 'step whose batch to show; the first is 0', lower_bound=0)
 _ROWS = flags.DEFINE_integer('rows', 4, 'rows of the batch to show; 0: all', lower_bound=0)
 _STEPS = flags.DEFINE_integer('steps', 1000, "steps, from 0 on, over which a mixture's rows are counted", lower_bound=1)
-_PLOT = flags.DEFINE_string('plot', None, 'PNG file to plot the same to')
+_PLOT = flags.DEFINE_string('plot', None, 'PNG file for plots of the same data')
 
 COLORS = ('cyan', 'yellow', 'green', 'magenta', 'blue', 'red')
 """Of successive segments."""
@@ -67,9 +67,9 @@ def main(config: Config | None) -> None:
 def _rows(config: Config | None) -> tuple[TrainRows, Tokenizer, Config]:
   if not config:
     if not _WORKDIR.value:
-      raise UserError('--store', None, 'a token store; or --config or --workdir for what a run reads')
+      raise UserError('--store', None, 'a token store; or --config or --workdir for the data of a run')
     config = configs.read_config(expanded(_WORKDIR.value))
-  config = configs.override(config, {'data.isolate_documents': True})  # segments are shown either way
+  config = configs.override(config, {'data.isolate_documents': True})  # segments are always shown
   data = prepare(config.data, cache_dir(), cores())
   print(data.description, file=sys.stderr)
   return train_rows(config, data), data.tokenizer, config

@@ -6,12 +6,12 @@ mixture, layout, seed, i). Uses numpy only: no module here depends on JAX or dev
 
 from gptjax.data.encoding import Recipe, cores
 from gptjax.data.filters import Contamination, Filters
-from gptjax.data.held_out import HeldOut, compression_yardsticks, export, open_held_out
+from gptjax.data.held_out import compression_yardsticks, export, open_held_out
 from gptjax.data.loading import batches
 from gptjax.data.mixture import Mixture
-from gptjax.data.packing import packing_plan
-from gptjax.data.prepare import Prepared, prepare, train_rows
-from gptjax.data.rows import Batch, EvalRows, Packed, TrainRows, Windows
+from gptjax.data.packing import Packed
+from gptjax.data.prepare import HeldOut, Prepared, prepare, train_rows
+from gptjax.data.rows import Batch, EvalRows, TrainRows, Windows
 from gptjax.data.sources import Document, Source, open_source, split_source
 from gptjax.data.store import TokenStore
 from gptjax.data.tokenizers import TextStream, Tokenizer, load_tokenizer, train_tokenizer
@@ -20,6 +20,5 @@ from gptjax.data.tokenizing import write_store
 __all__ = [
     'Batch', 'Contamination', 'Document', 'EvalRows', 'Filters', 'HeldOut', 'Mixture', 'Packed', 'Prepared', 'Recipe', 'Source',
     'TextStream', 'TokenStore', 'Tokenizer', 'TrainRows', 'Windows', 'batches', 'compression_yardsticks', 'cores', 'export',
-    'load_tokenizer', 'open_held_out', 'open_source', 'packing_plan', 'prepare', 'split_source', 'train_rows',
-    'train_tokenizer', 'write_store',
+    'load_tokenizer', 'open_held_out', 'open_source', 'prepare', 'split_source', 'train_rows', 'train_tokenizer', 'write_store',
 ]

@@ -16,8 +16,7 @@ import numpy as np
 from gptjax.config import UserError
 from gptjax.data.filters import Contamination, Filters
 from gptjax.data.sources import Malformed, Part, Source
-from gptjax.data.store import VERSION
-from gptjax.data.store_writer import id_dtype
+from gptjax.data.store import VERSION, id_dtype
 from gptjax.data.tokenizers import Tokenizer
 
 TASK = 2**22
@@ -47,26 +46,13 @@ class Recipe:
              self.contamination.sha256 if self.contamination else '', self.deduplicate, self.shard_tokens]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-  def drop_reason(self, text: str) -> str | None:
-    """Why a document is dropped, or None."""
-    reason = self.filters.reason(text)
-    if not reason and self.contamination and (name := self.contamination.find(text)):
-      reason = f'decontamination, {name}'
-    return reason
-
 
 @dataclasses.dataclass
 class Encoded:
   """The encoded documents of a task."""
 
-  ids: np.ndarray
-  """of all documents, each after a separator and, if it is another id, before the end id"""
-  lengths: np.ndarray
-  """[documents] ids of each, separator and end included"""
-  sizes: np.ndarray
-  """[documents] UTF-8 bytes"""
-  digests: list[bytes] = dataclasses.field(default_factory=list)
-  """128-bit digests of the texts, if duplicates are dropped"""
+  documents: list[tuple[bytes, int, bytes]] = dataclasses.field(default_factory=list)
+  """of each: its ids, between a separator and, if it is another id, the end id; its UTF-8 bytes; a digest if duplicates are dropped"""
   dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
   """documents by reason"""
   records: list[int] = dataclasses.field(default_factory=list)
@@ -75,13 +61,6 @@ class Encoded:
   """the first few, with the index of their part"""
   malformed_count: int = 0
 
-  def keep(self, kept: np.ndarray, reason: str) -> None:
-    """Drops the documents that are not marked in `kept` [documents]."""
-    if not kept.all():
-      self.dropped[reason] += int((~kept).sum())
-      self.ids = self.ids[np.repeat(kept, self.lengths)]
-      self.lengths, self.sizes = self.lengths[kept], self.sizes[kept]
-
 
 def encode(recipe: Recipe, parts: list[Part]) -> Encoded:
   """Reads, filters and encodes the documents of a task."""
@@ -89,32 +68,26 @@ def encode(recipe: Recipe, parts: list[Part]) -> Encoded:
   dtype = id_dtype(tokenizer.vocab_size)
   separator = np.array([tokenizer.bos_id], dtype)
   end = np.array([tokenizer.eos_id] if tokenizer.eos_id != tokenizer.bos_id else [], dtype)
-  pieces = [np.empty(0, dtype)]
-  lengths, sizes = [], []
-  result = Encoded(pieces[0], np.empty(0), np.empty(0))
+  result = Encoded()
   for index, part in enumerate(parts):
-    records = 0
+    result.records.append(0)
     for record in recipe.source.read(part):
-      records += 1
+      result.records[-1] += 1
       if isinstance(record, Malformed):
         result.malformed_count += 1
         if len(result.malformed) < MAX_REPORTED:
           result.malformed.append((index, record))
       elif record is None:
         continue
-      elif reason := recipe.drop_reason(record.text):
+      elif reason := recipe.filters.reason(record.text):
         result.dropped[reason] += 1
+      elif recipe.contamination and (name := recipe.contamination.find(record.text)):
+        result.dropped[f'decontamination, {name}'] += 1
       else:
         data = record.text.encode()
-        ids = tokenizer.encode(record.text, record.name)
-        pieces += [separator, ids, end]
-        lengths.append(1 + len(ids) + len(end))
-        sizes.append(len(data))
-        if recipe.deduplicate:
-          result.digests.append(hashlib.blake2b(data, digest_size=16).digest())
-    result.records.append(records)
-  result.ids = np.concatenate(pieces, dtype=dtype, casting='unsafe')
-  result.lengths, result.sizes = np.array(lengths, np.int64), np.array(sizes, np.int64)
+        ids = np.concatenate([separator, tokenizer.encode(record.text, record.name), end], dtype=dtype, casting='unsafe')
+        digest = hashlib.blake2b(data, digest_size=16).digest() if recipe.deduplicate else b''
+        result.documents.append((ids.tobytes(), len(data), digest))
   return result
 
 
@@ -138,10 +111,7 @@ def tasks_of(parts: Iterable[Part]) -> Iterator[list[Part]]:
 
 
 def encode_tasks(tasks: Iterator[list[Part]], recipe: Recipe, processes: int) -> Generator[tuple[list[Part], Encoded], None, None]:
-  """Encodes tasks in several processes; yields results in order, with a bounded number of tasks in flight.
-
-  The generator must be closed to end the processes.
-  """
+  """Encodes tasks in processes that end when the generator is closed; yields results in order, few tasks ahead."""
   first = list(itertools.islice(tasks, 2))
   tasks = itertools.chain(first, tasks)
   if processes == 1 or len(first) < 2:  # starting a process takes longer than a task

@@ -1,6 +1,7 @@
 """Filters, which drop documents of poor quality, and decontamination, which drops those with text of an evaluation set."""
 
 import dataclasses
+import functools
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
@@ -25,14 +26,13 @@ class Filters:
   """maximum fraction of characters in lines that repeat an earlier line, e.g. 0.2 (Gopher, arXiv:2112.11446 table A1)"""
 
   def __post_init__(self):
-    for name in ('min_chars', 'max_chars'):
-      if getattr(self, name) < 0:
-        raise UserError(f'--{name}', getattr(self, name), '0 or more characters')
+    for name, value in dataclasses.asdict(self).items():
+      if name.endswith('chars') and value < 0:
+        raise UserError(f'--{name}', value, '0 or more characters')
+      if not name.endswith('chars') and not 0 <= value <= 1:
+        raise UserError(f'--{name}', value, '0 to 1')
     if 0 < self.max_chars < self.min_chars:
       raise UserError('--max_chars', self.max_chars, f'0 (no limit), or at least --min_chars={self.min_chars}')
-    for name in ('min_letters', 'max_repeated_lines'):
-      if not 0 <= getattr(self, name) <= 1:
-        raise UserError(f'--{name}', getattr(self, name), '0 to 1')
 
   def reason(self, text: str) -> str | None:
     """Name of the filter that drops a text, or None."""
@@ -58,27 +58,10 @@ def _repeated_lines(text: str) -> float:
   return (characters - sum(map(len, set(lines)))) / max(characters, 1)
 
 
-NGRAM = 13
-"""Words of the n-grams that are matched."""
-MIN_WORDS = 8
-"""Words of the shortest evaluation document that is matched."""
-
+_NGRAM = 13  # words of the n-grams that are matched
+_MIN_WORDS = 8  # words of the shortest evaluation document that is matched
 _WORD = re.compile(r'[^\W_]+')
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
-_MAX_CACHED_WORDS = 2**18
-
-
-class _WordHashes(dict[str, int]):
-  """A cache of 64-bit hashes of words, the same in every process (unlike Python's own)."""
-
-  def __missing__(self, word: str) -> int:
-    if len(self) >= _MAX_CACHED_WORDS:
-      self.clear()
-    value = self[word] = int.from_bytes(hashlib.blake2b(word.encode(errors='surrogatepass'), digest_size=8).digest())
-    return value
-
-  def __reduce__(self):
-    return _WordHashes, ()
 
 
 class Contamination:
@@ -94,22 +77,21 @@ class Contamination:
     self.names = list(sets)
     self.skipped = dict.fromkeys(sets, 0)
     """documents too short to be matched, by set"""
-    self._hashes = _WordHashes()
     found: dict[int, list[tuple[np.ndarray, int]]] = {}
     for owner, (name, documents) in enumerate(sets.items()):
       for document in documents:
-        words = self._words(document.text)
-        if len(words) < MIN_WORDS:
+        words = _word_hashes(document.text)
+        if len(words) < _MIN_WORDS:
           self.skipped[name] += 1
         else:
-          length = min(len(words), NGRAM)
+          length = min(len(words), _NGRAM)
           found.setdefault(length, []).append((_ngrams(words, length), owner))
     # By length: sorted n-grams and the set of each; an n-gram of several sets belongs to the first.
     self._ngrams = {length: _sorted_ngrams(found[length]) for length in sorted(found, reverse=True)}
 
   def find(self, text: str) -> str | None:
     """Name of a set that has an n-gram in common with the text, or None."""
-    words = self._words(text)
+    words = _word_hashes(text)
     for length, (ngrams, owners) in self._ngrams.items():
       found = _ngrams(words, length)
       nearest = np.minimum(np.searchsorted(ngrams, found), len(ngrams) - 1)
@@ -126,8 +108,15 @@ class Contamination:
       digest.update(ngrams.tobytes() + owners.tobytes())
     return digest.hexdigest()
 
-  def _words(self, text: str) -> np.ndarray:
-    return np.fromiter(map(self._hashes.__getitem__, map(re.Match.group, _WORD.finditer(text.lower()))), np.uint64)
+
+@functools.lru_cache(2**18)
+def _word_hash(word: str) -> int:
+  """A 64-bit hash that is the same in every process (unlike Python's own)."""
+  return int.from_bytes(hashlib.blake2b(word.encode(errors='surrogatepass'), digest_size=8).digest())
+
+
+def _word_hashes(text: str) -> np.ndarray:
+  return np.fromiter(map(_word_hash, map(re.Match.group, _WORD.finditer(text.lower()))), np.uint64)
 
 
 def _ngrams(words: np.ndarray, length: int) -> np.ndarray:

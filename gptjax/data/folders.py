@@ -19,61 +19,85 @@ from gptjax.config import UserError
 Range = tuple[str, int, int]
 """File name, first byte, byte after the last."""
 
-_MAX_RESIDENT = 2**29
-"""Bytes of memory maps that may be resident before their pages are released."""
-_FAULT_AROUND = 2**16
-"""Bytes that Linux maps around a page fault."""
-_CHUNK = 2**24
-"""Bytes fetched and hashed at once."""
+_MAX_RESIDENT = 2**29  # bytes of memory maps that may be resident before their pages are released
+_FAULT_AROUND = 2**16  # bytes that Linux maps around a page fault
+_CHUNK = 2**24  # bytes fetched at once
+_CLIENTS = {'s3': 's3fs', 's3a': 's3fs', 'gs': 'gcsfs', 'gcs': 'gcsfs'}  # packages with which fsspec reads object stores, by URL scheme
 
 
-def open_folder(location: str) -> 'LocalFolder | RemoteFolder':
+def open_folder(location: str) -> 'Folder':
   """Opens the folder at a path, or at a URL such as s3://bucket/name."""
-  return RemoteFolder(location) if '://' in location else LocalFolder(os.path.expanduser(location))
+  return Folder(location) if '://' in location else LocalFolder(os.path.expanduser(location))
 
 
-class LocalFolder:
-  """A folder on this machine; byte ranges are views of memory maps."""
+class Folder:
+  """A folder at a URL, through fsspec. Its methods raise a UserError if it cannot be read."""
 
   def __init__(self, location: str):
-    _raise_file_limit()
-    self._root = Path(location)
-    self._maps: dict[str, tuple[mmap.mmap, np.ndarray]] = {}
-    self._touched = 0
+    self._root = location.rstrip('/')
+    self._errors = functools.partial(storage_errors, 'token store', self._root,
+                                     'a folder or URL of a token store made by tools.prepare_data')
+
+  @functools.cached_property
+  def _system(self) -> Any:
+    with self._errors():
+      return file_system('token store', self._root)[0]
 
   def read(self, name: str) -> bytes:
     """Contents of a file."""
-    return (self._root / name).read_bytes()
+    with self._errors():
+      return self._system.cat_file(f'{self._root}/{name}')
 
   def sizes(self) -> dict[str, int]:
     """Bytes of each file."""
-    return {path.name: path.stat().st_size for path in self._root.iterdir()}
+    with self._errors():
+      return {info['name'].rpartition('/')[2]: info['size'] for info in self._system.ls(self._root, detail=True)}
 
   def local(self, name: str) -> Path:
-    """A local path with the contents of the sub-folder `name`."""
-    return self._root / name
+    """A local path with the contents of the sub-folder `name`, valid as long as this object."""
+    self._temporary = tempfile.TemporaryDirectory()
+    Folder(f'{self._root}/{name}').copy(Path(self._temporary.name))
+    return Path(self._temporary.name)
 
   def copy(self, to: Path) -> None:
     """Copies the folder and everything below it."""
-    shutil.copytree(self._root, to)
+    with self._errors():
+      self._system.get(f'{self._root}/', f'{to}/', recursive=True)
 
   def sha256(self, name: str) -> str:
     """Hex digest of a file."""
-    with (self._root / name).open('rb') as file:
+    with self._errors(), self._system.open(f'{self._root}/{name}', block_size=_CHUNK, cache_type='readahead') as file:
       return hashlib.file_digest(file, 'sha256').hexdigest()
 
   def ranges(self, wanted: Sequence[Range]) -> list[np.ndarray]:
-    """Reads byte ranges as uint8 arrays.
+    """Reads byte ranges as uint8 arrays, all concurrently. Raises a UserError if a file cannot be read, or is too short."""
+    paths = [f'{self._root}/{name}' for name, _, _ in wanted]
+    with self._errors():
+      found = self._system.cat_ranges(paths, [start for _, start, _ in wanted], [stop for _, _, stop in wanted], on_error='raise')
+    for path, data, (_, start, stop) in zip(paths, found, wanted):
+      _check_length(path, data, start, stop)
+    return [np.frombuffer(data, np.uint8) for data in found]
 
-    Raises:
-      UserError: a file cannot be read, or is too short.
-    """
-    found = []
-    for name, start, stop in wanted:
-      data = self.mapped(name)[start:stop]
-      if len(data) < stop - start:
-        raise _too_short(self._root / name, start + len(data), stop)
-      found.append(data)
+
+class LocalFolder(Folder):
+  """A folder on this machine; byte ranges are views of memory maps."""
+
+  def __init__(self, location: str):
+    super().__init__(location)
+    _raise_file_limit()
+    self._maps: dict[str, tuple[mmap.mmap, np.ndarray]] = {}
+    self._touched = 0
+
+  def local(self, name: str) -> Path:
+    return Path(self._root, name)
+
+  def copy(self, to: Path) -> None:
+    shutil.copytree(self._root, to)  # follows symbolic links
+
+  def ranges(self, wanted: Sequence[Range]) -> list[np.ndarray]:
+    found = [self.mapped(name)[start:stop] for name, start, stop in wanted]
+    for data, (name, start, stop) in zip(found, wanted):
+      _check_length(f'{self._root}/{name}', data, start, stop)
     self.count_touched(len(wanted), sum(stop - start for _, start, stop in wanted))
     return found
 
@@ -92,64 +116,12 @@ class LocalFolder:
     """A file as a memory-mapped uint8 array."""
     if name not in self._maps:
       try:
-        with (self._root / name).open('rb') as file:
+        with Path(self._root, name).open('rb') as file:
           mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
       except (OSError, ValueError) as error:  # an empty file cannot be mapped
-        raise UserError(str(self._root / name), str(error), 'a readable file') from None
+        raise UserError(f'{self._root}/{name}', str(error), 'a readable file') from None
       self._maps[name] = mapped, np.frombuffer(mapped, np.uint8)
     return self._maps[name][1]
-
-
-class RemoteFolder:
-  """A folder in object storage, through fsspec; all ranges of one call are fetched concurrently."""
-
-  def __init__(self, location: str):
-    self._root = location.rstrip('/')
-    self._errors = functools.partial(storage_errors, 'token store', self._root)
-
-  @functools.cached_property
-  def _system(self) -> Any:
-    import fsspec
-    with self._errors():
-      return fsspec.core.url_to_fs(self._root)[0]
-
-  def read(self, name: str) -> bytes:
-    with self._errors():
-      return self._system.cat_file(f'{self._root}/{name}')
-
-  def sizes(self) -> dict[str, int]:
-    with self._errors():
-      return {info['name'].rpartition('/')[2]: info['size'] for info in self._system.ls(self._root, detail=True)}
-
-  def local(self, name: str) -> Path:
-    """Copies the sub-folder `name` to a temporary folder that exists until the process ends."""
-    _TEMPORARY.append(tempfile.TemporaryDirectory())
-    to = Path(_TEMPORARY[-1].name)
-    RemoteFolder(f'{self._root}/{name}').copy(to)
-    return to
-
-  def copy(self, to: Path) -> None:
-    with self._errors():
-      self._system.get(f'{self._root}/', f'{to}/', recursive=True)
-
-  def sha256(self, name: str) -> str:
-    digest = hashlib.sha256()
-    with self._errors(), self._system.open(f'{self._root}/{name}', block_size=_CHUNK, cache_type='readahead') as file:
-      while chunk := file.read(_CHUNK):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-  def ranges(self, wanted: Sequence[Range]) -> list[np.ndarray]:
-    paths = [f'{self._root}/{name}' for name, _, _ in wanted]
-    with self._errors():
-      found = self._system.cat_ranges(paths, [start for _, start, _ in wanted], [stop for _, _, stop in wanted], on_error='raise')
-    for path, data, (_, start, stop) in zip(paths, found, wanted):
-      if len(data) < stop - start:
-        raise _too_short(path, start + len(data), stop)
-    return [np.frombuffer(data, np.uint8) for data in found]
-
-
-_TEMPORARY: list[tempfile.TemporaryDirectory] = []
 
 
 @functools.cache
@@ -161,8 +133,18 @@ def _raise_file_limit() -> None:
       resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def file_system(field: str, url: str) -> tuple[Any, str]:
+  """The fsspec file system of a URL or path, and the path within it."""
+  import fsspec  # takes 0.1 s to import
+  try:
+    return fsspec.core.url_to_fs(url)
+  except ImportError as error:
+    package = _CLIENTS.get(url.partition('://')[0])
+    raise UserError(field, url, f'a machine with the {package} package: pip install {package}' if package else str(error)) from None
+
+
 @contextlib.contextmanager
-def storage_errors(field: str, path: str) -> Iterator[None]:
+def storage_errors(field: str, path: str, expected: str = 'a readable file, folder or URL') -> Iterator[None]:
   """Raises a UserError for an OSError and, if the path is a URL, for any error: storage clients raise those of many libraries."""
   try:
     yield
@@ -172,8 +154,14 @@ def storage_errors(field: str, path: str) -> Iterator[None]:
     if '://' not in path and not isinstance(error, OSError):
       raise
     reason = getattr(error, 'strerror', None) or str(error) or type(error).__name__
-    raise UserError(field, path, f'a readable file, folder or URL ({reason})') from None
+    raise UserError(field, path, f'{expected} ({reason})') from None
 
 
-def _too_short(file: object, length: int, expected: int) -> UserError:
-  return UserError(str(file), f'{length:,} bytes', f'{expected:,} bytes or more, as written; restore it, or prepare the store again')
+def damaged(file: str, found: object, expected: str) -> UserError:
+  """The error for a file that is not as it was written."""
+  return UserError(file, found, f'{expected} as written; restore it, or prepare the store again')
+
+
+def _check_length(file: str, data: bytes | np.ndarray, start: int, stop: int) -> None:
+  if len(data) < stop - start:
+    raise damaged(file, f'{start + len(data):,} bytes', f'{stop:,} bytes or more,')

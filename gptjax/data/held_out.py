@@ -1,41 +1,27 @@
 """The copies of tokenizer and validation sets in a workdir, with which a model is scored and sampled where its data is not."""
 
-import dataclasses
+import gzip
 import json
 import lzma
 import shutil
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gptjax.config import UserError
 from gptjax.data.folders import open_folder
-from gptjax.data.prepare import Prepared
+from gptjax.data.prepare import HeldOut, Prepared
 from gptjax.data.store import TokenStore
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.files import atomic_directory, read_json
 
-_MAX_COMPRESSED = 2**26
-"""Bytes of text, which xz compresses in a minute."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class HeldOut:
-  """Tokenizer and validation sets of a run."""
-
-  tokenizer: Tokenizer
-  valid: dict[str, TokenStore]
-  """validation sets by name"""
-  tags: dict[str, list[str]]
-  """names of the sets with each tag"""
+_MAX_COMPRESSED = 2**26  # bytes of text, which xz compresses in a minute
 
 
 def export(prepared: Prepared, directory: Path, replace: bool = False) -> None:
   """Copies the tokenizer and the validation sets to a folder, which appears when it is complete.
 
-  Raises:
-    UserError: the folder has those of other data and `replace` is not set, or a validation set is damaged.
+  Raises a UserError if the folder has those of other data and `replace` is not set, or a validation set is damaged.
   """
   if (directory / 'identity.json').exists():
     found = _identity(directory)['fingerprint']
@@ -62,11 +48,7 @@ def export(prepared: Prepared, directory: Path, replace: bool = False) -> None:
 
 
 def open_held_out(directory: Path) -> HeldOut:
-  """Opens what `export` wrote.
-
-  Raises:
-    UserError: there is nothing, or it is damaged.
-  """
+  """Opens what `export` wrote. Raises a UserError if there is nothing, or it is damaged."""
   if not (directory / 'identity.json').exists():
     raise UserError('--workdir', str(directory.parent), 'a folder that gptjax.train made')
   identity = _identity(directory)
@@ -87,25 +69,11 @@ def _identity(directory: Path) -> dict[str, Any]:
 
 
 def compression_yardsticks(tokenizer: Tokenizer, stores: Mapping[str, TokenStore]) -> dict[str, float]:
-  """Bits per byte of general compressors on the concatenated documents of all stores, to compare with a model's.
-
-  Returns:
-    'gzip -9' and 'xz -9' if there are at most 64 MB, else nothing.
-  """
+  """Bits per byte of 'gzip -9' and 'xz -9' on the documents of all stores, to compare with a model's; nothing above 64 MB."""
   total = sum(store.bytes for store in stores.values())
   if total > _MAX_COMPRESSED:
     return {}
-  compressors: dict[str, Any] = {'gzip -9': zlib.compressobj(9, wbits=31), 'xz -9': lzma.LZMACompressor(preset=9)}
-  sizes = dict.fromkeys(compressors, 0)
-  for store in stores.values():
-    for data in _text_bytes(tokenizer, store):
-      for name, compressor in compressors.items():
-        sizes[name] += len(compressor.compress(data))
-  return {name: 8 * (sizes[name] + len(compressor.flush())) / total for name, compressor in compressors.items()}
-
-
-def _text_bytes(tokenizer: Tokenizer, store: TokenStore) -> Iterator[bytes]:
-  """Yields the text of a store, 100,000 ids at a time; separators have none."""
-  for first in range(0, store.tokens, 100_000):
-    ids = store.read([first], [min(100_000, store.tokens - first)])
-    yield b''.join(map(tokenizer.pieces.__getitem__, ids.tolist()))
+  text_of = lambda ids: b''.join(map(tokenizer.pieces.__getitem__, ids.tolist()))
+  data = b''.join(text_of(store.read([first], [min(100_000, store.tokens - first)]))
+                  for store in stores.values() for first in range(0, store.tokens, 100_000))
+  return {'gzip -9': 8 * len(gzip.compress(data, 9)) / total, 'xz -9': 8 * len(lzma.compress(data, preset=9)) / total}

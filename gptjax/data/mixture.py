@@ -1,6 +1,5 @@
 """Mixtures: which component each row comes from, and which of the component's rows it is."""
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
 
@@ -11,24 +10,22 @@ from gptjax.config import UserError
 CYCLE = 2**16
 """Rows after which a mixture repeats its pattern; weights are rounded to multiples of one row per cycle."""
 
-_UNREACHABLE = 2**62
-"""A row that no run reaches."""
+_UNREACHABLE = 2**62  # a row that no run reaches
 
 
-@dataclasses.dataclass(frozen=True)
 class _Span:
-  """A range of rows with constant weights."""
+  """The rows from `first` on with constant weights [components], of which `taken` [components] rows were taken before."""
 
-  first: int
-  """its first row"""
-  taken: np.ndarray
-  """[components] rows taken of each before the span"""
-  pattern: np.ndarray
-  """[cycle] component of each row"""
-  ranks: np.ndarray
-  """[cycle] number of earlier rows of the same component in the cycle"""
-  quotas: np.ndarray
-  """[components] rows of each per cycle"""
+  def __init__(self, first: int, taken: np.ndarray, weights: Sequence[float]):
+    self.first, self.taken = first, taken
+    self.quotas = _quotas(weights)
+    """[components] rows of each per cycle"""
+    # The t-th of n rows is due at (t + 1/2) / n of the cycle, which spreads every component evenly.
+    order = np.argsort(np.concatenate([(np.arange(n) + 0.5) / n for n in self.quotas]), kind='stable')
+    self.pattern = np.repeat(np.arange(len(self.quotas)), self.quotas)[order]
+    """[cycle] component of each row"""
+    self.ranks = np.concatenate([np.arange(n) for n in self.quotas])[order]
+    """[cycle] number of earlier rows of the same component in the cycle"""
 
   def taken_before(self, row: int) -> np.ndarray:
     """Rows [components] taken of each before `row`."""
@@ -72,7 +69,7 @@ class Mixture:
         if not any(left):
           self.rows = row
           return
-        span = _Span(row, taken, *_pattern(left))
+        span = _Span(row, taken, left)
         self._spans.append(span)
         stops = [span.end_of(k, limit) for k, limit in enumerate(limits) if limit and left[k]]
         stops += [] if end is None else [end]
@@ -84,8 +81,7 @@ class Mixture:
   def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The component [n] of each row, and its index [n] among the component's rows over all passes.
 
-    Raises:
-      UserError: a row is after the last.
+    Raises a UserError if a row is after the last.
     """
     if self.rows is not None and rows.max(initial=-1) >= self.rows:
       raise UserError('steps', f'row {rows.max():,}', f'at most the {self.rows:,} rows that data.train has within its epochs')
@@ -97,17 +93,6 @@ class Mixture:
       component = components[here] = span.pattern[slots]
       indices[here] = span.taken[component] + cycles * span.quotas[component] + span.ranks[slots]
     return components, indices
-
-
-def _pattern(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Component and rank of each row of a cycle, and the number of rows of each component in it."""
-  quotas = _quotas(weights)
-  # The t-th of n rows is due at (t + 1/2) / n of the cycle, which spreads every component evenly.
-  due = np.concatenate([(np.arange(n) + 0.5) / n for n in quotas])
-  order = np.argsort(due, kind='stable')
-  components = np.repeat(np.arange(len(quotas)), quotas)[order]
-  ranks = np.concatenate([np.arange(n) for n in quotas])[order]
-  return components, ranks, quotas
 
 
 def _quotas(weights: Sequence[float]) -> np.ndarray:

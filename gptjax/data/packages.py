@@ -9,8 +9,7 @@ from gptjax.config import UserError
 def optional(package: str, field: str, value: str) -> ModuleType:
   """Imports a package, named alike for import and pip, that a config field's value needs.
 
-  Raises:
-    UserError: the package is not installed.
+  Raises a UserError if the package is not installed.
   """
   try:
     return importlib.import_module(package)

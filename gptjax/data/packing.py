@@ -1,7 +1,5 @@
 """Packing: which pieces of documents make up each row, computed once per store and stored as an index on disk."""
 
-import dataclasses
-import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,50 +18,36 @@ GROUP = 65_536
 _PIECE = np.dtype([('position', '<i8'), ('length', '<i8')])
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class PackingPlan:
-  """The pieces of each row; a piece is a range of the stream within one document. Only the needed entries are read from disk."""
+class Packed:
+  """Rows of complete documents, or of pieces of documents longer than `context`, the maximum tokens per row.
 
-  directory: Path
-  rows: int
-  tokens: int
-  """of all pieces: those of the store"""
-  context: int
-  """maximum tokens per row"""
+  A longer document is cut into full rows and a remainder. The kind is 'pack', a best fit of documents and remainders, or 'document',
+  one document or piece per row. The pieces of each row are an index in `cache_dir/plans`, which is made first if necessary; only the
+  needed entries are read from it.
+  """
 
-  @property
-  def padding(self) -> float:
-    """Fraction of positions that are padding."""
-    return 1 - self.tokens / (self.rows * self.context)
+  def __init__(self, store: TokenStore, context: int, kind: str, cache_dir: Path):
+    self.store = store
+    self._arguments = store, context, kind, cache_dir
+    directory = cache_dir / 'plans' / f'{store.sha256[:16]}-{kind}-{context}'
+    with atomic_directory(directory) as folder:
+      if folder:
+        _write(folder, store, context, best_fit if kind == 'pack' else lambda lengths, _: [[piece] for piece in range(len(lengths))])
+    self._folder = LocalFolder(str(directory))
+    self.count: int = json.loads(self._folder.read('plan.json'))['rows']
+    self.padding = 1 - store.tokens / (self.count * context)
+    """fraction of positions that are padding"""
 
-  @functools.cached_property
-  def _folder(self) -> LocalFolder:
-    return LocalFolder(str(self.directory))
+  def __reduce__(self):
+    return Packed, self._arguments  # without memory maps
 
-  def pieces(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Positions and lengths [pieces] of the pieces of rows [n], and the number of pieces of each row [n]."""
+  def pieces(self, rows: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """See Layout."""
     bounds = [data.view('<i8') for data in self._folder.ranges([('rows.bin', 8 * row, 8 * row + 16) for row in rows.tolist()])]
     size = _PIECE.itemsize
     found = self._folder.ranges([('pieces.bin', size * int(first), size * int(stop)) for first, stop in bounds])
     pieces = np.concatenate(found).view(_PIECE)
     return pieces['position'].copy(), pieces['length'].copy(), np.array([stop - first for first, stop in bounds])
-
-  def __reduce__(self):
-    return PackingPlan, (self.directory, self.rows, self.tokens, self.context)
-
-
-def packing_plan(store: TokenStore, context: int, layout: str, cache_dir: Path) -> PackingPlan:
-  """Reads the packing plan of a store from `cache_dir/plans`, where it is computed first if necessary.
-
-  A document longer than `context`, the maximum tokens per row, is cut into full rows and a remainder. The layout is 'pack', a best
-  fit of documents and remainders, or 'document', one document or piece per row.
-  """
-  directory = Path(cache_dir) / 'plans' / f'{store.sha256[:16]}-{layout}-{context}'
-  with atomic_directory(directory) as folder:
-    if folder:
-      _write(folder, store, context, best_fit if layout == 'pack' else _one_per_row)
-  facts = json.loads((directory / 'plan.json').read_text())
-  return PackingPlan(directory, facts['rows'], store.tokens, context)
 
 
 def _write(folder: Path, store: TokenStore, context: int, pack: Callable[[np.ndarray, int], list[list[int]]]) -> None:
@@ -124,7 +108,3 @@ def best_fit(lengths: np.ndarray, context: int) -> list[list[int]]:
       rows_by_space[left].append(row)
       spaces |= 1 << left
   return rows
-
-
-def _one_per_row(lengths: np.ndarray, context: int) -> list[list[int]]:
-  return [[piece] for piece in range(len(lengths))]

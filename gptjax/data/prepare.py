@@ -10,9 +10,9 @@ from pathlib import Path
 from gptjax.config import Config, DataConfig, Duration, UserError, duration_in_steps, in_unit_of_steps
 from gptjax.data.encoding import Recipe
 from gptjax.data.mixture import Mixture
-from gptjax.data.packing import packing_plan
+from gptjax.data.packing import Packed
 from gptjax.data.progress import counted
-from gptjax.data.rows import Layout, Packed, TrainRows, Windows
+from gptjax.data.rows import Layout, TrainRows, Windows
 from gptjax.data.sources import Source, documents, open_source, sample, split_source
 from gptjax.data.store import TokenStore
 from gptjax.data.tokenizing import write_store
@@ -23,17 +23,22 @@ _FORMAT = 3  # To be incremented when the cached data or its meaning changes.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Prepared:
-  """The data of training and evaluation."""
+class HeldOut:
+  """Tokenizer and validation sets of a run."""
 
   tokenizer: Tokenizer
-  """of all stores"""
-  layouts: Sequence[Layout]
-  """of the training stores"""
   valid: dict[str, TokenStore]
   """validation sets by name"""
   tags: dict[str, list[str]]
-  """names of the validation sets with each tag"""
+  """names of the sets with each tag"""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared(HeldOut):
+  """The data of training and evaluation."""
+
+  layouts: Sequence[Layout]
+  """of the training stores"""
   fingerprint: str
   """hex digest of documents, splits and tokenizer"""
   description: str
@@ -43,25 +48,29 @@ class Prepared:
 def prepare(config: DataConfig, cache_dir: Path, processes: int = 1) -> Prepared:
   """Opens the stores of a config, or makes them from its source and caches them.
 
-  If another process is preparing the same data, it waits for it. Stores made from a source are in `cache_dir/data`, packing plans in
-  `cache_dir/plans`; each appears when it is complete. At most `processes` processes tokenize.
-
-  Raises:
-    UserError: a source cannot be read or split, or stores are damaged or have different tokenizers.
+  If another process is preparing the same data, it waits for it. Stores made from a source are in `cache_dir/data`, packing plans
+  in `cache_dir/plans`; each appears when it is complete. At most `processes` processes tokenize. Raises a UserError if a source
+  cannot be read or split, or stores are damaged or have different tokenizers.
   """
-  train, valid = _make_stores(config, Path(cache_dir), processes) if not config.train else (
+  train, valid = _make_stores(config, cache_dir, processes) if not config.train else (
     {component.store: TokenStore.open(component.store) for component in config.train},
     {validation_set.name: TokenStore.open(validation_set.store) for validation_set in config.valid})
-  tokenizer = _common_tokenizer([*train.values(), *valid.values()])
-  for store in (*train.values(), *valid.values()):
+  first, *others = stores = [*train.values(), *valid.values()]
+  for store in others:
+    if store.tokenizer_sha256 != first.tokenizer_sha256:
+      raise UserError('data: store', store.location, f'a store made with the tokenizer of {first.location}, '
+                      f'{first.tokenizer_sha256[:12]}, and not {store.tokenizer_sha256[:12]}')
+  tokenizer = first.tokenizer()
+  for store in stores:
     store.check()
   tags: dict[str, list[str]] = {}
   for validation_set in config.valid:
     for tag in validation_set.tags:
       tags.setdefault(tag, []).append(validation_set.name)
-  layouts = [_layout(store, config, Path(cache_dir)) for store in train.values()]
+  layouts = [Windows(store, config.context) if config.rows == 'concat' else
+             Packed(store, config.context, config.rows, cache_dir) for store in train.values()]
   parts = [[store.sha256 for store in train.values()], {name: store.sha256 for name, store in valid.items()}, tags, tokenizer.sha256]
-  return Prepared(tokenizer, layouts, valid, tags, hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16],
+  return Prepared(tokenizer, valid, tags, layouts, hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16],
                   _description(config, tokenizer, dict(zip(train, layouts)), valid))
 
 
@@ -103,28 +112,11 @@ def _build(folder: Path, config: DataConfig, source: Source, processes: int) -> 
     write_store(folder / name, Recipe(side, tokenizer), processes=processes, title=f'tokenizing for {use}')
 
 
-def _common_tokenizer(stores: list[TokenStore]) -> Tokenizer:
-  for store in stores:
-    if store.tokenizer_sha256 != stores[0].tokenizer_sha256:
-      raise UserError('data: store', store.location, f'a store made with the tokenizer of {stores[0].location}, '
-                      f'{stores[0].tokenizer_sha256[:12]}, and not {store.tokenizer_sha256[:12]}')
-  return stores[0].tokenizer()
-
-
-def _layout(store: TokenStore, config: DataConfig, cache_dir: Path) -> Layout:
-  if config.rows == 'concat':
-    return Windows(store, config.context)
-  return Packed(store, packing_plan(store, config.context, config.rows, cache_dir))
-
-
 def _description(config: DataConfig, tokenizer: Tokenizer, layouts: dict[str, Layout], valid: dict[str, TokenStore]) -> str:
-  sets = [f'train {name}: {_amounts(layout.store)}' + (f', {layout.plan.padding:.2%} padding' if isinstance(layout, Packed) else '')
+  amounts = lambda store: f'{counted(store.documents)}, {store.tokens:,} tokens, {store.bytes:,} bytes'
+  sets = [f'train {name}: {amounts(layout.store)}' + (f', {layout.padding:.2%} padding' if isinstance(layout, Packed) else '')
           for name, layout in layouts.items()]
-  sets += [f'{name}: {_amounts(store)}' for name, store in valid.items()]
+  sets += [f'{name}: {amounts(store)}' for name, store in valid.items()]
   bytes_per_token = sum(store.bytes for store in valid.values()) / sum(store.tokens for store in valid.values())
   return (f'{"; ".join(sets)}; rows {config.rows}; tokenizer {tokenizer.kind}, {tokenizer.vocab_size:,} ids, '
           f'{bytes_per_token:.3f} bytes per token on valid')
-
-
-def _amounts(store: TokenStore) -> str:
-  return f'{counted(store.documents)}, {store.tokens:,} tokens, {store.bytes:,} bytes'

@@ -2,7 +2,6 @@
 
 import sys
 import time
-from types import TracebackType
 
 import rich.console
 import rich.progress
@@ -49,7 +48,7 @@ class ProgressBar:
       left = (self._total - self._done) * (now - self._started) / max(self._done - self._first, 1)
       announce(f'{self._title}: {self._amount(self._done)} of {self._amount(self._total)}, {left / 60:.0f} minutes left')
 
-  def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+  def __exit__(self, *error: object) -> None:
     self._bar.stop()
 
   def _amount(self, amount: int) -> str:

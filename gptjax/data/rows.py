@@ -10,7 +10,6 @@ from typing import Protocol
 import numpy as np
 
 from gptjax.data.mixture import Mixture
-from gptjax.data.packing import PackingPlan
 from gptjax.data.permutation import mix, permute
 from gptjax.data.store import TokenStore
 
@@ -24,47 +23,12 @@ class Layout(Protocol):
   store: TokenStore
   count: int
 
-  def fill(self, frame: 'Frame', slots: np.ndarray, rows: np.ndarray, draws: np.ndarray) -> None:
-    """Writes rows [n] of an epoch to `slots` [n] of a frame; `draws` [n] are random uint64, equal within an epoch."""
+  def pieces(self, rows: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The pieces of the store's stream that make up rows [n] of an epoch; `draws` [n] are random uint64, equal within an epoch.
 
-
-class Frame:
-  """A batch of shape (B, T) that layouts fill."""
-
-  def __init__(self, shape: tuple[int, int]):
-    self.tokens = np.zeros(shape, np.int32)
-    self.targets = np.zeros(shape, np.int32)
-    self.document_starts = np.zeros(shape, bool)
-    """where a document, or a row, starts"""
-    self.document_starts[:, 0] = True
-    self.lengths = np.zeros(shape[0], np.int64)
-    """tokens of each row; the rest is padding"""
-    self.loss_mask = np.ones(shape, bool)
-    """False where the target is not predictable: a document's start after another's end"""
-
-  def take(self, layout: Layout, slots: np.ndarray, rows: np.ndarray, draws: np.ndarray) -> None:
-    """Fills slots from a layout, and masks separators that are not targets."""
-    layout.fill(self, slots, rows, draws)
-    if layout.store.end != layout.store.separator:
-      self.loss_mask[slots] = self.targets[slots] != layout.store.separator
-
-  def batch(self, isolate_documents: bool) -> Batch:
-    """The model's inputs. Padding has segment 0, mask 0 and an arbitrary id."""
-    shape = self.tokens.shape
-    real = np.arange(shape[1]) < self.lengths[:, None]
-    batch = {'tokens': self.tokens, 'targets': self.targets, 'mask': (real & self.loss_mask).astype(np.float32)}
-    if isolate_documents:
-      # Every row starts a segment, so all rows can be treated as one sequence of segments.
-      starts = np.flatnonzero(self.document_starts)
-      lengths = np.diff(starts, append=self.document_starts.size)
-      per_row = np.bincount(starts // shape[1], minlength=shape[0])
-      numbers = np.arange(1, len(starts) + 1) - np.repeat(np.cumsum(per_row) - per_row, per_row)
-      segments = np.repeat(numbers.astype(np.int32), lengths).reshape(shape)
-      if not real.all():
-        segments *= real
-      positions = np.arange(self.document_starts.size, dtype=np.int32) - np.repeat(starts.astype(np.int32), lengths)
-      batch |= {'positions': positions.reshape(shape), 'segments': segments}
-    return batch
+    Returns:
+      Positions and lengths [pieces], in order, and the number of pieces of each row [n].
+    """
 
 
 class Windows:
@@ -75,49 +39,58 @@ class Windows:
     self.context = context
     self.count = -(-store.tokens // context)
 
-  def fill(self, frame: Frame, slots: np.ndarray, rows: np.ndarray, draws: np.ndarray) -> None:
+  def pieces(self, rows: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """See Layout. The offset of an epoch's first window, below `context`, is its draw."""
-    start = rows * self.context
-    lengths = np.minimum(self.store.tokens - start, self.context)
-    start = (start + (draws % np.uint64(self.context)).astype(np.int64)) % self.store.tokens
-    ids = self.store.read(start, lengths + 1)
-    frame.lengths[slots] = lengths
-    if (lengths == self.context).all():
-      ids = ids.reshape(len(slots), self.context + 1)
-      frame.tokens[slots], frame.targets[slots] = ids[:, :-1], ids[:, 1:]
-    else:
-      for slot, length, end in zip(slots, lengths, np.cumsum(lengths + 1)):
-        row = ids[end - length - 1:end]
-        frame.tokens[slot, :length], frame.targets[slot, :length] = row[:-1], row[1:]
-    # The separator occurs only where a document starts.
-    frame.document_starts[slots, 1:] = frame.tokens[slots, 1:] == self.store.separator
+    starts = rows * self.context
+    offsets = (draws % np.uint64(self.context)).astype(np.int64)
+    return (starts + offsets) % self.store.tokens, np.minimum(self.store.tokens - starts, self.context), np.ones_like(rows)
 
 
-class Packed:
-  """Rows of complete documents, or of pieces of documents longer than a row, as a packing plan of the store assigns them."""
+class Frame:
+  """A batch of shape (B, T) that is filled from layouts."""
 
-  def __init__(self, store: TokenStore, plan: PackingPlan):
-    self.store = store
-    self.plan = plan
-    self.count = plan.rows
+  def __init__(self, shape: tuple[int, int]):
+    self.tokens = np.zeros(shape, np.int32)
+    self.targets = np.zeros(shape, np.int32)
+    self.starts = np.zeros(shape, bool)
+    """where a document, or a row, starts"""
+    self.starts[:, 0] = True
+    self.lengths = np.zeros(shape[0], np.int64)
+    """tokens of each row; the rest is padding"""
+    self.loss_mask = np.ones(shape, bool)
+    """False where the target is not predictable: a document's start after another's end"""
 
-  def fill(self, frame: Frame, slots: np.ndarray, rows: np.ndarray, draws: np.ndarray) -> None:
-    """See Layout."""
-    positions, lengths, pieces = self.plan.pieces(rows)
-    row = np.repeat(slots, pieces)
-    ends = np.cumsum(lengths)
+  def fill(self, layout: Layout, slots: np.ndarray, rows: np.ndarray, draws: np.ndarray) -> None:
+    """Writes rows [n] of an epoch of a layout to `slots` [n]; `draws` as in Layout.pieces."""
+    positions, lengths, pieces = layout.pieces(rows, draws)
+    # Each piece is read with the id after it, its last target; where a document ends, that is the separator of the next one.
+    ids = layout.store.read(positions, lengths + 1)
+    ends = np.cumsum(lengths + 1)
+    tokens, targets = np.delete(ids, ends - 1), np.delete(ids, ends - 1 - lengths)
     row_lengths = np.add.reduceat(lengths, np.cumsum(pieces) - pieces)
-    ids = self.store.read(positions, lengths)
-    for slot, length, end in zip(slots.tolist(), row_lengths.tolist(), np.cumsum(row_lengths).tolist()):
-      frame.tokens[slot, :length] = ids[end - length:end]
-    frame.lengths[slots] = row_lengths
-    frame.targets[slots, :-1] = frame.tokens[slots, 1:]
-    last = ends - np.repeat(np.cumsum(row_lengths) - row_lengths, pieces) - 1  # of each piece, in its row
-    frame.document_starts[row, last - lengths + 1] = True
-    frame.targets[row, last] = self.store.separator
-    # Only a row that is a single piece can end inside a document.
-    full = lengths == frame.tokens.shape[1]
-    frame.targets[row[full], -1] = self.store.read((positions + lengths)[full] % self.store.tokens, np.ones(full.sum(), np.int64))
+    row_ends = np.cumsum(row_lengths)
+    for slot, length, end in zip(slots.tolist(), row_lengths.tolist(), row_ends.tolist()):
+      self.tokens[slot, :length], self.targets[slot, :length] = tokens[end - length:end], targets[end - length:end]
+    self.lengths[slots] = row_lengths
+    columns = np.cumsum(lengths) - lengths - np.repeat(row_ends - row_lengths, pieces)  # of the first token of each piece
+    self.starts[slots] |= self.tokens[slots] == layout.store.separator
+    self.starts[np.repeat(slots, pieces), columns] = True
+    if layout.store.end != layout.store.separator:
+      self.loss_mask[slots] = self.targets[slots] != layout.store.separator
+
+  def batch(self, isolate_documents: bool) -> Batch:
+    """The model's inputs. Padding has segment 0, mask 0 and an arbitrary id."""
+    shape = self.tokens.shape
+    real = np.arange(shape[1]) < self.lengths[:, None]
+    batch = {'tokens': self.tokens, 'targets': self.targets, 'mask': (real & self.loss_mask).astype(np.float32)}
+    if isolate_documents:
+      starts = np.flatnonzero(self.starts)  # each row starts a segment, so all rows can be treated as one sequence of segments
+      rows, lengths = starts // shape[1], np.diff(starts, append=self.starts.size)
+      numbers = np.arange(1, len(starts) + 1) - np.searchsorted(rows, rows)
+      segments = np.repeat(numbers.astype(np.int32), lengths).reshape(shape) * real
+      positions = np.arange(self.starts.size, dtype=np.int32) - np.repeat(starts.astype(np.int32), lengths)
+      batch |= {'positions': positions.reshape(shape), 'segments': segments}
+    return batch
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -147,10 +120,7 @@ class TrainRows:
 
     tokens and targets: ids; targets are shifted by one. positions: tokens since the start of the document or of the row,
     whichever is later. segments: documents of a row, numbered from 1; 0 for padding. mask: 1, or 0 for padding and where there is
-    no target.
-
-    Raises:
-      UserError: a row is beyond the mixture's last, or a store is damaged.
+    no target. Raises a UserError if a row is beyond the mixture's last, or a store is damaged.
     """
     frame = Frame((len(rows), self.context))
     components, indices = self.mixture.locate(np.asarray(rows, np.int64))
@@ -160,7 +130,7 @@ class TrainRows:
       epochs, within = np.divmod(indices[slots], layout.count)
       # The seed is hashed before the epoch is added, so that seed 0 in epoch 1 is not seed 1 in epoch 0.
       keys = mix(mix(np.full(1, (self.seed + (int(component) << 32)) % 2**64, np.uint64)) + epochs.astype(np.uint64))
-      frame.take(layout, slots, permute(within, layout.count, keys), mix(keys + np.uint64(1)))
+      frame.fill(layout, slots, permute(within, layout.count, keys), mix(keys + np.uint64(1)))
     return frame.batch(self.isolate_documents)
 
 
@@ -179,5 +149,5 @@ class EvalRows:
     rows = np.asarray(rows, np.int64)
     frame = Frame((len(rows), self.context))
     slots = np.flatnonzero(rows < self.count)
-    frame.take(self._windows, slots, rows[slots], np.zeros(len(slots), np.uint64))
+    frame.fill(self._windows, slots, rows[slots], np.zeros(len(slots), np.uint64))
     return frame.batch(self.isolate_documents)

@@ -21,13 +21,14 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gptjax.config import UserError
-from gptjax.data.folders import LocalFolder, Range, open_folder
+from gptjax.data.folders import LocalFolder, Range, damaged, open_folder
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
+from gptjax.files import sync, write_json
 
 VERSION = 2
 """Format version, to be incremented when older stores become unreadable."""
@@ -48,6 +49,11 @@ def manifest_sha256(manifest: dict[str, Any]) -> str:
 def shard_name(number: int) -> str:
   """File name of a shard."""
   return f'{number:05}.shard'
+
+
+def id_dtype(vocab_size: int) -> np.dtype:
+  """uint16, or uint32 for vocabularies above 65,536 ids."""
+  return np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
 
 
 @dataclasses.dataclass(eq=False)
@@ -114,37 +120,27 @@ class TokenStore:
 
   @staticmethod
   def open(location: Path | str) -> 'TokenStore':
-    """Opens the store in a folder or at a URL.
-
-    Raises:
-      UserError: there is no store, or one of another version.
-    """
+    """Opens the store in a folder or at a URL. Raises a UserError if there is no store, or one of another version."""
+    data = open_folder(str(location)).read(MANIFEST)
     try:
-      manifest = json.loads(open_folder(str(location)).read(MANIFEST))
-    except UserError:
-      raise
-    except (OSError, ValueError, RecursionError) as error:
-      reason = 'there is none' if isinstance(error, FileNotFoundError) else str(error)
-      raise UserError('token store', str(location), f'a folder or URL of a token store made by tools.prepare_data ({reason})') from None
+      manifest = json.loads(data)
+    except (ValueError, RecursionError) as error:
+      raise UserError('token store', str(location), f'a folder or URL of an undamaged token store ({error})') from None
     version = manifest.get('version') if isinstance(manifest, dict) else None
     if version != VERSION:
       raise UserError(f'{location}/{MANIFEST}, version', version, f'{VERSION}, which this code reads; prepare the store again')
     if manifest.get('sha256') != manifest_sha256(manifest):
-      raise _damaged(f'{location}/{MANIFEST}', manifest.get('sha256'), 'the manifest')
+      raise damaged(f'{location}/{MANIFEST}', manifest.get('sha256'), 'the manifest')
     return TokenStore(str(location), manifest)
 
   def __reduce__(self):
     return TokenStore, (self.location, self.manifest)  # a process that unpickles it maps the files itself
 
   def tokenizer(self) -> Tokenizer:
-    """The tokenizer that made the ids.
-
-    Raises:
-      UserError: the folder has another one.
-    """
+    """The tokenizer that made the ids; a UserError if the folder has another one."""
     found = load_tokenizer(self._folder.local(TOKENIZER))
     if found.sha256 != self.tokenizer_sha256:
-      raise _damaged(f'{self.location}/{TOKENIZER}', found.sha256[:12], f'the tokenizer {self.tokenizer_sha256[:12]}')
+      raise damaged(f'{self.location}/{TOKENIZER}', found.sha256[:12], f'the tokenizer {self.tokenizer_sha256[:12]}')
     return found
 
   @functools.cached_property
@@ -152,39 +148,33 @@ class TokenStore:
     """One RECORD per shard."""
     data = self._folder.read(INDEX)
     if hashlib.sha256(data).hexdigest() != self.sha256:
-      raise _damaged(f'{self.location}/{INDEX}', f'{len(data)} bytes', 'the index')
+      raise damaged(f'{self.location}/{INDEX}', f'{len(data)} bytes', 'the index')
     return np.frombuffer(data, RECORD)
 
   def check(self) -> None:
-    """Checks the size of every shard without reading one.
-
-    Raises:
-      UserError: a shard is missing or has another size; the error names it.
-    """
+    """Checks the size of every shard without reading one; a UserError names one that is missing or has another size."""
     sizes = self._folder.sizes()
     for number in range(len(self.index)):
       shard = self._shard(number)
       if sizes.get(shard.name) != shard.size:
         found = f'{sizes[shard.name]:,} bytes' if shard.name in sizes else None
-        raise _damaged(f'{self.location}/{shard.name}', found, f'{shard.size:,} bytes')
+        raise damaged(f'{self.location}/{shard.name}', found, f'{shard.size:,} bytes')
 
   def verify(self) -> None:
-    """Reads every shard and compares its SHA-256 with the index, and the tokenizer's with the manifest.
+    """Reads everything and compares each shard's SHA-256 with the index, and the tokenizer's with the manifest.
 
-    Raises:
-      UserError: something differs; the error names it.
+    Raises a UserError if something differs; the error names it.
     """
     self.check()
     self.tokenizer()
     for number, record in enumerate(self.index):
       if (found := self._folder.sha256(shard_name(number))) != record['sha256'].decode():
-        raise _damaged(f'{self.location}/{shard_name(number)}', f'SHA-256 {found}', record['sha256'].decode())
+        raise damaged(f'{self.location}/{shard_name(number)}', f'SHA-256 {found}', record['sha256'].decode())
 
   def read(self, starts: np.ndarray | Sequence[int], counts: np.ndarray | Sequence[int]) -> np.ndarray:
     """Reads ranges of the circular stream, given by starts (0 to tokens - 1) and numbers of ids, and concatenates them.
 
-    Raises:
-      UserError: a block is damaged; the error names its file.
+    Raises a UserError if a block is damaged; the error names its file.
     """
     starts, counts = np.asarray(starts, np.int64), np.asarray(counts, np.int64)
     out = np.empty(counts.sum(), self.dtype)
@@ -192,7 +182,7 @@ class TokenStore:
     if isinstance(self._folder, LocalFolder):  # copies from views of the map, and not of the enclosing blocks, for speed
       self._folder.count_touched(len(pieces), out.nbytes)
       for shard, first, stop, at in pieces:
-        out[at:at + stop - first] = self._mapped(shard, first, stop)
+        out[at:at + stop - first] = self._mapped(self._folder, shard, first, stop)
     else:
       size = self.dtype.itemsize
       wanted = [(shard, first * size, stop * size) for shard, first, stop, _ in pieces]
@@ -200,14 +190,12 @@ class TokenStore:
         out[at:at + stop - first] = data.view(self.dtype)
     return out
 
-  def _mapped(self, shard: Shard, first: int, stop: int) -> np.ndarray:
+  def _mapped(self, folder: LocalFolder, shard: Shard, first: int, stop: int) -> np.ndarray:
     """A view of a shard's ids, in verified blocks."""
-    assert isinstance(self._folder, LocalFolder)
     size = shard.itemsize
     if shard.mapped is None or shard.verified.find(0, first * size // BLOCK, -(-stop * size // BLOCK)) >= 0:
       list(self._bytes([(shard, first * size, stop * size)]))
-      if shard.mapped is None:
-        shard.mapped = self._folder.mapped(shard.name)[:shard.ids].view(self.dtype)
+      shard.mapped = folder.mapped(shard.name)[:shard.ids].view(self.dtype)
     return shard.mapped[first:stop]
 
   def texts(self, first: int, stop: int) -> Iterator[str]:
@@ -268,9 +256,89 @@ class TokenStore:
     for block in range(first, stop):
       start = (block - first) * BLOCK
       if zlib.crc32(data[start:start + BLOCK].data) != shard.checksums[block]:
-        raise _damaged(f'{self.location}/{shard.name}', f'another CRC-32 from byte {block * BLOCK:,} on', 'the bytes')
+        raise damaged(f'{self.location}/{shard.name}', f'another CRC-32 from byte {block * BLOCK:,} on', 'the bytes')
       shard.verified[block] = 1
 
 
-def _damaged(file: str, found: object, expected: str) -> UserError:
-  return UserError(file, found, f'{expected} as written; restore it, or prepare the store again')
+class ShardRecord(NamedTuple):
+  """Facts about a finished shard."""
+
+  tokens: int
+  documents: int
+  bytes: int
+  """UTF-8 bytes of its documents"""
+  sha256: str
+
+  def size(self, dtype: np.dtype) -> int:
+    """Bytes of its file."""
+    return Shard('', 0, 0, self.tokens, self.documents, dtype.itemsize).size
+
+
+class ShardWriter:
+  """Writes shard `number` of a store to a temporary file, which `close` renames: a shard appears only when it is complete."""
+
+  def __init__(self, directory: Path, number: int, dtype: np.dtype):
+    self._itemsize = dtype.itemsize
+    self._path = directory / shard_name(number)
+    self._partial = self._path.with_suffix('.partial')
+    self._file = self._partial.open('wb')
+    self._digest = hashlib.sha256()
+    self._lengths: list[np.ndarray] = []
+    self._checksums: list[int] = []
+    self._incomplete = b''  # of the last block
+    self.tokens = 0
+    self.bytes = 0
+
+  def append(self, documents: Sequence[bytes], text_bytes: int) -> None:
+    """Appends documents: the bytes of their ids, separators included, and the UTF-8 bytes of all their texts."""
+    self._write(b''.join(documents))
+    self._lengths.append(np.array([len(ids) // self._itemsize for ids in documents]))
+    self.tokens += int(self._lengths[-1].sum())
+    self.bytes += text_bytes
+
+  def close(self) -> ShardRecord:
+    """Finishes the shard and waits until it is on disk."""
+    lengths = np.concatenate(self._lengths)
+    self._write(bytes(-self._file.tell() % 8))
+    self._write((np.cumsum(lengths) - lengths).astype('<i8').tobytes())
+    if self._incomplete:
+      self._checksums.append(zlib.crc32(self._incomplete))
+    self._write(np.asarray(self._checksums, '<u4').tobytes(), checked=False)
+    self._file.close()
+    sync(self._partial)
+    self._partial.rename(self._path)
+    sync(self._path.parent)
+    return ShardRecord(self.tokens, len(lengths), self.bytes, self._digest.hexdigest())
+
+  def abort(self) -> None:
+    """Discards the shard."""
+    self._file.close()
+    self._partial.unlink(missing_ok=True)
+
+  def _write(self, data: bytes, checked: bool = True) -> None:
+    self._file.write(data)
+    self._digest.update(data)
+    if checked:
+      data = self._incomplete + data
+      complete = len(data) // BLOCK * BLOCK
+      self._checksums += [zlib.crc32(memoryview(data)[at:at + BLOCK]) for at in range(0, complete, BLOCK)]
+      self._incomplete = data[complete:]
+
+
+def finish_store(directory: Path, tokenizer: Tokenizer, shards: list[ShardRecord], facts: dict[str, Any]) -> None:
+  """Writes tokenizer, index and, last, the manifest, which also contains `facts`."""
+  index = np.zeros(len(shards), RECORD)
+  index['tokens'] = np.cumsum([shard.tokens for shard in shards])
+  index['documents'] = np.cumsum([shard.documents for shard in shards])
+  index['sha256'] = [shard.sha256.encode() for shard in shards]
+  (directory / INDEX).write_bytes(index.tobytes())
+  tokenizer.save(directory / TOKENIZER)
+  for path in (directory / INDEX, *(directory / TOKENIZER).iterdir(), directory / TOKENIZER):
+    sync(path)
+  manifest = {
+    'version': VERSION, 'documents': int(index['documents'][-1]), 'tokens': int(index['tokens'][-1]),
+    'bytes': sum(shard.bytes for shard in shards), 'shards': len(shards), 'dtype': id_dtype(tokenizer.vocab_size).str,
+    'vocab_size': tokenizer.vocab_size, 'separator': tokenizer.bos_id, 'end': tokenizer.eos_id, 'tokenizer_sha256': tokenizer.sha256,
+    'index_sha256': hashlib.sha256(index.tobytes()).hexdigest(), **facts,
+  }
+  write_json(directory / MANIFEST, manifest | {'sha256': manifest_sha256(manifest)})

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,25 +14,26 @@ import numpy as np
 from gptjax.config import UserError
 from gptjax.data.encoding import MAX_REPORTED, Encoded, Recipe, encode_tasks, tasks_of
 from gptjax.data.progress import ProgressBar, announce
-from gptjax.data.sources import Part, malformed_error
-from gptjax.data.store import MANIFEST, TokenStore, shard_name
-from gptjax.data.store_writer import ShardRecord, ShardWriter, finish_store, id_dtype
+from gptjax.data.sources import Part, Source, malformed_error
+from gptjax.data.store import MANIFEST, ShardRecord, ShardWriter, TokenStore, finish_store, id_dtype, shard_name
 from gptjax.files import atomic_directory
 
 _JOURNAL = 'journal.db'
 
 
 def write_store(directory: Path, recipe: Recipe, *, processes: int = 1, title: str = 'tokenizing') -> TokenStore:
-  """Makes a store, or resumes an interrupted build. An existing store of the same recipe is left unchanged.
-  The folder appears when the store is complete. Memory does not depend on the size of the source.
+  """Makes a store, or resumes an interrupted build.
 
-  Raises:
-    UserError: too many records are malformed (the error names the first), a text cannot be encoded, no documents remain, or the
-      folder has a complete or unfinished store of another recipe. Finished shards are kept for a later call.
+  The folder appears when the store is complete; a store of the same recipe is left unchanged. Memory does not depend on the size of
+  the source. Raises a UserError if too many records are malformed (the error names the first), a text cannot be encoded, no
+  documents remain, or the folder has a complete or unfinished store of another recipe. Finished shards are kept for a later call.
   """
   with atomic_directory(directory, lambda folder: any(folder.glob('*.shard'))) as folder:
     if folder:
-      _build(folder, recipe, processes, title)
+      try:
+        _build(folder, recipe, processes, title)
+      except sqlite3.Error as error:  # for example, a full disk
+        raise OSError(0, str(error), str(folder / _JOURNAL)) from None
   store = TokenStore.open(directory)
   if store.manifest.get('fingerprint') != recipe.fingerprint():
     raise UserError('--out', str(directory), 'another folder: this one has a store of another source, tokenizer or filter')
@@ -40,18 +41,16 @@ def write_store(directory: Path, recipe: Recipe, *, processes: int = 1, title: s
 
 
 def _build(folder: Path, recipe: Recipe, processes: int, title: str) -> None:
-  complete = (folder / MANIFEST).exists()  # it is written last: only renaming the folder was missing
-  if complete and TokenStore.open(folder).manifest.get('fingerprint') != recipe.fingerprint():
-    (folder / MANIFEST).unlink()
-    complete = False
-  if not complete:
+  # The manifest is written last: if it is there, only renaming the folder was missing.
+  if not (folder / MANIFEST).exists() or TokenStore.open(folder).manifest.get('fingerprint') != recipe.fingerprint():
+    (folder / MANIFEST).unlink(missing_ok=True)
     with contextlib.closing(Journal(folder / _JOURNAL, recipe.fingerprint())) as journal:
       _remove_unfinished(folder, journal, id_dtype(recipe.tokenizer.vocab_size))
       state = journal.state
       with ProgressBar(title, recipe.source.size, 'bytes', state.source_bytes) as progress:
         tasks = itertools.islice(tasks_of(recipe.source.parts()), state.tasks, None)
         with contextlib.closing(encode_tasks(tasks, recipe, processes)) as results:
-          _Writer(folder, recipe, journal, progress).write(results)
+          _write_shards(folder, recipe, journal, results, progress)
       if not state.shards:
         raise UserError('source', recipe.source.description, f'documents; none of its {state.records:,} records is left, dropped were '
                         f'{state.dropped}')
@@ -98,27 +97,21 @@ class Journal:
   """A database beside the shards, with the state and, for deduplication, a digest of every document.
 
   Each shard is one transaction, so that a killed process leaves the state after the last finished shard. A damaged database is
-  replaced.
-
-  Raises:
-    UserError: there are finished shards of another recipe.
+  replaced. Raises a UserError if there are finished shards of another recipe.
   """
 
-  state: BuildState
-
   def __init__(self, path: Path, fingerprint: str):
-    self._path, self._fingerprint = path, fingerprint
-    with self._errors():
-      try:
-        self._open()
-      except sqlite3.OperationalError:
-        raise
-      except sqlite3.DatabaseError:
-        announce(f'{path}: damaged; starting over')
-        self._database.close()
-        path.unlink()
-        self._open()
-      saved, state = self._database.execute('select fingerprint, state from progress').fetchone() or ('', '{}')
+    self._fingerprint = fingerprint
+    try:
+      self._open(path)
+    except sqlite3.OperationalError:
+      raise
+    except sqlite3.DatabaseError:
+      announce(f'{path}: damaged; starting over')
+      self._database.close()
+      path.unlink()
+      self._open(path)
+    saved, state = self._database.execute('select fingerprint, state from progress').fetchone() or ('', '{}')
     self.state = BuildState(**json.loads(state))
     self.state.shards = [ShardRecord(*shard) for shard in self.state.shards]
     if saved != fingerprint:
@@ -129,98 +122,88 @@ class Journal:
       self.reset()
 
   def close(self) -> None:
-    """Closes the database; what was not committed is lost."""
+    """Closes the database; uncommitted changes are lost."""
     self._database.close()
 
   def reset(self) -> None:
     """Discards the state permanently; to be called before its files are removed."""
     self.state = BuildState()
-    with self._errors():
-      self._database.execute('delete from digests')
-      self._database.execute('delete from progress')
-      self._database.execute('insert into progress values (?, ?)', (self._fingerprint, '{}'))
+    self._database.execute('delete from digests')
+    self._database.execute('delete from progress')
+    self._database.execute('insert into progress values (?, ?)', (self._fingerprint, '{}'))
     self.commit()
 
-  def add(self, digests: Iterable[bytes]) -> np.ndarray:
-    """Adds digests of documents; returns, as booleans, which of them are new."""
-    with self._errors():
-      insert = 'insert or ignore into digests values (?)'
-      return np.array([self._database.execute(insert, (digest,)).rowcount == 1 for digest in digests], bool)
+  def is_new(self, digest: bytes) -> bool:
+    """Whether no document had this digest before; it is added."""
+    return self._database.execute('insert or ignore into digests values (?)', (digest,)).rowcount == 1
 
   def commit(self) -> None:
     """Saves the state and the digests added so far."""
-    with self._errors():
-      self._database.execute('update progress set state = ?', (json.dumps(dataclasses.asdict(self.state)),))
-      self._database.commit()
+    self._database.execute('update progress set state = ?', (json.dumps(dataclasses.asdict(self.state)),))
+    self._database.commit()
 
-  def _open(self) -> None:
-    self._database = sqlite3.connect(self._path)
+  def _open(self, path: Path) -> None:
+    self._database = sqlite3.connect(path)
     self._database.execute('pragma cache_size = -100000')  # kB; the rest stays on disk
     self._database.execute('create table if not exists progress (fingerprint text, state text)')
     self._database.execute('create table if not exists digests (digest blob primary key) without rowid')
 
-  @contextlib.contextmanager
-  def _errors(self) -> Iterator[None]:
-    try:
-      yield
-    except sqlite3.Error as error:  # for example, a full disk
-      raise OSError(0, str(error), str(self._path)) from None
 
-
-class _Writer:
+def _write_shards(folder: Path, recipe: Recipe, journal: Journal, tasks: Iterable[tuple[list[Part], Encoded]],
+                  progress: ProgressBar) -> None:
   """Writes encoded tasks, which arrive in the order of the source, to shards."""
+  state = journal.state
+  shard: ShardWriter | None = None
 
-  def __init__(self, folder: Path, recipe: Recipe, journal: Journal, progress: ProgressBar):
-    self._folder, self._recipe, self._journal, self._progress = folder, recipe, journal, progress
-    self._state = journal.state
-    self._shard: ShardWriter | None = None
+  def close(finished: ShardWriter) -> None:
+    state.shards.append(finished.close())
+    journal.commit()
 
-  def write(self, tasks: Iterable[tuple[list[Part], Encoded]]) -> None:
-    try:
-      for parts, encoded in tasks:
-        self._count(parts, encoded)
-        if self._recipe.deduplicate:
-          encoded.keep(self._journal.add(encoded.digests), 'duplicate')
-        if len(encoded.lengths):
-          self._shard = self._shard or ShardWriter(self._folder, len(self._state.shards))
-          self._shard.append(encoded.ids, encoded.lengths, int(encoded.sizes.sum()))
-        self._state.dropped = dict(sorted((collections.Counter(self._state.dropped) + encoded.dropped).items()))
-        if self._shard and self._shard.tokens >= self._recipe.shard_tokens:
-          self._close(self._shard)
-        self._progress.advance(sum(part.size for part in parts))
-      self._check_malformed(min_records=0)
-      if self._shard:
-        self._close(self._shard)
-    finally:
-      if self._shard:
-        self._shard.abort()
+  try:
+    for parts, encoded in tasks:
+      _count(state, recipe.source, parts, encoded)
+      documents = encoded.documents
+      if recipe.deduplicate:
+        documents = [document for document in documents if journal.is_new(document[-1])]
+        encoded.dropped['duplicate'] += len(encoded.documents) - len(documents)
+      if documents:
+        shard = shard or ShardWriter(folder, len(state.shards), id_dtype(recipe.tokenizer.vocab_size))
+        shard.append([ids for ids, _, _ in documents], sum(size for _, size, _ in documents))
+      state.dropped = dict(sorted((collections.Counter(state.dropped) + encoded.dropped).items()))
+      if shard and shard.tokens >= recipe.shard_tokens:
+        close(shard)
+        shard = None
+      progress.advance(sum(part.size for part in parts))
+    _check_malformed(state, recipe.source.skip)
+    if shard:
+      close(shard)
+      shard = None
+  finally:
+    if shard:
+      shard.abort()
 
-  def _close(self, shard: ShardWriter) -> None:
-    self._state.shards.append(shard.close())
-    self._journal.commit()
-    self._shard = None
 
-  def _count(self, parts: list[Part], encoded: Encoded) -> None:
-    """Updates the state, and reports the first malformed records with their position in the file."""
-    state, source = self._state, self._recipe.source
-    for index, (part, records) in enumerate(zip(parts, encoded.records)):
-      if part.file != state.file:
-        state.file, state.file_records = part.file, 0
-      for error in (malformed_error(source, part, malformed, state.file_records) for i, malformed in encoded.malformed if i == index):
-        if not source.skip:
-          raise error
-        if len(state.malformed_first) < MAX_REPORTED:
-          state.malformed_first.append(str(error))
-          announce(f'skipped: {error}')
-      state.file_records += records
-    state.records += sum(encoded.records)
-    state.malformed += encoded.malformed_count
-    state.tasks += 1
-    state.source_bytes += sum(part.size for part in parts)
-    self._check_malformed(min_records=10_000)  # fewer do not give a meaningful fraction
+def _count(state: BuildState, source: Source, parts: list[Part], encoded: Encoded) -> None:
+  """Updates the state, and reports the first malformed records with their position in the file."""
+  for index, (part, records) in enumerate(zip(parts, encoded.records)):
+    if part.file != state.file:
+      state.file, state.file_records = part.file, 0
+    for error in (malformed_error(source, part, malformed, state.file_records) for i, malformed in encoded.malformed if i == index):
+      if not source.skip:
+        raise error
+      if len(state.malformed_first) < MAX_REPORTED:
+        state.malformed_first.append(str(error))
+        announce(f'skipped: {error}')
+    state.file_records += records
+  state.records += sum(encoded.records)
+  state.malformed += encoded.malformed_count
+  state.tasks += 1
+  state.source_bytes += sum(part.size for part in parts)
+  if state.records >= 10_000:  # fewer do not give a meaningful fraction
+    _check_malformed(state, source.skip)
 
-  def _check_malformed(self, min_records: int) -> None:
-    state, skip = self._state, self._recipe.source.skip
-    if state.records >= min_records and state.malformed > skip * state.records:
-      raise UserError('source.skip', skip, f'a fraction above the {state.malformed:,} malformed of {state.records:,} records, '
-                      'or a source without them')
+
+def _check_malformed(state: BuildState, skip: float) -> None:
+  if state.malformed > skip * state.records:
+    raise UserError('source.skip', skip, f'a fraction above the {state.malformed:,} malformed of {state.records:,} records, '
+                    'or a source without them')

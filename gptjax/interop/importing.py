@@ -70,7 +70,7 @@ def import_folder(folder: Path, workdir: Path, *, context: int = 0, scan: bool =
   with atomic_directory(workdir, resumes=False) as out:
     assert out, 'the workdir did not exist'
     (out / 'config.json').write_text(configs.to_json(config))
-    export(Prepared(loaded, (), {}, {}, loaded.sha256, 'none: imported'), out / 'data')
+    export(Prepared(loaded, {}, {}, (), loaded.sha256, 'none: imported'), out / 'data')
     _keep(folder, out / KEPT, matched, entries, buffers, own_tokenizer=tokenizer is None)
     parameters = load(matched, devices, entries)
     ours = our_logits(matched.plan, parameters, devices, tokens) if chosen.kind == 'transformers' else None

@@ -16,7 +16,7 @@ import numpy as np
 
 from gptjax.config import SourceConfig
 from gptjax.data import (
-  Document, Mixture, Packed, TokenStore, TrainRows, Windows, batches, cores, load_tokenizer, open_source, packing_plan)
+  Document, Mixture, Packed, TokenStore, TrainRows, Windows, batches, cores, load_tokenizer, open_source)
 from tests.acceptance.record import Result, bar, given, python, several, train
 
 CONTEXT, BATCH = 1024, 64
@@ -78,7 +78,7 @@ def _feed(folder: Path, name: str, processes: int, *flags: str) -> dict[int, str
 @bar
 def seek(folder: Path) -> Result:
   stores = three(folder)
-  rows = rows_of([Packed(store, packing_plan(store, CONTEXT, 'pack', folder / 'cache')) for store in stores])
+  rows = rows_of([Packed(store, CONTEXT, 'pack', folder / 'cache') for store in stores])
   for step in range(300):  # every block read and checked once
     rows.batch(np.random.default_rng(step).integers(0, 10**12, BATCH))
   spent: dict[int, list[float]] = {0: [], 10**9: []}
@@ -97,11 +97,11 @@ def seek(folder: Path) -> Result:
 @bar
 def coverage(folder: Path) -> Result:
   books, paragraphs, gsm8k = three(folder)
-  plans = {store.location: packing_plan(store, CONTEXT, 'pack', folder / 'cache') for store in (paragraphs, gsm8k)}
+  packed = {store.location: Packed(store, CONTEXT, 'pack', folder / 'cache') for store in (paragraphs, gsm8k)}
   exact = {'concat': _covers(Windows(books, CONTEXT)),
-           'pack': all(_covers(Packed(store, plans[store.location])) for store in (paragraphs, gsm8k))}
-  split = sum(_split_documents(store, plans[store.location]) for store in (paragraphs, gsm8k))
-  padding = {store.location: plans[store.location].padding for store in (gsm8k, paragraphs)}
+           'pack': all(_covers(packed[store.location]) for store in (paragraphs, gsm8k))}
+  split = sum(_split_documents(store, packed[store.location]) for store in (paragraphs, gsm8k))
+  padding = {store.location: packed[store.location].padding for store in (gsm8k, paragraphs)}
   return Result('each token a target (concat: books) and an input (pack: gsm8k, paragraphs) exactly once an epoch; no document '
                 'that fits is split; padding below 1.5 % on gsm8k and 0.1 % on paragraphs of books at 1,024',
                 f'concat {exact["concat"]}, pack {exact["pack"]}, {split} split; padding {padding[gsm8k.location]:.2%} and '
@@ -110,35 +110,29 @@ def coverage(folder: Path) -> Result:
 
 
 def _covers(layout: Windows | Packed) -> bool:
-  """Whether an epoch has each place of the stream once as input and once as target, told by place, not by id."""
+  """Whether an epoch has each position of the stream once as an input and once as a target."""
   store = layout.store
-  places = TokenStore(store.location, store.manifest | {'dtype': '<i8', 'separator': -1})
-  # The same layout over a stream of places: what is read of it is where it was read.
-  places.read = lambda starts, counts: np.concatenate(
+  positions = TokenStore(store.location, store.manifest | {'dtype': '<i8', 'separator': -1})
+  # The same layout over a stream of positions: every id that is read is its own position.
+  positions.read = lambda starts, counts: np.concatenate(
     [np.empty(0, np.int64), *((start + np.arange(count)) % store.tokens for start, count in zip(starts, counts))])
-  layout.store = places
+  layout.store = positions
   rows = rows_of([layout], seed=5)
-  inputs, targets, ends = np.zeros(store.tokens, np.int64), np.zeros(store.tokens, np.int64), 0
+  inputs, targets = np.zeros(store.tokens, np.int64), np.zeros(store.tokens, np.int64)
   for first in range(0, layout.count, 256):
     batch = rows.batch(layout.count + np.arange(first, min(first + 256, layout.count)))
     real = batch['mask'] > 0
-    found = batch['targets'][real]
     np.add.at(inputs, batch['tokens'][real], 1)
-    np.add.at(targets, found[found >= 0], 1)
-    ends += int((found < 0).sum())  # what ends a packed document is a separator from no place
+    np.add.at(targets, batch['targets'][real], 1)
   layout.store = store
-  starts = np.zeros(store.tokens, bool)
-  starts[store.starts(0, store.documents)[:-1]] = True
-  ended = ends + int(targets[starts].sum()) == store.documents
-  once = bool((inputs == 1).all() and (targets[~starts] == 1).all() and ended)
-  return once and (isinstance(layout, Packed) or bool((targets == 1).all()))
+  return bool((inputs == 1).all() and (targets == 1).all())
 
 
-def _split_documents(store: TokenStore, packed) -> int:
+def _split_documents(store: TokenStore, packed: Packed) -> int:
   """Documents no longer than a row that lie in more than one piece."""
   starts = store.starts(0, store.documents)
-  places = np.sort(np.concatenate([packed.pieces(np.arange(first, min(first + 5000, packed.rows)))[0]
-                                   for first in range(0, packed.rows, 5000)]))
+  rows = np.arange(packed.count)
+  places = np.sort(np.concatenate([packed.pieces(rows[first:first + 5000], rows)[0] for first in range(0, packed.count, 5000)]))
   pieces = np.diff(np.searchsorted(places, starts))
   return int((pieces[np.diff(starts) <= CONTEXT] != 1).sum())
 
@@ -146,7 +140,7 @@ def _split_documents(store: TokenStore, packed) -> int:
 @bar
 def loader(folder: Path) -> Result:
   stores = three(folder)
-  packed = [Packed(store, packing_plan(store, CONTEXT, 'pack', folder / 'cache')) for store in stores]
+  packed = [Packed(store, CONTEXT, 'pack', folder / 'cache') for store in stores]
   kinds = {'concat': rows_of([Windows(stores[0], CONTEXT)]), 'pack': rows_of([packed[2]]), 'concat of 3': rows_of(
     [Windows(store, CONTEXT) for store in stores]), 'pack of 3': rows_of(packed)}
   speeds = {}
@@ -218,7 +212,7 @@ def memory(folder: Path) -> Result:
   seconds = time.monotonic() - start
   store = TokenStore.open(folder / 'store')
   code = (f'import resource; from tests.acceptance.datasets import *; store = TokenStore.open({store.location!r})\n'
-          f'rows = rows_of([Packed(store, packing_plan(store, CONTEXT, "pack", Path({str(folder)!r}) / "cache"))])\n'
+          f'rows = rows_of([Packed(store, CONTEXT, "pack", Path({str(folder)!r}) / "cache")])\n'
           'feed = batches(rows, 0, BATCH, np.arange(BATCH), prefetch=2, workers=0)\n'
           f'for _ in range({-(-store.tokens // (BATCH * CONTEXT))}): next(feed)\n'
           'print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)')

@@ -7,7 +7,7 @@ import pytest
 from published_tokenizers import FAMILIES
 
 from gptjax.config import SourceConfig
-from gptjax.data import EvalRows, Mixture, Packed, TrainRows, Windows, encoding, packing_plan
+from gptjax.data import EvalRows, Mixture, Packed, TrainRows, Windows, encoding
 from gptjax.data.encoding import Recipe
 from gptjax.data.sources import open_source
 from gptjax.data.tokenizers import load_tokenizer
@@ -24,7 +24,7 @@ def store(request, tmp_path):
   return write_store(tmp_path / 'store', Recipe(source, load_tokenizer(tmp_path / 'tokenizer')))
 
 
-def test_a_document_has_what_begins_and_what_ends_it(store):
+def test_a_document_has_bos_and_eos(store):
   tokenizer = store.tokenizer()
   places = store.starts(0, store.documents)
   ends = [tokenizer.eos_id] if tokenizer.eos_id != tokenizer.bos_id else []
@@ -36,8 +36,8 @@ def test_a_document_has_what_begins_and_what_ends_it(store):
 
 @pytest.mark.parametrize('kind', ['concat', 'pack', 'document'])
 @pytest.mark.parametrize('context', [5, 16, 100])
-def test_every_id_but_what_begins_a_document_is_a_target_once(store, kind, context, tmp_path):
-  layout = Windows(store, context) if kind == 'concat' else Packed(store, packing_plan(store, context, kind, tmp_path))
+def test_every_id_except_bos_is_a_target_once(store, kind, context, tmp_path):
+  layout = Windows(store, context) if kind == 'concat' else Packed(store, context, kind, tmp_path)
   rows = TrainRows([layout], Mixture([layout.count], [1.0]), context, 0, True)
   ids = store.read([0], [store.tokens])
   two = store.end != store.separator

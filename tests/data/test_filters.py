@@ -29,7 +29,7 @@ def test_by_default_everything_passes(text):
   (Filters(min_letters=0.5), ['ab', 'a! ', 'a  \n !', '日。', 'é1--'], ['', ' \n', 'a!!', '___a', '=' * 9]),
   (Filters(max_repeated_lines=0.5), ['', '\n\n\n', 'a\nb\nc', 'a\n\na', 'ab\nab\n', ' x \nx'], ['a\na\na', 'ab\n ab\nab\nc']),
   (Filters(max_repeated_lines=0.0), ['a\nb', '\n\n'], ['a\na'])])
-def test_a_filter_drops_what_is_beyond_its_bound(filters, passes, dropped):
+def test_a_filter_drops_documents_beyond_its_limit(filters, passes, dropped):
   [name] = [field.name for field in dataclasses.fields(filters) if getattr(filters, field.name) != field.default]
   assert [filters.reason(text) for text in passes] == [None] * len(passes)
   assert [filters.reason(text) for text in dropped] == [name] * len(dropped)
@@ -39,12 +39,12 @@ def test_a_filter_drops_what_is_beyond_its_bound(filters, passes, dropped):
 @pytest.mark.parametrize(('field', 'value'), [
   ('min_chars', -1), ('max_chars', -1), ('min_letters', 1.5), ('min_letters', -0.1), ('max_repeated_lines', 2.0),
   ('min_letters', float('nan'))])
-def test_a_bound_that_cannot_be_is_a_mistake_in_its_flag(field, value):
+def test_an_invalid_limit_is_an_error_that_names_its_flag(field, value):
   with pytest.raises(UserError, match=rf'^--{field}: '):
     Filters(**{field: value})
 
 
-def test_bounds_that_nothing_meets_are_a_mistake():
+def test_contradictory_limits_are_an_error():
   with pytest.raises(UserError, match=r'^--max_chars: 5, expected: 0 \(no limit\), or at least --min_chars=6'):
     Filters(min_chars=6, max_chars=5)
 
@@ -66,7 +66,7 @@ def brute(train, evaluation):
 
 @given(length=st.integers(0, 30), start=st.integers(0, 30), stop=st.integers(0, 30), around=st.integers(0, 20))
 @settings(max_examples=300, deadline=None, database=None)
-def test_a_common_run_is_found_exactly_when_there_is_one(length, start, stop, around):
+def test_a_common_ngram_is_found_exactly_if_there_is_one(length, start, stop, around):
   evaluation = words(length)
   train = words(around, 1) + evaluation[start:stop] + words(around, 2)
   found = contamination(one=['other ' * 20], test=[' '.join(evaluation)]).find(' '.join(train))
@@ -81,14 +81,14 @@ def test_case_and_signs_and_line_ends_do_not_matter():
   assert found.find('') is None
 
 
-def test_short_documents_are_found_whole_and_the_shortest_are_counted():
+def test_short_documents_are_matched_completely_and_the_shortest_are_counted():
   found = contamination(test=['one two three four five six seven', 'one two three four five six seven eight'], none=[])
   assert found.skipped == {'test': 1, 'none': 0}
   assert found.find('Zero, one two three four five six seven eight nine.') == 'test'
   assert found.find('one two three four five six seven nine eight') is None
 
 
-def test_the_set_is_named_and_the_first_where_two_have_the_run():
+def test_find_returns_the_first_set_that_has_the_ngram():
   first, second = ' '.join(words(40, 1)), ' '.join(words(40, 2))
   found = contamination(a=[first], b=[second, first])
   assert [found.find(first), found.find(second), found.find(' '.join(words(40, 3)))] == ['a', 'b', None]
@@ -99,7 +99,7 @@ def test_without_sets_nothing_is_found():
   assert contamination(test=[]).find(SENTENCE) is None
 
 
-def test_it_is_small_and_the_same_in_every_process():
+def test_contamination_pickles_small_and_finds_the_same_in_every_process():
   found = contamination(test=[' '.join(words(20_000)), SENTENCE])
   found.find(' '.join(words(50_000, 1)))
   data = pickle.dumps(found)
@@ -109,7 +109,7 @@ def test_it_is_small_and_the_same_in_every_process():
   assert done.stdout == b'test\n'
 
 
-def test_common_words_do_not_make_runs_alike():
+def test_ngrams_of_common_words_have_distinct_hashes():
   """All runs over three words: differing ones never have the same hash."""
   text = np.random.default_rng(0).choice(['the', 'of', 'a'], 100_000).tolist()
   found = contamination(test=[' '.join(text)])

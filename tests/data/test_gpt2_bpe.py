@@ -48,7 +48,7 @@ def reference(folder):
 
 @given(text=TEXTS)
 @settings(max_examples=500, deadline=None, database=None)
-def test_ids_are_those_of_another_library(ours, reference, text):
+def test_ids_equal_those_of_the_tokenizers_package(ours, reference, text):
   ids = ours.encode(text)
   assert ids.dtype == np.int32
   assert ids.tolist() == reference.encode(text).ids
@@ -57,11 +57,11 @@ def test_ids_are_those_of_another_library(ours, reference, text):
 
 @given(text=st.text(alphabet=TEXT))
 @settings(max_examples=500, deadline=None, database=None)
-def test_ids_of_text_like_the_trained_on_are_too(ours, reference, text):
+def test_ids_of_training_like_text_equal_those_of_the_tokenizers_package(ours, reference, text):
   assert ours.encode(text).tolist() == reference.encode(text).ids
 
 
-def test_text_it_was_made_from(ours, reference):
+def test_ids_of_the_training_text_equal_those_of_the_tokenizers_package(ours, reference):
   ids = ours.encode(TEXT)
   assert ids.tolist() == reference.encode(TEXT).ids
   assert len(ids) < len(TEXT) / 2
@@ -78,23 +78,23 @@ def test_the_separator_is_the_last_id_and_never_text(ours):
 
 @pytest.mark.parametrize('unit', [' ', '\n', '\t ', '\u3000', '\x85'])
 @pytest.mark.parametrize('around', ['{}', 'a{}', '{}b', 'a{}b{}\x1c{} c'])
-def test_long_white_space_has_the_ids_that_it_should(ours, reference, unit, around):
+def test_long_white_space_has_the_ids_of_the_reference(ours, reference, unit, around):
   text = around.replace('{}', unit * 70_000)
   assert ours.encode(text).tolist() == reference.encode(text).ids
 
 
 @pytest.mark.parametrize('text', [
   'a' * 10**6, 'ab ' * 10**5, ' ' * 10**6, ' ' * 2 * 10**6 + 'b', '\n' * 2 * 10**6 + 'b', '!' * 10**6, '日' * 10**6, "'" * 10**6])
-def test_text_without_spaces_or_without_words_takes_no_long_time(ours, text):
+def test_text_without_spaces_or_words_is_encoded_quickly(ours, text):
   assert ours.decode(ours.encode(text)) == text
 
 
-def test_a_lone_surrogate_is_named_with_its_place(ours):
+def test_the_error_for_a_lone_surrogate_has_its_position(ours):
   with pytest.raises(UserError, match=r"^--prompt, character 1: '\\ud800'"):
     ours.encode('a\ud800', '--prompt')
 
 
-def test_what_is_saved_is_the_same_tokenizer(ours, folder, tmp_path):
+def test_a_saved_tokenizer_loads_unchanged(ours, folder, tmp_path):
   ours.save(tmp_path / 'new')
   assert json.loads((tmp_path / 'new/gptjax_tokenizer.json').read_text()) == {'kind': 'gpt2'}
   for name in ('encoder.json', 'vocab.bpe'):
@@ -113,7 +113,7 @@ def copy(folder, tmp_path, **changed):
 
 @pytest.mark.parametrize(('name', 'change', 'message'), [
   ('encoder', lambda old: old[:-5], r"encoder.json: '.*', expected: JSON"),
-  ('encoder', lambda old: b'[1]', r"encoder.json: '\[1\]', expected: an object of tokens"),
+  ('encoder', lambda old: b'[1]', r"encoder.json: '\[1\]', expected: a JSON object"),
   ('encoder', lambda old: old.replace(b'"!": 0', b'"!": 1'), r"encoder.json: '!': 1, expected: 0, the id that the merges imply"),
   ('encoder', lambda old: old.replace(b'"!": 0, ', b''), r"encoder.json: '!': None, expected: 0"),
   ('encoder', lambda old: old.replace(b'"!": 0', b'"!": 0, "new": 9999'), r"encoder.json: 'new': 9999, expected: None"),
@@ -123,12 +123,12 @@ def copy(folder, tmp_path, **changed):
   ('vocab', lambda old: old.rstrip(b'\n') + b'\nabc\n', r"vocab.bpe:\d+: 'abc', expected: two tokens"),
   ('vocab', lambda old: old.replace(b'\n', b'\r\n'), r"vocab.bpe:2: .*, expected: two tokens"),
   ('vocab', lambda old: b'', r'encoder.json: ')])
-def test_files_that_are_damaged_or_disagree_are_named(folder, tmp_path, name, change, message):
+def test_errors_name_damaged_or_inconsistent_files(folder, tmp_path, name, change, message):
   with pytest.raises(UserError, match=message):
     load_tokenizer(copy(folder, tmp_path, **{name: change}))
 
 
-def test_a_missing_file_is_named(folder, tmp_path):
+def test_the_error_names_a_missing_file(folder, tmp_path):
   copy(folder, tmp_path)
   (tmp_path / 'vocab.bpe').unlink()
   with pytest.raises(UserError, match=r"vocab.bpe', expected: GPT-2's vocab.bpe \(No such file"):
@@ -137,7 +137,7 @@ def test_a_missing_file_is_named(folder, tmp_path):
     Gpt2Tokenizer(tmp_path / 'nowhere')
 
 
-def test_without_tiktoken_it_says_what_to_install(folder, monkeypatch):
+def test_the_error_without_tiktoken_names_the_package(folder, monkeypatch):
   monkeypatch.setitem(sys.modules, 'tiktoken', None)
   with pytest.raises(UserError, match=r'pip install tiktoken$'):
     load_tokenizer(folder)

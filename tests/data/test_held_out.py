@@ -13,14 +13,14 @@ GOOD = {'fingerprint': 'abc', 'valid': ['books'], 'tags': {}}
 @pytest.mark.parametrize('found', [
   None, [], {}, GOOD | {'valid': 'books'}, GOOD | {'valid': [1]}, GOOD | {'tags': []}, GOOD | {'tags': {'prose': ['poems']}},
   GOOD | {'tags': {'prose': 3}}, GOOD | {'fingerprint': None}])
-def test_a_damaged_identity_is_one_mistake(tmp_path, found):
+def test_a_damaged_identity_is_one_error(tmp_path, found):
   (tmp_path / 'identity.json').write_text(json.dumps(found))
   with pytest.raises(UserError, match='identity.json: .*(as they were written; restore it|a JSON object)'):
     open_held_out(tmp_path)
 
 
 @pytest.mark.parametrize('data', [b'', b'\xff', b'[' * 100_000, b'9' * 5000])
-def test_an_identity_that_is_no_json_is_one_mistake(tmp_path, data):
+def test_an_identity_that_is_not_json_is_one_error(tmp_path, data):
   (tmp_path / 'identity.json').write_bytes(data)
   with pytest.raises(UserError, match='identity.json: .*a complete JSON file'):
     open_held_out(tmp_path)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from small_stores import make_store
 
-from gptjax.data import Mixture, Packed, TrainRows, Windows, batches, packing_plan
+from gptjax.data import Mixture, Packed, TrainRows, Windows, batches
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -27,13 +27,13 @@ def stores(tmp_path_factory):
 @pytest.fixture
 def rows(stores, tmp_path):
   from gptjax.data import TokenStore
-  layouts = [Packed(TokenStore.open(stores / 'a'), packing_plan(TokenStore.open(stores / 'a'), 32, 'pack', tmp_path)),
+  layouts = [Packed(TokenStore.open(stores / 'a'), 32, 'pack', tmp_path),
              Windows(TokenStore.open(stores / 'b'), 32)]
   return TrainRows(layouts, Mixture([layout.count for layout in layouts], [2.0, 1.0]), 32, 0, True)
 
 
 @pytest.mark.parametrize('prefetch, workers', [(0, 0), (1, 0), (4, 0), (2, 2)])
-def test_batches_made_ahead_are_those_made_when_asked_for(rows, prefetch, workers):
+def test_prefetched_batches_equal_batches_made_on_request(rows, prefetch, workers):
   if workers:
     from absl import flags  # Grain hands the flags of a process to its workers
     flags.FLAGS.mark_as_parsed()

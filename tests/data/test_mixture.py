@@ -19,7 +19,7 @@ def dealt(mixture, rows):
 
 @settings(max_examples=25, deadline=None)
 @given(weights=st.lists(st.floats(0.01, 10), min_size=1, max_size=6), rows=st.integers(1, 5000))
-def test_every_prefix_has_its_shares(weights, rows):
+def test_every_prefix_has_the_fractions_of_the_weights(weights, rows):
   components = dealt(Mixture([10] * len(weights), weights), rows)
   shares = np.array(weights) / sum(weights)
   counts = np.bincount(components, minlength=len(weights))
@@ -33,7 +33,7 @@ def test_weights_default_to_the_sizes():
 
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
-def test_limits_and_phases_against_plain_counting(data):
+def test_limits_and_phases_agree_with_counting_row_by_row(data):
   """Row by row: a component past its limit gets nothing, weights are those of the phase, and nothing is skipped."""
   n = data.draw(st.integers(1, 4))
   weights = st.lists(st.sampled_from([0.0, 1.0, 2.5, 7.0]), min_size=n, max_size=n).filter(any)
@@ -55,14 +55,14 @@ def test_limits_and_phases_against_plain_counting(data):
     assert all(not weight or (limit and count >= limit) for weight, limit, count in zip(weights_now, limits, taken))
 
 
-def test_the_share_of_a_spent_component_goes_to_the_others():
+def test_the_rows_of_a_finished_component_go_to_the_others():
   mixture = Mixture([100, 100, 100], [2.0, 1.0, 1.0], [10, 0, 0])
   components = dealt(mixture, 2000)
   assert (components == 0).sum() == 10 and (components[:20] == 0).sum() == 10
   assert abs((components[20:] == 1).mean() - 0.5) < 0.01
 
 
-def test_far_rows_need_no_counting():
+def test_distant_rows_are_located_directly():
   mixture = Mixture([10, 10], [1.0, 3.0], [0, 0], [(1000, [3.0, 1.0])])
   components, indices = mixture.locate(np.arange(10**15, 10**15 + 4 * CYCLE))
   assert abs((components == 0).mean() - 0.75) < 1e-4
@@ -75,6 +75,6 @@ def test_enormous_numbers_are_numbers():
 
 
 @pytest.mark.parametrize('starts', [[0], [5, 5], [9, 3]])
-def test_phases_come_one_after_another(starts):
+def test_phases_start_one_after_another(starts):
   with pytest.raises(UserError, match=r'^data.phases: start'):
     Mixture([10], [1.0], [0], [(start, [1.0]) for start in starts])

@@ -62,7 +62,7 @@ def test_all_documents_are_in_one_of_the_stores(config, cache, tokenizer):
   assert '\n' not in prepared.description
 
 
-def test_a_tokenizer_that_is_there_is_taken(config, cache, tmp_path):
+def test_an_existing_tokenizer_is_used(config, cache, tmp_path):
   ByteTokenizer().save(tmp_path / 'tok')
   prepared = prepare(dataclasses.replace(config, tokenizer=TokenizerConfig(path=str(tmp_path / 'tok'))), cache)
   assert prepared.tokenizer.sha256 == ByteTokenizer().sha256
@@ -79,7 +79,7 @@ def test_the_second_time_nothing_is_built(config, cache, built_once, capfd):
   assert (second.fingerprint, second.description) == (first.fingerprint, first.description)
 
 
-def test_what_determines_the_data_is_in_the_fingerprint_and_nothing_else(config, cache, tmp_path):
+def test_the_fingerprint_depends_on_everything_that_determines_the_data_and_nothing_else(config, cache, tmp_path):
   fingerprint = lambda **changes: prepare(dataclasses.replace(config, **changes), cache).fingerprint
   first = fingerprint()
   assert fingerprint(context=7, isolate_documents=False, rows='pack') == first
@@ -94,7 +94,7 @@ def test_what_determines_the_data_is_in_the_fingerprint_and_nothing_else(config,
   assert len({first, *others}) == 4
 
 
-def test_a_killed_run_leaves_nothing_that_is_trusted(config, cache, monkeypatch):
+def test_incomplete_data_of_a_killed_run_is_not_used(config, cache, monkeypatch):
   calls = []
 
   def killed(*arguments, **named):
@@ -113,7 +113,7 @@ def test_a_killed_run_leaves_nothing_that_is_trusted(config, cache, monkeypatch)
   assert not left.exists() and len(list((cache / 'data').iterdir())) == 1
 
 
-def test_two_at_once_build_once(config, cache, built_once):
+def test_concurrent_calls_build_once(config, cache, built_once):
   results = []
   threads = [threading.Thread(target=lambda: results.append(prepare(config, cache))) for _ in range(3)]
   for thread in threads:
@@ -123,7 +123,7 @@ def test_two_at_once_build_once(config, cache, built_once):
   assert len(built_once) == 1 and len(results) == 3 and len({result.fingerprint for result in results}) == 1
 
 
-def test_mistakes_in_the_files_leave_no_data(config, cache, tmp_path):
+def test_errors_in_the_files_leave_no_data(config, cache, tmp_path):
   (tmp_path / 'texts/5.txt').write_bytes(b'ab\xff')
   with pytest.raises(UserError, match=r'5\.txt, byte 2'):
     prepare(config, cache)
@@ -188,7 +188,7 @@ def test_a_damaged_store_is_refused_before_training(stores, cache, tmp_path):
     prepare(mixture(stores), cache)
 
 
-def test_yardsticks_are_what_the_compressors_need(config, cache):
+def test_yardsticks_are_the_sizes_of_compressed_text(config, cache):
   prepared = prepare(dataclasses.replace(config, source=SourceConfig(argparse.__file__)), cache)
   text, = texts(prepared, prepared.valid['valid'])
   text = text.encode()

@@ -45,7 +45,7 @@ def references(folders):
 
 
 @pytest.mark.parametrize('name', FAMILIES)
-def test_ids_and_texts_are_those_of_the_tokenizers_package(ours, references, name):
+def test_ids_and_texts_equal_those_of_the_tokenizers_package(ours, references, name):
   tokenizer, reference = ours[name], references[name]
 
   @given(text=ANY)
@@ -67,7 +67,7 @@ def test_ids_and_texts_are_those_of_the_tokenizers_package(ours, references, nam
 @pytest.mark.parametrize('name', SPM)
 @given(text=ANY)
 @settings(max_examples=150, deadline=None, database=None)
-def test_ids_and_texts_are_those_of_sentencepiece(ours, name, text):
+def test_ids_and_texts_equal_those_of_sentencepiece(ours, name, text):
   tokenizer = ours[f'{name}-spm']
   reference = sentencepiece.SentencePieceProcessor(model_proto=spm(False, TURNS) if name == 'gemma' else spm(True))
   ids = tokenizer.encode(text).tolist()
@@ -80,7 +80,7 @@ def test_ids_and_texts_are_those_of_sentencepiece(ours, name, text):
 @pytest.mark.parametrize('name', [*BYTE_LEVEL, 'llama2', 'gemma', *(f'{name}-spm' for name in SPM)])
 @given(text=ANY)
 @settings(max_examples=100, deadline=None, database=None)
-def test_text_comes_back_and_never_becomes_a_special_id(ours, name, text):
+def test_text_decodes_to_itself_and_never_becomes_a_special_id(ours, name, text):
   tokenizer = ours[name]
   ids = tokenizer.encode(text)
   assert all(tokenizer.pieces[i] for i in ids)
@@ -90,7 +90,7 @@ def test_text_comes_back_and_never_becomes_a_special_id(ours, name, text):
     assert tokenizer.decode([tokenizer.bos_id, *ids, *tokenizer.stop_ids]) == text
 
 
-def test_metaspace_loses_a_space_in_front_as_it_does_elsewhere(ours, references):
+def test_metaspace_loses_a_leading_space_as_in_tokenizers(ours, references):
   ids = ours['mistral'].encode(' a b').tolist()
   assert ours['mistral'].decode(ids) == 'a b' == references['mistral'].decode(ids)
 
@@ -111,7 +111,7 @@ def test_streamed_text_is_the_decoded_text(ours, name):
   ('gpt2', 400, 400, 400, 400, (400,)), ('qwen2', 402, 404, 402, None, (404, 402)), ('llama3', 401, 405, 405, None, (405, 402)),
   ('olmo2', 402, 402, 403, None, (402,)), ('llama2', 1, 2, 2, 0, (2,)), ('mistral', 1, 2, 2, 0, (2,)), ('gemma', 2, 1, 0, 3, (1, 5)),
   ('llama2-spm', 1, 2, 2, 0, (2,)), ('gemma-spm', 2, 1, 0, 3, (1,))])
-def test_special_ids_are_those_that_the_files_name(ours, name, bos, eos, pad, unk, stop):
+def test_special_ids_are_as_the_files_define(ours, name, bos, eos, pad, unk, stop):
   tokenizer = ours[name]
   assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id, tokenizer.stop_ids) == (bos, eos, pad, unk, stop)
   assert all(tokenizer.pieces[i] == b'' for i in {bos, eos, pad, *stop})
@@ -123,7 +123,7 @@ def contents(folder):
 
 
 @pytest.mark.parametrize('name', [*FAMILIES, *(f'{name}-spm' for name in SPM)])
-def test_what_is_saved_is_the_same_tokenizer(ours, folders, tmp_path, name):
+def test_a_saved_tokenizer_loads_unchanged(ours, folders, tmp_path, name):
   tokenizer = ours[name]
   tokenizer.save(tmp_path / 'saved')
   loaded, copied = load_tokenizer(tmp_path / 'saved'), pickle.loads(pickle.dumps(tokenizer))
@@ -150,7 +150,7 @@ def test_another_file_or_another_special_id_is_another_tokenizer(ours, folders, 
 @pytest.mark.parametrize(('name', 'special'), [
   ('qwen2', '<|im_end|>'), ('llama3', '<|eot_id|>'), ('gemma', '<end_of_turn>'), ('mistral', '[INST]'), ('mistral-spm', '[INST]'),
   ('gemma-spm', '<end_of_turn>')])
-def test_what_looks_special_in_a_message_is_text(ours, name, special):
+def test_special_tokens_in_a_message_are_text(ours, name, special):
   tokenizer = ours[name]
   ordinary = tokenizer.chat(MESSAGES)
   forged = tokenizer.chat([MESSAGES[0] | {'content': f'Hello {special}{special[:3]}{special} there'}, *MESSAGES[1:]])
@@ -174,7 +174,7 @@ def test_options_and_structured_messages_reach_the_template(ours):
   ('qwen2', [], r'^messages: \[\], expected: one or more'),
   ('qwen2', [{'content': 'x'}], r'^messages: .*expected: one or more, each with a role'),
   ('llama3', [{'role': 'user', 'content': object()}], "^messages: 'object', expected: strings")])
-def test_messages_that_no_template_can_write_are_a_mistake(ours, name, messages, message):
+def test_messages_that_the_template_rejects_are_an_error(ours, name, messages, message):
   with pytest.raises(UserError, match=message):
     ours[name].chat(messages)
   with pytest.raises(UserError, match="^tokenizer: 'bytes', expected: one with a chat template"):
@@ -213,7 +213,7 @@ def holes(folder):
   ('gpt2', change('tokenizer_config.json', eos_token=3), r'expected: (a token of the vocabulary|a folder with an undamaged tokenizer)'),
   ('llama2-spm', change('tokenizer_config.json', added_tokens_decoder=['x']), 'expected: a folder with an undamaged tokenizer'),
   ('llama2-spm', lambda folder: (folder / 'tokenizer_config.json').write_text('no'), 'tokenizer_config.json: .*expected: JSON')])
-def test_a_damaged_folder_is_one_mistake(folders, tmp_path, name, damage, message):
+def test_a_damaged_folder_is_one_error(folders, tmp_path, name, damage, message):
   copy = tmp_path / name
   copy.mkdir()
   for path in (folders / name).iterdir():
@@ -225,7 +225,7 @@ def test_a_damaged_folder_is_one_mistake(folders, tmp_path, name, damage, messag
   assert '\n' not in str(error.value)
 
 
-def test_a_template_that_is_none_is_named_with_its_line(ours, tmp_path):
+def test_the_error_for_an_invalid_template_has_its_line(ours, tmp_path):
   ours['mistral'].save_hugging_face(tmp_path)
   (tmp_path / 'chat_template.jinja').write_text('{{ bos_token }}\n{% for %}')
   with pytest.raises(UserError, match=r"chat_template.jinja, line 2: '{% for %}', expected: a Jinja template"):
@@ -235,7 +235,7 @@ def test_a_template_that_is_none_is_named_with_its_line(ours, tmp_path):
     load_tokenizer(tmp_path).chat(MESSAGES)
 
 
-def test_sentencepiece_without_bytes_to_fall_back_to_is_refused(tmp_path):
+def test_sentencepiece_without_byte_fallback_is_rejected(tmp_path):
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(['a b c'] * 3), model_writer=model, vocab_size=8, hard_vocab_limit=False,
                                            minloglevel=2)
@@ -244,7 +244,7 @@ def test_sentencepiece_without_bytes_to_fall_back_to_is_refused(tmp_path):
     load_tokenizer(tmp_path)
 
 
-def test_gpt2_by_the_names_of_hugging_face_is_gpt2(ours, folders, tmp_path):
+def test_gpt2_loads_with_the_file_names_of_hugging_face(ours, folders, tmp_path):
   model = json.loads((folders / 'gpt2/tokenizer.json').read_text('utf-8'))['model']
   # Its vocabulary is in the order of the alphabet, then of the merges; the separator is the last.
   (tmp_path / 'vocab.json').write_text(json.dumps(model['vocab'] | {'<|endoftext|>': 400}))

@@ -9,7 +9,7 @@ from small_stores import make_store, stream
 
 from gptjax.config import Component, DataConfig, UserError, ValidationSet
 from gptjax.data import EvalRows, TokenStore, export, open_held_out, prepare
-from gptjax.data.folders import RemoteFolder
+from gptjax.data.folders import Folder
 
 
 @pytest.fixture(scope='module')
@@ -24,10 +24,10 @@ def stores(tmp_path_factory):
 
 
 @pytest.mark.full
-def test_a_store_is_read_by_ranges_and_checked(stores, monkeypatch):
+def test_a_remote_store_is_read_by_ranges_and_verified(stores, monkeypatch):
   here, there = map(TokenStore.open, stores)
-  asked, ranges = [], RemoteFolder.ranges
-  monkeypatch.setattr(RemoteFolder, 'ranges', lambda self, wanted: (asked.append(wanted), ranges(self, wanted))[1])
+  asked, ranges = [], Folder.ranges
+  monkeypatch.setattr(Folder, 'ranges', lambda self, wanted: (asked.append(wanted), ranges(self, wanted))[1])
   rng = np.random.default_rng(0)
   starts, counts = rng.integers(0, here.tokens, 20), rng.integers(1, 400, 20)
   assert (pickle.loads(pickle.dumps(there)).read(starts, counts) == here.read(starts, counts)).all()
@@ -39,7 +39,7 @@ def test_a_store_is_read_by_ranges_and_checked(stores, monkeypatch):
 
 
 @pytest.mark.full
-def test_it_is_trained_on_and_its_validation_documents_are_kept_here(stores, tmp_path):
+def test_a_remote_store_trains_and_its_validation_documents_are_copied(stores, tmp_path):
   data = DataConfig(train=(Component(stores[1]),), valid=(ValidationSet('v', stores[1]),), rows='pack', context=64)
   prepared = prepare(data, tmp_path / 'cache')
   assert prepared.layouts[0].count > 300
@@ -52,7 +52,7 @@ def test_it_is_trained_on_and_its_validation_documents_are_kept_here(stores, tmp
 
 @pytest.mark.full
 @pytest.mark.parametrize('damage', ['truncated', 'flipped'])
-def test_what_is_damaged_there_is_named(stores, damage):
+def test_errors_name_a_damaged_remote_shard(stores, damage):
   import s3fs
   system, name = s3fs.S3FileSystem(), 'stores/store/00001.shard'
   whole = system.cat_file(name)
@@ -69,6 +69,6 @@ def test_what_is_damaged_there_is_named(stores, damage):
 
 @pytest.mark.full
 @pytest.mark.parametrize('place', ['s3://stores/nothing', 's3://no-bucket/store', 'nosuch://bucket/store'])
-def test_a_store_that_is_not_there_is_one_line(stores, place):
+def test_a_missing_store_is_one_line(stores, place):
   with pytest.raises(UserError, match=f"^token store: '{place}', expected: "):
     TokenStore.open(place)

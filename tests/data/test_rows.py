@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from small_stores import make_store, stream
 
 from gptjax.config import UserError
-from gptjax.data import EvalRows, Mixture, Packed, TrainRows, Windows, packing_plan
+from gptjax.data import EvalRows, Mixture, Packed, TrainRows, Windows
 from gptjax.data.permutation import permute
 
 SHAPES = [([2], 1), ([7], 3), ([4, 3, 5], 4), ([1, 1, 1, 9, 2], 5), ([50, 50], 7), ([5], 16), ([3] * 40 + [60, 1, 13], 10)]
@@ -21,7 +21,7 @@ def rows_of(layouts, context, seed=0, weights=None, **mixture):
 
 
 def layout_of(kind, store, context, folder):
-  return Windows(store, context) if kind == 'concat' else Packed(store, packing_plan(store, context, kind, folder / 'cache'))
+  return Windows(store, context) if kind == 'concat' else Packed(store, context, kind, folder / 'cache')
 
 
 def epoch(rows, number):
@@ -83,7 +83,7 @@ def test_packing_splits_no_document_that_fits(case):
     assert len(holders) <= -(-length // context)
 
 
-def test_one_document_a_row(tmp_path):
+def test_one_document_per_row(tmp_path):
   store = make_store(tmp_path / 'store', [3, 12, 5])
   batch = epoch(rows_of([layout_of('document', store, 5, tmp_path)], 5), 0)
   assert sorted(batch['mask'].sum(1).tolist()) == [2, 3, 5, 5, 5] and (batch['segments'].max(1) == 1).all()
@@ -113,7 +113,7 @@ def test_components_of_equal_size_have_different_orders(tmp_path):
   assert (batch['tokens'][::2] != batch['tokens'][1::2]).any()
 
 
-def test_far_rows_cost_what_near_ones_do(tmp_path):
+def test_distant_rows_are_as_fast_as_the_first(tmp_path):
   layouts = [layout_of(kind, make_store(tmp_path / kind, [9, 30, 4] * 50), 16, tmp_path) for kind in ('concat', 'pack')]
   rows = rows_of(layouts, 16, 0, [0.3, 0.7])
   read = [0]
@@ -144,7 +144,7 @@ def test_without_isolation_there_are_no_segments(tmp_path):
   assert {*EvalRows(store, 4, False).batch(np.arange(2))} == {'tokens', 'targets', 'mask'}
 
 
-def test_dtypes_are_those_of_the_model(case):
+def test_dtypes_are_as_the_model_expects(case):
   store, _, context, _ = case
   batch = EvalRows(store, context, True).batch(np.arange(1))
   assert {name: values.dtype.name for name, values in batch.items()} == {
@@ -158,7 +158,7 @@ def test_permute_is_a_permutation(size, key):
   assert sorted(images.tolist()) == list(range(size))
 
 
-def test_permute_spreads_over_large_ranges():
+def test_permute_spreads_evenly_over_large_ranges():
   size = 10**12
   images = permute(np.arange(4000), size, np.zeros(4000, np.uint64))
   assert len(set(images.tolist())) == 4000 and 0 <= images.min() and images.max() < size

@@ -13,13 +13,13 @@ def characters(found):
 
 
 @pytest.mark.parametrize('budget', [100_000, 100_001, 10**9])
-def test_a_source_that_is_no_larger_is_taken_whole(budget):
+def test_a_source_within_the_budget_is_sampled_completely(budget):
   assert list(sample(Memory(documents(1000)), budget)) == documents(1000)
 
 
 @pytest.mark.parametrize('budget', [1_000, 10_000, 50_000])
 @pytest.mark.parametrize('bytes_each', [10, 2, 30])  # as it is, compressed to a fifth, or a third of it text
-def test_of_a_larger_source_about_as_much_as_asked_for(budget, bytes_each):
+def test_a_sample_of_a_larger_source_has_about_the_requested_size(budget, bytes_each):
   source = Memory(documents(10_000, 10), bytes_each=bytes_each)
   found = list(sample(source, budget))
   assert 0.8 * budget < characters(found) < 1.25 * budget
@@ -42,7 +42,7 @@ def test_even_the_smallest_sample_reads_a_part():
 
 
 @pytest.mark.parametrize('pieces', [1, 100])
-def test_one_huge_text_has_a_sample_whether_it_comes_whole_or_in_pieces(pieces):
+def test_one_huge_text_is_sampled_in_one_piece_or_in_many(pieces):
   text = ''.join(chr(ord('a') + i % 26) * 1000 for i in range(10_000))
   step = len(text) // pieces
   source = Memory([Document('huge', text[i:i + step]) for i in range(0, len(text), step)], per_part=4)
@@ -51,7 +51,7 @@ def test_one_huge_text_has_a_sample_whether_it_comes_whole_or_in_pieces(pieces):
   assert all(document.name == 'huge' and document.text in text for document in found)
 
 
-def test_malformed_records_are_left_out_up_to_a_share():
+def test_malformed_records_are_skipped_up_to_a_fraction():
   records = [*documents(98), malformed(0), malformed(1)]
   assert len(list(sample(Memory(records, per_part=100, skip=0.02), 10**6))) == 98
   with pytest.raises(UserError, match=r"^memory, record 1 from 0 on: '{', expected: JSON$"):
@@ -60,7 +60,7 @@ def test_malformed_records_are_left_out_up_to_a_share():
     list(sample(Memory([malformed(0)]), 10**6))
 
 
-def test_held_out_documents_are_a_share_and_stay_held_out_as_it_grows():
+def test_a_larger_fraction_keeps_held_out_documents_held_out():
   names = [f'{i}' for i in range(10_000)]
   small, large = ({name for name in names if is_held_out(name, share)} for share in (0.01, 0.1))
   assert 70 < len(small) < 130
@@ -70,6 +70,6 @@ def test_held_out_documents_are_a_share_and_stay_held_out_as_it_grows():
   assert is_held_out('\udcff', 1.0)
 
 
-def test_the_sample_holds_as_large_a_share_of_held_out_documents_as_the_source():
+def test_the_sample_has_the_held_out_fraction_of_the_source():
   found = list(sample(Memory(documents(20_000, 10)), 50_000))
   assert 0.07 < sum(is_held_out(document.name, 0.1) for document in found) / len(found) < 0.13

@@ -28,7 +28,7 @@ def expected(lengths=LENGTHS):
   return ids
 
 
-def test_ranges_of_the_circle(store):
+def test_ranges_of_the_circular_stream(store):
   ids = expected()
   rng = np.random.default_rng(0)
   starts = rng.integers(0, len(ids), 200)
@@ -38,7 +38,7 @@ def test_ranges_of_the_circle(store):
   assert store.dtype == ('<u4' if store.vocab_size > 2**16 else '<u2')
 
 
-def test_places_of_documents(store):
+def test_positions_of_documents(store):
   places = np.cumsum([0, *LENGTHS])
   for first in range(len(LENGTHS)):
     for stop in range(first + 1, len(LENGTHS) + 1):
@@ -80,7 +80,7 @@ def test_only_rows_on_damaged_blocks_fail(store):
 
 
 @pytest.mark.parametrize('damage', ['truncate', 'remove', 'empty', 'index', 'manifest', 'deep manifest', 'version'])
-def test_a_store_that_is_not_whole_is_refused_before_training(store, damage):
+def test_an_incomplete_store_is_rejected_before_training(store, damage):
   folder = Path(store.location)
   match damage:
     case 'truncate':
@@ -124,7 +124,7 @@ def test_opening_does_not_grow_with_the_store(tmp_path):
   assert peak < 2**21  # the index: 80 bytes a shard, half a gigabyte of ids each
 
 
-def test_pages_that_were_read_are_handed_back(tmp_path, monkeypatch):
+def test_resident_pages_are_released(tmp_path, monkeypatch):
   """What a map holds in memory is bounded, however much of the store was read."""
   store = make_store(tmp_path / 'store', [2**23])
 

@@ -41,7 +41,7 @@ def trained():
 @pytest.mark.parametrize('kind', KINDS)
 @given(text=TEXTS)
 @settings(max_examples=150, deadline=None, database=None)
-def test_any_text_comes_back_exactly(trained, kind, text):
+def test_any_text_decodes_to_itself(trained, kind, text):
   tokenizer = trained[kind]
   ids = tokenizer.encode(text)
   assert ids.dtype == np.int32
@@ -52,7 +52,7 @@ def test_any_text_comes_back_exactly(trained, kind, text):
 
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('text', ODD)
-def test_odd_text_comes_back_exactly(trained, kind, text):
+def test_odd_text_decodes_to_itself(trained, kind, text):
   assert trained[kind].decode(trained[kind].encode(text)) == text
 
 
@@ -67,7 +67,7 @@ def test_odd_text_in_the_training_documents_changes_nothing(kind):
 
 
 @pytest.mark.parametrize('kind', [*KINDS, 'chars'])
-def test_special_ids_are_three_and_have_no_text(trained, kind):
+def test_the_three_special_ids_have_no_text(trained, kind):
   tokenizer = trained[kind]
   specials = [tokenizer.pad_id, tokenizer.bos_id, tokenizer.unk_id]
   assert specials == [0, 1, 2]
@@ -83,22 +83,22 @@ def test_every_byte_has_an_id_and_no_two_ids_are_alike(trained, kind):
 
 
 @pytest.mark.parametrize(('kind', 'size'), [('bpe', 512), ('unigram', 512), ('bytes', 259), ('chars', None)])
-def test_vocabulary_has_the_size_asked_for(trained, kind, size):
+def test_the_vocabulary_has_the_configured_size(trained, kind, size):
   characters = {character for document in code_documents() for character in document.text}
   assert trained[kind].vocab_size == (size or 3 + len(characters))
 
 
-def test_pieces_of_code_hold_line_ends_with_their_indent(trained):
+def test_pieces_of_code_contain_line_ends_with_indentation(trained):
   assert {b'\n    ', b'\n        ', b':\n        '} <= set(trained['bpe'].pieces)
 
 
-def test_digits_stand_alone(trained):
+def test_digits_are_single_pieces(trained):
   for kind in ('bpe', 'unigram'):
     assert len(trained[kind].encode('1024')) == 4
 
 
 @pytest.mark.parametrize('kind', ['bpe', 'unigram'])
-def test_a_piece_holds_as_many_digits_as_it_may(kind):
+def test_a_piece_has_at_most_the_given_number_of_digits(kind):
   documents = [*code_documents(), Document('digits', '1234567 ' * 1000)]
   tokenizer = train_tokenizer(TokenizerConfig(kind=kind, vocab_size=512), documents, digits=3)
   assert [tokenizer.pieces[i] for i in tokenizer.encode('1234567')] == [b'123', b'456', b'7']
@@ -117,7 +117,7 @@ def with_symbols():
 @pytest.mark.parametrize('kind', ['bpe', 'unigram'])
 @given(before=TEXTS, symbol=st.sampled_from(SYMBOLS), after=TEXTS)
 @settings(max_examples=150, deadline=None, database=None)
-def test_a_symbol_is_one_id_wherever_it_stands(with_symbols, kind, before, symbol, after):
+def test_a_symbol_is_one_id_at_any_position(with_symbols, kind, before, symbol, after):
   tokenizer = with_symbols[kind]
   ids = tokenizer.encode(before + symbol + after)
   assert tokenizer.decode(ids) == before + symbol + after
@@ -127,7 +127,7 @@ def test_a_symbol_is_one_id_wherever_it_stands(with_symbols, kind, before, symbo
 
 
 @pytest.mark.parametrize('kind', ['bpe', 'unigram'])
-def test_the_longest_symbol_wins_and_their_ids_come_first(with_symbols, kind, tmp_path):
+def test_the_longest_symbol_takes_precedence_and_symbols_have_the_first_ids(with_symbols, kind, tmp_path):
   tokenizer = with_symbols[kind]
   assert [piece.decode() for piece in tokenizer.pieces[3:3 + len(SYMBOLS)]] == SYMBOLS
   assert tokenizer.encode('xabcx').tolist() == [*tokenizer.encode('x'), 3 + SYMBOLS.index('abc'), *tokenizer.encode('x')]
@@ -137,12 +137,12 @@ def test_the_longest_symbol_wins_and_their_ids_come_first(with_symbols, kind, tm
 
 
 @pytest.mark.parametrize('symbols', [[''], ['a'], ['ab', 'cd', 'ab']])
-def test_a_symbol_is_no_byte_and_stands_once(symbols):
+def test_symbols_are_distinct_and_longer_than_a_byte(symbols):
   with pytest.raises(UserError, match=rf"^symbol: {symbols[0]!r}, expected: distinct texts of two or more bytes$"):
     train('bpe', symbols=symbols)
 
 
-def test_symbols_that_leave_no_room_for_bytes_are_a_mistake():
+def test_symbols_that_leave_no_ids_for_bytes_are_an_error():
   with pytest.raises(UserError, match=r'^data.tokenizer.vocab_size: 300, expected: 309 or more'):
     train('bpe', 300, symbols=[f'<{i}>' for i in range(50)])
 
@@ -153,7 +153,7 @@ def test_the_same_documents_give_the_same_tokenizer(trained, kind):
 
 
 @pytest.mark.parametrize('kind', [*KINDS, 'chars'])
-def test_a_saved_tokenizer_comes_back(trained, kind, tmp_path):
+def test_a_saved_tokenizer_loads_unchanged(trained, kind, tmp_path):
   trained[kind].save(tmp_path / 'new')
   assert json.loads((tmp_path / 'new/gptjax_tokenizer.json').read_text())['kind'] == kind
   assert {path.suffix for path in (tmp_path / 'new').iterdir()} <= {'.json', '.model'}
@@ -179,7 +179,7 @@ def test_other_tokenizers_have_other_digests(trained, with_symbols):
   (FILE, '[' * 100_000, 'undamaged'), (FILE, '{"kind": "bpe", "words": "(", "symbols": []}', 'undamaged'),
   (FILE, '{"kind": "wordpiece"}', "'wordpiece', expected: a kind"), ('tokenizer.model', 'x', 'undamaged'),
   ('tokenizer.model', None, 'No such file')])
-def test_a_damaged_folder_is_one_mistake(trained, tmp_path, name, text, message):
+def test_a_damaged_folder_is_one_error(trained, tmp_path, name, text, message):
   trained['bpe'].save(tmp_path)
   (tmp_path / name).unlink()
   if text is not None:
@@ -189,12 +189,12 @@ def test_a_damaged_folder_is_one_mistake(trained, tmp_path, name, text, message)
   assert str(tmp_path) in str(error.value)
 
 
-def test_a_home_of_nobody_is_one_mistake():
+def test_the_home_of_an_unknown_user_is_one_error():
   with pytest.raises(UserError, match='~nobody_of_this_name/x'):
     load_tokenizer('~nobody_of_this_name/x')
 
 
-def test_a_model_with_the_special_ids_of_old_is_refused(trained):
+def test_a_model_with_other_special_ids_is_rejected(trained):
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(['a b']), model_writer=model, vocab_size=8, hard_vocab_limit=False, pad_id=0, bos_id=1, eos_id=2,
@@ -203,7 +203,7 @@ def test_a_model_with_the_special_ids_of_old_is_refused(trained):
     SentencePieceTokenizer('unigram', model.getvalue(), trained['bpe'].words)
 
 
-def test_words_that_are_kept_are_bounded(trained, monkeypatch):
+def test_the_number_of_cached_words_is_bounded(trained, monkeypatch):
   tokenizer = pickle.loads(pickle.dumps(trained['bpe']))
   expected = tokenizer.encode(' '.join(f'word{i}' for i in range(1000)))
   monkeypatch.setattr(subwords, '_MAX_CACHED_WORDS', 10)
@@ -215,7 +215,7 @@ def test_words_that_are_kept_are_bounded(trained, monkeypatch):
 
 
 @pytest.mark.parametrize('text', ['a' * 10**6, ' ' * 10**6 + 'b', '\n' * 10**6 + 'b', '!' * 10**6, '\t ' * 10**5 + 'b'])
-def test_long_texts_without_words_take_no_long_time(trained, text):
+def test_long_texts_without_words_are_encoded_quickly(trained, text):
   assert trained['bpe'].decode(trained['bpe'].encode(text)) == text
 
 
@@ -224,7 +224,7 @@ def test_a_folder_without_tokenizer_is_named(tmp_path):
     load_tokenizer(tmp_path)
 
 
-def test_an_unseen_character_is_named_with_its_place():
+def test_the_error_for_an_unseen_character_has_its_position():
   tokenizer = train_tokenizer(TokenizerConfig(kind='chars'), [Document('a', 'abc'), Document('b', 'cd')])
   assert tokenizer.encode('dcba').tolist() == [6, 5, 4, 3]
   with pytest.raises(UserError, match=r"^story.txt, character 2: 'é', expected: one of the 4 characters"):
@@ -234,7 +234,7 @@ def test_an_unseen_character_is_named_with_its_place():
 
 
 @pytest.mark.parametrize('kind', [*KINDS, 'chars'])
-def test_a_lone_surrogate_is_named_with_its_place(trained, kind):
+def test_the_error_for_a_lone_surrogate_has_its_position(trained, kind):
   with pytest.raises(UserError, match=r"^--prompt, character 1: '\\udcff'"):
     trained[kind].encode('a\udcff', '--prompt')
 
@@ -254,7 +254,7 @@ def _train(kind, vocab_size, documents):
   return train_tokenizer(config, documents)
 
 
-def test_training_names_the_document_that_utf8_cannot_write():
+def test_training_errors_name_a_document_with_lone_surrogates():
   with pytest.raises(UserError, match=r"^bad, character 1: '\\ud800'"):
     train_tokenizer(TokenizerConfig(), [Document('good', 'text'), Document('bad', 'a\ud800')])
 
@@ -271,7 +271,7 @@ def test_streamed_text_is_the_decoded_text(ids, data):
   assert ''.join(pieces) + stream.finish() == tokenizer.decode(ids)
 
 
-def test_a_stream_holds_half_a_character_back():
+def test_a_stream_holds_back_incomplete_characters():
   tokenizer = ByteTokenizer()
   stream = TextStream(tokenizer)
   assert [stream.push([i]) for i in tokenizer.encode('a日b')] == ['a', '', '', '日', 'b']

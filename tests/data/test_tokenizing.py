@@ -58,7 +58,7 @@ def recipe(path, **changes):
   return Recipe(open_source(SourceConfig(str(path))), ByteTokenizer(), **{'deduplicate': True, 'shard_tokens': 50_000} | changes)
 
 
-def test_every_document_is_there_once_in_order(lines, tmp_path, small_tasks):
+def test_every_document_is_stored_once_in_order(lines, tmp_path, small_tasks):
   store = write_store(tmp_path / 'store', recipe(lines))
   expected = list(dict.fromkeys(json.loads(line)['text'] for line in lines.read_text().splitlines()))
   assert texts(store) == expected and store.manifest['shards'] > 3
@@ -67,7 +67,7 @@ def test_every_document_is_there_once_in_order(lines, tmp_path, small_tasks):
   store.verify()
 
 
-def test_processes_change_nothing(lines, tmp_path, small_tasks):
+def test_the_number_of_processes_does_not_change_the_store(lines, tmp_path, small_tasks):
   for processes in (1, 3):
     write_store(tmp_path / str(processes), recipe(lines), processes=processes)
   assert folder_bytes(tmp_path / '1') == folder_bytes(tmp_path / '3')
@@ -75,7 +75,7 @@ def test_processes_change_nothing(lines, tmp_path, small_tasks):
 
 
 @pytest.mark.parametrize('kept', [0, 1, 2])
-def test_finished_shards_are_not_made_again(lines, tmp_path, small_tasks, monkeypatch, kept):
+def test_finished_shards_are_kept(lines, tmp_path, small_tasks, monkeypatch, kept):
   """Ended within a shard, at its renaming, or before its commit; then another process goes on."""
   write_store(tmp_path / 'straight', recipe(lines))
   read = []
@@ -118,7 +118,7 @@ def begun(folder, made, shards, monkeypatch):
       write_store(folder, made)
 
 
-def test_begun_work_is_not_thrown_away_for_another_recipe(lines, tmp_path, small_tasks, monkeypatch):
+def test_an_unfinished_build_of_another_recipe_is_kept(lines, tmp_path, small_tasks, monkeypatch):
   begun(tmp_path / 'store', recipe(lines), 3, monkeypatch)
   before = {path: path.stat().st_mtime_ns for path in (tmp_path / 'store.building').glob('*.shard')}
   with pytest.raises(UserError, match=r'^--out: .*its 3 finished shards'):
@@ -129,7 +129,7 @@ def test_begun_work_is_not_thrown_away_for_another_recipe(lines, tmp_path, small
   assert all((tmp_path / 'store' / path.name).stat().st_mtime_ns == time for path, time in before.items())
 
 
-def test_what_has_no_finished_shard_is_begun_anew_by_another_recipe(lines, tmp_path, small_tasks, monkeypatch):
+def test_another_recipe_replaces_a_build_without_finished_shards(lines, tmp_path, small_tasks, monkeypatch):
   begun(tmp_path / 'store', recipe(lines), 0, monkeypatch)
   write_store(tmp_path / 'store', recipe(lines, deduplicate=False))
   write_store(tmp_path / 'straight', recipe(lines, deduplicate=False))
@@ -137,7 +137,7 @@ def test_what_has_no_finished_shard_is_begun_anew_by_another_recipe(lines, tmp_p
 
 
 @pytest.mark.parametrize('damage', ['shard', 'journal'])
-def test_what_is_missing_of_a_begun_store_is_made_again(lines, tmp_path, small_tasks, monkeypatch, damage):
+def test_missing_parts_of_an_unfinished_store_are_made_again(lines, tmp_path, small_tasks, monkeypatch, damage):
   begun(tmp_path / 'store', recipe(lines), 3, monkeypatch)
   folder = tmp_path / 'store.building'
   (folder / '00009.partial').touch()
@@ -150,7 +150,7 @@ def test_what_is_missing_of_a_begun_store_is_made_again(lines, tmp_path, small_t
   assert folder_bytes(tmp_path / 'store') == folder_bytes(tmp_path / 'straight')
 
 
-def test_a_kill_just_before_the_folder_gets_its_name_costs_nothing(lines, tmp_path, small_tasks, monkeypatch):
+def test_a_kill_before_the_folder_is_renamed_repeats_no_work(lines, tmp_path, small_tasks, monkeypatch):
   write_store(tmp_path / 'store', recipe(lines))
   before = folder_bytes(tmp_path / 'store')
   (tmp_path / 'store').rename(tmp_path / 'store.building')
@@ -161,7 +161,7 @@ def test_a_kill_just_before_the_folder_gets_its_name_costs_nothing(lines, tmp_pa
   assert folder_bytes(tmp_path / 'store') == before
 
 
-def test_an_error_keeps_finished_shards_and_a_higher_skip_goes_on(tmp_path, small_tasks):
+def test_a_build_resumes_with_a_higher_skip_after_an_error(tmp_path, small_tasks):
   path = tmp_path / 'lines.jsonl'
   path.write_text(''.join(json.dumps({'text': document.text}) + '\n' for document in documents(2500)) + 'no JSON\n')
   made = lambda skip: Recipe(open_source(SourceConfig(str(path), skip=skip)), ByteTokenizer(), shard_tokens=50_000)
@@ -174,13 +174,13 @@ def test_an_error_keeps_finished_shards_and_a_higher_skip_goes_on(tmp_path, smal
   assert all((tmp_path / 'store' / file.name).stat().st_mtime_ns == time for file, time in kept.items())
 
 
-def test_a_store_of_another_recipe_is_not_taken_for_this_one(lines, tmp_path):
+def test_a_store_of_another_recipe_is_rejected(lines, tmp_path):
   write_store(tmp_path / 'store', recipe(lines))
   with pytest.raises(UserError, match='^--out: '):
     write_store(tmp_path / 'store', recipe(lines, deduplicate=False))
 
 
-def test_small_parts_go_together_and_packed_ones_count_as_they_are_here():
+def test_small_parts_are_combined_and_compressed_ones_count_decompressed():
   part = lambda size, payload=b'': Part('f', 'f', 0, 1, size, payload)
   sizes = [[len(task) for task in encoding.tasks_of(parts)] for parts in (
     [part(100)] * 50_000, [part(encoding.TASK)] * 3, [part(9, bytes(encoding.TASK))] * 3)]
@@ -190,7 +190,7 @@ def test_small_parts_go_together_and_packed_ones_count_as_they_are_here():
 COMMAND = [sys.executable, '-m', 'tools.prepare_data', '--tokenizer=bytes', '--deduplicate', '--shard_tokens=2000000']
 
 
-def test_a_killed_command_goes_on_and_leaves_no_process(tmp_path):
+def test_a_killed_command_resumes_and_leaves_no_process(tmp_path):
   path = tmp_path / 'lines.jsonl'
   with path.open('w') as file:
     for document in documents(120_000):
@@ -224,7 +224,7 @@ def test_filters_and_contamination_are_counted_by_reason(tmp_path):
   assert store.manifest['dropped'] == {'decontamination, exam': 1, 'min_chars': 1, 'min_letters': 1}
 
 
-def test_a_malformed_record_is_refused_by_place(tmp_path, small_tasks):
+def test_the_error_for_a_malformed_record_has_its_line(tmp_path, small_tasks):
   path = tmp_path / 'lines.jsonl'
   path.write_text('{"text": "fine, and long enough to fill parts"}\n' * 5000 + '\n{"text": 3}\n' + '{"text": "fine"}\n' * 10)
   with pytest.raises(UserError, match=r'lines.jsonl:5002: '):
@@ -233,7 +233,7 @@ def test_a_malformed_record_is_refused_by_place(tmp_path, small_tasks):
 
 
 @pytest.mark.parametrize('skip, fits', [(0.3, True), (0.1, False)])
-def test_malformed_records_below_a_rate_are_left_out_and_counted(tmp_path, capsys, skip, fits):
+def test_malformed_records_below_a_fraction_are_skipped_and_counted(tmp_path, capsys, skip, fits):
   records = [malformed(i) if i % 5 == 0 else Document(f'{i}', f'text {i}') for i in range(100)]
   make = lambda: write_store(tmp_path / 'store', Recipe(Memory(records, per_part=100, skip=skip), ByteTokenizer()))
   if fits:
@@ -247,20 +247,20 @@ def test_malformed_records_below_a_rate_are_left_out_and_counted(tmp_path, capsy
     assert not list(tmp_path.iterdir())
 
 
-def test_a_source_of_which_nothing_is_left_is_refused(tmp_path):
+def test_a_source_without_remaining_documents_is_an_error(tmp_path):
   with pytest.raises(UserError, match='none of its 1 records is left, .*min_chars'):
     write_store(tmp_path / 'store', Recipe(Memory([Document('a', 'b')]), ByteTokenizer(), Filters(min_chars=9)))
   assert not list(tmp_path.iterdir())
 
 
-def test_an_error_in_a_worker_is_an_error_here(lines, tmp_path, small_tasks):
+def test_an_error_in_a_worker_ends_the_build(lines, tmp_path, small_tasks):
   from gptjax.data.tokenizers import CharTokenizer
   with pytest.raises(UserError, match=r"lines.jsonl#\d+, character \d+: '\w', expected: one of the 3 characters"):
     write_store(tmp_path / 'store', Recipe(open_source(SourceConfig(str(lines))), CharTokenizer('abc')), processes=2)
   assert not (tmp_path / 'store.building').exists() and not multiprocessing.active_children()
 
 
-def test_a_store_that_is_there_is_left_alone(lines, tmp_path):
+def test_an_existing_store_is_left_unchanged(lines, tmp_path):
   first = write_store(tmp_path / 'store', recipe(lines))
   before = {path: path.stat().st_mtime_ns for path in (tmp_path / 'store').rglob('*')}
   assert write_store(tmp_path / 'store', recipe(lines)).sha256 == first.sha256

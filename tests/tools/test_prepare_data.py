@@ -32,13 +32,13 @@ def home(tmp_path_factory):
   return folder
 
 
-def test_a_store_holds_its_template_and_is_shown(home):
+def test_a_store_contains_the_templates_text_and_is_displayed(home):
   assert next(TokenStore.open(home / 'store').texts(3, 4)) == 'what is 3 and 3?\nit is 6'
   done = tool('inspect_data', f'--store={home}/store', '--documents=2', '--characters=10')
   assert done.returncode == 0 and 'what is 0 …' in done.stdout and 'document 99' in done.stdout and '16 to 31' in done.stdout
 
 
-def test_the_same_again_is_there_already(home):
+def test_the_same_command_leaves_the_store_unchanged(home):
   before = files_below(home)
   flags = (f'--source={home}/qa.jsonl', r'--text={question}?\n{answer}', '--tokenizer=bytes', f'--out={home}/store')
   done = tool('prepare_data', *flags)
@@ -73,7 +73,7 @@ def test_evaluation_sets_are_sources_or_stores(home, tmp_path):
   (['--source={home}/qa.jsonl', '--valid_fraction=0.1'], "--side: 'all', expected: train or valid"),
   (['--source={home}/qa.jsonl', '--out=s3://bucket/x'], "--out: 's3://bucket/x', expected: a folder on this machine"),
 ])
-def test_a_mistake_is_one_line_and_leaves_nothing(home, tmp_path, flags, message):
+def test_an_error_is_one_line_and_leaves_no_files(home, tmp_path, flags, message):
   before = files_below(home)
   done = tool('prepare_data', '--tokenizer=bytes', f'--out={tmp_path}/out', *(flag.replace('{home}', str(home)) for flag in flags))
   errors = [line for line in done.stderr.splitlines() if not line.startswith(('tokenizing: ', f'{home}/store exists'))]
@@ -89,7 +89,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(home, tmp_path, flags, message
   (['--store={home}/store', '--workdir={home}'], "--store: '{home}/store', expected: one of"),
   (['--config.seed=1'], "--config: '', expected: configs/"),
 ])
-def test_a_mistake_in_looking_is_one_line(home, flags, message):
+def test_an_error_of_inspect_data_is_one_line(home, flags, message):
   done = tool('inspect_data', *(flag.format(home=home) for flag in flags))
   assert done.stderr.startswith('error: ' + message.format(home=home)) and done.stderr.count('\n') == 1
   assert (done.returncode, done.stdout) == (2, '')

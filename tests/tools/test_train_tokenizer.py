@@ -60,7 +60,7 @@ def test_a_tokenizer_is_trained_scored_and_found(tmp_path):
   assert [path.name for path in out.parent.iterdir()] == ['tok']
 
 
-def test_the_same_again_is_fine_and_another_is_refused(tmp_path):
+def test_the_same_command_succeeds_again_and_another_is_rejected(tmp_path):
   out = tmp_path / 'tok'
   base = ['--source=a', f'--out={out}', '--vocab_size=320']
   first = tool(*base)
@@ -85,7 +85,7 @@ def test_the_same_again_is_fine_and_another_is_refused(tmp_path):
   (['--source=a', '--out=DIR/x', '--symbol=x'], "error: symbol: 'x', expected: distinct texts of two or more bytes"),
   (['--source=a', '--out=DIR/x', '--digits=0'], "error: --digits: '0', expected: "),
   (['--source=a'], 'error: --out: None, expected: a value')])
-def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, arguments, message):
+def test_an_error_is_one_line_and_leaves_no_files(tmp_path, arguments, message):
   done = tool(*(argument.replace('DIR', str(tmp_path)) for argument in arguments))
   assert (done.returncode, done.stdout) == (2, ''), done.stderr
   assert [line for line in done.stderr.splitlines() if line.startswith('error: ')] == done.stderr.splitlines()[-1:]
@@ -109,13 +109,13 @@ def test_held_out_documents_are_never_trained_on():
   assert words == f'{100 * len(texts):,} bytes of held-out documents'
 
 
-def test_where_nothing_is_held_out_the_score_says_so():
+def test_without_held_out_documents_the_output_says_so():
   corpus = Corpus([Memory(documents(3))], [10**6], 0.0)
   assert len(list(corpus)) == 3
   assert corpus.scored()[0] == '300 bytes of training text, since no document is held out'
 
 
-def test_what_is_scored_on_is_bounded():
+def test_the_scored_text_is_bounded():
   corpus = Corpus([Memory(documents(300, 60_000))], [10**9], 0.0)
   list(corpus)
   assert 4_900_000 < sum(map(len, corpus.scored()[1])) <= 5_000_000

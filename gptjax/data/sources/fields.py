@@ -20,10 +20,7 @@ def unescaped(text: str) -> str:
 class Fields:
   """Extracts text from records: a field, or a template such as '{question}\\n{answer}', with '{{' and '}}' for braces.
 
-  'a.b' is field b of the object in field a.
-
-  Raises:
-    UserError: the template is invalid.
+  'a.b' is field b of the object in field a. Raises a UserError if the template is invalid.
   """
 
   def __init__(self, text: str):
@@ -33,11 +30,7 @@ class Fields:
     self.names = list(dict.fromkeys(field for _, field in self._pieces if field))
 
   def check(self, names: list[str], place: str) -> None:
-    """Checks the fields against the full names of all columns.
-
-    Raises:
-      UserError: a field does not exist.
-    """
+    """Raises a UserError if a field does not exist; `names` are the full names of all columns of `place`."""
     for field in self.names:
       # A column may be an object whose fields are not listed, or a field of an object that is.
       if not any(f'{name}.'.startswith(f'{field}.') or f'{field}.'.startswith(f'{name}.') for name in names):
@@ -50,12 +43,10 @@ class Fields:
     """
     text = ''
     for literal, field in self._pieces:
-      text += literal
-      if field:
-        value = self._value(record, field, index)
-        if isinstance(value, Malformed):
-          return value
-        text += value
+      value = self._value(record, field, index) if field else ''
+      if isinstance(value, Malformed):
+        return value
+      text += literal + value
     return Document(name, text) if text.strip() else None
 
   def _value(self, record: Mapping[str, Any], field: str, index: int) -> str | Malformed:
@@ -91,9 +82,8 @@ def _parse(text: str) -> list[tuple[str, str]]:
     pieces = list(string.Formatter().parse(unescaped(text)))
   except ValueError as error:
     raise UserError('data.source.text', text, f'{expected} ({error})') from None
-  for _, field, format_spec, conversion in pieces:
-    if field is not None and (format_spec or conversion or not _FIELD.fullmatch(field)):
-      raise UserError('data.source.text', text, f'{expected}, with plain names in the braces')
+  if any(field is not None and (spec or conversion or not _FIELD.fullmatch(field)) for _, field, spec, conversion in pieces):
+    raise UserError('data.source.text', text, f'{expected}, with plain names in the braces')
   if not any(field for _, field, _, _ in pieces):
     raise UserError('data.source.text', text, f'{expected}, with at least one field')
   return [(literal, field or '') for literal, field, _, _ in pieces]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gptjax.config import SourceConfig, UserError
-from gptjax.data.sources.files import SUFFIXES, File, find, stem, title
+from gptjax.data.sources.files import SUFFIXES, File, find, title
 from gptjax.data.sources.source import Source
 from gptjax.data.sources.stdlib import Stdlib
 from gptjax.data.sources.tables import HuggingFace, Parquet
@@ -12,10 +12,10 @@ from gptjax.data.sources.text import JsonLines, TextFiles
 from gptjax.files import expanded
 
 _SUFFIXES = {
-    'JSON lines': ('.jsonl', '.ndjson'),
-    'Parquet': ('.parquet',),
-    'text': ('.txt', '.text', '.md', '.rst', '.tex', '.py'),
-    'JSON': ('.json',),
+  'JSON lines': ('.jsonl', '.ndjson'),
+  'Parquet': ('.parquet',),
+  'text': ('.txt', '.text', '.md', '.rst', '.tex', '.py'),
+  'JSON': ('.json',),
 }
 """Files read in a folder; JSON and text may be compressed. A path or glob may name text files with any other suffix."""
 
@@ -23,18 +23,17 @@ _PRIORITIES = (('JSON lines', 'Parquet'), ('text',), ('JSON',))
 """Beside data files, text is their README or LICENSE and .json files are metadata; beside text, .json files are metadata."""
 
 _SOURCES: dict[str, Callable[[Sequence[File], str, SourceConfig], Source]] = {
-    'JSON lines': JsonLines, 'JSON': JsonLines, 'Parquet': Parquet, 'text': TextFiles,
+  'JSON lines': JsonLines, 'JSON': JsonLines, 'Parquet': Parquet, 'text': TextFiles,
 }
 
 
 def open_source(config: SourceConfig, cache_dir: Path | None = None) -> Source:
   """Opens the source that a config describes, without reading its documents.
 
-  Prepares a TFDS dataset that is not prepared yet, and downloads a Hugging Face dataset that is not in its cache. Only the embedded
-  corpus needs `cache_dir`, where it stores its dataset.
-
-  Raises:
-    UserError: the source does not exist, or the config does not fit it.
+  Prepares a TFDS dataset that is not prepared yet, and downloads a Hugging Face dataset that is not in its cache. Only the
+  embedded corpus needs `cache_dir`, where it stores its dataset. Of files in several formats one is read: JSON lines or Parquet,
+  then text, then .json files; the description names the others. Raises a UserError if the source does not exist, or the config
+  does not fit it.
   """
   if not config.path:
     assert cache_dir is not None
@@ -46,36 +45,25 @@ def open_source(config: SourceConfig, cache_dir: Path | None = None) -> Source:
     return HuggingFace(config)
   if '://' not in config.path and (expanded(config.path) / 'index.bin').exists():
     raise UserError('data.source.path', config.path, 'documents; this is a token store, which data.train takes')
-  return _open_files(config)
-
-
-def _open_files(config: SourceConfig) -> Source:
-  """Opens the files at a path, in a folder or matched by a glob, local or remote.
-
-  Of several formats one is read: JSON lines or Parquet, then text, then .json files. The description names the others.
-  """
   plain = tuple(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
   files = find(config.path, (*plain, *(suffix + packed for suffix in plain if suffix != '.parquet' for packed in SUFFIXES)))
   by_kind: dict[str, list[File]] = {}
   for file in files:
     by_kind.setdefault(_kind(file.name), []).append(file)
-  kind, *conflicts = next(found for kinds in _PRIORITIES if (found := [kind for kind in kinds if kind in by_kind]))
+  counts = {kind: f'{len(found):,} {kind} file{"s" * (len(found) != 1)}' for kind, found in by_kind.items()}
+  kind, *conflicts = next(present for kinds in _PRIORITIES if (present := [kind for kind in kinds if kind in by_kind]))
   if conflicts:
-    counts = ', '.join(_counted(found, name) for name, found in by_kind.items())
-    raise UserError('data.source.path', config.path, f'files of one format, which a glob can select; there are {counts}')
+    found = ', '.join(counts.values())
+    raise UserError('data.source.path', config.path, f'files of one format, which a glob can select; there are {found}')
   if config.separator and kind != 'text':
     raise UserError('data.source.separator', config.separator, f'none for {kind} files: a record is a document')
   description = title(config.path)
   if len(files) > 1:
-    ignored = [f'{_counted(found, name)} ignored' for name, found in by_kind.items() if name != kind]
-    description += f' ({"; ".join([_counted(by_kind[kind], kind), *ignored])})'
+    description += f' ({"; ".join([counts.pop(kind), *(f"{count} ignored" for count in counts.values())])})'
   return _SOURCES[kind](by_kind[kind], description, config)
 
 
 def _kind(name: str) -> str:
+  uncompressed = name.removesuffix('.gz').removesuffix('.zst')
   return next((kind for kind, suffixes in _SUFFIXES.items()
-               if (name if kind == 'Parquet' else stem(name)).lower().endswith(suffixes)), 'text')
-
-
-def _counted(files: Sequence[File], kind: str) -> str:
-  return f'{len(files):,} {kind} file{"s" * (len(files) != 1)}'
+               if (name if kind == 'Parquet' else uncompressed).lower().endswith(suffixes)), 'text')

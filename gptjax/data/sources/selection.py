@@ -19,13 +19,10 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio
 def split_source(source: Source, fraction: float) -> tuple[Source, Source]:
   """Splits a source into (training, validation). Both have the source's parts; each yields None for the other's documents.
 
-  A document is held out if the hash of its name is among the lowest `fraction` of all hashes, so that adding documents
-  moves none from one side to the other. Where names are known without reading, the document with the lowest hash is always held
-  out and that with the highest never. A source that is a single document is read, and its last `fraction` of characters is held
-  out. Malformed records belong to the training side.
-
-  Raises:
-    UserError: a single document is too short to split, or cannot be read.
+  A document is held out if the hash of its name is among the lowest `fraction` of all hashes, so that adding documents moves none
+  from one side to the other. Where names are known without reading, the document with the lowest hash is always held out and that
+  with the highest never. A source that is a single document is read, and its last `fraction` of characters is held out. Malformed
+  records belong to the training side. Raises a UserError if a single document is too short to split, or cannot be read.
   """
   if len(source.names) == 1:
     return _split_by_position(source, fraction)
@@ -34,7 +31,7 @@ def split_source(source: Source, fraction: float) -> tuple[Source, Source]:
     hashes = sorted(map(_hash, source.names))
     limit = hashes[min(max(bisect.bisect_left(hashes, limit), 1), len(hashes) - 1)]
   cut = math.ceil(limit)  # hashes are integers
-  return _SplitByHash(source, False, cut), _SplitByHash(source, True, cut)
+  return _Side(source, False, cut), _Side(source, True, cut)
 
 
 def is_held_out(name: str, fraction: float) -> bool:
@@ -48,10 +45,13 @@ def _hash(name: str) -> int:
 
 
 class _Side(Source):
-  """One side of a source that is split at `cut`: a hash or a position."""
+  """One side of a split: documents with a hash below `cut` are held out; of a single document, the characters from `cut` on.
 
-  def __init__(self, source: Source, held_out: bool, cut: int):
-    self.source, self.held_out, self.cut = source, held_out, cut
+  `offsets` are the positions in characters of a single document's pieces, by the start of their part.
+  """
+
+  def __init__(self, source: Source, held_out: bool, cut: int, offsets: dict[int, int] | None = None):
+    self.source, self.held_out, self.cut, self.offsets = source, held_out, cut, offsets
     self.description = f'{source.description}, {"validation" if held_out else "training"} side'
     self.size, self.skip = source.size, source.skip
 
@@ -59,41 +59,23 @@ class _Side(Source):
     return self.source.parts()
 
   def read(self, part: Part) -> Iterator[Record]:
+    offset = self.offsets[part.start] if self.offsets else 0
     for record in self.source.read(part):
-      yield None if self.held_out and isinstance(record, Malformed) else record
+      if not isinstance(record, Document):
+        yield None if self.held_out else record
+      elif not self.offsets:
+        yield record if (_hash(record.name) < self.cut) == self.held_out else None
+      else:
+        cut = max(0, self.cut - offset)
+        offset += len(record.text)
+        text = record.text[cut:] if self.held_out else record.text[:cut]
+        yield Document(record.name, text) if text else None
 
   def fingerprint(self) -> str:
     return hashlib.sha256(f'{self.source.fingerprint()} {self.held_out} {self.cut}'.encode()).hexdigest()
 
   def place(self, part: Part, record: int) -> str:
     return self.source.place(part, record)
-
-
-class _SplitByHash(_Side):
-  """The documents whose hashes are below the cut (held out), or the others."""
-
-  def read(self, part: Part) -> Iterator[Record]:
-    for record in super().read(part):
-      other_side = isinstance(record, Document) and (_hash(record.name) < self.cut) != self.held_out
-      yield None if other_side else record
-
-
-class _SplitByPosition(_Side):
-  """The start or the end of a document; `offsets` are the positions in characters of its pieces, by the start of their part."""
-
-  def __init__(self, source: Source, held_out: bool, cut: int, offsets: dict[int, int]):
-    super().__init__(source, held_out, cut)
-    self._offsets = offsets
-
-  def read(self, part: Part) -> Iterator[Record]:
-    offset = self._offsets[part.start]
-    for record in super().read(part):
-      if isinstance(record, Document):
-        cut = max(0, self.cut - offset)
-        offset += len(record.text)
-        text = record.text[cut:] if self.held_out else record.text[:cut]
-        record = Document(record.name, text) if text else None
-      yield record
 
 
 def _split_by_position(source: Source, fraction: float) -> tuple[Source, Source]:
@@ -106,18 +88,16 @@ def _split_by_position(source: Source, fraction: float) -> tuple[Source, Source]
   if not 0 < cut < length:
     raise UserError('data.valid_fraction', fraction, 'a fraction that leaves text for both training and validation of '
                     f'the {length} characters of {source.names[0]}')
-  return _SplitByPosition(source, False, cut, offsets), _SplitByPosition(source, True, cut, offsets)
+  return _Side(source, False, cut, offsets), _Side(source, True, cut, offsets)
 
 
 def sample(source: Source, characters: int = TRAINING_CHARACTERS) -> Iterator[Document]:
   """Yields a fixed pseudo-random sample of a source of about `characters` characters; everything if the source is no larger.
 
-  Of a large source only some parts are read, evenly spaced, with four times as much text. Documents are selected by a hash
-  of name and position. Documents longer than 65,536 characters are sampled in chunks of that length, each with the document's name,
-  so that a source of one huge text also has a sample.
-
-  Raises:
-    UserError: of the records that were read, a larger fraction than `source.skip` is malformed.
+  Of a large source only some parts are read, evenly spaced, with four times as much text. Documents are selected by a hash of
+  name and position. Documents longer than 65,536 characters are sampled in chunks of that length, each with the document's name,
+  so that a source of one huge text also has a sample. Raises a UserError if a larger fraction of the records that
+  were read than `source.skip` is malformed.
   """
   fraction = min(1.0, 4 * characters / max(source.size, 1))
   records, malformed = 0, []
@@ -127,21 +107,15 @@ def sample(source: Source, characters: int = TRAINING_CHARACTERS) -> Iterator[Do
     found = list(source.read(part))
     records += len(found)
     malformed += [(part, record) for record in found if isinstance(record, Malformed)]
-    chunks = list(_chunks(index, [record for record in found if isinstance(record, Document)]))
+    documents = [record for record in found if isinstance(record, Document)]
+    chunks = [(number, start, document.name, document.text[start:start + _CHUNK]) for number, document in enumerate(documents)
+              for start in range(0, len(document.text), _CHUNK)]
     # A part's size is in bytes as stored, possibly compressed or including fields without text, and not in characters.
     budget = characters * part.size / max(source.size, 1) / fraction
-    share = budget / max(sum(len(chunk.text) for _, chunk in chunks), 1)
-    yield from (chunk for rank, chunk in chunks if rank < share)
+    share = budget / max(sum(len(text) for *_, text in chunks), 1)
+    # The hash differs from the one that holds documents out, and includes the position, because pieces of a text share its name.
+    yield from (Document(name, text) for number, start, name, text in chunks
+                if _hash(f'{index} {number} {start} {name}') / 2**64 < share)
   if len(malformed) > source.skip * records:
     part, record = malformed[0]
     raise UserError(f'{part.file}, record {record.record + 1} from {part.start:,} on', record.value, record.expected)
-
-
-def _chunks(part: int, documents: list[Document]) -> Iterator[tuple[float, Document]]:
-  """Yields chunks of documents, each with its rank from 0 to 1."""
-  for number, document in enumerate(documents):
-    for start in range(0, len(document.text), _CHUNK):
-      # Another hash than the one that holds documents out. It includes the position, because pieces of a text share its name.
-      key = f'{part} {number} {start} {document.name}'.encode(errors='surrogateescape')
-      rank = int.from_bytes(hashlib.sha256(key).digest()[:8]) / 2**64
-      yield rank, Document(document.name, document.text[start:start + _CHUNK])

@@ -74,15 +74,11 @@ class Source(abc.ABC):
 
   @abc.abstractmethod
   def read(self, part: Part) -> Iterator[Record]:
-    """Yields exactly one item per record of a part, in order, so that counting items counts records.
-
-    Raises:
-      UserError: the file cannot be read.
-    """
+    """Yields exactly one item per record of a part, in order. Raises a UserError if the file cannot be read."""
 
   @abc.abstractmethod
   def fingerprint(self) -> str:
-    """Hex digest of what is known without reading (names, sizes, modification times) and of the reading options."""
+    """Hex digest of everything known without reading (names, sizes, modification times) and of the reading options."""
 
   def place(self, part: Part, record: int) -> str:
     """Location of a record for error messages; `record` is its index within the file."""
@@ -96,8 +92,7 @@ class Source(abc.ABC):
 def documents(source: Source) -> Iterator[Document]:
   """Yields all documents of a source.
 
-  Raises:
-    UserError: a larger fraction of the records than `source.skip` is malformed; the error names the first.
+  Raises a UserError if a larger fraction of the records than `source.skip` is malformed; the error names the first.
   """
   first, malformed = None, 0
   records: collections.Counter[str] = collections.Counter()
@@ -105,13 +100,13 @@ def documents(source: Source) -> Iterator[Document]:
     before = records[part.file]
     for record in source.read(part):
       records[part.file] += 1
-      if isinstance(record, Malformed):
+      if isinstance(record, Document):
+        yield record
+      elif record:
         malformed += 1
         first = first or malformed_error(source, part, record, before)
         if not source.skip:
           raise first
-      elif record is not None:
-        yield record
   if first and malformed > source.skip * records.total():
     raise first
 

@@ -23,11 +23,8 @@ _EXCLUDED = ('__pycache__', 'site-packages', 'dist-packages', 'test', 'tests', '
 def stdlib_modules(folder: Path) -> list[Document]:
   """Reads the standard library's modules as documents with names like 'json/decoder.py'.
 
-  Excludes third-party packages, test suites, generated tables, empty files, and files that are not UTF-8 (a module may declare
-  another encoding, PEP 263).
-
-  Raises:
-    UserError: there are no source files (some embedded distributions have only compiled modules).
+  Excludes third-party packages, test suites, generated tables, empty files, and files that are not UTF-8 (PEP 263). Raises a
+  UserError if there are no source files (some embedded distributions have only compiled modules).
   """
   is_excluded = lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in _EXCLUDED)
   documents = []
@@ -46,10 +43,7 @@ class Stdlib(Source):
   """The modules as a TFDS dataset, in one part and sorted by name.
 
   The dataset is built in `cache_dir/tfds` when it is first read. Its folder is named after the digest of the modules, so that
-  another interpreter has its own.
-
-  Raises:
-    UserError: this Python has no source files.
+  another interpreter has its own. Raises a UserError if this Python has no source files.
   """
 
   def __init__(self, cache_dir: Path, folder: Path | None = None):

@@ -11,17 +11,14 @@ from typing import Any
 from gptjax.config import SourceConfig, UserError
 from gptjax.data.packages import library_error, optional
 from gptjax.data.sources.fields import Fields
-from gptjax.data.sources.files import File, fingerprint, opened
+from gptjax.data.sources.files import File, FileSource, opened
 from gptjax.data.sources.source import Part, Record, Source
 
-_BATCH = 256
-"""Rows in memory at a time."""
+_BATCH = 256  # rows in memory at a time
 
-_BUFFER = 2**22
-"""Bytes of a column fetched at a time."""
+_BUFFER = 2**22  # bytes of a column fetched at a time
 
-_MAX_PARTS_PER_GROUP = 8
-"""Few, because reading a part that starts inside a row group decodes the rows before it."""
+_MAX_PARTS_PER_GROUP = 8  # few, because reading a part that starts inside a row group decodes the rows before it
 
 
 class TableSource(Source):
@@ -37,16 +34,11 @@ class TableSource(Source):
     for index, row in enumerate(self.rows(part)):
       yield self.fields.record(f'{part.name}#{part.start + index}', row, index)
 
-  def ranges(self, file: str, name: str, length: int, size: int) -> Iterator[Part]:
-    """Cuts a dataset of `length` rows and `size` bytes into parts."""
-    step = max(1, length * self.part_bytes // max(1, size))
-    for start in range(0, length, step):
-      yield row_range(file, name, start, min(start + step, length), length, size)
-
-
-def row_range(file: str, name: str, start: int, stop: int, length: int, size: int) -> Part:
-  """The part of rows [start, stop) out of `length` rows with `size` bytes."""
-  return Part(file, name, start, stop, size * stop // length - size * start // length)
+  def ranges(self, file: str, name: str, length: int, size: int, cuts: Iterable[int] = ()) -> Iterator[Part]:
+    """Cuts `length` rows of `size` bytes into parts, at `cuts`, which begin with 0, or evenly."""
+    cuts = cuts or range(0, length, max(1, length * self.part_bytes // max(1, size)))
+    for start, stop in itertools.pairwise(sorted({*cuts, length})):
+      yield Part(file, name, start, stop, size * stop // length - size * start // length)
 
 
 def table_rows(table: Any) -> list[dict[str, Any]]:
@@ -57,31 +49,27 @@ def table_rows(table: Any) -> list[dict[str, Any]]:
   return type(table).from_arrays(columns, names=table.schema.names).to_pylist()
 
 
-class Parquet(TableSource):
+class Parquet(FileSource, TableSource):
   """Parquet files, whose rows are records. A part is several row groups, or a range of a large one; only the needed columns are read."""
 
   def __init__(self, files: Sequence[File], description: str, config: SourceConfig):
-    self.files, self.description, self.skip = files, description, config.skip
+    super().__init__(files, description, config.skip, 'parquet', config.text)
     self.fields = Fields(config.text)
-    self.size = sum(file.size for file in files)
-
-  def fingerprint(self) -> str:
-    return fingerprint('parquet', self.files, self.fields.text)
 
   def parts(self) -> Iterator[Part]:
     for file in self.files:
       with self._open(file.path) as table:
         groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
-        cuts, length = self._cuts(groups), table.metadata.num_rows
-      for start, stop in itertools.pairwise(cuts):
-        yield row_range(file.path, file.name, start, stop, length, file.size)
+        length = table.metadata.num_rows
+      yield from self.ranges(file.path, file.name, length, file.size, self._cuts(groups))
 
-  def _cuts(self, groups: Sequence[Any]) -> list[int]:
-    """First rows of a file's parts, and the number of its rows."""
+  def _cuts(self, groups: Sequence[Any]) -> set[int]:
+    """First rows of a file's parts."""
     cuts, row, held = {0}, 0, 0
     for group in groups:
       columns = (group.column(i) for i in range(group.num_columns))
-      size = sum(column.total_uncompressed_size for column in columns if self._is_needed(column.path_in_schema))
+      size = sum(column.total_uncompressed_size for column in columns
+                 if any(f'{column.path_in_schema}.'.startswith(f'{field}.') for field in self.fields.names))
       if held + size > self.part_bytes:
         cuts.add(row)
         held = 0
@@ -89,10 +77,7 @@ class Parquet(TableSource):
       cuts |= {row + group.num_rows * i // count for i in range(1, count)}
       row += group.num_rows
       held += size
-    return sorted(cuts | {row})
-
-  def _is_needed(self, column: str) -> bool:
-    return any(f'{column}.'.startswith(f'{field}.') for field in self.fields.names)
+    return cuts
 
   def rows(self, part: Part) -> Iterator[Mapping[str, Any]]:
     with self._open(part.file) as table:
@@ -126,19 +111,17 @@ class Parquet(TableSource):
 class HuggingFace(TableSource):
   """The rows of a split of 'hf:FOLDER', 'hf:NAME' or 'hf:NAME:CONFIGURATION'.
 
-  Tables are memory-mapped; pickles contain only their file names.
-
-  Raises:
-    UserError: the dataset, split or column does not exist, or the hub cannot be reached.
+  Tables are memory-mapped; pickles contain only their file names. Raises a UserError if the dataset, split or column does not
+  exist, or the hub cannot be reached.
   """
 
   def __init__(self, config: SourceConfig):
     self.fields, self.skip, self._split = Fields(config.text), config.skip, config.split
     name = config.path.removeprefix('hf:')
     folder = os.path.expanduser(name)
-    if is_folder := os.path.isdir(folder):
+    if os.path.isdir(folder):
       name = os.path.basename(os.path.abspath(folder))
-    dataset = _load(config, name, folder if is_folder else '')
+    dataset = _load(config, folder)
     self.description = f'hf:{name}, split {config.split}'
     self.fields.check(dataset.column_names, config.path)
     self._dataset_fingerprint = dataset._fingerprint
@@ -150,18 +133,18 @@ class HuggingFace(TableSource):
     return hashlib.sha256(f'{self.description} {self._dataset_fingerprint} {self.fields.text}'.encode()).hexdigest()
 
   def parts(self) -> Iterator[Part]:
-    yield from self.ranges(self.description, self._split, len(self._rows), self.size)
+    return self.ranges(self.description, self._split, len(self._rows), self.size)
 
   def rows(self, part: Part) -> Sequence[Mapping[str, Any]]:
     return table_rows(self._rows[part.start:part.stop])
 
 
-def _load(config: SourceConfig, name: str, folder: str) -> Any:
-  """Loads a split from a folder, or from the hub where `folder` is empty."""
+def _load(config: SourceConfig, folder: str) -> Any:
+  """Loads a split from a folder or, if there is none, from the hub."""
   datasets = optional('datasets', 'data.source.path', config.path)
   try:
-    if not folder:
-      name, _, configuration = name.partition(':')
+    if not os.path.isdir(folder):
+      name, _, configuration = config.path.removeprefix('hf:').partition(':')
       return datasets.load_dataset(name, configuration or None, split=config.split)
     dataset = datasets.load_from_disk(folder)
     if not isinstance(dataset, datasets.DatasetDict):

@@ -1,29 +1,94 @@
-"""Text files and JSON lines."""
+"""Text files and JSON lines, cut into parts at the boundaries of records."""
 
 import abc
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 
 from gptjax.config import SourceConfig
-from gptjax.data.sources.boundaries import Boundary
 from gptjax.data.sources.fields import Fields, truncated, unescaped
-from gptjax.data.sources.files import SUFFIXES, File, Stream, fingerprint, opened
-from gptjax.data.sources.source import Document, Malformed, Part, Record, Source
+from gptjax.data.sources.files import SUFFIXES, File, FileSource, Stream, opened
+from gptjax.data.sources.source import Document, Malformed, Part, Record
 
 _READAHEAD = 2**23
+_WINDOW = 2**16
+_MAX_WINDOW = 2**22  # bytes searched for a boundary at once
+
+_SPACES = b'|'.join(re.escape(char.encode()) for char in map(chr, range(0x3001)) if char.isspace())
+_LINE_END = rb'\n(?!' + _SPACES + rb')(?=.)'
+_LONGEST_SPACE = 3  # bytes
 
 
-class RecordFiles(Source):
+class Boundary:
+  """The starts of records at a separator or, if it is empty, at line ends that no white space follows.
+
+  They are found from any offset exactly as by reading from the start of a file.
+  """
+
+  def __init__(self, separator: str):
+    self._splits = bool(separator)
+    self._separator = separator.encode(errors='surrogateescape') or b'\n'
+    self._pattern = re.compile(re.escape(self._separator) if separator else _LINE_END, re.DOTALL)
+    self._lookahead = 0 if separator else _LONGEST_SPACE
+
+  def after(self, read: Callable[[int, int], bytes], at: int, first: int = 0) -> int:
+    """Offset of the first record that starts at `at` or later; the end of the file if there is none.
+
+    `read` returns the bytes from a start to a stop, or up to the end of the file. A record is known to start at `first`; nothing
+    before it is read.
+    """
+    if at <= first:
+      return first
+    offset, window = self._safe_start(read, at, first), max(_WINDOW, 2 * (len(self._separator) + self._lookahead))
+    while True:
+      data = read(offset, offset + window)
+      at_end = len(data) < window
+      done = 0
+      for match in self._pattern.finditer(data):
+        if not at_end and match.end() + self._lookahead > len(data):
+          break  # whether it is a boundary depends on bytes that are not in the window
+        done = match.end()
+        if offset + done >= at:
+          return offset + done
+      if at_end:
+        return offset + len(data)
+      offset += max(done, len(data) - len(self._separator) - self._lookahead + 1)
+      window = max(window, min(2 * window, _MAX_WINDOW))
+
+  def _safe_start(self, read: Callable[[int, int], bytes], at: int, first: int) -> int:
+    """An offset that no occurrence of the separator spans, so that matching from there finds the same boundaries as from `first`.
+
+    It matters where a separator can overlap itself: in three line ends '\\n\\n' is the first two, not the last two.
+    """
+    length = len(self._separator)
+    offset = max(first, at - length)
+    while offset > first:
+      low = max(first, offset - length + 1)
+      spanning = read(low, offset + length - 1).find(self._separator)
+      if spanning < 0:
+        break
+      offset = low + spanning
+    return offset
+
+  def split(self, data: bytes, offset: int) -> Iterator[tuple[int, bytes]]:
+    """Splits the data at `offset` of a file at separator strings; yields (offset in the file, record without separator)."""
+    begin = 0
+    while begin < len(data):
+      end = data.find(self._separator, begin) if self._splits else -1
+      end = len(data) if end < 0 else end
+      yield offset + begin, data[begin:end]
+      begin = end + len(self._separator)
+
+
+class RecordFiles(FileSource):
   """Files cut into parts of about `step` bytes at record boundaries.
 
   A part covers a range of offsets; its records are those that start there, and a worker reads them independently. A compressed
   file can only be read sequentially: `parts` decompresses it, and each part carries its bytes.
   """
 
-  def __init__(self, files: Sequence[File], boundary: Boundary, step: int, description: str, skip: float):
-    self.files, self.boundary, self.step = files, boundary, step
-    self.description, self.skip = description, skip
-    self.size = sum(file.size for file in files)
+  boundary: Boundary
+  step: int
 
   def parts(self) -> Iterator[Part]:
     for file in self.files:
@@ -38,34 +103,28 @@ class RecordFiles(Source):
     with opened(file.path, _READAHEAD) as raw:
       stream = Stream(raw, file.path)
       begin = read = 0
-      while True:
-        # The cuts are those of the uncompressed file.
-        end = self.boundary.after(stream.read, stream.reach((begin // self.step + 1) * self.step), begin)
-        if end == begin:
-          break
+      # The cuts are those of the uncompressed file.
+      while (end := self.boundary.after(stream.read, stream.reach((begin // self.step + 1) * self.step), begin)) > begin:
         payload = stream.read(begin, end)
         stream.drop(end)
         before, read = read, raw.tell()
         yield Part(file.path, file.name, begin, end, read - before, payload)
         begin = end
 
-  def _records(self, part: Part) -> tuple[int, bytes]:
-    """Offset and bytes of a part's records."""
+  def read(self, part: Part) -> Iterator[Record]:
+    for index, (offset, data) in enumerate(self.boundary.split(*self._data(part))):
+      yield self.record(part, index, offset, data)
+
+  def _data(self, part: Part) -> tuple[bytes, int]:
+    """The bytes of a part's records, separators included, and their offset in the file."""
     if part.payload:
-      return part.start, part.payload
+      return part.payload, part.start
     with opened(part.file) as file:
       def read(start: int, stop: int) -> bytes:
         file.seek(start)
         return file.read(stop - start)
-      return self.boundary.records(read, part.start, part.stop)
-
-  def read(self, part: Part) -> Iterator[Record]:
-    for index, (offset, data) in enumerate(self.split(*self._records(part))):
-      yield self.record(part, index, offset, data)
-
-  def split(self, offset: int, data: bytes) -> Iterable[tuple[int, bytes]]:
-    """Splits bytes into records, each with its offset in the file."""
-    return self.boundary.split(data, offset)
+      begin = self.boundary.after(read, part.start)
+      return read(begin, self.boundary.after(read, part.stop)), begin
 
   @abc.abstractmethod
   def record(self, part: Part, index: int, offset: int, data: bytes) -> Record:
@@ -84,26 +143,15 @@ class TextFiles(RecordFiles):
 
   def __init__(self, files: Sequence[File], description: str, config: SourceConfig):
     self._separator = separator = unescaped(config.separator)
-    step = self.part_bytes if separator else self.max_document_bytes
-    super().__init__(files, Boundary(separator), step, description, config.skip)
-    self._may_cut = any(file.size > self.max_document_bytes or file.path.endswith(SUFFIXES) for file in files)
+    super().__init__(files, description, config.skip, 'text', separator)
+    self.boundary, self.step = Boundary(separator), self.part_bytes if separator else self.max_document_bytes
+    may_cut = any(file.size > self.max_document_bytes or file.path.endswith(SUFFIXES) for file in files)
     if separator:
       self.description += f', split at {separator!r}'
-    elif self._may_cut:
+    elif may_cut:
       self.description += f', files above {self.max_document_bytes / 2**20:.0f} MB cut at line ends'
-
-  @property
-  def names(self) -> Sequence[str]:  # type: ignore[override]
-    known = not self._separator and (not self._may_cut or len(self.files) == 1)
-    return [file.name for file in self.files] if known else ()
-
-  def fingerprint(self) -> str:
-    return fingerprint('text', self.files, self._separator)
-
-  def split(self, offset: int, data: bytes) -> Iterable[tuple[int, bytes]]:
-    if self._separator:
-      return super().split(offset, data)
-    return [(offset, data)] if data else []
+    if not separator and (not may_cut or len(files) == 1):
+      self.names = [file.name for file in files]
 
   def record(self, part: Part, index: int, offset: int, data: bytes) -> Record:
     try:
@@ -116,11 +164,7 @@ class TextFiles(RecordFiles):
     return Document(f'{part.name}#{offset}' if offset else part.name, text)
 
 
-def _reject_constant(name: str) -> None:
-  raise ValueError(f'JSON has no {name}')
-
-
-_DECODER = json.JSONDecoder(parse_constant=_reject_constant)
+_DECODER = json.JSONDecoder(parse_constant=int)  # JSON has no NaN: int('NaN') is a ValueError
 
 
 class JsonLines(RecordFiles):
@@ -128,10 +172,8 @@ class JsonLines(RecordFiles):
 
   def __init__(self, files: Sequence[File], description: str, config: SourceConfig):
     self._fields = Fields(config.text)
-    super().__init__(files, Boundary('\n'), self.part_bytes, description, config.skip)
-
-  def fingerprint(self) -> str:
-    return fingerprint('jsonl', self.files, self._fields.text)
+    super().__init__(files, description, config.skip, 'jsonl', config.text)
+    self.boundary, self.step = Boundary('\n'), self.part_bytes
 
   def place(self, part: Part, record: int) -> str:
     return f'{part.file}:{record + 1}'

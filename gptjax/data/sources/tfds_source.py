@@ -4,7 +4,7 @@ Importing this imports TFDS (but not TensorFlow).
 """
 
 import contextlib
-import functools
+import dataclasses
 import hashlib
 import importlib
 import io
@@ -27,11 +27,9 @@ from gptjax.data.sources.tables import TableSource
 class TfdsRecords(TableSource):
   """The records of a dataset's split or a slice of it, read by index without TensorFlow. The dataset is prepared if necessary.
 
-  config.path is 'tfds:' and a dataset's name ('NAME/CONFIG:VERSION'), the folder of a prepared one ('/DIR/NAME/1.0.0') or a builder
-  class ('MODULE:CLASS', imported from the working directory or PYTHONPATH).
-
-  Raises:
-    UserError: the dataset, split or field does not exist, or TFDS cannot prepare it here as array_record.
+  config.path is 'tfds:' and a dataset's name ('NAME/CONFIG:VERSION'), the folder of a prepared one ('/DIR/NAME/1.0.0') or a
+  builder class ('MODULE:CLASS', imported from the working directory or PYTHONPATH). Raises a UserError if the dataset, split or
+  field does not exist, or TFDS cannot prepare it here as array_record.
   """
 
   def __init__(self, config: SourceConfig):
@@ -39,16 +37,14 @@ class TfdsRecords(TableSource):
     self._path, self._split = config.path, config.split
     with _errors(config.path):
       builder = _prepared(config.path.removeprefix('tfds:'))
-    info = builder.info
-    self.fields.check(_leaves(info.features), info.full_name)
-    with _errors(config.path):
+      info = builder.info
+      self.fields.check(_leaves(info.features), info.full_name)
       try:
         self._length = info.splits[config.split].num_examples
       except (ValueError, KeyError):
         raise UserError('data.source.split', config.split, f'a split of {info.full_name}: {", ".join(info.splits)}',
                         names=list(info.splits)) from None
-      self._directory = str(builder.data_dir)
-      self._open()
+      self._records = tfds.builder_from_directory(str(builder.data_dir)).as_data_source(config.split)
     # Slices do not know their bytes.
     splits = info.splits.values()
     self.size = sum(split.num_bytes for split in splits) * self._length // max(1, sum(split.num_examples for split in splits))
@@ -59,18 +55,11 @@ class TfdsRecords(TableSource):
     return hashlib.sha256(known.encode()).hexdigest()
 
   def parts(self) -> Iterator[Part]:
-    yield from self.ranges(self.description, self._split, self._length, self.size)
+    return self.ranges(self.description, self._split, self._length, self.size)
 
   def rows(self, part: Part) -> Sequence[Mapping[str, Any]]:
     with _errors(self._path):
       return self._records.__getitems__(range(part.start, part.stop))
-
-  @functools.cached_property
-  def _records(self) -> Any:
-    return self._open()
-
-  def _open(self) -> Any:
-    return tfds.builder_from_directory(self._directory).as_data_source(self._split)
 
 
 def prepare_quietly(builder: tfds.core.DatasetBuilder) -> None:
@@ -85,10 +74,8 @@ def _prepared(name: str) -> tfds.core.DatasetBuilder:
   if os.path.isdir(folder):
     return tfds.builder_from_directory(folder)
   module, _, cls = name.rpartition(':')
-  if module and cls.isidentifier():
-    builder = _builder_class(module, cls)(file_format='array_record')
-  else:
-    builder = tfds.builder(name, file_format='array_record')
+  builder = (_builder_class(module, cls)(file_format='array_record') if module and cls.isidentifier() else
+             tfds.builder(name, file_format='array_record'))
   if not builder.data_path.exists():  # is_prepared() warns
     announce(f'preparing {builder.info.full_name} in {builder.data_dir}')
     prepare_quietly(builder)
@@ -100,14 +87,15 @@ def _builder_class(module: str, name: str) -> type[tfds.core.DatasetBuilder]:
     sys.path.append(os.getcwd())
   path = f'tfds:{module}:{name}'
   try:
-    found = getattr(importlib.import_module(module), name, None)
+    names = vars(importlib.import_module(module))
   except ModuleNotFoundError as error:
     if not f'{module}.'.startswith(f'{error.name}.'):
       raise
     raise UserError('data.source.path', path, 'a module in the working directory or on PYTHONPATH') from None
+  found = names.get(name)
   if not (isinstance(found, type) and issubclass(found, tfds.core.DatasetBuilder)):
-    names = [key for key, value in vars(sys.modules[module]).items() if isinstance(value, type)]
-    raise UserError('data.source.path', path, 'the name of a tfds.core.GeneratorBasedBuilder', names=names, given=name)
+    raise UserError('data.source.path', path, 'the name of a tfds.core.GeneratorBasedBuilder', given=name,
+                    names=[key for key, value in names.items() if isinstance(value, type)])
   return found
 
 
@@ -159,7 +147,7 @@ class PythonStdlib(tfds.core.GeneratorBasedBuilder):
   def _generate_examples(self) -> Iterator[tuple[str, dict[str, str]]]:
     with ProgressBar('building the dataset of the standard library', len(self._modules), 'documents') as progress:
       for document in self._modules:
-        yield document.name, {'name': document.name, 'text': document.text}
+        yield document.name, dataclasses.asdict(document)
         progress.advance(1)
 
 
@@ -170,6 +158,5 @@ def build_and_read(modules: Sequence[Document], data_dir: Path) -> list[Document
   """
   builder = PythonStdlib(modules=modules, data_dir=data_dir, file_format='array_record')
   prepare_quietly(builder)
-  records = builder.as_data_source(split='train')
-  documents = (Document(record['name'].decode(), record['text'].decode()) for record in records)
+  documents = (Document(record['name'].decode(), record['text'].decode()) for record in builder.as_data_source(split='train'))
   return sorted(documents, key=lambda document: document.name)

@@ -13,11 +13,11 @@ import jinja2.sandbox
 from gptjax.config import UserError
 from gptjax.data.tokenizers.published import MARK
 
+
 class ChatTemplate:
   """A Jinja template, rendered as in transformers, in a sandbox because it is an untrusted program. `location` is for errors.
 
-  Raises:
-    UserError: the template is invalid.
+  Raises a UserError if the template is invalid.
   """
 
   def __init__(self, source: str, location: str):
@@ -35,8 +35,7 @@ class ChatTemplate:
   def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, object], special: re.Pattern[str] | None) -> str:
     """Renders a conversation; special tokens in messages get a MARK after their first character.
 
-    Raises:
-      UserError: the template rejects the messages.
+    Raises a UserError if the template rejects the messages.
     """
     if not messages or not all(isinstance(message, Mapping) and 'role' in message for message in messages):
       raise UserError('messages', messages, 'one or more, each with a role and usually a content')

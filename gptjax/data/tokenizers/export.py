@@ -13,6 +13,7 @@ SPECIAL_TOKENS = {'pad_token': '<pad>', 'bos_token': '<s>', 'eos_token': '<s>', 
 
 _NAMES = ['<pad>', '<s>', '<unk>']
 _UNREACHABLE = -1e6  # a unigram score so low that no segmentation uses the piece
+_BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 _SPACE = '\t-\r\x1c- \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000'
 _CLASSES = {
@@ -32,7 +33,7 @@ def write_tokenizer(directory: Path, tokenizer: tokenizers.Tokenizer, special_to
 
 def byte_tokenizer(alphabet: str) -> tokenizers.Tokenizer:
   """One id per byte; `alphabet` [256] is the character that represents each byte."""
-  return _tokenizer(_bpe([*_NAMES, *alphabet]), _byte_level(), decoders.ByteLevel())
+  return _tokenizer(_bpe([*_NAMES, *alphabet]), _BYTE_LEVEL, decoders.ByteLevel())
 
 
 def char_tokenizer(characters: str) -> tokenizers.Tokenizer:
@@ -43,24 +44,20 @@ def char_tokenizer(characters: str) -> tokenizers.Tokenizer:
 def gpt2_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]], separator: str) -> tokenizers.Tokenizer:
   """GPT-2's byte-level BPE."""
   tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
-  tokenizer.pre_tokenizer, tokenizer.decoder = _byte_level(use_regex=True), decoders.ByteLevel()
+  tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
   tokenizer.add_special_tokens([tokenizers.AddedToken(separator, normalized=False)])
   return tokenizer
 
 
 def subword_tokenizer(kind: str, scores: Sequence[tuple[str, float]], words: str, symbols: Sequence[str]) -> tokenizers.Tokenizer:
-  """A SentencePiece model of words.
+  """A SentencePiece model, 'bpe' or 'unigram', of words, given by Python's regular expression.
+
+  `scores` are (piece, score) in the order of ids, without the special ids and beginning with `symbols`, texts that are always one id.
 
   The ids are the same, with two exceptions. Letters that are newer than the Unicode version of Python or of the `tokenizers`
   package may be punctuation to one of them. And where unigram segmentations are equally likely, such as two runs of spaces in
   either order, either may be chosen, because SentencePiece compares sums in float32: in 549 of 841,630 words of Python's
   standard library, with 700 ids.
-
-  Args:
-    kind: 'bpe' or 'unigram'.
-    scores: (piece, score) in the order of ids, `symbols` first, without the special ids.
-    words: Python's regular expression of a word.
-    symbols: texts that are always one id.
   """
   learned, names = scores[len(symbols):], [*_NAMES, *symbols]
   model: models.Model
@@ -70,7 +67,7 @@ def subword_tokenizer(kind: str, scores: Sequence[tuple[str, float]], words: str
     model = models.Unigram([*((name, _UNREACHABLE) for name in names), *learned], unk_id=2)
   pattern = re.sub('|'.join(map(re.escape, _CLASSES)), lambda found: _CLASSES[found[0]], words)
   split = pre_tokenizers.Split(tokenizers.Regex(pattern), 'isolated')
-  return _tokenizer(model, pre_tokenizers.Sequence([split, _byte_level()]), decoders.ByteLevel(), symbols)
+  return _tokenizer(model, pre_tokenizers.Sequence([split, _BYTE_LEVEL]), decoders.ByteLevel(), symbols)
 
 
 def merges_from_scores(scores: Mapping[str, float]) -> list[tuple[str, str]]:
@@ -87,10 +84,6 @@ def merges_from_scores(scores: Mapping[str, float]) -> list[tuple[str, str]]:
 
 def _bpe(pieces: Sequence[str], merges: list[tuple[str, str]] | None = None, unk_token: str | None = None) -> models.BPE:
   return models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges or [], unk_token=unk_token)
-
-
-def _byte_level(use_regex: bool = False) -> pre_tokenizers.ByteLevel:
-  return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
 
 
 def _tokenizer(model: models.Model, pre_tokenizer: pre_tokenizers.PreTokenizer | None, decoder: decoders.Decoder,

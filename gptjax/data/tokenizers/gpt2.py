@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,8 @@ import numpy as np
 from gptjax.config import UserError
 from gptjax.data.packages import optional
 from gptjax.data.tokenizers import export
-from gptjax.data.tokenizers.tokenizer import ALPHABET, Tokenizer, from_alphabet, to_alphabet, utf8, write_json
+from gptjax.data.tokenizers.published import json_object
+from gptjax.data.tokenizers.tokenizer import ALPHABET, Tokenizer, from_alphabet, to_alphabet, utf8
 
 OPENAI_FILES = ('encoder.json', 'vocab.bpe')
 """Ids by token, and, after a line `#version: 0.2`, one merge per line in order, as two tokens."""
@@ -31,12 +32,10 @@ anything follows; tiktoken's regex engine would backtrack to there with a stack 
 class Gpt2Tokenizer(Tokenizer):
   """GPT-2's byte-level BPE (Radford et al. 2019): 50,257 ids, of which '<|endoftext|>' is the last.
 
-  Uses tiktoken, which is ten times as fast as the `tokenizers` package. The text '<|endoftext|>' is encoded as text. There is no
-  separate pad id: rows are masked by arrays and not by ids, so the separator serves.
-  The folder has encoder.json and vocab.bpe, or the same as vocab.json and merges.txt, of any byte-level BPE of that form.
-
-  Raises:
-    UserError: tiktoken is not installed, a file is missing or damaged, or the two are inconsistent.
+  Uses tiktoken, which is ten times as fast as the `tokenizers` package. The text '<|endoftext|>' is encoded as text. The
+  separator is also the pad id, because rows are masked by arrays and not by ids. The folder has encoder.json and vocab.bpe, or
+  the same as vocab.json and merges.txt, of any byte-level BPE of that form. Raises a UserError if tiktoken is not installed, a
+  file is missing or damaged, or the two are inconsistent.
   """
 
   kind = 'gpt2'
@@ -48,8 +47,9 @@ class Gpt2Tokenizer(Tokenizer):
     renamed = (directory / HUGGING_FACE_FILES[1]).exists() and not (directory / OPENAI_FILES[0]).exists()
     vocab_path, merges_path = (directory / name for name in (HUGGING_FACE_FILES if renamed else OPENAI_FILES))
     self._vocab, self._merges = _read(vocab_path), _read(merges_path)
-    pieces = [from_alphabet(character) for character in sorted(ALPHABET)] + list(_merged(self._merges, merges_path))
-    _check_vocab(self._vocab, pieces, vocab_path)
+    self._pairs = _pairs(self._merges, merges_path)
+    pieces = [*map(from_alphabet, sorted(ALPHABET)), *(from_alphabet(left + right) for left, right in self._pairs)]
+    _check_vocab(json_object(str(vocab_path), self._vocab), pieces, vocab_path)
     super().__init__([*pieces, b''])
     self.pad_id = self.bos_id = self.eos_id = len(pieces)
     ranks = {piece: rank for rank, piece in enumerate(pieces)}
@@ -66,12 +66,11 @@ class Gpt2Tokenizer(Tokenizer):
     return np.concatenate(ids).astype(np.int32)
 
   def save(self, directory: Path) -> None:
-    write_json(directory, {'kind': self.kind})
+    super().save(directory)
     self._write(directory, OPENAI_FILES)
 
   def save_hugging_face(self, directory: Path) -> None:
-    merges: list = [tuple(line.split(' ')) for line in self._merges.split('\n')[1:] if line]
-    tokenizer = export.gpt2_tokenizer(json.loads(self._vocab), merges, _SEPARATOR)
+    tokenizer = export.gpt2_tokenizer(json.loads(self._vocab), self._pairs, _SEPARATOR)
     export.write_tokenizer(directory, tokenizer, dict.fromkeys(('bos_token', 'eos_token'), _SEPARATOR))
     self._write(directory, HUGGING_FACE_FILES)
 
@@ -89,26 +88,20 @@ def _read(path: Path) -> str:
     raise UserError(f'{path}, byte {error.start}', error.object[error.start:error.start + 4], 'UTF-8 text') from None
 
 
-def _merged(merges: str, path: Path) -> Iterator[bytes]:
-  """The bytes that each merge produces, in order."""
+def _pairs(merges: str, path: Path) -> list[tuple[str, str]]:
+  """The two tokens of each merge, in order."""
+  pairs, alphabet = [], {*ALPHABET}
   for number, line in enumerate(merges.split('\n')[1:], 2):
-    if not line:
-      continue  # the end of the file
-    try:
-      left, right = map(from_alphabet, line.split(' '))
-    except (ValueError, KeyError):
-      raise UserError(f'{path}:{number}', line[:80], 'two tokens separated by a space') from None
-    yield left + right
+    match line.split(' '):
+      case [left, right] if alphabet.issuperset(left + right):
+        pairs.append((left, right))
+      case tokens if tokens != ['']:  # as at the end of the file
+        raise UserError(f'{path}:{number}', line[:80], 'two tokens separated by a space')
+  return pairs
 
 
-def _check_vocab(vocab: str, pieces: list[bytes], path: Path) -> None:
+def _check_vocab(found: Mapping[str, object], pieces: list[bytes], path: Path) -> None:
   """Raises a UserError unless the vocabulary assigns to each piece its index, the next id to the separator, and nothing else."""
-  try:
-    found = json.loads(vocab)
-  except (ValueError, RecursionError) as error:  # not JSON, numbers too long for Python, or brackets too deep
-    raise UserError(str(path), vocab[:40], f'JSON ({error})') from None
-  if not isinstance(found, dict):
-    raise UserError(str(path), vocab[:40], 'an object of tokens and their ids')
   expected = {to_alphabet(piece): rank for rank, piece in enumerate(pieces)} | {_SEPARATOR: len(pieces)}
   for token in [*expected, *found]:
     if found.get(token) != expected.get(token):

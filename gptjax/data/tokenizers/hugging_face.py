@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-import operator
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,16 +11,14 @@ import tokenizers
 
 from gptjax.config import UserError
 from gptjax.data.tokenizers.published import DESCRIPTION, MARK, Published, PublishedTokenizer
-from gptjax.data.tokenizers.tokenizer import from_alphabet, utf8
+from gptjax.data.tokenizers.tokenizer import ALPHABET, from_alphabet, utf8
 
 
 class HuggingFaceTokenizer(PublishedTokenizer):
   """A tokenizer.json, encoded by the `tokenizers` package, without the special ids that it would put around a text.
 
-  As in transformers, a space at the start of a text is lost where Metaspace prepends one.
-
-  Raises:
-    UserError: the file is damaged, or describes something other than byte-level BPE or unigram, or the same with byte fallback.
+  As in transformers, a space at the start of a text is lost where Metaspace prepends one. Raises a UserError if the file is
+  damaged, or describes something other than byte-level BPE or unigram, or the same with byte fallback.
   """
 
   kind = 'hugging_face'
@@ -29,11 +27,14 @@ class HuggingFaceTokenizer(PublishedTokenizer):
     description = published.json(DESCRIPTION)
     self._backend = _load(published)
     self._backend.encode_special_tokens = True  # text that looks like a special token is text
-    tokens = _tokens_by_id(self._backend.get_vocab(with_added_tokens=True), published)
-    ids = dict(zip(tokens, range(len(tokens))))
+    vocab = self._backend.get_vocab(with_added_tokens=True)
+    if missing := {*range(len(vocab))} - {*vocab.values()}:
+      raise UserError(f'{published.location}/{DESCRIPTION}, id {min(missing)}', None, f'{len(vocab)} consecutive ids, each of one token')
+    tokens = sorted(vocab, key=vocab.__getitem__)
     bytes_of, self.prefix = _byte_decoder(description.get('decoder'), published)
     special = {i: token.content for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
-    super().__init__(published, list(map(bytes_of, tokens)), _unk_token(description['model']) | published.special_tokens, special, ids.get)
+    names = _unk_token(description['model']) | published.special_tokens
+    super().__init__(published, list(map(bytes_of, tokens)), names, special, vocab.get)
     if self.unk_id is None and not {bytes([byte]) for byte in range(256)} <= set(self.pieces):
       raise UserError(f'{published.location}/{DESCRIPTION}', 'no token for some bytes', 'all 256 bytes, or an unk_token')
 
@@ -87,55 +88,31 @@ def _unk_token(model: Mapping[str, Any]) -> dict[str, str]:
   return {'unk_token': model['unk_token']} if model.get('unk_token') else {}
 
 
-def _tokens_by_id(vocab: Mapping[str, int], published: Published) -> list[str]:
-  tokens = {i: token for token, i in vocab.items()}
-  for i in range(len(vocab)):
-    if i not in tokens:
-      raise UserError(f'{published.location}/{DESCRIPTION}, id {i}', None, f'{len(vocab)} consecutive ids, each of one token')
-  return [tokens[i] for i in range(len(vocab))]
-
-
 def _byte_decoder(decoder: Any, published: Published) -> tuple[Callable[[str], bytes], bytes]:
   """A function from tokens to their bytes, and the prefix that decoding removes from texts."""
-  steps: list[Callable[[str], str | bytes]] = []
-  prefix = b''
+  replaced: list[tuple[str, str]] = []
+  kinds, prefix, alphabet = set(), b'', {*ALPHABET}
   for step in decoder['decoders'] if decoder and decoder['type'] == 'Sequence' else [decoder]:
     match step:
-      case {'type': 'ByteLevel'}:
-        steps.append(_decode_alphabet)
+      case {'type': 'ByteLevel' | 'ByteFallback' | 'Fuse' as kind}:
+        kinds.add(kind)
       case {'type': 'Replace', 'pattern': {'String': old}, 'content': new}:
-        steps.append(operator.methodcaller('replace', old, new))
-      case {'type': 'ByteFallback'}:
-        steps.append(_decode_hex)
+        replaced.append((old, new))
       case {'type': 'Metaspace', 'replacement': old}:
-        steps.append(operator.methodcaller('replace', old, ' '))
+        replaced.append((old, ' '))
         prefix = b'' if step.get('prepend_scheme') == 'never' or step.get('add_prefix_space') is False else b' '
       case {'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0}:
         prefix = b' '
-      case {'type': 'Fuse'}:
-        pass
       case _:
         raise UserError(f'{published.location}/{DESCRIPTION}: decoder', step and step.get('type'), 'ByteLevel, or a sequence of Replace, '
                         'ByteFallback, Fuse, Metaspace and one Strip on the left')
 
   def decode(token: str) -> bytes:
-    value: str | bytes = token
-    for step in steps:
-      value = step(value) if isinstance(value, str) else value
-    return value.encode() if isinstance(value, str) else value
+    for old, new in replaced:
+      token = token.replace(old, new)
+    if 'ByteLevel' in kinds and alphabet.issuperset(token):  # other tokens are added ones, which are plain text
+      return from_alphabet(token)
+    byte = re.fullmatch('<0x([0-9A-Fa-f]{2})>', token) if 'ByteFallback' in kinds else None
+    return bytes.fromhex(byte[1]) if byte else token.encode()
+
   return decode, prefix
-
-
-def _decode_alphabet(token: str) -> bytes:
-  try:
-    return from_alphabet(token)
-  except KeyError:  # added tokens are plain text
-    return token.encode()
-
-
-def _decode_hex(token: str) -> str | bytes:
-  """Decodes byte tokens such as <0x0A>."""
-  try:
-    return bytes.fromhex(token[3:5]) if len(token) == 6 and token.startswith('<0x') and token.endswith('>') else token
-  except ValueError:
-    return token

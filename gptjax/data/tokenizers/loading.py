@@ -7,26 +7,26 @@ from pathlib import Path
 from gptjax.config import UserError
 from gptjax.data.tokenizers.gpt2 import HUGGING_FACE_FILES, OPENAI_FILES, Gpt2Tokenizer
 from gptjax.data.tokenizers.hugging_face import HuggingFaceTokenizer
-from gptjax.data.tokenizers.published import DESCRIPTION, Published
+from gptjax.data.tokenizers.published import DESCRIPTION, MODEL, Published
 from gptjax.data.tokenizers.sentencepiece_model import SentencePieceModel
-from gptjax.data.tokenizers.subwords import MODEL, SentencePieceTokenizer, Words
+from gptjax.data.tokenizers.subwords import SentencePieceTokenizer, Words
 from gptjax.data.tokenizers.tokenizer import FILE, ByteTokenizer, CharTokenizer, Tokenizer
 from gptjax.files import expanded
+
+_PUBLISHED = {DESCRIPTION: 'hugging_face', OPENAI_FILES[0]: 'gpt2', HUGGING_FACE_FILES[1]: 'gpt2', MODEL: 'sentencepiece'}
+"""Kinds of published models' tokenizers by a file of their folders, in order of precedence."""
 
 
 def load_tokenizer(directory: Path | str) -> Tokenizer:
   """Loads a tokenizer from a folder that `Tokenizer.save` wrote, or from a published model's.
 
   A published model's folder has tokenizer.json, GPT-2's two files (encoder.json and vocab.bpe, or vocab.json and merges.txt), or
-  tokenizer.model.
-
-  Raises:
-    UserError: the folder has no tokenizer, or a damaged one.
+  tokenizer.model. Raises a UserError if the folder has no tokenizer, or a damaged one.
   """
   folder = expanded(directory)
+  published = [kind for name, kind in _PUBLISHED.items() if (folder / name).exists()]
   try:
-    kind = _published_kind(folder)
-    saved = {'kind': kind} if kind else json.loads((folder / FILE).read_text(encoding='utf-8'))
+    saved = {'kind': published[0]} if published and not (folder / FILE).exists() else json.loads((folder / FILE).read_text('utf-8'))
     match saved['kind']:
       case 'bytes':
         return ByteTokenizer()
@@ -49,15 +49,3 @@ def load_tokenizer(directory: Path | str) -> Tokenizer:
     raise UserError('tokenizer', str(directory), f'a folder with an undamaged tokenizer ({type(error).__name__}: {error})') from None
   raise UserError(str(folder / FILE), saved['kind'], 'a kind that this version of gptjax supports: bpe, unigram, chars, bytes, gpt2, '
                   'hugging_face, sentencepiece')
-
-
-def _published_kind(folder: Path) -> str:
-  """Kind of a published model's tokenizer; empty for a folder that `Tokenizer.save` wrote, or without a tokenizer."""
-  has = lambda name: (folder / name).exists()
-  if has(FILE):
-    return ''
-  if has(DESCRIPTION):
-    return 'hugging_face'
-  if has(OPENAI_FILES[0]) or has(HUGGING_FACE_FILES[1]):
-    return 'gpt2'
-  return 'sentencepiece' if has(MODEL) else ''

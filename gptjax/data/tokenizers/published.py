@@ -7,15 +7,12 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from gptjax.config import UserError
 from gptjax.data.tokenizers.tokenizer import FILE, Tokenizer, write_json
-
-if TYPE_CHECKING:
-  from gptjax.data.tokenizers.chat import ChatTemplate
 
 DESCRIPTION, MODEL, CONFIG, TEMPLATE = 'tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'chat_template.jinja'
 _SPECIAL_MAP, _ADDED = 'special_tokens_map.json', 'added_tokens.json'
@@ -37,14 +34,10 @@ class Published:
 
   @staticmethod
   def read(directory: Path) -> 'Published':
-    """Reads a folder of Hugging Face's, or one that `PublishedTokenizer.save` wrote.
-
-    Raises:
-      UserError: a file is damaged.
-    """
+    """Reads a folder of Hugging Face's, or one that `PublishedTokenizer.save` wrote. Raises a UserError if a file is damaged."""
     files = {name: (directory / name).read_bytes() for name in _FILES if (directory / name).exists()}
     names = [FILE] if (directory / FILE).exists() else ['generation_config.json', 'config.json']
-    configs = [_object(directory / name, (directory / name).read_bytes()) for name in names if (directory / name).exists()]
+    configs = [json_object(f'{directory}/{name}', (directory / name).read_bytes()) for name in names if (directory / name).exists()]
     special_ids = {}
     for name in ('bos_token_id', 'eos_token_id', 'pad_token_id'):
       value: Any = next((config[name] for config in configs if config.get(name) is not None), [])
@@ -55,7 +48,7 @@ class Published:
 
   def json(self, name: str) -> dict[str, Any]:
     """The object in a file; empty if the file does not exist."""
-    return _object(Path(self.location, name), self.files.get(name, b'{}'))
+    return json_object(f'{self.location}/{name}', self.files.get(name, b'{}'))
 
   @functools.cached_property
   def config(self) -> dict[str, Any]:
@@ -94,13 +87,12 @@ class PublishedTokenizer(Tokenizer):
   `decode(encode(text)) == text` up to what its files define: a normalizer such as Qwen's NFC changes text before encoding, and
   SentencePiece treats U+2581 as a space. Invalid UTF-8 may give fewer U+FFFD than in transformers.
 
+  Raises a UserError if a special token is not in the vocabulary, or no token that ends a text is defined.
+
   Args:
     published, pieces: the files, and the UTF-8 bytes of each id.
     names: texts of bos_token and so on, where defined.
     special, id_of: texts of the special ids, by id; the id of a token's text, or None.
-
-  Raises:
-    UserError: a special token is not in the vocabulary, or no token that ends a text is defined.
   """
 
   def __init__(self, published: Published, pieces: Sequence[bytes], names: Mapping[str, str], special: Mapping[int, str],
@@ -117,8 +109,8 @@ class PublishedTokenizer(Tokenizer):
         raise UserError(f'{published.location}: {name}', list(values), f'ids of the tokenizer, 0 to {len(pieces) - 1}')
       ids[name.removesuffix('_id')] = [*ids.get(name.removesuffix('_id'), []), *values]
     if not ids['eos_token']:
-      raise UserError(f'{published.location}: eos_token', None,
-                      f'a token that ends a text, in {CONFIG}, or its id in generation_config.json')
+      expected = f'a token that ends a text, in {CONFIG}, or its id in generation_config.json'
+      raise UserError(f'{published.location}: eos_token', None, expected)
     self._stop_ids = tuple(dict.fromkeys(ids['eos_token']))
     self.eos_id = self._stop_ids[0]
     self.bos_id, self.pad_id = ((*ids[name], self.eos_id)[0] for name in ('bos_token', 'pad_token'))
@@ -140,7 +132,7 @@ class PublishedTokenizer(Tokenizer):
     return [str(ids), *(f'{name} {hashlib.sha256(data).hexdigest()}' for name, data in sorted(self.published.files.items()))]
 
   @functools.cached_property
-  def _template(self) -> 'ChatTemplate | None':
+  def _template(self) -> Any:
     from gptjax.data.tokenizers.chat import ChatTemplate  # imports Jinja
     source, location = self.published.template
     return ChatTemplate(source, location) if source else None
@@ -181,11 +173,12 @@ def special_pattern(tokens: Iterable[str]) -> re.Pattern[str] | None:
   return re.compile('|'.join(map(re.escape, longest))) if longest else None
 
 
-def _object(path: Path, data: bytes) -> dict[str, Any]:
+def json_object(location: str, data: bytes | str) -> dict[str, Any]:
+  """Parses an object; a UserError names `location` if the data is something else."""
   try:
     found = json.loads(data)
-  except (ValueError, RecursionError) as error:
-    raise UserError(str(path), data[:40], f'JSON ({error})') from None
+  except (ValueError, RecursionError) as error:  # not JSON, numbers too long for Python, or brackets too deep
+    raise UserError(location, data[:40], f'JSON ({error})') from None
   if not isinstance(found, dict):
-    raise UserError(str(path), data[:40], 'a JSON object')
+    raise UserError(location, data[:40], 'a JSON object')
   return found

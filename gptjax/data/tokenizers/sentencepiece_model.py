@@ -15,10 +15,7 @@ class SentencePieceModel(PublishedTokenizer):
   """A tokenizer.model, encoded by the sentencepiece package, and the special tokens that its folder adds.
 
   In a conversation, SentencePiece's space is prepended to the text after a special token only if tokenizer_config.json has
-  `"legacy": true`.
-
-  Raises:
-    UserError: the file is damaged, or the model has no byte fallback.
+  `"legacy": true`. Raises a UserError if the file is damaged, or the model has no byte fallback.
   """
 
   kind = 'sentencepiece'
@@ -29,7 +26,9 @@ class SentencePieceModel(PublishedTokenizer):
       self._model = sentencepiece.SentencePieceProcessor(model_proto=published.files[MODEL])
     except RuntimeError as error:
       raise UserError(path, f'{len(published.files[MODEL])} bytes', f'a model that SentencePiece can read ({error})') from None
-    self._continuing = _without_prefix(published.files[MODEL])
+    proto = sentencepiece_model_pb2.ModelProto.FromString(published.files[MODEL])  # type: ignore[attr-defined]  # defined at import
+    proto.normalizer_spec.add_dummy_prefix = False
+    self._continuing = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())  # for text that follows other text
     model, count = self._model, self._model.vocab_size()
     texts = list(map(model.id_to_piece, range(count)))
     if sum(map(model.is_byte, range(count))) != 256:
@@ -69,10 +68,3 @@ class SentencePieceModel(PublishedTokenizer):
 
   def _encode_section(self, text: str, first: bool) -> list[int]:
     return self._encode_text(text, self._model if first or self.published.config.get('legacy', False) else self._continuing)
-
-
-def _without_prefix(model: bytes) -> sentencepiece.SentencePieceProcessor:
-  """The same model for text that follows other text."""
-  proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]  # defined at import
-  proto.normalizer_spec.add_dummy_prefix = False
-  return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())

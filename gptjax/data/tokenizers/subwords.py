@@ -14,11 +14,9 @@ from gptjax.config import TokenizerConfig, UserError
 from gptjax.data.progress import announce
 from gptjax.data.sources.source import Document
 from gptjax.data.tokenizers import export
+from gptjax.data.tokenizers.published import MODEL
 from gptjax.data.tokenizers.tokenizer import (
   ALPHABET, SPECIALS, ByteTokenizer, CharTokenizer, Tokenizer, from_alphabet, to_alphabet, utf8, write_json)
-
-MODEL = 'tokenizer.model'
-"""SentencePiece's own file in a tokenizer's folder."""
 
 _MAX_CACHED_WORDS, _MAX_CACHED_LENGTH = 2**18, 128
 
@@ -46,24 +44,14 @@ class Words:
     self.pattern = pattern
     self.symbols = tuple(symbols)
     self._word = re.compile(pattern)
-    self._symbol = re.compile('|'.join(map(re.escape, sorted(symbols, key=len, reverse=True)))) if symbols else None
+    self._symbol = re.compile(f"({'|'.join(map(re.escape, sorted(symbols, key=len, reverse=True)))})") if symbols else None
 
   def split(self, text: str) -> Iterator[str]:
     """The words in order."""
+    words = lambda part: map(re.Match.group, self._word.finditer(part))  # findall's list would be far larger than the text
     if not self._symbol:  # without a generator in between, for speed
-      return self._words(text, 0, len(text))
-    return self._split_at_symbols(self._symbol, text)
-
-  def _split_at_symbols(self, symbols: re.Pattern[str], text: str) -> Iterator[str]:
-    start = 0
-    for symbol in symbols.finditer(text):
-      yield from self._words(text, start, symbol.start())
-      yield symbol.group()
-      start = symbol.end()
-    yield from self._words(text, start, len(text))
-
-  def _words(self, text: str, start: int, stop: int) -> Iterator[str]:
-    return map(re.Match.group, self._word.finditer(text, start, stop))  # findall's list would be far larger than the text
+      return words(text)
+    return itertools.chain.from_iterable([part] if i % 2 else words(part) for i, part in enumerate(self._symbol.split(text)))
 
 
 class _WordCache(dict[str, bytes]):
@@ -88,10 +76,7 @@ class SentencePieceTokenizer(Tokenizer):
   any text can be encoded, and nothing in it (a space, a NUL, SentencePiece's own U+2581) has a special meaning.
 
   `kind` is 'bpe' or 'unigram', `model` a serialized SentencePiece model. `words` splits text before SentencePiece encodes it; its
-  symbols are pieces of the model.
-
-  Raises:
-    UserError: the model's special ids differ from those of `Tokenizer`.
+  symbols are pieces of the model. Raises a UserError if the model's special ids differ from those of `Tokenizer`.
   """
 
   def __init__(self, kind: str, model: bytes, words: Words):
@@ -148,19 +133,10 @@ def train_tokenizer(
     UserError: the vocabulary is larger than the documents allow or too small for bytes and symbols, a text is not valid
       Unicode, or digits or symbols are invalid.
   """
-  match config.kind:
-    case 'bytes':
-      return ByteTokenizer()
-    case 'chars':
-      characters: set[str] = set()
-      for document in documents:
-        characters.update(document.text)
-      return CharTokenizer(''.join(characters))
-    case 'bpe' | 'unigram':
-      return _train_sentencepiece(config, documents, _words(digits, symbols))
-
-
-def _words(digits: int, symbols: Sequence[str]) -> Words:
+  if config.kind == 'bytes':
+    return ByteTokenizer()
+  if config.kind == 'chars':
+    return CharTokenizer(''.join(set(itertools.chain.from_iterable(document.text for document in documents))))
   if digits < 1:
     raise UserError('digits', digits, '1 or more digits per piece')
   for symbol in symbols:
@@ -168,7 +144,7 @@ def _words(digits: int, symbols: Sequence[str]) -> Words:
       raise UserError('symbol', symbol, 'distinct texts of two or more bytes')
     if symbol in ('<pad>', '<s>', '</s>', '<unk>'):
       raise UserError('symbol', symbol, "texts other than SentencePiece's own special tokens")
-  return Words(word_pattern(digits), symbols)
+  return _train_sentencepiece(config, documents, Words(word_pattern(digits), symbols))
 
 
 def _train_sentencepiece(config: TokenizerConfig, documents: Iterable[Document], words: Words) -> Tokenizer:

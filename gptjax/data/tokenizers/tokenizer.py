@@ -25,8 +25,7 @@ class Tokenizer(abc.ABC):
   """Converts between text and ids; `decode(encode(text)) == text` for any text that UTF-8 can represent.
 
   Published tokenizers (PublishedTokenizer) document their exceptions. Text never becomes a special id, even if it looks like one.
-  An id represents a byte string, because it may be only a part of a character.
-  `pieces` are the UTF-8 bytes of each id, b'' for special ids.
+  `pieces` are the UTF-8 bytes of each id, which may be only a part of a character; b'' for special ids.
   """
 
   kind: str
@@ -73,8 +72,7 @@ class Tokenizer(abc.ABC):
   def encode(self, text: str, source: str = 'text') -> np.ndarray:
     """Encodes a text to int32 ids [n], without special ids; `source` is its name for error messages, such as its file.
 
-    Raises:
-      UserError: the text cannot be encoded; the error names the character and its position.
+    Raises a UserError if the text cannot be encoded; the error names the character and its position.
     """
 
   def decode(self, ids: Iterable[int]) -> str:
@@ -84,30 +82,26 @@ class Tokenizer(abc.ABC):
   def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **options: object) -> np.ndarray:
     """Encodes a conversation with the tokenizer's chat template to int32 ids [n], including special ids.
 
-    Only the template produces special ids; text in a message that looks like one is encoded as text.
+    Only the template produces special ids; text in a message that looks like one is encoded as text. Raises a UserError if the
+    tokenizer has no template, or the template rejects the messages.
 
     Args:
       messages: {'role': ..., 'content': ...} each, in order; the template defines the roles.
       add_generation_prompt: append the start of the assistant's answer.
       options: other variables of the template, such as enable_thinking.
-
-    Raises:
-      UserError: the tokenizer has no template, or the template rejects the messages.
     """
     raise UserError('tokenizer', self.kind, 'one with a chat template (chat_template.jinja, or chat_template in tokenizer_config.json)')
 
-  @abc.abstractmethod
   def save(self, directory: Path) -> None:
     """Writes everything that `load_tokenizer` needs to a folder."""
+    write_json(directory, {'kind': self.kind})
 
   @abc.abstractmethod
   def save_hugging_face(self, directory: Path) -> None:
     """Writes files from which transformers' `AutoTokenizer.from_pretrained(directory)` loads a tokenizer with the same ids and texts.
 
-    The model's config.json and generation_config.json, which may also name start and stop ids, are not written here.
-
-    Raises:
-      UserError: Hugging Face's format cannot represent this tokenizer.
+    The model's config.json and generation_config.json, which may also name start and stop ids, are not written here. Raises a
+    UserError if Hugging Face's format cannot represent this tokenizer.
     """
 
 
@@ -146,9 +140,6 @@ class ByteTokenizer(Tokenizer):
   def encode(self, text: str, source: str = 'text') -> np.ndarray:
     return np.frombuffer(utf8(text, source), np.uint8).astype(np.int32) + SPECIALS
 
-  def save(self, directory: Path) -> None:
-    write_json(directory, {'kind': self.kind})
-
   def save_hugging_face(self, directory: Path) -> None:
     export.write_tokenizer(directory, export.byte_tokenizer(ALPHABET))
 
@@ -181,14 +172,10 @@ class CharTokenizer(Tokenizer):
     export.write_tokenizer(directory, export.char_tokenizer(self.characters))
 
 
-def _byte_alphabet() -> str:
-  """GPT-2's printable character for each byte: the byte's own, or the next one from U+0100 if that is not printable."""
-  printable = {*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)}
-  others = itertools.count(256)
-  return ''.join(chr(byte) if byte in printable else chr(next(others)) for byte in range(256))
-
-
-ALPHABET = _byte_alphabet()
+_PRINTABLE = {*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)}
+_OTHERS = itertools.count(256)
+ALPHABET = ''.join(chr(byte if byte in _PRINTABLE else next(_OTHERS)) for byte in range(256))
+"""GPT-2's printable character for each byte: the byte's own, or the next one from U+0100 if that is not printable."""
 _TO_ALPHABET = dict(enumerate(ALPHABET))
 _TO_BYTE = {character: byte for byte, character in enumerate(ALPHABET)}
 

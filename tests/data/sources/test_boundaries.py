@@ -4,13 +4,13 @@ import itertools
 
 import pytest
 
-from gptjax.data.sources.boundaries import Boundary
+from gptjax.data.sources.text import Boundary
 
 
 @pytest.mark.parametrize('separator', ['a', 'aa', 'ab', 'aba', 'aab', 'aaa', 'abab'])
 @pytest.mark.parametrize('window', [1, 2**16])
-def test_records_begin_where_they_begin_in_the_whole(separator, window, monkeypatch):
-  monkeypatch.setattr('gptjax.data.sources.boundaries._WINDOW', window)
+def test_records_begin_where_splitting_the_complete_text_begins_them(separator, window, monkeypatch):
+  monkeypatch.setattr('gptjax.data.sources.text._WINDOW', window)
   boundary = Boundary(separator)
   for text in map(''.join, itertools.product('ab', repeat=9)):
     pieces = text.split(separator)

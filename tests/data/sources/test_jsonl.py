@@ -70,7 +70,7 @@ def test_lines_in_parts_are_the_lines_of_the_file(tmp_path_factory, lines, step,
     (b'{"text": "a\xff"}', """:5: b'\\xff"}', expected: UTF-8 text"""),
     (b'{"text": "a\\ud800b"}', ":5: '\\ud800b', expected: UTF-8 text in the field text"),
 ])
-def test_what_is_malformed_is_named_with_its_line(tmp_path, line, error):
+def test_the_error_for_a_malformed_line_has_its_number(tmp_path, line, error):
   assert read_line(tmp_path, line) == error
 
 
@@ -90,23 +90,23 @@ def test_text_is_a_field_or_a_template(tmp_path, template, line, text):
     ('{q.x}', '{"q": {"y": 1}}', "'q.x', expected: a field that the record has: q.y; did you mean q.y?"),
     ('{q.x}', '{"q": 1}', "'q.x', expected: a field that the record has: none"),
 ])
-def test_what_a_template_cannot_take_is_malformed(tmp_path, template, line, error):
+def test_values_that_a_template_cannot_use_are_malformed(tmp_path, template, line, error):
   assert read_line(tmp_path, line.encode(), template) == f':5: {error}'
 
 
 @pytest.mark.parametrize('template', ['{', '{a', '{}', '{a!r}', '{a:>3}', '{a[0]}', '{a.}', '{a..b}', '{{a}}', '{a}}'])
-def test_other_templates_are_malformed_errord(tmp_path, template):
+def test_invalid_templates_are_errors(tmp_path, template):
   (tmp_path / 'a.jsonl').write_text('{"a": "b"}')
   with pytest.raises(UserError, match=r'^data.source.text: '):
     open_lines(tmp_path, text=template)
 
 
-def test_files_are_counted_apart(tmp_path):
+def test_records_are_counted_per_file(tmp_path):
   for name in ('a', 'b'):
     (tmp_path / f'{name}.jsonl').write_text('{"text": "x"}\n\n7\n')
   assert [error.partition(' ')[0] for error in errors(open_lines(tmp_path))] == [f'{tmp_path}/{n}.jsonl:3:' for n in 'ab']
 
 
-def test_json_files_are_lines_where_nothing_else_is(tmp_path):
+def test_json_files_are_read_if_there_are_no_others(tmp_path):
   (tmp_path / 'a.json').write_text('{"text": "x"}\n')
   assert [document.text for document in open_lines(tmp_path)] == ['x']

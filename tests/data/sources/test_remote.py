@@ -1,5 +1,6 @@
 """An object store reads like a local folder, tested with an S3 server."""
 
+import importlib
 import os
 import pickle
 import socket
@@ -42,7 +43,7 @@ def bucket(tmp_path_factory):
     ('text', {}), ('text', {'separator': r'\n\n'}), ('text/a.txt', {}), ('text/*.txt', {}), ('text/**/*.txt', {}), ('lines', {}),
     ('packed/a.jsonl.zst', {}), ('*/*.jsonl*', {}), ('tables', {}), ('tables/t.parquet', {}),
 ])
-def test_a_bucket_gives_what_a_folder_gives(bucket, pattern, config, monkeypatch):
+def test_a_bucket_yields_the_same_documents_as_a_folder(bucket, pattern, config, monkeypatch):
   monkeypatch.setattr(Source, 'part_bytes', 3000)
   monkeypatch.setattr(TextFiles, 'max_document_bytes', 100)
   here = open_source(SourceConfig(path=f'{bucket}/{pattern}', **config))
@@ -67,7 +68,7 @@ def test_only_a_part_of_an_object_is_fetched(bucket, monkeypatch):
 
   monkeypatch.setattr(s3fs.core, '_fetch_range', fetch)
   monkeypatch.setattr(Source, 'part_bytes', 500)
-  monkeypatch.setattr('gptjax.data.sources.boundaries._WINDOW', 50)
+  monkeypatch.setattr('gptjax.data.sources.text._WINDOW', 50)
   source = open_source(SourceConfig(path='s3://bucket/data/lines'))
   assert not fetched
   assert list(source.read(list(source.parts())[3]))
@@ -80,13 +81,13 @@ def test_only_a_part_of_an_object_is_fetched(bucket, monkeypatch):
     ('s3://bucket/data/text/*.rst', 'a glob that matches files'), ('s3://other/a.txt', 'a file, a folder'),
     ('s3://bucket/data/text/e.txt', 'not empty'),
 ])
-def test_what_is_not_there_is_named(bucket, path, error):
+def test_errors_name_missing_datasets_and_objects(bucket, path, error):
   with pytest.raises(UserError, match=f'^data.source.path: .*{error}'):
     open_source(SourceConfig(path=path))
 
 
 @pytest.mark.full
-def test_the_fingerprint_follows_the_object(bucket):
+def test_the_fingerprint_changes_with_the_object(bucket):
   import s3fs
   config = SourceConfig(path='s3://bucket/data/lines/a.jsonl')
   before = open_source(config).fingerprint()
@@ -96,9 +97,9 @@ def test_the_fingerprint_follows_the_object(bucket):
   s3fs.S3FileSystem().pipe('bucket/data/lines/a.jsonl', LINES)
 
 
-def test_a_missing_client_is_named(monkeypatch):
+def test_the_error_names_a_missing_client(monkeypatch):
   monkeypatch.setitem(sys.modules, 's3fs', None)
-  monkeypatch.delitem(sys.modules['fsspec.registry']._registry, 's3', raising=False)
+  monkeypatch.delitem(importlib.import_module('fsspec.registry')._registry, 's3', raising=False)
   with pytest.raises(UserError, match=r'^data.source.path: .s3://a/b.*s3fs package: pip install s3fs'):
     open_source(SourceConfig(path='s3://a/b'))
 

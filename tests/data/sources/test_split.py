@@ -64,7 +64,7 @@ def test_a_single_document_in_pieces_is_split_at_the_same_place(tmp_path, monkey
 
 @given(length=st.integers(10, 5000), tenths=st.integers(1, 9))
 @settings(max_examples=200, deadline=None, database=None)
-def test_the_share_of_a_single_document_is_exact(length, tenths):
+def test_the_held_out_fraction_of_a_single_document_is_exact(length, tenths):
   (train,), (valid,) = split_source(Listed([Document('a', 'x' * length)]), tenths / 10)
   assert len(train.text) == length * (10 - tenths) // 10
   assert len(train.text) + len(valid.text) == length
@@ -77,7 +77,7 @@ def test_a_document_too_short_to_split_is_an_error():
 
 @given(names=st.lists(st.text(min_size=1), min_size=2, unique=True), fraction=st.floats(0.001, 0.999))
 @settings(max_examples=200, deadline=None, database=None)
-def test_documents_are_shared_out_and_neither_side_is_empty(names, fraction):
+def test_documents_are_divided_and_neither_side_is_empty(names, fraction):
   train, valid = sides(names, fraction)
   assert sorted(train + valid) == sorted(names)
   assert train
@@ -85,7 +85,7 @@ def test_documents_are_shared_out_and_neither_side_is_empty(names, fraction):
   assert [name for name in names if name in train] == train
 
 
-def test_more_documents_move_none_and_the_share_is_about_right():
+def test_added_documents_move_none_and_the_fraction_is_approximate():
   names = [f'{i}.txt' for i in range(1000)]
   train, valid = sides(names[:500], 0.2)
   more_train, more_valid = sides(names[::-1], 0.2)
@@ -94,13 +94,13 @@ def test_more_documents_move_none_and_the_share_is_about_right():
   assert 160 < len(more_valid) < 240
 
 
-def test_names_that_nobody_knows_are_split_by_their_hashes_alone():
+def test_unknown_names_are_split_by_their_hashes_alone():
   names = [f'{i}.txt' for i in range(1000)]
   assert sides(names, 0.2, known=False) == sides(names, 0.2)
   assert sides(names[:1], 1e-9, known=False) == [names[:1], []]
 
 
-def test_records_count_alike_on_both_sides_and_malformed_ones_train(tmp_path):
+def test_both_sides_have_all_records_and_malformed_ones_are_for_training(tmp_path):
   (tmp_path / 'a.jsonl').write_text(''.join('7\n' if i % 10 == 0 else f'{{"text": "{i}"}}\n' for i in range(100)))
   source = open_source(SourceConfig(path=str(tmp_path)))
   (part,) = source.parts()
@@ -111,7 +111,7 @@ def test_records_count_alike_on_both_sides_and_malformed_ones_train(tmp_path):
   assert 10 < sum(record is not None for record in records[2]) < 50
 
 
-def test_sides_have_fingerprints_and_places_of_their_own(nanogpt):
+def test_sides_have_different_fingerprints_and_the_places_of_the_source(nanogpt):
   source = Listed([Document(name, name) for name in 'abcdefgh'])
   one = open_source(SourceConfig(path=str(nanogpt)))
   prints = [side.fingerprint() for whole in (source, one) for share in (0.2, 0.8) for side in split_source(whole, share)]

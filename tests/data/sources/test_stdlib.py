@@ -30,7 +30,7 @@ def library(tmp_path):
   return root
 
 
-def test_only_modules_that_people_wrote_are_in_it(library):
+def test_only_modules_written_by_people_are_included(library):
   names = [document.name for document in stdlib_modules(library)]
   assert names == sorted(names)
   modules = {f'{package}/{path.name}' for package in ('json', 'asyncio') for path in (library / package).glob('*.py')}

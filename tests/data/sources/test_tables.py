@@ -34,7 +34,7 @@ def texts(source):
 @pytest.mark.parametrize(('rows', 'part_bytes', 'least', 'most'), [
     (1000, 100, 8, 8), (1000, 2**23, 1, 1), (300, 1000, 14, 30), (7, 100, 143, 1000), (7, 1000, 10, 40), (7, 2**23, 1, 1),
 ])
-def test_parts_are_row_groups_together_or_cut(tmp_path, monkeypatch, rows, part_bytes, least, most):
+def test_parts_are_several_row_groups_or_pieces_of_one(tmp_path, monkeypatch, rows, part_bytes, least, most):
   pq.write_table(TABLE, tmp_path / 'a.parquet', row_group_size=rows, compression='none')
   monkeypatch.setattr(Source, 'part_bytes', part_bytes)
   source = open_table(tmp_path)
@@ -50,7 +50,7 @@ def test_fields_of_several_columns_and_of_objects(tmp_path):
   assert texts(open_table(tmp_path, text='{id}: {meta.title}')) == [f'{i}: T{i}' for i in range(1000)]
 
 
-def test_only_the_columns_asked_for_are_read(tmp_path, monkeypatch):
+def test_only_the_needed_columns_are_read(tmp_path, monkeypatch):
   data = os.urandom(3_000_000).hex()
   pq.write_table(pa.table({'text': ['x'] * 10, 'other': [data[i::10] for i in range(10)]}), tmp_path / 'a.parquet')
   read, real = [], io.open
@@ -66,7 +66,7 @@ def test_only_the_columns_asked_for_are_read(tmp_path, monkeypatch):
   assert 0 < sum(read) < 1_000_000
 
 
-def test_rows_that_hold_no_text_are_malformed(tmp_path):
+def test_rows_without_text_are_malformed(tmp_path):
   column = pa.array([b'fine', None, b'caf\xe9', b''], pa.binary())
   table = pa.table({'text': pa.Array.from_buffers(pa.string(), 4, column.buffers())})
   pq.write_table(table, tmp_path / 'a.parquet')
@@ -79,7 +79,7 @@ def test_rows_that_hold_no_text_are_malformed(tmp_path):
       f"{tmp_path}/a.parquet, record 3: b'\\xe9', expected: UTF-8 text in the field text"]
 
 
-def test_a_column_that_is_missing_and_a_broken_file_are_named(tmp_path):
+def test_errors_name_a_missing_column_and_a_broken_file(tmp_path):
   pq.write_table(TABLE, tmp_path / 'a.parquet')
   with pytest.raises(UserError, match=r"^data.source.text: 'txt', .*a\.parquet: text, id, .*did you mean text\?"):
     list(open_table(tmp_path, text='txt'))
@@ -118,7 +118,7 @@ def test_a_saved_hugging_face_dataset(saved, monkeypatch):
     ('one', {'text': 'txt'}, r"^data.source.text: 'txt', .*text, id, other, meta; did you mean text\?"),
     ('', {}, r'^data.source.path: .hf:.*neither'),
 ])
-def test_what_a_saved_dataset_lacks_is_named(saved, name, config, error):
+def test_errors_name_a_missing_split_or_column(saved, name, config, error):
   with pytest.raises(UserError, match=error):
     open_table(f'hf:{saved}/{name}', **config)
 
@@ -130,7 +130,7 @@ def test_a_hub_that_cannot_be_reached_is_an_error(saved, monkeypatch):
     open_table('hf:nobody/nothing')
 
 
-def test_malformed_rows_count(saved):
+def test_malformed_rows_are_counted(saved):
   source = open_table(f'hf:{saved}/one', text='id')
   (part,) = source.parts()
   records = list(source.read(part))

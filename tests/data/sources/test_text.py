@@ -59,7 +59,7 @@ def test_bytes_become_text_one_to_one(tmp_path):
 
 
 @pytest.mark.parametrize('scheme', ['', 'file://'])
-def test_a_missing_file_names_one_that_is_near(folder, scheme):
+def test_the_error_for_a_missing_file_suggests_the_nearest_name(folder, scheme):
   with pytest.raises(UserError, match=r"^data.source.path: '.*/b.tx', expected: a file, a folder or .*did you mean .*/b.txt"):
     open_text(f'{scheme}{folder}/b.tx')
   with pytest.raises(UserError, match=r'^data.source.path: '):
@@ -67,7 +67,7 @@ def test_a_missing_file_names_one_that_is_near(folder, scheme):
 
 
 @pytest.mark.parametrize('scheme', ['', 'file://'])
-def test_a_folder_without_text_files_asks_for_a_glob(tmp_path, scheme):
+def test_a_folder_without_text_files_is_an_error_that_suggests_a_glob(tmp_path, scheme):
   (tmp_path / 'a.c').write_text('x')
   with pytest.raises(UserError, match=r'^data.source.path: .*\.txt.*glob'):
     open_text(f'{scheme}{tmp_path}')
@@ -78,12 +78,12 @@ def test_files_without_text_are_no_documents(folder):
     open_text(folder / 'empty.txt')
 
 
-def test_a_url_that_nothing_reads_is_an_error():
+def test_a_url_of_an_unknown_scheme_is_an_error():
   with pytest.raises(UserError, match=r'^data.source.path: .nope://a/b'):
     open_text('nope://a/b')
 
 
-def test_a_file_that_is_gone_is_an_error(folder):
+def test_a_deleted_file_is_an_error(folder):
   source = open_text(folder / 'b.txt')
   (folder / 'b.txt').unlink()
   with pytest.raises(UserError, match=r'^data.source.path: .*b\.txt.*No such file'):
@@ -91,7 +91,7 @@ def test_a_file_that_is_gone_is_an_error(folder):
 
 
 @pytest.mark.parametrize('separator', ['', ' '])
-def test_text_that_is_not_utf8_is_named_with_file_and_byte(tmp_path, separator):
+def test_the_error_for_invalid_utf8_has_file_and_byte(tmp_path, separator):
   (tmp_path / 'a.txt').write_bytes(b'caf\xc3\xa9 caf\xe9 au lait')
   source = open_text(tmp_path, separator=separator)
   (part,) = source.parts()
@@ -102,7 +102,7 @@ def test_text_that_is_not_utf8_is_named_with_file_and_byte(tmp_path, separator):
 
 
 def naive(name, text, separator):
-  """What cutting the whole text at once gives."""
+  """The documents from splitting the complete text at once."""
   offset, documents = 0, []
   for piece in text.split(separator):
     if piece.strip():
@@ -121,7 +121,7 @@ def parts_apart(source):
 @given(text=st.one_of(st.text('a\n', min_size=1, max_size=30), st.text('ab\n é\u3000', min_size=1, max_size=60)),
        separator=st.sampled_from(['\n', '\n\n', '\n\n\n', 'aa', 'aba', 'é', 'a\n']), step=st.integers(1, 20))
 @settings(max_examples=300, deadline=None, database=None)
-def test_cuts_at_a_separator_are_those_of_the_whole(tmp_path_factory, text, separator, step):
+def test_parts_are_cut_at_the_separators_of_the_complete_text(tmp_path_factory, text, separator, step):
   for ending, pack in PACKERS.items():
     path = tmp_path_factory.getbasetemp() / f'cut.txt{ending}'
     path.write_bytes(pack(text.encode()))
@@ -147,7 +147,7 @@ def naive_lines(text, step):
 @settings(max_examples=300, deadline=None, database=None)
 def test_a_large_file_is_cut_at_line_ends_that_no_white_space_follows(tmp_path_factory, text, step, window):
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr('gptjax.data.sources.boundaries._WINDOW', window)
+    patch.setattr('gptjax.data.sources.text._WINDOW', window)
     patch.setattr(TextFiles, 'max_document_bytes', step)
     for ending, pack in PACKERS.items():
       path = tmp_path_factory.getbasetemp() / f'whole.txt{ending}'
@@ -160,7 +160,7 @@ def test_a_large_file_is_cut_at_line_ends_that_no_white_space_follows(tmp_path_f
       assert [document.text for document in documents] == naive_lines(text, step)
 
 
-def test_large_files_are_said_to_be_cut(tmp_path, monkeypatch):
+def test_the_description_says_that_large_files_are_cut(tmp_path, monkeypatch):
   monkeypatch.setattr(TextFiles, 'max_document_bytes', 2**20)
   (tmp_path / 'a.txt').write_text('line\n' * 10)
   assert open_text(tmp_path).description == tmp_path.name
@@ -170,7 +170,7 @@ def test_large_files_are_said_to_be_cut(tmp_path, monkeypatch):
   assert [(d.name, len(d.text)) for d in source] == [('a.txt', 50), ('b.txt', 2**20 + 4), ('b.txt#1048580', 2**18 - 4)]
 
 
-def test_a_compressed_file_is_never_in_memory_as_a_whole(tmp_path, monkeypatch):
+def test_a_compressed_file_is_never_completely_in_memory(tmp_path, monkeypatch):
   packer = zstandard.ZstdCompressor()
   members = [packer.compress(f'{i} {"x" * 2000}\n'.encode() * 50) for i in range(100)]  # 10 MB
   (tmp_path / 'a.txt.zst').write_bytes(b''.join(members))
@@ -193,13 +193,13 @@ def test_a_compressed_file_is_never_in_memory_as_a_whole(tmp_path, monkeypatch):
     ('a.txt.gz', gzip.compress(b'hello' * 1000)[:-9]), ('a.txt.zst', zstandard.compress(bytes(range(256)) * 1000)[:200]),
     ('a.txt.gz', b'no gzip'), ('a.txt.zst', b'no zstandard'),
 ], ids=['cut gzip', 'cut zstandard', 'no gzip', 'no zstandard'])  # gzip's header has the time, and workers must name a test alike
-def test_broken_compressed_files_are_named(tmp_path, name, data):
+def test_the_error_names_a_broken_compressed_file(tmp_path, name, data):
   (tmp_path / name).write_bytes(data)
   with pytest.raises(UserError, match=rf'^data.source.path: .*{name}.*(ends early|broken)'):
     list(open_text(tmp_path / name))
 
 
-def test_a_missing_package_is_named(tmp_path, monkeypatch):
+def test_the_error_names_a_missing_package(tmp_path, monkeypatch):
   (tmp_path / 'a.txt.zst').write_bytes(zstandard.compress(b'x'))
   monkeypatch.setitem(sys.modules, 'zstandard', None)
   with pytest.raises(UserError, match=r'^data.source.path: .*a\.txt\.zst.*zstandard package: pip install zstandard'):
@@ -218,7 +218,7 @@ def test_the_fingerprint_changes_with_files_and_with_how_they_are_read(tmp_path)
   assert len(set(prints)) == 4
 
 
-def test_one_format_is_read_and_the_rest_is_named(tmp_path):
+def test_one_format_is_read_and_the_description_names_the_others(tmp_path):
   for name, text in {'README.md': 'about', 'a.jsonl': '{"text": "A"}', 'info.json': '{'}.items():
     (tmp_path / name).write_text(text)
   source = open_text(tmp_path)

@@ -103,7 +103,7 @@ def test_splits_slices_and_templates(at):
     ('poetry.garden:GardenPoem', {}, r'^data.source.path: .*did you mean GardenPoems\?'),
     ('poetry.garden:Failing', {}, r'^data.source.path: .*prepare here .*no ink'),
 ])
-def test_what_is_not_there_is_named(at, path, config, error):
+def test_errors_name_missing_datasets_and_objects(at, path, config, error):
   with pytest.raises(UserError, match=error):
     at(path, **config)
 
