@@ -7,6 +7,7 @@ allocating so many pages is also most of the cost of a save.
 import contextlib
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from gptjax.checkpoint.manifest import Digest
@@ -16,48 +17,43 @@ _PAUSE = 0.01
 _CHUNK_BYTES = 2**20
 
 
-class StreamingChecksums:
-  """Hashes the files that this process writes into one checkpoint. A context manager around the save.
+@contextlib.contextmanager
+def streaming_checksums(saving: Path, process: int) -> Iterator[dict[int, tuple[int, str]]]:
+  """Hashes the files that this process writes into one checkpoint in the body.
 
   Args:
     saving: prefix of the temporary folders that Orbax writes to.
     process: index of this process; files of the others may be visible on a shared disk before they are complete.
+
+  Yields:
+    A dict that after the body maps inode -> (size, digest) of the bytes that were read.
   """
+  files: dict[int, _File] = {}
+  found: dict[int, tuple[int, str]] = {}
+  over = threading.Event()
 
-  def __init__(self, saving: Path, process: int):
-    self._saving, self._process = saving, process
-    self._files: dict[int, _File] = {}
-    self._over = threading.Event()
-    self._thread = threading.Thread(target=self._follow, name='checksums')  # inherits the priority of the thread that creates it
+  def follow() -> None:
+    last = False
+    while not last:
+      last = over.wait(_PAUSE)
+      # Orbax renames the folder meanwhile; and an error in reading also reaches the writer or write_manifest, which report it.
+      with contextlib.suppress(OSError):
+        for path in saving.parent.glob(f'{saving.name}*/*/ocdbt.process_{process}/d/*'):
+          inode = path.stat().st_ino
+          if inode not in files:
+            files[inode] = _File(path)
+          files[inode].follow()
 
-  @property
-  def by_inode(self) -> dict[int, tuple[int, str]]:
-    """Inode -> (size, digest) of the bytes that were read; to be used after the context."""
-    return {inode: (file.read, file.digest.hexdigest()) for inode, file in self._files.items()}
-
-  def __enter__(self) -> 'StreamingChecksums':
-    self._thread.start()
-    return self
-
-  def __exit__(self, *error: object) -> None:
-    self._over.set()
-    self._thread.join()
-    for file in self._files.values():
+  thread = threading.Thread(target=follow, name='checksums')  # inherits the priority of the thread that creates it
+  thread.start()
+  try:
+    yield found
+  finally:
+    over.set()
+    thread.join()
+    for inode, file in files.items():
       os.close(file.descriptor)
-
-  def _follow(self) -> None:
-    while not self._over.wait(_PAUSE):
-      self._scan()
-    self._scan()
-
-  def _scan(self) -> None:
-    # Orbax renames the folder meanwhile; and an error in reading also reaches the writer or write_manifest, which report it.
-    with contextlib.suppress(OSError):
-      for path in self._saving.parent.glob(f'{self._saving.name}*/*/ocdbt.process_{self._process}/d/*'):
-        inode = path.stat().st_ino
-        if inode not in self._files:
-          self._files[inode] = _File(path)
-        self._files[inode].follow()
+      found[inode] = file.read, file.digest.hexdigest()
 
 
 class _File:

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -105,13 +106,9 @@ def _entry(path: Path, known: Mapping[int, tuple[int, str]]) -> tuple[int, str]:
 
 
 def _digest(path: Path) -> str:
-  digest, buffer = Digest(), memoryview(bytearray(2**20))
   with path.open('rb', buffering=0) as file:
-    while size := file.readinto(buffer):
-      digest.update(buffer[:size])
-  return digest.hexdigest()
+    return hashlib.file_digest(file, Digest).hexdigest()
 
 
 def _self_digest(content: dict[str, Any]) -> str:
   return Digest(json.dumps(content, sort_keys=True).encode()).hexdigest()
-

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 from gptjax.checkpoint import Checkpoints, Progress, Retention, manifest
-from gptjax.checkpoint.checksums import StreamingChecksums
+from gptjax.checkpoint.checksums import streaming_checksums
 
 SIZE = 3 * 2**20 + 5
 
@@ -38,13 +38,13 @@ def resident(path: Path) -> int:
 def test_a_growing_file_has_the_digest_of_the_whole(tmp_path):
   mine, other = folder(tmp_path), folder(tmp_path, 1)
   shutil.copyfile(sys.executable, other / 'of-another-process')
-  with StreamingChecksums(tmp_path / '7.saving', 0) as followed, (mine / 'data').open('wb') as file:
+  with streaming_checksums(tmp_path / '7.saving', 0) as followed, (mine / 'data').open('wb') as file:
     for piece in range(6):
       file.write(os.urandom(SIZE + piece))
       file.flush()
       os.fsync(file.fileno())
   path = mine / 'data'
-  assert followed.by_inode == {path.stat().st_ino: (path.stat().st_size, manifest._digest(path))}
+  assert followed == {path.stat().st_ino: (path.stat().st_size, manifest._digest(path))}
 
 
 @pytest.mark.skipif(not hasattr(os, 'posix_fadvise'), reason='the system cannot be told to let go of pages')
@@ -52,7 +52,7 @@ def test_what_was_read_does_not_stay_in_memory(tmp_path):
   mine = folder(tmp_path)
   if subprocess.run(['stat', '-f', '-c', '%T', tmp_path], capture_output=True, text=True).stdout.strip() == 'tmpfs':
     pytest.skip('this file system is memory')
-  with StreamingChecksums(tmp_path / '7.saving', 0), (mine / 'data').open('wb') as file:
+  with streaming_checksums(tmp_path / '7.saving', 0), (mine / 'data').open('wb') as file:
     file.write(bytes(SIZE))
     file.flush()
     os.fsync(file.fileno())
@@ -75,10 +75,10 @@ def test_a_save_reads_no_array_once_more(tmp_path, monkeypatch):
 def test_a_file_that_changed_after_it_was_read_is_read_again(tmp_path):
   mine = folder(tmp_path)
   path, whole = mine / 'data', tmp_path / '7.saving.for-now'
-  with StreamingChecksums(tmp_path / '7.saving', 0) as followed:
+  with streaming_checksums(tmp_path / '7.saving', 0) as followed:
     path.write_bytes(b'a part')
   path.write_bytes(b'all of it')
-  manifest.write_manifest(whole, {}, followed.by_inode)
+  manifest.write_manifest(whole, {}, followed)
   assert not manifest.verify(whole)
 
 
