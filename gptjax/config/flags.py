@@ -135,11 +135,7 @@ def _split(args: Sequence[str]) -> tuple[str | None, dict[str, str | None], list
   recipe, texts, others = None, {}, []
   queue = collections.deque(args)
   while queue:
-    arg = queue.popleft()
-    if arg == '--':
-      others += [arg, *queue]
-      break
-    match = _CONFIG_FLAG.fullmatch(arg)
+    match = _CONFIG_FLAG.fullmatch(arg := queue.popleft())
     if not match:
       others.append(arg)
       continue
@@ -159,11 +155,9 @@ def _as_user_error(error: Exception, needs_config: bool) -> UserError:
   """Converts an error of absl into one with the flag's name, its value, the expected values and the nearest name."""
   if isinstance(error, flags.UnrecognizedFlagError):
     own = ['--config', '--config.FIELD'] * needs_config + [f'--{flag.name}' for flag in own_flags()]
-    names = {}
+    names = {name: f'--{name}' for name in flags.FLAGS}
     if needs_config:
-      with_config = {f'config.{name}': f'--config.{name}' for name in FIELDS}
-      names = suggestions('--config.') | with_config | {'config': '--config'}
-    names |= {name: f'--{name}' for name in flags.FLAGS}
+      names = suggestions('--config.') | {name: f'--{name}' for name in ('config', *(f'config.{name}' for name in FIELDS))} | names
     value = str(error.flagvalue).partition('=')[2]
     return UserError(f'--{error.flagname}', value, f'{", ".join(own)}; see --help', names, error.flagname)
   if match := re.match(r'Missing value for flag -*(.*)', str(error)):
@@ -175,9 +169,10 @@ def _as_user_error(error: Exception, needs_config: bool) -> UserError:
   if not match:
     return UserError('flags', str(error), 'see --help')
   flag, value = flags.FLAGS[match[1]], match[2]
+  if cause is None and value == 'None':  # absl reports a missing required flag in this way
+    return UserError(f'--{flag.name}', None, f'a value: {flag.help}')
   if cause is None:
-    missing = value == 'None'  # absl reports a missing required flag in this way
-    return UserError(f'--{flag.name}', None if missing else value, f'a value: {flag.help}' if missing else match[3])
+    return UserError(f'--{flag.name}', value, match[3])
   choices = getattr(flag.parser, 'enum_values', ())
   expected = ', '.join(choices) or flag.parser.syntactic_help or ('true or false' if flag.boolean else match[3])
   return UserError(f'--{flag.name}', value, expected, choices)

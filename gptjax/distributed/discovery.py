@@ -24,7 +24,6 @@ _FLAGS = {'processes': ('count', 'the number of processes'), 'process': ('index'
 
 Environment = Mapping[str, str]
 Metadata = Callable[[str], str | None]
-"""Returns an attribute of a TPU VM from Google Cloud's metadata server, or None."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,26 +42,38 @@ class GroupSpec:
   """those of this host that belong to this process; None: all that it sees"""
 
 
+def _vm_attribute(name: str) -> str | None:
+  """Returns an attribute of this TPU VM from Google Cloud's metadata server; None on other machines, or if there is none."""
+  chips = any(Path('/dev').glob('accel[0-9]*')) or any(Path('/dev/vfio').glob('[0-9]*'))
+  if not chips or importlib.util.find_spec('libtpu') is None:
+    return None
+  host = os.environ.get('GCE_METADATA_IP', 'metadata.google.internal')
+  try:
+    return request(f'http://{host}/computeMetadata/v1/instance/attributes/{name}', 10, Metadata_Flavor='Google')[0]
+  except urllib.error.HTTPError as error:
+    if error.code == 404:
+      return None
+    raise UserError('--cluster', 'tpu', f'--cluster=none, or a metadata server with {name}; its status is {error.code}') from None
+  except OSError:
+    return None
+
+
 def discover(cluster: str = 'auto', coordinator: str | None = None, processes: int | None = None, process: int | None = None,
-             environment: Environment = os.environ, metadata: Metadata | None = None) -> GroupSpec:
+             environment: Environment = os.environ, metadata: Metadata = _vm_attribute) -> GroupSpec:
   """Returns the group that the flags describe, completed by what the cluster reports.
 
   Args:
     cluster: auto (the first of CLUSTERS that is detected, if any), none, or the name of the one that is required.
-    coordinator: HOST:PORT of process 0.
-    processes: number of processes.
-    process: index of this one.
+    coordinator, processes, process: values of the flags.
     environment: of this process.
-    metadata: queries the metadata server; None: the real one where this is a TPU VM.
+    metadata: queries the metadata server.
 
   Raises:
     UserError: the required cluster is not detected, its variables cannot be read, or the flags are contradictory or incomplete.
   """
   values: dict[str, Any] = {'processes': processes, 'process': process, 'coordinator': coordinator}
   given = [flag for flag in _FLAGS if values[flag] is not None]
-  detected = None
-  if len(given) < len(_FLAGS) and processes != 1:
-    detected = _detect(cluster, environment, metadata or _metadata_server())
+  detected = _detect(cluster, environment, metadata) if len(given) < len(_FLAGS) and processes != 1 else None
   group = dataclasses.replace(detected or GroupSpec(), **{_FLAGS[flag][0]: values[flag] for flag in given})
   if given:
     group = dataclasses.replace(group, source=f'flags and {detected.source}' if detected else 'flags')
@@ -104,29 +115,14 @@ def _slurm(environment: Environment, metadata: Metadata) -> GroupSpec | None:
   if not {'SLURM_JOB_ID', 'SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_STEP_NODELIST'} <= environment.keys():
     return None  # also in a batch script, outside of srun
   job = f'{environment["SLURM_JOB_ID"]}.{environment.get("SLURM_STEP_ID", "0")}'
-  host = first_host(environment['SLURM_STEP_NODELIST'])
+  first = re.findall(r'(?:[^,\[\]]|\[[^\]]+\])+', environment['SLURM_STEP_NODELIST'])[0]
+  host = re.sub(r'\[(\d+)[^\]]*\]', r'\1', first)  # gpu[003-005,9]-ib -> gpu003-ib
   local_count = None
-  if 'SLURM_STEP_TASKS_PER_NODE' in environment:
-    local_count = _tasks_per_node(environment['SLURM_STEP_TASKS_PER_NODE'])[int(environment.get('SLURM_NODEID', 0))]
+  if tasks := environment.get('SLURM_STEP_TASKS_PER_NODE'):  # of each node: 2(x3),1 -> [2, 2, 2, 1]
+    counts = [int(count) for count, times in re.findall(r'(\d+)(?:\(x(\d+)\))?', tasks) for _ in range(int(times or 1))]
+    local_count = counts[int(environment.get('SLURM_NODEID', 0))]
   return GroupSpec(int(environment.get('SLURM_STEP_NUM_TASKS', environment['SLURM_NTASKS'])), int(environment['SLURM_PROCID']),
                    f'{host}:{_port(job)}', f'Slurm step {job}', _gpus(environment, environment.get('SLURM_LOCALID'), local_count))
-
-
-def first_host(hosts: str) -> str:
-  """Returns the first name of a Slurm host list: 'gpu003-ib' for 'gpu[003-005,9]-ib,login'."""
-  match = re.match(r'(?:[^,\[\]]|\[[^\]]+\])+', hosts)
-  if not match:
-    raise ValueError(f'no host in {hosts!r}')
-  return re.sub(r'\[(\d+)[^\]]*\]', r'\1', match[0])
-
-
-def _tasks_per_node(text: str) -> list[int]:
-  """'2(x3),1' -> [2, 2, 2, 1]."""
-  counts = []
-  for part in text.split(','):
-    count, _, times = part.rstrip(')').partition('(x')
-    counts += [int(count)] * int(times or 1)
-  return counts
 
 
 def _open_mpi(environment: Environment, metadata: Metadata) -> GroupSpec | None:
@@ -201,23 +197,3 @@ def _gpus(environment: Environment, local_index: str | None, local_count: int | 
   if local_index is None or not local_count or local_count == 1 or gpus < local_count:
     return None
   return tuple(range(int(local_index) * gpus // local_count, (int(local_index) + 1) * gpus // local_count))
-
-
-def _metadata_server() -> Metadata:
-  """Returns a query of Google Cloud's metadata server on a machine with TPUs; elsewhere one that answers None."""
-  chips = any(Path('/dev').glob('accel[0-9]*')) or any(Path('/dev/vfio').glob('[0-9]*'))
-  if not chips or importlib.util.find_spec('libtpu') is None:
-    return lambda name: None
-
-  def query(name: str) -> str | None:
-    host = os.environ.get('GCE_METADATA_IP', 'metadata.google.internal')
-    try:
-      return request(f'http://{host}/computeMetadata/v1/instance/attributes/{name}', 10, Metadata_Flavor='Google')[0]
-    except urllib.error.HTTPError as error:
-      if error.code == 404:
-        return None
-      raise UserError('--cluster', 'tpu', f'--cluster=none, or a metadata server with {name}; its status is {error.code}') from None
-    except OSError:
-      return None
-
-  return query

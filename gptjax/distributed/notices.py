@@ -16,14 +16,10 @@ _INTERVAL = 5.0
 
 
 def watch_notices(on_notice: Callable[[str], None], environment: Mapping[str, str] = os.environ) -> bool:
-  """Starts a thread that polls the machine's cloud and calls `on_notice` once, when the cloud announces the end of the machine.
+  """Starts a thread that calls `on_notice` once, with a description, when the machine's cloud announces the end of the machine.
 
-  Args:
-    on_notice: gets a description of the notice.
-    environment: GCE_METADATA_HOST and AWS_EC2_METADATA_SERVICE_ENDPOINT name a server, as they do for the clouds' own clients.
-
-  Returns:
-    Whether this machine belongs to one of these clouds.
+  GCE_METADATA_HOST and AWS_EC2_METADATA_SERVICE_ENDPOINT name a server, as they do for the clouds' own clients. Returns whether this
+  machine belongs to one of these clouds.
   """
   vendor_file = Path('/sys/class/dmi/id/sys_vendor')
   vendor = vendor_file.read_text().strip() if vendor_file.exists() else ''

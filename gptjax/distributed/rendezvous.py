@@ -1,8 +1,6 @@
 """The rendezvous: all processes of a run connect to process 0 within a stated time, or all end with one line that says who is missing.
 
-`jax.distributed` aborts the process from C++ when a peer is missing, and does not compare code or configs. So this comes first, at the
-same address: when all have joined, process 0 stops listening and JAX's service takes the port. The connections stay open for
-`ProcessGroup`.
+When all have joined, process 0 stops listening, and JAX's service takes the port. The connections stay open for `ProcessGroup`.
 """
 
 import contextlib
@@ -44,7 +42,7 @@ def meet(group: GroupSpec, facts: Mapping[str, str], timeout: float) -> list[Pee
     timeout: in seconds.
 
   Returns:
-    The other processes by index where this is process 0, else process 0 only.
+    In process 0 the other processes by index, elsewhere process 0.
 
   Raises:
     UserError: a process did not join in time, or its facts differ. Every process that joined raises the same error.
@@ -132,7 +130,10 @@ class _Server:
           for message in connection.receive():
             self._identify(connection, message)
         except Closed:
-          self._drop(connection)
+          self._selector.unregister(connection)
+          connection.close()
+          self.unidentified.discard(connection)
+          self.joined = {index: peer for index, peer in self.joined.items() if peer.connection is not connection}  # it may join again
 
   def fail(self, error: UserError) -> None:
     """Sends an error to all that joined; processes that connect later get it too."""
@@ -175,12 +176,6 @@ class _Server:
     connection.send(error=str(self.error))
     self.informed += 1
 
-  def _drop(self, connection: Connection) -> None:
-    self._selector.unregister(connection)
-    connection.close()
-    self.unidentified.discard(connection)
-    self.joined = {index: peer for index, peer in self.joined.items() if peer.connection is not connection}  # it may join again
-
 
 def _connect(group: GroupSpec, facts: Mapping[str, str], timeout: float, deadline: float) -> Peer:
   """The other processes' side of the rendezvous."""
@@ -199,10 +194,7 @@ def _connect(group: GroupSpec, facts: Mapping[str, str], timeout: float, deadlin
         return _await_go(connection, timeout, deadline)
       except Closed as error:
         reason = str(error)
-      except BaseException:
         connection.close()
-        raise
-      connection.close()
     time.sleep(min(0.25, max(deadline - time.monotonic(), 0)))
   raise UserError('--coordinator', group.coordinator, f'the address of process 0; process {group.index} did not reach it there within '
                   f'{timeout:g} s: {reason}')

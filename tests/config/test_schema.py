@@ -43,7 +43,7 @@ def test_what_is_no_duration_is_refused_by_name(value):
     (ModelConfig, {'dropout': 1.0}, 'model.dropout: 1.0, expected: at least 0 and below 1'),
     (RopeConfig, {'theta': 0.0}, 'model.rope.theta: 0.0, expected: a number above 0'),
     (RopeConfig, {'low': 4.0}, 'model.rope.high: 4.0, expected: a number above model.rope.low=4.0, which is above 0'),
-    (ModelConfig, {'global_every': 2}, 'model.global_every: 2, expected: 0 unless model.window says how far the other layers see'),
+    (ModelConfig, {'global_every': 2}, 'model.global_every: 2, expected: 0 unless model.window is set for the other layers'),
     (ModelConfig, {'head_size': 7, 'positions': 'rope'}, 'model.head_size: 7, expected: an even number for rope'),
     (TokenizerConfig, {'vocab_size': 10}, 'data.tokenizer.vocab_size: 10, expected: 300 or more'),
     (DataConfig, {'context': 0}, 'data.context: 0, expected: 1 or more'),
@@ -59,7 +59,7 @@ def test_what_is_no_duration_is_refused_by_name(value):
     (Config, {'batch_size': 6, 'microbatches': 4}, 'microbatches: 4, expected: a divisor of batch_size=6: 1, 2, 3, 6'),
     (Config, {'zero_stage': 7}, 'zero_stage: 7, expected: '),
     (Config, {'steps': 'soon'}, "steps: 'soon', expected: a count of steps"),
-    (Config, {'eval': EvalConfig(every='often')}, "eval.every: 'often', expected: a count of steps"),
+    (EvalConfig, {'every': 'often'}, "eval.every: 'often', expected: a count of steps"),
     (Config, {'optimizer': OptimizerConfig(decay=10)}, 'optimizer.decay: 10, expected: 0 unless '),
 ])
 def test_a_group_refuses_what_cannot_run(group, values, message):
