@@ -18,7 +18,6 @@ DECAY = 0.99
 """Of the running mean and variance, per good step."""
 WARMUP = 50
 """Good steps before spikes are detected."""
-BAD_STEPS = 'bad_steps.jsonl'
 MAX_CONSECUTIVE = 100
 """Bad steps that are skipped; the statistics stay the same meanwhile, so later steps would be bad too."""
 
@@ -93,7 +92,7 @@ class BadSteps:
   """
 
   def __init__(self, config: FaultsConfig, workdir: Path, writes: bool):
-    self._config, self._file, self._writes = config, workdir / BAD_STEPS, writes
+    self._config, self._file, self._writes = config, workdir / 'bad_steps.jsonl', writes
     self._lines = Lines(self._file)
     self._last, self._in_a_row = 0, 0
     self.found = _read(self._file) if writes else []
@@ -128,11 +127,7 @@ class BadSteps:
     self._last, self._in_a_row = step, broadcast('bad steps in a row', in_a_row)
 
   def flush(self) -> None:
-    """Returns when every line is on the disk.
-
-    Raises:
-      UserError: they cannot be written, and stay in memory.
-    """
+    """Returns when every line is on the disk; raises a UserError if they cannot be written, and stay in memory."""
     self._lines.flush()
 
   def add(self, step: int, rows: tuple[int, int], loss: float, grad_norm: float) -> BadStep:
@@ -171,8 +166,8 @@ def _read(file: Path) -> list[BadStep]:
       match json.loads(line):
         case {'step': int(step), 'rows': [int(begin), int(end)], 'loss': float() | None as loss, 'grad_norm': float() | None as norm,
               'action': 'stop' | 'skip' | 'rollback' as action}:
-          number_of = lambda value: float('nan') if value is None else value
-          found.append(BadStep(step, (begin, end), number_of(loss), number_of(norm), action))
+          loss, norm = (float('nan') if value is None else value for value in (loss, norm))
+          found.append(BadStep(step, (begin, end), loss, norm, action))
           continue
     except ValueError:
       pass

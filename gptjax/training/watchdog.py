@@ -13,11 +13,9 @@ _GRACE = 60.0
 
 
 class Watchdog:
-  """Ends the process if `progress` is not called for some time. A context manager.
+  """Ends the process if `progress` is not called for some seconds (0: never). A context manager.
 
-  Args:
-    seconds: without progress; 0: off.
-    folder: for stacks-PROCESS.txt, the stacks of all threads.
+  The stacks of all threads are written to stacks-PROCESS.txt in the folder.
   """
 
   def __init__(self, seconds: float, folder: Path):
