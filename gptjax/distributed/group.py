@@ -3,7 +3,6 @@
 import contextlib
 import os
 import queue
-import select
 import selectors
 import sys
 import threading
@@ -138,13 +137,12 @@ class ProcessGroup:
       print(line, file=sys.stderr)
     for connection in self._peers:
       connection.send(end=text, status=status)
-    left, deadline = {*self._peers} if self.index == 0 else set(), time.monotonic() + _LAST
-    while left and (seconds := deadline - time.monotonic()) > 0:
-      for connection in select.select(left, [], [], seconds)[0]:
-        try:
+    deadline = time.monotonic() + _LAST
+    for connection in self._peers if self.index == 0 else ():
+      with contextlib.suppress(Closed):
+        while (left := deadline - time.monotonic()) > 0:
+          connection.socket.settimeout(left)
           connection.receive()
-        except Closed:
-          left.remove(connection)
     for stream in (sys.stdout, sys.stderr):
       with contextlib.suppress(OSError, ValueError):
         stream.flush()

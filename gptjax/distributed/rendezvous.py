@@ -86,18 +86,18 @@ def _accept_all(group: GroupSpec, facts: Mapping[str, str], timeout: float, dead
   with _listen(group, late()) as listener, selectors.DefaultSelector() as selector:
     server = _Server(group, facts, listener, selector)
     server.serve(deadline, lambda: server.error is not None or len(server.joined) == others)
-    peers = [server.joined[index] for index in sorted(server.joined)]
+    peers = sorted(server.joined.values(), key=lambda peer: peer.index)
     if not server.error and len(peers) < others:
-      missing = [f'process {index}' for index in range(1, group.count) if index not in server.joined]
+      missing = [f'process {index}' for index in sorted({*range(1, group.count)} - {peer.index for peer in peers})]
       more = f' and {len(missing) - 20} more' if len(missing) > 20 else ''
       server.fail(UserError.from_text(
         f'peers: {len(peers) + 1} of {group.count} joined within {timeout:g} s, missing: {", ".join(missing[:20])}{more}, expected: all '
         f'{group.count} within --rendezvous_timeout; joined: {", ".join([f"process 0 on {socket.gethostname()}", *map(str, peers)])}'))
     if server.error:
-      server.serve(late(), lambda: server.informed == others)
+      server.serve(late(), lambda: len(server.joined) == others)
       raise server.error
-    for connection in server.unidentified:
-      connection.close()
+    for stranger in {key.fileobj for key in selector.get_map().values()} - {listener, *server.joined}:
+      cast(Connection, stranger).close()
   for peer in peers:
     peer.connection.send(go=socket.gethostname())
   return peers
@@ -108,11 +108,9 @@ class _Server:
 
   def __init__(self, group: GroupSpec, facts: Mapping[str, str], listener: socket.socket, selector: selectors.BaseSelector):
     self._group, self._facts, self._listener, self._selector = group, facts, listener, selector
-    self.joined: dict[int, Peer] = {}
-    self.unidentified: set[Connection] = set()
+    self.joined: dict[Connection, Peer] = {}
+    """processes that joined, or after an error have received it"""
     self.error: UserError | None = None
-    self.informed = 0
-    """number of processes that were sent the error"""
     selector.register(listener, selectors.EVENT_READ)
 
   def serve(self, deadline: float, done: Callable[[], bool]) -> None:
@@ -121,9 +119,7 @@ class _Server:
       for key, _ in self._selector.select(left):
         if key.fileobj is self._listener:
           with contextlib.suppress(OSError):
-            connection = Connection(self._listener.accept()[0])
-            self.unidentified.add(connection)
-            self._selector.register(connection, selectors.EVENT_READ)
+            self._selector.register(Connection(self._listener.accept()[0]), selectors.EVENT_READ)
           continue
         connection = cast(Connection, key.fileobj)
         try:
@@ -132,49 +128,39 @@ class _Server:
         except Closed:
           self._selector.unregister(connection)
           connection.close()
-          self.unidentified.discard(connection)
-          self.joined = {index: peer for index, peer in self.joined.items() if peer.connection is not connection}  # it may join again
+          if not self.error:
+            self.joined.pop(connection, None)  # it may join again
 
   def fail(self, error: UserError) -> None:
     """Sends an error to all that joined; processes that connect later get it too."""
     self.error = error
-    for peer in self.joined.values():
-      self._inform(peer.connection)
+    for connection in self.joined:
+      connection.send(error=str(error))
 
   def _identify(self, connection: Connection, message: dict[str, Any]) -> None:
     match message:
-      case {'gptjax': dict(), 'process': int(index), 'processes': int(), 'host': str(host)}:
+      case {'gptjax': dict(facts), 'process': int(index), 'processes': int(count), 'host': str(host)}:
         peer = Peer(index, host[:100], connection)
       case _:
         raise Closed('not a process of a run')
-    self.unidentified.discard(connection)
     try:
       if not self.error:
-        self._compare(peer, message)
+        self._compare(peer, facts, count)
     except UserError as error:
       self.fail(error)
-    if self.error:
-      self._inform(connection)
-    else:
-      self.joined[index] = peer
-      connection.send(wait=True)
+    self.joined[connection] = peer
+    connection.send(**({'error': str(self.error)} if self.error else {'wait': True}))
 
-  def _compare(self, peer: Peer, message: dict[str, Any]) -> None:
+  def _compare(self, peer: Peer, facts: Mapping[str, Any], count: int) -> None:
     """Raises a UserError where a process does not belong to this run."""
-    me, count = f'process 0 on {socket.gethostname()}', self._group.count
-    if message['processes'] != count:
-      raise UserError('--processes', message['processes'], f'{count}, as {me} has it; the other value is from {peer}')
-    if peer.index in self.joined or not 0 < peer.index < count:
-      raise UserError('--process', peer.index, f'a different index for each process; {peer} joined after '
-                      f'{self.joined.get(peer.index, me)}')
-    theirs = message['gptjax']
-    for name in sorted({*self._facts, *theirs}):
-      if theirs.get(name) != self._facts.get(name):
-        raise UserError(name, theirs.get(name), f'{self._facts.get(name)!r}, as {me} has it; the other value is from {peer}')
-
-  def _inform(self, connection: Connection) -> None:
-    connection.send(error=str(self.error))
-    self.informed += 1
+    me, joined = f'process 0 on {socket.gethostname()}', {other.index: other for other in self.joined.values()}
+    if count != self._group.count:
+      raise UserError('--processes', count, f'{self._group.count}, as {me} has it; the other value is from {peer}')
+    if peer.index in joined or not 0 < peer.index < count:
+      raise UserError('--process', peer.index, f'a different index for each process; {peer} joined after {joined.get(peer.index, me)}')
+    for name in sorted({*self._facts, *facts}):
+      if facts.get(name) != self._facts.get(name):
+        raise UserError(name, facts.get(name), f'{self._facts.get(name)!r}, as {me} has it; the other value is from {peer}')
 
 
 def _connect(group: GroupSpec, facts: Mapping[str, str], timeout: float, deadline: float) -> Peer:
