@@ -5,9 +5,9 @@ peer is missing or dies, run on devices, and do not notice peers with other code
 with one line that names the peer.
 """
 
+from gptjax.distributed.cloud import watch_notices
 from gptjax.distributed.discovery import CLUSTERS, GroupSpec, discover, visible_gpus
 from gptjax.distributed.group import ProcessGroup, all_gather, broadcast, is_primary, join, process_group
-from gptjax.distributed.notices import watch_notices
 from gptjax.distributed.rendezvous import address, bind_address
 
 __all__ = ['CLUSTERS', 'GroupSpec', 'ProcessGroup', 'address', 'all_gather', 'bind_address', 'broadcast', 'discover', 'is_primary', 'join',

@@ -4,17 +4,15 @@ JAX has such detectors too; these come before JAX is imported, know several slic
 """
 
 import dataclasses
-import importlib.util
 import os
 import re
-import urllib.error
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from gptjax.config import UserError
-from gptjax.distributed.metadata import request
+from gptjax.distributed.cloud import vm_attribute
 
 _POD_PORT = 8476
 """Port of process 0 on machines that run nothing else, such as pods and TPU hosts."""
@@ -42,24 +40,8 @@ class GroupSpec:
   """those of this host that belong to this process; None: all that it sees"""
 
 
-def _vm_attribute(name: str) -> str | None:
-  """Returns an attribute of this TPU VM from Google Cloud's metadata server; None on other machines, or if there is none."""
-  chips = any(Path('/dev').glob('accel[0-9]*')) or any(Path('/dev/vfio').glob('[0-9]*'))
-  if not chips or importlib.util.find_spec('libtpu') is None:
-    return None
-  host = os.environ.get('GCE_METADATA_IP', 'metadata.google.internal')
-  try:
-    return request(f'http://{host}/computeMetadata/v1/instance/attributes/{name}', 10, Metadata_Flavor='Google')[0]
-  except urllib.error.HTTPError as error:
-    if error.code == 404:
-      return None
-    raise UserError('--cluster', 'tpu', f'--cluster=none, or a metadata server with {name}; its status is {error.code}') from None
-  except OSError:
-    return None
-
-
 def discover(cluster: str = 'auto', coordinator: str | None = None, processes: int | None = None, process: int | None = None,
-             environment: Environment = os.environ, metadata: Metadata = _vm_attribute) -> GroupSpec:
+             environment: Environment = os.environ, metadata: Metadata = vm_attribute) -> GroupSpec:
   """Returns the group that the flags describe, completed by what the cluster reports.
 
   Args:

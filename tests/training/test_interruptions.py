@@ -185,8 +185,8 @@ def test_google_says_when_a_machine_is_taken_back(last, said, cloud):
 
 
 def test_ec2_says_when_a_machine_is_taken_back(cloud, monkeypatch):
-  from gptjax.distributed import notices
-  monkeypatch.setattr(notices, '_INTERVAL', 0.01)
+  from gptjax.distributed import cloud as clouds
+  monkeypatch.setattr(clouds, '_INTERVAL', 0.01)
   host, answers, asked = cloud
   answers['PUT', '/latest/api/token'] = [(200, 'secret')]
   answers['GET', '/latest/meta-data/spot/instance-action'] = [
