@@ -33,7 +33,9 @@ class Lines:
   """Appends lines to a file. Lines that cannot be written, as on a full disk, are kept in memory and retried with the next."""
 
   def __init__(self, path: Path):
-    self._path, self.waiting = path, b''
+    self._path = path
+    self.waiting = b''
+    """what could not be written yet"""
 
   def write(self, line: str) -> str:
     """Writes a line; returns the error, '' for none."""
@@ -76,11 +78,7 @@ def json_line(record: dict[str, Any]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-  """The object in a JSON file.
-
-  Raises:
-    UserError: the file is missing or holds something else.
-  """
+  """Returns the object in a JSON file; raises a UserError if the file is missing or has other content."""
   try:
     values = json.loads(path.read_text())
   except FileNotFoundError:

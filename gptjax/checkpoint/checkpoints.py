@@ -123,11 +123,7 @@ class Checkpoints:
       announce(f'checkpoint {step} is damaged: {words}; {action}')
 
   def resolve(self, wanted: str) -> int:
-    """Returns the step for 'latest', 'best' (lowest validation loss) or a number. All processes must call this.
-
-    Raises:
-      UserError: there is no such checkpoint.
-    """
+    """Returns the step for 'latest', 'best' (lowest validation loss) or a number, or raises a UserError. All processes must call this."""
     steps = broadcast('steps', self.steps())
     if not steps:
       raise UserError('--workdir', str(self._directory.parent), 'a folder with checkpoints, written by gptjax.train')
@@ -144,7 +140,7 @@ class Checkpoints:
     raise UserError('--step', wanted, f'latest{best}, {", ".join(map(str, steps))}')
 
   def resolve_all(self, wanted: str) -> list[int]:
-    """Returns the steps, in ascending order, for 'all' or a list such as '100,200,best', otherwise as `resolve`."""
+    """As `resolve`, but returns the steps, in ascending order, for 'all' or a list such as '100,200,best'."""
     if wanted == 'all' and (steps := broadcast('steps', self.steps())):
       return steps
     return sorted({self.resolve(one.strip()) for one in wanted.split(',')})
@@ -158,7 +154,6 @@ class Checkpoints:
 
     Args:
       progress: stored with the state; its step names the checkpoint.
-      state: a tree of arrays.
       loss: validation loss at this step, for `Retention.best`; None: not validated.
       waits: return only when the checkpoint is committed. The state is then not copied, since nothing can change it meanwhile.
 

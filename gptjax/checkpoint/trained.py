@@ -34,7 +34,6 @@ def load_trained(workdir: Path, step: str = 'latest', model_axis: int = 0) -> Tr
   """Restores the parameters of a run onto all devices, sharded along `model` and otherwise replicated.
 
   Args:
-    workdir: of the run.
     step: 'latest', 'best' or a number.
     model_axis: size of the mesh axis `model`; 0: as in training if it divides the number of devices, else 1.
 
@@ -59,11 +58,7 @@ class Restorer:
     self.checkpoints = Checkpoints(workdir / 'checkpoints')
 
   def restore(self, step: int) -> Trained:
-    """Restores the parameters of a step in the dtypes that the model computes with.
-
-    Raises:
-      UserError: the checkpoint does not fit the run's config.
-    """
+    """Restores the parameters of a step in the dtypes that the model computes with; a UserError if they do not fit the run's config."""
     shardings = self.model.shardings(0, self.mesh)
     abstract = {name: jax.ShapeDtypeStruct(s.shape, self.model.dtypes[name], sharding=shardings[name])
                 for name, s in self.model.shapes.items()}

@@ -38,11 +38,7 @@ FractionBelow1 = Annotated[float, Limit(lambda value: 0 <= value < 1, 'at least 
 
 
 class Group:
-  """A group of fields of a config; raises a UserError where a value is outside the limits of its field's type.
-
-  Args:
-    prefix: of the fields' names in errors.
-  """
+  """A group of fields of a config; a value outside the limits of its field's type raises a UserError that names it with a prefix."""
 
   _prefix = ''
 

@@ -62,11 +62,7 @@ def override(config: Config, values: Mapping[str, object], where: str = '') -> C
 
 
 def checked(hint: Any, value: Any, name: str) -> Any:
-  """Converts a value to the type of its hint: JSON's lists and objects become tuples and dataclasses.
-
-  Raises:
-    UserError: a value of a wrong type; the error calls it `name`.
-  """
+  """Converts a value to the type of its hint (JSON's lists and objects become tuples and dataclasses), or raises a UserError."""
   if item := item_type(hint):
     if not isinstance(value, (list, tuple)):
       raise UserError(name, value, expected(hint))
@@ -171,11 +167,7 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str, file: str = 'config.json') -> Config:
-  """Returns the config that `to_json` wrote.
-
-  Raises:
-    UserError: invalid JSON, or a field that is unknown, missing or of a wrong type; the error names `file`.
-  """
+  """Returns the config that `to_json` wrote; a UserError names the file, and the line or field that is wrong or missing."""
   try:
     tree = json.loads(text)
   except json.JSONDecodeError as error:
@@ -194,11 +186,7 @@ def from_json(text: str, file: str = 'config.json') -> Config:
 
 
 def read_config(folder: pathlib.Path) -> Config:
-  """Returns the config of a run or checkpoint from its folder.
-
-  Raises:
-    UserError: there is no config.json, or it is damaged.
-  """
+  """Returns the config of a run or checkpoint from its folder; raises a UserError if there is no config.json, or it is damaged."""
   file = folder / 'config.json'
   try:
     return from_json(file.read_text(encoding='utf-8'), str(file))

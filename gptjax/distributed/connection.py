@@ -37,11 +37,7 @@ class Connection:
       self.socket.sendall(json.dumps(message).encode() + b'\n')
 
   def receive(self) -> list[dict[str, Any]]:
-    """Reads once and returns the complete messages; blocks only where no data has arrived.
-
-    Raises:
-      Closed: the connection has ended, or carries something that no process of a run would send.
-    """
+    """Reads once and returns the complete messages, or raises Closed; blocks only where no data has arrived."""
     try:
       data = self.socket.recv(_MAX_BYTES)
     except OSError as error:

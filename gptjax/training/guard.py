@@ -42,7 +42,7 @@ def is_good_step(statistics: LossStatistics, loss: Float[Array, ''], grad_norm: 
   Args:
     statistics: of the previous steps.
     loss, grad_norm: of this step.
-    spike: number of running standard deviations above the running mean at which a step is bad; 0: only if it is not finite.
+    spike: FaultsConfig.spike.
   """
   values = jnp.stack([loss, grad_norm]).astype(jnp.float32)
   good = jnp.all(jnp.isfinite(values))
@@ -83,13 +83,7 @@ class Rollback(Exception):
 
 
 class BadSteps:
-  """The bad steps of a run, recorded in bad_steps.jsonl of its workdir.
-
-  Args:
-    config: determines the reaction.
-    workdir: of the run.
-    writes: whether this process reads and writes the file, on behalf of all.
-  """
+  """The bad steps of a run, recorded in bad_steps.jsonl of its workdir, which one process `writes` and reads on behalf of all."""
 
   def __init__(self, config: FaultsConfig, workdir: Path, writes: bool):
     self._config, self._file, self._writes = config, workdir / 'bad_steps.jsonl', writes

@@ -29,14 +29,9 @@ class StopRequest(enum.IntEnum):
 
 
 class Interruptions:
-  """Collects the requests. A context manager in which the first SIGTERM or SIGINT is a request, and the second ends the process.
+  """Collects the requests. A context manager in which the first SIGTERM or SIGINT is a request, and the second ends the process."""
 
-  Args:
-    mesh: of the run.
-    minutes: wall-clock time between two saves; 0: off.
-  """
-
-  def __init__(self, mesh: Mesh, minutes: float = 0):
+  def __init__(self, mesh: Mesh, minutes: float = 0):  # minutes between two saves; 0: off
     self.reason = 'another process'
     """reason for stopping, to be printed"""
     self._seconds, self._saved, self._retry_at = 60 * minutes, time.monotonic(), float('inf')
