@@ -22,9 +22,8 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from gptjax.checkpoint.checksums import streaming_checksums
 from gptjax.checkpoint.contents import by_name
-from gptjax.checkpoint.manifest import Damaged, read_manifest, verify, write_manifest
+from gptjax.checkpoint.manifest import Damaged, read_manifest, streaming_checksums, verify, write_manifest
 from gptjax.checkpoint.staging import HostStaging
 from gptjax.config import Fault, UserError
 from gptjax.data.progress import announce

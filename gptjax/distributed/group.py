@@ -12,9 +12,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, cast
 
 from gptjax.config import exit_status
-from gptjax.distributed.connection import Closed, Connection
 from gptjax.distributed.discovery import GroupSpec
-from gptjax.distributed.rendezvous import Peer, meet
+from gptjax.distributed.rendezvous import Closed, Connection, Peer, meet
 
 _OWN_ERROR = 1.0
 """Seconds in which a process may end with its own error after another ended: all often find the same mistake."""

@@ -6,6 +6,7 @@ When all have joined, process 0 stops listening, and JAX's service takes the por
 import contextlib
 import dataclasses
 import ipaddress
+import json
 import select
 import selectors
 import socket
@@ -14,11 +15,61 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from gptjax.config import UserError
-from gptjax.distributed.connection import Closed, Connection
 from gptjax.distributed.discovery import GroupSpec
 
+_MAX_BYTES = 2**16
+"""Of a message; a longer one comes from another program."""
+_FOREIGN = 'another program answers at this address'
 _GRACE = 5.0
 """Seconds for which process 0 tries to listen, and stays after a failure to report it to processes that connect late."""
+
+
+class Closed(Exception):
+  """The other end is gone, or is not a process of a run."""
+
+
+class Connection:
+  """A connected socket for messages, JSON objects of a line each, which is read when `select` reports data: one thread can serve many."""
+
+  def __init__(self, sock: socket.socket):
+    self.socket, self._rest = sock, b''
+    self.unread: list[dict[str, Any]] = []
+    """messages that arrived together with one after which another reader takes over"""
+    sock.settimeout(10)  # messages are small: a peer that does not take one in this time never will
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a host that lost power does not close its connections
+    for option, seconds in (('TCP_KEEPIDLE', 30), ('TCP_KEEPINTVL', 10), ('TCP_KEEPCNT', 3)):
+      if hasattr(socket, option):
+        sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), seconds)
+
+  def fileno(self) -> int:
+    """File descriptor, for `select`."""
+    return self.socket.fileno()
+
+  def send(self, **message: Any) -> None:
+    """Sends one message; errors are ignored, since `receive` will report that the other end is gone."""
+    with contextlib.suppress(OSError):
+      self.socket.sendall(json.dumps(message).encode() + b'\n')
+
+  def receive(self) -> list[dict[str, Any]]:
+    """Reads once and returns the complete messages, or raises Closed; blocks only where no data has arrived."""
+    try:
+      data = self.socket.recv(_MAX_BYTES)
+    except OSError as error:
+      raise Closed(error.strerror or str(error)) from None
+    if not data:
+      raise Closed('it closed the connection')
+    *lines, self._rest = (self._rest + data).split(b'\n')
+    try:
+      messages = [json.loads(line) for line in lines]
+    except (ValueError, RecursionError):
+      raise Closed(_FOREIGN) from None
+    if len(self._rest) > _MAX_BYTES or not all(isinstance(message, dict) for message in messages):
+      raise Closed(_FOREIGN)
+    return messages
+
+  def close(self) -> None:
+    """Closes the socket."""
+    self.socket.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,5 +252,5 @@ def _await_go(connection: Connection, timeout: float, deadline: float) -> Peer:
             connection.unread = messages  # process 0 may already have sent more
             return Peer(0, host, connection)
           case _:
-            raise Closed('another program answers at this address')
+            raise Closed(_FOREIGN)
   raise Closed('no answer')

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 from gptjax.checkpoint import Checkpoints, Progress, Retention, manifest
-from gptjax.checkpoint.checksums import streaming_checksums
+from gptjax.checkpoint.manifest import streaming_checksums
 
 SIZE = 3 * 2**20 + 5
 
