@@ -9,11 +9,11 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 from gptjax.config import exit_status
 from gptjax.distributed.discovery import GroupSpec
-from gptjax.distributed.rendezvous import Closed, Connection, Peer, meet
+from gptjax.distributed.rendezvous import Closed, Peer, meet
 
 _OWN_ERROR = 1.0
 """Seconds in which a process may end with its own error after another ended: all often find the same mistake."""
@@ -32,7 +32,7 @@ class ProcessGroup:
   def __init__(self, spec: GroupSpec | None = None, peers: list[Peer] | None = None):
     self._spec = spec or GroupSpec()
     self.index, self.count = self._spec.index, self._spec.count
-    self._peers = {peer.connection: peer for peer in peers or []}
+    self._peers = peers or []
     self._exchanged: queue.Queue[tuple[int, str, Any]] = queue.Queue()  # received: (index of the sender, name, value)
     self._ending = threading.Lock()  # the thread that acquires it ends this process
     self._failed = threading.Event()  # set when another process ended with an error
@@ -45,7 +45,7 @@ class ProcessGroup:
     """One line: how many processes, and where that was found."""
     if not self._peers:
       return f'1, {self._spec.source}'
-    names = sorted({peer.host for peer in self._peers.values()} | {os.uname().nodename})
+    names = sorted({peer.host for peer in self._peers} | {os.uname().nodename})
     hosts = f', hosts {", ".join(names[:8])}' + (', ...' if len(names) > 8 else '') if self.index == 0 else ''
     return f'{self.count}, {self._spec.source}{hosts}, coordinator {self._spec.coordinator}'
 
@@ -55,8 +55,8 @@ class ProcessGroup:
     It uses no device and has no timeout: a process may work for hours while the others wait here.
     """
     def send(value: Any) -> None:
-      for connection in self._peers:
-        connection.send(at=name, value=value)
+      for peer in self._peers:
+        peer.send(at=name, value=value)
 
     if self.index:
       send(value)
@@ -84,8 +84,8 @@ class ProcessGroup:
       return
     if error is None or isinstance(error, SystemExit):
       self.exchange('end', None, lambda values: None)
-      for connection in self._peers:
-        connection.send(end=None)
+      for peer in self._peers:
+        peer.send(end=None)
       return
     status, line = exit_status(error)
     # A computation may have failed because a peer is gone; then the end of that peer is to be reported, by the thread that reads.
@@ -98,18 +98,18 @@ class ProcessGroup:
 
   def _listen(self) -> None:
     with selectors.DefaultSelector() as selector:
-      for connection, peer in self._peers.items():
-        selector.register(connection, selectors.EVENT_READ)
-        for message in connection.unread:
+      for peer in self._peers:
+        selector.register(peer.socket, selectors.EVENT_READ, peer)
+        for message in peer.unread:
           self._handle(peer, message)
       while selector.get_map():
         for key, _ in selector.select():
-          peer = self._peers[cast(Connection, key.fileobj)]
+          peer = key.data
           try:
-            for message in peer.connection.receive():
+            for message in peer.receive():
               self._handle(peer, message)
           except Closed as closed:
-            selector.unregister(peer.connection)
+            selector.unregister(key.fileobj)
             if peer.index not in self._left:
               self._follow(1, f'{peer} is gone: {closed}')
 
@@ -134,14 +134,14 @@ class ProcessGroup:
   def _exit(self, status: int, line: str | None, text: str) -> NoReturn:
     if line:
       print(line, file=sys.stderr)
-    for connection in self._peers:
-      connection.send(end=text, status=status)
+    for peer in self._peers:
+      peer.send(end=text, status=status)
     deadline = time.monotonic() + _LAST
-    for connection in self._peers if self.index == 0 else ():
+    for peer in self._peers if self.index == 0 else ():
       with contextlib.suppress(Closed):
         while (left := deadline - time.monotonic()) > 0:
-          connection.socket.settimeout(left)
-          connection.receive()
+          peer.socket.settimeout(left)
+          peer.receive()
     for stream in (sys.stdout, sys.stderr):
       with contextlib.suppress(OSError, ValueError):
         stream.flush()

@@ -4,7 +4,6 @@ When all have joined, process 0 stops listening, and JAX's service takes the por
 """
 
 import contextlib
-import dataclasses
 import ipaddress
 import json
 import select
@@ -12,7 +11,7 @@ import selectors
 import socket
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 from gptjax.config import UserError
 from gptjax.distributed.discovery import GroupSpec
@@ -28,11 +27,11 @@ class Closed(Exception):
   """The other end is gone, or is not a process of a run."""
 
 
-class Connection:
-  """A connected socket for messages, JSON objects of a line each, which is read when `select` reports data: one thread can serve many."""
+class Peer:
+  """Another process, over a connected socket; messages are JSON objects, one per line. One thread can read many peers, by a selector."""
 
-  def __init__(self, sock: socket.socket):
-    self.socket, self._rest = sock, b''
+  def __init__(self, sock: socket.socket, index: int = -1, host: str = ''):
+    self.socket, self.index, self.host, self._rest = sock, index, host, b''
     self.unread: list[dict[str, Any]] = []
     """messages that arrived together with one after which another reader takes over"""
     sock.settimeout(10)  # messages are small: a peer that does not take one in this time never will
@@ -41,9 +40,8 @@ class Connection:
       if hasattr(socket, option):
         sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), seconds)
 
-  def fileno(self) -> int:
-    """File descriptor, for `select`."""
-    return self.socket.fileno()
+  def __str__(self) -> str:
+    return f'process {self.index} on {self.host}'
 
   def send(self, **message: Any) -> None:
     """Sends one message; errors are ignored, since `receive` will report that the other end is gone."""
@@ -66,22 +64,6 @@ class Connection:
     if len(self._rest) > _MAX_BYTES or not all(isinstance(message, dict) for message in messages):
       raise Closed(_FOREIGN)
     return messages
-
-  def close(self) -> None:
-    """Closes the socket."""
-    self.socket.close()
-
-
-@dataclasses.dataclass(frozen=True)
-class Peer:
-  """Another process of the run."""
-
-  index: int
-  host: str
-  connection: Connection
-
-  def __str__(self) -> str:
-    return f'process {self.index} on {self.host}'
 
 
 def meet(group: GroupSpec, facts: Mapping[str, str], timeout: float) -> list[Peer]:
@@ -137,7 +119,7 @@ def _accept_all(group: GroupSpec, facts: Mapping[str, str], timeout: float, dead
   with _listen(group, late()) as listener, selectors.DefaultSelector() as selector:
     server = _Server(group, facts, listener, selector)
     server.serve(deadline, lambda: server.error is not None or len(server.joined) == others)
-    peers = sorted(server.joined.values(), key=lambda peer: peer.index)
+    peers = sorted(server.joined, key=lambda peer: peer.index)
     if not server.error and len(peers) < others:
       missing = [f'process {index}' for index in sorted({*range(1, group.count)} - {peer.index for peer in peers})]
       more = f' and {len(missing) - 20} more' if len(missing) > 20 else ''
@@ -147,10 +129,10 @@ def _accept_all(group: GroupSpec, facts: Mapping[str, str], timeout: float, dead
     if server.error:
       server.serve(late(), lambda: len(server.joined) == others)
       raise server.error
-    for stranger in {key.fileobj for key in selector.get_map().values()} - {listener, *server.joined}:
-      cast(Connection, stranger).close()
+    for stranger in {key.data for key in selector.get_map().values()} - {None, *peers}:
+      stranger.socket.close()
   for peer in peers:
-    peer.connection.send(go=socket.gethostname())
+    peer.send(go=socket.gethostname())
   return peers
 
 
@@ -159,7 +141,7 @@ class _Server:
 
   def __init__(self, group: GroupSpec, facts: Mapping[str, str], listener: socket.socket, selector: selectors.BaseSelector):
     self._group, self._facts, self._listener, self._selector = group, facts, listener, selector
-    self.joined: dict[Connection, Peer] = {}
+    self.joined: set[Peer] = set()
     """processes that joined, or after an error have received it"""
     self.error: UserError | None = None
     selector.register(listener, selectors.EVENT_READ)
@@ -168,30 +150,30 @@ class _Server:
     """Handles connections and messages until `done`, or the deadline."""
     while not done() and (left := deadline - time.monotonic()) > 0:
       for key, _ in self._selector.select(left):
-        if key.fileobj is self._listener:
+        if key.data is None:
           with contextlib.suppress(OSError):
-            self._selector.register(Connection(self._listener.accept()[0]), selectors.EVENT_READ)
+            peer = Peer(self._listener.accept()[0])
+            self._selector.register(peer.socket, selectors.EVENT_READ, peer)
           continue
-        connection = cast(Connection, key.fileobj)
         try:
-          for message in connection.receive():
-            self._identify(connection, message)
+          for message in key.data.receive():
+            self._identify(key.data, message)
         except Closed:
-          self._selector.unregister(connection)
-          connection.close()
+          self._selector.unregister(key.fileobj)
+          key.data.socket.close()
           if not self.error:
-            self.joined.pop(connection, None)  # it may join again
+            self.joined.discard(key.data)  # it may join again
 
   def fail(self, error: UserError) -> None:
     """Sends an error to all that joined; processes that connect later get it too."""
     self.error = error
-    for connection in self.joined:
-      connection.send(error=str(error))
+    for peer in self.joined:
+      peer.send(error=str(error))
 
-  def _identify(self, connection: Connection, message: dict[str, Any]) -> None:
+  def _identify(self, peer: Peer, message: dict[str, Any]) -> None:
     match message:
       case {'gptjax': dict(facts), 'process': int(index), 'processes': int(count), 'host': str(host)}:
-        peer = Peer(index, host[:100], connection)
+        peer.index, peer.host = index, host[:100]
       case _:
         raise Closed('not a process of a run')
     try:
@@ -199,12 +181,12 @@ class _Server:
         self._compare(peer, facts, count)
     except UserError as error:
       self.fail(error)
-    self.joined[connection] = peer
-    connection.send(**({'error': str(self.error)} if self.error else {'wait': True}))
+    self.joined.add(peer)
+    peer.send(**({'error': str(self.error)} if self.error else {'wait': True}))
 
   def _compare(self, peer: Peer, facts: Mapping[str, Any], count: int) -> None:
     """Raises a UserError where a process does not belong to this run."""
-    me, joined = f'process 0 on {socket.gethostname()}', {other.index: other for other in self.joined.values()}
+    me, joined = f'process 0 on {socket.gethostname()}', {other.index: other for other in self.joined}
     if count != self._group.count:
       raise UserError('--processes', count, f'{self._group.count}, as {me} has it; the other value is from {peer}')
     if peer.index in joined or not 0 < peer.index < count:
@@ -223,25 +205,26 @@ def _connect(group: GroupSpec, facts: Mapping[str, str], timeout: float, deadlin
     except OSError as error:  # process 0 has not started, or its name does not resolve yet
       reason = error.strerror or str(error)
     else:
-      connection = Connection(sock)
+      peer = Peer(sock, 0)
       try:
         if sock.getsockname() == sock.getpeername():  # TCP can connect to itself where nobody listens
           raise Closed('no answer')
-        connection.send(gptjax=dict(facts), process=group.index, processes=group.count, host=socket.gethostname())
-        return _await_go(connection, timeout, deadline)
+        peer.send(gptjax=dict(facts), process=group.index, processes=group.count, host=socket.gethostname())
+        _await_go(peer, timeout, deadline)
+        return peer
       except Closed as error:
         reason = str(error)
-        connection.close()
+        sock.close()
     time.sleep(min(0.25, max(deadline - time.monotonic(), 0)))
   raise UserError('--coordinator', group.coordinator, f'the address of process 0; process {group.index} did not reach it there within '
                   f'{timeout:g} s: {reason}')
 
 
-def _await_go(connection: Connection, timeout: float, deadline: float) -> Peer:
+def _await_go(peer: Peer, timeout: float, deadline: float) -> None:
   """Waits for the outcome from process 0; as soon as it answers, for its timeout, since it may have started later."""
   while (left := deadline - time.monotonic()) > 0:
-    if select.select([connection], [], [], left)[0]:
-      messages = connection.receive()
+    if select.select([peer.socket], [], [], left)[0]:
+      messages = peer.receive()
       while messages:
         match messages.pop(0):
           case {'wait': True}:
@@ -249,8 +232,8 @@ def _await_go(connection: Connection, timeout: float, deadline: float) -> Peer:
           case {'error': str(text)}:
             raise UserError.from_text(text)
           case {'go': str(host)}:
-            connection.unread = messages  # process 0 may already have sent more
-            return Peer(0, host, connection)
+            peer.host, peer.unread = host, messages  # process 0 may already have sent more
+            return
           case _:
             raise Closed(_FOREIGN)
   raise Closed('no answer')

@@ -41,14 +41,14 @@ def come(port):
     return outcomes
   yield start
   for peer in opened:
-    peer.connection.close()
+    peer.socket.close()
 
 
 def test_all_meet_and_stay_connected(come):
   outcomes = come(2, 0, 1)
   assert [[peer.index for peer in outcome] for outcome in outcomes] == [[0], [1, 2], [0]]
-  outcomes[1][1].connection.send(word='hello')
-  assert outcomes[0][0].connection.receive() == [{'word': 'hello'}]
+  outcomes[1][1].send(word='hello')
+  assert outcomes[0][0].receive() == [{'word': 'hello'}]
 
 
 def test_the_port_is_free_for_jax_when_all_have_met(come, port):
