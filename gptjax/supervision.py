@@ -92,9 +92,8 @@ def _newest(workdir: Path) -> int | None:
 
 
 def _named(status: int) -> str:
-  if status > 128:
-    with contextlib.suppress(ValueError):
-      return signal.Signals(status - 128).name
+  with contextlib.suppress(ValueError):
+    return signal.Signals(status - 128).name
   return f'status {status}'
 
 
