@@ -1,4 +1,4 @@
-"""Signals, notices and the clock save at the next boundary and lose nothing; a hang ends with every stack."""
+"""Signals, notices and the clock save after the current step and lose nothing; a hang ends with the stacks of all threads."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def settings(cache):
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, full(signal.SIGINT)])
-def test_a_signal_saves_that_step_and_the_same_command_goes_on(number, settings, cache, tmp_path, monkeypatch, capsys):
+def test_a_signal_saves_the_step_and_the_same_command_resumes(number, settings, cache, tmp_path, monkeypatch, capsys):
   straight = run(settings, tmp_path / 'straight', cache)
   advance = Logbook.advance
 
@@ -55,7 +55,7 @@ def test_a_signal_saves_that_step_and_the_same_command_goes_on(number, settings,
   assert records(tmp_path / 'run') == straight
 
 
-def test_a_signal_is_heard_where_nobody_reads_what_is_said(monkeypatch):
+def test_a_signal_works_after_stderr_is_closed(monkeypatch):
   # Ctrl-C ends the tee behind a run as well.
   def broken(descriptor, data):
     raise BrokenPipeError
@@ -110,13 +110,13 @@ def test_a_hang_ends_with_every_stack_and_a_second_signal_at_once(settings, cach
   assert 'in stuck' in (tmp_path / 'run' / 'stacks-0.txt').read_text()
 
 
-def test_the_clock_saves_too(settings, cache, tmp_path, monkeypatch):
+def test_the_clock_requests_saves(settings, cache, tmp_path, monkeypatch):
   checkpoints = configs.override(settings, {'checkpoint.minutes': 1e-9, 'checkpoint.keep': 100})
   run(checkpoints, tmp_path, cache)
   assert Checkpoints(tmp_path / 'checkpoints').steps() == [*range(1, 9)]
 
 
-def test_wishes_of_all_processes_are_agreed_upon_a_step_later():
+def test_processes_agree_on_requests_one_step_later():
   mesh = make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
     agree = _Consensus(mesh)
@@ -127,7 +127,7 @@ def test_wishes_of_all_processes_are_agreed_upon_a_step_later():
     assert agree(StopRequest.NONE) == StopRequest.NONE
 
 
-def test_a_save_that_all_agreed_upon_is_made_once():
+def test_a_save_that_all_agreed_on_happens_once():
   mesh = make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
     interruptions = Interruptions(mesh)
@@ -138,7 +138,7 @@ def test_a_save_that_all_agreed_upon_is_made_once():
     assert [interruptions.poll(), interruptions.poll()] == [StopRequest.NONE, StopRequest.NONE]
 
 
-def test_a_failed_save_is_wished_for_again_after_its_time():
+def test_a_failed_save_is_requested_again_after_some_time():
   interruptions = Interruptions(make_mesh(MeshConfig(1, 1)))
   assert interruptions.poll() == StopRequest.NONE
   interruptions.save_in(0.05)
@@ -177,7 +177,7 @@ def cloud():
 
 @pytest.mark.parametrize('last, said', [
   ({'preempted': 'TRUE'}, 'preempts the machine'), ({'maintenanceEvent': 'TERMINATE_ON_HOST_MAINTENANCE'}, 'for maintenance')])
-def test_google_says_when_a_machine_is_taken_back(last, said, cloud):
+def test_google_announces_the_end_of_a_machine(last, said, cloud):
   host, answers, asked = cloud
   answers['GET', '/computeMetadata/v1/instance/'] = [
     (200, json.dumps(one)) for one in ({'preempted': 'FALSE', 'maintenanceEvent': 'NONE'}, {'preempted': 'FALSE'}, last)]
@@ -188,7 +188,7 @@ def test_google_says_when_a_machine_is_taken_back(last, said, cloud):
   assert 'last_etag=0' in asked[0][1] and 'last_etag=seen' in asked[1][1]
 
 
-def test_ec2_says_when_a_machine_is_taken_back(cloud, monkeypatch):
+def test_ec2_announces_the_end_of_a_machine(cloud, monkeypatch):
   from gptjax.distributed import cloud as clouds
   monkeypatch.setattr(clouds, '_INTERVAL', 0.01)
   host, answers, asked = cloud
@@ -211,7 +211,7 @@ def test_a_notice_ends_a_run_as_a_signal_does(settings, cache, tmp_path, cloud, 
   assert 'Google Cloud preempts the machine: saved step' in capsys.readouterr().err
 
 
-def test_a_machine_of_no_cloud_asks_nobody():
+def test_a_machine_without_a_cloud_sends_no_requests():
   assert not watch_notices(lambda text: None, {})
 
 
@@ -220,4 +220,4 @@ def test_two_runs_do_not_share_a_workdir(settings, cache, tmp_path):
   with lock(tmp_path / 'run'), pytest.raises(UserError, match=rf'no other run uses; this one is locked by process {os.getpid()} on '):
     train(settings, options(tmp_path / 'run', cache))
   assert records(tmp_path / 'run')[-1]['step'] == 2
-  assert run(settings, tmp_path / 'run', cache)[-1]['step'] == 8  # what a dead one left is in nobody's way
+  assert run(settings, tmp_path / 'run', cache)[-1]['step'] == 8  # the lock file of a dead process does not matter
