@@ -35,7 +35,7 @@ def write_manifest(folder: Path, facts: dict[str, Any], known: Mapping[int, tupl
   """Writes the manifest of a folder's files, and returns when the folder is synced to disk.
 
   Args:
-    folder: with its files complete.
+    folder: with all other files.
     facts: metadata of the checkpoint, as JSON.
     known: inode -> (size, XXH3) of files that need not be read again.
   """

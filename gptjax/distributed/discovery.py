@@ -47,8 +47,7 @@ def discover(cluster: str = 'auto', coordinator: str | None = None, processes: i
   Args:
     cluster: auto (the first of CLUSTERS that is detected, if any), none, or the name of the one that is required.
     coordinator, processes, process: values of the flags.
-    environment: of this process.
-    metadata: queries the metadata server.
+    environment, metadata: what clusters are detected by.
 
   Raises:
     UserError: the required cluster is not detected, its variables cannot be read, or the flags are contradictory or incomplete.

@@ -67,15 +67,12 @@ class Peer:
 
 
 def meet(group: GroupSpec, facts: Mapping[str, str], timeout: float) -> list[Peer]:
-  """Waits until all processes of a group of two or more have joined.
+  """Waits until all processes of a group of two or more have joined; returns the others in process 0, and elsewhere process 0.
 
   Args:
     group: of the run.
     facts: by name, values that must be equal in all processes.
     timeout: in seconds.
-
-  Returns:
-    In process 0 the other processes by index, elsewhere process 0.
 
   Raises:
     UserError: a process did not join in time, or its facts differ. Every process that joined raises the same error.

@@ -37,13 +37,7 @@ def initial_statistics() -> LossStatistics:
 
 def is_good_step(statistics: LossStatistics, loss: Float[Array, ''], grad_norm: Float[Array, ''],
                  spike: float) -> tuple[Bool[Array, ''], LossStatistics]:
-  """Returns whether a step is good, and the updated statistics, which a bad step does not change.
-
-  Args:
-    statistics: of the previous steps.
-    loss, grad_norm: of this step.
-    spike: FaultsConfig.spike.
-  """
+  """Returns whether a step is good, and the updated statistics, which a bad step does not change; `spike` is FaultsConfig's."""
   values = jnp.stack([loss, grad_norm]).astype(jnp.float32)
   good = jnp.all(jnp.isfinite(values))
   away = values - statistics.mean
