@@ -21,10 +21,14 @@ class HostStaging:
   def __init__(self) -> None:
     self._memory: dict[tuple[int, int], np.ndarray] = {}
 
-  def reserve(self, state: Any) -> Callable[[], object]:
+  def reserve(self, state: Any) -> Callable[[], None]:
     """Allocates memory for such a state, and returns a function that makes the system map it, which takes a while."""
     memories = [self._memory_for(key, part) for key, part in _parts(jax.tree.leaves(state)).items()]
-    return lambda: [memory.fill(0) for memory in memories]
+
+    def touch() -> None:
+      for memory in memories:
+        memory.fill(0)
+    return touch
 
   def copy(self, state: Any) -> Any:
     """Returns the state with its CPU arrays copied into this memory, where they are valid until the next call."""

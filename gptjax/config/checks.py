@@ -52,7 +52,7 @@ class Group:
 
 
 @functools.cache
-def _limits(group: type) -> list[tuple[str, Limit]]:
+def _limits(group: Any) -> list[tuple[str, Limit]]:
   hints = typing.get_type_hints(group, include_extras=True)
   return [(name, limit) for name, hint in hints.items() for limit in getattr(hint, '__metadata__', ())]
 
