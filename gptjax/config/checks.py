@@ -1,6 +1,5 @@
 """The values that a field of a config may have, as a part of its type; a Group checks them when it is created."""
 
-import functools
 import math
 import typing
 from collections.abc import Callable
@@ -40,21 +39,16 @@ FractionBelow1 = Annotated[float, Limit(lambda value: 0 <= value < 1, 'at least 
 class Group:
   """A group of fields of a config; a value outside the limits of its field's type raises a UserError that names it with a prefix."""
 
-  _prefix = ''
+  _prefix, _limits = '', list[tuple[str, Limit]]()  # without annotations, which would make them fields
 
   def __init_subclass__(cls, prefix: str = '') -> None:
-    cls._prefix = prefix
+    hints = typing.get_type_hints(cls, include_extras=True)
+    cls._prefix, cls._limits = prefix, [(name, limit) for name, hint in hints.items() for limit in getattr(hint, '__metadata__', ())]
 
   def __post_init__(self) -> None:
-    for name, limit in _limits(type(self)):
+    for name, limit in self._limits:
       if not limit.holds(value := getattr(self, name)):
         raise UserError(f'{self._prefix}{name}', value, limit.expected)
-
-
-@functools.cache
-def _limits(group: Any) -> list[tuple[str, Limit]]:
-  hints = typing.get_type_hints(group, include_extras=True)
-  return [(name, limit) for name, hint in hints.items() for limit in getattr(hint, '__metadata__', ())]
 
 
 def divisors(n: int) -> str:
