@@ -8,7 +8,6 @@ import pathlib
 import re
 import sys
 import traceback
-import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,13 +34,12 @@ def load(path: str) -> Config:
   if not pathlib.Path(path).is_file():
     raise _no_recipe(path)
   # Compiled rather than imported: an import would write a __pycache__ next to the recipes, and trust it.
-  recipe = types.ModuleType('recipe')
-  recipe.__file__ = path
+  recipe: dict[str, Any] = {'__name__': 'recipe', '__file__': path}
   try:
-    exec(compile(pathlib.Path(path).read_bytes(), path, 'exec'), vars(recipe))
-    if not callable(getattr(recipe, 'get_config', None)):
+    exec(compile(pathlib.Path(path).read_bytes(), path, 'exec'), recipe)
+    if not callable(recipe.get('get_config')):
       raise UserError(path, 'no get_config', 'a recipe, a Python file with get_config() -> Config')
-    config = recipe.get_config()
+    config = recipe['get_config']()
   except UserError:
     raise
   except Exception as error:

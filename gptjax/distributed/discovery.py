@@ -76,10 +76,10 @@ def discover(cluster: str = 'auto', coordinator: str | None = None, processes: i
 
 
 def _detect(cluster: str, environment: Environment, metadata: Metadata) -> GroupSpec | None:
-  for name, (detector, variables) in CLUSTERS.items():
+  for name, (detector, required, variables) in CLUSTERS.items():
     if cluster in ('auto', name):
       try:
-        group = detector(environment, metadata)
+        group = detector(environment, metadata) if {*required} <= environment.keys() else None
       except (KeyError, ValueError, IndexError) as error:
         if isinstance(error, UserError):
           raise
@@ -92,9 +92,7 @@ def _detect(cluster: str, environment: Environment, metadata: Metadata) -> Group
   return None
 
 
-def _slurm(environment: Environment, metadata: Metadata) -> GroupSpec | None:
-  if not {'SLURM_JOB_ID', 'SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_STEP_NODELIST'} <= environment.keys():
-    return None  # also in a batch script, outside of srun
+def _slurm(environment: Environment, metadata: Metadata) -> GroupSpec:
   job = f'{environment["SLURM_JOB_ID"]}.{environment.get("SLURM_STEP_ID", "0")}'
   first = re.findall(r'(?:[^,\[\]]|\[[^\]]+\])+', environment['SLURM_STEP_NODELIST'])[0]
   host = re.sub(r'\[(\d+)[^\]]*\]', r'\1', first)  # gpu[003-005,9]-ib -> gpu003-ib
@@ -106,9 +104,7 @@ def _slurm(environment: Environment, metadata: Metadata) -> GroupSpec | None:
                    f'{host}:{_port(job)}', f'Slurm step {job}', _gpus(environment, environment.get('SLURM_LOCALID'), local_count))
 
 
-def _open_mpi(environment: Environment, metadata: Metadata) -> GroupSpec | None:
-  if not {'OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE'} <= environment.keys():
-    return None
+def _open_mpi(environment: Environment, metadata: Metadata) -> GroupSpec:
   count, local_count = int(environment['OMPI_COMM_WORLD_SIZE']), int(environment.get('OMPI_COMM_WORLD_LOCAL_SIZE', 0))
   uri = environment.get('OMPI_MCA_orte_hnp_uri', '')  # of mpirun: 1531576320.0;tcp://10.96.0.1,10.148.0.1:34911; until Open MPI 4
   address = re.search(r'tcp://([^,:]+)|tcp6://\[([^,\]]+)', uri)
@@ -119,9 +115,7 @@ def _open_mpi(environment: Environment, metadata: Metadata) -> GroupSpec | None:
                    f'Open MPI job {job or "of unknown name"}', gpus)
 
 
-def _kubernetes(environment: Environment, metadata: Metadata) -> GroupSpec | None:
-  if not {'JOB_COMPLETION_INDEX', 'JOBSET_NAME', 'REPLICATED_JOB_NAME'} <= environment.keys():
-    return None
+def _kubernetes(environment: Environment, metadata: Metadata) -> GroupSpec:
   name = environment['JOBSET_NAME']
   # Pods are named JOBSET-REPLICATED_JOB-JOB-POD and resolve through the headless service that has the JobSet's name.
   return GroupSpec(0, int(environment['JOB_COMPLETION_INDEX']), f'{name}-{environment["REPLICATED_JOB_NAME"]}-0-0.{name}:{_POD_PORT}',
@@ -148,14 +142,17 @@ def _tpu(environment: Environment, metadata: Metadata) -> GroupSpec | None:
                    f'TPU {source}: {count} slice(s) of {len(hosts)} host(s)')
 
 
-CLUSTERS: dict[str, tuple[Callable[[Environment, Metadata], GroupSpec | None], str]] = {
-  'tpu': (_tpu, 'TPU_WORKER_HOSTNAMES and TPU_WORKER_ID, or worker-network-endpoints of the metadata server of a TPU VM'),
-  'slurm': (_slurm, 'SLURM_JOB_ID, SLURM_PROCID, SLURM_NTASKS and SLURM_STEP_NODELIST, which srun sets'),
-  'openmpi': (_open_mpi, 'OMPI_COMM_WORLD_RANK and OMPI_COMM_WORLD_SIZE, which mpirun sets'),
-  'kubernetes': (_kubernetes, 'JOB_COMPLETION_INDEX, which Kubernetes sets, and JOBSET_NAME and REPLICATED_JOB_NAME, which the '
-                              "JobSet's manifest must set"),
+_SLURM = ('SLURM_JOB_ID', 'SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_STEP_NODELIST')  # a batch script, outside of srun, lacks some of them
+_OPEN_MPI = ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE')
+_JOBSET = ('JOB_COMPLETION_INDEX', 'JOBSET_NAME', 'REPLICATED_JOB_NAME')
+CLUSTERS: dict[str, tuple[Callable[[Environment, Metadata], GroupSpec | None], tuple[str, ...], str]] = {
+  'tpu': (_tpu, (), 'TPU_WORKER_HOSTNAMES and TPU_WORKER_ID, or worker-network-endpoints of the metadata server of a TPU VM'),
+  'slurm': (_slurm, _SLURM, f'{", ".join(_SLURM)}, which srun sets'),
+  'openmpi': (_open_mpi, _OPEN_MPI, f'{", ".join(_OPEN_MPI)}, which mpirun sets'),
+  'kubernetes': (_kubernetes, _JOBSET, 'JOB_COMPLETION_INDEX, which Kubernetes sets, and JOBSET_NAME and REPLICATED_JOB_NAME, which the '
+                                       "JobSet's manifest must set"),
 }
-"""Name -> (detector, the variables it reads), in the order of detection."""
+"""Name -> (detector, the variables that it requires, a description of those), in the order of detection."""
 
 
 def _port(job: str) -> int:
