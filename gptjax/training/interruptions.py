@@ -29,9 +29,12 @@ class StopRequest(enum.IntEnum):
 
 
 class Interruptions:
-  """Collects the requests. A context manager in which the first SIGTERM or SIGINT is a request, and the second ends the process."""
+  """Collects the requests. A context manager in which the first SIGTERM or SIGINT is a request, and the second ends the process.
 
-  def __init__(self, mesh: Mesh, minutes: float = 0):  # minutes between two saves; 0: off
+  After `minutes` of wall-clock time since the last save (0: never) it requests another.
+  """
+
+  def __init__(self, mesh: Mesh, minutes: float = 0):
     self.reason = 'another process'
     """reason for stopping, to be printed"""
     self._seconds, self._saved, self._retry_at = 60 * minutes, time.monotonic(), float('inf')
