@@ -102,8 +102,8 @@ def test_two_processes_score_and_sample_as_one_does(home, one, two):
 def test_a_mistake_that_process_0_finds_ends_both_with_one_line_each(home, two):
   workdir, _ = two
   done = train(home, 'two', 2, '--config.seed=1', check=False)
-  line = ('seed: 1, expected: 0, with which this workdir was started; another --workdir for another run, or --accept_changes to go on '
-          'all the same')
+  line = ('seed: 1, expected: 0, with which this workdir was started; another --workdir for another run, or --accept_changes to resume '
+          'anyway')
   assert done.returncode == 2
   told = [text for text in done.stderr.splitlines() if 'error' in text]
   assert sorted(told) == [f'[1] error: process 0: {line}', f'error: {line}'] and 'Traceback' not in done.stderr
