@@ -47,24 +47,24 @@ def main(_) -> None:
   workdir = expanded(_WORKDIR.value)
   if _SAMPLES.value and not (folder := expanded(_SAMPLES.value).absolute().parent).is_dir():
     raise UserError('--samples', _SAMPLES.value, f'a file in an existing folder; {folder} does not exist')
-  with checkpoint.Restorer(workdir, _MODEL_AXIS.value) as restorer:
-    steps = restorer.checkpoints.resolve_all(_STEP.value)
-    held_out = data.open_held_out(workdir / 'data')
-    sets, tags = evaluation.choose_sets([] if _SETS.value == ['none'] else _SETS.value, held_out, cache)
-    if not sets and not _TASKS.value:
-      raise UserError('--sets', _SETS.value, 'NAME=STORE or NAME=PATH, or --tasks: an imported model has no validation sets of its own')
-    with jax.set_mesh(restorer.mesh):
-      score, answer = _documents(restorer, sets, tags), _tasks(restorer, held_out.tokenizer)
-      records, samples = [], []
-      for step in steps:
-        trained = restorer.restore(step)
-        if distributed.is_primary():
-          print(trained.description, file=sys.stderr)
-        scores = score(trained.parameters)
-        results, asked = answer(trained.parameters)
-        del trained  # frees the memory before the next one is loaded
-        records.append(evaluation.record(step, scores, results))
-        samples += [{'step': step, **one} for one in asked]
+  restorer = checkpoint.Restorer(workdir, _MODEL_AXIS.value)
+  steps = restorer.checkpoints.resolve_all(_STEP.value)
+  held_out = data.open_held_out(workdir / 'data')
+  sets, tags = evaluation.choose_sets([] if _SETS.value == ['none'] else _SETS.value, held_out, cache)
+  if not sets and not _TASKS.value:
+    raise UserError('--sets', _SETS.value, 'NAME=STORE or NAME=PATH, or --tasks: an imported model has no validation sets of its own')
+  with jax.set_mesh(restorer.mesh):
+    score, answer = _documents(restorer, sets, tags), _tasks(restorer, held_out.tokenizer)
+    records, samples = [], []
+    for step in steps:
+      trained = restorer.restore(step)
+      if distributed.is_primary():
+        print(trained.description, file=sys.stderr)
+      scores = score(trained.parameters)
+      results, asked = answer(trained.parameters)
+      del trained  # frees the memory before the next one is loaded
+      records.append(evaluation.record(step, scores, results))
+      samples += [{'step': step, **one} for one in asked]
   if distributed.is_primary():
     _report(workdir, records, samples, data.compression_yardsticks(held_out.tokenizer, sets) if sets else {})
 

@@ -33,32 +33,25 @@ class Lines:
   """Appends lines to a file. Lines that cannot be written, as on a full disk, are kept in memory and retried with the next."""
 
   def __init__(self, path: Path):
-    self._path, self._waiting = path, b''
-
-  @property
-  def waiting(self) -> bool:
-    """Whether lines are kept in memory."""
-    return bool(self._waiting)
+    self._path = path
+    self.waiting = b''
+    """what could not be written yet"""
 
   def write(self, line: str) -> str:
     """Writes a line; returns the error, '' for none."""
-    self._waiting += line.encode()
+    self.waiting += line.encode()
     try:
       with self._path.open('ab', buffering=0) as file:
-        while self._waiting:
-          self._waiting = self._waiting[file.write(self._waiting):]
+        while self.waiting:
+          self.waiting = self.waiting[file.write(self.waiting):]
     except OSError as error:
       return error.strerror or str(error)
     return ''
 
   def flush(self) -> None:
-    """Returns when all lines are on the disk.
-
-    Raises:
-      UserError: they cannot be written.
-    """
+    """Returns when all lines are on the disk; raises a UserError if they cannot be written, and stay in memory."""
     try:
-      if error := self.write('') if self._waiting else '':
+      if error := self.write('') if self.waiting else '':
         raise UserError(str(self._path), error, 'a disk with space left')
       if self._path.exists():
         sync(self._path)
@@ -85,11 +78,7 @@ def json_line(record: dict[str, Any]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-  """The object in a JSON file.
-
-  Raises:
-    UserError: the file is missing or holds something else.
-  """
+  """Returns the object in a JSON file; raises a UserError if the file is missing or has other content."""
   try:
     values = json.loads(path.read_text())
   except FileNotFoundError:
@@ -111,8 +100,8 @@ def atomic_directory(directory: Path, worth_keeping: Callable[[Path], bool] = la
              resumes: bool = True) -> Iterator[Path | None]:
   """Creates a folder atomically: the body fills a temporary folder, which is then renamed.
 
-  Yields the temporary folder, or None if `directory` exists. Other processes wait meanwhile. What a process leaves that is killed, or
-  finds the disk full, is there for the next to continue.
+  Yields the temporary folder, or None if `directory` exists. Other processes wait meanwhile. A process that is killed, or finds the disk
+  full, leaves its files for the next to continue.
 
   Args:
     directory: to create.

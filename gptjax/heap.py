@@ -24,7 +24,7 @@ def runs_on_cpu() -> bool:
   """
   if platforms := os.environ.get('JAX_PLATFORMS'):
     return platforms.partition(',')[0] == 'cpu'
-  return not any(glob(pattern) for pattern in _ACCELERATORS)
+  return not any(map(glob, _ACCELERATORS))
 
 
 def keep_freed_memory() -> bool:
@@ -55,10 +55,9 @@ def keep_freed_memory() -> bool:
 
 
 def _has_glibc() -> bool:
-  try:
+  with contextlib.suppress(AttributeError, ValueError, OSError):  # musl, macOS and Windows do not know the name
     return os.confstr('CS_GNU_LIBC_VERSION') is not None
-  except (AttributeError, ValueError, OSError):  # musl, macOS and Windows do not know the name
-    return False
+  return False
 
 
 def _available_memory() -> int:

@@ -29,11 +29,7 @@ _MAY_DIFFER = {'cpu_devices', 'cache_dir', 'cluster', 'coordinator', 'processes'
 
 
 def start(config: Config | None = None) -> Path:
-  """Meets the other processes of the run, if any, and sets up JAX before its backend starts; returns the cache folder.
-
-  Args:
-    config: of the run; must be equal in all processes.
-  """
+  """Meets the other processes of the run, if any, whose configs must be equal, and sets up JAX; returns the cache folder."""
   if CPU_DEVICES.value or heap.runs_on_cpu():
     heap.keep_freed_memory()  # first, because a thread that is already running may have an arena of its own
   logging.set_verbosity(logging.FATAL)  # failures are raised as well

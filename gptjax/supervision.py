@@ -1,6 +1,7 @@
 """Supervision: runs training as a child process, and restarts it after a crash as long as it makes progress."""
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -18,36 +19,26 @@ _IDLE = len(_PAUSES) + 1
 def supervise(command: Sequence[str], workdir: Path, restarts: int, final: Sequence[int]) -> int:
   """Runs a command, restarts it with a pause after a crash or a kill, and returns its last exit status.
 
-  It is not restarted when `restarts` are used up, or the last few starts led to no new checkpoint. SIGTERM, SIGINT and SIGHUP are
-  forwarded to the command; during a pause they end this function with os.EX_TEMPFAIL.
-
-  Args:
-    command: to run.
-    workdir: of the run, whose checkpoints show its progress.
-    restarts: maximum number of restarts.
-    final: exit statuses after which a restart is pointless.
+  It is not restarted after `restarts`, if the last few starts led to no new checkpoint in the workdir, or after a `final` exit status.
+  SIGTERM, SIGINT and SIGHUP are forwarded to the command; during a pause they end this function with os.EX_TEMPFAIL.
   """
   with _Signals() as signals:
     idle, newest = 0, _newest(workdir)
-    for restart in range(restarts + 1):
+    for restart in itertools.count(1):
       status = signals.run(command)
       if status in final or signals.received:
         return status
       before, newest = newest, _newest(workdir)
       idle = 1 if newest != before else idle + 1
-      words = f'the run ended with {_named(status)} after checkpoint {newest}' if newest is not None else (
-        f'the run ended with {_named(status)} before its first checkpoint')
-      if idle == _IDLE:
-        _say(f'{words}, {_IDLE} times in a row: not restarted')
+      words = f'the run ended with {_named(status)} ' + (
+        'before its first checkpoint' if newest is None else f'after checkpoint {newest}')
+      if idle == _IDLE or restart > restarts:
+        _say(f'{words}, {_IDLE} times in a row: not restarted' if idle == _IDLE else f'{words}: not restarted, after {restarts} restarts')
         return status
-      if restart == restarts:
-        _say(f'{words}: not restarted, after {restarts} restarts')
-        return status
-      pause = _PAUSES[idle - 1]
-      _say(f'{words}: restarted in {pause} s, restart {restart + 1} of {restarts}')
-      if signals.wait(pause):
+      _say(f'{words}: restarted in {_PAUSES[idle - 1]} s, restart {restart} of {restarts}')
+      if signals.wait(_PAUSES[idle - 1]):
         return os.EX_TEMPFAIL
-  raise AssertionError('the last iteration returns')
+  raise AssertionError('the loop ends with a return')
 
 
 class _Signals:
@@ -101,9 +92,8 @@ def _newest(workdir: Path) -> int | None:
 
 
 def _named(status: int) -> str:
-  if status > 128:
-    with contextlib.suppress(ValueError):
-      return signal.Signals(status - 128).name
+  with contextlib.suppress(ValueError):
+    return signal.Signals(status - 128).name
   return f'status {status}'
 
 

@@ -36,7 +36,10 @@ def main(config: configs.Config) -> int:
   workdir = expanded(_WORKDIR.value)
   if workdir.exists() and not workdir.is_dir():
     raise configs.UserError('--workdir', str(workdir), 'a folder, not a file')
-  profile_steps = _steps(_PROFILE.value)
+  profile = re.fullmatch(r'(\d+):(\d+)', _PROFILE.value) if _PROFILE.value is not None else None
+  profile_steps = (int(profile[1]), int(profile[2])) if profile else None
+  if _PROFILE.value is not None and not (profile_steps and 1 <= profile_steps[0] <= profile_steps[1]):
+    raise configs.UserError('--profile_steps', _PROFILE.value, 'FIRST:LAST with 1 <= FIRST <= LAST, as 10:13')
   if _RESTARTS.value:
     # Done, a mistake, stopped on request.
     return supervise([sys.executable, '-m', 'gptjax.train', *sys.argv[1:], '--max_restarts=0'], workdir, _RESTARTS.value,
@@ -50,15 +53,6 @@ def main(config: configs.Config) -> int:
   except OSError as error:  # a failure of the machine, after which a restart may succeed
     place = error.filename or 'system'
     raise configs.Fault(f'{place}: {error.strerror or error}, expected: a file or folder that can be read and written') from error
-
-
-def _steps(text: str | None) -> tuple[int, int] | None:
-  if text is None:
-    return None
-  match = re.fullmatch(r'(\d+):(\d+)', text)
-  if not match or not 1 <= int(match[1]) <= int(match[2]):
-    raise configs.UserError('--profile_steps', text, 'FIRST:LAST with 1 <= FIRST <= LAST, as 10:13')
-  return int(match[1]), int(match[2])
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""The heap keeps what a step frees; systems without glibc, and runs on accelerators, are left alone."""
+"""The heap keeps the memory that a step frees; systems without glibc, and runs on accelerators, are not changed."""
 
 import ctypes
 import fnmatch
@@ -36,7 +36,7 @@ def test_temporaries_of_a_jitted_function_stay_in_the_process(refused):
 
 
 @pytest.mark.parametrize('error', [ValueError, AttributeError, OSError])
-def test_another_c_library_is_left_alone(error, monkeypatch):
+def test_another_c_library_is_not_changed(error, monkeypatch):
   def unknown(name):
     raise error(name)
 
@@ -46,7 +46,7 @@ def test_another_c_library_is_left_alone(error, monkeypatch):
   assert not heap.keep_freed_memory()
 
 
-def test_a_process_that_has_imported_jax_is_left_alone(monkeypatch):
+def test_a_process_that_has_imported_jax_is_not_changed(monkeypatch):
   monkeypatch.setitem(sys.modules, 'jax', object())
   monkeypatch.setattr(ctypes, 'CDLL', lambda name: pytest.fail('no function of the C library may be called'))
   assert not heap.keep_freed_memory()
@@ -55,7 +55,7 @@ def test_a_process_that_has_imported_jax_is_left_alone(monkeypatch):
 @pytest.mark.parametrize('platforms, device, expected', [
   ('cpu', '/dev/nvidia0', True), ('cpu,cuda', '', True), ('cuda,cpu', '', False), ('tpu', '', False),
   ('', '/dev/nvidia0', False), ('', '/dev/accel0', False), ('', '/dev/vfio/7', False), ('', '/dev/null', True)])
-def test_the_platform_is_that_of_jax_platforms_or_of_the_machine(platforms, device, expected, monkeypatch):
+def test_the_platform_comes_from_jax_platforms_or_the_machine(platforms, device, expected, monkeypatch):
   monkeypatch.setenv('JAX_PLATFORMS', platforms)
   monkeypatch.setattr(heap, 'glob', lambda pattern: fnmatch.filter([device], pattern))
   assert heap.runs_on_cpu() == expected

@@ -1,4 +1,4 @@
-"""A run that dies is started again for as long as it gets on."""
+"""A run that crashes is restarted as long as it makes progress."""
 
 import pathlib
 import signal
@@ -41,23 +41,23 @@ def supervised(tmp_path, monkeypatch, capfd):
   return run
 
 
-def test_it_is_started_again_until_it_is_done(supervised):
+def test_a_run_is_restarted_until_it_is_done(supervised):
   status, turns, pauses, said = supervised('saves 1,saves killed,1,0', 9)
   assert (status, turns, pauses) == (0, 4, [1, 1, 4])
   assert 'ended with status 1 after checkpoint 1: restarted in 1 s, restart 1 of 9' in said and 'SIGKILL after checkpoint 2' in said
 
 
 @pytest.mark.parametrize('ends, status', [('0', 0), ('2', 2)])
-def test_what_ended_by_itself_is_not_started_again(ends, status, supervised):
+def test_a_run_that_ended_by_itself_is_not_restarted(ends, status, supervised):
   assert supervised(ends, 5)[:2] == (status, 1)
 
 
-def test_without_progress_it_stops(supervised):
+def test_a_run_without_progress_is_not_restarted(supervised):
   status, turns, pauses, said = supervised('saves 1,1', 50)
   assert (status, turns, pauses) == (1, 5, [1, 4, 15, 60]) and '5 times in a row: not restarted' in said
 
 
-def test_restarts_are_counted(supervised):
+def test_restarts_are_limited(supervised):
   status, turns, _, said = supervised('saves 1', 2)
   assert (status, turns) == (1, 3) and 'after 2 restarts' in said
 
@@ -71,7 +71,7 @@ sys.exit(supervision.supervise([sys.executable, '-c', *sys.argv[1:]], pathlib.Pa
 
 
 @pytest.mark.parametrize('ends, said', [('waits', ''), ('1', 'restarted in 60 s')])
-def test_a_signal_goes_on_to_the_run_or_ends_the_pause(ends, said, tmp_path):
+def test_a_signal_is_forwarded_to_the_run_or_ends_the_pause(ends, said, tmp_path):
   process = subprocess.Popen([sys.executable, '-c', SUPERVISOR, RUN, tmp_path, ends], cwd=pathlib.Path(__file__).parents[1],
                              stderr=subprocess.PIPE, text=True)
   if said:

@@ -14,7 +14,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,8 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from gptjax.checkpoint.checksums import StreamingChecksums
 from gptjax.checkpoint.contents import by_name
-from gptjax.checkpoint.manifest import Damaged, read_manifest, verify, write_manifest
+from gptjax.checkpoint.manifest import Damaged, read_manifest, streaming_checksums, verify, write_manifest
 from gptjax.checkpoint.staging import HostStaging
 from gptjax.config import Config, Fault, UserError, read_config
 from gptjax.data.progress import announce
@@ -52,14 +51,12 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Retention:
-  """Which checkpoints to keep."""
+  """Which checkpoints to keep: CheckpointConfig with steps for durations."""
 
   latest: int = 2
-  """number of the newest to keep; 0: all"""
+  """0: all"""
   every: int = 0
-  """also keep those whose step is a multiple of this; 0: off"""
   best: bool = False
-  """also keep the one with the lowest validation loss"""
 
   def kept(self, losses: Mapping[int, float | None]) -> set[int]:
     """Returns the steps to keep, given all steps with their validation losses."""
@@ -95,7 +92,7 @@ class Checkpoints:
     return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
   def newest(self, below: int | None = None) -> int | None:
-    """Returns the newest step, optionally below a given one, whose checkpoint is intact. All processes must call this.
+    """Returns the newest step (below a given one) whose checkpoint is intact. All processes must call this.
 
     Newer damaged checkpoints are reported and, by a run that writes here, moved to the folder `damaged`.
 
@@ -104,14 +101,12 @@ class Checkpoints:
       OSError: a checkpoint cannot be read now, which does not mean that it is damaged.
     """
     damaged: dict[int, str] = {}
-    for step in reversed([step for step in self._shared_steps() if below is None or step < below]):
-      wrong = self._wrong(step)
-      if not wrong:
-        for other, words in damaged.items() if is_primary() else ():
-          action = f'moved to {self._quarantine(other)}' if self._retention else 'skipped'
-          announce(f'checkpoint {other} is damaged: {words}; {action}')
+    for step in reversed([step for step in broadcast('steps', self.steps()) if below is None or step < below]):
+      if not (wrong := self._wrong(step)):
+        if is_primary():
+          self._report(damaged)
         return step
-      if step not in self._shared_steps():  # the run that writes here has removed it meanwhile, and has newer ones
+      if step not in broadcast('steps', self.steps()):  # the run that writes here has removed it meanwhile, and has newer ones
         return self.newest(below)
       damaged[step] = wrong
     if damaged:
@@ -119,17 +114,18 @@ class Checkpoints:
       raise UserError('checkpoint', str(self._directory), f'an intact checkpoint, but all are damaged ({reasons})')
     return None
 
-  def _shared_steps(self) -> list[int]:
-    """Returns `steps` as process 0 sees them."""
-    return broadcast('checkpoints', self.steps())
+  def _report(self, damaged: Mapping[int, str]) -> None:
+    for step, words in damaged.items():
+      action = 'skipped'
+      if self._retention:
+        target = self._directory.with_name(DAMAGED) / f'{step}-{time.strftime("%Y%m%d-%H%M%S")}'
+        target.parent.mkdir(exist_ok=True)
+        action = f'moved to {(self._directory / str(step)).rename(target)}'
+      announce(f'checkpoint {step} is damaged: {words}; {action}')
 
   def resolve(self, wanted: str) -> int:
-    """Returns the step for 'latest', 'best' (lowest validation loss) or a number. All processes must call this.
-
-    Raises:
-      UserError: there is no such checkpoint.
-    """
-    steps = self._shared_steps()
+    """Returns the step for 'latest', 'best' (lowest validation loss) or a number, or raises a UserError. All processes must call this."""
+    steps = broadcast('steps', self.steps())
     if not steps:
       raise UserError('--workdir', str(self._directory.parent), 'a folder with checkpoints, written by gptjax.train')
     if wanted == 'latest':
@@ -145,17 +141,13 @@ class Checkpoints:
     raise UserError('--step', wanted, f'latest{best}, {", ".join(map(str, steps))}')
 
   def resolve_all(self, wanted: str) -> list[int]:
-    """Returns the steps, in ascending order, for 'all' or a list such as '100,200,best'. All processes must call this.
-
-    Raises:
-      UserError: one of the checkpoints does not exist.
-    """
-    if wanted == 'all' and (steps := self._shared_steps()):
+    """As `resolve`, but returns the steps, in ascending order, for 'all' or a list such as '100,200,best'."""
+    if wanted == 'all' and (steps := broadcast('steps', self.steps())):
       return steps
     return sorted({self.resolve(one.strip()) for one in wanted.split(',')})
 
   def prepare(self, state: Any) -> None:
-    """Allocates in the background the memory that saves of such a state need, so that the first save need not wait for it."""
+    """Allocates the memory that saves of such a state need, in the background, so that the first save need not wait for it."""
     self._pending = self._background.submit(self._staging.reserve(state))
 
   def save(self, progress: Progress, state: Any, loss: float | None, waits: bool = False) -> None:
@@ -163,7 +155,6 @@ class Checkpoints:
 
     Args:
       progress: stored with the state; its step names the checkpoint.
-      state: a tree of arrays.
       loss: validation loss at this step, for `Retention.best`; None: not validated.
       waits: return only when the checkpoint is committed. The state is then not copied, since nothing can change it meanwhile.
 
@@ -177,10 +168,8 @@ class Checkpoints:
     facts = {'version': VERSION, 'progress': dataclasses.asdict(progress),
              'loss': loss if loss is not None and math.isfinite(loss) else None,
              'saved': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}
-    try:
+    with self._user_errors():
       written = self._background.submit(self._begin, saving, state if waits else self._staging.copy(state)).result()
-    except Exception as error:
-      raise self._as_user_error(error) from error
     self._pending = self._background.submit(self._finish, written, saving, progress.step, facts)
     if waits:
       self.wait()
@@ -191,10 +180,10 @@ class Checkpoints:
 
   def _finish(self, written: Callable[[], None], saving: Path, step: int, facts: dict[str, Any]) -> None:
     try:
-      with StreamingChecksums(saving, process_group().index) as checksums:
+      with streaming_checksums(saving, process_group().index) as checksums:
         written()
       if is_primary():
-        self._commit(saving, step, facts, checksums.by_inode)
+        self._commit(saving, step, facts, checksums)
     except BaseException:
       if is_primary():  # frees the space; Orbax's threads may still write, and the next start removes what they leave
         for path in saving.parent.glob(f'{saving.name}*'):
@@ -212,20 +201,18 @@ class Checkpoints:
       sync(self._directory)
     assert self._retention
     for old in {*self.steps()} - self._retention.kept(self._losses()):
-      self._drop(old)
+      self._verified.discard(old)
+      dropped = self._directory / f'{old}.dropped'  # a kill while it is removed leaves nothing that looks like a checkpoint
+      shutil.rmtree(dropped, ignore_errors=True)  # best effort: the next start removes the rest
+      (self._directory / str(old)).rename(dropped)
+      shutil.rmtree(dropped, ignore_errors=True)
 
   def wait(self) -> None:
-    """Returns when the pending save is committed.
-
-    Raises:
-      UserError: as in `save`.
-    """
+    """Returns when the pending save is committed, or raises a UserError as `save` does."""
     pending, self._pending = self._pending, None
     if pending is not None:
-      try:
+      with self._user_errors():
         pending.result()
-      except Exception as error:
-        raise self._as_user_error(error) from error
 
   @property
   def saving(self) -> bool:
@@ -252,11 +239,7 @@ class Checkpoints:
     return read_config(self._directory / str(step))
 
   def restore_parameters(self, step: int, parameters: dict[str, jax.ShapeDtypeStruct]) -> Parameters:
-    """Loads only the parameters of a TrainState, without allocating its optimizer state.
-
-    Raises:
-      UserError: the checkpoint is damaged, or has other shapes.
-    """
+    """As `restore`, but loads only the parameters of a TrainState, without allocating its optimizer state."""
     stored = self._shapes(step)
     parts: dict[str, dict[str, jax.ShapeDtypeStruct]] = {'trained': {}, 'frozen': {}}
     for name, shape in parameters.items():
@@ -279,12 +262,8 @@ class Checkpoints:
       self.close()
 
   def _load(self, step: int, wanted: Any, partial: bool = False) -> Any:
-    if wrong := self._wrong(step):
-      raise self._unfit(step, f'it is damaged: {wrong}')
-    if (version := read_manifest(self._directory / str(step))['facts'].get('version')) != VERSION:
-      raise self._unfit(step, f'it has version {version}, and this code reads version {VERSION}')
-    folder, found = self._directory / str(step), self._shapes(step)
-    expected = by_name(wanted, lambda leaf: tuple(leaf.shape))
+    found, expected = self._shapes(step), by_name(wanted, lambda leaf: tuple(leaf.shape))
+    folder = self._directory / str(step)
     for name, shape in expected.items():
       if found.get(name) != shape:
         raise self._unfit(step, f'it has {f"{list(found[name])} instead of {list(shape)} for " if name in found else "no "}{name}')
@@ -299,7 +278,13 @@ class Checkpoints:
       raise Fault(f'{folder}: {words}, expected: a checkpoint that can be loaded') from error
 
   def _shapes(self, step: int) -> dict[str, tuple[int, ...]]:
-    return by_name(ocp.metadata(self._directory / str(step)).metadata, lambda leaf: tuple(leaf.shape))
+    """Returns the shapes of the arrays of an intact checkpoint by name."""
+    if wrong := self._wrong(step):
+      raise self._unfit(step, f'it is damaged: {wrong}')
+    folder = self._directory / str(step)
+    if (version := read_manifest(folder)['facts'].get('version')) != VERSION:
+      raise self._unfit(step, f'it has version {version}, and this code reads version {VERSION}')
+    return by_name(ocp.metadata(folder).metadata, lambda leaf: tuple(leaf.shape))
 
   def _wrong(self, step: int) -> str:
     """Returns in which way a checkpoint is damaged, '' if it is intact; every process reads a part of its files."""
@@ -311,42 +296,31 @@ class Checkpoints:
     return wrong
 
   def _losses(self) -> dict[int, float | None]:
-    losses: dict[int, float | None] = {}
-    for step in self.steps():
-      try:
+    losses: dict[int, float | None] = dict.fromkeys(self.steps())
+    for step in losses:
+      with contextlib.suppress(Damaged, OSError):  # reported when it is loaded
         losses[step] = read_manifest(self._directory / str(step))['facts']['loss']
-      except (Damaged, OSError):  # reported when it is loaded
-        losses[step] = None
     return losses
-
-  def _drop(self, step: int) -> None:
-    """Removes a checkpoint; a kill in between leaves nothing that looks like one."""
-    self._verified.discard(step)
-    folder = self._directory / str(step)
-    if folder.exists():
-      dropped = folder.with_name(f'{step}.dropped')
-      shutil.rmtree(dropped, ignore_errors=True)  # best effort: the next start removes the rest
-      folder.rename(dropped)
-      shutil.rmtree(dropped, ignore_errors=True)
-
-  def _quarantine(self, step: int) -> Path:
-    target = self._directory.with_name(DAMAGED) / f'{step}-{time.strftime("%Y%m%d-%H%M%S")}'
-    target.parent.mkdir(exist_ok=True)
-    return (self._directory / str(step)).rename(target)
 
   def _unfit(self, step: int, reason: str) -> UserError:
     return UserError('checkpoint', str(self._directory / str(step)), f'an intact checkpoint of this config; {reason}')
 
-  def _as_user_error(self, error: Exception) -> Exception:
-    """Returns a UserError for a failure of the disk or of another process, and any other error as it is."""
-    full = (errno.ENOSPC, errno.EDQUOT)
-    if getattr(error, 'errno', None) in full or any(os.strerror(code) in str(error) for code in full):  # TensorStore has only texts
-      return UserError('checkpoint', str(self._directory), 'a disk with space left')
-    if 'DEADLINE_EXCEEDED' in str(error):
-      return UserError('checkpoint', str(self._directory), 'a save that all processes complete; another process failed')
-    if isinstance(error, OSError) or 'PERMISSION_DENIED' in str(error) or 'NOT_FOUND' in str(error):
-      return UserError('checkpoint', str(self._directory), f'a writable folder; {" ".join(str(error).split())[:200]}')
-    return error
+  @contextlib.contextmanager
+  def _user_errors(self) -> Iterator[None]:
+    """Raises a UserError for a failure of the disk or of another process, and any other error as it is."""
+    try:
+      yield
+    except Exception as error:
+      full, text = (errno.ENOSPC, errno.EDQUOT), ' '.join(str(error).split())
+      if getattr(error, 'errno', None) in full or any(os.strerror(code) in text for code in full):  # TensorStore has only texts
+        expected = 'a disk with space left'
+      elif 'DEADLINE_EXCEEDED' in text:
+        expected = 'a save that all processes complete; another process failed'
+      elif isinstance(error, OSError) or 'PERMISSION_DENIED' in text or 'NOT_FOUND' in text:
+        expected = f'a writable folder; {text[:200]}'
+      else:
+        raise
+      raise UserError('checkpoint', str(self._directory), expected) from error
 
 
 def _lower_priority() -> None:

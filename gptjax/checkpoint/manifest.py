@@ -1,10 +1,15 @@
 """The manifest of a checkpoint: its metadata and the XXH3 checksum of every file. It is written last, and verified before use.
 
 128 bits detect the damage that disks and networks do, at the speed of memory; no digest stored with the data could prevent forgery.
+Large files are hashed while they are written, and then dropped from the system's page cache: nobody reads a checkpoint soon, and the run
+has better uses for the memory. On virtual machines whose host reclaims unused memory, allocating it is most of the cost of a save.
 """
 
 import contextlib
+import hashlib
 import json
+import os
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +21,9 @@ from gptjax.data import cores
 from gptjax.files import sync
 
 MANIFEST = 'manifest.json'
+_PAUSE = 0.01
+"""Seconds between two scans of the files that are written, in which a few _CHUNK_BYTES are."""
+_CHUNK_BYTES = 2**20
 _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
@@ -27,7 +35,7 @@ def write_manifest(folder: Path, facts: dict[str, Any], known: Mapping[int, tupl
   """Writes the manifest of a folder's files, and returns when the folder is synced to disk.
 
   Args:
-    folder: with its files complete.
+    folder: with all other files.
     facts: metadata of the checkpoint, as JSON.
     known: inode -> (size, XXH3) of files that need not be read again.
   """
@@ -105,13 +113,64 @@ def _entry(path: Path, known: Mapping[int, tuple[int, str]]) -> tuple[int, str]:
 
 
 def _digest(path: Path) -> str:
-  digest, buffer = Digest(), memoryview(bytearray(2**20))
   with path.open('rb', buffering=0) as file:
-    while size := file.readinto(buffer):
-      digest.update(buffer[:size])
-  return digest.hexdigest()
+    return hashlib.file_digest(file, Digest).hexdigest()
 
 
 def _self_digest(content: dict[str, Any]) -> str:
   return Digest(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
+
+@contextlib.contextmanager
+def streaming_checksums(saving: Path, process: int) -> Iterator[dict[int, tuple[int, str]]]:
+  """Hashes the files that this process writes into one checkpoint in the body.
+
+  Args:
+    saving: prefix of the temporary folders that Orbax writes to.
+    process: index of this process; files of the others may be visible on a shared disk before they are complete.
+
+  Yields:
+    A dict that after the body maps inode -> (size, digest) of the bytes that were read.
+  """
+  files: dict[int, _File] = {}
+  found: dict[int, tuple[int, str]] = {}
+  over = threading.Event()
+
+  def follow() -> None:
+    last = False
+    while not last:
+      last = over.wait(_PAUSE)
+      # Orbax renames the folder meanwhile; and an error in reading also reaches the writer or write_manifest, which report it.
+      with contextlib.suppress(OSError):
+        for path in saving.parent.glob(f'{saving.name}*/*/ocdbt.process_{process}/d/*'):
+          inode = path.stat().st_ino
+          if inode not in files:
+            files[inode] = _File(path)
+          files[inode].follow()
+
+  thread = threading.Thread(target=follow, name='checksums')  # inherits the priority of the thread that creates it
+  thread.start()
+  try:
+    yield found
+  finally:
+    over.set()
+    thread.join()
+    for inode, file in files.items():
+      os.close(file.descriptor)
+      found[inode] = file.read, file.digest.hexdigest()
+
+
+class _File:
+  """A file that is being appended to."""
+
+  def __init__(self, path: Path):
+    self.descriptor, self.read, self.digest = os.open(path, os.O_RDONLY), 0, Digest()
+    self._buffer = memoryview(bytearray(_CHUNK_BYTES))
+
+  def follow(self) -> None:
+    while size := os.preadv(self.descriptor, [self._buffer], self.read):
+      self.digest.update(self._buffer[:size])
+      self.read += size
+    if hasattr(os, 'posix_fadvise'):  # not on macOS
+      # Drops the pages that are on the disk, and starts to write out the others.
+      os.posix_fadvise(self.descriptor, 0, self.read, os.POSIX_FADV_DONTNEED)

@@ -34,36 +34,23 @@ class HostStaging:
     """Returns the state with its CPU arrays copied into this memory, where they are valid until the next call."""
     leaves, tree = jax.tree.flatten(state)
     parts = _parts(leaves)
+    copies = {key: self._memory_for(key, part) for key, part in parts.items()}
     with ThreadPoolExecutor(cores()) as pool:
-      copies = dict(zip(parts, pool.map(self._copy, parts, parts.values())))
+      list(pool.map(lambda key: np.copyto(copies[key], np.asarray(parts[key])), parts))
     for i in {i for i, _ in parts}:
       leaf = leaves[i]
       leaves[i] = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, [
         jax.device_put(copies[i, j], shard.data.sharding) for j, shard in enumerate(leaf.addressable_shards)])
     return jax.tree.unflatten(tree, leaves)
 
-  def _copy(self, key: tuple[int, int], part: jax.Array) -> np.ndarray:
-    memory = self._memory_for(key, part)
-    np.copyto(memory, np.asarray(part))
-    return memory
-
   def _memory_for(self, key: tuple[int, int], part: jax.Array) -> np.ndarray:
-    if key not in self._memory:
-      self._memory[key] = _pages(part.shape, part.dtype)
+    if key not in self._memory:  # page-aligned, so that JAX uses it without copying it
+      pages = mmap.mmap(-1, max(part.nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+      self._memory[key] = np.frombuffer(pages, np.uint8, part.nbytes).view(part.dtype).reshape(part.shape)
     return self._memory[key]
 
 
 def _parts(leaves: list[Any]) -> dict[tuple[int, int], jax.Array]:
   """Returns this process's CPU shards by (leaf, shard)."""
-  return {(i, j): shard.data for i, leaf in enumerate(leaves) if _on_cpu(leaf) for j, shard in enumerate(leaf.addressable_shards)}
-
-
-def _on_cpu(leaf: Any) -> bool:
-  return isinstance(leaf, jax.Array) and all(device.platform == 'cpu' for device in leaf.devices())
-
-
-def _pages(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-  """Allocates page-aligned memory, which JAX uses without copying it."""
-  size = int(np.prod(shape)) * dtype.itemsize
-  raw = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-  return np.frombuffer(raw, np.uint8, size).view(dtype).reshape(shape)
+  on_cpu = lambda leaf: isinstance(leaf, jax.Array) and all(device.platform == 'cpu' for device in leaf.devices())
+  return {(i, j): shard.data for i, leaf in enumerate(leaves) if on_cpu(leaf) for j, shard in enumerate(leaf.addressable_shards)}

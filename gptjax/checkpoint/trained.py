@@ -34,26 +34,18 @@ def load_trained(workdir: Path, step: str = 'latest', model_axis: int = 0) -> Tr
   """Restores the parameters of a run onto all devices, sharded along `model` and otherwise replicated.
 
   Args:
-    workdir: of the run.
     step: 'latest', 'best' or a number.
     model_axis: size of the mesh axis `model`; 0: as in training if it divides the number of devices, else 1.
 
   Raises:
     UserError: no run in the folder, no such checkpoint, or a mesh that does not fit the devices or heads.
   """
-  with Restorer(workdir, model_axis) as restorer:
-    return restorer.restore(restorer.checkpoints.resolve(step))
+  restorer = Restorer(workdir, model_axis)
+  return restorer.restore(restorer.checkpoints.resolve(step))
 
 
 class Restorer:
-  """Restores several checkpoints of a run onto the same mesh, so that a program compiled for one serves all. A context manager.
-
-  Args:
-    workdir, model_axis: as in `load_trained`.
-
-  Raises:
-    UserError: no run in the folder, or a mesh that does not fit the devices or heads.
-  """
+  """Restores several checkpoints of a run, as `load_trained` does, onto the same mesh: a program compiled for one serves all."""
 
   def __init__(self, workdir: Path, model_axis: int = 0):
     self.config = read_config(workdir)
@@ -61,24 +53,13 @@ class Restorer:
     compute = dataclasses.replace(self.config.compute, attention='auto', sequence_parallel=False)
     self.model = abstract_model(self.config.model, compute, self.config.data.context)
     trained_on = self.config.mesh.sizes[MATRIX_AXIS]
-    fits = jax.device_count() % trained_on == 0
-    self.mesh = make_mesh(MeshConfig(**{MATRIX_AXIS: model_axis or (trained_on if fits else 1)}))
+    self.mesh = make_mesh(MeshConfig(**{MATRIX_AXIS: model_axis or (1 if jax.device_count() % trained_on else trained_on)}))
     check_heads(self.config.model, self.mesh)
     self.checkpoints = Checkpoints(workdir / 'checkpoints')
 
   def restore(self, step: int) -> Trained:
-    """Restores the parameters of a step in the dtypes that the model computes with.
-
-    Raises:
-      UserError: the checkpoint does not fit the run's config.
-    """
+    """Restores the parameters of a step in the dtypes that the model computes with; a UserError if they do not fit the run's config."""
     shardings = self.model.shardings(0, self.mesh)
     abstract = {name: jax.ShapeDtypeStruct(s.shape, self.model.dtypes[name], sharding=shardings[name])
                 for name, s in self.model.shapes.items()}
     return Trained(self.config, self.model, self.mesh, self.checkpoints.restore_parameters(step, abstract), step)
-
-  def __enter__(self) -> 'Restorer':
-    return self
-
-  def __exit__(self, *error: object) -> None:
-    self.checkpoints.close()

@@ -8,21 +8,8 @@ from gptjax.config.help import describe, docstrings, own_flags
 from gptjax.config.mesh import AXES, AXIS_NAMES, MATRIX_AXIS, REST_AXIS, ROW_AXES, SLICE_AXES, STATE_AXIS, MeshAxis, MeshConfig
 from gptjax.config.model import ComputeConfig, ModelConfig, RopeConfig
 from gptjax.config.schema import (
-    CheckpointConfig,
-    Component,
-    Config,
-    DataConfig,
-    Duration,
-    EvalConfig,
-    FaultsConfig,
-    OptimizerConfig,
-    Phase,
-    SourceConfig,
-    TokenizerConfig,
-    ValidationSet,
-    duration_in_steps,
-    in_unit_of_steps,
-)
+  CheckpointConfig, Component, Config, DataConfig, Duration, EvalConfig, FaultsConfig, OptimizerConfig, Phase, SourceConfig,
+  TokenizerConfig, ValidationSet, duration_in_steps, in_unit_of_steps)
 
 __all__ = [
     'AXES', 'AXIS_NAMES', 'CheckpointConfig', 'Component', 'ComputeConfig', 'Config', 'DataConfig', 'Duration', 'EvalConfig', 'Fault',

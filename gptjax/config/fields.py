@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from gptjax.config.errors import UserError
-from gptjax.config.schema import Config, Duration
+from gptjax.config.schema import DURATIONS, Config, Duration
 
 Value = int | float | str | tuple
 """Type of a field's value; bool is an int, and a tuple holds dataclasses or values."""
@@ -21,31 +21,21 @@ Value = int | float | str | tuple
 BOOLEANS = {'true': True, '1': True, 'yes': True, 'false': False, '0': False, 'no': False}
 
 
-def _hints(group: Any, prefix: str = '') -> dict[str, Any]:
-  found: dict[str, Any] = {}
-  for name, hint in typing.get_type_hints(group).items():
-    found |= _hints(hint, f'{prefix}{name}.') if dataclasses.is_dataclass(hint) else {prefix + name: hint}
-  return found
+def flatten(config: Any, prefix: str = '') -> dict[str, Any]:
+  """Returns {dotted name: value} of a config, or of its JSON, in the order of the schema."""
+  flat: dict[str, Any] = {}
+  for name, value in (config if isinstance(config, dict) else vars(config)).items():
+    nested = isinstance(value, dict) or dataclasses.is_dataclass(value)
+    flat |= flatten(value, f'{prefix}{name}.') if nested else {prefix + name: value}
+  return flat
 
 
-FIELDS = _hints(Config)
+def _hints(group: Any) -> dict[str, Any]:
+  return {name: _hints(hint) if dataclasses.is_dataclass(hint) else hint for name, hint in typing.get_type_hints(group).items()}
+
+
+FIELDS = flatten(_hints(Config))
 """Dotted name -> type, in the order of the schema."""
-
-
-def flatten(config: Any, prefix: str = '') -> dict[str, Value]:
-  """Returns {dotted name: value}, in the order of the schema."""
-  flat: dict[str, Any] = {}
-  for field in dataclasses.fields(config):
-    name, value = prefix + field.name, getattr(config, field.name)
-    flat |= flatten(value, f'{name}.') if dataclasses.is_dataclass(value) else {name: value}
-  return flat
-
-
-def _flatten_json(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  flat: dict[str, Any] = {}
-  for name, value in tree.items():
-    flat |= _flatten_json(value, f'{prefix}{name}.') if isinstance(value, dict) else {prefix + name: value}
-  return flat
 
 
 def differences(a: Config, b: Config) -> dict[str, tuple[Value, Value]]:
@@ -72,11 +62,7 @@ def override(config: Config, values: Mapping[str, object], where: str = '') -> C
 
 
 def checked(hint: Any, value: Any, name: str) -> Any:
-  """Converts a value to the type of its hint: JSON's lists and objects become tuples and dataclasses.
-
-  Raises:
-    UserError: a value of a wrong type; the error calls it `name`.
-  """
+  """Converts a value to the type of its hint (JSON's lists and objects become tuples and dataclasses), or raises a UserError."""
   if item := item_type(hint):
     if not isinstance(value, (list, tuple)):
       raise UserError(name, value, expected(hint))
@@ -158,18 +144,15 @@ def expected(hint: Any) -> str:
   if item := item_type(hint):
     if not dataclasses.is_dataclass(item):
       return 'a JSON list'
-    first = next(iter(typing.get_type_hints(item)))
-    return f"a JSON list of objects with {', '.join(typing.get_type_hints(item))}, as '[{{\"{first}\": ...}}]'"
-  words = {int: 'an integer', float: 'a number', bool: 'true or false', str: 'text'}
-  return words.get(hint, "a count of steps (2000), or one with its unit: '1.5e6 tokens', '3 epochs'")
+    first, *more = typing.get_type_hints(item)
+    return f"a JSON list of objects with {', '.join([first, *more])}, as '[{{\"{first}\": ...}}]'"
+  return {int: 'an integer', float: 'a number', bool: 'true or false', str: 'text'}.get(hint, DURATIONS)
 
 
 def parse(hint: Any, text: str | None) -> object:
   """Parses a flag's text; returns invalid text unchanged, which `override` then rejects."""
-  if text is None or hint is None:
+  if text is None or hint is None or choices(hint):
     return text
-  if choices(hint):
-    return {str(choice): choice for choice in choices(hint)}.get(text, text)
   if hint is bool:
     return BOOLEANS.get(text.lower(), text)
   try:
@@ -184,11 +167,7 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str, file: str = 'config.json') -> Config:
-  """Returns the config that `to_json` wrote.
-
-  Raises:
-    UserError: invalid JSON, or a field that is unknown, missing or of a wrong type; the error names `file`.
-  """
+  """Returns the config that `to_json` wrote; a UserError names the file, and the line or field that is wrong or missing."""
   try:
     tree = json.loads(text)
   except json.JSONDecodeError as error:
@@ -198,7 +177,7 @@ def from_json(text: str, file: str = 'config.json') -> Config:
     raise UserError(file, text[:80], f'JSON of a config ({error})') from error
   if not isinstance(tree, dict):
     raise UserError(file, tree, 'an object of config fields')
-  values = _flatten_json(tree)
+  values = flatten(tree)
   config = override(Config(), values, where=f'{file}: ')
   for name, hint in FIELDS.items():
     if name not in values:
@@ -207,11 +186,7 @@ def from_json(text: str, file: str = 'config.json') -> Config:
 
 
 def read_config(folder: pathlib.Path) -> Config:
-  """Returns the config of a run or checkpoint from its folder.
-
-  Raises:
-    UserError: there is no config.json, or it is damaged.
-  """
+  """Returns the config of a run or checkpoint from its folder; raises a UserError if there is no config.json, or it is damaged."""
   file = folder / 'config.json'
   try:
     return from_json(file.read_text(encoding='utf-8'), str(file))

@@ -8,7 +8,6 @@ import pathlib
 import re
 import sys
 import traceback
-import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,13 +34,12 @@ def load(path: str) -> Config:
   if not pathlib.Path(path).is_file():
     raise _no_recipe(path)
   # Compiled rather than imported: an import would write a __pycache__ next to the recipes, and trust it.
-  recipe = types.ModuleType('recipe')
-  recipe.__file__ = path
+  recipe: dict[str, Any] = {'__name__': 'recipe', '__file__': path}
   try:
-    exec(compile(pathlib.Path(path).read_bytes(), path, 'exec'), vars(recipe))
-    if not callable(getattr(recipe, 'get_config', None)):
+    exec(compile(pathlib.Path(path).read_bytes(), path, 'exec'), recipe)
+    if not callable(recipe.get('get_config')):
       raise UserError(path, 'no get_config', 'a recipe, a Python file with get_config() -> Config')
-    config = recipe.get_config()
+    config = recipe['get_config']()
   except UserError:
     raise
   except Exception as error:
@@ -135,11 +133,7 @@ def _split(args: Sequence[str]) -> tuple[str | None, dict[str, str | None], list
   recipe, texts, others = None, {}, []
   queue = collections.deque(args)
   while queue:
-    arg = queue.popleft()
-    if arg == '--':
-      others += [arg, *queue]
-      break
-    match = _CONFIG_FLAG.fullmatch(arg)
+    match = _CONFIG_FLAG.fullmatch(arg := queue.popleft())
     if not match:
       others.append(arg)
       continue
@@ -159,11 +153,9 @@ def _as_user_error(error: Exception, needs_config: bool) -> UserError:
   """Converts an error of absl into one with the flag's name, its value, the expected values and the nearest name."""
   if isinstance(error, flags.UnrecognizedFlagError):
     own = ['--config', '--config.FIELD'] * needs_config + [f'--{flag.name}' for flag in own_flags()]
-    names = {}
+    names = {name: f'--{name}' for name in flags.FLAGS}
     if needs_config:
-      with_config = {f'config.{name}': f'--config.{name}' for name in FIELDS}
-      names = suggestions('--config.') | with_config | {'config': '--config'}
-    names |= {name: f'--{name}' for name in flags.FLAGS}
+      names = suggestions('--config.') | {name: f'--{name}' for name in ('config', *(f'config.{name}' for name in FIELDS))} | names
     value = str(error.flagvalue).partition('=')[2]
     return UserError(f'--{error.flagname}', value, f'{", ".join(own)}; see --help', names, error.flagname)
   if match := re.match(r'Missing value for flag -*(.*)', str(error)):
@@ -175,9 +167,10 @@ def _as_user_error(error: Exception, needs_config: bool) -> UserError:
   if not match:
     return UserError('flags', str(error), 'see --help')
   flag, value = flags.FLAGS[match[1]], match[2]
+  if cause is None and value == 'None':  # absl reports a missing required flag in this way
+    return UserError(f'--{flag.name}', None, f'a value: {flag.help}')
   if cause is None:
-    missing = value == 'None'  # absl reports a missing required flag in this way
-    return UserError(f'--{flag.name}', None if missing else value, f'a value: {flag.help}' if missing else match[3])
+    return UserError(f'--{flag.name}', value, match[3])
   choices = getattr(flag.parser, 'enum_values', ())
   expected = ', '.join(choices) or flag.parser.syntactic_help or ('true or false' if flag.boolean else match[3])
   return UserError(f'--{flag.name}', value, expected, choices)

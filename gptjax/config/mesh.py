@@ -4,9 +4,9 @@ A new axis is a row here, and a module of gptjax/sharding/ where it needs commun
 """
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
-from gptjax.config.checks import at_least
+from gptjax.config.checks import Fraction, Group, Limit
 from gptjax.config.errors import UserError
 
 REST = -1
@@ -50,27 +50,24 @@ SLICE_AXES = tuple(axis.name for axis in AXES if axis.leaves_slices)
 """Axes that may cross the network between slices."""
 (MATRIX_AXIS,) = (axis.name for axis in AXES if axis.matrices)
 
+_Size = Annotated[int, Limit(lambda size: size == REST or size >= 1, '1 or more; -1 for one axis')]
 _Sizes: Any = dataclasses.make_dataclass('_Sizes', [
-  (axis.name, int, dataclasses.field(default=axis.default, metadata={'help': axis.help}))
+  (axis.name, _Size, dataclasses.field(default=axis.default, metadata={'help': axis.help}))
   for axis in sorted(AXES, key=lambda axis: axis.leaves_slices)], frozen=True)  # the axes that are set most often come first
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig(_Sizes):
+class MeshConfig(_Sizes, Group, prefix='mesh.'):
   """How devices are arranged."""
 
-  max_unsharded: float = 0.02
+  max_unsharded: Fraction = 0.02
   """largest fraction of the parameters' bytes that may stay unsharded although a mesh axis should split them"""
 
   def __post_init__(self):
-    for name, size in self.sizes.items():
-      if size != REST:
-        at_least('mesh.', self, 1, name)
+    super().__post_init__()
     rest = [name for name, size in self.sizes.items() if size == REST]
     if len(rest) > 1:
       raise UserError(f'mesh.{rest[1]}', REST, f'a size, since mesh.{rest[0]} is -1 already')
-    if not 0 <= self.max_unsharded <= 1:
-      raise UserError('mesh.max_unsharded', self.max_unsharded, '0 to 1')
 
   @property
   def sizes(self) -> dict[str, int]:

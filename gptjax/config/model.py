@@ -1,65 +1,61 @@
 """The transformer of a run: what function it is, and separately how it is computed."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
-from gptjax.config.checks import INT32_MAX, at_least, at_most, divisors, fraction
+from gptjax.config.checks import (
+  FractionBelow1, Group, NonNegative, NonNegativeFloat, Positive, PositiveFloat, at_least, at_most, divisors)
 from gptjax.config.errors import UserError
 
 Activation = Literal['block', 'attention_norm', 'q', 'k', 'v', 'attention', 'attention_out', 'mlp_norm', 'gate', 'up', 'hidden']
-"""What a block computes on its way, in order: its input, the normalized input, queries, keys and values, the mixed values before
-and after their product, the normalized input of the feed-forward layer, its two products, and what they become."""
+"""The activations of a block, in order: its input, the normalized input, queries, keys and values, the mixed values before and after
+the output projection, the normalized input of the feed-forward layer, its two projections, and the activated hidden layer."""
 
 
 @dataclasses.dataclass(frozen=True)
-class RopeConfig:
+class RopeConfig(Group, prefix='model.rope.'):
   """Rotary positions (arXiv:2104.09864), and how they are stretched beyond the context they were trained for."""
 
-  theta: float = 10000.0
+  theta: PositiveFloat = 10000.0
   """base of the wavelengths"""
-  local_theta: float = 0.0
+  local_theta: NonNegativeFloat = 0.0
   """base in layers with a window, which are never stretched (Gemma 3); 0: as in the others"""
   scaling: Literal['none', 'linear', 'llama3'] = 'none'
-  """linear: all wavelengths times factor (arXiv:2306.15595); llama3: long ones alone (arXiv:2407.21783)"""
-  factor: float = 1.0
-  """how much longer the wavelengths become"""
+  """linear: all wavelengths times factor (arXiv:2306.15595); llama3: only long ones (arXiv:2407.21783)"""
+  factor: PositiveFloat = 1.0
+  """factor by which the wavelengths grow"""
   low: float = 1.0
-  """llama3: wavelengths that turn fewer times than this in original_context are stretched in full"""
+  """llama3: wavelengths with fewer periods than this in original_context are stretched by the full factor"""
   high: float = 4.0
-  """llama3: wavelengths that turn more often than this stay; those between are stretched in part"""
-  original_context: int = 8192
-  """llama3: tokens a row before stretching"""
+  """llama3: wavelengths with more periods than this are not stretched; those in between are stretched in part"""
+  original_context: Positive = 8192
+  """llama3: tokens per row before stretching"""
 
   def __post_init__(self):
-    for field in ('theta', 'factor'):
-      if getattr(self, field) <= 0:
-        raise UserError(f'model.rope.{field}', getattr(self, field), 'a number above 0')
-    at_least('model.rope.', self, 0, 'local_theta')
-    at_least('model.rope.', self, 1, 'original_context')
-    at_most('model.rope.', self, INT32_MAX, 'original_context')
+    super().__post_init__()
     if not 0 < self.low < self.high:
       raise UserError('model.rope.high', self.high, f'a number above model.rope.low={self.low}, which is above 0')
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """The transformer: GPT-2's style, the modern one, and what published families do differently, a choice a field."""
+class ModelConfig(Group, prefix='model.'):
+  """The transformer: one field per choice in which GPT-2, modern models and published families differ."""
 
-  layers: int = 4
+  layers: Annotated[int, at_least(1), at_most(10_000)] = 4  # more cannot be compiled
   """transformer blocks"""
-  width: int = 128
+  width: Positive = 128
   """size of the residual stream, in features"""
-  heads: int = 4
+  heads: Positive = 4
   """query heads"""
-  kv_heads: int = 0
+  kv_heads: NonNegative = 0
   """key/value heads, each shared by heads/kv_heads query heads; 0: as many as heads"""
-  head_size: int = 0
-  """features of a head; 0: width / heads, which must be whole then"""
-  mlp_width: int = 0
+  head_size: NonNegative = 0
+  """features per head; 0: width / heads, which must be an integer"""
+  mlp_width: NonNegative = 0
   """hidden size of the feed-forward layer, in features; 0: 4 * width"""
-  vocab_size: int = 0
+  vocab_size: NonNegative = 0
   """token ids the model can read and predict; 0: as many as the tokenizer has"""
-  vocab_multiple: int = 8
+  vocab_multiple: Positive = 8
   """the embedding table is padded to a multiple of this many rows; padded ids are never predicted"""
   positions: Literal['learned', 'rope'] = 'learned'
   """learned: a table over positions (GPT-2); rope: rotary embeddings (arXiv:2104.09864)"""
@@ -68,8 +64,8 @@ class ModelConfig:
   norm: Literal['layernorm', 'rmsnorm', 'rmsnorm1p'] = 'layernorm'
   """layernorm (arXiv:1607.06450), rmsnorm (arXiv:1910.07467), or rmsnorm1p, whose gains are stored less 1 (Gemma)"""
   norm_at: Literal['pre', 'post', 'sandwich'] = 'pre'
-  """where a block normalizes: what attention and feed-forward layer read (pre), what they give (post, OLMo 2) or both (Gemma 2)"""
-  norm_eps: float = 1e-5
+  """where a block normalizes: the inputs of attention and feed-forward layer (pre), their outputs (post, OLMo 2) or both (Gemma 2)"""
+  norm_eps: NonNegativeFloat = 1e-5
   """added to the mean square"""
   mlp: Literal['gelu', 'swiglu', 'geglu'] = 'gelu'
   """gelu: two matrices, tanh approximation (GPT-2); swiglu, geglu: three, gated by silu or that gelu (arXiv:2002.05202)"""
@@ -83,27 +79,21 @@ class ModelConfig:
   """one table for the embedding and the output head"""
   scaled_embedding: bool = False
   """multiply embeddings by the root of width (arXiv:1706.03762, section 3.4)"""
-  window: int = 0
-  """tokens that a token sees, itself included (sliding window, arXiv:2004.05150); 0: all before it"""
-  global_every: int = 0
-  """every so many layers one has no window, the last of them; 0: none has"""
-  query_scale: float = 0.0
-  """scores are divided by the root of it; 0: the features of a head (arXiv:1706.03762)"""
-  attention_cap: float = 0.0
-  """scores s become cap * tanh(s / cap) (Gemma 2, arXiv:2408.00118); 0: they stay"""
-  logit_cap: float = 0.0
+  window: NonNegative = 0
+  """tokens that a token attends to, itself included (sliding window, arXiv:2004.05150); 0: all before it"""
+  global_every: NonNegative = 0
+  """number of consecutive layers of which the last has no window; 0: all have it"""
+  query_scale: NonNegativeFloat = 0.0
+  """scores are divided by the root of it; 0: the features per head (arXiv:1706.03762)"""
+  attention_cap: NonNegativeFloat = 0.0
+  """scores s become cap * tanh(s / cap) (Gemma 2, arXiv:2408.00118); 0: unchanged"""
+  logit_cap: NonNegativeFloat = 0.0
   """the same for logits"""
-  dropout: float = 0.0
+  dropout: FractionBelow1 = 0.0
   """probability that a feature is dropped after embeddings, attention weights, attention and feed-forward"""
 
   def __post_init__(self):
-    at_least('model.', self, 1, 'layers', 'width', 'heads', 'vocab_multiple')
-    at_least('model.', self, 0, 'kv_heads', 'mlp_width', 'vocab_size', 'head_size', 'window', 'global_every', 'query_scale',
-              'attention_cap', 'logit_cap', 'norm_eps')
-    at_most('model.', self, 10_000, 'layers')  # far more than can be compiled
-    at_most('model.', self, INT32_MAX, 'width', 'heads', 'kv_heads', 'head_size', 'mlp_width', 'vocab_size', 'vocab_multiple', 'window',
-            'global_every')
-    fraction('model.', self, 'dropout')
+    super().__post_init__()
     if not self.head_size and self.width % self.heads:
       raise UserError('model.heads', self.heads, f'a divisor of model.width={self.width}: {divisors(self.width)}')
     if self.kv_heads and self.heads % self.kv_heads:
@@ -113,7 +103,7 @@ class ModelConfig:
         raise UserError('model.head_size', self.head_size, 'an even number for rope')
       raise UserError('model.heads', self.heads, f'an even model.width/model.heads for rope, not {self.head_width}')
     if self.global_every and not self.window:
-      raise UserError('model.global_every', self.global_every, '0 unless model.window says how far the other layers see')
+      raise UserError('model.global_every', self.global_every, '0 unless model.window is set for the other layers')
 
   @property
   def head_width(self) -> int:
@@ -147,7 +137,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig:
-  """How the transformer is computed. None of it changes the function, up to rounding, nor what a checkpoint or an export means."""
+  """How the transformer is computed; does not change the function, up to rounding, nor the meaning of a checkpoint or an export."""
 
   scan: bool = False
   """run the layers as one scan over stacked parameters: compile time does not grow with them; slower on CPU"""
@@ -162,7 +152,7 @@ activations that saved and offloaded name (names)"""
   """split the activations between products by token, over the devices that split matrices (arXiv:2205.05198)"""
   attention: Literal['auto', 'blocks', 'xla', 'splash', 'cudnn'] = 'auto'
   """blocks: causal blocks, on any device; xla: the full square; splash: TPU kernels; cudnn: NVIDIA's; auto: the device's own \
-where it can, else blocks"""
+if it supports the model, else blocks"""
   dtype: Literal['float32', 'bfloat16'] = 'float32'
   """precision of matrix products and activations; parameters, norms, softmax and loss stay float32"""
 
@@ -171,9 +161,9 @@ where it can, else blocks"""
       field = 'saved' if self.saved else 'offloaded'
       raise UserError(f'compute.{field}', list(getattr(self, field)), f"none unless compute.remat is 'names', and it is '{self.remat}'")
     if twice := set(self.saved) & set(self.offloaded):
-      raise UserError('compute.offloaded', sorted(twice)[0], 'activations that compute.saved does not name')
+      raise UserError('compute.offloaded', sorted(twice)[0], 'activations that are not in compute.saved')
 
   @property
   def plain(self) -> 'ComputeConfig':
-    """In the same dtype, for inference: layers one by one, nothing recomputed, attention as the device here can."""
+    """In the same dtype, for inference: layers one by one, nothing recomputed, attention by the device's backend."""
     return ComputeConfig(dtype=self.dtype)

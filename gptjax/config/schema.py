@@ -3,18 +3,27 @@
 import dataclasses
 import math
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
-from gptjax.config.checks import INT32_MAX, at_least, at_most, divisors, fraction
+from gptjax.config.checks import (
+  Fraction, FractionBelow1, Group, Limit, NonNegative, NonNegativeFloat, Positive, at_least, at_most, divisors)
 from gptjax.config.errors import UserError
 from gptjax.config.mesh import MeshConfig
 from gptjax.config.model import ComputeConfig, ModelConfig
 
 Duration = int | str
 """A length of training: steps (2000), or text with a unit: '2000 steps', '1.5e6 tokens', '3 epochs'."""
+DURATIONS = "a count of steps (2000), or one with its unit: '1.5e6 tokens', '3 epochs'"
+"""Description of valid durations, for an error."""
 
-_DURATION = re.compile(
-    r'\s*([0-9]+(?:_[0-9]+)*\.?[0-9]*(?:e[+]?[0-9]+)?)\s*(steps?|tokens?|epochs?)?\s*', re.IGNORECASE)
+_DURATION = re.compile(r'\s*([0-9]+(?:_[0-9]+)*\.?[0-9]*(?:e[+]?[0-9]+)?)\s*(?:(step|token|epoch)s?)?\s*', re.IGNORECASE)
+
+
+def _amount_and_unit(value: Duration) -> tuple[float, str]:
+  """Returns for example (1.5e6, 'token'); an infinite amount if the value is not a Duration."""
+  match = _DURATION.fullmatch(str(value))
+  amount, unit = (float(match[1]), (match[2] or 'step').lower()) if match else (math.inf, '')
+  return (math.inf, '') if unit == 'step' and amount % 1 else (amount, unit)
 
 
 def duration_in_steps(field: str, value: Duration, *, batch_size: int, context: int, rows_per_epoch: int) -> int:
@@ -22,25 +31,23 @@ def duration_in_steps(field: str, value: Duration, *, batch_size: int, context: 
 
   A token here is a position of a row, so a step is batch_size * context of them; an epoch is rows_per_epoch rows.
   """
-  match = _DURATION.fullmatch(str(value))
-  amount = float(match[1]) if match else math.inf
-  if not match or math.isinf(amount * rows_per_epoch):
-    raise UserError(field, value, "a count of steps (2000), or one with its unit: '1.5e6 tokens', '3 epochs'")
-  unit = (match[2] or 'steps').lower().rstrip('s')
+  amount, unit = _amount_and_unit(value)
+  if math.isinf(amount * rows_per_epoch):
+    raise UserError(field, value, DURATIONS)
   steps = {'step': amount, 'token': amount / (batch_size * context), 'epoch': amount * rows_per_epoch / batch_size}[unit]
-  if unit == 'step' and steps != int(steps):
-    raise UserError(field, value, 'an integer number of steps')
   return math.ceil(steps - 1e-9)
 
 
 def in_unit_of_steps(value: Duration) -> bool:
   """Whether a Duration is in steps, so that its number of tokens depends on the batch size."""
-  match = _DURATION.fullmatch(str(value))
-  return match is not None and (match[2] or 'steps').lower().startswith('step')
+  return _amount_and_unit(value)[1] == 'step'
+
+
+_Duration = Annotated[Duration, Limit(lambda value: math.isfinite(_amount_and_unit(value)[0]), DURATIONS)]
 
 
 @dataclasses.dataclass(frozen=True)
-class SourceConfig:
+class SourceConfig(Group, prefix='source.'):
   """Source of the documents."""
 
   path: str = ''
@@ -52,57 +59,45 @@ class SourceConfig:
   """field that holds a record's text, or a template over fields: '{question}\\n{answer}'"""
   separator: str = ''
   """separator of documents in a text file, such as '\\n\\n'; empty: each file is one document"""
-  skip: float = 0.0
+  skip: Fraction = 0.0
   """largest fraction of malformed records that may be skipped; more is an error"""
-
-  def __post_init__(self):
-    if not 0 <= self.skip <= 1:
-      raise UserError('source.skip', self.skip, '0 to 1')
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizerConfig:
+class TokenizerConfig(Group, prefix='data.tokenizer.'):
   """The tokenizer."""
 
   kind: Literal['bpe', 'unigram', 'chars', 'bytes'] = 'bpe'
   """bpe, unigram: SentencePiece trained on the training documents; chars: one id per character; bytes: one id per byte"""
-  vocab_size: int = 4096
+  vocab_size: Annotated[int, at_least(300), at_most(2**24)] = 4096
   """number of ids of a SentencePiece tokenizer, including 3 special ids and 256 bytes; ignored by chars and bytes"""
   path: str = ''
   """folder of an existing tokenizer, from tools.train_tokenizer or a published model; empty: train one"""
 
-  def __post_init__(self):
-    if self.kind in ('bpe', 'unigram'):
-      at_least('data.tokenizer.', self, 300, 'vocab_size')
-      at_most('data.tokenizer.', self, 2**24, 'vocab_size')
-
 
 @dataclasses.dataclass(frozen=True)
-class Component:
+class Component(Group, prefix='data.train: '):
   """A token store in a mixture."""
 
   store: str
   """folder or URL of a token store that tools.prepare_data made"""
-  weight: float = 0.0
+  weight: NonNegativeFloat = 0.0
   """fraction of the rows, relative to the other weights; 0 in all components: in proportion to their rows"""
-  epochs: float = 0.0
+  epochs: NonNegativeFloat = 0.0
   """maximum number of passes, after which the other components fill its fraction; 0: unlimited"""
-
-  def __post_init__(self):
-    at_least('data.train: ', self, 0, 'weight', 'epochs')
 
 
 @dataclasses.dataclass(frozen=True)
-class Phase:
+class Phase(Group, prefix='data.phases: '):
   """Weights of a mixture from a point of training on."""
 
-  start: Duration
+  start: _Duration
   """duration from the start of training at which they apply"""
   weights: tuple[float, ...]
   """one per component, in order"""
 
   def __post_init__(self):
-    duration_in_steps('data.phases: start', self.start, batch_size=1, context=1, rows_per_epoch=1)
+    super().__post_init__()
     if not self.weights or min(self.weights) < 0 or not max(self.weights):
       raise UserError('data.phases: weights', list(self.weights), '0 or more per component, with at least one above 0')
 
@@ -127,12 +122,12 @@ class ValidationSet:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Group, prefix='data.'):
   """Rows of tokens: from a source that is tokenized on first use, or from prepared token stores."""
 
   source: SourceConfig = SourceConfig()
   """documents to train on"""
-  valid_fraction: float = 0.1
+  valid_fraction: Annotated[float, Limit(lambda value: 0 < value < 1, 'above 0 and below 1')] = 0.1
   """fraction of the source that is held out for validation: complete documents, or the end of a single file"""
   tokenizer: TokenizerConfig = TokenizerConfig()
   """the source's tokenizer"""
@@ -142,24 +137,19 @@ class DataConfig:
   """changes of the mixture's weights: '[{"start": "1e9 tokens", "weights": [1, 3]}]'"""
   valid: tuple[ValidationSet, ...] = ()
   """token stores to validate on, with data.train: '[{"name": "books", "store": "stores/books_valid", "tags": ["prose"]}]'"""
-  context: int = 256
+  context: Positive = 256
   """tokens per row"""
   rows: Literal['concat', 'pack', 'document'] = 'concat'
   """concat: windows over all documents end to end; pack: complete documents, best fit; document: one per row"""
   isolate_documents: bool = True
   """restart attention and positions at each document in a row"""
-  prefetch: int = 2
+  prefetch: Annotated[int, at_least(0), at_most(1000)] = 2
   """number of batches to prepare ahead; 0: none"""
-  workers: int = 0
+  workers: Annotated[int, at_least(0), at_most(1000)] = 0
   """number of processes that prepare batches; 0: a thread"""
 
   def __post_init__(self):
-    at_least('data.', self, 1, 'context')
-    at_least('data.', self, 0, 'prefetch', 'workers')
-    at_most('data.', self, INT32_MAX, 'context')
-    at_most('data.', self, 1000, 'prefetch', 'workers')
-    if not 0 < self.valid_fraction < 1:
-      raise UserError('data.valid_fraction', self.valid_fraction, 'above 0 and below 1')
+    super().__post_init__()
     if self.workers and not self.prefetch:
       raise UserError('data.prefetch', 0, '1 or more with data.workers')
     self._check_mixture()
@@ -187,100 +177,82 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Group, prefix='optimizer.'):
   """The optimizer and the learning rate."""
 
   name: Literal['adamw', 'muon'] = 'adamw'
   """adamw (arXiv:1711.05101), or muon for the matrices of blocks with adamw for all other parameters"""
-  peak_lr: float = 1e-3
+  peak_lr: NonNegativeFloat = 1e-3
   """peak learning rate of adamw"""
-  muon_lr: float = 0.02
+  muon_lr: NonNegativeFloat = 0.02
   """peak learning rate of muon, times max(1, output/input)^0.5 per matrix; with the same schedule"""
   schedule: Literal['cosine', 'linear', 'wsd', 'constant'] = 'cosine'
   """decay of the rate after warmup; wsd stays at the peak, then decays linearly over the last `decay`"""
-  warmup: Duration = 100
+  warmup: _Duration = 100
   """duration of the linear warmup"""
-  decay: Duration = 0
+  decay: _Duration = 0
   """duration of the final decay, for wsd only"""
-  final_fraction: float = 0.1
+  final_fraction: Fraction = 0.1
   """final learning rate as a fraction of the peak; ignored by constant"""
-  b1: float = 0.9
+  b1: FractionBelow1 = 0.9
   """adamw: decay of the first moment, per step"""
-  b2: float = 0.95
+  b2: FractionBelow1 = 0.95
   """adamw: decay of the second moment, per step"""
-  eps: float = 1e-8
+  eps: NonNegativeFloat = 1e-8
   """adamw: added to the square root of the second moment"""
-  momentum: float = 0.95
+  momentum: FractionBelow1 = 0.95
   """muon: decay of the momentum, per step"""
-  weight_decay: float = 0.1
+  weight_decay: NonNegativeFloat = 0.1
   """decoupled weight decay of matrices and embeddings, times the learning rate; none for norms and biases"""
-  clip: float = 1.0
+  clip: NonNegativeFloat = 1.0
   """global gradient norm to clip to; 0: no clipping"""
-
-  def __post_init__(self):
-    at_least('optimizer.', self, 0, 'peak_lr', 'muon_lr', 'weight_decay', 'clip', 'eps')
-    fraction('optimizer.', self, 'b1', 'b2', 'momentum')
-    if not 0 <= self.final_fraction <= 1:
-      raise UserError('optimizer.final_fraction', self.final_fraction, '0 to 1')
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Group, prefix='eval.'):
   """Validation and samples during training."""
 
-  every: Duration = 250
+  every: _Duration = 250
   """duration between validations; 0: only at the end"""
-  rows: int = 0
+  rows: NonNegative = 0
   """number of validation rows to score during training, evenly spaced; 0: all, as always at the end"""
-  sample_tokens: int = 200
+  sample_tokens: NonNegative = 200
   """length in tokens of the sample printed with each validation; 0: no sample"""
   prompt: str = ''
   """prompt of the sample"""
 
-  def __post_init__(self):
-    at_least('eval.', self, 0, 'rows', 'sample_tokens')
-    at_most('eval.', self, INT32_MAX, 'rows', 'sample_tokens')
-
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Group, prefix='checkpoint.'):
   """Checkpoints of the run."""
 
-  every: Duration = 1000
+  every: _Duration = 1000
   """duration between checkpoints; 0: only at the end"""
-  minutes: float = 0.0
+  minutes: NonNegativeFloat = 0.0
   """minutes of wall-clock time after which to save in any case; 0: off"""
-  keep: int = 2
+  keep: Positive = 2
   """number of latest checkpoints to keep; 1 leaves none to fall back to if it is damaged"""
-  keep_every: Duration = 0
+  keep_every: _Duration = 0
   """also keep the checkpoints at multiples of this duration; 0: off"""
   keep_best: bool = False
   """also keep the checkpoint with the lowest validation loss"""
 
-  def __post_init__(self):
-    at_least('checkpoint.', self, 1, 'keep')
-    at_least('checkpoint.', self, 0, 'minutes')
-    at_most('checkpoint.', self, INT32_MAX, 'keep')
-
 
 @dataclasses.dataclass(frozen=True)
-class FaultsConfig:
+class FaultsConfig(Group, prefix='faults.'):
   """Reactions to bad steps and to devices that silently compute wrong values."""
 
   bad_step: Literal['stop', 'skip', 'rollback'] = 'stop'
   """reaction to a step whose loss or gradient is not finite or spikes, and whose update is never applied: stop the run, skip to the
   next batch, or roll back to the last checkpoint and skip the batch"""
-  spike: float = 0.0
+  spike: NonNegativeFloat = 0.0
   """number of running standard deviations above the running mean at which a loss or gradient norm is a spike; 0: off"""
-  compare_every: Duration = 0
+  compare_every: _Duration = 0
   """duration between comparisons of replicated arrays across devices; 0: only before each checkpoint"""
-
-  def __post_init__(self):
-    at_least('faults.', self, 0, 'spike')
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Group):
   """A training run."""
 
   model: ModelConfig = ModelConfig()
@@ -299,17 +271,17 @@ class Config:
   """checkpoints"""
   faults: FaultsConfig = FaultsConfig()
   """bad steps and silent errors"""
-  steps: Duration = 1000
+  steps: _Duration = 1000
   """duration of training"""
-  batch_size: int = 16
+  batch_size: Positive = 16
   """sequences per step, over all devices"""
-  microbatches: int = 1
+  microbatches: Positive = 1
   """number of microbatches per batch (gradient accumulation), which saves memory"""
   objective: Literal['next_token'] = 'next_token'
   """training objective; see gptjax/training/objective.py"""
-  z_loss: float = 0.0
+  z_loss: NonNegativeFloat = 0.0
   """weight of the squared log-normalizer in the training loss (arXiv:2204.02311, section 5)"""
-  zero_stage: int = 0
+  zero_stage: Annotated[int, Limit(lambda stage: stage in range(4), '0, 1, 2 or 3')] = 0
   """sharded along mesh.data (arXiv:1910.02054): 0 nothing, 1 the optimizer state, 2 also gradients, 3 also parameters"""
   init_from: str = ''
   """workdir, or one checkpoint in it, to initialize the parameters of a new run from; optimizer, step and data start fresh"""
@@ -317,7 +289,7 @@ class Config:
   """load from init_from the parts that fit: common names, first rows of tables, first layers; the rest starts fresh"""
   frozen: tuple[str, ...] = ()
   """patterns of names of parameters that are not trained, such as 'tokens/*' or 'blocks/0/*'"""
-  seed: int = 0
+  seed: Annotated[int, at_least(0), Limit(lambda seed: seed < 2**32, 'below 2**32')] = 0
   """seed of initialization, data order and dropout"""
 
   @property
@@ -326,25 +298,14 @@ class Config:
     return self.batch_size // self.microbatches
 
   def __post_init__(self):
-    at_least('', self, 1, 'batch_size', 'microbatches')
-    at_most('', self, INT32_MAX, 'batch_size')
-    at_least('', self, 0, 'z_loss', 'seed')
-    if self.zero_stage not in range(4):
-      raise UserError('zero_stage', self.zero_stage, '0, 1, 2 or 3')
+    super().__post_init__()
     if self.batch_size % self.microbatches:
       expected = f'a divisor of batch_size={self.batch_size}: {divisors(self.batch_size)}'
       raise UserError('microbatches', self.microbatches, expected)
-    for field, value in (('steps', self.steps), ('eval.every', self.eval.every), ('checkpoint.every', self.checkpoint.every),
-                         ('checkpoint.keep_every', self.checkpoint.keep_every), ('faults.compare_every', self.faults.compare_every),
-                         ('optimizer.warmup', self.optimizer.warmup), ('optimizer.decay', self.optimizer.decay)):
-      duration_in_steps(field, value, batch_size=self.batch_size, context=self.data.context, rows_per_epoch=self.batch_size)
-    wsd = self.optimizer.schedule == 'wsd'
-    if wsd and not self.optimizer.decay:
-      raise UserError('optimizer.decay', self.optimizer.decay, "a duration above 0 when optimizer.schedule is 'wsd'")
+    optimizer = self.optimizer
+    if (optimizer.schedule == 'wsd') != bool(optimizer.decay):
+      expected = f"0 unless optimizer.schedule is 'wsd', and it is '{optimizer.schedule}'" if optimizer.decay else (
+        "a duration above 0 when optimizer.schedule is 'wsd'")
+      raise UserError('optimizer.decay', optimizer.decay, expected)
     if self.checkpoint.keep_best and self.eval.rows:
       raise UserError('eval.rows', self.eval.rows, '0 with checkpoint.keep_best: scores of different rows are not comparable')
-    if self.seed >= 2**32:
-      raise UserError('seed', self.seed, 'below 2**32')
-    if not wsd and self.optimizer.decay:
-      raise UserError('optimizer.decay', self.optimizer.decay,
-                      f"0 unless optimizer.schedule is 'wsd', and it is '{self.optimizer.schedule}'")

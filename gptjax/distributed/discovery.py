@@ -4,17 +4,15 @@ JAX has such detectors too; these come before JAX is imported, know several slic
 """
 
 import dataclasses
-import importlib.util
 import os
 import re
-import urllib.error
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from gptjax.config import UserError
-from gptjax.distributed.metadata import request
+from gptjax.distributed.cloud import vm_attribute
 
 _POD_PORT = 8476
 """Port of process 0 on machines that run nothing else, such as pods and TPU hosts."""
@@ -24,7 +22,6 @@ _FLAGS = {'processes': ('count', 'the number of processes'), 'process': ('index'
 
 Environment = Mapping[str, str]
 Metadata = Callable[[str], str | None]
-"""Returns an attribute of a TPU VM from Google Cloud's metadata server, or None."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,25 +41,20 @@ class GroupSpec:
 
 
 def discover(cluster: str = 'auto', coordinator: str | None = None, processes: int | None = None, process: int | None = None,
-             environment: Environment = os.environ, metadata: Metadata | None = None) -> GroupSpec:
+             environment: Environment = os.environ, metadata: Metadata = vm_attribute) -> GroupSpec:
   """Returns the group that the flags describe, completed by what the cluster reports.
 
   Args:
     cluster: auto (the first of CLUSTERS that is detected, if any), none, or the name of the one that is required.
-    coordinator: HOST:PORT of process 0.
-    processes: number of processes.
-    process: index of this one.
-    environment: of this process.
-    metadata: queries the metadata server; None: the real one where this is a TPU VM.
+    coordinator, processes, process: values of the flags.
+    environment, metadata: what clusters are detected by.
 
   Raises:
     UserError: the required cluster is not detected, its variables cannot be read, or the flags are contradictory or incomplete.
   """
   values: dict[str, Any] = {'processes': processes, 'process': process, 'coordinator': coordinator}
   given = [flag for flag in _FLAGS if values[flag] is not None]
-  detected = None
-  if len(given) < len(_FLAGS) and processes != 1:
-    detected = _detect(cluster, environment, metadata or _metadata_server())
+  detected = _detect(cluster, environment, metadata) if len(given) < len(_FLAGS) and processes != 1 else None
   group = dataclasses.replace(detected or GroupSpec(), **{_FLAGS[flag][0]: values[flag] for flag in given})
   if given:
     group = dataclasses.replace(group, source=f'flags and {detected.source}' if detected else 'flags')
@@ -84,10 +76,10 @@ def discover(cluster: str = 'auto', coordinator: str | None = None, processes: i
 
 
 def _detect(cluster: str, environment: Environment, metadata: Metadata) -> GroupSpec | None:
-  for name, (detector, variables) in CLUSTERS.items():
+  for name, (detector, required, variables) in CLUSTERS.items():
     if cluster in ('auto', name):
       try:
-        group = detector(environment, metadata)
+        group = detector(environment, metadata) if {*required} <= environment.keys() else None
       except (KeyError, ValueError, IndexError) as error:
         if isinstance(error, UserError):
           raise
@@ -100,38 +92,19 @@ def _detect(cluster: str, environment: Environment, metadata: Metadata) -> Group
   return None
 
 
-def _slurm(environment: Environment, metadata: Metadata) -> GroupSpec | None:
-  if not {'SLURM_JOB_ID', 'SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_STEP_NODELIST'} <= environment.keys():
-    return None  # also in a batch script, outside of srun
+def _slurm(environment: Environment, metadata: Metadata) -> GroupSpec:
   job = f'{environment["SLURM_JOB_ID"]}.{environment.get("SLURM_STEP_ID", "0")}'
-  host = first_host(environment['SLURM_STEP_NODELIST'])
+  first = re.findall(r'(?:[^,\[\]]|\[[^\]]+\])+', environment['SLURM_STEP_NODELIST'])[0]
+  host = re.sub(r'\[(\d+)[^\]]*\]', r'\1', first)  # gpu[003-005,9]-ib -> gpu003-ib
   local_count = None
-  if 'SLURM_STEP_TASKS_PER_NODE' in environment:
-    local_count = _tasks_per_node(environment['SLURM_STEP_TASKS_PER_NODE'])[int(environment.get('SLURM_NODEID', 0))]
+  if tasks := environment.get('SLURM_STEP_TASKS_PER_NODE'):  # of each node: 2(x3),1 -> [2, 2, 2, 1]
+    counts = [int(count) for count, times in re.findall(r'(\d+)(?:\(x(\d+)\))?', tasks) for _ in range(int(times or 1))]
+    local_count = counts[int(environment.get('SLURM_NODEID', 0))]
   return GroupSpec(int(environment.get('SLURM_STEP_NUM_TASKS', environment['SLURM_NTASKS'])), int(environment['SLURM_PROCID']),
                    f'{host}:{_port(job)}', f'Slurm step {job}', _gpus(environment, environment.get('SLURM_LOCALID'), local_count))
 
 
-def first_host(hosts: str) -> str:
-  """Returns the first name of a Slurm host list: 'gpu003-ib' for 'gpu[003-005,9]-ib,login'."""
-  match = re.match(r'(?:[^,\[\]]|\[[^\]]+\])+', hosts)
-  if not match:
-    raise ValueError(f'no host in {hosts!r}')
-  return re.sub(r'\[(\d+)[^\]]*\]', r'\1', match[0])
-
-
-def _tasks_per_node(text: str) -> list[int]:
-  """'2(x3),1' -> [2, 2, 2, 1]."""
-  counts = []
-  for part in text.split(','):
-    count, _, times = part.rstrip(')').partition('(x')
-    counts += [int(count)] * int(times or 1)
-  return counts
-
-
-def _open_mpi(environment: Environment, metadata: Metadata) -> GroupSpec | None:
-  if not {'OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE'} <= environment.keys():
-    return None
+def _open_mpi(environment: Environment, metadata: Metadata) -> GroupSpec:
   count, local_count = int(environment['OMPI_COMM_WORLD_SIZE']), int(environment.get('OMPI_COMM_WORLD_LOCAL_SIZE', 0))
   uri = environment.get('OMPI_MCA_orte_hnp_uri', '')  # of mpirun: 1531576320.0;tcp://10.96.0.1,10.148.0.1:34911; until Open MPI 4
   address = re.search(r'tcp://([^,:]+)|tcp6://\[([^,\]]+)', uri)
@@ -142,9 +115,7 @@ def _open_mpi(environment: Environment, metadata: Metadata) -> GroupSpec | None:
                    f'Open MPI job {job or "of unknown name"}', gpus)
 
 
-def _kubernetes(environment: Environment, metadata: Metadata) -> GroupSpec | None:
-  if not {'JOB_COMPLETION_INDEX', 'JOBSET_NAME', 'REPLICATED_JOB_NAME'} <= environment.keys():
-    return None
+def _kubernetes(environment: Environment, metadata: Metadata) -> GroupSpec:
   name = environment['JOBSET_NAME']
   # Pods are named JOBSET-REPLICATED_JOB-JOB-POD and resolve through the headless service that has the JobSet's name.
   return GroupSpec(0, int(environment['JOB_COMPLETION_INDEX']), f'{name}-{environment["REPLICATED_JOB_NAME"]}-0-0.{name}:{_POD_PORT}',
@@ -171,14 +142,17 @@ def _tpu(environment: Environment, metadata: Metadata) -> GroupSpec | None:
                    f'TPU {source}: {count} slice(s) of {len(hosts)} host(s)')
 
 
-CLUSTERS: dict[str, tuple[Callable[[Environment, Metadata], GroupSpec | None], str]] = {
-  'tpu': (_tpu, 'TPU_WORKER_HOSTNAMES and TPU_WORKER_ID, or worker-network-endpoints of the metadata server of a TPU VM'),
-  'slurm': (_slurm, 'SLURM_JOB_ID, SLURM_PROCID, SLURM_NTASKS and SLURM_STEP_NODELIST, which srun sets'),
-  'openmpi': (_open_mpi, 'OMPI_COMM_WORLD_RANK and OMPI_COMM_WORLD_SIZE, which mpirun sets'),
-  'kubernetes': (_kubernetes, 'JOB_COMPLETION_INDEX, which Kubernetes sets, and JOBSET_NAME and REPLICATED_JOB_NAME, which the '
-                              "JobSet's manifest must set"),
+_SLURM = ('SLURM_JOB_ID', 'SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_STEP_NODELIST')  # a batch script, outside of srun, lacks some of them
+_OPEN_MPI = ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE')
+_JOBSET = ('JOB_COMPLETION_INDEX', 'JOBSET_NAME', 'REPLICATED_JOB_NAME')
+CLUSTERS: dict[str, tuple[Callable[[Environment, Metadata], GroupSpec | None], tuple[str, ...], str]] = {
+  'tpu': (_tpu, (), 'TPU_WORKER_HOSTNAMES and TPU_WORKER_ID, or worker-network-endpoints of the metadata server of a TPU VM'),
+  'slurm': (_slurm, _SLURM, f'{", ".join(_SLURM)}, which srun sets'),
+  'openmpi': (_open_mpi, _OPEN_MPI, f'{", ".join(_OPEN_MPI)}, which mpirun sets'),
+  'kubernetes': (_kubernetes, _JOBSET, 'JOB_COMPLETION_INDEX, which Kubernetes sets, and JOBSET_NAME and REPLICATED_JOB_NAME, which the '
+                                       "JobSet's manifest must set"),
 }
-"""Name -> (detector, the variables it reads), in the order of detection."""
+"""Name -> (detector, the variables that it requires, a description of those), in the order of detection."""
 
 
 def _port(job: str) -> int:
@@ -201,23 +175,3 @@ def _gpus(environment: Environment, local_index: str | None, local_count: int | 
   if local_index is None or not local_count or local_count == 1 or gpus < local_count:
     return None
   return tuple(range(int(local_index) * gpus // local_count, (int(local_index) + 1) * gpus // local_count))
-
-
-def _metadata_server() -> Metadata:
-  """Returns a query of Google Cloud's metadata server on a machine with TPUs; elsewhere one that answers None."""
-  chips = any(Path('/dev').glob('accel[0-9]*')) or any(Path('/dev/vfio').glob('[0-9]*'))
-  if not chips or importlib.util.find_spec('libtpu') is None:
-    return lambda name: None
-
-  def query(name: str) -> str | None:
-    host = os.environ.get('GCE_METADATA_IP', 'metadata.google.internal')
-    try:
-      return request(f'http://{host}/computeMetadata/v1/instance/attributes/{name}', 10, Metadata_Flavor='Google')[0]
-    except urllib.error.HTTPError as error:
-      if error.code == 404:
-        return None
-      raise UserError('--cluster', 'tpu', f'--cluster=none, or a metadata server with {name}; its status is {error.code}') from None
-    except OSError:
-      return None
-
-  return query

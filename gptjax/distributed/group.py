@@ -3,19 +3,17 @@
 import contextlib
 import os
 import queue
-import select
 import selectors
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 from gptjax.config import exit_status
-from gptjax.distributed.connection import Closed, Connection
 from gptjax.distributed.discovery import GroupSpec
-from gptjax.distributed.rendezvous import Peer, meet
+from gptjax.distributed.rendezvous import Closed, Peer, meet
 
 _OWN_ERROR = 1.0
 """Seconds in which a process may end with its own error after another ended: all often find the same mistake."""
@@ -24,25 +22,20 @@ _LAST = 5.0
 
 
 class ProcessGroup:
-  """The processes of a run, over the connections of their rendezvous, which stay open until the run ends.
+  """The processes of a run, over the connections of their rendezvous (`meet`), which stay open until the run ends.
 
   A thread reads the connections, so that the end of one process ends the others even where they wait inside a device computation, which
   could otherwise take minutes or hang. As a context manager it ends this process: after its body when all processes have got there, and
   on an exception at once, after the others were informed.
-
-  Args:
-    spec: of the run.
-    peers: returned by `meet`.
   """
 
   def __init__(self, spec: GroupSpec | None = None, peers: list[Peer] | None = None):
     self._spec = spec or GroupSpec()
     self.index, self.count = self._spec.index, self._spec.count
-    self._peers = {peer.connection: peer for peer in peers or []}
-    self._arrivals: queue.Queue[tuple[int, str, Any]] = queue.Queue()  # in process 0: (index, name, value)
-    self._replies: queue.Queue[dict[str, Any]] = queue.Queue()  # in the others: messages of process 0
+    self._peers = peers or []
+    self._exchanged: queue.Queue[tuple[int, str, Any]] = queue.Queue()  # received: (index of the sender, name, value)
     self._ending = threading.Lock()  # the thread that acquires it ends this process
-    self._failed = threading.Event()  # another process ended with an error
+    self._failed = threading.Event()  # set when another process ended with an error
     self._left: set[int] = set()  # processes that announced their end
     if self._peers:
       threading.Thread(target=self._listen, name='process group', daemon=True).start()
@@ -52,7 +45,7 @@ class ProcessGroup:
     """One line: how many processes, and where that was found."""
     if not self._peers:
       return f'1, {self._spec.source}'
-    names = sorted({peer.host for peer in self._peers.values()} | {os.uname().nodename})
+    names = sorted({peer.host for peer in self._peers} | {os.uname().nodename})
     hosts = f', hosts {", ".join(names[:8])}' + (', ...' if len(names) > 8 else '') if self.index == 0 else ''
     return f'{self.count}, {self._spec.source}{hosts}, coordinator {self._spec.coordinator}'
 
@@ -61,21 +54,21 @@ class ProcessGroup:
 
     It uses no device and has no timeout: a process may work for hours while the others wait here.
     """
-    if not self._peers:
-      return reply([value])
-    if self.index == 0:
-      values = {0: value}
-      for _ in self._peers:
-        index, other, values[index] = self._arrivals.get()
-        assert other == name, f'process {index} is at {other!r}, this one at {name!r}'
-      value = reply([values[index] for index in sorted(values)])
-      for peer in self._peers.values():
-        peer.connection.send(go_on=name, value=value)
-      return value
-    next(iter(self._peers)).send(at=name, value=value)
-    message = self._replies.get()
-    assert message['go_on'] == name, f'process 0 is at {message["go_on"]!r}, this one at {name!r}'
-    return message['value']
+    def send(value: Any) -> None:
+      for peer in self._peers:
+        peer.send(at=name, value=value)
+
+    if self.index:
+      send(value)
+    received = {self.index: value}
+    for _ in self._peers:
+      index, other, received[index] = self._exchanged.get()
+      assert other == name, f'process {index} is at {other!r}, this one at {name!r}'
+    if self.index:
+      return received[0]
+    value = reply([received[index] for index in sorted(received)])
+    send(value)
+    return value
 
   def end(self, status: int, text: str) -> NoReturn:
     """Ends this process at once from any thread, and with it the others, which print `text`."""
@@ -91,8 +84,8 @@ class ProcessGroup:
       return
     if error is None or isinstance(error, SystemExit):
       self.exchange('end', None, lambda values: None)
-      for connection in self._peers:
-        connection.send(end=None)
+      for peer in self._peers:
+        peer.send(end=None)
       return
     status, line = exit_status(error)
     # A computation may have failed because a peer is gone; then the end of that peer is to be reported, by the thread that reads.
@@ -105,27 +98,25 @@ class ProcessGroup:
 
   def _listen(self) -> None:
     with selectors.DefaultSelector() as selector:
-      for connection, peer in self._peers.items():
-        selector.register(connection, selectors.EVENT_READ)
-        for message in connection.unread:
+      for peer in self._peers:
+        selector.register(peer.socket, selectors.EVENT_READ, peer)
+        for message in peer.unread:
           self._handle(peer, message)
       while selector.get_map():
         for key, _ in selector.select():
-          peer = self._peers[cast(Connection, key.fileobj)]
+          peer = key.data
           try:
-            for message in peer.connection.receive():
+            for message in peer.receive():
               self._handle(peer, message)
           except Closed as closed:
-            selector.unregister(peer.connection)
+            selector.unregister(key.fileobj)
             if peer.index not in self._left:
               self._follow(1, f'{peer} is gone: {closed}')
 
   def _handle(self, peer: Peer, message: dict[str, Any]) -> None:
     match message:
       case {'at': str(name), 'value': value}:
-        self._arrivals.put((peer.index, name, value))
-      case {'go_on': _}:
-        self._replies.put(message)
+        self._exchanged.put((peer.index, name, value))
       case {'end': None}:
         self._left.add(peer.index)
       case {'end': str(text), 'status': int(status)}:
@@ -135,7 +126,7 @@ class ProcessGroup:
         self._follow(status, text)
 
   def _follow(self, status: int, text: str) -> None:
-    """Ends this process because another one ended, unless another thread is already ending it."""
+    """Ends this process because another one ended, unless another thread does."""
     self._failed.set()
     if self._ending.acquire(blocking=False):
       self._exit(status, f'error: {text}' if status else None, text)
@@ -143,15 +134,14 @@ class ProcessGroup:
   def _exit(self, status: int, line: str | None, text: str) -> NoReturn:
     if line:
       print(line, file=sys.stderr)
-    for connection in self._peers:
-      connection.send(end=text, status=status)
-    left, deadline = {*self._peers} if self.index == 0 else set(), time.monotonic() + _LAST
-    while left and (seconds := deadline - time.monotonic()) > 0:
-      for connection in select.select(left, [], [], seconds)[0]:
-        try:
-          connection.receive()
-        except Closed:
-          left.remove(connection)
+    for peer in self._peers:
+      peer.send(end=text, status=status)
+    deadline = time.monotonic() + _LAST
+    for peer in self._peers if self.index == 0 else ():
+      with contextlib.suppress(Closed):
+        while (left := deadline - time.monotonic()) > 0:
+          peer.socket.settimeout(left)
+          peer.receive()
     for stream in (sys.stdout, sys.stderr):
       with contextlib.suppress(OSError, ValueError):
         stream.flush()
@@ -162,16 +152,7 @@ _process_group = ProcessGroup()
 
 
 def join(group: GroupSpec, facts: Mapping[str, str], timeout: float) -> ProcessGroup:
-  """Meets the other processes of a group, which is then returned by `process_group`.
-
-  Args:
-    group: of the run.
-    facts: by name, values that must be equal in all processes.
-    timeout: seconds within which all must join.
-
-  Raises:
-    UserError: a process did not join, or does not belong to this run.
-  """
+  """Meets the other processes of a group, as `meet` does; `process_group` then returns them."""
   global _process_group
   _process_group = ProcessGroup(group, meet(group, facts, timeout) if group.count > 1 else [])
   return _process_group

@@ -18,7 +18,6 @@ DECAY = 0.99
 """Of the running mean and variance, per good step."""
 WARMUP = 50
 """Good steps before spikes are detected."""
-BAD_STEPS = 'bad_steps.jsonl'
 MAX_CONSECUTIVE = 100
 """Bad steps that are skipped; the statistics stay the same meanwhile, so later steps would be bad too."""
 
@@ -38,13 +37,7 @@ def initial_statistics() -> LossStatistics:
 
 def is_good_step(statistics: LossStatistics, loss: Float[Array, ''], grad_norm: Float[Array, ''],
                  spike: float) -> tuple[Bool[Array, ''], LossStatistics]:
-  """Returns whether a step is good, and the updated statistics, which a bad step does not change.
-
-  Args:
-    statistics: of the previous steps.
-    loss, grad_norm: of this step.
-    spike: number of running standard deviations above the running mean at which a step is bad; 0: only if it is not finite.
-  """
+  """Returns whether a step is good, and the updated statistics, which a bad step does not change; `spike` is FaultsConfig's."""
   values = jnp.stack([loss, grad_norm]).astype(jnp.float32)
   good = jnp.all(jnp.isfinite(values))
   away = values - statistics.mean
@@ -84,16 +77,10 @@ class Rollback(Exception):
 
 
 class BadSteps:
-  """The bad steps of a run, recorded in bad_steps.jsonl of its workdir.
-
-  Args:
-    config: determines the reaction.
-    workdir: of the run.
-    writes: whether this process reads and writes the file, on behalf of all.
-  """
+  """The bad steps of a run, recorded in bad_steps.jsonl of its workdir, which one process `writes` and reads on behalf of all."""
 
   def __init__(self, config: FaultsConfig, workdir: Path, writes: bool):
-    self._config, self._file, self._writes = config, workdir / BAD_STEPS, writes
+    self._config, self._file, self._writes = config, workdir / 'bad_steps.jsonl', writes
     self._lines = Lines(self._file)
     self._last, self._in_a_row = 0, 0
     self.found = _read(self._file) if writes else []
@@ -128,11 +115,7 @@ class BadSteps:
     self._last, self._in_a_row = step, broadcast('bad steps in a row', in_a_row)
 
   def flush(self) -> None:
-    """Returns when every line is on the disk.
-
-    Raises:
-      UserError: they cannot be written, and stay in memory.
-    """
+    """Returns when every line is on the disk; raises a UserError if they cannot be written, and stay in memory."""
     self._lines.flush()
 
   def add(self, step: int, rows: tuple[int, int], loss: float, grad_norm: float) -> BadStep:
@@ -171,8 +154,8 @@ def _read(file: Path) -> list[BadStep]:
       match json.loads(line):
         case {'step': int(step), 'rows': [int(begin), int(end)], 'loss': float() | None as loss, 'grad_norm': float() | None as norm,
               'action': 'stop' | 'skip' | 'rollback' as action}:
-          number_of = lambda value: float('nan') if value is None else value
-          found.append(BadStep(step, (begin, end), number_of(loss), number_of(norm), action))
+          loss, norm = (float('nan') if value is None else value for value in (loss, norm))
+          found.append(BadStep(step, (begin, end), loss, norm, action))
           continue
     except ValueError:
       pass

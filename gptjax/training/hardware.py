@@ -21,8 +21,7 @@ def peak_flops(devices: list[jax.Device], dtype: str) -> tuple[float, str]:
   known = max((name for name in PEAK_FLOPS if kind.startswith(name)), key=len, default=None)
   if known:
     return PEAK_FLOPS[known] * len(devices), f'{known} bfloat16 data sheet'
-  size = 2048
-  times = []
+  size, times = 2048, []
   mine = [device for device in devices if device.process_index == jax.process_index()]
   with jax.set_mesh(jax.make_mesh((1,), ('device',), devices=mine[:1])):  # the mesh of the run has the devices of all processes
     x = jnp.ones((size, size), dtype)

@@ -31,9 +31,7 @@ class StopRequest(enum.IntEnum):
 class Interruptions:
   """Collects the requests. A context manager in which the first SIGTERM or SIGINT is a request, and the second ends the process.
 
-  Args:
-    mesh: of the run.
-    minutes: wall-clock time between two saves; 0: off.
+  After `minutes` of wall-clock time since the last save (0: never) it requests another.
   """
 
   def __init__(self, mesh: Mesh, minutes: float = 0):
@@ -76,8 +74,7 @@ class Interruptions:
       self._consensus.reset()
 
   def poll(self) -> StopRequest:
-    """Returns the request that all processes act on now. Each must call this once after every step. With several processes a request
-    takes effect one step later."""
+    """Returns the request to act on now. All processes must call this after every step; with several it takes effect one step later."""
     now = time.monotonic()
     due = now >= self._retry_at or bool(is_primary() and self._seconds and now - self._saved >= self._seconds)
     mine = StopRequest.STOP if self._stop else StopRequest.SAVE if due else StopRequest.NONE

@@ -1,5 +1,6 @@
 """The records of a run: metrics.jsonl, samples.jsonl, TensorBoard and the terminal."""
 
+import datetime
 import json
 import sys
 import time
@@ -31,13 +32,7 @@ class _Console(Console):
 
 
 class Logbook:
-  """Writes the records of a run. Lines of later steps that an earlier process left are removed.
-
-  Args:
-    workdir: of the run.
-    step: number of updates so far.
-    steps: total number of updates.
-  """
+  """Writes the records of a run in its workdir, after `step` of `steps` updates; lines of later steps are removed."""
 
   def __init__(self, workdir: Path, step: int, steps: int):
     self.console = _Console(stderr=True, highlight=False, soft_wrap=True)
@@ -49,15 +44,14 @@ class Logbook:
       TextColumn('[bold]step'), MofNCompleteColumn(), BarColumn(), TextColumn('{task.fields[figures]}'), TimeRemainingColumn(),
       console=self.console, disable=not self.console.is_terminal)
     self._task = self._bar.add_task('train', total=steps, completed=step, figures='')
-    self._started = time.monotonic()
-    self._first = step
+    self._started, self._first = time.monotonic(), step
     self._bar.start()
 
   def header(self, facts: dict[str, Any]) -> None:
     """Prints the facts of a run, one per line."""
     width = max(map(len, facts))
     for name, value in facts.items():
-      self.console.print(f'{name:>{width}}  {value}', markup=False)
+      self.say(f'{name:>{width}}  {value}')
 
   def step(self, step: int, metrics: dict[str, float]) -> None:
     """Records the metrics of a training step."""
@@ -67,7 +61,7 @@ class Logbook:
     self._bar.update(self._task, figures=figures)
     if not self.console.is_terminal:
       left = (self._steps - step) * (time.monotonic() - self._started) / max(step - self._first, 1)
-      self.console.print(f'step {step}/{self._steps}  {figures}  {_clock(left)} left', markup=False)
+      self.say(f'step {step}/{self._steps}  {figures}  {datetime.timedelta(seconds=int(left))} left')
 
   def rewind(self, step: int) -> None:
     """Removes the records after a step, from which the run continues."""
@@ -78,11 +72,7 @@ class Logbook:
     self.advance(step)
 
   def flush(self) -> None:
-    """Returns when every line is on the disk.
-
-    Raises:
-      UserError: they cannot be written, and stay in memory.
-    """
+    """Returns when every line is on the disk; raises a UserError if they cannot be written, and stay in memory."""
     for file in self._files.values():
       file.flush()
 
@@ -96,8 +86,7 @@ class Logbook:
     for name, score in scores.items():
       figures = {'loss': score.loss, 'perplexity': score.perplexity, 'bits_per_byte': score.bits_per_byte}
       metrics |= {f'eval/{name}/{figure}': value for figure, value in figures.items()}
-      self.console.print(f'step {step}  {name}: ' + '  '.join(f'{figure} {value:.4f}' for figure, value in figures.items()),
-                         markup=False)
+      self.say(f'step {step}  {name}: ' + '  '.join(f'{figure} {value:.4f}' for figure, value in figures.items()))
     self._write('metrics.jsonl', {'step': step, **metrics})
     self._board.scalars(step, metrics)
 
@@ -105,7 +94,7 @@ class Logbook:
     """Records a sample."""
     self._write('samples.jsonl', {'step': step, 'prompt': prompt, 'text': text})
     self._board.text(step, 'sample', prompt + text)
-    self.console.print(f'step {step}  sample: {prompt + text}', markup=False)
+    self.say(f'step {step}  sample: {prompt + text}')
 
   def say(self, line: str) -> None:
     """Prints a line above the progress bar."""
@@ -138,11 +127,8 @@ class NullLogbook(Logbook):
 class _Board:
   """TensorBoard's event file, written synchronously: the thread of tensorboardX's writer dies on a full disk, and the run then hangs.
 
-  A record that cannot be written ends the file, up to which TensorBoard reads; metrics.jsonl is complete.
-
-  Args:
-    folder: created if missing.
-    first: step from which on TensorBoard discards records of earlier processes.
+  A record that cannot be written ends the file, up to which TensorBoard reads; metrics.jsonl is complete. From step `first` on TensorBoard
+  discards records of earlier processes.
   """
 
   def __init__(self, folder: Path, first: int):
@@ -186,7 +172,3 @@ def _cut(path: Path, step: int) -> Path:
   if path.exists():
     write_atomic(path, ''.join(kept))
   return path
-
-
-def _clock(seconds: float) -> str:
-  return f'{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}'

@@ -19,15 +19,11 @@ _FINITE = ('trained/', 'frozen/', 'optimizer/')
 
 
 def replica_check(state: Any, mesh: Mesh) -> Callable[[Any], str]:
-  """Returns a function of a state that names devices whose shard differs from the majority of its replicas, or is not finite.
+  """Returns a function of states like an abstract one that names devices whose shard differs from most of its replicas, or is not finite.
 
   It returns '' for a healthy state. No good step produces parameters or moments that are not finite, so they are a hardware fault too.
   The digest is a sum of the bits with odd weights modulo 2^32, which every change of a single value changes. The state is read once,
   and nothing of its size is allocated.
-
-  Args:
-    state: abstract state with shardings.
-    mesh: of the state.
   """
   return _cached_check(tuple((jax.tree_util.keystr(path, simple=True, separator='/'), leaf.sharding.spec)
                             for path, leaf in jax.tree.leaves_with_path(state)), mesh)
@@ -37,11 +33,11 @@ def replica_check(state: Any, mesh: Mesh) -> Callable[[Any], str]:
 def _cached_check(leaves: tuple[tuple[str, PartitionSpec], ...], mesh: Mesh) -> Callable[[Any], str]:
   """`leaves`: path and sharding of each array of the state."""
   paths, specs = zip(*leaves)
-
   digest = _digest if mesh.size > 1 else lambda part: jnp.uint32(0)  # one device has no replicas, and hashing takes time
 
   def local(*parts):
-    finite = [_finite(part) if path.startswith(_FINITE) else jnp.uint32(1) for path, part in zip(paths, parts)]
+    finite = [jnp.all(jnp.isfinite(part)).astype(jnp.uint32) if path.startswith(_FINITE) else jnp.uint32(1)
+              for path, part in zip(paths, parts)]
     return jnp.stack([jnp.stack([digest(part) for part in parts]), jnp.stack(finite)])[(None,) * len(AXIS_NAMES)]
 
   @jax.jit
@@ -56,10 +52,6 @@ def _cached_check(leaves: tuple[tuple[str, PartitionSpec], ...], mesh: Mesh) -> 
     return _listed('state', infinite, 'not finite') or _listed('replicas', differ, 'differ')
 
   return check
-
-
-def _finite(part: jax.Array) -> jax.Array:
-  return jnp.all(jnp.isfinite(part)).astype(jnp.uint32)
 
 
 def _digest(part: jax.Array) -> jax.Array:

@@ -13,12 +13,7 @@ _GRACE = 60.0
 
 
 class Watchdog:
-  """Ends the process if `progress` is not called for some time. A context manager.
-
-  Args:
-    seconds: without progress; 0: off.
-    folder: for stacks-PROCESS.txt, the stacks of all threads.
-  """
+  """Ends the process, with stacks-PROCESS.txt in a folder, if `progress` is not called for some seconds (0: never). A context manager."""
 
   def __init__(self, seconds: float, folder: Path):
     self._seconds = seconds

@@ -206,9 +206,9 @@ class Damages:
   def _parameters(self) -> dict[int, dict[str, np.ndarray]]:
     """Of each checkpoint of the run that can be restored."""
     from gptjax.checkpoint import Restorer
-    with Restorer(self._folder / 'run') as restorer:
-      steps = restorer.checkpoints.steps()
-      return {step: {name: np.asarray(value) for name, value in restorer.restore(step).parameters.items()} for step in steps}
+    restorer = Restorer(self._folder / 'run')
+    steps = restorer.checkpoints.steps()
+    return {step: {name: np.asarray(value) for name, value in restorer.restore(step).parameters.items()} for step in steps}
 
   def _put_back(self) -> None:
     for top, files in self._good.items():

@@ -1,4 +1,4 @@
-"""Checkpoints come back bit by bit, on whatever mesh; the right ones are kept; what does not fit is one line."""
+"""Checkpoints are restored bitwise on any mesh; retention keeps the right ones; a mismatch is a one-line error."""
 
 import dataclasses
 import shutil
@@ -51,7 +51,7 @@ def saved(folder, steps=(1,), config=None, losses=None):
 
 
 @pytest.mark.parametrize('source', [LAYOUTS[0], full(LAYOUTS[1])])
-def test_a_train_state_comes_back_bit_by_bit_on_any_mesh(source, tmp_path):
+def test_a_train_state_is_restored_bitwise_on_any_mesh(source, tmp_path):
   state = fill(description(devices=source[0], zero_stage=source[1]))
   checkpoints = Checkpoints(tmp_path / 'checkpoints', Retention())
   checkpoints.save(PROGRESS, state, 1.0)
@@ -72,7 +72,7 @@ def test_a_train_state_comes_back_bit_by_bit_on_any_mesh(source, tmp_path):
     checkpoints.close()
 
 
-def test_a_restored_state_can_be_given_up(tmp_path):
+def test_a_restored_state_can_be_donated(tmp_path):
   checkpoints = Checkpoints(tmp_path, Retention())
   target = description(devices=(4, 2), zero_stage=3)
   checkpoints.save(Progress(1), fill(target), None)
@@ -90,7 +90,7 @@ def test_a_restored_state_can_be_given_up(tmp_path):
   (True, {2: 3.0, 3: float('nan'), 5: float('-inf')}, [2, 5, 6]),
   (True, {}, [5, 6]),
 ])
-def test_the_latest_are_kept_and_the_best(keep_best, losses, kept, tmp_path):
+def test_latest_and_best_checkpoints_are_kept(keep_best, losses, kept, tmp_path):
   config = Retention(latest=2, best=keep_best)
   checkpoints = saved(tmp_path, range(1, 4), config, losses)
   checkpoints.close()
@@ -113,12 +113,12 @@ def test_a_checkpoint_is_found_by_name_or_number(tmp_path):
     assert str(caught.value) == f'--step: {name!r}, expected: latest, best, 2, 4, 10'
 
 
-def test_best_needs_a_validation(tmp_path):
+def test_best_requires_a_validated_checkpoint(tmp_path):
   with pytest.raises(UserError, match="^--step: 'best', expected: latest, 1$"):
     saved(tmp_path).resolve('best')
 
 
-def test_a_folder_without_checkpoints_is_told(tmp_path):
+def test_a_folder_without_checkpoints_is_an_error(tmp_path):
   checkpoints = Checkpoints(tmp_path / 'run' / 'checkpoints')
   assert checkpoints.steps() == []
   for name in ('latest', 'best', '1'):
@@ -126,7 +126,7 @@ def test_a_folder_without_checkpoints_is_told(tmp_path):
       checkpoints.resolve(name)
 
 
-def test_parameters_come_back_alone(tmp_path):
+def test_parameters_are_restored_without_optimizer_state(tmp_path):
   target = description()
   state = fill(target)
   checkpoints = Checkpoints(tmp_path, Retention())
@@ -144,7 +144,7 @@ def test_parameters_come_back_alone(tmp_path):
 @pytest.mark.parametrize('change', [
   *({'model': dataclasses.replace(MODEL, **field)} for field in ({'width': 64}, {'layers': 3}, {'tied': False}, {'bias': False})),
   {'compute': ComputeConfig()}, {'optimizer': 'adamw'}], ids=str)
-def test_a_checkpoint_of_another_config_is_one_line(change, tmp_path):
+def test_a_checkpoint_of_another_config_is_a_one_line_error(change, tmp_path):
   checkpoints = Checkpoints(tmp_path, Retention())
   checkpoints.save(Progress(1), fill(description()), None)
   checkpoints.wait()
@@ -154,7 +154,7 @@ def test_a_checkpoint_of_another_config_is_one_line(change, tmp_path):
 
 
 @pytest.mark.parametrize('lost', ['state', 'manifest.json', 'state/manifest.ocdbt', 'state/_METADATA'])
-def test_a_damaged_checkpoint_is_one_line_and_harms_no_other(lost, tmp_path):
+def test_a_damaged_checkpoint_is_a_one_line_error_and_others_still_load(lost, tmp_path):
   saved(tmp_path, (1, 2)).close()
   path = tmp_path / '2' / lost
   shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,4 +1,4 @@
-"""What a save writes is read once, while it is written, and does not stay in the system's memory."""
+"""A save reads its files once, while they are written, and removes them from the page cache."""
 
 import ctypes
 import json
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 from gptjax.checkpoint import Checkpoints, Progress, Retention, manifest
-from gptjax.checkpoint.checksums import StreamingChecksums
+from gptjax.checkpoint.manifest import streaming_checksums
 
 SIZE = 3 * 2**20 + 5
 
@@ -35,24 +35,24 @@ def resident(path: Path) -> int:
   return sum(one & 1 for one in found)
 
 
-def test_a_growing_file_has_the_digest_of_the_whole(tmp_path):
+def test_a_growing_file_gets_the_digest_of_the_complete_file(tmp_path):
   mine, other = folder(tmp_path), folder(tmp_path, 1)
   shutil.copyfile(sys.executable, other / 'of-another-process')
-  with StreamingChecksums(tmp_path / '7.saving', 0) as followed, (mine / 'data').open('wb') as file:
+  with streaming_checksums(tmp_path / '7.saving', 0) as followed, (mine / 'data').open('wb') as file:
     for piece in range(6):
       file.write(os.urandom(SIZE + piece))
       file.flush()
       os.fsync(file.fileno())
   path = mine / 'data'
-  assert followed.by_inode == {path.stat().st_ino: (path.stat().st_size, manifest._digest(path))}
+  assert followed == {path.stat().st_ino: (path.stat().st_size, manifest._digest(path))}
 
 
-@pytest.mark.skipif(not hasattr(os, 'posix_fadvise'), reason='the system cannot be told to let go of pages')
-def test_what_was_read_does_not_stay_in_memory(tmp_path):
+@pytest.mark.skipif(not hasattr(os, 'posix_fadvise'), reason='no posix_fadvise')
+def test_hashed_files_leave_the_page_cache(tmp_path):
   mine = folder(tmp_path)
   if subprocess.run(['stat', '-f', '-c', '%T', tmp_path], capture_output=True, text=True).stdout.strip() == 'tmpfs':
     pytest.skip('this file system is memory')
-  with StreamingChecksums(tmp_path / '7.saving', 0), (mine / 'data').open('wb') as file:
+  with streaming_checksums(tmp_path / '7.saving', 0), (mine / 'data').open('wb') as file:
     file.write(bytes(SIZE))
     file.flush()
     os.fsync(file.fileno())
@@ -60,7 +60,7 @@ def test_what_was_read_does_not_stay_in_memory(tmp_path):
   assert resident(mine / 'not-followed') > SIZE // mmap.PAGESIZE and resident(mine / 'data') == 0
 
 
-def test_a_save_reads_no_array_once_more(tmp_path, monkeypatch):
+def test_a_save_does_not_read_arrays_again_to_hash_them(tmp_path, monkeypatch):
   read, digest = [], manifest._digest
   monkeypatch.setattr(manifest, '_digest', lambda path: read.append(path.stat().st_size) or digest(path))
   with Checkpoints(tmp_path / 'checkpoints', Retention()) as checkpoints:
@@ -74,16 +74,16 @@ def test_a_save_reads_no_array_once_more(tmp_path, monkeypatch):
 
 def test_a_file_that_changed_after_it_was_read_is_read_again(tmp_path):
   mine = folder(tmp_path)
-  path, whole = mine / 'data', tmp_path / '7.saving.for-now'
-  with StreamingChecksums(tmp_path / '7.saving', 0) as followed:
+  path, complete = mine / 'data', tmp_path / '7.saving.for-now'
+  with streaming_checksums(tmp_path / '7.saving', 0) as followed:
     path.write_bytes(b'a part')
   path.write_bytes(b'all of it')
-  manifest.write_manifest(whole, {}, followed.by_inode)
-  assert not manifest.verify(whole)
+  manifest.write_manifest(complete, {}, followed)
+  assert not manifest.verify(complete)
 
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='a priority is of the whole process')
-def test_who_writes_yields_to_who_trains(tmp_path):
+@pytest.mark.skipif(sys.platform != 'linux', reason='threads have no priorities of their own')
+def test_saving_has_a_lower_priority_than_training(tmp_path):
   before = os.getpriority(os.PRIO_PROCESS, 0)
   with Checkpoints(tmp_path, Retention()) as checkpoints:
     assert checkpoints._background.submit(lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id())).result() == 19

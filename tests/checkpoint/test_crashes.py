@@ -1,4 +1,4 @@
-"""Whatever ends a save before its time, the checkpoints that were there stay, and saving goes on."""
+"""A save that ends early does not affect earlier checkpoints or later saves."""
 
 import asyncio
 import multiprocessing
@@ -51,7 +51,7 @@ def save_on_and_on(folder, committed):
 
 
 @pytest.mark.full
-def test_a_kill_while_saving_loses_nothing_that_was_saved(tmp_path):
+def test_a_kill_during_a_save_loses_no_earlier_checkpoint(tmp_path):
   processes = multiprocessing.get_context('forkserver')
   processes.set_forkserver_preload(['gptjax.checkpoint'])
   dice, interrupted, committed = random.Random(0), 0, 0
@@ -75,14 +75,14 @@ def test_a_kill_while_saving_loses_nothing_that_was_saved(tmp_path):
     committed = seen[-1]
     interrupted += bool(list(tmp_path.glob('*-tmp')))
     reader = Checkpoints(tmp_path)
-    assert reader.steps()[-1] in (committed, committed + 1)  # it may be on disk before it is told
+    assert reader.steps()[-1] in (committed, committed + 1)  # it may be on disk before it is reported
     for step in reader.steps()[-2:]:
       assert_good(reader, step)
     reader.close()
   assert interrupted >= 2, 'the kills came too late to test anything'
 
 
-def test_a_full_disk_is_one_line_and_loses_nothing_that_was_saved(tmp_path):
+def test_a_full_disk_is_a_one_line_error_and_loses_no_earlier_checkpoint(tmp_path):
   with small_disk(tmp_path / 'disk', '80m') as disk:
     checkpoints = Checkpoints(disk / 'checkpoints', Retention(latest=5))
     for step in (1, 2):
@@ -103,7 +103,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing_that_was_saved(tmp_path):
     resumed.close()
 
 
-def test_what_a_failed_save_leaves_in_threads_says_nothing(monkeypatch, capfd):
+def test_threads_of_a_failed_save_print_nothing(monkeypatch, capfd):
   monkeypatch.setattr(sys, 'unraisablehook', start._report_unraisable)
   promise, future = tensorstore.Promise.new()
 

@@ -1,4 +1,4 @@
-"""A damaged checkpoint is told by its file, set aside by the run that writes there, and the one before it is used."""
+"""A damaged checkpoint is reported with its file and moved away by its run, which uses the one before."""
 
 import errno
 import os
@@ -59,14 +59,14 @@ def damage(path, how, dice):
       path.unlink()
 
 
-def test_each_holds_what_is_beside_and_a_manifest_of_all(saved):
+def test_a_checkpoint_contains_extra_files_and_a_manifest(saved):
   names = {str(path.relative_to(saved / 'checkpoints' / '20')) for path in files(saved / 'checkpoints' / '20')}
   assert {'manifest.json', 'config.json', 'tokenizer/rules.json', 'state/_METADATA'} <= names
   assert not list(saved.rglob('*.saving*'))
 
 
 @pytest.mark.parametrize('how', ['flip', 'truncate', 'empty', 'remove'])
-def test_every_file_that_is_damaged_is_found(how, workdir, capsys):
+def test_damage_of_any_file_is_found(how, workdir, capsys):
   dice = random.Random(how)
   folder = workdir / 'checkpoints' / '20'
   for path in files(folder):
@@ -85,7 +85,7 @@ def test_every_file_that_is_damaged_is_found(how, workdir, capsys):
   assert Checkpoints(workdir / 'checkpoints').newest() == 20
 
 
-def test_a_run_sets_damaged_ones_aside_and_goes_on_from_the_one_before(workdir, capsys):
+def test_a_run_moves_damaged_checkpoints_and_resumes_from_the_one_before(workdir, capsys):
   damage(workdir / 'checkpoints' / '20' / 'state' / 'manifest.ocdbt', 'flip', random.Random(0))
   checkpoints = Checkpoints(workdir / 'checkpoints', Retention())
   assert checkpoints.newest() == 10 and checkpoints.steps() == [10]
@@ -99,13 +99,13 @@ def test_a_run_sets_damaged_ones_aside_and_goes_on_from_the_one_before(workdir, 
   assert Checkpoints(workdir / 'checkpoints').newest() == 20
 
 
-def test_only_names_that_are_steps_count(workdir):
+def test_only_folders_named_after_a_step_are_checkpoints(workdir):
   for name in ('0300', '\u0663', '40x'):
     (workdir / 'checkpoints' / name).mkdir()
   assert Checkpoints(workdir / 'checkpoints', Retention()).newest() == 20
 
 
-def test_where_all_are_damaged_nothing_is_begun_anew(workdir):
+def test_if_all_checkpoints_are_damaged_nothing_is_overwritten(workdir):
   for step in ('10', '20'):
     (workdir / 'checkpoints' / step / 'manifest.json').unlink()
   for retention in (None, Retention(), Retention()):  # given again, the command ends alike
@@ -115,7 +115,7 @@ def test_where_all_are_damaged_nothing_is_begun_anew(workdir):
     assert checkpoints.steps() == [10, 20]
 
 
-def test_what_this_process_wrote_is_compared_too(workdir):
+def test_checkpoints_of_this_process_are_verified_too(workdir):
   with Checkpoints(workdir / 'checkpoints', Retention(latest=0)) as checkpoints:
     checkpoints.save(Progress(30), state(30), None)
     checkpoints.wait()
@@ -124,7 +124,7 @@ def test_what_this_process_wrote_is_compared_too(workdir):
     assert checkpoints.newest() == 20
 
 
-def test_what_cannot_be_read_for_now_is_not_damaged(workdir, monkeypatch):
+def test_an_unreadable_checkpoint_is_not_treated_as_damaged(workdir, monkeypatch):
   def away(*args):
     raise OSError(errno.EIO, os.strerror(errno.EIO))  # as reading does, it names no file
 
@@ -139,7 +139,7 @@ def test_what_cannot_be_read_for_now_is_not_damaged(workdir, monkeypatch):
     checkpoints.restore(20, ABSTRACT)
 
 
-def test_a_kept_checkpoint_that_cannot_be_read_is_in_no_save_s_way(workdir, monkeypatch):
+def test_an_unreadable_checkpoint_does_not_prevent_saves(workdir, monkeypatch):
   def away(folder):
     if folder.name == '10':
       raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -152,7 +152,7 @@ def test_a_kept_checkpoint_that_cannot_be_read_is_in_no_save_s_way(workdir, monk
     assert checkpoints.steps() == [20, 30]
 
 
-def test_what_its_run_removes_meanwhile_is_not_damaged(workdir, monkeypatch, capsys):
+def test_a_checkpoint_removed_meanwhile_is_not_treated_as_damaged(workdir, monkeypatch, capsys):
   reader = Checkpoints(workdir / 'checkpoints')
   whole = reader._wrong
 
@@ -165,7 +165,7 @@ def test_what_its_run_removes_meanwhile_is_not_damaged(workdir, monkeypatch, cap
   assert reader.newest() == 30 and not capsys.readouterr().err
 
 
-def test_a_step_that_is_saved_is_not_replaced(workdir):
+def test_an_existing_checkpoint_is_not_replaced(workdir):
   before = (workdir / 'checkpoints' / '20' / 'manifest.json').read_bytes()
   with Checkpoints(workdir / 'checkpoints', Retention()) as checkpoints:
     checkpoints.save(Progress(20), state(7), None)
@@ -173,7 +173,7 @@ def test_a_step_that_is_saved_is_not_replaced(workdir):
   assert {path.name for path in (workdir / 'checkpoints').iterdir()} == {'10', '20'}
 
 
-def test_what_a_kill_left_is_no_checkpoint_and_the_next_run_removes_it(workdir):
+def test_leftovers_of_a_kill_are_no_checkpoints_and_are_removed(workdir):
   for name in ('30.saving', '30.saving.orbax-checkpoint-tmp', '5.dropped'):
     shutil.copytree(workdir / 'checkpoints' / '20', workdir / 'checkpoints' / name)
   reader = Checkpoints(workdir / 'checkpoints')
@@ -185,5 +185,5 @@ def test_what_a_kill_left_is_no_checkpoint_and_the_next_run_removes_it(workdir):
 @pytest.mark.parametrize('retention, kept', [
   (Retention(latest=2), {40, 50}), (Retention(latest=1, every=20), {20, 40, 50}), (Retention(latest=1, best=True), {20, 50}),
   (Retention(latest=0), {10, 20, 30, 40, 50}), (Retention(latest=1, every=30, best=True), {20, 30, 50})])
-def test_policies_add_up(retention, kept):
+def test_retention_rules_are_combined(retention, kept):
   assert retention.kept({10: 3.0, 20: 1.0, 30: None, 40: 2.0, 50: 1.5}) == kept

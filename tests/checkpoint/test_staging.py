@@ -1,4 +1,4 @@
-"""What is written of a state on CPUs is a copy in memory of its own, whatever becomes of the state meanwhile."""
+"""The copy of a state on CPUs that a save writes is independent of the state."""
 
 import time
 
@@ -21,7 +21,7 @@ def state(mesh, seed):
 
 
 @pytest.mark.parametrize('mesh', ['1x1', '4x2'], indirect=True)
-def test_a_copy_outlives_its_state_and_takes_the_same_memory_each_time(mesh):
+def test_a_copy_is_independent_of_its_state_and_reuses_its_memory(mesh):
   staging, places = HostStaging(), []
   step = jax.jit(lambda x: jax.tree.map(lambda leaf: leaf * 2, x), donate_argnums=0)
   for seed in (0, 1):
@@ -46,7 +46,7 @@ def test_a_copy_outlives_its_state_and_takes_the_same_memory_each_time(mesh):
   assert jnp.issubdtype(copied['whole'].dtype, jnp.bfloat16)
 
 
-def test_a_save_waits_until_its_memory_is_there(tmp_path, monkeypatch):
+def test_a_save_waits_for_the_allocation_of_its_memory(tmp_path, monkeypatch):
   reserve, values = HostStaging.reserve, jnp.arange(1, 65, dtype=jnp.float32)
 
   def slowly(self, state):

@@ -1,4 +1,4 @@
-"""A trained model comes out of its workdir alone, onto whatever devices there are."""
+"""A trained model is loaded from its workdir alone, onto the devices that are present."""
 
 import dataclasses
 
@@ -38,7 +38,7 @@ def parameters(seed):
 
 
 @pytest.mark.parametrize('model_axis, expected', [(1, 1), (2, 2), (3, 1)])
-def test_parameters_lie_on_all_devices(workdir, model_axis, expected):
+def test_parameters_are_placed_on_all_devices(workdir, model_axis, expected):
   trained = load_trained(workdir(model_axis))
   assert trained.step == 5 and dict(trained.mesh.shape) == {'replica': 1, 'data': 8 // expected, 'model': expected}
   assert trained.config.model == trained.model.config == MODEL and trained.model.context == 16
@@ -55,7 +55,7 @@ def test_a_step_is_chosen_by_name_or_number(workdir):
     load_trained(folder, '4')
 
 
-def test_a_folder_that_is_no_run_is_told_and_left_alone(workdir, tmp_path):
+def test_a_folder_without_a_run_is_an_error_and_not_changed(workdir, tmp_path):
   with pytest.raises(UserError, match=r"^--workdir: '.*nothing', expected: a folder that gptjax.train made"):
     load_trained(tmp_path / 'nothing')
   assert not list(tmp_path.iterdir())
@@ -64,7 +64,7 @@ def test_a_folder_that_is_no_run_is_told_and_left_alone(workdir, tmp_path):
     load_trained(tmp_path)
 
 
-def test_parameters_of_another_config_are_one_line(workdir):
+def test_parameters_of_another_config_are_a_one_line_error(workdir):
   folder = workdir(1)
   config = configs.from_json((folder / 'config.json').read_text())
   for model in (dataclasses.replace(MODEL, width=64), dataclasses.replace(MODEL, layers=2)):

@@ -1,4 +1,4 @@
-"""From a command line to a Config: overrides, recipes, help, JSON, and one line for every mistake."""
+"""From a command line to a Config: overrides, recipes, help, JSON, and a one-line error for every mistake."""
 
 import contextlib
 import dataclasses
@@ -137,7 +137,7 @@ def test_flags_may_come_from_a_file(command):
   assert (seen.config.seed, seen.config.model.width, seen.given['log_every']) == (5, 512, 3)
 
 
-def test_all_overrides_are_in_before_any_is_checked(command):
+def test_overrides_are_checked_together(command):
   # 3 heads do not divide a width of 128, and 4 heads cannot share 3 key/value heads.
   recipe = '--config=configs/base.py'
   seen = command(recipe, '--config.model.heads=3', '--config.model.width=96', '--config.model.kv_heads=3')
@@ -186,7 +186,7 @@ def test_all_overrides_are_in_before_any_is_checked(command):
     ('--flagfile=none.txt', 'flags: *none.txt*, expected: see --help'),
     ('more', "argument: 'more', expected: only flags, --NAME=VALUE; see --help"),
 ])
-def test_a_mistake_is_one_line_that_names_field_value_accepted_and_nearest(command, arg, error):
+def test_an_error_names_field_value_valid_values_and_nearest_name(command, arg, error):
   line = command('--config=configs/base.py', arg).error
   start, *parts = error.split('*')
   assert line.startswith(start) and line.endswith(parts[-1] if parts else start), line
@@ -202,19 +202,19 @@ def test_a_flag_is_not_taken_for_the_value_of_the_flag_before_it(command):
 
 
 @pytest.mark.parametrize('value', ['10**400', '10**5000'])
-def test_a_number_larger_than_any_float_is_told(command, value):
+def test_a_number_larger_than_any_float_is_an_error(command, value):
   pathlib.Path('huge.py').write_text(f'from gptjax.config import *\ndef get_config():\n  return Config(z_loss={value})\n')
   line = command('--config=huge.py').error
   assert line.startswith('huge.py: z_loss: ') and line.endswith(', expected: a number') and len(line) < 300
 
 
 @pytest.mark.parametrize('text', ['[' * 100_000, '{"seed": ' + '9' * 5000 + '}'])
-def test_json_that_python_cannot_hold_is_told(text):
+def test_json_that_python_cannot_represent_is_an_error(text):
   with pytest.raises(UserError, match='^config.json: .*expected: JSON of a config'):
     from_json(text)
 
 
-def test_a_config_that_is_no_text_is_told(tmp_path):
+def test_a_config_that_is_not_utf8_is_an_error(tmp_path):
   (tmp_path / 'config.json').write_bytes(b'{"seed": \xff}')
   with pytest.raises(UserError, match="config.json: .*can't decode.*expected: JSON of a config"):
     read_config(tmp_path)
@@ -226,11 +226,11 @@ def test_a_config_that_is_no_text_is_told(tmp_path):
     ('configs', "'configs', expected: configs/base.py, configs/wide.py"),
     ('zzz.py', "'zzz.py', expected: configs/base.py, configs/wide.py"),
 ])
-def test_a_recipe_that_is_not_there(command, path, error):
+def test_a_missing_recipe_is_an_error(command, path, error):
   assert command(f'--config={path}').error == f'--config: {error}'
 
 
-def test_the_recipe_must_be_given(command):
+def test_the_recipe_is_required(command):
   assert command('--config.seed=3').error == "--config: '', expected: configs/base.py, configs/wide.py"
 
 
@@ -247,7 +247,7 @@ def test_the_recipe_must_be_given(command):
     ('from gptjax.config import *\ndef get_config():\n  return Config(model=ModelConfig(layers=2.5))',
      'r.py: model.layers: 2.5, expected: an integer'),
 ])
-def test_a_recipe_that_fails_is_named_with_its_line(command, text, error):
+def test_an_error_in_a_recipe_names_its_line(command, text, error):
   pathlib.Path('r.py').write_text(text)
   line = command('--config=r.py').error
   start, *parts = error.split('*')
@@ -255,7 +255,7 @@ def test_a_recipe_that_fails_is_named_with_its_line(command, text, error):
   assert all(part in line for part in parts), line
 
 
-def test_a_recipe_is_read_anew_and_leaves_nothing_behind(tmp_path):
+def test_a_recipe_is_read_again_each_time_and_leaves_no_files(tmp_path):
   path = tmp_path / 'r.py'
   for seed in (1, 2):
     path.write_text(f'from gptjax.config import Config\ndef get_config():\n  return Config(seed={seed})\n')
@@ -276,7 +276,7 @@ def test_main_may_raise_a_user_error_or_return_a_status(command):
   assert command('--config=configs/base.py', main=lambda config: 7).status == 7
 
 
-def test_an_interrupt_is_130_without_a_word(command):
+def test_an_interrupt_exits_with_130_and_prints_nothing(command):
   def interrupted(config):
     raise KeyboardInterrupt
 
@@ -284,7 +284,7 @@ def test_an_interrupt_is_130_without_a_word(command):
   assert (seen.status, seen.out, seen.err) == (130, '', '')
 
 
-def test_a_defect_keeps_its_traceback(command):
+def test_a_bug_keeps_its_traceback(command):
   def breaks(config):
     raise ValueError('a defect')
 
@@ -374,7 +374,7 @@ def test_override_checks_names_and_types(values, error):
     ((to_json(Config()), '[]'), 'run.json: [], expected: an object of config fields'),
     ((to_json(Config()), ''), "run.json:1: '', expected: JSON (*)"),
 ])
-def test_json_that_is_no_config_is_named_by_its_file(edit, error):
+def test_an_error_in_json_names_its_file(edit, error):
   with pytest.raises(UserError) as caught:
     from_json(to_json(Config()).replace(*edit), 'run.json')
   start, *parts = error.split('*')
@@ -437,7 +437,7 @@ def configs(draw):
     ('[{"store": "a"}, {"store": "a"}]', "data.train: store: 'a', expected: unique values"),
     ('[{"store": "a"}]', 'data.valid: [], expected: at least one validation set with data.train'),
 ])
-def test_a_list_of_objects_is_checked_through_and_through(command, value, error):
+def test_lists_of_objects_are_checked(command, value, error):
   assert command('--config=configs/base.py', f'--config.data.train={value}').error == error
 
 
@@ -452,7 +452,7 @@ def test_a_list_of_objects_is_checked_through_and_through(command, value, error)
     ({'data.workers': 2, 'data.prefetch': 0}, 'data.prefetch: 0, expected: 1 or more'),
     ({'data.train': [{'store': 's', 'weight': 1}, {'store': 't'}]}, 'data.train: weight: 0.0, expected: a weight above 0 for t too'),
 ])
-def test_a_mixture_has_to_fit_together(values, error):
+def test_inconsistent_mixtures_are_errors(values, error):
   base = {'data.train': [{'store': 's'}], 'data.valid': [{'name': 'v', 'store': 'v'}]}
   with pytest.raises(UserError) as caught:
     override(Config(), base | values)
@@ -461,7 +461,7 @@ def test_a_mixture_has_to_fit_together(values, error):
 
 @given(configs())
 @settings(max_examples=60, deadline=None)
-def test_json_gives_back_the_same_config(config):
+def test_a_config_survives_json(config):
   assert from_json(to_json(config)) == config
 
 
@@ -483,7 +483,7 @@ def test_every_field_takes_its_own_value_as_text(recipe, config):
 
 @given(config=configs())
 @settings(max_examples=60, deadline=None)
-def test_a_printed_line_can_be_pasted_behind_config(recipe, config):
+def test_a_printed_line_can_be_pasted_after_config(recipe, config):
   config = override(config, {name: ''.join(filter(str.isprintable, flatten(config)[name])) for name in TEXTS})
   args = [arg for line in describe(config).splitlines()
           for arg in shlex.split(f'--config.{line.replace(" = ", "=", 1)}', comments=True)]
@@ -510,7 +510,7 @@ def process(tmp_path, *args, main='print(config.model.layers)'):
     (['--config=tiny.py', '--workdr=w'], "error: --workdr: 'w', expected: --config, --config.FIELD, --workdir; see "),
     (['--config=tiny.py'], 'error: --workdir: None, expected: a value: the folder of the run'),
 ])
-def test_a_process_says_one_line_and_exits_with_2(tmp_path, args, error):
+def test_a_process_prints_one_line_and_exits_with_2(tmp_path, args, error):
   done = process(tmp_path, *args)
   assert (done.returncode, done.stdout) == (2, '')
   assert done.stderr.startswith(error) and done.stderr.count('\n') == 1 and 'Traceback' not in done.stderr
@@ -522,14 +522,14 @@ def test_a_process_runs_with_absl_flags_and_without_jax(tmp_path):
   assert (done.returncode, done.stdout, done.stderr) == (0, '7 False 1\n', '')
 
 
-def test_a_process_shows_help_though_a_required_flag_is_missing(tmp_path):
+def test_help_does_not_need_required_flags(tmp_path):
   done = process(tmp_path, '--help')
   assert (done.returncode, done.stderr) == (0, '')
   assert done.stdout.startswith('usage: python ') and '  --workdir ' in done.stdout
   assert '--config.model.layers=4' in done.stdout and '--verbosity' not in done.stdout
 
 
-def test_a_process_with_a_defect_ends_with_a_traceback(tmp_path):
+def test_a_process_with_a_bug_ends_with_a_traceback(tmp_path):
   done = process(tmp_path, '--config=tiny.py', '--workdir=w', main='raise RuntimeError("a defect")')
   assert done.returncode == 1 and 'Traceback' in done.stderr and done.stderr.endswith('RuntimeError: a defect\n')
 

@@ -1,4 +1,4 @@
-"""Every recipe of the repository loads, says where its values come from, and survives config.json."""
+"""Every recipe of the repository loads, states what to expect, and survives config.json."""
 
 from pathlib import Path
 
@@ -24,17 +24,17 @@ def test_it_says_what_to_expect(path):
 
 
 @large_by_name
-def test_its_batch_is_shared_evenly_by_its_mesh(path):
+def test_its_mesh_divides_its_batch_and_heads(path):
   config = configs.load(str(path))
   assert config.microbatch_size % (config.mesh.replica * config.mesh.data) == 0
   assert config.model.heads % config.mesh.model == 0 and config.model.key_heads % config.mesh.model == 0
 
 
 @large_by_name
-def test_its_plan_needs_no_data(path):
+def test_it_can_be_planned_without_data(path):
   config = configs.load(str(path))
   assert config.model.vocab_size and config.mesh.data > 0 and 'tokens' in config.steps
 
 
-def test_there_are_eight_large_ones():
+def test_there_are_eight_large_recipes():
   assert len(LARGE) == 8

@@ -1,4 +1,4 @@
-"""The schema refuses what cannot run, says what can, and explains every field."""
+"""The schema rejects invalid values with their valid ones, and has a help text for every field."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ def test_durations_become_steps_rounded_up(value, steps):
 
 
 @pytest.mark.parametrize('value', ['', 'soon', '-1', '1.5', '1.5 steps', '3 hours', '1_', '1e400', '9' * 5000, 'nan', '1e308 epochs'])
-def test_what_is_no_duration_is_refused_by_name(value):
+def test_an_invalid_duration_is_an_error_that_names_its_field(value):
   with pytest.raises(UserError, match='^steps: .*expected: '):
     in_steps(value)
 
@@ -43,7 +43,7 @@ def test_what_is_no_duration_is_refused_by_name(value):
     (ModelConfig, {'dropout': 1.0}, 'model.dropout: 1.0, expected: at least 0 and below 1'),
     (RopeConfig, {'theta': 0.0}, 'model.rope.theta: 0.0, expected: a number above 0'),
     (RopeConfig, {'low': 4.0}, 'model.rope.high: 4.0, expected: a number above model.rope.low=4.0, which is above 0'),
-    (ModelConfig, {'global_every': 2}, 'model.global_every: 2, expected: 0 unless model.window says how far the other layers see'),
+    (ModelConfig, {'global_every': 2}, 'model.global_every: 2, expected: 0 unless model.window is set for the other layers'),
     (ModelConfig, {'head_size': 7, 'positions': 'rope'}, 'model.head_size: 7, expected: an even number for rope'),
     (TokenizerConfig, {'vocab_size': 10}, 'data.tokenizer.vocab_size: 10, expected: 300 or more'),
     (DataConfig, {'context': 0}, 'data.context: 0, expected: 1 or more'),
@@ -59,16 +59,16 @@ def test_what_is_no_duration_is_refused_by_name(value):
     (Config, {'batch_size': 6, 'microbatches': 4}, 'microbatches: 4, expected: a divisor of batch_size=6: 1, 2, 3, 6'),
     (Config, {'zero_stage': 7}, 'zero_stage: 7, expected: '),
     (Config, {'steps': 'soon'}, "steps: 'soon', expected: a count of steps"),
-    (Config, {'eval': EvalConfig(every='often')}, "eval.every: 'often', expected: a count of steps"),
+    (EvalConfig, {'every': 'often'}, "eval.every: 'often', expected: a count of steps"),
     (Config, {'optimizer': OptimizerConfig(decay=10)}, 'optimizer.decay: 10, expected: 0 unless '),
 ])
-def test_a_group_refuses_what_cannot_run(group, values, message):
+def test_invalid_values_are_errors(group, values, message):
   with pytest.raises(UserError) as caught:
     group(**values)
   assert str(caught.value).startswith(message)
 
 
-def test_zeros_are_resolved():
+def test_zero_sizes_are_resolved():
   model = ModelConfig(width=96, heads=6, vocab_size=65, vocab_multiple=16)
   assert (model.head_width, model.key_heads, model.hidden_width, model.table_rows) == (16, 6, 384, 80)
   assert ModelConfig(kv_heads=2, mlp_width=100).key_heads == 2
@@ -76,7 +76,7 @@ def test_zeros_are_resolved():
 
 
 @pytest.mark.parametrize('group', GROUPS)
-def test_every_field_is_frozen_and_has_its_line_of_help(group):
+def test_every_field_is_frozen_and_has_a_help_text(group):
   fields = [field.name for field in dataclasses.fields(group)]
   lines = docstrings(group)
   assert list(lines) == fields

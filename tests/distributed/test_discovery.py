@@ -1,4 +1,4 @@
-"""What each cluster's environment means, and what is said where flags and clusters do not suffice."""
+"""The group that each cluster's environment describes, and errors where flags and clusters do not suffice."""
 
 import pytest
 
@@ -34,7 +34,7 @@ def found(environment, cluster='auto', metadata=None, **given):
   ({}, VM, 4, 3, '10.0.9.9'),
   ({'TPU_WORKER_HOSTNAMES': 'WARNING: none', 'TPU_WORKER_ID': '0'}, VM, 4, 3, '10.0.9.9'),  # libtpu's, inherited
 ])
-def test_a_cluster_tells_who_we_are(environment, metadata, processes, process, host):
+def test_a_cluster_s_environment_gives_count_index_and_coordinator(environment, metadata, processes, process, host):
   group = found(environment, metadata=metadata)
   address, _, port = group.coordinator.rpartition(':')
   assert (group.count, group.index, address) == (processes, process, host) and 1024 < int(port) < 2**16
@@ -46,14 +46,14 @@ def test_processes_of_one_job_agree_on_a_port_and_jobs_differ():
   assert port() != port(SLURM_STEP_ID='3')
 
 
-def test_a_pod_of_a_jobset_is_told_how_many_there_are():
+def test_a_pod_of_a_jobset_needs_the_number_of_processes():
   group = found(JOBSET, processes=8)
   assert (group.count, group.index) == (8, 5) and group.coordinator.startswith('gpt-workers-0-0.gpt:')
   with pytest.raises(UserError, match='^--processes: None, expected: the number of processes, since JobSet gpt does not'):
     found(JOBSET)
 
 
-def test_gpus_of_a_host_are_shared_out_unless_the_launcher_did():
+def test_gpus_of_a_host_are_divided_unless_the_launcher_assigned_them():
   gpus = lambda visible, environment=SLURM: found(environment | {'CUDA_VISIBLE_DEVICES': visible}).gpus
   assert gpus('0,1,2,3') == (2, 3) and gpus('4,6') == (1,) and gpus('1') is None
   assert gpus('0,1,2,3', MPI) == (2, 3)
@@ -65,12 +65,12 @@ def test_gpus_of_a_host_are_shared_out_unless_the_launcher_did():
   SLURM | {'SLURM_NTASKS': '1', 'SLURM_PROCID': '0'}, {'JOB_COMPLETION_INDEX': '0'},
   {'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_WORKER_ID': '0'},
 ])
-def test_one_process_joins_nothing(environment):
+def test_a_single_process_needs_no_coordinator(environment):
   group = found(environment)
   assert (group.count, group.index, group.coordinator) == (1, 0, None)
 
 
-def test_flags_come_first_and_clusters_complete_them():
+def test_flags_take_precedence_and_clusters_complete_them():
   assert found(SLURM, coordinator='h:1', processes=2, process=1) == GroupSpec(2, 1, 'h:1', 'flags')
   assert found(SLURM, coordinator='h:1').coordinator == 'h:1' and found(SLURM, coordinator='h:1').index == 3
   assert found(SLURM, cluster='none').count == 1
@@ -92,7 +92,7 @@ def test_flags_come_first_and_clusters_complete_them():
   ({'cluster': 'kubernetes', 'processes': 2}, "--cluster: 'kubernetes', expected: a cluster that is detected here, by JOB_COMPLETION"),
   ({'cluster': 'tpu'}, "--cluster: 'tpu', expected: a cluster that is detected here, by TPU_WORKER_HOSTNAMES"),
 ])
-def test_what_does_not_suffice_is_one_line(given, message):
+def test_insufficient_flags_are_a_one_line_error(given, message):
   with pytest.raises(UserError) as caught:
     found({}, **given)
   assert str(caught.value).startswith(message)
@@ -104,7 +104,7 @@ def test_what_does_not_suffice_is_one_line(given, message):
   (SLURM | {'SLURM_PROCID': '4'}, '--process: 4, expected: 0 to 3'),
   (MPI | {'OMPI_MCA_orte_hnp_uri': ''}, '--coordinator: None, expected: HOST:PORT where process 0 listens, since Open MPI job'),
 ])
-def test_what_cannot_be_read_is_one_line(environment, message):
+def test_unreadable_variables_are_a_one_line_error(environment, message):
   with pytest.raises(UserError) as caught:
     found(environment)
   assert str(caught.value).startswith(message)

@@ -1,4 +1,4 @@
-"""Processes that have met wait for each other, and end together: each with one line and a status, and none hangs."""
+"""Processes that have met wait for each other and end together, each with one line and a status; none hangs."""
 
 import os
 import pathlib
@@ -44,14 +44,14 @@ def run():
   return start
 
 
-def test_process_0_broadcasts_what_it_has_and_all_wait_for_it(run):
+def test_process_0_broadcasts_its_value_and_all_wait_for_it(run):
   done, seconds = run('if first: time.sleep(1)\n'
                       'print(broadcast("a", index + 5), broadcast("b", [index]), group.description.split(", ")[0])\n'
                       'if first: time.sleep(1)')
   assert done == [(0, '5 [0] 3\n', '')] * 3 and seconds > 2
 
 
-def test_none_leaves_before_all_are_done(run):
+def test_no_process_ends_before_all_are_done(run):
   # JAX ends a process that waits for others at exit for longer than it likes.
   done, _ = run('import atexit\natexit.register(lambda: print(time.time()))\nif first: time.sleep(1.5)')
   ends = [float(out) for _, out, _ in done]
@@ -59,13 +59,13 @@ def test_none_leaves_before_all_are_done(run):
 
 
 @pytest.mark.parametrize('culprit', [0, 1])
-def test_a_mistake_in_one_ends_all_with_a_line_each(culprit, run):
+def test_an_error_in_one_process_ends_all_with_one_line_each(culprit, run):
   done, seconds = run(f'if index == {culprit}: raise config.UserError("data", "x", "y")\nbroadcast("never")')
   told = f"error: process {culprit}: data: 'x', expected: y\n"
   assert done == [(2, '', "error: data: 'x', expected: y\n" if index == culprit else told) for index in range(3)] and seconds < 10
 
 
-def test_the_same_mistake_in_all_is_told_in_their_own_words(run):
+def test_the_same_error_in_all_is_reported_by_each_as_its_own(run):
   done, _ = run('time.sleep(index / 10)\nraise config.UserError("data", "x", "y")')
   assert done == [(2, '', "error: data: 'x', expected: y\n")] * 3
 
@@ -80,7 +80,7 @@ def test_a_killed_process_ends_the_others(culprit, run):
       assert errors.count('\n') == 1
 
 
-def test_a_computation_that_fails_because_a_peer_is_gone_is_not_told(run):
+def test_an_error_caused_by_a_lost_peer_is_not_reported(run):
   # Gloo and NCCL raise where a peer is gone; what counts is why it is.
   done, _ = run('if index == 1: raise config.UserError("data", "x", "y")\nif index == 2: raise RuntimeError("broken pipe")\n'
                 'broadcast("never")')
@@ -88,12 +88,12 @@ def test_a_computation_that_fails_because_a_peer_is_gone_is_not_told(run):
                                                "error: process 1: data: 'x', expected: y\n"]
 
 
-def test_a_bug_in_one_is_a_traceback_there_and_a_line_elsewhere(run):
+def test_a_bug_is_a_traceback_in_its_process_and_a_line_elsewhere(run):
   done, _ = run('if index == 1: raise RuntimeError("a bug")\nbroadcast("never")')
   assert [status for status, _, _ in done] == [1] * 3
   assert 'Traceback' in done[1][2] and done[0][2] == done[2][2] == 'error: process 1: RuntimeError: a bug\n'
 
 
-def test_an_output_that_nobody_reads_any_more_ends_all_in_silence(run):
+def test_a_broken_pipe_ends_all_processes_silently(run):
   done, _ = run('if first: raise BrokenPipeError\nbroadcast("never")')
   assert done == [(0, '', '')] * 3

@@ -1,4 +1,4 @@
-"""All come, or all hear in one line and in time who did not, or who is none of them."""
+"""All processes join, or all report in time, in one line, which did not or which is of another run."""
 
 import concurrent.futures
 import json
@@ -41,14 +41,14 @@ def come(port):
     return outcomes
   yield start
   for peer in opened:
-    peer.connection.close()
+    peer.socket.close()
 
 
 def test_all_meet_and_stay_connected(come):
   outcomes = come(2, 0, 1)
   assert [[peer.index for peer in outcome] for outcome in outcomes] == [[0], [1, 2], [0]]
-  outcomes[1][1].connection.send(word='hello')
-  assert outcomes[0][0].connection.receive() == [{'word': 'hello'}]
+  outcomes[1][1].send(word='hello')
+  assert outcomes[0][0].receive() == [{'word': 'hello'}]
 
 
 def test_the_port_is_free_for_jax_when_all_have_met(come, port):
@@ -58,7 +58,7 @@ def test_the_port_is_free_for_jax_when_all_have_met(come, port):
     assert server.accept()[0].getsockname()[1] == port
 
 
-def test_who_is_missing_is_told_to_all_in_time(come):
+def test_missing_processes_are_reported_to_all_in_time(come):
   start = time.monotonic()
   first, other = come(0, 2, processes=4, timeout=1.0)
   assert 1 <= time.monotonic() - start < 2 and first == other
@@ -67,7 +67,7 @@ def test_who_is_missing_is_told_to_all_in_time(come):
                    f'joined: process 0 on {host}, process 2 on {host}')
 
 
-def test_who_cannot_reach_process_0_ends_in_time(come, port):
+def test_a_process_that_cannot_reach_process_0_ends_in_time(come, port):
   start = time.monotonic()
   (line,) = come(1, timeout=1.0)
   assert 1 <= time.monotonic() - start < 2
@@ -75,7 +75,7 @@ def test_who_cannot_reach_process_0_ends_in_time(come, port):
                   'Connection refused')
 
 
-def test_something_else_at_the_address_is_not_process_0(come, port):
+def test_another_program_at_the_address_is_not_process_0(come, port):
   with socket.create_server(('localhost', port)) as server:
     def answer():
       for _ in range(2):
@@ -99,14 +99,14 @@ def test_something_else_at_the_address_is_not_process_0(come, port):
   ((2, {**FACTS, '--config.seed': '1'}), "--config.seed: '1', expected: '0', as process 0 on "),
   ((2, {'jax': '1'}), "--config.seed: None, expected: '0', as process 0 on "),
 ])
-def test_a_process_of_another_run_is_told_to_all(other, field, come):
+def test_a_process_of_another_run_is_reported_to_all(other, field, come):
   start = time.monotonic()
   outcomes = come(0, 1, other)
   assert time.monotonic() - start < 2
   assert outcomes[0].startswith(field) and {*outcomes} == {outcomes[0]}
 
 
-def test_strangers_do_not_disturb(come, port):
+def test_connections_of_other_programs_are_ignored(come, port):
   opened = []
 
   def intrude():
@@ -134,7 +134,7 @@ def test_strangers_do_not_disturb(come, port):
     stranger.close()
 
 
-def test_one_that_came_and_died_may_come_again(come, port):
+def test_a_process_that_joined_and_died_may_join_again(come, port):
   def die():
     while True:
       try:

@@ -34,11 +34,11 @@ def workdir(tmp_path):
 
 
 def test_steps_are_told_by_names_and_numbers(workdir):
-  with Restorer(workdir) as restorer:
-    for wanted, steps in (('all', [3, 5, 8]), ('latest', [8]), ('best', [5]), ('8, 3', [3, 8]), ('best,5,latest', [5, 8])):
-      assert restorer.checkpoints.resolve_all(wanted) == steps
-    with pytest.raises(UserError, match="^--step: '4', expected: latest, best, 3, 5, 8"):
-      restorer.checkpoints.resolve_all('3,4')
+  checkpoints = Restorer(workdir).checkpoints
+  for wanted, steps in (('all', [3, 5, 8]), ('latest', [8]), ('best', [5]), ('8, 3', [3, 8]), ('best,5,latest', [5, 8])):
+    assert checkpoints.resolve_all(wanted) == steps
+  with pytest.raises(UserError, match="^--step: '4', expected: latest, best, 3, 5, 8"):
+    checkpoints.resolve_all('3,4')
 
 
 def test_all_checkpoints_are_scored_alike_on_every_mesh_without_another_program(workdir):
@@ -47,7 +47,8 @@ def test_all_checkpoints_are_scored_alike_on_every_mesh_without_another_program(
   counter = CompileCounter()
   try:
     for model_axis in (1, 4):
-      with Restorer(workdir, model_axis) as restorer, jax.set_mesh(restorer.mesh):
+      restorer = Restorer(workdir, model_axis)
+      with jax.set_mesh(restorer.mesh):
         scorer = Scorer(restorer.model, next_token(), restorer.mesh, 8)
         likelihoods = LikelihoodScorer(restorer.model, restorer.mesh, 64)
         compiled = []

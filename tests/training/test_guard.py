@@ -1,4 +1,4 @@
-"""Bad steps are found inside the compiled step and change nothing; each policy does what it says; copies that differ are found."""
+"""Bad steps are found inside the compiled step and change nothing; each policy works; replicas that differ are found."""
 
 import contextlib
 import dataclasses
@@ -34,7 +34,7 @@ def settings(cache):
 @pytest.mark.parametrize('mesh, zero_stage, microbatches', [
   ('1x1', 0, 1), full('4x2', 0, 2), ('4x2', 3, 1)], indirect=['mesh'])
 @pytest.mark.parametrize('where', ['loss', 'gradient'])
-def test_an_update_that_is_not_finite_is_not_made(mesh, zero_stage, microbatches, where):
+def test_an_update_that_is_not_finite_is_not_applied(mesh, zero_stage, microbatches, where):
   state, step = trainer(MODEL, zero_stage=zero_stage, microbatches=microbatches)
   good = put(batch())
   state, metrics = step(state, good)
@@ -62,7 +62,7 @@ def test_an_update_that_is_not_finite_is_not_made(mesh, zero_stage, microbatches
     assert not metrics['bad'] and np.isfinite(metrics['loss'])
 
 
-def test_a_spike_is_told_from_what_is_usual():
+def test_a_spike_is_distinguished_from_usual_values():
   rng = np.random.default_rng(0)
   values = rng.normal(3.0, 0.1, (400, 2)).astype(np.float32)
   statistics, check = initial_statistics(), jax.jit(is_good_step, static_argnums=3)
@@ -119,7 +119,7 @@ def test_stop_ends_the_run_and_names_the_batch(settings, cache, tmp_path, spoil)
   assert Checkpoints(tmp_path / 'run' / 'checkpoints').steps() == [3, 6]
 
 
-def test_skip_leaves_the_update_out_and_goes_on(settings, cache, tmp_path, spoil, capsys):
+def test_skip_discards_the_update_and_continues(settings, cache, tmp_path, spoil, capsys):
   settings = configs.override(settings, {'faults.bad_step': 'skip'})
   spoil(8)
   lines = run(settings, tmp_path / 'run', cache)
@@ -133,7 +133,7 @@ def test_skip_leaves_the_update_out_and_goes_on(settings, cache, tmp_path, spoil
   assert [bad['step'] for bad in bad_steps(tmp_path / 'other')] == [8]
 
 
-def test_rollback_goes_back_and_passes_over_the_batch(settings, cache, tmp_path, spoil, capsys):
+def test_rollback_restores_a_checkpoint_and_skips_the_batch(settings, cache, tmp_path, spoil, capsys):
   straight = run(settings, tmp_path / 'straight', cache)
   spoil(8)
   settings = configs.override(settings, {'faults.bad_step': 'rollback'})
@@ -150,13 +150,13 @@ def test_rollback_goes_back_and_passes_over_the_batch(settings, cache, tmp_path,
   assert run(settings, tmp_path / 'other', cache) == lines and len(again) == 9
 
 
-def test_a_bad_step_before_the_first_checkpoint_goes_back_to_the_start(settings, cache, tmp_path, spoil):
+def test_a_rollback_before_the_first_checkpoint_restarts_the_run(settings, cache, tmp_path, spoil):
   spoil(2)
   lines = run(configs.override(settings, {'faults.bad_step': 'rollback'}), tmp_path / 'run', cache)
   assert [line['step'] for line in lines] == [*range(1, 11), 10] and all(line['loss'] for line in lines[:10])
 
 
-def test_rows_passed_over_are_known_to_any_batch_size(tmp_path):
+def test_skipped_rows_are_skipped_with_any_batch_size(tmp_path):
   bad = BadSteps(FaultsConfig(bad_step='rollback'), tmp_path, writes=True)
   for step, rows in ((8, (28, 32)), (9, (32, 36)), (20, (76, 80))):
     with pytest.raises(Rollback):
@@ -167,7 +167,7 @@ def test_rows_passed_over_are_known_to_any_batch_size(tmp_path):
   assert [again.excluded_after(row) for row in (0, 30, 36, 76, 80)] == [12, 10, 4, 4, 0]
 
 
-def test_rows_passed_over_are_gone_from_an_epoch(tmp_path):
+def test_skipped_rows_reduce_the_available_rows(tmp_path):
   bad = BadSteps(FaultsConfig(bad_step='rollback'), tmp_path, writes=True)
 
   def of_rows(rows):
@@ -184,7 +184,7 @@ def test_rows_passed_over_are_gone_from_an_epoch(tmp_path):
     loop._check_rows(of_rows(40), Progress(6, 24), 10, bad)
 
 
-def test_what_a_kill_left_of_a_line_is_in_no_ones_way(tmp_path):
+def test_an_incomplete_line_after_a_kill_is_removed(tmp_path):
   bad = BadSteps(FaultsConfig(bad_step='skip'), tmp_path, writes=True)
   bad.add(8, (28, 32), math.nan, 1.0)
   with (tmp_path / 'bad_steps.jsonl').open('a') as file:
@@ -211,7 +211,7 @@ def test_bad_steps_in_a_row_end_a_run_that_skips(tmp_path):
     again.add(199, (199, 200), math.nan, 1.0)
 
 
-def test_steps_that_were_done_again_are_not_bad_in_a_row(tmp_path):
+def test_repeated_steps_do_not_count_as_consecutive_bad_steps(tmp_path):
   bad = BadSteps(FaultsConfig(bad_step='rollback'), tmp_path, writes=True)
   for step in range(1, 100):
     with pytest.raises(Rollback):
@@ -221,7 +221,7 @@ def test_steps_that_were_done_again_are_not_bad_in_a_row(tmp_path):
   again.add(100, (400, 401), math.nan, 1.0)
 
 
-def test_bad_steps_that_wait_are_forgotten_like_others(tmp_path):
+def test_bad_steps_that_wait_in_memory_are_forgotten_too(tmp_path):
   folder = tmp_path / 'run'
   bad = BadSteps(FaultsConfig(bad_step='skip'), folder, writes=True)
   for step in (1, 5):
@@ -246,14 +246,14 @@ def test_bad_steps_wait_in_memory_for_a_full_disk(tmp_path):
     assert [line['step'] for line in bad_steps(disk)] == [3]
 
 
-def test_a_damaged_line_of_bad_steps_is_a_mistake(tmp_path):
+def test_a_damaged_line_of_bad_steps_is_an_error(tmp_path):
   (tmp_path / 'bad_steps.jsonl').write_text('{"step": 3, "rows": [1], "loss": 1.0, "grad_norm": 1.0, "action": "skip"}\n')
   with pytest.raises(UserError, match=r'bad_steps.jsonl:1: '):
     BadSteps(FaultsConfig(), tmp_path, writes=True)
 
 
 @pytest.mark.parametrize('mesh, zero_stage', [('8x1', 0), full('4x2', 1)], indirect=['mesh'])
-def test_a_copy_that_differs_is_found_on_its_device(mesh, zero_stage):
+def test_a_replica_that_differs_is_found_with_its_device(mesh, zero_stage):
   state, step = trainer(dataclasses.replace(MODEL, heads=4), zero_stage=zero_stage)
   check = replica_check(state, mesh)
   state, _ = step(state, put(batch()))
@@ -270,7 +270,7 @@ def test_a_copy_that_differs_is_found_on_its_device(mesh, zero_stage):
 
 
 @pytest.mark.parametrize('action, zero_stage', [('rollback', 3), ('skip', 3), full('rollback', 0)])
-def test_a_device_that_spoils_its_state_is_found_within_the_interval(action, zero_stage, settings, cache, tmp_path, monkeypatch, capsys):
+def test_a_device_with_a_wrong_state_is_found_within_the_interval(action, zero_stage, settings, cache, tmp_path, monkeypatch, capsys):
   settings = configs.override(settings, {'mesh.data': 4, 'faults.compare_every': 2, 'faults.bad_step': action, 'checkpoint.every': 4,
                                          'zero_stage': zero_stage, 'mesh.max_unsharded': 1.0})
   straight = run(settings, tmp_path / 'straight', cache)

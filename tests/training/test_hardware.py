@@ -1,4 +1,4 @@
-"""The peak that MFU divides by, and the count of compiles."""
+"""The devices' peak FLOP/s, and the count of compilations."""
 
 from unittest import mock
 
@@ -20,7 +20,7 @@ def devices(kind, count):
   ('TPU v6 lite', 'TPU v6 lite', 918e12), ('NVIDIA A100-SXM4-80GB', 'NVIDIA A100', 312e12),
   ('NVIDIA H100 80GB HBM3', 'NVIDIA H100', 989e12), ('NVIDIA H200', 'NVIDIA H200', 989e12),
 ])
-def test_known_devices_count_by_their_data_sheet(kind, name, each):
+def test_known_devices_have_the_flops_of_their_data_sheet(kind, name, each):
   assert peak_flops(devices(kind, 4), 'float32') == (4 * each, f'{name} bfloat16 data sheet')
 
 

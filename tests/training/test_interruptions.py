@@ -1,4 +1,4 @@
-"""Signals, notices and the clock save at the next boundary and lose nothing; a hang ends with every stack."""
+"""Signals, notices and the clock save after the current step and lose nothing; a hang ends with the stacks of all threads."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def settings(cache):
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, full(signal.SIGINT)])
-def test_a_signal_saves_that_step_and_the_same_command_goes_on(number, settings, cache, tmp_path, monkeypatch, capsys):
+def test_a_signal_saves_the_step_and_the_same_command_resumes(number, settings, cache, tmp_path, monkeypatch, capsys):
   straight = run(settings, tmp_path / 'straight', cache)
   advance = Logbook.advance
 
@@ -55,7 +55,7 @@ def test_a_signal_saves_that_step_and_the_same_command_goes_on(number, settings,
   assert records(tmp_path / 'run') == straight
 
 
-def test_a_signal_is_heard_where_nobody_reads_what_is_said(monkeypatch):
+def test_a_signal_works_after_stderr_is_closed(monkeypatch):
   # Ctrl-C ends the tee behind a run as well.
   def broken(descriptor, data):
     raise BrokenPipeError
@@ -67,16 +67,20 @@ def test_a_signal_is_heard_where_nobody_reads_what_is_said(monkeypatch):
 
 
 STUCK = """
-import sys, time, conftest
+import sys, time, types, conftest
 conftest._set_up_jax()
 from tiny import config, options
-from gptjax.training import loop, train
+from gptjax.training import loop, train, watchdog
 loop.peak_flops = lambda devices, dtype: (1e12, 'assumed')
 after = loop._Loop._after_step
+# The watchdog's clock stands still until the hang: the step may compile for any time, as it does on a busy machine.
+clock = types.SimpleNamespace(now=0.0)
+watchdog.time = types.SimpleNamespace(monotonic=lambda: clock.now)
 
 def stuck(self, last):
   if self.steps.step == 3:
     print('stuck', flush=True)
+    clock.now += 1000
     while True:
       time.sleep(0.05)
   return after(self, last)
@@ -93,26 +97,26 @@ def stuck(settings, workdir, cache, seconds):
 
 @pytest.mark.full
 def test_a_hang_ends_with_every_stack_and_a_second_signal_at_once(settings, cache, tmp_path):
-  process, other = stuck(settings, tmp_path / 'run', cache, 8), stuck(settings, tmp_path / 'other', cache, 0)
+  process, other = stuck(settings, tmp_path / 'run', cache, 4), stuck(settings, tmp_path / 'other', cache, 0)
   assert other.stdout.readline() == 'stuck\n'
   for _ in range(2):  # the first is heard by a loop that does not come to the end of its step
     other.send_signal(signal.SIGTERM)
     time.sleep(0.5)
-  said = other.communicate(timeout=10)[1]
+  said = other.communicate(timeout=60)[1]
   assert other.returncode == -signal.SIGTERM and 'a second signal ends at once' in said
-  said = process.communicate(timeout=60)[1]
+  said = process.communicate(timeout=300)[1]
   assert process.returncode == 1
-  assert 'error: hang: no step, batch or save was completed in 8 s' in said and 'in stuck' in said
+  assert 'error: hang: no step, batch or save was completed in 4 s' in said and 'in stuck' in said
   assert 'in stuck' in (tmp_path / 'run' / 'stacks-0.txt').read_text()
 
 
-def test_the_clock_saves_too(settings, cache, tmp_path, monkeypatch):
+def test_the_clock_requests_saves(settings, cache, tmp_path, monkeypatch):
   checkpoints = configs.override(settings, {'checkpoint.minutes': 1e-9, 'checkpoint.keep': 100})
   run(checkpoints, tmp_path, cache)
   assert Checkpoints(tmp_path / 'checkpoints').steps() == [*range(1, 9)]
 
 
-def test_wishes_of_all_processes_are_agreed_upon_a_step_later():
+def test_processes_agree_on_requests_one_step_later():
   mesh = make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
     agree = _Consensus(mesh)
@@ -123,7 +127,7 @@ def test_wishes_of_all_processes_are_agreed_upon_a_step_later():
     assert agree(StopRequest.NONE) == StopRequest.NONE
 
 
-def test_a_save_that_all_agreed_upon_is_made_once():
+def test_a_save_that_all_agreed_on_happens_once():
   mesh = make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
     interruptions = Interruptions(mesh)
@@ -134,7 +138,7 @@ def test_a_save_that_all_agreed_upon_is_made_once():
     assert [interruptions.poll(), interruptions.poll()] == [StopRequest.NONE, StopRequest.NONE]
 
 
-def test_a_failed_save_is_wished_for_again_after_its_time():
+def test_a_failed_save_is_requested_again_after_some_time():
   interruptions = Interruptions(make_mesh(MeshConfig(1, 1)))
   assert interruptions.poll() == StopRequest.NONE
   interruptions.save_in(0.05)
@@ -175,7 +179,7 @@ def cloud(monkeypatch):
 
 @pytest.mark.parametrize('last, said', [
   ({'preempted': 'TRUE'}, 'preempts the machine'), ({'maintenanceEvent': 'TERMINATE_ON_HOST_MAINTENANCE'}, 'for maintenance')])
-def test_google_says_when_a_machine_is_taken_back(last, said, cloud):
+def test_google_announces_the_end_of_a_machine(last, said, cloud):
   host, answers, asked = cloud
   answers['GET', '/computeMetadata/v1/instance/'] = [
     (200, json.dumps(one)) for one in ({'preempted': 'FALSE', 'maintenanceEvent': 'NONE'}, {'preempted': 'FALSE'}, last)]
@@ -186,9 +190,9 @@ def test_google_says_when_a_machine_is_taken_back(last, said, cloud):
   assert 'last_etag=0' in asked[0][1] and 'last_etag=seen' in asked[1][1]
 
 
-def test_ec2_says_when_a_machine_is_taken_back(cloud, monkeypatch):
-  from gptjax.distributed import notices
-  monkeypatch.setattr(notices, '_INTERVAL', 0.01)
+def test_ec2_announces_the_end_of_a_machine(cloud, monkeypatch):
+  from gptjax.distributed import cloud as clouds
+  monkeypatch.setattr(clouds, '_INTERVAL', 0.01)
   host, answers, asked = cloud
   answers['PUT', '/latest/api/token'] = [(200, 'secret')]
   answers['GET', '/latest/meta-data/spot/instance-action'] = [
@@ -209,7 +213,7 @@ def test_a_notice_ends_a_run_as_a_signal_does(settings, cache, tmp_path, cloud, 
   assert 'Google Cloud preempts the machine: saved step' in capsys.readouterr().err
 
 
-def test_a_machine_of_no_cloud_asks_nobody():
+def test_a_machine_without_a_cloud_sends_no_requests():
   assert not watch_notices(lambda text: None, {})
 
 
@@ -218,4 +222,4 @@ def test_two_runs_do_not_share_a_workdir(settings, cache, tmp_path):
   with lock(tmp_path / 'run'), pytest.raises(UserError, match=rf'no other run uses; this one is locked by process {os.getpid()} on '):
     train(settings, options(tmp_path / 'run', cache))
   assert records(tmp_path / 'run')[-1]['step'] == 2
-  assert run(settings, tmp_path / 'run', cache)[-1]['step'] == 8  # what a dead one left is in nobody's way
+  assert run(settings, tmp_path / 'run', cache)[-1]['step'] == 8  # the lock file of a dead process does not matter

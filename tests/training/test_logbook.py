@@ -1,4 +1,4 @@
-"""metrics.jsonl and samples.jsonl: one JSON object a line, cut back to where a run goes on."""
+"""metrics.jsonl and samples.jsonl have one JSON object per line, and none of later steps after a resume."""
 
 import io
 import json
@@ -39,7 +39,7 @@ def test_lines_are_written_at_once_and_in_order(tmp_path, open_book):
   assert lines(tmp_path, 'samples.jsonl') == [{'step': 1, 'prompt': 'to ', 'text': 'be\n"or" \u2028 not'}]
 
 
-def test_what_came_after_the_step_is_cut_off(tmp_path, open_book):
+def test_records_of_later_steps_are_removed(tmp_path, open_book):
   book = open_book()
   for step in range(1, 7):
     book.step(step, METRICS)
@@ -61,13 +61,13 @@ def test_an_unfinished_last_line_is_dropped(rest, tmp_path, open_book):
   assert (tmp_path / 'metrics.jsonl').read_text().startswith(whole + '{"step": 4, ')
 
 
-def test_a_run_from_the_start_begins_anew(tmp_path, open_book):
+def test_a_new_run_starts_with_empty_records(tmp_path, open_book):
   (tmp_path / 'metrics.jsonl').write_text('{"step": 1}\n')
   open_book(0)
   assert (tmp_path / 'metrics.jsonl').read_text() == ''
 
 
-def test_what_is_not_finite_is_null(tmp_path, open_book):
+def test_values_that_are_not_finite_become_null(tmp_path, open_book):
   nan, inf = float('nan'), float('inf')
   book = open_book()
   book.step(1, METRICS | {'loss': nan, 'grad_norm': inf})
@@ -88,7 +88,7 @@ def events(folder):
 
 
 @pytest.mark.parametrize('checkpoint', [0, 2])
-def test_tensorboard_gets_the_same_figures_and_is_told_what_to_forget(checkpoint, tmp_path, open_book):
+def test_tensorboard_gets_the_same_values_and_discards_repeated_steps(checkpoint, tmp_path, open_book):
   book = open_book()
   for step in (1, 2, 3):
     book.step(step, METRICS)
@@ -106,7 +106,7 @@ def test_tensorboard_gets_the_same_figures_and_is_told_what_to_forget(checkpoint
   assert starts[-1] == checkpoint + 1  # TensorBoard drops what earlier processes wrote from this step on
 
 
-def test_lines_that_find_the_disk_full_wait_for_space(tmp_path, capsys):
+def test_lines_wait_in_memory_for_a_full_disk(tmp_path, capsys):
   with small_disk(tmp_path / 'disk', '64k') as disk:
     (disk / 'filler').write_bytes(b'x' * 40_000)
     book = Logbook(disk, 0, 1000)
@@ -122,7 +122,7 @@ def test_lines_that_find_the_disk_full_wait_for_space(tmp_path, capsys):
   assert capsys.readouterr().err.count('its lines stay in memory') == 1
 
 
-def test_the_terminal_has_a_line_a_step_on_stderr(open_book, capsys):
+def test_stderr_gets_one_line_per_step(open_book, capsys):
   book = open_book()
   book.header({'mesh': 'data 1 x model 1', 'steps': 10})
   book.step(5, METRICS)
@@ -134,7 +134,7 @@ def test_the_terminal_has_a_line_a_step_on_stderr(open_book, capsys):
   assert captured.err.endswith('[bold] is no markup\n')
 
 
-def test_a_run_goes_on_where_nobody_reads_its_terminal(tmp_path, open_book):
+def test_a_run_continues_after_its_terminal_is_gone(tmp_path, open_book):
   class Broken(io.StringIO):
     def write(self, text):
       raise BrokenPipeError
