@@ -24,8 +24,6 @@ from gptjax.interop.tensor_files import Entry
 from gptjax.sharding import local_rows
 from gptjax.model import AbstractModel, Parameters, abstract_model
 
-CHECKS = ('auto', 'transformers', 'roundtrip', 'none')
-
 RELATIVE = 1e-4
 """Difference of logits that is always allowed, relative to the largest logit: float32 sums depend on their order."""
 
@@ -55,20 +53,16 @@ class Check:
     announce(f'check: {kind}' + ('' if installed or kind == 'none' else '; torch and transformers are not installed'))
     return dataclasses.replace(self, kind=kind)
 
-  def tokens(self, tokenizer: Tokenizer, plan: AbstractModel) -> Int[np.ndarray, 'T']:
-    """Ids of the prompt, at most as many as the model's context.
-
-    Raises:
-      UserError: the tokenizer cannot encode the prompt.
-    """
+  def tokens(self, tokenizer: Tokenizer, model: AbstractModel) -> Int[np.ndarray, 'T']:
+    """Ids of the prompt, at most as many as the model's context; a UserError if the tokenizer cannot encode it."""
     if not self.prompt:
-      return np.random.default_rng(0).integers(0, plan.config.vocab_size, min(64, plan.context), np.int32)
-    return tokenizer.encode(self.prompt, '--prompt')[:plan.context]
+      return np.random.default_rng(0).integers(0, model.config.vocab_size, min(64, model.context), np.int32)
+    return tokenizer.encode(self.prompt, '--prompt')[:model.context]
 
 
-def restored(checkpoints: Checkpoints, step: int, plan: AbstractModel, mesh: Mesh, names: list[str]) -> Parameters:
+def restored(checkpoints: Checkpoints, step: int, model: AbstractModel, mesh: Mesh, names: list[str]) -> Parameters:
   """Some parameters of a checkpoint, sharded over the mesh as at ZeRO stage 3."""
-  shapes, shardings = plan.shapes, plan.shardings(3, mesh)
+  shapes, shardings = model.shapes, model.shardings(3, mesh)
   return checkpoints.restore_parameters(step, {
     name: jax.ShapeDtypeStruct(shapes[name].shape, shapes[name].dtype, sharding=shardings[name]) for name in names})
 
@@ -81,12 +75,12 @@ def compare_tensors(checkpoints: Checkpoints, step: int, match: Match, mesh: Mes
   """
   with ProgressBar('compare', sum(entries[tensor.name].bytes for tensor in match.tensors), 'bytes') as work:
     for names, tensors in match.groups():
-      parameters = restored(checkpoints, step, match.plan, mesh, names)
+      parameters = restored(checkpoints, step, match.model, mesh, names)
       for tensor in tensors:
         entry = entries[tensor.name]
         ours, theirs = match.write(parameters, tensor, entry.dtype), entry.view()
         if tensor.parameters == ('positions/table',):
-          ours, theirs = ours[:match.plan.context], theirs[:match.plan.context]
+          ours, theirs = ours[:match.model.context], theirs[:match.model.context]
         if not np.array_equal(bits(ours), bits(theirs)):
           raise UserError('--check=roundtrip', tensor.name, 'the same bits in folder and checkpoint; nothing was written')
         work.advance(entry.bytes)
@@ -109,14 +103,14 @@ def compare_logits(ours: Float[np.ndarray, 'T V'], theirs: Float[np.ndarray, 'T 
   return f'transformers: {text}; at most {allowed:.1e} is allowed'
 
 
-def our_logits(plan: AbstractModel, parameters: Parameters, mesh: Mesh, tokens: Int[np.ndarray, 'T']) -> Float[np.ndarray, 'T V']:
+def our_logits(model: AbstractModel, parameters: Parameters, mesh: Mesh, tokens: Int[np.ndarray, 'T']) -> Float[np.ndarray, 'T V']:
   """Our logits of a text in float32, without those of padded ids."""
-  exact = abstract_model(plan.config, ComputeConfig(scan=plan.compute.scan), plan.context)
+  exact = abstract_model(model.config, ComputeConfig(scan=model.compute.scan), model.context)
   with jax.set_mesh(mesh), jax.default_matmul_precision('highest'):  # the default of accelerators rounds float32
     # Every group of devices computes the same row: attention kernels of accelerators need local rows.
     run = local_rows(lambda parameters, tokens: exact.merge(parameters)(tokens), (PartitionSpec(), PartitionSpec()), PartitionSpec())
     logits = jax.jit(run)(parameters, tokens[None])
-    return np.asarray(logits)[0, :, :plan.config.vocab_size]
+    return np.asarray(logits)[0, :, :model.config.vocab_size]
 
 
 def their_logits(folder: Path, tokens: Int[np.ndarray, 'T']) -> Float[np.ndarray, 'T V']:
@@ -126,8 +120,8 @@ def their_logits(folder: Path, tokens: Int[np.ndarray, 'T']) -> Float[np.ndarray
     UserError: transformers cannot load the folder.
   """
   with tempfile.TemporaryDirectory() as scratch:
-    out = Path(scratch, 'logits.npy')
-    done = subprocess.run([sys.executable, '-m', 'gptjax.interop.reference', str(folder.absolute()), json.dumps(tokens.tolist()), str(out)],
+    out = f'{scratch}/logits.npy'
+    done = subprocess.run([sys.executable, '-m', 'gptjax.interop.reference', str(folder.absolute()), json.dumps(tokens.tolist()), out],
                           cwd=Path(__file__).parents[2], capture_output=True, text=True)
     if done.returncode:
       reason = (done.stderr.strip().splitlines() or [f'status {done.returncode}'])[-1]

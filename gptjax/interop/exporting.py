@@ -15,8 +15,7 @@ from gptjax.data.progress import ProgressBar
 from gptjax.files import atomic_directory, read_json, write_json
 from gptjax.interop.comparison import Check, compare_logits, compare_tensors, our_logits, restored, their_logits
 from gptjax.interop.families import Family, comparable, family_for, parse_config
-from gptjax.interop.folders import CONFIG, GENERATION, copy_text_files
-from gptjax.interop.importing import BUFFERS, KEPT, RECORD, load
+from gptjax.interop.importing import BUFFERS, CONFIG, GENERATION, KEPT, RECORD, copy_text_files, load
 from gptjax.interop.matching import Match, match
 from gptjax.interop.tensor_files import Entry, Writer, read_header, read_tensors
 from gptjax.model import abstract_model
@@ -52,7 +51,7 @@ def export_run(workdir: Path, folder: Path, *, step: str = 'latest', dtype: str 
   tensors = {tensor.name: Entry(dtypes[tensor.name], matched.shape(tensor)) for tensor in matched.tensors}
   buffers = read_header(kept / BUFFERS) if (kept / BUFFERS).exists() else {}
   chosen = check.resolved()
-  tokens = chosen.tokens(tokenizer, matched.plan)
+  tokens = chosen.tokens(tokenizer, matched.model)
   mesh = make_mesh(MeshConfig())
   with contextlib.closing(Checkpoints(workdir / 'checkpoints')) as checkpoints, atomic_directory(folder, resumes=False) as out:
     assert out, 'the folder did not exist'
@@ -71,7 +70,7 @@ def export_run(workdir: Path, folder: Path, *, step: str = 'latest', dtype: str 
     if chosen.kind != 'none':
       summary.append(compare_tensors(checkpoints, number, matched, mesh, entries))
     if chosen.kind == 'transformers':
-      ours = our_logits(matched.plan, load(matched, mesh, entries), mesh, tokens)
+      ours = our_logits(matched.model, load(matched, mesh, entries), mesh, tokens)
       summary.append(compare_logits(ours, their_logits(out, tokens), chosen.tolerance))
   return '\n'.join(summary)
 
@@ -102,7 +101,7 @@ def _write_tensors(writer: Writer, checkpoints: Checkpoints, step: int, matched:
   """Restores some parameters at a time and writes the tensors that they make up."""
   with ProgressBar('write', sum(entry.bytes for entry in tensors.values()), 'bytes') as work:
     for names, group in matched.groups():
-      parameters = jax.block_until_ready(restored(checkpoints, step, matched.plan, mesh, names))
+      parameters = jax.block_until_ready(restored(checkpoints, step, matched.model, mesh, names))
       for tensor in group:
         writer.write(tensor.name, matched.write(parameters, tensor, tensors[tensor.name].dtype))
         work.advance(tensors[tensor.name].bytes)

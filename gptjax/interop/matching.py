@@ -1,4 +1,4 @@
-"""The correspondence between a model's parameters and a folder's tensors, and each read from the other, one tensor at a time."""
+"""The correspondence between a model's parameters and a folder's tensors; either is read from the other, one tensor at a time."""
 
 import collections
 import dataclasses
@@ -18,15 +18,15 @@ from gptjax.model.layout import stacked_name
 PARAMETER_DTYPES = ('F32', 'BF16', 'F16')
 """Dtypes of tensors that hold parameters: float32 represents all their values exactly."""
 
-_GROUP_BYTES = 2**28
-"""Parameters that are restored at once, unless a single one is larger."""
+_MAX_GROUP_BYTES = 2**28
+"""Of parameters that are restored at once, unless a single one is larger."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Match:
   """A model and the tensors of the folder that it comes from or goes to."""
 
-  plan: AbstractModel
+  model: AbstractModel
   tensors: tuple[Tensor, ...]
   """under their names in the folder"""
   positions: int
@@ -34,22 +34,22 @@ class Match:
 
   def _stored(self, parameter: str) -> tuple[str, int | None]:
     """A parameter's name in the model, and its layer where the model stacks layers."""
-    return stacked_name(parameter) if self.plan.compute.scan else (parameter, None)
+    return stacked_name(parameter) if self.model.compute.scan else (parameter, None)
 
   def shape(self, tensor: Tensor) -> tuple[int, ...]:
     """The shape that the folder's tensor must have."""
     name, layer = self._stored(tensor.parameters[0])
-    shape = list(self.plan.shapes[name].shape[layer is not None:])
+    shape = list(self.model.shapes[name].shape[layer is not None:])
     shape[-1] *= len(tensor.parameters)
-    if tensor.rows:
-      shape[1 if name == 'lm_head/kernel' else 0] = self.plan.config.vocab_size
-    if name == 'positions/table':
-      shape[0] = self.positions
-    return tuple(reversed(shape) if tensor.transposed else shape)
+    if tensor.transposed:
+      shape.reverse()
+    if tensor.rows or name == 'positions/table':
+      shape[0] = self.model.config.vocab_size if tensor.rows else self.positions
+    return tuple(shape)
 
   @functools.cached_property
   def _sources(self) -> dict[str, list[tuple[Tensor, int]]]:
-    """For each parameter, the tensor that holds it and which of its parts it is; for a stacked parameter, one such pair per layer."""
+    """For each parameter, the tensor that holds it and the number of its part; for a stacked parameter, one such pair per layer."""
     found: dict[str, dict[int, tuple[Tensor, int]]] = collections.defaultdict(dict)
     for tensor in self.tensors:
       for part, parameter in enumerate(tensor.parameters):
@@ -58,12 +58,12 @@ class Match:
     return {name: [by_layer[layer] for layer in sorted(by_layer)] for name, by_layer in found.items()}
 
   def read(self, entries: Mapping[str, Entry], name: str, index: tuple[slice, ...]) -> np.ndarray:
-    """A slice of a parameter in float32; nothing else is read from the files. Rows that pad the vocabulary are zero."""
-    shape = self.plan.shapes[name].shape
+    """A slice of a parameter in float32; only this slice is read from the files. Rows that pad the vocabulary are zero."""
+    shape = self.model.shapes[name].shape
     ranges = [range(*one.indices(size)) for one, size in zip(index, shape)]
     value = _aligned(tuple(map(len, ranges)))
     sources, layers = self._sources[name], value[None]
-    if name.startswith('blocks/') and self.plan.compute.scan:
+    if name.startswith('blocks/') and self.model.compute.scan:
       sources, layers, ranges = [sources[layer] for layer in ranges[0]], value, ranges[1:]
     for (tensor, part), target in zip(sources, layers):
       view = entries[tensor.name].view()
@@ -79,10 +79,7 @@ class Match:
     Raises:
       UserError: a value is too large for the dtype.
     """
-    parts = []
-    for name, layer in map(self._stored, tensor.parameters):
-      value = np.asarray(parameters[name])
-      parts.append(value if layer is None else value[layer])
+    parts = [np.asarray(parameters[name])[() if layer is None else layer] for name, layer in map(self._stored, tensor.parameters)]
     joined = parts[0] if len(parts) == 1 else np.concatenate(parts, -1)
     value = (joined.T if tensor.transposed else joined)[tuple(map(slice, self.shape(tensor)))]
     with np.errstate(over='ignore'):
@@ -96,32 +93,32 @@ class Match:
     needed: dict[tuple[str, ...], list[Tensor]] = collections.defaultdict(list)
     for tensor in self.tensors:
       needed[tuple(self._stored(parameter)[0] for parameter in tensor.parameters)].append(tensor)
-    sizes = {name: 4 * shape.size for name, shape in self.plan.shapes.items()}
+    sizes = {name: 4 * shape.size for name, shape in self.model.shapes.items()}
     names: list[str] = []
     tensors: list[Tensor] = []
     for more, group in needed.items():
-      if names and sum(sizes[name] for name in (*names, *more)) > _GROUP_BYTES:
+      if names and sum(sizes[name] for name in (*names, *more)) > _MAX_GROUP_BYTES:
         yield names, tensors
         names, tensors = [], []
       names, tensors = [*dict.fromkeys([*names, *more])], tensors + group
     yield names, tensors
 
 
-def match(family: Family, plan: AbstractModel, positions: int, names: Collection[str] = ()) -> Match:
+def match(family: Family, model: AbstractModel, positions: int, names: Collection[str] = ()) -> Match:
   """The correspondence of a model with the tensors of a folder.
 
   Args:
     family: of the model.
-    plan: of the model.
+    model: its parameters.
     positions: rows of the folder's position table.
-    names: of the folder's tensors, since some folders leave out the family's prefix and some repeat a tied head; empty: the family's own.
+    names: of the folder's tensors, since some folders omit the family's prefix and some repeat a tied head; empty: the family's own.
   """
   tensors = [tensor if tensor.name in names else dataclasses.replace(tensor, name=short) if short in names else tensor
-             for tensor in family.tensors(plan.config) for short in [tensor.name.removeprefix(family.prefix)]]
+             for tensor in family.tensors(model.config) for short in [tensor.name.removeprefix(family.prefix)]]
   head = family.names['lm_head/kernel']
-  if plan.config.tied and head in names:
+  if model.config.tied and head in names:
     tensors.append(Tensor(head, ('tokens/table',), rows=True))
-  return Match(plan, tuple(tensors), positions)
+  return Match(model, tuple(tensors), positions)
 
 
 def check_tensors(match: Match, family: Family, folder: str, entries: Mapping[str, Entry]) -> list[str]:

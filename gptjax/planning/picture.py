@@ -24,7 +24,7 @@ def draw(plans: Sequence[Estimate], path: Path) -> None:
   bottom = np.zeros(len(plans))
   for (name, heights), color in zip(parts.items(), colormaps['viridis'](np.linspace(0, 1, len(parts)))):
     axes.bar(places, heights, 0.7, bottom, label=name, color=color)
-    bottom += heights
+    bottom = bottom + heights
   compiled = [(place, one.compiled.total / GIB) for place, one in zip(places, plans) if one.compiled]
   if compiled:
     axes.plot(*zip(*compiled), 'k_', markersize=28, label='compiled')
