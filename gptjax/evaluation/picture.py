@@ -1,9 +1,8 @@
 """Plots of scores over a run's checkpoints."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from gptjax.evaluation.results import Record, documents, metrics
 
@@ -13,17 +12,15 @@ Curve = tuple[list[int], list[float], list[float]]
 
 def draw(records: Sequence[Record], path: Path) -> bool:
   """Writes a PNG with bits per byte and loss of each set, and metrics of tasks, over steps; metrics between 0 and 1, such as accuracies,
-  have a panel of their own. Returns False, without a file, if there is no finite number to plot."""
+  have their own panel. Returns False, without a file, if there is no finite number to plot."""
   from matplotlib.figure import Figure
 
-  panels: list[tuple[str, str, dict[str, Curve]]] = []
-  for title, unit, field in (('held-out text', 'bits per byte', 'bits_per_byte'), ('held-out text', 'nats per token', 'loss')):
-    panels.append((title, unit, _curves(records, lambda one: ((name, (score[field], None)) for name, score in documents(one).items()))))
   keys = {key for one in records for key in metrics(one)}
   fractions = {key for key in keys if all(0 <= metrics(one)[key][0] <= 1 for one in records if key in metrics(one))}
-  for unit, ours in (('fraction (bars: standard error)', fractions), ('value', keys - fractions)):
-    panels.append(('tasks', unit, _curves(records, lambda one: ((f'{task} {name}', value) for (task, name), value in metrics(one).items()
-                                                                 if (task, name) in ours))))
+  of_sets = lambda field: _curves(records, lambda one: {name: (score[field], None) for name, score in documents(one).items()})
+  of_tasks = lambda ours: _curves(records, lambda one: {' '.join(key): value for key, value in metrics(one).items() if key in ours})
+  panels = [('held-out text', 'bits per byte', of_sets('bits_per_byte')), ('held-out text', 'nats per token', of_sets('loss')),
+            ('tasks', 'fraction (bars: standard error)', of_tasks(fractions)), ('tasks', 'value', of_tasks(keys - fractions))]
   panels = [panel for panel in panels if panel[2]]
   if not panels:
     return False
@@ -40,10 +37,10 @@ def draw(records: Sequence[Record], path: Path) -> bool:
   return True
 
 
-def _curves(records: Sequence[Record], values: Callable[[Record], Iterable[tuple[str, Any]]]) -> dict[str, Curve]:
+def _curves(records: Sequence[Record], values: Callable[[Record], dict[str, tuple[float, float | None]]]) -> dict[str, Curve]:
   curves: dict[str, Curve] = {}
   for one in records:
-    for name, (value, error) in values(one):
+    for name, (value, error) in values(one).items():
       if math.isfinite(value):
         steps, means, errors = curves.setdefault(name, ([], [], []))
         steps.append(one['step'])

@@ -10,18 +10,10 @@ Record = dict[str, Any]
 """`step`; for documents, the fields of Score over all sets together, and `sets` and `tags` with those of each set and tag; for tasks,
 `tasks` with the metrics, METRIC_stderr, examples, fewshot and version of each task."""
 
-_COLUMNS = ('loss', 'perplexity', 'bits_per_byte', 'tokens')
-
 
 def record(step: int, scores: Scores | None, tasks: Mapping[str, Mapping[str, Any]] | None) -> Record:
   """The record of a checkpoint, with `None` results left out."""
-  found: Record = {}
-  if scores:
-    found |= dataclasses.asdict(scores.overall)
-  found['step'] = step
-  if scores:
-    for group in ('sets', 'tags'):
-      found[group] = {name: dataclasses.asdict(score) for name, score in getattr(scores, group).items()}
+  found: Record = {**dataclasses.asdict(scores.overall), 'step': step, **dataclasses.asdict(scores)} if scores else {'step': step}
   return found | ({'tasks': {name: dict(metrics) for name, metrics in tasks.items()}} if tasks is not None else {})
 
 
@@ -44,8 +36,8 @@ def table(records: Sequence[Record]) -> str:
   if len(rows) > 1:
     lines.append(f'{"step":>9}  {"set":<22}{"loss":>10}{"perplexity":>14}{"bits/byte":>12}{"tokens":>14}')
     for step, name, score in rows:
-      loss, perplexity, bits, tokens = (score[column] for column in _COLUMNS)
-      lines.append(f'{step:>9}  {name:<22}{loss:>10.4f}{perplexity:>14.3f}{bits:>12.4f}{tokens:>14,}')
+      lines.append(f'{step:>9}  {name:<22}{score["loss"]:>10.4f}{score["perplexity"]:>14.3f}{score["bits_per_byte"]:>12.4f}'
+                   f'{score["tokens"]:>14,}')
   values = [(found['step'], key, value, found['tasks'][key[0]]['examples']) for found in records for key, value in metrics(found).items()]
   if values:
     lines.append(f'{"step":>9}  {"task":<22}{"metric":<14}{"value":>14}{"std. error":>14}{"examples":>10}')

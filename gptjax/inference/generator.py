@@ -14,17 +14,17 @@ from gptjax.inference.sampling import Sampling, never_drawn
 from gptjax.model import AbstractModel, Parameters
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Continuation:
   """The continuation of a prompt."""
 
-  text: str
+  text: str = ''
   """up to a stop string or a stop id, which it excludes"""
-  ids: list[int]
+  ids: list[int] = dataclasses.field(default_factory=list)
   """all generated ids, including one that ended the text"""
-  logprobs: list[float]
+  logprobs: list[float] = dataclasses.field(default_factory=list)
   """log-probability of each id under the model, in nats"""
-  ended: Literal['id', 'text', 'length']
+  ended: Literal['id', 'text', 'length'] = 'length'
   """stop reason: a stop id, a stop string, or the maximum number of tokens"""
 
 
@@ -36,8 +36,7 @@ class Generator:
     generator(weights, [generator.prompt('Once upon a time')], max_tokens=50)[0].text
 
   Args:
-    model: of the parameters.
-    mesh: of the parameters.
+    model, mesh: of the parameters.
     tokenizer: of the prompts and of the text; its end-of-text ids end a continuation.
     zero_stage: how `prepare` shards the parameters; see `Decoder`.
   """
@@ -89,52 +88,48 @@ class Generator:
     steps = self._decoder(parameters, prompts, sampling, range(len(rows)) if seeds is None else seeds, max_tokens)
     for ids, logprobs in steps:
       for index, row in enumerate(rows):
-        if row.ended is None and (piece := row.push(int(ids[index]), float(logprobs[index]))):
+        if row.ended == 'length' and (piece := row.push(int(ids[index]), float(logprobs[index]))):
           yield index, piece
-      if all(row.ended for row in rows):
+      if all(row.ended != 'length' for row in rows):
         break
     for index, row in enumerate(rows):
-      if row.ended is None and (piece := row.finish()):
+      if row.ended == 'length' and (piece := row.finish()):
         yield index, piece
-    return [Continuation(row.text, row.ids, row.logprobs, row.ended or 'length') for row in rows]
+    return [*rows]
 
 
-class _Row:
-  """The text of one row. A suffix that could be the start of a stop string is held back."""
+class _Row(Continuation):
+  """A continuation that grows. A suffix that could be the start of a stop string is held back."""
 
   def __init__(self, stream: TextStream, stop: tuple[str, ...], ends: set[int]):
-    self._stream, self._stop, self._ends = stream, stop, ends
-    self._held = ''
-    self.text = ''
-    self.ids: list[int] = []
-    self.logprobs: list[float] = []
-    self.ended: Literal['id', 'text', 'length'] | None = None
+    super().__init__()
+    self._stream, self._stop, self._ends, self._held = stream, stop, ends, ''
 
   def push(self, token: int, logprob: float) -> str:
     """Adds the next token; returns the text that became final."""
     self.ids.append(token)
     self.logprobs.append(logprob)
-    if token in self._ends:
-      piece = self.finish()  # the rest may contain a stop string
-      self.ended = self.ended or 'id'
-      return piece
-    return self._final(self._stream.push([token]))
+    if token not in self._ends:
+      return self._final(self._stream.push([token]))
+    piece = self.finish()  # the rest may contain a stop string
+    if self.ended == 'length':
+      self.ended = 'id'
+    return piece
 
   def finish(self) -> str:
     """Returns the rest of the text."""
-    piece = self._final(self._stream.finish())
-    rest, self._held = self._held, ''
-    self.text += rest
-    return piece + rest
+    piece = self._final(self._stream.finish()) + self._held
+    self.text += self._held
+    self._held = ''
+    return piece
 
   def _final(self, new: str) -> str:
     text = self._held + new
     found = min((at for at in (text.find(one) for one in self._stop if one) if at >= 0), default=-1)
     if found >= 0:
-      self.ended, self._held = 'text', ''
-      text = text[:found]
+      self.ended, end, self._held = 'text', found, ''
     else:
-      held = max((n for one in self._stop for n in range(1, len(one)) if text.endswith(one[:n])), default=0)
-      text, self._held = text[:len(text) - held], text[len(text) - held:]
-    self.text += text
-    return text
+      end = len(text) - max((n for one in self._stop for n in range(1, len(one)) if text.endswith(one[:n])), default=0)
+      self._held = text[end:]
+    self.text += text[:end]
+    return text[:end]

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -19,6 +19,7 @@ from gptjax.checkpoint import Checkpoints
 from gptjax.config import ComputeConfig, UserError
 from gptjax.data import Tokenizer
 from gptjax.data.progress import ProgressBar, announce
+from gptjax.interop.families import Tensor
 from gptjax.interop.matching import Match, bits
 from gptjax.interop.tensor_files import Entry
 from gptjax.sharding import local_rows
@@ -60,11 +61,18 @@ class Check:
     return tokenizer.encode(self.prompt, '--prompt')[:model.context]
 
 
-def restored(checkpoints: Checkpoints, step: int, model: AbstractModel, mesh: Mesh, names: list[str]) -> Parameters:
-  """Some parameters of a checkpoint, sharded over the mesh as at ZeRO stage 3."""
-  shapes, shardings = model.shapes, model.shardings(3, mesh)
-  return checkpoints.restore_parameters(step, {
-    name: jax.ShapeDtypeStruct(shapes[name].shape, shapes[name].dtype, sharding=shardings[name]) for name in names})
+def for_each_tensor(title: str, use: Callable[[Tensor, np.ndarray], None], checkpoints: Checkpoints, step: int, match: Match, mesh: Mesh,
+                    entries: Mapping[str, Entry]) -> None:
+  """Calls `use` with each tensor and its value in a checkpoint, in the dtype of its entry. Only some parameters at a time are restored,
+  sharded over the mesh as at ZeRO stage 3."""
+  shapes, shardings = match.model.shapes, match.model.shardings(3, mesh)
+  with ProgressBar(title, sum(entries[tensor.name].bytes for tensor in match.tensors), 'bytes') as work:
+    for names, tensors in match.groups():
+      parameters = jax.block_until_ready(checkpoints.restore_parameters(step, {
+        name: jax.ShapeDtypeStruct(shapes[name].shape, shapes[name].dtype, sharding=shardings[name]) for name in names}))
+      for tensor in tensors:
+        use(tensor, match.write(parameters, tensor, entries[tensor.name].dtype))
+        work.advance(entries[tensor.name].bytes)
 
 
 def compare_tensors(checkpoints: Checkpoints, step: int, match: Match, mesh: Mesh, entries: Mapping[str, Entry]) -> str:
@@ -73,17 +81,14 @@ def compare_tensors(checkpoints: Checkpoints, step: int, match: Match, mesh: Mes
   Raises:
     UserError: a tensor differs.
   """
-  with ProgressBar('compare', sum(entries[tensor.name].bytes for tensor in match.tensors), 'bytes') as work:
-    for names, tensors in match.groups():
-      parameters = restored(checkpoints, step, match.model, mesh, names)
-      for tensor in tensors:
-        entry = entries[tensor.name]
-        ours, theirs = match.write(parameters, tensor, entry.dtype), entry.view()
-        if tensor.parameters == ('positions/table',):
-          ours, theirs = ours[:match.model.context], theirs[:match.model.context]
-        if not np.array_equal(bits(ours), bits(theirs)):
-          raise UserError('--check=roundtrip', tensor.name, 'the same bits in folder and checkpoint; nothing was written')
-        work.advance(entry.bytes)
+  def compare(tensor: Tensor, ours: np.ndarray) -> None:
+    theirs = entries[tensor.name].view()
+    if tensor.parameters == ('positions/table',):
+      ours, theirs = ours[:match.model.context], theirs[:match.model.context]
+    if not np.array_equal(bits(ours), bits(theirs)):
+      raise UserError('--check=roundtrip', tensor.name, 'the same bits in folder and checkpoint; nothing was written')
+
+  for_each_tensor('compare', compare, checkpoints, step, match, mesh, entries)
   return f'roundtrip: all {len(match.tensors)} tensors have the same bits in folder and checkpoint'
 
 

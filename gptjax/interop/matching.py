@@ -51,11 +51,11 @@ class Match:
   def _sources(self) -> dict[str, list[tuple[Tensor, int]]]:
     """For each parameter, the tensor that holds it and the number of its part; for a stacked parameter, one such pair per layer."""
     found: dict[str, dict[int, tuple[Tensor, int]]] = collections.defaultdict(dict)
-    for tensor in self.tensors:
+    for tensor in self.tensors:  # in the order of the layers
       for part, parameter in enumerate(tensor.parameters):
         name, layer = self._stored(parameter)
         found[name].setdefault(layer or 0, (tensor, part))
-    return {name: [by_layer[layer] for layer in sorted(by_layer)] for name, by_layer in found.items()}
+    return {name: [*by_layer.values()] for name, by_layer in found.items()}
 
   def read(self, entries: Mapping[str, Entry], name: str, index: tuple[slice, ...]) -> np.ndarray:
     """A slice of a parameter in float32; only this slice is read from the files. Rows that pad the vocabulary are zero."""
@@ -67,9 +67,8 @@ class Match:
       sources, layers, ranges = [sources[layer] for layer in ranges[0]], value, ranges[1:]
     for (tensor, part), target in zip(sources, layers):
       view = entries[tensor.name].view()
-      shift = part * shape[-1]
-      cut = [slice(one.start, one.stop) for one in ranges[:-1]] + [slice(ranges[-1].start + shift, ranges[-1].stop + shift)]
-      found = (view.T if tensor.transposed else view)[tuple(cut)]
+      mine = (view.T if tensor.transposed else view)[..., part * shape[-1]:(part + 1) * shape[-1]]
+      found = mine[tuple(slice(one.start, one.stop) for one in ranges)]
       target[tuple(map(slice, found.shape))] = found
     return value
 
