@@ -102,13 +102,8 @@ def _check_flags() -> None:
 
 
 def _chat(system: list[dict[str, str]], read: Callable, answer: Callable[[list[int], int], Iterator[tuple[int, str]]]) -> None:
-  """Reads messages from the keyboard and prints answers.
-
-  Args:
-    system: the messages that a conversation begins with.
-    read: converts messages to ids.
-    answer: converts the ids of a conversation and the number of the turn to a stream of text.
-  """
+  """Reads messages from the keyboard and prints answers. `read` converts messages to ids, and `answer` the ids of a conversation, which
+  begins with `system`, and the number of the turn to a stream of text."""
   if sys.stdin.isatty():
     import readline  # noqa: F401  (for history and editing)
   messages, turn = [*system], 0

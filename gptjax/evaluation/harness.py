@@ -70,11 +70,8 @@ class HarnessModel(TemplateLM):
     return [self._tokenizer.bos_id] * begin + self._tokenizer.encode(string, 'text of a task').tolist()
 
   def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-    """(nats, greedy) of each request (context, continuation).
-
-    Raises:
-      UserError: the tokenizer cannot encode a text, or a continuation has no tokens or exceeds the model's context.
-    """
+    """(nats, greedy) of each request (context, continuation). Raises a UserError for a text that the tokenizer cannot encode, and for a
+    continuation that has no tokens or exceeds the model's context."""
     return super().loglikelihood(requests, disable_tqdm=True)
 
   def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **others: Any) -> list[tuple[float, bool]]:
@@ -104,11 +101,8 @@ class HarnessModel(TemplateLM):
     return [(one.nats, one.greedy) for one in found]
 
   def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-    """The text that follows each request's context, up to one of its stop strings (`until`), the end of text or `max_gen_toks`.
-
-    Raises:
-      UserError: `max_gen_toks` leaves no space for a prompt, or the tokenizer cannot encode a text.
-    """
+    """The text that follows each request's context, up to one of its stop strings (`until`), the end of text or `max_gen_toks`. Raises a
+    UserError for a text that the tokenizer cannot encode, or if `max_gen_toks` leaves no space for a prompt."""
     if not self._weights:
       self._weights = self._generator.prepare(self._parameters)
     groups: dict[str, list[int]] = {}

@@ -49,12 +49,8 @@ class LikelihoodScorer:
                advance: Callable[[int], None] = lambda done: None) -> list[Likelihood]:
     """The likelihood of each request's continuation, in their order.
 
-    Requests that exceed the model's context are truncated at their beginning; continuations must fit.
-
-    Args:
-      parameters: of the model.
-      requests: any number, of any lengths.
-      advance: called with the number of requests that were scored since the last call.
+    Requests that exceed the model's context are truncated at their beginning; continuations must fit. `advance` is called with the
+    number of requests that were scored since its last call.
     """
     assert all(one.context and len(one.continuation) <= self._context for one in requests)
     sizes = {index: self._size(one) for index, one in enumerate(requests) if one.continuation}

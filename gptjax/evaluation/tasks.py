@@ -55,15 +55,8 @@ class Tasks:
       _set_fewshot(task, fewshot)
 
   def __call__(self, model: LM, samples: bool = False) -> tuple[Results, list[dict[str, Any]]]:
-    """Runs a model on all tasks.
-
-    Args:
-      model: any model of the harness: our HarnessModel, or its HFLM.
-      samples: whether to return requests and responses too.
-
-    Returns:
-      results, and for each example its task, doc_id, arguments, resps and metrics.
-    """
+    """Runs a model of the harness, such as HarnessModel or HFLM, on all tasks. Returns the results, and with `samples`, for each example,
+    its task, doc_id, arguments, resps and metrics."""
     os.environ['DISABLE_MULTIPROC'] = '1'  # the harness would fork while JAX's threads run
     try:
       output = evaluator.evaluate(model, self._loaded, limit=self._limit, log_samples=samples, bootstrap_iters=_BOOTSTRAP_ITERATIONS)

@@ -42,8 +42,7 @@ class Decoder:
   reads every weight once, and slices of stacked weights would be copies.
 
   Args:
-    model: of the parameters.
-    mesh: of the parameters; each group of its devices decodes different rows.
+    model, mesh: of the parameters; each group of devices decodes different rows.
     forbidden: ids that are never drawn, such as padding.
     zero_stage: at which `prepare` stores the parameters. 0: a complete copy per group of rows, the fastest to read; 3: in shards that
       are gathered layer by layer, for models that are too large for that.

@@ -15,14 +15,8 @@ T = TypeVar('T')
 
 
 def forward(model: AbstractModel, mesh: Mesh, zero_stage: int, function: Callable, in_specs: tuple, out_specs: Any) -> Callable:
-  """A function (parameters, *inputs) -> function(module, *inputs) that runs on each device's own rows.
-
-  Args:
-    model, mesh, zero_stage: of the parameters.
-    function: to run.
-    in_specs: PartitionSpecs of the inputs, which say how rows are divided.
-    out_specs: the same for the results.
-  """
+  """A function (parameters, *inputs) -> function(module, *inputs) that runs on each device's own rows; the parameters are stored as at
+  `zero_stage`, and the specs state how rows of inputs and results are divided."""
   zero = model.zero(zero_stage, mesh)
   local = lambda entered, *inputs: function(model.merge(zero.weights(entered, differentiated=False)), *inputs)
   run = local_rows(local, (zero.in_specs, *in_specs), out_specs)

@@ -1,17 +1,22 @@
-"""Text generation: stop conditions, and streaming of text as it is generated."""
+"""Text generation: prompts, stop conditions, and text that is streamed as it is generated."""
 
 import dataclasses
+import json
 from collections.abc import Generator as Coroutine
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 from jax.sharding import Mesh
 
+from gptjax.config import UserError
 from gptjax.data import TextStream, Tokenizer
 from gptjax.inference.decoding import Decoder
-from gptjax.inference.prompts import Prompt
 from gptjax.inference.sampling import Sampling, never_drawn
 from gptjax.model import AbstractModel, Parameters
+
+Prompt = str | Sequence[Mapping[str, Any]]
+"""A text, or the messages of a conversation: {'role': ..., 'content': ...} each."""
 
 
 @dataclasses.dataclass
@@ -50,11 +55,8 @@ class Generator:
     return self._decoder.prepare(parameters)
 
   def prompt(self, prompt: Prompt, source: str = '--prompt') -> list[int]:
-    """Ids of a conversation, or of a text at the beginning of a document; the tokenizer's bos if there would be none.
-
-    Raises:
-      UserError: the tokenizer cannot encode the text, which the error calls `source`, or has no chat template.
-    """
+    """Ids of a conversation, or of a text at the beginning of a document; the tokenizer's bos if there would be none. Raises a UserError
+    for a text, named `source`, that the tokenizer cannot encode, and for a conversation if it has no chat template."""
     if not isinstance(prompt, str):
       return self.tokenizer.chat(prompt).tolist()
     return [*self.tokenizer.start_ids, *self.tokenizer.encode(prompt, source).tolist()] or [self.tokenizer.bos_id]
@@ -133,3 +135,27 @@ class _Row(Continuation):
       self._held = text[end:]
     self.text += text[:end]
     return text[:end]
+
+
+def read_prompts(path: Path) -> list[tuple[str, Prompt]]:
+  """Returns (FILE:LINE, for errors; prompt) for each non-empty line of a file: a text, or in a .jsonl file an object with a text "prompt"
+  or a conversation "messages". Raises a UserError for a file that is empty or cannot be read, and for any other line."""
+  try:
+    lines = path.read_text(encoding='utf-8').split('\n')  # not splitlines(), which also splits at other Unicode line breaks
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError('--prompts', str(path), f'a file of UTF-8 text ({getattr(error, "strerror", None) or error})') from None
+  named = [(f'{path}:{number}', line) for number, line in enumerate(lines, 1) if line]
+  if not named:
+    raise UserError('--prompts', str(path), 'a file with at least one prompt')
+  return [(source, _parsed(source, line) if path.suffix == '.jsonl' else line) for source, line in named]
+
+
+def _parsed(source: str, line: str) -> Prompt:
+  try:
+    given = json.loads(line)
+    prompt = given['messages'] if 'messages' in given else given['prompt']
+  except (ValueError, KeyError, TypeError):
+    prompt = None
+  if not isinstance(prompt, str) and not (isinstance(prompt, list) and prompt and all(isinstance(one, dict) for one in prompt)):
+    raise UserError(source, line[:80], 'a JSON object with a text "prompt" or a list "messages"')
+  return prompt

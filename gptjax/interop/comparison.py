@@ -42,11 +42,7 @@ class Check:
   """text whose logits are compared; empty: 64 fixed random ids"""
 
   def resolved(self) -> 'Check':
-    """The check with auto resolved; announces the result on stderr.
-
-    Raises:
-      UserError: the check needs a package that is not installed.
-    """
+    """The check with auto resolved; announces the result on stderr. Raises a UserError for a check whose packages are not installed."""
     installed = all(importlib.util.find_spec(name) for name in ('torch', 'transformers'))
     if self.kind == 'transformers' and not installed:
       raise UserError('--check', self.kind, 'roundtrip or none without torch and transformers (install requirements-parity.txt)')
@@ -76,11 +72,8 @@ def for_each_tensor(title: str, use: Callable[[Tensor, np.ndarray], None], check
 
 
 def compare_tensors(checkpoints: Checkpoints, step: int, match: Match, mesh: Mesh, entries: Mapping[str, Entry]) -> str:
-  """Compares all tensors of a folder with a checkpoint's parameters, bit by bit; returns the result as text.
-
-  Raises:
-    UserError: a tensor differs.
-  """
+  """Compares all tensors of a folder with a checkpoint's parameters, bit by bit; returns the result as text. Raises a UserError for a
+  tensor that differs."""
   def compare(tensor: Tensor, ours: np.ndarray) -> None:
     theirs = entries[tensor.name].view()
     if tensor.parameters == ('positions/table',):
@@ -93,11 +86,8 @@ def compare_tensors(checkpoints: Checkpoints, step: int, match: Match, mesh: Mes
 
 
 def compare_logits(ours: Float[np.ndarray, 'T V'], theirs: Float[np.ndarray, 'T V'], tolerance: float) -> str:
-  """Compares logits of the same text; returns the largest difference and the mean KL divergence from `theirs` (in nats) as text.
-
-  Raises:
-    UserError: the largest difference is above `tolerance` and above RELATIVE of the largest logit, or is NaN.
-  """
+  """Compares logits of the same text; returns the largest difference and the mean KL divergence from `theirs` (in nats) as text. Raises a
+  UserError for a difference that is NaN or above both `tolerance` and RELATIVE of the largest logit."""
   largest, scale = np.abs(ours - theirs).max(), np.abs(theirs).max()
   p, q = (log_softmax(logits.astype(np.float64), -1) for logits in (theirs, ours))
   divergence = (np.exp(p) * (p - q)).sum(-1).mean()
@@ -119,11 +109,8 @@ def our_logits(model: AbstractModel, parameters: Parameters, mesh: Mesh, tokens:
 
 
 def their_logits(folder: Path, tokens: Int[np.ndarray, 'T']) -> Float[np.ndarray, 'T V']:
-  """Logits of a text that transformers computes from a folder in float32, in a process of its own to bound this one's memory.
-
-  Raises:
-    UserError: transformers cannot load the folder.
-  """
+  """Logits of a text that transformers computes from a folder in float32, in a process of its own to bound this one's memory. Raises a
+  UserError for a folder that transformers cannot load."""
   with tempfile.TemporaryDirectory() as scratch:
     out = f'{scratch}/logits.npy'
     done = subprocess.run([sys.executable, '-m', 'gptjax.interop.reference', str(folder.absolute()), json.dumps(tokens.tolist()), out],

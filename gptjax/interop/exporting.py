@@ -22,15 +22,12 @@ DTYPES = {'float32': 'F32', 'bfloat16': 'BF16', 'float16': 'F16'}
 
 def export_run(workdir: Path, folder: Path, *, step: str = 'latest', dtype: str = 'auto', shard_bytes: int = 5_000_000_000,
                check: Check = Check()) -> str:
-  """Writes a run's checkpoint as a folder, which appears complete or not at all. Returns a summary as text.
+  """Writes a run's checkpoint as a new folder, which appears complete or not at all. Returns a summary as text.
 
   Args:
-    workdir: of a run.
-    folder: must not exist.
     step: of the checkpoint: latest, best or a number.
     dtype: of the tensors, one of DTYPES; auto: as they were imported, or float32 if the run was trained here.
     shard_bytes: maximum bytes of tensors per file.
-    check: at the end of the export.
 
   Raises:
     UserError: no such checkpoint, a model that no published family can describe, or a check that fails.

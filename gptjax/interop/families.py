@@ -77,13 +77,11 @@ class Family:
   """start of tensor names that some folders omit"""
 
   def read(self, fields: 'Fields') -> tuple[ModelConfig, int]:
-    """The config and context length that a config.json describes.
-
-    Raises:
-      UserError: a field is missing, has the wrong type, or asks for something that is not supported.
-    """
+    """The config and context length that a config.json describes. Raises a UserError for a field that is missing, has the wrong type or an
+    unsupported value."""
     for name, values in self.required.items():
-      fields.must(name, *values)
+      if (value := fields.values.get(name)) is not None and value not in values:
+        raise fields.error(name, value, ' or '.join(map(repr, values)))
     found = {column.ours: fields.typed(name, type(getattr(ModelConfig, column.ours, 0)), column.missing, column.nullable)
              for name, column in self.columns.items()}
     context = found.pop('context')
@@ -127,11 +125,6 @@ class Fields:
       raise self.error(name, value, {int: 'an integer of at least 1', float: 'a number', bool: 'true or false'}[kind])
     return kind(value)
 
-  def must(self, name: str, *expected: Any) -> None:
-    """Checks a field of which only some values are supported; the first is the default, which null means too."""
-    if (value := self.values.get(name)) is not None and value not in expected:
-      raise self.error(name, value, ' or '.join(map(repr, expected)))
-
   def error(self, name: str, value: object, expected: str) -> UserError:
     """The error for an invalid field."""
     return UserError(f'{self.file}: {name}', value, expected)
@@ -159,11 +152,8 @@ class Fields:
 
 
 def parse_config(values: Json, file: str = 'config.json') -> tuple[Family, ModelConfig, int]:
-  """Family, config and context length that a config.json of any content describes.
-
-  Raises:
-    UserError: the family or one of the settings is not supported, or a field has the wrong type.
-  """
+  """Family, config and context length that a config.json of any content describes. Raises a UserError for an unsupported family or setting,
+  or a field of the wrong type."""
   try:
     names = values.get('architectures') or []
     family = FAMILIES.get(values.get('model_type', ''))
@@ -178,25 +168,21 @@ def parse_config(values: Json, file: str = 'config.json') -> tuple[Family, Model
 
 
 def family_for(config: ModelConfig, context: int) -> Family:
-  """The first family that reproduces a config when it is written and read again.
-
-  Raises:
-    UserError: no family does.
-  """
+  """The first family that reproduces a config when it is written and read again. Raises a UserError for a config that no family
+  reproduces."""
   wanted = comparable(config)
-  nearest: tuple[int, str, list[str]] = (len(wanted), '', [])
+  differs: dict[str, list[str]] = {}
   for one in FAMILIES.values():
     try:
       got = comparable(one.read(Fields(one.write(config, context)))[0])
     except UserError:
       continue
-    differs = [name for name in wanted if wanted[name] != got.get(name)]  # a config without RoPE has no field `rope`
-    if not differs:
-      return one
-    nearest = min(nearest, (len(differs), one.model_type, differs))
-  _, name, differs = nearest
-  raise UserError('model', ', '.join(f'{field}={wanted[field]}' for field in differs),
-                  f'a model that a published family can describe; the nearest, {name}, differs in these fields')
+    differs[one.model_type] = [name for name in wanted if wanted[name] != got.get(name)]  # a config without RoPE has no field `rope`
+  nearest = min(differs, key=lambda name: len(differs[name]))
+  if not differs[nearest]:
+    return FAMILIES[nearest]
+  raise UserError('model', ', '.join(f'{field}={wanted[field]}' for field in differs[nearest]),
+                  f'a model that a published family can describe; the nearest, {nearest}, differs in these fields')
 
 
 _TRAINING_ONLY = ('vocab_multiple', 'dropout')

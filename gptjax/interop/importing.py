@@ -36,20 +36,17 @@ MAX_BATCH_TOKENS = 2**14
 """Tokens per batch when the run scores documents, unless one row has more."""
 
 
-def import_folder(folder: Path, workdir: Path, *, context: int = 0, scan: bool = False,
-                  dtype: Literal['float32', 'bfloat16'] = 'float32',
+def import_folder(folder: Path, workdir: Path, *, context: int = 0, scan: bool = False, dtype: Literal['float32', 'bfloat16'] = 'float32',
                   mesh: MeshConfig = MeshConfig(), tokenizer: Path | None = None, check: Check = Check()) -> str:
-  """Makes a run from a folder; the workdir appears complete or not at all. Returns a summary as text.
+  """Makes a run from a folder; the workdir, which must not exist, appears complete or not at all. Returns a summary as text.
 
   Args:
     folder: config.json, safetensors and a tokenizer.
-    workdir: must not exist.
     context: tokens per row; 0: the context length of the model.
     scan: stack the layers, see compute.scan.
     dtype: of matrix products and activations, see compute.dtype.
     mesh: devices over which the parameters are sharded.
     tokenizer: folder of a tokenizer that replaces the model's own.
-    check: at the end of the import.
 
   Raises:
     UserError: something about the folder is missing, damaged or not supported, or the check fails.

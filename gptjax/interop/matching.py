@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import functools
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ PARAMETER_DTYPES = ('F32', 'BF16', 'F16')
 """Dtypes of tensors that hold parameters: float32 represents all their values exactly."""
 
 _MAX_GROUP_BYTES = 2**28
-"""Of parameters that are restored at once, unless a single one is larger."""
+"""Of parameters that are restored at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +73,7 @@ class Match:
     return value
 
   def write(self, parameters: Mapping[str, jax.Array], tensor: Tensor, dtype: str) -> np.ndarray:
-    """A tensor of the folder, made from parameters.
-
-    Raises:
-      UserError: a value is too large for the dtype.
-    """
+    """A tensor of the folder, made from parameters. Raises a UserError for a value that is too large for the dtype."""
     parts = [np.asarray(parameters[name])[() if layer is None else layer] for name, layer in map(self._stored, tensor.parameters)]
     joined = parts[0] if len(parts) == 1 else np.concatenate(parts, -1)
     value = (joined.T if tensor.transposed else joined)[tuple(map(slice, self.shape(tensor)))]
@@ -87,30 +83,26 @@ class Match:
       raise UserError(f'--dtype: {tensor.name}', 'float16', 'float32 or bfloat16: some values are above 65504')
     return out
 
-  def groups(self) -> Iterator[tuple[list[str], list[Tensor]]]:
-    """Yields all tensors, each group with the names of the parameters that it needs, which together take up to 256 MB."""
+  def groups(self) -> list[tuple[list[str], list[Tensor]]]:
+    """All tensors in groups, each with the names of its parameters, whose bytes exceed _MAX_GROUP_BYTES by the last parameter's at most."""
     needed: dict[tuple[str, ...], list[Tensor]] = collections.defaultdict(list)
     for tensor in self.tensors:
       needed[tuple(self._stored(parameter)[0] for parameter in tensor.parameters)].append(tensor)
     sizes = {name: 4 * shape.size for name, shape in self.model.shapes.items()}
-    names: list[str] = []
-    tensors: list[Tensor] = []
-    for more, group in needed.items():
-      if names and sum(sizes[name] for name in (*names, *more)) > _MAX_GROUP_BYTES:
-        yield names, tensors
-        names, tensors = [], []
-      names, tensors = [*dict.fromkeys([*names, *more])], tensors + group
-    yield names, tensors
+    found: dict[int, tuple[list[str], list[Tensor]]] = collections.defaultdict(lambda: ([], []))
+    total = 0
+    for parameters, tensors in needed.items():
+      names, group = found[total // _MAX_GROUP_BYTES]
+      names += parameters
+      group += tensors
+      total += sum(sizes[name] for name in parameters)
+    return list(found.values())
 
 
 def match(family: Family, model: AbstractModel, positions: int, names: Collection[str] = ()) -> Match:
-  """The correspondence of a model with the tensors of a folder.
+  """The correspondence of a model with the tensors of a folder, whose position table has `positions` rows.
 
-  Args:
-    family: of the model.
-    model: its parameters.
-    positions: rows of the folder's position table.
-    names: of the folder's tensors, since some folders omit the family's prefix and some repeat a tied head; empty: the family's own.
+  Some folders omit the family's prefix and some repeat a tied head, so `names` has the folder's tensors; empty: the family's own.
   """
   tensors = [tensor if tensor.name in names else dataclasses.replace(tensor, name=short) if short in names else tensor
              for tensor in family.tensors(model.config) for short in [tensor.name.removeprefix(family.prefix)]]
@@ -121,11 +113,8 @@ def match(family: Family, model: AbstractModel, positions: int, names: Collectio
 
 
 def check_tensors(match: Match, family: Family, folder: str, entries: Mapping[str, Entry]) -> list[str]:
-  """Checks a folder's tensors against those that the model needs; returns the names of tensors that hold no parameter.
-
-  Raises:
-    UserError: a tensor is missing, unknown, or of another shape or dtype; or a tied head differs from the embedding table.
-  """
+  """Checks a folder's tensors against those that the model needs; returns the names of tensors that hold no parameter. Raises a UserError
+  for a tensor that is missing, unknown, or of another shape or dtype, and for a tied head that differs from the embedding table."""
   def fail(names: list[str], value: object, expected: str) -> None:
     raise UserError(f'{folder}: {names[0]}', value, expected + (f' (and {len(names) - 1} more)' if len(names) > 1 else ''))
 

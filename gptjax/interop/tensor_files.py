@@ -52,11 +52,7 @@ class Entry:
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-  """The tensors of a file, by name.
-
-  Raises:
-    UserError: the file is incomplete or damaged, or has a tensor of a dtype that is not in DTYPES.
-  """
+  """The tensors of a file, by name. Raises a UserError for an incomplete or damaged file, or a dtype that is not in DTYPES."""
   try:
     with safe_open(path, 'numpy'), path.open('rb') as file:
       length = int.from_bytes(file.read(8), 'little')
@@ -71,11 +67,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def read_tensors(folder: Path) -> dict[str, Entry]:
-  """The tensors of a folder, by name.
-
-  Raises:
-    UserError: the folder has no safetensors, or they are damaged or incomplete.
-  """
+  """The tensors of a folder, by name. Raises a UserError for a folder whose safetensors are missing, damaged or incomplete."""
   if (folder / WEIGHTS).exists():
     return read_header(folder / WEIGHTS)
   if not (folder / INDEX).exists():

@@ -7,8 +7,7 @@ model beside it is the only source for GPUs and for the candidates of a search.
 from gptjax.planning.collectives import collectives
 from gptjax.planning.estimate import estimate
 from gptjax.planning.memory import analytic_memory
-from gptjax.planning.picture import draw
-from gptjax.planning.report import as_json, describe, ranking
+from gptjax.planning.report import as_json, describe, draw, ranking
 from gptjax.planning.roofline import roofline
 from gptjax.planning.search import search
 from gptjax.planning.topology import parse

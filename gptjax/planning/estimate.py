@@ -72,11 +72,8 @@ class Estimate:
 
 
 def estimate(config: Config, topology: Topology) -> Estimate:
-  """The analytic part of a plan; takes about a second.
-
-  Raises:
-    UserError: no vocabulary size, a mesh that does not match the devices, sizes that it does not divide, a duration in epochs.
-  """
+  """The analytic part of a plan; takes about a second. Raises a UserError for a missing vocabulary size, a mesh that does not match the
+  devices, sizes that it does not divide, or a duration in epochs."""
   if not config.model.vocab_size:
     raise UserError('model.vocab_size', 0, 'the number of token ids: a plan reads no tokenizer')
   sizes = topology.mesh_sizes(config)

@@ -50,11 +50,7 @@ def for_platform(config: Config, platform: str) -> Config:
 
 
 def durations(config: Config) -> dict[str, int]:
-  """The steps of the run, of its warmup and of its decay.
-
-  Raises:
-    UserError: a duration in epochs, which depend on the data.
-  """
+  """The steps of the run, of its warmup and of its decay. Raises a UserError for a duration in epochs, which depend on the data."""
   found = {}
   for field, value in (('steps', config.steps), ('optimizer.warmup', config.optimizer.warmup), ('optimizer.decay', config.optimizer.decay)):
     if 'epoch' in str(value).lower():
@@ -67,16 +63,8 @@ def durations(config: Config) -> dict[str, int]:
 def compile_step(config: Config, topology: Topology, options: dict[str, str | bool] | None = None) -> Compiled:
   """Compiles the actual train step for absent TPUs.
 
-  Of several slices only one is compiled, with its part of the batch: libtpu needs the slices' own network for more.
-
-  Args:
-    config: the run.
-    topology: TPUs, with as many chips as the mesh has devices.
-    options: of the compiler, such as 'xla_dump_to'.
-
-  Raises:
-    TooLarge: it does not fit the chip.
-    UserError: libtpu refuses the topology.
+  Of several slices only one is compiled, with its part of the batch: libtpu needs the slices' own network for more. `options` are those
+  of the compiler, such as 'xla_dump_to'. Raises TooLarge if it does not fit the chip, and a UserError if libtpu refuses the topology.
   """
   start = time.perf_counter()
   sizes = topology.one_slice(topology.mesh_sizes(config))

@@ -1,14 +1,16 @@
-"""A plan as text with tables, and as JSON."""
+"""A plan as text with tables, as JSON, and as a picture."""
 
 import dataclasses
-import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from gptjax.config import AXIS_NAMES
 from gptjax.planning.collectives import PADDED, totals
 from gptjax.planning.estimate import Estimate
 from gptjax.planning.roofline import DAY
@@ -43,7 +45,7 @@ def _memory(one: Estimate) -> str:
     ('temporaries and results', gib(theory.total - theory.state), gib(compiled.temporaries + compiled.outputs)),
     ('code', gib(0), gib(compiled.code))]
   total = [('total', gib(theory.total), gib(compiled.total) if compiled else ''),
-           ('of the memory', _percent(theory.total / chip.memory), _percent(compiled.total / chip.memory) if compiled else '')]
+           ('of the memory', f'{theory.total / chip.memory:.1%}', f'{compiled.total / chip.memory:.1%}' if compiled else '')]
   return _table(('bytes per device', 'theory GiB', 'compiled GiB'),
                 [(name, gib(count), '') for name, count in dataclasses.asdict(theory).items()], both, total)
 
@@ -69,7 +71,7 @@ def _bounds(one: Estimate) -> str:
   bounds = one.bounds
   both = (('all at once (max)', bounds.overlapped), ('one after another (sum)', bounds.sequential))
   return _table(('at best, per step', 'ms', 'MFU'), [(name, f'{seconds * 1e3:.1f}', '') for name, seconds in bounds.seconds.items()],
-                [(name, f'{seconds * 1e3:.1f}', _percent(bounds.mfu(seconds))) for name, seconds in both])
+                [(name, f'{seconds * 1e3:.1f}', f'{bounds.mfu(seconds):.1%}') for name, seconds in both])
 
 
 def _verdict(one: Estimate) -> str:
@@ -88,7 +90,7 @@ def ranking(ranked: Sequence[Estimate], count: int = 10) -> str:
   """The best candidates of a search, one per row."""
   names = [name for name in settings(ranked[0]) if not name.startswith('mesh.') or any(settings(one)[name] != 1 for one in ranked)]
   rows = [(str(place), *(str(settings(one)[name]) for name in names), f'{one.needed / GIB:.1f}{"" if one.fits else " !"}',
-           f'{one.bounds.overlapped * 1e3:.0f}', f'{one.bounds.sequential * 1e3:.0f}', _percent(one.bounds.mfu(one.bounds.overlapped)),
+           f'{one.bounds.overlapped * 1e3:.0f}', f'{one.bounds.sequential * 1e3:.0f}', f'{one.bounds.mfu(one.bounds.overlapped):.1%}',
            one.bounds.binds) for place, one in enumerate(ranked[:count], 1)]
   fitting = sum(one.fits for one in ranked)
   return (f'{len(ranked)} layouts, {fitting} that fit{"" if fitting else "; ! does not fit"}\n'
@@ -113,6 +115,37 @@ def as_json(one: Estimate) -> dict[str, Any]:
   }
 
 
+def draw(plans: Sequence[Estimate], path: Path) -> None:
+  """Writes a PNG: one bar per plan with its parts by theory, a mark at the compiled total, and a line at the chip's memory."""
+  from matplotlib import colormaps
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(max(4.0, 1.6 + 1.1 * len(plans)), 4.8), layout='constrained')
+  axes = figure.subplots()
+  places = range(len(plans))
+  parts = {name: np.array([getattr(one.memory, name) for one in plans]) / GIB for name in dataclasses.asdict(plans[0].memory)}
+  bottom = np.zeros(len(plans))
+  for (name, heights), color in zip(parts.items(), colormaps['viridis'](np.linspace(0, 1, len(parts)))):
+    axes.bar(places, heights, 0.7, bottom, label=name, color=color)
+    bottom = bottom + heights
+  compiled = [(place, one.compiled.total / GIB) for place, one in zip(places, plans) if one.compiled]
+  if compiled:
+    axes.plot(*zip(*compiled), 'k_', markersize=28, label='compiled')
+  chip = plans[0].topology.chip.memory / GIB
+  axes.axhline(chip, color='crimson', linewidth=1, label=f'{chip:.0f} GiB per device')
+  labels = []
+  for one in plans:
+    chosen = settings(one)
+    mesh, work = ' x '.join(str(size) for size in one.sizes.values()), f'{chosen["compute.remat"]}, {chosen["microbatches"]}'
+    labels.append(f'{mesh}\nZeRO {chosen["zero_stage"]}\n{work}')
+  axes.set_xticks(places, labels, fontsize=8)
+  axes.set_xlabel(f'{" x ".join(AXIS_NAMES)}, ZeRO stage, remat and microbatches')
+  axes.set_ylabel('GiB per device')
+  axes.set_title(f'{plans[0].parameters / 1e9:.1f}B parameters on {plans[0].topology.name}', fontsize=10)
+  axes.legend(fontsize=8, frameon=False, loc='upper left', bbox_to_anchor=(1, 1))
+  figure.savefig(path, dpi=150)
+
+
 def _table(columns: Sequence[str], *sections: Iterable[Sequence[str]]) -> str:
   """A table as text, its sections separated from each other."""
   table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
@@ -127,7 +160,3 @@ def _table(columns: Sequence[str], *sections: Iterable[Sequence[str]]) -> str:
   with console.capture() as captured:
     console.print(table)
   return '\n'.join(line.rstrip() for line in captured.get().splitlines() if line.strip())
-
-
-def _percent(share: float) -> str:
-  return f'{share:.1%}' if math.isfinite(share) else ''

@@ -14,11 +14,8 @@ MAX_MODEL_AXIS = 64
 
 
 def search(config: Config, topology: Topology) -> list[Estimate]:
-  """All layouts that the config's batch allows; those that fit come first, sorted by `rank`.
-
-  Raises:
-    UserError: no layout divides batch and model.
-  """
+  """All layouts that the config's batch allows; those that fit come first, sorted by `rank`. Raises a UserError for a config whose batch or
+  model no layout divides."""
   found, refusals = [], []
   for values in candidates(config, topology):
     try:

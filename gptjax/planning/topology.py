@@ -52,11 +52,8 @@ class Topology:
     return self.slices if self.chip.is_tpu else self.shape[1]
 
   def mesh_sizes(self, config: Config) -> dict[str, int]:
-    """Sizes of the mesh axes on all devices, from the slowest network to the fastest.
-
-    Raises:
-      UserError: the mesh does not match the devices.
-    """
+    """Sizes of the mesh axes on all devices, from the slowest network to the fastest. Raises a UserError for a mesh that does not match the
+    devices."""
     sizes = mesh_sizes(config.mesh, self.devices)
     if math.prod(sizes.values()) != self.devices:
       rest = self.devices * sizes[REST_AXIS] // math.prod(sizes.values())
@@ -117,11 +114,8 @@ class Topology:
 
 
 def parse(text: str | None) -> Topology:
-  """The machine with a name CHIP:SIZExSIZE..., for several TPU slices followed by *SLICES.
-
-  Raises:
-    UserError: an unknown chip, or a shape that it does not come in.
-  """
+  """The machine with a name CHIP:SIZExSIZE..., for several TPU slices followed by *SLICES. Raises a UserError for an unknown chip or an
+  unavailable shape."""
   match = re.fullmatch(r'([\w-]+):([1-9]\d*(?:x[1-9]\d*)*)(?:\*([1-9]\d*))?', text or '')
   if not match:
     raise UserError('--topology', text, "CHIP:SHAPE, such as 'v5p:4x4x4' (a slice of TPUs), 'v5p:4x4x4*2' (two slices), 'h100:8x16' (16 "
