@@ -21,10 +21,8 @@ def counted(documents: int) -> str:
 
 
 class ProgressBar:
-  """A context manager that shows the progress of an operation; the unit is 'bytes', shown as MB, or a plural noun.
-
-  With `shown` False it shows nothing, as in all processes of a run but the first.
-  """
+  """A context manager that shows the progress of an operation, unless `shown` is false; the unit is 'bytes', shown as MB, or a plural
+  noun."""
 
   def __init__(self, title: str, total: int, unit: str, done: int = 0, shown: bool = True):
     self._title, self._total, self._unit, self._done, self._first = title, total, unit, done, done

@@ -1,7 +1,7 @@
 """Conversion between runs and Hugging Face folders.
 
-`families` says for each published architecture which tensor is which parameter; `importing` makes a run from a folder, and `exporting`
-a folder from a run, a tensor at a time. Only safetensors are read: a pickle can run code.
+`families` maps the tensors of each published architecture to parameters; `importing` makes a run from a folder, and `exporting` a folder
+from a run, one tensor at a time. Only safetensors are read: a pickle can run code.
 """
 
 from gptjax.interop.comparison import Check

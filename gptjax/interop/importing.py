@@ -93,7 +93,7 @@ def load(matched: Match, mesh: Mesh, entries: Mapping[str, Entry]) -> Parameters
   shapes, shardings = matched.model.shapes, matched.model.shardings(3, mesh)
   parameters = {}
   with ProgressBar('read', sum(4 * shape.size for shape in shapes.values()), 'bytes') as work:
-    # The largest first: Building a parameter takes memory besides the parameter itself, and at the start most memory is free.
+    # The largest first: building one takes additional memory, of which most is free at the start.
     for name in sorted(shapes, key=lambda name: -shapes[name].size):
       parameters[name] = jax.block_until_ready(jax.make_array_from_callback(
         shapes[name].shape, shardings[name], lambda index: matched.read(entries, name, index or ())))

@@ -28,8 +28,6 @@ _CALLED = re.compile(
   r'(?:calls|true_computation|false_computation|branch_computations| call(?:-start)?\(.*to_apply)=\{?((?:%[\w.-]+[, ]*)+)')
 PADDED = 'all-gather of shards padded with zeros'
 """Purpose of an all-reduce that adds up shards, each in its place among zeros; it sends twice the bytes of an all-gather."""
-_RING_PASSES = {'all-reduce': 2}
-"""An all-reduce is a reduce-scatter and an all-gather of the same array; all other kinds pass it around once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +54,8 @@ class Collective:
     """Bytes that each device sends each time, by a ring: payload * (n - 1) / n, twice that for an all-reduce."""
     if self.kind == 'collective-permute':
       return self.payload
-    return _RING_PASSES.get(self.kind, 1) * self.payload * (self.group - 1) / self.group
+    passes = 2 if self.kind == 'all-reduce' else 1  # an all-reduce is a reduce-scatter and an all-gather
+    return passes * self.payload * (self.group - 1) / self.group
 
   @property
   def total(self) -> float:

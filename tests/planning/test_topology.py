@@ -1,4 +1,4 @@
-"""Names of machines, and the links that their meshes run over."""
+"""Names of machines, and the links of their mesh axes."""
 
 import pytest
 
