@@ -83,9 +83,8 @@ class HarnessModel(TemplateLM):
 
   def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
     """Nats of each complete text, in disjoint windows of the model's context length; tokens see only their own window."""
-    windows = [[Request(*make_disjoint_window(pair)) for pair in get_rolling_token_windows(
-      token_list=self.tok_encode(request.args[0]), prefix_token=self.prefix_token_id, max_seq_len=self._context, context_len=1)]
-      for request in requests]
+    pairs = lambda ids: get_rolling_token_windows(ids, self.prefix_token_id, max_seq_len=self._context, context_len=1)
+    windows = [[Request(*make_disjoint_window(pair)) for pair in pairs(self.tok_encode(request.args[0]))] for request in requests]
     scores = iter(self._scores([window for some in windows for window in some]))
     return [sum(next(scores)[0] for _ in some) for some in windows]
 
