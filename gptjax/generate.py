@@ -51,10 +51,11 @@ def main(_) -> None:
   sampling = inference.Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _MIN_P.value, _PENALTY.value)
   _check_flags()
   system = [{'role': 'system', 'content': _SYSTEM.value}] if _SYSTEM.value else []
+  prompts: list[tuple[str, Any]] = [('--prompt', _PROMPT.value)]
   if _CHAT.value:
     prompts = [('--system', [*system, {'role': 'user', 'content': 'Hello'}])]  # checks that the template supports it
-  else:
-    prompts = inference.read_prompts(expanded(_PROMPTS.value)) if _PROMPTS.value else [('--prompt', _PROMPT.value)]
+  elif _PROMPTS.value:
+    prompts = inference.read_prompts(expanded(_PROMPTS.value))
   workdir = expanded(_WORKDIR.value)
   trained = checkpoint.load_trained(workdir, _STEP.value, _MODEL_AXIS.value)
   tokenizer = data.open_held_out(workdir / 'data').tokenizer

@@ -116,7 +116,7 @@ class Fields:
 
   def typed(self, name: str, kind: type, missing: Any = None, nullable: bool = False) -> Any:
     """A positive int, a float or a bool; see Column."""
-    value = self.values.get(name)
+    value: Any = self.values.get(name)
     if value is None and nullable and name in self.values:
       return kind(0)
     if value is None and missing is not None:

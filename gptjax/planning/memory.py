@@ -55,7 +55,7 @@ def analytic_memory(config: Config, sizes: dict[str, int]) -> Memory:
   stage, context, item = config.zero_stage, config.data.context, COMPUTE[config.compute.dtype][1]
   compute = ComputeConfig(scan=config.compute.scan, dtype=config.compute.dtype)  # other settings do not change the state
   state = _state_bytes(config.model, compute, context, config.optimizer, stage, tuple(sizes.items()))
-  gathered = state.get('gathered', 0)
+  gathered = float(state.get('gathered', 0))
   if stage == 3 and sizes[STATE_AXIS] > 1:
     layers, rest, _ = elements(config, sizes)
     gathered = item * (GATHERED_LAYERS * layers / config.model.layers + rest)
