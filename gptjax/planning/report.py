@@ -143,7 +143,7 @@ def draw(plans: Sequence[Estimate], path: Path) -> None:
   axes.set_ylabel('GiB per device')
   axes.set_title(f'{plans[0].parameters / 1e9:.1f}B parameters on {plans[0].topology.name}', fontsize=10)
   axes.legend(fontsize=8, frameon=False, loc='upper left', bbox_to_anchor=(1, 1))
-  figure.savefig(path, dpi=150)
+  figure.savefig(path, dpi=150, bbox_inches='tight')
 
 
 def _table(columns: Sequence[str], *sections: Iterable[Sequence[str]]) -> str:
