@@ -185,13 +185,9 @@ def family_for(config: ModelConfig, context: int) -> Family:
                   f'a model that a published family can describe; the nearest, {nearest}, differs in these fields')
 
 
-_TRAINING_ONLY = ('vocab_multiple', 'dropout')
-"""Fields of a model config that do not change the function it computes."""
-
-
 def comparable(config: ModelConfig) -> Json:
   """The fields of a config that define the function it computes, with their defaults resolved."""
-  values = {name: value for name, value in vars(_resolved(config)).items() if name not in _TRAINING_ONLY}
+  values = {name: value for name, value in vars(_resolved(config)).items() if name not in ('vocab_multiple', 'dropout')}
   if config.positions != 'rope':
     del values['rope']
   return values | {'query_scale': config.query_scale or config.head_width, 'qkv_bias': config.qkv_bias or config.bias}
