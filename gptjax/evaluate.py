@@ -7,7 +7,7 @@
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,8 @@ def main(_) -> None:
   if not sets and not _TASKS.value:
     raise UserError('--sets', _SETS.value, 'NAME=STORE or NAME=PATH, or --tasks: an imported model has no validation sets of its own')
   with jax.set_mesh(restorer.mesh):
-    score, answer = _documents(restorer, sets, tags), _tasks(restorer, held_out.tokenizer)
+    score = _documents(restorer, sets, tags) if sets else lambda parameters: None
+    answer = _tasks(restorer, held_out.tokenizer) if _TASKS.value else lambda parameters: (None, [])
     records, samples = [], []
     for step in steps:
       trained = restorer.restore(step)
@@ -70,64 +71,39 @@ def main(_) -> None:
 
 
 def _documents(restorer, sets, tags) -> Callable[[Any], Any]:
-  """Returns a function from parameters to the scores of the sets, or to None if there are no sets."""
-  if not sets:
-    return lambda parameters: None
+  """Returns a function from parameters to the scores of the sets."""
   from gptjax import data, evaluation, training
-  from gptjax.sharding import row_groups
-  config = restorer.config.data
-  rows = {name: data.EvalRows(store, config.context, config.isolate_documents) for name, store in sets.items()}
-  groups = row_groups(restorer.mesh)
-  scorer = evaluation.Scorer(restorer.model, training.next_token(), restorer.mesh, -(-_rows(restorer) // groups) * groups)
+  config = restorer.config
+  rows = {name: data.EvalRows(store, config.data.context, config.data.isolate_documents) for name, store in sets.items()}
+  scorer = evaluation.Scorer(restorer.model, training.next_token(), restorer.mesh, _BATCH.value or config.microbatch_size)
 
   def score(parameters):
-    with _progress('documents', sum(one.count for one in rows.values()), 'rows') as advance:
-      return scorer.sets(parameters, rows, tags, advance=advance)
+    with data.ProgressBar('documents', sum(one.count for one in rows.values()), 'rows', shown=distributed.is_primary()) as work:
+      return scorer.sets(parameters, rows, tags, advance=work.advance)
   return score
 
 
 def _tasks(restorer, tokenizer) -> Callable[[Any], tuple[Any, list]]:
-  """Returns a function from parameters to the results of the tasks and their samples, or to (None, []) if there are no tasks."""
-  if not _TASKS.value:
-    return lambda parameters: (None, [])
+  """Returns a function from parameters to the results of the tasks and their samples."""
+  from gptjax.sharding import row_groups
   try:
-    from gptjax.evaluation import harness
-    from gptjax.evaluation.tasks import Options, Tasks
+    from gptjax.evaluation.harness import HarnessModel
+    from gptjax.evaluation.tasks import Tasks
   except ModuleNotFoundError as error:
     raise UserError('--tasks', ','.join(_TASKS.value), f'{error.name} to be installed: pip install -r requirements-eval.txt') from None
-  tasks = Tasks(_TASKS.value, Options(_TASK_PATH.value, _TASK_DATA.value, _LIMIT.value, _FEWSHOT.value))
-  model = harness.HarnessModel(restorer.model, restorer.mesh, tokenizer, _task_tokens(restorer),
-                               {'auto': None, 'true': True, 'false': False}[_ADD_BOS.value], _progress)
+  tasks = Tasks(_TASKS.value, _TASK_PATH.value, _TASK_DATA.value, _LIMIT.value, _FEWSHOT.value)
+  tokens = (_BATCH.value or restorer.config.microbatch_size) * restorer.config.data.context
+  if not _BATCH.value:  # most requests are far shorter than the context
+    tokens = min(tokens, 2**14 * row_groups(restorer.mesh))
+  model = HarnessModel(restorer.model, restorer.mesh, tokenizer, tokens, {'auto': None, 'true': True, 'false': False}[_ADD_BOS.value])
 
   def answer(parameters):
     model.use(parameters)
     with contextlib.redirect_stdout(sys.stderr):  # the harness prints to stdout
       found = tasks(model, samples=bool(_SAMPLES.value))
-    model.use(None)
+    model.use({})
     return found
   return answer
-
-
-def _task_tokens(restorer) -> int:
-  """Returns the tokens per batch of a task's requests, most of which are far shorter than the context."""
-  from gptjax.sharding import row_groups
-  tokens = _rows(restorer) * restorer.config.data.context
-  return tokens if _BATCH.value else min(tokens, 2**14 * row_groups(restorer.mesh))
-
-
-def _rows(restorer) -> int:
-  return _BATCH.value or restorer.config.microbatch_size
-
-
-@contextlib.contextmanager
-def _progress(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-  """Shows a progress bar in process 0."""
-  from gptjax.data.progress import ProgressBar
-  if not distributed.is_primary():
-    yield lambda done: None
-    return
-  with ProgressBar(title, total, unit) as work:
-    yield work.advance
 
 
 def _report(workdir: Path, records: list[dict[str, Any]], samples: list[dict[str, Any]], yardsticks: dict[str, float]) -> None:

@@ -50,7 +50,12 @@ def main(_) -> None:
 
   sampling = inference.Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _MIN_P.value, _PENALTY.value)
   _check_flags()
-  prompts = _prompts()
+  system = [{'role': 'system', 'content': _SYSTEM.value}] if _SYSTEM.value else []
+  prompts: list[tuple[str, Any]] = [('--prompt', _PROMPT.value)]
+  if _CHAT.value:
+    prompts = [('--system', [*system, {'role': 'user', 'content': 'Hello'}])]  # checks that the template supports it
+  elif _PROMPTS.value:
+    prompts = inference.read_prompts(expanded(_PROMPTS.value))
   workdir = expanded(_WORKDIR.value)
   trained = checkpoint.load_trained(workdir, _STEP.value, _MODEL_AXIS.value)
   tokenizer = data.open_held_out(workdir / 'data').tokenizer
@@ -68,16 +73,18 @@ def main(_) -> None:
     rows = [row for source, prompt in prompts for row in [(prompt, read(prompt, source))] * _SAMPLES.value]
     if distributed.is_primary():
       print(trained.description, file=sys.stderr)
-    settings: dict[str, Any] = {'max_tokens': _MAX_TOKENS.value, 'sampling': sampling, 'stop': _STOP.value, 'stop_ids': _STOP_IDS.value}
     weights = generator.prepare(trained.parameters)
     del trained  # frees the restored parameters
+
+    settings: dict[str, Any] = {'max_tokens': _MAX_TOKENS.value, 'sampling': sampling, 'stop': _STOP.value, 'stop_ids': _STOP_IDS.value}
+    seeds = lambda first, count=1: [(_SEED.value + first + index) % 2**32 for index in range(count)]
     if _CHAT.value:
-      _chat(read, lambda ids, turn: generator.stream(weights, [ids], seeds=[(_SEED.value + turn) % 2**32], **settings))
+      _chat(system, read, lambda ids, turn: generator.stream(weights, [ids], seeds=seeds(turn), **settings))
     elif len(rows) == 1 and not _OUT.value and isinstance(rows[0][0], str):
       print(rows[0][0], end='', flush=True)
-      _show(generator.stream(weights, [rows[0][1]], seeds=[_SEED.value], **settings))
+      _show(generator.stream(weights, [rows[0][1]], seeds=seeds(0), **settings))
     else:
-      _write(rows, lambda some, seeds: generator(weights, some, seeds=seeds, **settings))
+      _write(rows, lambda some, first: generator(weights, some, seeds=seeds(first, len(some)), **settings))
 
 
 def _check_flags() -> None:
@@ -95,38 +102,19 @@ def _check_flags() -> None:
     raise UserError('--out', _OUT.value, f'a file in an existing folder; {folder} does not exist')
 
 
-def _prompts() -> list[tuple[str, Any]]:
-  """Returns (name in errors, prompt) of each prompt."""
-  from gptjax import inference
-
-  if _CHAT.value:
-    return [('--system', [*_system(), {'role': 'user', 'content': 'Hello'}])]  # checks that the template supports it
-  if not _PROMPTS.value:
-    return [('--prompt', _PROMPT.value)]
-  return inference.read_prompts(expanded(_PROMPTS.value))
-
-
-def _system() -> list[dict[str, Any]]:
-  return [{'role': 'system', 'content': _SYSTEM.value}] if _SYSTEM.value else []
-
-
-def _chat(read: Callable, answer: Callable[[list[int], int], Iterator[tuple[int, str]]]) -> None:
-  """Reads messages from the keyboard and prints answers.
-
-  Args:
-    read: converts messages to ids.
-    answer: converts the ids of a conversation and the number of the turn to a stream of text.
-  """
+def _chat(system: list[dict[str, str]], read: Callable, answer: Callable[[list[int], int], Iterator[tuple[int, str]]]) -> None:
+  """Reads messages from the keyboard and prints answers. `read` converts messages to ids, and `answer` the ids of a conversation, which
+  begins with `system`, and the number of the turn to a stream of text."""
   if sys.stdin.isatty():
     import readline  # noqa: F401  (for history and editing)
-  messages, turn = _system(), 0
+  messages, turn = [*system], 0
   while True:
     try:
       text = input('> ' if sys.stdin.isatty() else '')
     except EOFError:
       return
     if text == '/new':
-      messages = _system()
+      messages = [*system]
       continue
     messages.append({'role': 'user', 'content': text})
     messages.append({'role': 'assistant', 'content': _show(answer(read(messages, 'the conversation'), turn))})
@@ -135,38 +123,34 @@ def _chat(read: Callable, answer: Callable[[list[int], int], Iterator[tuple[int,
 
 def _show(stream: Iterator[tuple[int, str]]) -> str:
   """Prints a stream of text, until Ctrl-C in a conversation; returns the text."""
-  said = ''
+  shown = ''
   try:
     for _, piece in stream:
-      said += piece
-      sys.stdout.write(piece)
-      sys.stdout.flush()
+      shown += piece
+      print(piece, end='', flush=True)
   except KeyboardInterrupt:
     if not _CHAT.value:
       raise
   print(flush=True)
-  return said
+  return shown
 
 
-def _write(rows, run) -> None:
-  """Continues all rows in batches, and prints them or writes them to a file atomically."""
-  from rich.console import Console
-  from rich.progress import track
-
+def _write(rows: list[tuple[Any, list[int]]], run: Callable) -> None:
+  """Continues all rows in batches, and prints the texts or writes them to a file atomically."""
+  from gptjax.data import ProgressBar
   from gptjax.files import write_atomic
 
-  console = Console(stderr=True)
   lines = []
-  for at in track(range(0, len(rows), _BATCH.value), 'generating', console=console, transient=True,
-                  disable=not (console.is_terminal and distributed.is_primary())):
-    some = rows[at:at + _BATCH.value]
-    seeds = [(_SEED.value + at + index) % 2**32 for index in range(len(some))]
-    for (prompt, _), said in zip(some, run([ids for _, ids in some], seeds), strict=True):
-      given = 'prompt' if isinstance(prompt, str) else 'messages'
-      if _OUT.value:
-        lines.append(json.dumps({given: prompt, 'text': said.text, 'ids': said.ids, 'logprobs': said.logprobs, 'ended': said.ended}))
-      else:
-        print(f'{prompt if given == "prompt" else ""}{said.text}\n---', flush=True)
+  with ProgressBar('generating', len(rows), 'texts', shown=distributed.is_primary()) as work:
+    for first in range(0, len(rows), _BATCH.value):
+      some = rows[first:first + _BATCH.value]
+      for (prompt, _), found in zip(some, run([ids for _, ids in some], first), strict=True):
+        kind = 'prompt' if isinstance(prompt, str) else 'messages'
+        if _OUT.value:
+          lines.append(json.dumps({kind: prompt, 'text': found.text, 'ids': found.ids, 'logprobs': found.logprobs, 'ended': found.ended}))
+        else:
+          print(f'{prompt if kind == "prompt" else ""}{found.text}\n---', flush=True)
+      work.advance(len(some))
   if _OUT.value and distributed.is_primary():
     write_atomic(expanded(_OUT.value), '\n'.join(lines) + '\n')
 

@@ -1,4 +1,4 @@
-"""gptjax.generate as a user types it: files of prompts, conversations, and what it says to a mistake."""
+"""The command gptjax.generate: files of prompts, conversations, and its errors."""
 
 import json
 
@@ -39,7 +39,7 @@ def test_a_file_of_prompts_becomes_a_file_of_continuations(run, tmp_path):
   assert shown.stdout == ''.join(f'{line.get("prompt", "")}{line["text"]}\n---\n' for line in lines)  # whatever the batch
 
 
-def test_a_conversation_is_read_from_the_keyboard_and_forgotten_at_new(run):
+def test_a_conversation_is_read_from_the_keyboard_and_discarded_at_new(run):
   done = call('generate', f'--workdir={run}', '--chat', '--system=Be kind.', '--temperature=0', '--stop=\n', *SHORT,
               given='Hello\nand\n/new\nHello\n')
   assert done.returncode == 0 and 'Traceback' not in done.stderr

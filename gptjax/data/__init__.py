@@ -11,6 +11,7 @@ from gptjax.data.loading import batches
 from gptjax.data.mixture import Mixture
 from gptjax.data.packing import Packed
 from gptjax.data.prepare import HeldOut, Prepared, prepare, train_rows
+from gptjax.data.progress import ProgressBar
 from gptjax.data.rows import Batch, EvalRows, TrainRows, Windows
 from gptjax.data.sources import Document, Source, open_source, split_source
 from gptjax.data.store import TokenStore
@@ -18,7 +19,7 @@ from gptjax.data.tokenizers import TextStream, Tokenizer, load_tokenizer, train_
 from gptjax.data.tokenizing import write_store
 
 __all__ = [
-    'Batch', 'Contamination', 'Document', 'EvalRows', 'Filters', 'HeldOut', 'Mixture', 'Packed', 'Prepared', 'Recipe', 'Source',
-    'TextStream', 'TokenStore', 'Tokenizer', 'TrainRows', 'Windows', 'batches', 'compression_yardsticks', 'cores', 'export',
+    'Batch', 'Contamination', 'Document', 'EvalRows', 'Filters', 'HeldOut', 'Mixture', 'Packed', 'Prepared', 'ProgressBar', 'Recipe',
+    'Source', 'TextStream', 'TokenStore', 'Tokenizer', 'TrainRows', 'Windows', 'batches', 'compression_yardsticks', 'cores', 'export',
     'load_tokenizer', 'open_held_out', 'open_source', 'prepare', 'split_source', 'train_rows', 'train_tokenizer', 'write_store',
 ]

@@ -20,20 +20,22 @@ def counted(documents: int) -> str:
 
 
 class ProgressBar:
-  """A context manager that shows the progress of an operation; the unit is 'bytes', shown as MB, or a plural noun."""
+  """A context manager that shows the progress of an operation, unless `shown` is false; the unit is 'bytes', shown as MB, or a plural
+  noun."""
 
-  def __init__(self, title: str, total: int, unit: str, done: int = 0):
+  def __init__(self, title: str, total: int, unit: str, done: int = 0, shown: bool = True):
     self._title, self._total, self._unit, self._done, self._first = title, total, unit, done, done
     self._started = self._logged = time.monotonic()
     amount = ([rich.progress.DownloadColumn(), rich.progress.TransferSpeedColumn()] if unit == 'bytes' else
               [rich.progress.MofNCompleteColumn(), rich.progress.TextColumn(unit)])
     self._bar = rich.progress.Progress(
       rich.progress.TextColumn('{task.description}'), rich.progress.BarColumn(), *amount, rich.progress.TimeRemainingColumn(),
-      console=rich.console.Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+      console=rich.console.Console(stderr=True), transient=True, disable=not (shown and sys.stderr.isatty()))
+    self._logs = shown and self._bar.disable
     self._task = self._bar.add_task(title, total=total, completed=done)
 
   def __enter__(self) -> 'ProgressBar':
-    if self._bar.disable:
+    if self._logs:
       announce(f'{self._title}: {self._amount(self._total)}' + (f', {self._amount(self._done)} done before' if self._done else ''))
     self._bar.start()
     return self
@@ -43,7 +45,7 @@ class ProgressBar:
     self._done += amount
     self._bar.advance(self._task, amount)
     now = time.monotonic()
-    if self._bar.disable and now - self._logged > _LOG_INTERVAL:
+    if self._logs and now - self._logged > _LOG_INTERVAL:
       self._logged = now
       left = (self._total - self._done) * (now - self._started) / max(self._done - self._first, 1)
       announce(f'{self._title}: {self._amount(self._done)} of {self._amount(self._total)}, {left / 60:.0f} minutes left')

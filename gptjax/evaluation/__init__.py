@@ -3,12 +3,9 @@
 The modules `harness` and `tasks` are not imported here, since they need the lm_eval package.
 """
 
-from gptjax.evaluation.likelihood import Likelihood, LikelihoodScorer, Request
-from gptjax.evaluation.picture import draw
-from gptjax.evaluation.results import Record, record, table
+from gptjax.evaluation.likelihood import LikelihoodScorer, Request
+from gptjax.evaluation.results import draw, record, table
 from gptjax.evaluation.score import Score, Scorer, Scores, pooled
 from gptjax.evaluation.sets import choose_sets
 
-__all__ = [
-  'Likelihood', 'LikelihoodScorer', 'Record', 'Request', 'Score', 'Scorer', 'Scores', 'choose_sets', 'draw', 'pooled', 'record', 'table',
-]
+__all__ = ['LikelihoodScorer', 'Request', 'Score', 'Scorer', 'Scores', 'choose_sets', 'draw', 'pooled', 'record', 'table']

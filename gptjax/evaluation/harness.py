@@ -3,9 +3,8 @@
 It needs the lm_eval package (requirements-eval.txt), but neither torch nor TensorFlow.
 """
 
-import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -16,56 +15,46 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from gptjax.config import UserError
 from gptjax.data import Tokenizer
-from gptjax.data.progress import announce
+from gptjax.data.progress import ProgressBar, announce
 from gptjax.evaluation.likelihood import LikelihoodScorer, Request
 from gptjax.inference import Generator, Sampling
 from gptjax.model import AbstractModel, Parameters
 from gptjax.distributed import is_primary
 
 MAX_TOKENS = 256
-"""Tokens to generate if a task does not say, as in the harness's torch backend."""
+"""Tokens to generate if a task sets no limit, as in the harness's torch backend."""
 
 _SUPPORTED = ('until', 'max_gen_toks', 'do_sample', 'temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
 _WITHOUT_EFFECT = {'num_beams': 1, 'num_return_sequences': 1, 'length_penalty': 1.0, 'use_cache': True}
 
-Progress = Callable[[str, int, str], contextlib.AbstractContextManager[Callable[[int], None]]]
-"""(title, total, unit) -> a context whose value is called with the amount of work that was done since the last call."""
-
 
 class HarnessModel(TemplateLM):
-  """Computes log-likelihoods of continuations, of complete texts, and generated text for the harness.
+  """Computes log-likelihoods of continuations, of complete texts, and generated text for the harness, equally in every process.
 
-  Texts are encoded as in the harness's torch backend (HFLM); TemplateLM makes the pairs: context and continuation are encoded together and
-  split after as many ids as the context has alone; trailing spaces of a context belong to the continuation; an empty context
-  becomes the tokenizer's bos. Requests that exceed the context are truncated at their beginning. Text that looks like a special token
-  is encoded as ordinary text.
-
-  Every process of a run computes all results.
+  Texts are encoded as in the harness's torch backend (HFLM): context and continuation are encoded together and split after as many ids
+  as the context alone has; trailing spaces of a context belong to the continuation; an empty context becomes the tokenizer's bos.
+  Requests that exceed the context are truncated at their beginning. Text that looks like a special token is encoded as ordinary text.
 
   Args:
-    model: of the parameters.
-    mesh: of the parameters.
+    model, mesh: of the parameters.
     tokenizer: of the model.
     batch_tokens: tokens per batch, including padding.
-    add_bos: whether every context begins with the tokenizer's bos. None: as transformers, and so HFLM, does: for all of our tokenizers
+    add_bos: whether every context begins with the tokenizer's bos. None: as in transformers, and so in HFLM: for all of our tokenizers
       except GPT-2's, and for published ones whose files ask for it.
-    progress: shows the progress of long work.
   """
 
-  def __init__(self, model: AbstractModel, mesh: Mesh, tokenizer: Tokenizer, batch_tokens: int, add_bos: bool | None = None,
-               progress: Progress = lambda title, total, unit: contextlib.nullcontext(lambda done: None)):
+  def __init__(self, model: AbstractModel, mesh: Mesh, tokenizer: Tokenizer, batch_tokens: int, add_bos: bool | None = None):
     super().__init__()
-    self._tokenizer, self._progress, self._context = tokenizer, progress, model.context
+    self._tokenizer, self._context = tokenizer, model.context
     self._add_bos = bool(tokenizer.start_ids) if add_bos is None else add_bos
     self._rows = max(batch_tokens // model.context, 1)
     self._scorer = LikelihoodScorer(model, mesh, batch_tokens)
     self._generator = Generator(model, mesh, tokenizer)
-    self._parameters: Parameters | None = None
-    self._weights: Parameters | None = None
+    self.use({})
 
-  def use(self, parameters: Parameters | None) -> None:
-    """Sets the parameters to evaluate, without compiling anything again; None frees the current ones."""
-    self._parameters, self._weights = parameters, None
+  def use(self, parameters: Parameters) -> None:
+    """Sets the parameters to evaluate, without compiling anything again; {} frees the current ones."""
+    self._parameters, self._weights = parameters, Parameters()
 
   @property
   def eot_token_id(self) -> int:
@@ -76,16 +65,13 @@ class HarnessModel(TemplateLM):
     return self._tokenizer.bos_id
 
   def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-    """Ids of a text, after bos if `add_special_tokens`, or by default the model's `add_bos`, says so."""
+    """Ids of a text, after bos if `add_special_tokens` or, by default, `add_bos` is true."""
     begin = self._add_bos if add_special_tokens is None else add_special_tokens
     return [self._tokenizer.bos_id] * begin + self._tokenizer.encode(string, 'text of a task').tolist()
 
   def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-    """(nats, greedy) of each request (context, continuation).
-
-    Raises:
-      UserError: the tokenizer cannot encode a text, or a continuation has no tokens or exceeds the model's context.
-    """
+    """(nats, greedy) of each request (context, continuation). Raises a UserError for a text that the tokenizer cannot encode, and for a
+    continuation that has no tokens or exceeds the model's context."""
     return super().loglikelihood(requests, disable_tqdm=True)
 
   def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **others: Any) -> list[tuple[float, bool]]:
@@ -97,41 +83,32 @@ class HarnessModel(TemplateLM):
 
   def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
     """Nats of each complete text, in disjoint windows of the model's context length; tokens see only their own window."""
-    windows: list[Request] = []
-    counts = []
-    for request in requests:
-      ids = self.tok_encode(request.args[0])
-      pairs = get_rolling_token_windows(token_list=ids, prefix_token=self.prefix_token_id, max_seq_len=self._context, context_len=1)
-      mine = [Request(*make_disjoint_window(pair)) for pair in pairs]
-      windows += mine
-      counts.append(len(mine))
-    scores = iter(self._scores(windows))
-    return [sum(next(scores)[0] for _ in range(count)) for count in counts]
+    pairs = lambda ids: get_rolling_token_windows(ids, self.prefix_token_id, max_seq_len=self._context, context_len=1)
+    windows = [[Request(*make_disjoint_window(pair)) for pair in pairs(self.tok_encode(request.args[0]))] for request in requests]
+    scores = iter(self._scores([window for some in windows for window in some]))
+    return [sum(next(scores)[0] for _ in some) for some in windows]
 
   def _scores(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
     longest = max((len(one.continuation) for one in requests), default=0)
     if longest > self._context:
       raise UserError('--tasks', f'a continuation of {longest} tokens', f"at most the model's context of {self._context}")
     cut = sum(len(one.context) + len(one.continuation) > self._context + 1 for one in requests)
-    with self._progress('log-likelihoods', len(requests), 'requests') as advance:
-      found = self._scorer(self._current(), requests, advance)
+    with ProgressBar('log-likelihoods', len(requests), 'requests', shown=is_primary()) as work:
+      found = self._scorer(self._parameters, requests, work.advance)
     if cut and is_primary():
       announce(f"{cut:,} of {len(requests):,} requests exceed the model's context of {self._context} tokens: truncated at their beginning")
     return [(one.nats, one.greedy) for one in found]
 
   def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-    """The text that follows each request's context, up to one of its stop strings (`until`), the end of text or `max_gen_toks`.
-
-    Raises:
-      UserError: `max_gen_toks` leaves no space for a prompt, or the tokenizer cannot encode a text.
-    """
-    if self._weights is None:
-      self._weights = self._generator.prepare(self._current())
+    """The text that follows each request's context, up to one of its stop strings (`until`), the end of text or `max_gen_toks`. Raises a
+    UserError for a text that the tokenizer cannot encode, or if `max_gen_toks` leaves no space for a prompt."""
+    if not self._weights:
+      self._weights = self._generator.prepare(self._parameters)
     groups: dict[str, list[int]] = {}
     for index, request in enumerate(requests):
       groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
     answers = [''] * len(requests)
-    with self._progress('generation', len(requests), 'requests') as advance:
+    with ProgressBar('generation', len(requests), 'requests', shown=is_primary()) as work:
       for settings, group in groups.items():
         options = self._options(json.loads(settings))
         prompt_tokens = self._context - options['max_tokens']
@@ -142,7 +119,7 @@ class HarnessModel(TemplateLM):
           continuations = self._generator(self._weights, [prompts[index] for index in some], seeds=some, **options)
           for index, continuation in zip(some, continuations, strict=True):
             answers[index] = continuation.text
-          advance(len(some))
+          work.advance(len(some))
     return answers
 
   def _options(self, settings: dict[str, Any]) -> dict[str, Any]:
@@ -153,10 +130,6 @@ class HarnessModel(TemplateLM):
       raise UserError('--tasks', f'max_gen_toks={max_tokens}', f"at least 1 and less than the model's context of {self._context}")
     if unsupported := sorted(name for name in given if name not in _SUPPORTED and given[name] != _WITHOUT_EFFECT.get(name)):
       raise UserError('--tasks', f'{unsupported[0]}={given[unsupported[0]]}', f'a task that generates with {", ".join(_SUPPORTED)}')
-    sampling = Sampling(given['temperature'] if given['do_sample'] else 0.0, int(given.get('top_k', 0)), float(given.get('top_p', 1.0)),
-                        float(given.get('min_p', 0.0)), float(given.get('repetition_penalty', 1.0)))
+    sampling = Sampling(given['temperature'] if given['do_sample'] else 0.0, int(given.get('top_k', 0)), **{
+      name: float(given[name]) for name in ('top_p', 'min_p', 'repetition_penalty') if name in given})
     return {'max_tokens': max_tokens, 'sampling': sampling, 'stop': [stop for stop in given['until'] if stop]}
-
-  def _current(self) -> Parameters:
-    assert self._parameters is not None, 'call use() first'
-    return self._parameters

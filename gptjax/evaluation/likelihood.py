@@ -1,17 +1,17 @@
-"""Log-likelihoods of continuations: the probability that a model gives to one text after another."""
+"""Log-likelihoods of continuations: the probability of one text after another."""
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from gptjax.inference import bucket
+from gptjax.inference.forward import bucket, forward, one_behind, padded_batch, power_of_two, put_batch
 from gptjax.model import AbstractModel, Parameters, left_padded
-from gptjax.sharding import ROWS, local_rows, process_rows, put_rows, row_groups
+from gptjax.sharding import ROWS, full_groups
 
 
 class Request(NamedTuple):
@@ -32,14 +32,12 @@ class Likelihood(NamedTuple):
 
 
 class LikelihoodScorer:
-  """Scores continuations in batches; one program is compiled per bucket of lengths.
+  """Scores continuations in batches; one program is compiled per bucket of lengths. Every process gets all results.
 
-  Rows are padded on the left, so that the continuations are the last tokens of all rows; logits are computed for those only. Every
-  process gets all results.
+  Rows are padded on the left, so that the continuations are the last tokens of all rows; logits are computed for those only.
 
   Args:
-    model: of the parameters.
-    mesh: of the parameters; its groups of devices score different rows.
+    model, mesh: of the parameters.
     batch_tokens: tokens per batch including padding; shorter rows make larger batches.
   """
 
@@ -51,29 +49,28 @@ class LikelihoodScorer:
                advance: Callable[[int], None] = lambda done: None) -> list[Likelihood]:
     """The likelihood of each request's continuation, in their order.
 
-    Requests that exceed the model's context are truncated at their beginning; continuations must fit.
-
-    Args:
-      parameters: of the model.
-      requests: any number, of any lengths.
-      advance: called with the number of requests that were scored since the last call.
+    Requests that exceed the model's context are truncated at their beginning; continuations must fit. `advance` is called with the
+    number of requests that were scored since its last call.
     """
     assert all(one.context and len(one.continuation) <= self._context for one in requests)
     sizes = {index: self._size(one) for index, one in enumerate(requests) if one.continuation}
     order = sorted(sizes, key=lambda index: (sizes[index], index), reverse=True)  # the largest first: it needs the most memory
     found = [Likelihood(0.0, True)] * len(requests)
-    # The next batch is dispatched before the results of the previous one are fetched.
-    waiting: list[tuple[list[int], tuple[jax.Array, jax.Array]]] = []
-    for (length, end), group in itertools.groupby(order, key=sizes.__getitem__):
-      indices = list(group)
-      rows = self._rows(length, len(indices))
-      for start in range(0, len(indices), rows):
-        some = indices[start:start + rows]
-        waiting.append((some, self._run(parameters, self._batch([requests[index] for index in some], rows, length, end))))
-        if len(waiting) > 1:
-          advance(_collect(found, requests, *waiting.pop(0)))
-    for one in waiting:
-      advance(_collect(found, requests, *one))
+
+    def scored() -> Iterator[tuple[list[int], tuple[jax.Array, jax.Array]]]:
+      for (length, end), group in itertools.groupby(order, key=sizes.__getitem__):
+        indices = list(group)
+        rows = full_groups(self._mesh, min(max(self._batch_tokens // length, 1), power_of_two(len(indices))))
+        for start in range(0, len(indices), rows):
+          some = indices[start:start + rows]
+          yield some, self._run(parameters, self._batch([requests[index] for index in some], rows, length, end))
+
+    for indices, scores in one_behind(scored()):
+      nats, greedy = map(np.asarray, scores)
+      for row, index in enumerate(indices):
+        last = slice(-len(requests[index].continuation), None)
+        found[index] = Likelihood(float(nats[row, last].sum(dtype=np.float64)), bool(greedy[row, last].all()))
+      advance(len(indices))
     advance(len(requests) - len(sizes))
     return found
 
@@ -83,43 +80,23 @@ class LikelihoodScorer:
     end = next(4**power for power in itertools.count(1) if 4**power >= len(one.continuation))
     return bucket(read), min(end, bucket(read))
 
-  def _rows(self, length: int, count: int) -> int:
-    groups = row_groups(self._mesh)
-    rows = min(max(self._batch_tokens // length, 1), 1 << (count - 1).bit_length())
-    return -(-rows // groups) * groups
-
   def _batch(self, requests: Sequence[Request], rows: int, length: int, end: int) -> dict[str, jax.Array]:
-    tokens, targets = np.zeros((rows, length), np.int32), np.zeros((rows, end), np.int32)
-    padding = np.full(rows, length - 1, np.int32)  # rows without a request have one token, whose score is ignored
-    for row, (context, continuation) in enumerate(requests):
-      ids = [*context, *continuation][-(self._context + 1):]
-      tokens[row, length - len(ids) + 1:] = ids[:-1]
-      targets[row, end - len(continuation):] = continuation
-      padding[row] = length - len(ids) + 1
-    mine = process_rows(self._mesh, rows)
-    return put_rows(self._mesh, {'tokens': tokens[mine], 'targets': targets[mine], 'padding': padding[mine]}, rows)
+    targets = np.zeros((rows, end), np.int32)
+    for row, request in enumerate(requests):
+      targets[row, end - len(request.continuation):] = request.continuation
+    read = [[*context, *continuation][-(self._context + 1):-1] for context, continuation in requests]
+    return put_batch(self._mesh, {'targets': targets, **padded_batch(read, rows, length)})
 
 
 @functools.lru_cache(maxsize=16)
 def _last_scores(model: AbstractModel, mesh: Mesh) -> Callable:
   """Jitted (parameters, batch) -> (log-probabilities of the last N tokens of each row, whether it is the most likely), [B, N]."""
-  zero = model.zero(0, mesh)
-
-  def local(entered, batch):
-    tokens, targets, padding = batch['tokens'], batch['targets'], batch['padding']
+  def local(module, batch):
+    tokens, targets = batch['tokens'], batch['targets']
     (rows, length), end = tokens.shape, targets.shape[1]
-    module = model.merge(zero.weights(entered, differentiated=False))
-    hidden = module.hidden(tokens, left_padded(length, padding))[0].reshape(rows, length, -1)
+    hidden = module.hidden(tokens, left_padded(length, batch['padding']))[0].reshape(rows, length, -1)
     scores = module.head.log_probabilities(hidden[:, length - end:].reshape(rows * end, -1), targets.reshape(-1))
     return tuple(score.reshape(rows, end) for score in scores)
 
-  run = local_rows(local, (zero.in_specs, ROWS), ROWS)
-  return jax.jit(lambda parameters, batch: jax.reshard(run(zero.enter(parameters), batch), PartitionSpec(None, None)))
-
-
-def _collect(found: list[Likelihood], requests: Sequence[Request], indices: list[int], scores: tuple[jax.Array, jax.Array]) -> int:
-  nats, greedy = (np.asarray(score) for score in scores)
-  for row, index in enumerate(indices):
-    count = len(requests[index].continuation)
-    found[index] = Likelihood(float(nats[row, -count:].sum(dtype=np.float64)), bool(greedy[row, -count:].all()))
-  return len(indices)
+  run = forward(model, mesh, 0, local, (ROWS,), ROWS)
+  return jax.jit(lambda parameters, batch: jax.reshard(run(parameters, batch), PartitionSpec(None, None)))

@@ -1,7 +1,9 @@
-"""Results of an evaluation: one record per checkpoint, for files, tables and plots."""
+"""Results of an evaluation: one record per checkpoint, as JSON, tables and plots."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from gptjax.evaluation.score import Scores
@@ -10,18 +12,13 @@ Record = dict[str, Any]
 """`step`; for documents, the fields of Score over all sets together, and `sets` and `tags` with those of each set and tag; for tasks,
 `tasks` with the metrics, METRIC_stderr, examples, fewshot and version of each task."""
 
-_COLUMNS = ('loss', 'perplexity', 'bits_per_byte', 'tokens')
+_Curve = tuple[list[int], list[float], list[float]]
+"""Steps, values and standard errors (0: unknown)."""
 
 
 def record(step: int, scores: Scores | None, tasks: Mapping[str, Mapping[str, Any]] | None) -> Record:
   """The record of a checkpoint, with `None` results left out."""
-  found: Record = {}
-  if scores:
-    found |= dataclasses.asdict(scores.overall)
-  found['step'] = step
-  if scores:
-    for group in ('sets', 'tags'):
-      found[group] = {name: dataclasses.asdict(score) for name, score in getattr(scores, group).items()}
+  found: Record = {**dataclasses.asdict(scores.overall), 'step': step, **dataclasses.asdict(scores)} if scores else {'step': step}
   return found | ({'tasks': {name: dict(metrics) for name, metrics in tasks.items()}} if tasks is not None else {})
 
 
@@ -44,8 +41,8 @@ def table(records: Sequence[Record]) -> str:
   if len(rows) > 1:
     lines.append(f'{"step":>9}  {"set":<22}{"loss":>10}{"perplexity":>14}{"bits/byte":>12}{"tokens":>14}')
     for step, name, score in rows:
-      loss, perplexity, bits, tokens = (score[column] for column in _COLUMNS)
-      lines.append(f'{step:>9}  {name:<22}{loss:>10.4f}{perplexity:>14.3f}{bits:>12.4f}{tokens:>14,}')
+      lines.append(f'{step:>9}  {name:<22}{score["loss"]:>10.4f}{score["perplexity"]:>14.3f}{score["bits_per_byte"]:>12.4f}'
+                   f'{score["tokens"]:>14,}')
   values = [(found['step'], key, value, found['tasks'][key[0]]['examples']) for found in records for key, value in metrics(found).items()]
   if values:
     lines.append(f'{"step":>9}  {"task":<22}{"metric":<14}{"value":>14}{"std. error":>14}{"examples":>10}')
@@ -56,3 +53,42 @@ def table(records: Sequence[Record]) -> str:
 
 def _short(value: float) -> str:
   return f'{value:.4f}' if abs(value) < 1e3 else f'{value:,.1f}' if abs(value) < 1e7 else f'{value:.4g}'
+
+
+def draw(records: Sequence[Record], path: Path) -> bool:
+  """Writes a PNG with bits per byte and loss of each set, and metrics of tasks, over steps; metrics between 0 and 1, such as accuracies,
+  have their own panel. Returns False, without a file, if there is no finite number to plot."""
+  from matplotlib.figure import Figure
+
+  keys = {key for one in records for key in metrics(one)}
+  fractions = {key for key in keys if all(0 <= metrics(one)[key][0] <= 1 for one in records if key in metrics(one))}
+  of_sets = lambda field: _curves(records, lambda one: {name: (score[field], None) for name, score in documents(one).items()})
+  of_tasks = lambda ours: _curves(records, lambda one: {' '.join(key): value for key, value in metrics(one).items() if key in ours})
+  panels = [('held-out text', 'bits per byte', of_sets('bits_per_byte')), ('held-out text', 'nats per token', of_sets('loss')),
+            ('tasks', 'fraction (bars: standard error)', of_tasks(fractions)), ('tasks', 'value', of_tasks(keys - fractions))]
+  panels = [panel for panel in panels if panel[2]]
+  if not panels:
+    return False
+  figure = Figure(figsize=(4.6 * len(panels), 3.6), layout='constrained')
+  for axis, (title, unit, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+    for name, (steps, values, errors) in curves.items():
+      axis.errorbar(steps, values, errors if any(errors) else None, marker='o', markersize=3, linewidth=1, capsize=2, label=name)
+    axis.set(title=title, xlabel='step', ylabel=unit)
+    if min(min(values) for _, values, _ in curves.values()) > 0 and unit == 'value':
+      axis.set_yscale('log')
+    axis.legend(fontsize='small', frameon=False)
+    axis.grid(alpha=0.3)
+  figure.savefig(path, dpi=130)
+  return True
+
+
+def _curves(records: Sequence[Record], values: Callable[[Record], dict[str, tuple[float, float | None]]]) -> dict[str, _Curve]:
+  curves: dict[str, _Curve] = {}
+  for one in records:
+    for name, (value, error) in values(one).items():
+      if math.isfinite(value):
+        steps, means, errors = curves.setdefault(name, ([], [], []))
+        steps.append(one['step'])
+        means.append(value)
+        errors.append(error or 0.0)
+  return curves

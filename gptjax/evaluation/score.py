@@ -3,15 +3,16 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from gptjax.data import EvalRows
+from gptjax.inference.forward import forward, one_behind
 from gptjax.model import AbstractModel, Parameters, Positions
-from gptjax.sharding import ROWS, local_rows, process_rows, put_rows, sum_over_rows
+from gptjax.sharding import ROWS, full_groups, process_rows, put_rows, sum_over_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +32,13 @@ class Score:
 
 
 def score_of(nats: float, tokens: int, text_bytes: float) -> Score:
-  """The score of so many nats of loss, summed over tokens that stand for so many bytes."""
+  """The score of a loss in nats, summed over a number of tokens that stand for a number of bytes."""
   mean = nats / tokens
   return Score(mean, math.exp(min(mean, 700.0)), nats / math.log(2) / text_bytes, tokens, text_bytes)
 
 
 def pooled(scores: Iterable[Score]) -> Score:
-  """The score of several sets as one: every target counts alike, whichever set it is from."""
+  """The score of several sets as one, in which every target counts equally."""
   scores = list(scores)
   nats = sum(score.loss * score.tokens for score in scores)
   return score_of(nats, sum(score.tokens for score in scores), sum(score.bytes for score in scores))
@@ -63,57 +64,42 @@ class Scores:
 
 
 class Scorer:
-  """Scores rows in batches with one compiled program, whatever the number of sets.
+  """Scores rows of any number of sets in batches, with one compiled program.
 
   Args:
-    model: what is scored.
+    model, mesh: of the parameters.
     objective: of training; its metric 'loss' is the score.
-    mesh: of the parameters.
-    batch_size: rows per batch; the last batch of a set is filled up with padding.
+    batch_size: rows per batch; it is rounded up to an equal number for each group of devices, and batches are filled with padding.
     zero_stage: at which the parameters are stored.
   """
 
   def __init__(self, model: AbstractModel, objective: Callable, mesh: Mesh, batch_size: int, zero_stage: int = 0):
-    self._mesh, self._batch_size = mesh, batch_size
+    self._mesh, self._batch_size = mesh, full_groups(mesh, batch_size)
     self._sums = _summed_scores(model, objective, mesh, zero_stage)
 
   def sets(self, parameters: Parameters, sets: Mapping[str, EvalRows], tags: Mapping[str, Iterable[str]], *, count: int = 0,
            advance: Callable[[int], None] = lambda rows: None) -> Scores:
-    """The scores of several sets and of their tags.
-
-    Args:
-      parameters: of the model.
-      sets: rows of each set.
-      tags: names of the sets that each tag has.
-      count: as for `__call__`, for each set.
-      advance: as for `__call__`.
-    """
+    """The scores of several sets, and of the sets of each tag as one; the other arguments are those of `__call__`."""
     scores = {name: self(parameters, rows, count=count, advance=advance) for name, rows in sets.items()}
     return Scores(scores, {tag: pooled(scores[name] for name in names) for tag, names in tags.items()})
 
   def __call__(self, parameters: Parameters, rows: EvalRows, *, count: int = 0,
                advance: Callable[[int], None] = lambda rows: None) -> Score:
-    """The score of these parameters.
-
-    Args:
-      parameters: of the model.
-      rows: the validation rows.
-      count: rows to score, evenly spaced; 0: all.
-      advance: told of every batch's rows.
-    """
+    """The score of parameters on `count` of the rows, evenly spaced; 0: all. `advance` is called with the number of rows of every batch."""
     indices = np.arange(rows.count) if not 0 < count < rows.count else np.arange(count) * rows.count // count
     mine = process_rows(self._mesh, self._batch_size)
+
+    def sums() -> Iterator[tuple[int, tuple[jax.Array, jax.Array]]]:
+      for start in range(0, len(indices), self._batch_size):
+        chosen = indices[start:start + self._batch_size]
+        # Rows beyond the last are all padding and count nothing.
+        filled = np.pad(chosen, (0, self._batch_size - len(chosen)), constant_values=rows.count)
+        yield len(chosen), self._sums(parameters, put_rows(self._mesh, rows.batch(filled[mine]), self._batch_size))
+
     loss, tokens = 0.0, 0
-    # The sums of a batch are read when the next one is on its way; more at once may wait for each other for ever on virtual CPU devices.
-    waiting = None
-    for start in range(0, len(indices), self._batch_size):
-      chosen = indices[start:start + self._batch_size]
-      # Rows beyond the last are all padding and count nothing.
-      filled = np.concatenate([chosen, np.full(self._batch_size - len(chosen), rows.count)])
-      before, waiting = waiting, self._sums(parameters, put_rows(self._mesh, rows.batch(filled[mine]), self._batch_size))
-      loss, tokens = _added(loss, tokens, before)
-      advance(len(chosen))
-    loss, tokens = _added(loss, tokens, waiting)
+    for done, (nats, targets) in one_behind(sums()):  # more batches at once may deadlock on virtual CPU devices
+      loss, tokens = loss + float(nats), tokens + int(targets)
+      advance(done)
     # A part of the rows stands for the same part of the bytes.
     return score_of(loss, tokens, rows.store.bytes * tokens / rows.store.targets)
 
@@ -121,18 +107,9 @@ class Scorer:
 @functools.lru_cache(maxsize=16)
 def _summed_scores(model: AbstractModel, objective: Callable, mesh: Mesh, zero_stage: int) -> Callable:
   """The jitted function (parameters, batch) -> (summed loss, number of targets)."""
-  zero = model.zero(zero_stage, mesh)
-
-  def local(entered, batch):
-    module = model.merge(zero.weights(entered, differentiated=False))
+  def local(module, batch):
     positions = Positions(batch['positions'], batch['segments']) if 'segments' in batch else None
     _, targets, metrics = objective(module.head, module.hidden(batch['tokens'], positions)[0], batch)
     return sum_over_rows((metrics['loss'], targets))
 
-  run = local_rows(local, (zero.in_specs, ROWS), PartitionSpec())
-  return jax.jit(lambda parameters, batch: run(zero.enter(parameters), batch))
-
-
-def _added(loss: float, tokens: int, sums: tuple[jax.Array, jax.Array] | None) -> tuple[float, int]:
-  """Loss and tokens with those of a batch, where there is one."""
-  return (loss + float(sums[0]), tokens + int(sums[1])) if sums is not None else (loss, tokens)
+  return jax.jit(forward(model, mesh, zero_stage, local, (ROWS,), PartitionSpec()))

@@ -38,19 +38,16 @@ def choose_sets(wanted: Sequence[str] | None, held_out: HeldOut, cache_dir: Path
 
 def _open(name: str, path: str, held_out: HeldOut, cache_dir: Path) -> TokenStore:
   if '://' not in path and not (expanded(path) / MANIFEST).exists():
-    return _tokenized(name, path, held_out, cache_dir)
+    recipe = Recipe(open_source(SourceConfig(path), cache_dir), held_out.tokenizer)
+    folder = cache_dir / 'data' / f'set-{recipe.fingerprint()[:16]}'
+    make = lambda: write_store(folder, recipe, processes=cores(), title=f'tokenizing {name}')
+    # Process 0 first: the others then find the store in a shared cache, or write it to their own disk.
+    made = make() if is_primary() else None
+    broadcast(f'set {name}')
+    return made or make()
   store = TokenStore.open(path if '://' in path else expanded(path))
   if store.tokenizer_sha256 != held_out.tokenizer.sha256:
     raise UserError('--sets', f'{name}={path}', f"a store made with the run's tokenizer {held_out.tokenizer.sha256[:12]}, not "
                     f'{store.tokenizer_sha256[:12]}: tools.prepare_data --tokenizer=WORKDIR/data/tokenizer, or the documents themselves')
   store.check()
   return store
-
-
-def _tokenized(name: str, path: str, held_out: HeldOut, cache_dir: Path) -> TokenStore:
-  recipe = Recipe(open_source(SourceConfig(path), cache_dir), held_out.tokenizer)
-  make = lambda: write_store(cache_dir / 'data' / f'set-{recipe.fingerprint()[:16]}', recipe, processes=cores(), title=f'tokenizing {name}')
-  # Process 0 first: the others then find the store in a shared cache, or write it to their own disk.
-  store = make() if is_primary() else None
-  broadcast(f'set {name}')
-  return store or make()

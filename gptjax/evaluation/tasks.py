@@ -1,6 +1,5 @@
 """Tasks of EleutherAI's lm-evaluation-harness: finds them by name, loads their data and runs a model on them. Needs the lm_eval package."""
 
-import dataclasses
 import logging
 import os
 from collections.abc import Sequence
@@ -13,78 +12,54 @@ from lm_eval.tasks import TaskManager
 from gptjax.config import UserError
 from gptjax.files import expanded
 
-_RESAMPLES = 100
-"""Bootstrap iterations for standard errors that have no formula, such as that of a perplexity."""
+_BOOTSTRAP_ITERATIONS = 100
+"""For standard errors that have no formula, such as that of a perplexity."""
 
 Results = dict[str, dict[str, Any]]
 """By task: its metrics, each with its standard error as METRIC_stderr, and examples, fewshot and version."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-  """How tasks are run."""
-
-  path: str = 'configs/tasks'
-  """folder of YAML files; they take precedence over the harness's own tasks of the same name"""
-  data: str = ''
-  """folder with the data of local tasks"""
-  limit: int = 0
-  """maximum number of examples per task; 0: all"""
-  fewshot: int | None = None
-  """solved examples before each question; None: as defined by the task"""
 
 
 class Tasks:
   """Tasks by name, with their data.
 
   Args:
-    names: of tasks, tags or groups in `options.path`, or of the harness's own, whose data is downloaded.
-    options: how they are run.
+    names: of tasks, tags or groups in `path`, or of the harness's own, whose data is downloaded.
+    path: folder of YAML files; they take precedence over the harness's own tasks of the same name.
+    data: folder with the data of local tasks.
+    limit: maximum number of examples per task; 0: all.
+    fewshot: solved examples before each question; None: as defined by the task.
 
   Raises:
     UserError: an unknown name, or data that cannot be loaded.
   """
 
-  def __init__(self, names: Sequence[str], options: Options):
+  def __init__(self, names: Sequence[str], path: str = 'configs/tasks', data: str = '', limit: int = 0, fewshot: int | None = None):
     logging.getLogger('lm_eval').setLevel(logging.ERROR)
-    self._limit = options.limit or None
-    if not expanded(options.path).is_dir():
-      raise UserError('--task_path', options.path, 'a folder of task files (YAML)')
-    local = expanded(options.path)
+    self._limit = limit or None
+    if not expanded(path).is_dir():
+      raise UserError('--task_path', path, 'a folder of task files (YAML)')
     # A task's data_files and custom_dataset get the folder from its metadata.
-    found = {'include_path': local, 'metadata': {'task_data': str(expanded(options.data))} if options.data else {}}
+    found = {'include_path': expanded(path), 'metadata': {'task_data': str(expanded(data))} if data else {}}
     manager = TaskManager(include_defaults=False, **found)
     own = manager.all_tasks
     if not set(names) <= set(own):
       manager = TaskManager(**found)  # also the harness's own, thousands of files: this takes a while
     for name in names:
       if name not in manager.all_tasks:
-        raise UserError('--tasks', name, f"{', '.join(own) or 'none'} in {options.path}, or one of the harness's own", manager.all_tasks)
+        raise UserError('--tasks', name, f"{', '.join(own) or 'none'} in {path}, or one of the harness's own", manager.all_tasks)
     self._loaded: dict[str, dict[str, Any]] = {'tasks': {}, 'groups': {}, 'group_map': {}}
     for name in names:
-      for part, members in _load(manager, name, options).items():
+      for part, members in _load(manager, name, data).items():
         self._loaded[part].update(members)
     for task in self._loaded['tasks'].values():
-      _set_fewshot(task, options.fewshot)
-
-  @property
-  def examples(self) -> int:
-    """Number of examples in all tasks together."""
-    return sum(min(len(task.eval_docs), self._limit or len(task.eval_docs)) for task in self._loaded['tasks'].values())
+      _set_fewshot(task, fewshot)
 
   def __call__(self, model: LM, samples: bool = False) -> tuple[Results, list[dict[str, Any]]]:
-    """Runs a model on all tasks.
-
-    Args:
-      model: any model of the harness: our HarnessModel, or its HFLM.
-      samples: whether to return requests and responses too.
-
-    Returns:
-      results, and for each example its task, doc_id, arguments, resps and metrics.
-    """
+    """Runs a model of the harness, such as HarnessModel or HFLM, on all tasks. Returns the results, and with `samples`, for each example,
+    its task, doc_id, arguments, resps and metrics."""
     os.environ['DISABLE_MULTIPROC'] = '1'  # the harness would fork while JAX's threads run
     try:
-      output = evaluator.evaluate(model, self._loaded, limit=self._limit, log_samples=samples, bootstrap_iters=_RESAMPLES)
+      output = evaluator.evaluate(model, self._loaded, limit=self._limit, log_samples=samples, bootstrap_iters=_BOOTSTRAP_ITERATIONS)
     except UserError:
       raise
     except Exception as error:  # a task's own code may raise anything
@@ -97,11 +72,11 @@ class Tasks:
     return {name: _result(name, metrics, output) for name, metrics in output['results'].items()}, examples
 
 
-def _load(manager: TaskManager, name: str, options: Options) -> dict[str, Any]:
+def _load(manager: TaskManager, name: str, data: str) -> dict[str, Any]:
   try:
     return dict(manager.load(name))
   except FileNotFoundError as error:
-    raise UserError('--task_data', options.data or None, f'a folder with the data of {name} ({error.filename or error})') from None
+    raise UserError('--task_data', data or None, f'a folder with the data of {name} ({error.filename or error})') from None
   except Exception as error:  # a task file, its code or a download may raise anything
     raise UserError('--tasks', name, f'a task that can be loaded ({type(error).__name__}: {error})') from error
 

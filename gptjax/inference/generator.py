@@ -1,30 +1,35 @@
-"""Text generation: stop conditions, and streaming of text as it is generated."""
+"""Text generation: prompts, stop conditions, and text that is streamed as it is generated."""
 
 import dataclasses
+import json
 from collections.abc import Generator as Coroutine
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 from jax.sharding import Mesh
 
+from gptjax.config import UserError
 from gptjax.data import TextStream, Tokenizer
 from gptjax.inference.decoding import Decoder
-from gptjax.inference.prompts import Prompt
 from gptjax.inference.sampling import Sampling, never_drawn
 from gptjax.model import AbstractModel, Parameters
 
+Prompt = str | Sequence[Mapping[str, Any]]
+"""A text, or the messages of a conversation: {'role': ..., 'content': ...} each."""
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass
 class Continuation:
   """The continuation of a prompt."""
 
-  text: str
+  text: str = ''
   """up to a stop string or a stop id, which it excludes"""
-  ids: list[int]
+  ids: list[int] = dataclasses.field(default_factory=list)
   """all generated ids, including one that ended the text"""
-  logprobs: list[float]
+  logprobs: list[float] = dataclasses.field(default_factory=list)
   """log-probability of each id under the model, in nats"""
-  ended: Literal['id', 'text', 'length']
+  ended: Literal['id', 'text', 'length'] = 'length'
   """stop reason: a stop id, a stop string, or the maximum number of tokens"""
 
 
@@ -36,8 +41,7 @@ class Generator:
     generator(weights, [generator.prompt('Once upon a time')], max_tokens=50)[0].text
 
   Args:
-    model: of the parameters.
-    mesh: of the parameters.
+    model, mesh: of the parameters.
     tokenizer: of the prompts and of the text; its end-of-text ids end a continuation.
     zero_stage: how `prepare` shards the parameters; see `Decoder`.
   """
@@ -51,11 +55,8 @@ class Generator:
     return self._decoder.prepare(parameters)
 
   def prompt(self, prompt: Prompt, source: str = '--prompt') -> list[int]:
-    """Ids of a conversation, or of a text at the beginning of a document; the tokenizer's bos if there would be none.
-
-    Raises:
-      UserError: the tokenizer cannot encode the text, which the error calls `source`, or has no chat template.
-    """
+    """Ids of a conversation, or of a text at the beginning of a document; the tokenizer's bos if there would be none. Raises a UserError
+    for a text, named `source`, that the tokenizer cannot encode, and for a conversation if it has no chat template."""
     if not isinstance(prompt, str):
       return self.tokenizer.chat(prompt).tolist()
     return [*self.tokenizer.start_ids, *self.tokenizer.encode(prompt, source).tolist()] or [self.tokenizer.bos_id]
@@ -89,52 +90,72 @@ class Generator:
     steps = self._decoder(parameters, prompts, sampling, range(len(rows)) if seeds is None else seeds, max_tokens)
     for ids, logprobs in steps:
       for index, row in enumerate(rows):
-        if row.ended is None and (piece := row.push(int(ids[index]), float(logprobs[index]))):
+        if row.ended == 'length' and (piece := row.push(int(ids[index]), float(logprobs[index]))):
           yield index, piece
-      if all(row.ended for row in rows):
+      if all(row.ended != 'length' for row in rows):
         break
     for index, row in enumerate(rows):
-      if row.ended is None and (piece := row.finish()):
+      if row.ended == 'length' and (piece := row.finish()):
         yield index, piece
-    return [Continuation(row.text, row.ids, row.logprobs, row.ended or 'length') for row in rows]
+    return [*rows]
 
 
-class _Row:
-  """The text of one row. A suffix that could be the start of a stop string is held back."""
+class _Row(Continuation):
+  """A continuation that grows. A suffix that could be the start of a stop string is held back."""
 
   def __init__(self, stream: TextStream, stop: tuple[str, ...], ends: set[int]):
-    self._stream, self._stop, self._ends = stream, stop, ends
-    self._held = ''
-    self.text = ''
-    self.ids: list[int] = []
-    self.logprobs: list[float] = []
-    self.ended: Literal['id', 'text', 'length'] | None = None
+    super().__init__()
+    self._stream, self._stop, self._ends, self._held = stream, stop, ends, ''
 
   def push(self, token: int, logprob: float) -> str:
     """Adds the next token; returns the text that became final."""
     self.ids.append(token)
     self.logprobs.append(logprob)
-    if token in self._ends:
-      piece = self.finish()  # the rest may contain a stop string
-      self.ended = self.ended or 'id'
-      return piece
-    return self._final(self._stream.push([token]))
+    if token not in self._ends:
+      return self._final(self._stream.push([token]))
+    piece = self.finish()  # the rest may contain a stop string
+    if self.ended == 'length':
+      self.ended = 'id'
+    return piece
 
   def finish(self) -> str:
     """Returns the rest of the text."""
-    piece = self._final(self._stream.finish())
-    rest, self._held = self._held, ''
-    self.text += rest
-    return piece + rest
+    piece = self._final(self._stream.finish()) + self._held
+    self.text += self._held
+    self._held = ''
+    return piece
 
   def _final(self, new: str) -> str:
     text = self._held + new
     found = min((at for at in (text.find(one) for one in self._stop if one) if at >= 0), default=-1)
     if found >= 0:
-      self.ended, self._held = 'text', ''
-      text = text[:found]
+      self.ended, end, self._held = 'text', found, ''
     else:
-      held = max((n for one in self._stop for n in range(1, len(one)) if text.endswith(one[:n])), default=0)
-      text, self._held = text[:len(text) - held], text[len(text) - held:]
-    self.text += text
-    return text
+      end = len(text) - max((n for one in self._stop for n in range(1, len(one)) if text.endswith(one[:n])), default=0)
+      self._held = text[end:]
+    self.text += text[:end]
+    return text[:end]
+
+
+def read_prompts(path: Path) -> list[tuple[str, Prompt]]:
+  """Returns (FILE:LINE, for errors; prompt) for each non-empty line of a file: a text, or in a .jsonl file an object with a text "prompt"
+  or a conversation "messages". Raises a UserError for a file that is empty or cannot be read, and for any other line."""
+  try:
+    lines = path.read_text(encoding='utf-8').split('\n')  # not splitlines(), which also splits at other Unicode line breaks
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError('--prompts', str(path), f'a file of UTF-8 text ({getattr(error, "strerror", None) or error})') from None
+  named = [(f'{path}:{number}', line) for number, line in enumerate(lines, 1) if line]
+  if not named:
+    raise UserError('--prompts', str(path), 'a file with at least one prompt')
+  return [(source, _parsed(source, line) if path.suffix == '.jsonl' else line) for source, line in named]
+
+
+def _parsed(source: str, line: str) -> Prompt:
+  try:
+    given = json.loads(line)
+    prompt = given['messages'] if 'messages' in given else given['prompt']
+  except (ValueError, KeyError, TypeError):
+    prompt = None
+  if not isinstance(prompt, str) and not (isinstance(prompt, list) and prompt and all(isinstance(one, dict) for one in prompt)):
+    raise UserError(source, line[:80], 'a JSON object with a text "prompt" or a list "messages"')
+  return prompt

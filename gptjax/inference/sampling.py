@@ -27,16 +27,12 @@ class Sampling:
   """positive logits of tokens that the text contains are divided by it, negative ones multiplied (arXiv:1909.05858); 1: no penalty"""
 
   def __post_init__(self):
-    if not 0 <= self.temperature < math.inf:
-      raise UserError('--temperature', self.temperature, 'a number of at least 0')
-    if self.top_k < 0:
-      raise UserError('--top_k', self.top_k, '0 or more')
-    if not 0 < self.top_p <= 1:
-      raise UserError('--top_p', self.top_p, 'above 0 and at most 1')
-    if not 0 <= self.min_p <= 1:
-      raise UserError('--min_p', self.min_p, '0 to 1')
-    if not 0 < self.repetition_penalty < math.inf:
-      raise UserError('--repetition_penalty', self.repetition_penalty, 'a number above 0')
+    for field, valid, expected in (
+        ('temperature', 0 <= self.temperature < math.inf, 'a number of at least 0'), ('top_k', self.top_k >= 0, '0 or more'),
+        ('top_p', 0 < self.top_p <= 1, 'above 0 and at most 1'), ('min_p', 0 <= self.min_p <= 1, '0 to 1'),
+        ('repetition_penalty', 0 < self.repetition_penalty < math.inf, 'a number above 0')):
+      if not valid:
+        raise UserError(f'--{field}', getattr(self, field), expected)
 
 
 def penalized(logits: Float[Array, 'B V'], seen: Bool[Array, 'B V'], sampling: Sampling) -> Float[Array, 'B V']:

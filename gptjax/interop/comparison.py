@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -19,12 +19,11 @@ from gptjax.checkpoint import Checkpoints
 from gptjax.config import ComputeConfig, UserError
 from gptjax.data import Tokenizer
 from gptjax.data.progress import ProgressBar, announce
+from gptjax.interop.families import Tensor
 from gptjax.interop.matching import Match, bits
 from gptjax.interop.tensor_files import Entry
 from gptjax.sharding import local_rows
 from gptjax.model import AbstractModel, Parameters, abstract_model
-
-CHECKS = ('auto', 'transformers', 'roundtrip', 'none')
 
 RELATIVE = 1e-4
 """Difference of logits that is always allowed, relative to the largest logit: float32 sums depend on their order."""
@@ -43,11 +42,7 @@ class Check:
   """text whose logits are compared; empty: 64 fixed random ids"""
 
   def resolved(self) -> 'Check':
-    """The check with auto resolved; announces the result on stderr.
-
-    Raises:
-      UserError: the check needs a package that is not installed.
-    """
+    """The check with auto resolved; announces the result on stderr. Raises a UserError for a check whose packages are not installed."""
     installed = all(importlib.util.find_spec(name) for name in ('torch', 'transformers'))
     if self.kind == 'transformers' and not installed:
       raise UserError('--check', self.kind, 'roundtrip or none without torch and transformers (install requirements-parity.txt)')
@@ -55,50 +50,44 @@ class Check:
     announce(f'check: {kind}' + ('' if installed or kind == 'none' else '; torch and transformers are not installed'))
     return dataclasses.replace(self, kind=kind)
 
-  def tokens(self, tokenizer: Tokenizer, plan: AbstractModel) -> Int[np.ndarray, 'T']:
-    """Ids of the prompt, at most as many as the model's context.
-
-    Raises:
-      UserError: the tokenizer cannot encode the prompt.
-    """
+  def tokens(self, tokenizer: Tokenizer, model: AbstractModel) -> Int[np.ndarray, 'T']:
+    """Ids of the prompt, at most as many as the model's context; a UserError if the tokenizer cannot encode it."""
     if not self.prompt:
-      return np.random.default_rng(0).integers(0, plan.config.vocab_size, min(64, plan.context), np.int32)
-    return tokenizer.encode(self.prompt, '--prompt')[:plan.context]
+      return np.random.default_rng(0).integers(0, model.config.vocab_size, min(64, model.context), np.int32)
+    return tokenizer.encode(self.prompt, '--prompt')[:model.context]
 
 
-def restored(checkpoints: Checkpoints, step: int, plan: AbstractModel, mesh: Mesh, names: list[str]) -> Parameters:
-  """Some parameters of a checkpoint, sharded over the mesh as at ZeRO stage 3."""
-  shapes, shardings = plan.shapes, plan.shardings(3, mesh)
-  return checkpoints.restore_parameters(step, {
-    name: jax.ShapeDtypeStruct(shapes[name].shape, shapes[name].dtype, sharding=shardings[name]) for name in names})
+def for_each_tensor(title: str, use: Callable[[Tensor, np.ndarray], None], checkpoints: Checkpoints, step: int, match: Match, mesh: Mesh,
+                    entries: Mapping[str, Entry]) -> None:
+  """Calls `use` with each tensor and its value in a checkpoint, in the dtype of its entry. Only some parameters at a time are restored,
+  sharded over the mesh as at ZeRO stage 3."""
+  shapes, shardings = match.model.shapes, match.model.shardings(3, mesh)
+  with ProgressBar(title, sum(entries[tensor.name].bytes for tensor in match.tensors), 'bytes') as work:
+    for names, tensors in match.groups():
+      parameters = jax.block_until_ready(checkpoints.restore_parameters(step, {
+        name: jax.ShapeDtypeStruct(shapes[name].shape, shapes[name].dtype, sharding=shardings[name]) for name in names}))
+      for tensor in tensors:
+        use(tensor, match.write(parameters, tensor, entries[tensor.name].dtype))
+        work.advance(entries[tensor.name].bytes)
 
 
 def compare_tensors(checkpoints: Checkpoints, step: int, match: Match, mesh: Mesh, entries: Mapping[str, Entry]) -> str:
-  """Compares all tensors of a folder with a checkpoint's parameters, bit by bit; returns the result as text.
+  """Compares all tensors of a folder with a checkpoint's parameters, bit by bit; returns the result as text. Raises a UserError for a
+  tensor that differs."""
+  def compare(tensor: Tensor, ours: np.ndarray) -> None:
+    theirs = entries[tensor.name].view()
+    if tensor.parameters == ('positions/table',):
+      ours, theirs = ours[:match.model.context], theirs[:match.model.context]
+    if not np.array_equal(bits(ours), bits(theirs)):
+      raise UserError('--check=roundtrip', tensor.name, 'the same bits in folder and checkpoint; nothing was written')
 
-  Raises:
-    UserError: a tensor differs.
-  """
-  with ProgressBar('compare', sum(entries[tensor.name].bytes for tensor in match.tensors), 'bytes') as work:
-    for names, tensors in match.groups():
-      parameters = restored(checkpoints, step, match.plan, mesh, names)
-      for tensor in tensors:
-        entry = entries[tensor.name]
-        ours, theirs = match.write(parameters, tensor, entry.dtype), entry.view()
-        if tensor.parameters == ('positions/table',):
-          ours, theirs = ours[:match.plan.context], theirs[:match.plan.context]
-        if not np.array_equal(bits(ours), bits(theirs)):
-          raise UserError('--check=roundtrip', tensor.name, 'the same bits in folder and checkpoint; nothing was written')
-        work.advance(entry.bytes)
+  for_each_tensor('compare', compare, checkpoints, step, match, mesh, entries)
   return f'roundtrip: all {len(match.tensors)} tensors have the same bits in folder and checkpoint'
 
 
 def compare_logits(ours: Float[np.ndarray, 'T V'], theirs: Float[np.ndarray, 'T V'], tolerance: float) -> str:
-  """Compares logits of the same text; returns the largest difference and the mean KL divergence from `theirs` (in nats) as text.
-
-  Raises:
-    UserError: the largest difference is above `tolerance` and above RELATIVE of the largest logit, or is NaN.
-  """
+  """Compares logits of the same text; returns the largest difference and the mean KL divergence from `theirs` (in nats) as text. Raises a
+  UserError for a difference that is NaN or above both `tolerance` and RELATIVE of the largest logit."""
   largest, scale = np.abs(ours - theirs).max(), np.abs(theirs).max()
   p, q = (log_softmax(logits.astype(np.float64), -1) for logits in (theirs, ours))
   divergence = (np.exp(p) * (p - q)).sum(-1).mean()
@@ -109,25 +98,22 @@ def compare_logits(ours: Float[np.ndarray, 'T V'], theirs: Float[np.ndarray, 'T 
   return f'transformers: {text}; at most {allowed:.1e} is allowed'
 
 
-def our_logits(plan: AbstractModel, parameters: Parameters, mesh: Mesh, tokens: Int[np.ndarray, 'T']) -> Float[np.ndarray, 'T V']:
+def our_logits(model: AbstractModel, parameters: Parameters, mesh: Mesh, tokens: Int[np.ndarray, 'T']) -> Float[np.ndarray, 'T V']:
   """Our logits of a text in float32, without those of padded ids."""
-  exact = abstract_model(plan.config, ComputeConfig(scan=plan.compute.scan), plan.context)
+  exact = abstract_model(model.config, ComputeConfig(scan=model.compute.scan), model.context)
   with jax.set_mesh(mesh), jax.default_matmul_precision('highest'):  # the default of accelerators rounds float32
     # Every group of devices computes the same row: attention kernels of accelerators need local rows.
     run = local_rows(lambda parameters, tokens: exact.merge(parameters)(tokens), (PartitionSpec(), PartitionSpec()), PartitionSpec())
     logits = jax.jit(run)(parameters, tokens[None])
-    return np.asarray(logits)[0, :, :plan.config.vocab_size]
+    return np.asarray(logits)[0, :, :model.config.vocab_size]
 
 
 def their_logits(folder: Path, tokens: Int[np.ndarray, 'T']) -> Float[np.ndarray, 'T V']:
-  """Logits of a text that transformers computes from a folder in float32, in a process of its own to bound this one's memory.
-
-  Raises:
-    UserError: transformers cannot load the folder.
-  """
+  """Logits of a text that transformers computes from a folder in float32, in a process of its own to bound this one's memory. Raises a
+  UserError for a folder that transformers cannot load."""
   with tempfile.TemporaryDirectory() as scratch:
-    out = Path(scratch, 'logits.npy')
-    done = subprocess.run([sys.executable, '-m', 'gptjax.interop.reference', str(folder.absolute()), json.dumps(tokens.tolist()), str(out)],
+    out = f'{scratch}/logits.npy'
+    done = subprocess.run([sys.executable, '-m', 'gptjax.interop.reference', str(folder.absolute()), json.dumps(tokens.tolist()), out],
                           cwd=Path(__file__).parents[2], capture_output=True, text=True)
     if done.returncode:
       reason = (done.stderr.strip().splitlines() or [f'status {done.returncode}'])[-1]

@@ -1,23 +1,17 @@
 """Exports a run as a Hugging Face folder: an imported run in its original form, a run trained here as a folder of its family."""
 
 import contextlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import jax
-from jax.sharding import Mesh
 
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, MeshConfig, UserError, read_config
 from gptjax.data import Tokenizer, load_tokenizer
-from gptjax.data.progress import ProgressBar
 from gptjax.files import atomic_directory, read_json, write_json
-from gptjax.interop.comparison import Check, compare_logits, compare_tensors, our_logits, restored, their_logits
+from gptjax.interop.comparison import Check, compare_logits, compare_tensors, for_each_tensor, our_logits, their_logits
 from gptjax.interop.families import Family, comparable, family_for, parse_config
-from gptjax.interop.folders import CONFIG, GENERATION, copy_text_files
-from gptjax.interop.importing import BUFFERS, KEPT, RECORD, load
-from gptjax.interop.matching import Match, match
+from gptjax.interop.importing import BUFFERS, CONFIG, GENERATION, KEPT, RECORD, copy_text_files, load
+from gptjax.interop.matching import match
 from gptjax.interop.tensor_files import Entry, Writer, read_header, read_tensors
 from gptjax.model import abstract_model
 from gptjax.sharding import make_mesh
@@ -28,15 +22,12 @@ DTYPES = {'float32': 'F32', 'bfloat16': 'BF16', 'float16': 'F16'}
 
 def export_run(workdir: Path, folder: Path, *, step: str = 'latest', dtype: str = 'auto', shard_bytes: int = 5_000_000_000,
                check: Check = Check()) -> str:
-  """Writes a run's checkpoint as a folder, which appears complete or not at all. Returns a summary as text.
+  """Writes a run's checkpoint as a new folder, which appears complete or not at all. Returns a summary as text.
 
   Args:
-    workdir: of a run.
-    folder: must not exist.
-    step: checkpoint: latest, best or a number.
+    step: of the checkpoint: latest, best or a number.
     dtype: of the tensors, one of DTYPES; auto: as they were imported, or float32 if the run was trained here.
     shard_bytes: maximum bytes of tensors per file.
-    check: at the end of the export.
 
   Raises:
     UserError: no such checkpoint, a model that no published family can describe, or a check that fails.
@@ -48,11 +39,11 @@ def export_run(workdir: Path, folder: Path, *, step: str = 'latest', dtype: str 
   imported: dict[str, Any] = read_json(kept / RECORD) if kept.exists() else {'dtypes': {}, 'tokenizer': False}
   family, values = _described(config, kept, tokenizer, dtype)
   matched = match(family, abstract_model(config.model, config.compute, config.data.context), config.data.context, imported['dtypes'])
-  dtypes = {tensor.name: imported['dtypes'].get(tensor.name, 'F32') if dtype == 'auto' else DTYPES[dtype] for tensor in matched.tensors}
-  tensors = {tensor.name: Entry(dtypes[tensor.name], matched.shape(tensor)) for tensor in matched.tensors}
+  tensors = {tensor.name: Entry(imported['dtypes'].get(tensor.name, 'F32') if dtype == 'auto' else DTYPES[dtype], matched.shape(tensor))
+             for tensor in matched.tensors}
   buffers = read_header(kept / BUFFERS) if (kept / BUFFERS).exists() else {}
   chosen = check.resolved()
-  tokens = chosen.tokens(tokenizer, matched.plan)
+  tokens = chosen.tokens(tokenizer, matched.model)
   mesh = make_mesh(MeshConfig())
   with contextlib.closing(Checkpoints(workdir / 'checkpoints')) as checkpoints, atomic_directory(folder, resumes=False) as out:
     assert out, 'the folder did not exist'
@@ -64,14 +55,18 @@ def export_run(workdir: Path, folder: Path, *, step: str = 'latest', dtype: str 
     if not imported['tokenizer']:
       tokenizer.save_hugging_face(out)
     write_json(out / CONFIG, values)
-    _write_tensors(Writer(out, {**tensors, **buffers}, shard_bytes), checkpoints, number, matched, mesh, tensors, buffers)
+    writer = Writer(out, {**tensors, **buffers}, shard_bytes)
+    for_each_tensor('write', lambda tensor, value: writer.write(tensor.name, value), checkpoints, number, matched, mesh, tensors)
+    for name, entry in buffers.items():
+      writer.write(name, entry.view())
+    writer.finish()
     entries = read_tensors(out)
     size = sum(entry.bytes for entry in entries.values())
     summary = [f'{family.architecture}, step {number}, {len(entries)} tensors, {size / 1e6:,.1f} MB']
     if chosen.kind != 'none':
       summary.append(compare_tensors(checkpoints, number, matched, mesh, entries))
     if chosen.kind == 'transformers':
-      ours = our_logits(matched.plan, load(matched, mesh, entries), mesh, tokens)
+      ours = our_logits(matched.model, load(matched, mesh, entries), mesh, tokens)
       summary.append(compare_logits(ours, their_logits(out, tokens), chosen.tolerance))
   return '\n'.join(summary)
 
@@ -92,20 +87,6 @@ def _described(config: Config, kept: Path, tokenizer: Tokenizer, dtype: str) -> 
       raise UserError(f'model.{field}', now[field], f'{was[field]!r}, as in the imported model ({kept / CONFIG})')
   if dtype != 'auto':
     values['torch_dtype' if 'torch_dtype' in values else 'dtype'] = dtype
-  if config.model.positions == 'learned':  # the run's context may be shorter than the model's
-    values |= {name: value for name, value in kind.write(config.model, context).items() if name == 'n_positions'}
+  if config.model.positions == 'learned':
+    values['n_positions'] = context  # the run's may be shorter than the model's
   return kind, values
-
-
-def _write_tensors(writer: Writer, checkpoints: Checkpoints, step: int, matched: Match, mesh: Mesh, tensors: Mapping[str, Entry],
-                   buffers: Mapping[str, Entry]) -> None:
-  """Restores some parameters at a time and writes the tensors that they make up."""
-  with ProgressBar('write', sum(entry.bytes for entry in tensors.values()), 'bytes') as work:
-    for names, group in matched.groups():
-      parameters = jax.block_until_ready(restored(checkpoints, step, matched.plan, mesh, names))
-      for tensor in group:
-        writer.write(tensor.name, matched.write(parameters, tensor, tensors[tensor.name].dtype))
-        work.advance(tensors[tensor.name].bytes)
-  for name, entry in buffers.items():
-    writer.write(name, entry.view())
-  writer.finish()

@@ -5,9 +5,8 @@ not support is an error that names the field.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from gptjax.config import ModelConfig, RopeConfig, UserError
 
@@ -23,9 +22,33 @@ class Tensor:
   parameters: tuple[str, ...]
   """our names of its parts, which are concatenated along the last axis"""
   transposed: bool = False
-  """whether it is [out, in], where our kernel is [in, out]"""
+  """whether it is [out, in]; our kernels are [in, out]"""
   rows: bool = False
   """whether it has a row per token id; ours are padded to a multiple of model.vocab_multiple"""
+
+
+class Column(NamedTuple):
+  """The field of a ModelConfig that a field of config.json sets."""
+
+  ours: str
+  """its name in ModelConfig, or 'context'"""
+  missing: Any = None
+  """its value if the field is missing; None: then the config.json is invalid"""
+  nullable: bool = False
+  """whether null means 0; else null counts as missing"""
+
+
+_ROPE: dict[str, dict[str, str]] = {
+  'default': {}, 'linear': {'factor': 'factor'},
+  'llama3': {'factor': 'factor', 'low_freq_factor': 'low', 'high_freq_factor': 'high',
+             'original_max_position_embeddings': 'original_context'}}
+"""Our names of the fields that each kind of RoPE has."""
+
+
+def _write_rope(config: ModelConfig, context: int) -> Json:
+  kind = 'default' if config.rope.scaling == 'none' else config.rope.scaling
+  scaling = {theirs: getattr(config.rope, ours) for theirs, ours in _ROPE[kind].items()}
+  return {'rope_parameters': {'rope_type': kind, 'rope_theta': config.rope.theta, **scaling}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,24 +63,35 @@ class Family:
   """tensor name of each of our parameters, with # for the layer's number"""
   required: Mapping[str, tuple]
   """fields of config.json of which we support some values only; the first is the default"""
-  reader: Callable[['Fields'], tuple[ModelConfig, int]]
-  """config.json to a config and the model's context length; see `read`"""
-  write: Callable[[ModelConfig, int], Json]
-  """the inverse; it may drop settings that this family does not have"""
+  columns: Mapping[str, Column]
+  """fields of config.json that set one field of a ModelConfig"""
+  settings: Json
+  """fields of a ModelConfig that are equal in all models of the family"""
+  read_more: Callable[['Fields', int], Json] = lambda fields, context: {'rope': fields.rope(context)}
+  """fields of a ModelConfig that depend on several fields of config.json; the int is the model's context length"""
+  write_more: Callable[[ModelConfig, int], Json] = _write_rope
+  """the inverse"""
   ignored: str = '$^'
   """pattern of tensors that hold no parameter"""
   prefix: str = ''
-  """start of tensor names that some folders leave out"""
+  """start of tensor names that some folders omit"""
 
   def read(self, fields: 'Fields') -> tuple[ModelConfig, int]:
-    """The config and context length that a config.json describes.
-
-    Raises:
-      UserError: a field is missing, has the wrong type, or asks for something that is not supported.
-    """
+    """The config and context length that a config.json describes. Raises a UserError for a field that is missing, has the wrong type or an
+    unsupported value."""
     for name, values in self.required.items():
-      fields.must(name, *values)
-    return self.reader(fields)
+      if (value := fields.values.get(name)) is not None and value not in values:
+        raise fields.error(name, value, ' or '.join(map(repr, values)))
+    found = {column.ours: fields.typed(name, type(getattr(ModelConfig, column.ours, 0)), column.missing, column.nullable)
+             for name, column in self.columns.items()}
+    context = found.pop('context')
+    return _resolved(ModelConfig(**self.settings | found | self.read_more(fields, context))), context
+
+  def write(self, config: ModelConfig, context: int) -> Json:
+    """The inverse; it omits settings that this family does not have."""
+    ours = {**vars(_resolved(config)), 'context': context}
+    columns = {name: None if column.nullable and not ours[column.ours] else ours[column.ours] for name, column in self.columns.items()}
+    return {name: values[0] for name, values in self.required.items()} | columns | self.write_more(config, context)
 
   def tensors(self, config: ModelConfig) -> list[Tensor]:
     """All tensors of a model."""
@@ -80,62 +114,46 @@ class Fields:
   def __init__(self, values: Json, file: str = 'config.json'):
     self.values, self.file = values, file
 
-  def __call__(self, name: str, default: Any = None, expected: str = 'a value; the field is missing',
-               valid: Callable[[Any], bool] = lambda value: value is not None) -> Any:
-    """A field; null counts as missing."""
-    value = self.values.get(name)
-    value = default if value is None else value
-    if not valid(value):
-      raise UserError(f'{self.file}: {name}', value, expected)
-    return value
+  def typed(self, name: str, kind: type, missing: Any = None, nullable: bool = False) -> Any:
+    """A positive int, a float or a bool; see Column."""
+    value: Any = self.values.get(name)
+    if value is None and nullable and name in self.values:
+      return kind(0)
+    if value is None and missing is not None:
+      return missing
+    if type(value) not in ((int, float) if kind is float else (kind,)) or (kind is int and value < 1):
+      raise self.error(name, value, {int: 'an integer of at least 1', float: 'a number', bool: 'true or false'}[kind])
+    return kind(value)
 
-  def count(self, name: str, default: int | None = None) -> int:
-    """A positive integer."""
-    return self(name, default, 'an integer of at least 1', lambda value: type(value) is int and value >= 1)
+  def error(self, name: str, value: object, expected: str) -> UserError:
+    """The error for an invalid field."""
+    return UserError(f'{self.file}: {name}', value, expected)
 
-  def number(self, name: str, default: float | None = None) -> float:
-    """A number."""
-    return float(self(name, default, 'a number', lambda value: type(value) in (int, float)))
-
-  def flag(self, name: str, default: bool) -> bool:
-    """A boolean."""
-    return self(name, default, 'true or false', lambda value: type(value) is bool)
-
-  def must(self, name: str, *expected: Any) -> Any:
-    """A field of which only some values are supported; the first is the default."""
-    return self(name, expected[0], ' or '.join(map(repr, expected)), lambda value: value in expected)
-
-  def rope(self, original_context: int, theta: float = 10000.0) -> RopeConfig:
+  def rope(self, context: int, theta: float = 10000.0) -> RopeConfig:
     """RoPE settings in the fields of transformers 5 (rope_parameters) or of earlier versions (rope_theta, rope_scaling)."""
-    given = self('rope_parameters', {}) or {**self('rope_scaling', {}), 'rope_theta': self.number('rope_theta', theta)}
+    given = self.values.get('rope_parameters') or {
+      **(self.values.get('rope_scaling') or {}), 'rope_theta': self.typed('rope_theta', float, theta)}
     local = 0.0
     if 'full_attention' in given:  # settings per kind of layer
       local = float(given['sliding_attention'].get('rope_theta', theta))
       if given['sliding_attention'].get('rope_type', 'default') != 'default':
-        raise UserError(f'{self.file}: rope_parameters.sliding_attention', given['sliding_attention'], "rope_type 'default'")
+        raise self.error('rope_parameters.sliding_attention', given['sliding_attention'], "rope_type 'default'")
       given = given['full_attention']
     elif 'rope_local_base_freq' in self.values:
-      local = self.number('rope_local_base_freq')
+      local = self.typed('rope_local_base_freq', float)
     kind = given.get('rope_type', given.get('type', 'default'))
-    if kind not in ('default', 'linear', 'llama3'):
-      raise UserError(f'{self.file}: rope_type', kind, "'default', 'linear' or 'llama3'")
+    if kind not in _ROPE:
+      raise self.error('rope_type', kind, ' or '.join(map(repr, _ROPE)))
     if given.get('partial_rotary_factor', 1.0) != 1.0:
-      raise UserError(f'{self.file}: partial_rotary_factor', given['partial_rotary_factor'], '1.0')
-    base = float(given.get('rope_theta', theta))
-    if kind == 'default':
-      return RopeConfig(base, local)
-    if kind == 'linear':
-      return RopeConfig(base, local, 'linear', float(given['factor']))
-    return RopeConfig(base, local, 'llama3', float(given['factor']), float(given['low_freq_factor']), float(given['high_freq_factor']),
-                      int(given.get('original_max_position_embeddings', original_context)))
+      raise self.error('partial_rotary_factor', given['partial_rotary_factor'], '1.0')
+    given = {'original_max_position_embeddings': context} | given
+    scaling = {ours: type(getattr(RopeConfig, ours))(given[theirs]) for theirs, ours in _ROPE[kind].items()}
+    return RopeConfig(float(given.get('rope_theta', theta)), local, 'none' if kind == 'default' else kind, **scaling)
 
 
 def parse_config(values: Json, file: str = 'config.json') -> tuple[Family, ModelConfig, int]:
-  """Family, config and context length that a config.json of any content describes.
-
-  Raises:
-    UserError: the family or one of the settings is not supported, or a field has the wrong type.
-  """
+  """Family, config and context length that a config.json of any content describes. Raises a UserError for an unsupported family or setting,
+  or a field of the wrong type."""
   try:
     names = values.get('architectures') or []
     family = FAMILIES.get(values.get('model_type', ''))
@@ -150,142 +168,65 @@ def parse_config(values: Json, file: str = 'config.json') -> tuple[Family, Model
 
 
 def family_for(config: ModelConfig, context: int) -> Family:
-  """The first family that reproduces a config when it is written and read again.
-
-  Raises:
-    UserError: no family does.
-  """
+  """The first family that reproduces a config when it is written and read again. Raises a UserError for a config that no family
+  reproduces."""
   wanted = comparable(config)
-  nearest: tuple[int, str, list[str]] = (len(wanted), '', [])
+  differs: dict[str, list[str]] = {}
   for one in FAMILIES.values():
     try:
       got = comparable(one.read(Fields(one.write(config, context)))[0])
     except UserError:
       continue
-    differs = [name for name in wanted if wanted[name] != got.get(name)]  # a config without RoPE has no field `rope`
-    if not differs:
-      return one
-    nearest = min(nearest, (len(differs), one.model_type, differs))
-  _, name, differs = nearest
-  raise UserError('model', ', '.join(f'{field}={wanted[field]}' for field in differs),
-                  f'a model that a published family can describe; the nearest, {name}, differs in these fields')
-
-
-_TRAINING_ONLY = ('vocab_multiple', 'dropout')
-"""Fields of a model config that do not change the function it computes."""
+    differs[one.model_type] = [name for name in wanted if wanted[name] != got.get(name)]  # a config without RoPE has no field `rope`
+  nearest = min(differs, key=lambda name: len(differs[name]))
+  if not differs[nearest]:
+    return FAMILIES[nearest]
+  raise UserError('model', ', '.join(f'{field}={wanted[field]}' for field in differs[nearest]),
+                  f'a model that a published family can describe; the nearest, {nearest}, differs in these fields')
 
 
 def comparable(config: ModelConfig) -> Json:
   """The fields of a config that define the function it computes, with their defaults resolved."""
-  values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in _TRAINING_ONLY}
+  values = {name: value for name, value in vars(_resolved(config)).items() if name not in ('vocab_multiple', 'dropout')}
   if config.positions != 'rope':
     del values['rope']
-  values |= {'kv_heads': config.key_heads, 'mlp_width': config.hidden_width, 'head_size': config.head_width,
-             'query_scale': config.query_scale or config.head_width, 'qkv_bias': config.qkv_bias or config.bias}
-  return values
+  return values | {'query_scale': config.query_scale or config.head_width, 'qkv_bias': config.qkv_bias or config.bias}
 
 
-def _decoder(fields: Fields, **others: Any) -> tuple[ModelConfig, int]:
-  """Reads the fields that all families since Llama share."""
-  heads, width, context = fields.count('num_attention_heads'), fields.count('hidden_size'), fields.count('max_position_embeddings', 2048)
-  common: Json = {
-    'rope': fields.rope(context), 'norm': 'rmsnorm', 'norm_eps': fields.number('rms_norm_eps', 1e-6), 'mlp': 'swiglu', 'bias': False,
-    'tied': fields.flag('tie_word_embeddings', False)}
-  return ModelConfig(
-    layers=fields.count('num_hidden_layers'), width=width, heads=heads, kv_heads=fields.count('num_key_value_heads', heads),
-    head_size=fields.count('head_dim', width // heads), mlp_width=fields.count('intermediate_size'),
-    vocab_size=fields.count('vocab_size'), positions='rope', **common | others), context
+def _resolved(config: ModelConfig) -> ModelConfig:
+  """The config with the sizes that 0 stands for."""
+  return dataclasses.replace(config, kv_heads=config.key_heads, head_size=config.head_width, mlp_width=config.hidden_width)
 
 
-def _decoder_json(config: ModelConfig, context: int, **others: Any) -> Json:
-  rope: Json = {'rope_type': 'default' if config.rope.scaling == 'none' else config.rope.scaling, 'rope_theta': config.rope.theta}
-  if config.rope.scaling != 'none':
-    rope['factor'] = config.rope.factor
-  if config.rope.scaling == 'llama3':
-    rope |= {'low_freq_factor': config.rope.low, 'high_freq_factor': config.rope.high,
-             'original_max_position_embeddings': config.rope.original_context}
-  return {
-    'num_hidden_layers': config.layers, 'hidden_size': config.width, 'num_attention_heads': config.heads,
-    'num_key_value_heads': config.key_heads, 'head_dim': config.head_width, 'intermediate_size': config.hidden_width,
-    'vocab_size': config.vocab_size, 'max_position_embeddings': context, 'rms_norm_eps': config.norm_eps, 'rope_parameters': rope,
-    'tie_word_embeddings': config.tied, 'hidden_act': 'silu'} | others
-
-
-def _gpt2(fields: Fields) -> tuple[ModelConfig, int]:
-  width = fields.count('n_embd', 768)
-  return ModelConfig(
-    layers=fields.count('n_layer', 12), width=width, heads=fields.count('n_head', 12), mlp_width=fields.count('n_inner', 4 * width),
-    vocab_size=fields.count('vocab_size', 50257), norm_eps=fields.number('layer_norm_epsilon', 1e-5),
-    tied=fields.flag('tie_word_embeddings', True)), fields.count('n_positions', 1024)
-
-
-def _gpt2_json(config: ModelConfig, context: int) -> Json:
-  return {'n_layer': config.layers, 'n_embd': config.width, 'n_head': config.heads, 'n_inner': config.hidden_width,
-          'vocab_size': config.vocab_size, 'n_positions': context, 'layer_norm_epsilon': config.norm_eps,
-          'tie_word_embeddings': config.tied, 'activation_function': 'gelu_new'}
-
-
-def _mistral(fields: Fields) -> tuple[ModelConfig, int]:
-  # A missing field means 4,096, the default of its class; null means no window.
-  return _decoder(fields, window=fields.values.get('sliding_window', 4096) or 0)
-
-
-def _mistral_json(config: ModelConfig, context: int) -> Json:
-  return _decoder_json(config, context, sliding_window=config.window or None)
-
-
-def _olmo2(fields: Fields) -> tuple[ModelConfig, int]:
-  return _decoder(fields, norm_at='post', qk_norm='width', norm_eps=fields.number('rms_norm_eps', 1e-5))
-
-
-def _pattern(fields: Fields, default: int) -> int:
+def _read_pattern(fields: Fields, default: int) -> Json:
   """global_every: from the list of layer types, or from the field that early Gemma 3 folders have instead."""
-  layers = fields.count('num_hidden_layers')
   kinds = fields.values.get('layer_types')
   if kinds is None:
-    return fields.count('sliding_window_pattern', default)
+    return {'global_every': fields.typed('sliding_window_pattern', int, default)}
   every = kinds.index('full_attention') + 1 if 'full_attention' in kinds else 0
-  if kinds != _kinds(layers, every):
-    raise UserError(f'{fields.file}: layer_types', kinds, 'full_attention in every n-th layer and sliding_attention in the others')
-  return every
+  if kinds != _layer_types(fields.typed('num_hidden_layers', int), every):
+    raise fields.error('layer_types', kinds, 'full_attention in every n-th layer and sliding_attention in the others')
+  return {'global_every': every}
 
 
-def _kinds(layers: int, every: int) -> list[str]:
+def _layer_types(layers: int, every: int) -> list[str]:
   return ['full_attention' if every and (layer + 1) % every == 0 else 'sliding_attention' for layer in range(layers)]
 
 
-def _gemma(fields: Fields, every: int, **others: Any) -> tuple[ModelConfig, int]:
-  return _decoder(
-    fields, norm='rmsnorm1p', norm_at='sandwich', mlp='geglu', scaled_embedding=True, tied=fields.flag('tie_word_embeddings', True),
-    window=fields.count('sliding_window', 4096), global_every=_pattern(fields, every),
-    query_scale=fields.number('query_pre_attn_scalar', 256.0), **others)
-
-
-def _gemma2(fields: Fields) -> tuple[ModelConfig, int]:
-  return _gemma(fields, 2, attention_cap=float(fields.values.get('attn_logit_softcapping', 50.0) or 0),
-                logit_cap=float(fields.values.get('final_logit_softcapping', 30.0) or 0))
-
-
-def _gemma3(fields: Fields) -> tuple[ModelConfig, int]:
+def _read_gemma3(fields: Fields, context: int) -> Json:
   rope = fields.rope(8192, 1e6)
   rope = dataclasses.replace(rope, local_theta=rope.local_theta or 10000.0)  # the default of its class
-  return _gemma(fields, 6, qk_norm='head', rope=rope,
-                attention_cap=float(fields.values.get('attn_logit_softcapping') or 0),
-                logit_cap=float(fields.values.get('final_logit_softcapping') or 0))
+  return {'rope': rope, **_read_pattern(fields, 6)}
 
 
-def _gemma_json(config: ModelConfig, context: int) -> Json:
-  values = _decoder_json(
-    config, context, hidden_activation='gelu_pytorch_tanh', sliding_window=config.window or context,
-    query_pre_attn_scalar=int(config.query_scale or config.head_width),  # its class requires an integer
-    attn_logit_softcapping=config.attention_cap or None,
-    final_logit_softcapping=config.logit_cap or None, layer_types=_kinds(config.layers, config.global_every))
-  del values['hidden_act']
-  return values
+def _write_gemma(config: ModelConfig, context: int) -> Json:
+  return _write_rope(config, context) | {
+    'sliding_window': config.window or context, 'layer_types': _layer_types(config.layers, config.global_every),
+    'query_pre_attn_scalar': int(config.query_scale or config.head_width)}  # its class requires an integer
 
 
-def _gemma3_json(config: ModelConfig, context: int) -> Json:
-  values = _gemma_json(config, context)
+def _write_gemma3(config: ModelConfig, context: int) -> Json:
+  values = _write_gemma(config, context)
   local = {'rope_type': 'default', 'rope_theta': config.rope.local_theta or config.rope.theta}
   return values | {'rope_parameters': {'full_attention': values['rope_parameters'], 'sliding_attention': local}}
 
@@ -320,24 +261,47 @@ _POST = {'attention_post_norm': 'post_attention_layernorm', 'mlp_post_norm': 'po
 _SANDWICH = {'attention_norm': 'input_layernorm', 'attention_post_norm': 'post_attention_layernorm',
              'mlp_norm': 'pre_feedforward_layernorm', 'mlp_post_norm': 'post_feedforward_layernorm'}
 
+_GPT2_COLUMNS = {
+  'n_layer': Column('layers', 12), 'n_embd': Column('width', 768), 'n_head': Column('heads', 12), 'n_inner': Column('mlp_width', 0),
+  'vocab_size': Column('vocab_size', 50257), 'n_positions': Column('context', 1024), 'layer_norm_epsilon': Column('norm_eps', 1e-5),
+  'tie_word_embeddings': Column('tied', True)}
+_LLAMA_COLUMNS = {
+  'num_hidden_layers': Column('layers'), 'hidden_size': Column('width'), 'num_attention_heads': Column('heads'),
+  'num_key_value_heads': Column('kv_heads', 0), 'head_dim': Column('head_size', 0), 'intermediate_size': Column('mlp_width'),
+  'vocab_size': Column('vocab_size'), 'max_position_embeddings': Column('context', 2048), 'rms_norm_eps': Column('norm_eps', 1e-6),
+  'tie_word_embeddings': Column('tied', False)}
+_GEMMA_COLUMNS = _LLAMA_COLUMNS | {
+  'tie_word_embeddings': Column('tied', True), 'sliding_window': Column('window', 4096),
+  'query_pre_attn_scalar': Column('query_scale', 256.0),
+  'attn_logit_softcapping': Column('attention_cap', 0.0, True), 'final_logit_softcapping': Column('logit_cap', 0.0, True)}
+_GEMMA2_COLUMNS = _GEMMA_COLUMNS | {
+  'attn_logit_softcapping': Column('attention_cap', 50.0, True), 'final_logit_softcapping': Column('logit_cap', 30.0, True)}
+
+_LLAMA = {'positions': 'rope', 'norm': 'rmsnorm', 'mlp': 'swiglu', 'bias': False}
+_GEMMA = _LLAMA | {'norm': 'rmsnorm1p', 'norm_at': 'sandwich', 'mlp': 'geglu', 'scaled_embedding': True}
+
 _SILU = {'hidden_act': ('silu',)}
 _NO_BIAS = {'attention_bias': (False,)}
-_GEMMA = {'hidden_activation': ('gelu_pytorch_tanh',), **_NO_BIAS}
+_GELU = {'hidden_activation': ('gelu_pytorch_tanh',), **_NO_BIAS}
 _QWEN = {**_SILU, 'use_sliding_window': (False,)}
 
 FAMILIES = {one.model_type: one for one in (
   Family('gpt2', 'GPT2LMHeadModel', _GPT2, {
     'activation_function': ('gelu_new', 'gelu_pytorch_tanh'), 'scale_attn_weights': (True,), 'scale_attn_by_inverse_layer_idx': (False,),
-    'add_cross_attention': (False,)}, _gpt2, _gpt2_json, r'(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)', 'transformer.'),
-  Family('llama', 'LlamaForCausalLM', _llama_names(_PRE), {**_SILU, **_NO_BIAS, 'mlp_bias': (False,)}, _decoder, _decoder_json,
-         r'model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq'),
-  Family('mistral', 'MistralForCausalLM', _llama_names(_PRE), _SILU, _mistral, _mistral_json),
-  Family('qwen2', 'Qwen2ForCausalLM', _llama_names(_PRE, qkv_bias=True), _QWEN, functools.partial(_decoder, qkv_bias=True), _decoder_json),
-  Family('qwen3', 'Qwen3ForCausalLM', _llama_names(_PRE, qk_norm=True), {**_QWEN, **_NO_BIAS},
-         functools.partial(_decoder, qk_norm='head'), _decoder_json),
-  Family('gemma2', 'Gemma2ForCausalLM', _llama_names(_SANDWICH), _GEMMA, _gemma2, _gemma_json),
-  Family('gemma3_text', 'Gemma3ForCausalLM', _llama_names(_SANDWICH, qk_norm=True), {**_GEMMA, 'use_bidirectional_attention': (False,)},
-         _gemma3, _gemma3_json),
-  Family('olmo2', 'Olmo2ForCausalLM', _llama_names(_POST, qk_norm=True), {**_SILU, **_NO_BIAS}, _olmo2, _decoder_json),
+    'add_cross_attention': (False,)}, _GPT2_COLUMNS, {}, lambda fields, context: {}, lambda config, context: {},
+    r'(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)', 'transformer.'),
+  Family('llama', 'LlamaForCausalLM', _llama_names(_PRE), {**_SILU, **_NO_BIAS, 'mlp_bias': (False,)}, _LLAMA_COLUMNS, _LLAMA,
+         ignored=r'model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq'),
+  Family('mistral', 'MistralForCausalLM', _llama_names(_PRE), _SILU,
+         _LLAMA_COLUMNS | {'sliding_window': Column('window', 4096, True)}, _LLAMA),
+  Family('qwen2', 'Qwen2ForCausalLM', _llama_names(_PRE, qkv_bias=True), _QWEN, _LLAMA_COLUMNS, _LLAMA | {'qkv_bias': True}),
+  Family('qwen3', 'Qwen3ForCausalLM', _llama_names(_PRE, qk_norm=True), {**_QWEN, **_NO_BIAS}, _LLAMA_COLUMNS,
+         _LLAMA | {'qk_norm': 'head'}),
+  Family('gemma2', 'Gemma2ForCausalLM', _llama_names(_SANDWICH), _GELU, _GEMMA2_COLUMNS, _GEMMA,
+         lambda fields, context: {'rope': fields.rope(context)} | _read_pattern(fields, 2), _write_gemma),
+  Family('gemma3_text', 'Gemma3ForCausalLM', _llama_names(_SANDWICH, qk_norm=True), {**_GELU, 'use_bidirectional_attention': (False,)},
+         _GEMMA_COLUMNS, _GEMMA | {'qk_norm': 'head'}, _read_gemma3, _write_gemma3),
+  Family('olmo2', 'Olmo2ForCausalLM', _llama_names(_POST, qk_norm=True), {**_SILU, **_NO_BIAS},
+         _LLAMA_COLUMNS | {'rms_norm_eps': Column('norm_eps', 1e-5)}, _LLAMA | {'norm_at': 'post', 'qk_norm': 'width'}),
 )}
 """By model_type; an exported model becomes the first family that can describe it, so the simplest come first."""

@@ -17,34 +17,36 @@ from gptjax.data.progress import ProgressBar
 from gptjax.files import atomic_directory, read_json, write_json
 from gptjax.interop.comparison import Check, compare_logits, compare_tensors, our_logits, their_logits
 from gptjax.interop.families import parse_config
-from gptjax.interop.folders import CONFIG, copy_text_files, has_tokenizer
 from gptjax.interop.matching import Match, check_tensors, match
 from gptjax.interop.tensor_files import Entry, read_tensors
 from gptjax.model import Parameters, abstract_model
 from gptjax.sharding import check_heads, make_mesh
 
+CONFIG, GENERATION = 'config.json', 'generation_config.json'
 KEPT, RECORD, BUFFERS = 'hf', 'gptjax.json', 'buffers.safetensors'
 """In a workdir: the folder of everything that config and checkpoint cannot represent; in it, the tensors' dtypes, and the tensors that
 hold no parameter."""
+
+_VOCABULARY = ('tokenizer.json', 'vocab*', 'encoder.json', '*.model', '*.tiktoken')
+"""Patterns of files; every tokenizer has at least one of them."""
+_TOKENIZER = (*_VOCABULARY, 'merges.txt', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'chat_template*')
+_TEXTS = (CONFIG, GENERATION, 'README.md', 'LICENSE*', 'USE_POLICY*')
 
 MAX_BATCH_TOKENS = 2**14
 """Tokens per batch when the run scores documents, unless one row has more."""
 
 
-def import_folder(folder: Path, workdir: Path, *, context: int = 0, scan: bool = False,
-                  dtype: Literal['float32', 'bfloat16'] = 'float32',
+def import_folder(folder: Path, workdir: Path, *, context: int = 0, scan: bool = False, dtype: Literal['float32', 'bfloat16'] = 'float32',
                   mesh: MeshConfig = MeshConfig(), tokenizer: Path | None = None, check: Check = Check()) -> str:
-  """Makes a run from a folder; the workdir appears complete or not at all. Returns a summary as text.
+  """Makes a run from a folder; the workdir, which must not exist, appears complete or not at all. Returns a summary as text.
 
   Args:
     folder: config.json, safetensors and a tokenizer.
-    workdir: must not exist.
     context: tokens per row; 0: the context length of the model.
     scan: stack the layers, see compute.scan.
     dtype: of matrix products and activations, see compute.dtype.
     mesh: devices over which the parameters are sharded.
     tokenizer: folder of a tokenizer that replaces the model's own.
-    check: at the end of the import.
 
   Raises:
     UserError: something about the folder is missing, damaged or not supported, or the check fails.
@@ -64,7 +66,7 @@ def import_folder(folder: Path, workdir: Path, *, context: int = 0, scan: bool =
   buffers = check_tensors(matched, family, str(folder), entries)
   loaded = _tokenizer(folder, tokenizer, model)
   chosen = check.resolved()
-  tokens = chosen.tokens(loaded, matched.plan)
+  tokens = chosen.tokens(loaded, matched.model)
   devices = make_mesh(mesh)
   check_heads(model, devices)
   with atomic_directory(workdir, resumes=False) as out:
@@ -73,7 +75,7 @@ def import_folder(folder: Path, workdir: Path, *, context: int = 0, scan: bool =
     export(Prepared(loaded, {}, {}, (), loaded.sha256, 'none: imported'), out / 'data')
     _keep(folder, out / KEPT, matched, entries, buffers, own_tokenizer=tokenizer is None)
     parameters = load(matched, devices, entries)
-    ours = our_logits(matched.plan, parameters, devices, tokens) if chosen.kind == 'transformers' else None
+    ours = our_logits(matched.model, parameters, devices, tokens) if chosen.kind == 'transformers' else None
     summary = [f'{family.architecture}, {sum(value.size for value in parameters.values()):,} parameters, context {context:,}']
     with contextlib.closing(Checkpoints(out / 'checkpoints', Retention())) as checkpoints:
       checkpoints.save(Progress(), {'trained': parameters}, None, waits=True)  # which needs no second copy in memory
@@ -88,10 +90,10 @@ def import_folder(folder: Path, workdir: Path, *, context: int = 0, scan: bool =
 
 def load(matched: Match, mesh: Mesh, entries: Mapping[str, Entry]) -> Parameters:
   """Builds all parameters on the mesh; each device's part is read from the corresponding part of the files."""
-  shapes, shardings = matched.plan.shapes, matched.plan.shardings(3, mesh)
+  shapes, shardings = matched.model.shapes, matched.model.shardings(3, mesh)
   parameters = {}
   with ProgressBar('read', sum(4 * shape.size for shape in shapes.values()), 'bytes') as work:
-    # The largest first: Building a parameter takes memory besides the parameter itself, and at the start most memory is free.
+    # The largest first: building one takes additional memory, of which most is free at the start.
     for name in sorted(shapes, key=lambda name: -shapes[name].size):
       parameters[name] = jax.block_until_ready(jax.make_array_from_callback(
         shapes[name].shape, shardings[name], lambda index: matched.read(entries, name, index or ())))
@@ -100,7 +102,7 @@ def load(matched: Match, mesh: Mesh, entries: Mapping[str, Entry]) -> Parameters
 
 
 def _tokenizer(folder: Path, other: Path | None, model: ModelConfig) -> Tokenizer:
-  if other is None and not has_tokenizer(folder):
+  if other is None and not _matching(folder, _VOCABULARY):
     raise UserError('--tokenizer', None, f"a tokenizer's folder: {folder} has no tokenizer")
   tokenizer = load_tokenizer(other or folder)
   if tokenizer.vocab_size > model.vocab_size:
@@ -116,3 +118,13 @@ def _keep(folder: Path, kept: Path, matched: Match, entries: Mapping[str, Entry]
   write_json(kept / RECORD, {'dtypes': dtypes, 'tokenizer': own_tokenizer})
   if buffers:
     save_file({name: entries[name].view() for name in buffers}, kept / BUFFERS)
+
+
+def copy_text_files(source: Path, target: Path, tokenizer: bool = True) -> None:
+  """Copies config, model card and licence of a folder, and with `tokenizer` the tokenizer's files."""
+  for path in _matching(source, (*_TEXTS, *_TOKENIZER) if tokenizer else _TEXTS):
+    (target / path.name).write_bytes(path.read_bytes())
+
+
+def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+  return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})

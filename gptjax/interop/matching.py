@@ -1,10 +1,10 @@
-"""The correspondence between a model's parameters and a folder's tensors, and each read from the other, one tensor at a time."""
+"""The correspondence between a model's parameters and a folder's tensors; either is read from the other, one tensor at a time."""
 
 import collections
 import dataclasses
 import functools
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 
 import jax
 import numpy as np
@@ -18,15 +18,15 @@ from gptjax.model.layout import stacked_name
 PARAMETER_DTYPES = ('F32', 'BF16', 'F16')
 """Dtypes of tensors that hold parameters: float32 represents all their values exactly."""
 
-_GROUP_BYTES = 2**28
-"""Parameters that are restored at once, unless a single one is larger."""
+_MAX_GROUP_BYTES = 2**28
+"""Of parameters that are restored at once."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Match:
   """A model and the tensors of the folder that it comes from or goes to."""
 
-  plan: AbstractModel
+  model: AbstractModel
   tensors: tuple[Tensor, ...]
   """under their names in the folder"""
   positions: int
@@ -34,55 +34,47 @@ class Match:
 
   def _stored(self, parameter: str) -> tuple[str, int | None]:
     """A parameter's name in the model, and its layer where the model stacks layers."""
-    return stacked_name(parameter) if self.plan.compute.scan else (parameter, None)
+    return stacked_name(parameter) if self.model.compute.scan else (parameter, None)
 
   def shape(self, tensor: Tensor) -> tuple[int, ...]:
     """The shape that the folder's tensor must have."""
     name, layer = self._stored(tensor.parameters[0])
-    shape = list(self.plan.shapes[name].shape[layer is not None:])
+    shape = list(self.model.shapes[name].shape[layer is not None:])
     shape[-1] *= len(tensor.parameters)
-    if tensor.rows:
-      shape[1 if name == 'lm_head/kernel' else 0] = self.plan.config.vocab_size
-    if name == 'positions/table':
-      shape[0] = self.positions
-    return tuple(reversed(shape) if tensor.transposed else shape)
+    if tensor.transposed:
+      shape.reverse()
+    if tensor.rows or name == 'positions/table':
+      shape[0] = self.model.config.vocab_size if tensor.rows else self.positions
+    return tuple(shape)
 
   @functools.cached_property
   def _sources(self) -> dict[str, list[tuple[Tensor, int]]]:
-    """For each parameter, the tensor that holds it and which of its parts it is; for a stacked parameter, one such pair per layer."""
+    """For each parameter, the tensor that holds it and the number of its part; for a stacked parameter, one such pair per layer."""
     found: dict[str, dict[int, tuple[Tensor, int]]] = collections.defaultdict(dict)
-    for tensor in self.tensors:
+    for tensor in self.tensors:  # in the order of the layers
       for part, parameter in enumerate(tensor.parameters):
         name, layer = self._stored(parameter)
         found[name].setdefault(layer or 0, (tensor, part))
-    return {name: [by_layer[layer] for layer in sorted(by_layer)] for name, by_layer in found.items()}
+    return {name: [*by_layer.values()] for name, by_layer in found.items()}
 
   def read(self, entries: Mapping[str, Entry], name: str, index: tuple[slice, ...]) -> np.ndarray:
-    """A slice of a parameter in float32; nothing else is read from the files. Rows that pad the vocabulary are zero."""
-    shape = self.plan.shapes[name].shape
+    """A slice of a parameter in float32; only this slice is read from the files. Rows that pad the vocabulary are zero."""
+    shape = self.model.shapes[name].shape
     ranges = [range(*one.indices(size)) for one, size in zip(index, shape)]
     value = _aligned(tuple(map(len, ranges)))
     sources, layers = self._sources[name], value[None]
-    if name.startswith('blocks/') and self.plan.compute.scan:
+    if name.startswith('blocks/') and self.model.compute.scan:
       sources, layers, ranges = [sources[layer] for layer in ranges[0]], value, ranges[1:]
     for (tensor, part), target in zip(sources, layers):
       view = entries[tensor.name].view()
-      shift = part * shape[-1]
-      cut = [slice(one.start, one.stop) for one in ranges[:-1]] + [slice(ranges[-1].start + shift, ranges[-1].stop + shift)]
-      found = (view.T if tensor.transposed else view)[tuple(cut)]
+      mine = (view.T if tensor.transposed else view)[..., part * shape[-1]:(part + 1) * shape[-1]]
+      found = mine[tuple(slice(one.start, one.stop) for one in ranges)]
       target[tuple(map(slice, found.shape))] = found
     return value
 
   def write(self, parameters: Mapping[str, jax.Array], tensor: Tensor, dtype: str) -> np.ndarray:
-    """A tensor of the folder, made from parameters.
-
-    Raises:
-      UserError: a value is too large for the dtype.
-    """
-    parts = []
-    for name, layer in map(self._stored, tensor.parameters):
-      value = np.asarray(parameters[name])
-      parts.append(value if layer is None else value[layer])
+    """A tensor of the folder, made from parameters. Raises a UserError for a value that is too large for the dtype."""
+    parts = [np.asarray(parameters[name])[() if layer is None else layer] for name, layer in map(self._stored, tensor.parameters)]
     joined = parts[0] if len(parts) == 1 else np.concatenate(parts, -1)
     value = (joined.T if tensor.transposed else joined)[tuple(map(slice, self.shape(tensor)))]
     with np.errstate(over='ignore'):
@@ -91,45 +83,38 @@ class Match:
       raise UserError(f'--dtype: {tensor.name}', 'float16', 'float32 or bfloat16: some values are above 65504')
     return out
 
-  def groups(self) -> Iterator[tuple[list[str], list[Tensor]]]:
-    """Yields all tensors, each group with the names of the parameters that it needs, which together take up to 256 MB."""
+  def groups(self) -> list[tuple[list[str], list[Tensor]]]:
+    """All tensors in groups, each with the names of its parameters, whose bytes exceed _MAX_GROUP_BYTES by the last parameter's at most."""
     needed: dict[tuple[str, ...], list[Tensor]] = collections.defaultdict(list)
     for tensor in self.tensors:
       needed[tuple(self._stored(parameter)[0] for parameter in tensor.parameters)].append(tensor)
-    sizes = {name: 4 * shape.size for name, shape in self.plan.shapes.items()}
-    names: list[str] = []
-    tensors: list[Tensor] = []
-    for more, group in needed.items():
-      if names and sum(sizes[name] for name in (*names, *more)) > _GROUP_BYTES:
-        yield names, tensors
-        names, tensors = [], []
-      names, tensors = [*dict.fromkeys([*names, *more])], tensors + group
-    yield names, tensors
+    sizes = {name: 4 * shape.size for name, shape in self.model.shapes.items()}
+    found: dict[int, tuple[list[str], list[Tensor]]] = collections.defaultdict(lambda: ([], []))
+    total = 0
+    for parameters, tensors in needed.items():
+      names, group = found[total // _MAX_GROUP_BYTES]
+      names += parameters
+      group += tensors
+      total += sum(sizes[name] for name in parameters)
+    return list(found.values())
 
 
-def match(family: Family, plan: AbstractModel, positions: int, names: Collection[str] = ()) -> Match:
-  """The correspondence of a model with the tensors of a folder.
+def match(family: Family, model: AbstractModel, positions: int, names: Collection[str] = ()) -> Match:
+  """The correspondence of a model with the tensors of a folder, whose position table has `positions` rows.
 
-  Args:
-    family: of the model.
-    plan: of the model.
-    positions: rows of the folder's position table.
-    names: of the folder's tensors, since some folders leave out the family's prefix and some repeat a tied head; empty: the family's own.
+  Some folders omit the family's prefix and some repeat a tied head, so `names` has the folder's tensors; empty: the family's own.
   """
   tensors = [tensor if tensor.name in names else dataclasses.replace(tensor, name=short) if short in names else tensor
-             for tensor in family.tensors(plan.config) for short in [tensor.name.removeprefix(family.prefix)]]
+             for tensor in family.tensors(model.config) for short in [tensor.name.removeprefix(family.prefix)]]
   head = family.names['lm_head/kernel']
-  if plan.config.tied and head in names:
+  if model.config.tied and head in names:
     tensors.append(Tensor(head, ('tokens/table',), rows=True))
-  return Match(plan, tuple(tensors), positions)
+  return Match(model, tuple(tensors), positions)
 
 
 def check_tensors(match: Match, family: Family, folder: str, entries: Mapping[str, Entry]) -> list[str]:
-  """Checks a folder's tensors against those that the model needs; returns the names of tensors that hold no parameter.
-
-  Raises:
-    UserError: a tensor is missing, unknown, or of another shape or dtype; or a tied head differs from the embedding table.
-  """
+  """Checks a folder's tensors against those that the model needs; returns the names of tensors that hold no parameter. Raises a UserError
+  for a tensor that is missing, unknown, or of another shape or dtype, and for a tied head that differs from the embedding table."""
   def fail(names: list[str], value: object, expected: str) -> None:
     raise UserError(f'{folder}: {names[0]}', value, expected + (f' (and {len(names) - 1} more)' if len(names) > 1 else ''))
 

@@ -1,4 +1,4 @@
-"""safetensors files, read and written a tensor at a time. Unlike pickles, they cannot contain code.
+"""safetensors files, read and written one tensor at a time. Unlike pickles, they cannot contain code.
 
 The safetensors package checks that a file is complete and consistent. Its writer would need all tensors of a file in memory, and its
 reader would keep all that it has read there; so tensors are mapped and written here.
@@ -45,18 +45,14 @@ class Entry:
     return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
   def view(self) -> np.ndarray:
-    """The tensor, mapped from the file: only what is accessed is read, and its memory is freed with the array."""
+    """The tensor, mapped from the file: only the parts that are accessed are read, and their memory is freed with the array."""
     if not self.bytes:
       return np.zeros(self.shape, DTYPES[self.dtype])
     return np.memmap(self.file, DTYPES[self.dtype], 'r', self.start, self.shape)
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-  """The tensors of a file, by name.
-
-  Raises:
-    UserError: the file is incomplete or damaged, or has a tensor of a dtype that is not in DTYPES.
-  """
+  """The tensors of a file, by name. Raises a UserError for an incomplete or damaged file, or a dtype that is not in DTYPES."""
   try:
     with safe_open(path, 'numpy'), path.open('rb') as file:
       length = int.from_bytes(file.read(8), 'little')
@@ -71,11 +67,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def read_tensors(folder: Path) -> dict[str, Entry]:
-  """The tensors of a folder, by name.
-
-  Raises:
-    UserError: the folder has no safetensors, or they are damaged or incomplete.
-  """
+  """The tensors of a folder, by name. Raises a UserError for a folder whose safetensors are missing, damaged or incomplete."""
   if (folder / WEIGHTS).exists():
     return read_header(folder / WEIGHTS)
   if not (folder / INDEX).exists():
@@ -100,10 +92,7 @@ def read_tensors(folder: Path) -> dict[str, Entry]:
 class Writer:
   """Writes a model's tensors in any order, into one file or several shards with an index, with one tensor in memory at a time.
 
-  Args:
-    folder: to write to.
-    tensors: dtype and shape by name.
-    shard_bytes: maximum bytes of tensors per file; a larger tensor gets a file of its own.
+  A file has at most `shard_bytes` bytes of tensors; a larger tensor gets its own file.
   """
 
   def __init__(self, folder: Path, tensors: Mapping[str, Entry], shard_bytes: int):

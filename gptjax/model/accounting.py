@@ -1,16 +1,19 @@
 """Parameters and FLOPs of a model, from its config alone."""
 
+import functools
 import math
 
 from gptjax.config import ComputeConfig, ModelConfig
 from gptjax.model.parameters import abstract_model
 
 
+@functools.cache  # the search for a layout calls both many times
 def parameter_count(config: ModelConfig, context: int) -> int:
   """Elements of all parameters; learned positions count, a tied head counts once."""
   return sum(math.prod(s.shape) for s in abstract_model(config, ComputeConfig(), context).shapes.values())
 
 
+@functools.cache
 def flops_per_token(config: ModelConfig, context: int, *, causal: bool = True) -> int | float:
   """FLOPs of a forward and backward pass per token of rows of `context` tokens.
 

@@ -1,33 +1,33 @@
-"""What a compiled program sends between devices, read from its text.
+"""The collectives of a compiled program, read from its text.
 
-The forms in which XLA for TPUs writes a collective, all of them counted here:
+XLA for TPUs writes a collective in these forms, all of which are counted:
 
 - plain and asynchronous instructions: `all-gather(`, `all-gather-start(` (its `-done` moves nothing more);
 - a reduce-scatter as a fusion that calls `%all-reduce-scatter.N`, a computation of an all-reduce and a slice of it;
-- one collective in the background of products: a chain of fusions (`%async_collective_fusion.N` and others), each of which
+- one collective in the background of matrix products: a chain of fusions (`%async_collective_fusion.N` and others), each of which
   repeats the instruction with the same channel and the same `chain_id`;
-- `call-start(` of a computation that holds it, which the sparse cores of a TPU7x run beside the others;
-- an all-reduce of shards padded with zeros in place of an all-gather, where shards do not fill whole tiles.
+- `call-start(` of a computation that contains it, which the sparse cores of a TPU7x run concurrently;
+- an all-reduce of shards padded with zeros in place of an all-gather, where shards do not fill complete tiles.
 
-Devices of a collective are written as lists, as `[4,16]<=[16,4]T(1,0)`, or as axes of a mesh of the program's own.
+Devices of a collective are written as lists, as `[4,16]<=[16,4]T(1,0)`, or as axes of a mesh that the program defines.
 """
 
+import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 
 import numpy as np
 
-_BITS = re.compile(r'(pred|[a-z]+?(\d+)[a-z0-9]*)\[([\d,]*)\]')
+_SHAPE = re.compile(r'(pred|[a-z]+?(\d+)[a-z0-9]*)\[([\d,]*)\]')
 _COMPUTATION = re.compile(r'(ENTRY )?%?([\w.-]+) \(.*\) -> .*\{$')
 _COLLECTIVE = re.compile(
   r'= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast)(-start)?\(')
-_CALLED = re.compile(r'(?:calls|true_computation|false_computation)=%([\w.-]+)|branch_computations=\{([^}]*)\}')
+_CALLED = re.compile(
+  r'(?:calls|true_computation|false_computation|branch_computations| call(?:-start)?\(.*to_apply)=\{?((?:%[\w.-]+[, ]*)+)')
 PADDED = 'all-gather of shards padded with zeros'
-"""What an all-reduce is for that adds up shards, each in its place among zeros; it sends twice what an all-gather would."""
-_RING_PASSES = {'all-reduce': 2}
-"""An all-reduce is a reduce-scatter and an all-gather of the same array; everything else passes it around once."""
+"""Purpose of an all-reduce that adds up shards, each in its place among zeros; it sends twice the bytes of an all-gather."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,38 +37,38 @@ class Collective:
   kind: str
   """all-reduce, all-gather, reduce-scatter, all-to-all, collective-permute"""
   dtype: str
-  """as XLA writes it: f32, bf16"""
+  """XLA's name: f32, bf16"""
   payload: float
-  """bytes of the whole array, as it is before a reduce-scatter or after an all-gather; of a permute: what a device sends"""
+  """bytes of the full array, before a reduce-scatter or after an all-gather; of a permute: bytes that a device sends"""
   group: int
   """devices that take part together"""
   axes: tuple[str, ...]
-  """mesh axes that the devices of a group differ in"""
+  """mesh axes along which the devices of a group differ"""
   trips: int = 1
-  """times a step, with the loops around it counted"""
+  """times per step, including the loops around it"""
   why: str = ''
-  """what it is for"""
+  """its purpose"""
 
   @property
   def bytes(self) -> float:
-    """Bytes that each device sends at each time, by a ring: payload * (n - 1) / n, twice that for an all-reduce."""
+    """Bytes that each device sends each time, by a ring: payload * (n - 1) / n, twice that for an all-reduce."""
     if self.kind == 'collective-permute':
       return self.payload
-    return _RING_PASSES.get(self.kind, 1) * self.payload * (self.group - 1) / self.group
+    passes = 2 if self.kind == 'all-reduce' else 1  # an all-reduce is a reduce-scatter and an all-gather
+    return passes * self.payload * (self.group - 1) / self.group
 
   @property
   def total(self) -> float:
-    """Bytes that each device sends in a step."""
+    """Bytes that each device sends per step."""
     return self.bytes * self.trips
 
 
-def totals(found: Sequence[Collective]) -> dict[tuple[tuple[str, ...], str, str], float]:
-  """Bytes a device sends in a step, by (axes, kind, dtype); the largest first."""
-  sums: dict[tuple[tuple[str, ...], str, str], float] = {}
+def totals(found: Iterable[Collective], key: Callable[[Collective], Hashable] = lambda one: (one.axes, one.kind, one.dtype)) -> dict:
+  """Bytes that a device sends per step, by a key of the collectives."""
+  sums: dict[Hashable, float] = collections.defaultdict(float)
   for one in found:
-    key = (one.axes, one.kind, one.dtype)
-    sums[key] = sums.get(key, 0) + one.total
-  return dict(sorted(sums.items(), key=lambda item: -item[1]))
+    sums[key(one)] += one.total
+  return dict(sums)
 
 
 def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
@@ -79,36 +79,32 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
     mesh: sizes of the axes, as `mesh.shape`; the program numbers devices in the mesh's order.
 
   Raises:
-    ValueError: a loop around collectives whose count of trips the text does not give.
+    ValueError: a loop around collectives whose trip count is not in the text.
   """
   computations, entry = _computations(text)
-  holders = _holders(computations)
   seen: set[tuple[str, str]] = set()
 
-  def walk(name: str, trips: int) -> Iterator[Collective]:
-    lines = computations[name]
-    for line in lines:
+  def walk(name: str) -> Iterator[Collective]:
+    for line in computations.get(name, ()):
       if match := _COLLECTIVE.search(line):
-        if chain := _attribute(line, 'chain_id'):
-          link = (_attribute(line, 'channel_id'), chain)
-          if link in seen:
-            continue
+        link = _attribute(line, 'channel_id'), _attribute(line, 'chain_id')
+        if not link[1] or link not in seen:
           seen.add(link)
-        yield from _parse(line, match, name, computations, mesh, trips)
-      elif ' while(' in line and (body := _attribute(line, 'body')) in holders:
-        yield from walk(body, trips * _trip_count(line, computations))
-      elif not re.search(r' [\w-]+-(done|update)\(', line):  # they name what their -start has called
-        for one, several in _CALLED.findall(line):
-          for called in [one] if one else re.findall(r'%([\w.-]+)', several):
-            if called in holders:
-              yield from walk(called, trips)
-        if re.search(r' call(-start)?\(', line) and (called := _attribute(line, 'to_apply')) in holders:
-          yield from walk(called, trips)
+          yield from _parse(line, match, name, computations, mesh)
+      elif ' while(' in line:
+        if inside := list(walk(_attribute(line, 'body'))):
+          trips = _trip_count(line, computations)
+          yield from (dataclasses.replace(one, trips=trips * one.trips) for one in inside)
+      elif not re.search(r' [\w-]+-(done|update)\(', line):  # these name the computation that their -start has called
+        for called in _CALLED.findall(line):
+          for computation in re.findall(r'%([\w.-]+)', called):
+            yield from walk(computation)
 
-  return list(walk(entry, 1))
+  return list(walk(entry))
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+  """The lines of each computation, and the name of the entry."""
   found: dict[str, list[str]] = {}
   name = entry = ''
   for line in text.splitlines():
@@ -119,30 +115,8 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     elif name and line.startswith('  '):
       found[name].append(line)
   if not entry:
-    raise ValueError('the text is no HLO program: it has no ENTRY computation')
+    raise ValueError('the text is not an HLO program: it has no ENTRY computation')
   return found, entry
-
-
-def _holders(computations: dict[str, list[str]]) -> set[str]:
-  """Computations that hold a collective, or call one that does: all others need no visit."""
-  callers: dict[str, set[str]] = {}
-  todo = []
-  for name, lines in computations.items():
-    for line in lines:
-      if _COLLECTIVE.search(line):
-        todo.append(name)
-      for called in re.findall(r'(?:calls|body|to_apply|true_computation|false_computation)=%([\w.-]+)', line):
-        callers.setdefault(called, set()).add(name)
-      for several in re.findall(r'branch_computations=\{([^}]*)\}', line):
-        for called in re.findall(r'%([\w.-]+)', several):
-          callers.setdefault(called, set()).add(name)
-  found: set[str] = set()
-  while todo:
-    name = todo.pop()
-    if name not in found:
-      found.add(name)
-      todo += callers.get(name, ())
-  return found
 
 
 def _attribute(line: str, name: str) -> str:
@@ -151,49 +125,43 @@ def _attribute(line: str, name: str) -> str:
 
 
 def _trip_count(line: str, computations: dict[str, list[str]]) -> int:
-  """Trips of a while: XLA's own count where it gives one, else the bound that a scan's counter, from 0, is compared with."""
+  """Trips of a while loop: XLA's own count if the line has one, else the bound of a scan's counter, which starts at 0."""
   if match := re.search(r'known_trip_count\W+n\W+(\d+)', line):
     return int(match[1])
   condition = computations[_attribute(line, 'condition')]
   bounds = {int(n) for one in condition for n in re.findall(r'= [su]32\[\]\S* constant\((\d+)\)', one)}
   if len(bounds) != 1:
-    raise ValueError(f'no count of trips for a loop around collectives: {line.strip()[:200]}')
+    raise ValueError(f'no trip count for a loop around collectives: {line.strip()[:200]}')
   return bounds.pop()
 
 
-def _parse(line: str, match: re.Match, name: str, computations: dict[str, list[str]], mesh: Mapping[str, int],
-           trips: int) -> Iterator[Collective]:
+def _parse(line: str, match: re.Match, name: str, computations: dict[str, list[str]], mesh: Mapping[str, int]) -> Iterator[Collective]:
+  """The collectives of one instruction, which may combine arrays of several dtypes."""
   kind, asynchronous = match[2], bool(match[3])
-  group = _group(line, math.prod(mesh.values()))
-  axes = _axes(group, mesh)
-  size = len(group[0])
-  shapes = [(m[1], math.prod(map(int, filter(None, m[3].split(',')))) * _item_bytes(m)) for m in _BITS.finditer(match[1])]
+  groups = _groups(line, math.prod(mesh.values()))
+  size = groups.shape[1]
+  if size == 1 and kind != 'collective-permute':
+    return
+  places = np.unravel_index(groups, tuple(mesh.values()))
+  axes = tuple(axis for axis, place in zip(mesh, places) if np.ptp(place, axis=1).any())
+  shapes = [(one[1], math.prod(_numbers(one[3])) * (1 if one[1] == 'pred' else int(one[2]) / 8)) for one in _SHAPE.finditer(match[1])]
   if asynchronous and kind in ('all-gather', 'collective-permute'):
     shapes = [one for one in shapes if one[0] != 'u32' or kind == 'all-gather']  # a permute carries two semaphores
     shapes = shapes[len(shapes) // 2:]  # operands, then results
-  if size == 1 and kind != 'collective-permute':
-    return
   why = [''] * len(shapes)
   if kind == 'all-reduce' and name.startswith('all-reduce-scatter'):
-    kind = 'reduce-scatter'  # of the array as it comes in, whole
+    kind = 'reduce-scatter'  # its operand is the full array
   elif kind == 'reduce-scatter':
     shapes = [(dtype, count * size) for dtype, count in shapes]
   elif kind == 'all-reduce' and not asynchronous:  # several may share one instruction
-    why = [PADDED if _is_padded(operand, computations[name], computations) else '' for operand in _operands(line)]
+    operands = re.findall(r'%[\w.-]+', line[line.index('all-reduce('):].partition(')')[0])
+    why = [PADDED if _is_padded(operand, computations[name], computations) else '' for operand in operands]
     assert len(why) == len(shapes), line
-  sums: dict[tuple[str, str], float] = {}
+  sums: dict[tuple[str, str], float] = collections.defaultdict(float)
   for (dtype, count), reason in zip(shapes, why):
-    sums[dtype, reason] = sums.get((dtype, reason), 0) + count
+    sums[dtype, reason] += count
   for (dtype, reason), payload in sums.items():
-    yield Collective(kind, dtype, payload, size, axes, trips, reason)
-
-
-def _item_bytes(shape: re.Match) -> float:
-  return 1 if shape[1] == 'pred' else int(shape[2]) / 8
-
-
-def _operands(line: str) -> list[str]:
-  return re.findall(r'%[\w.-]+', line[line.index('all-reduce('):].partition(')')[0])
+    yield Collective(kind, dtype, payload, size, axes, why=reason)
 
 
 def _is_padded(operand: str, here: list[str], computations: dict[str, list[str]]) -> bool:
@@ -204,54 +172,35 @@ def _is_padded(operand: str, here: list[str], computations: dict[str, list[str]]
   return fused or ' dynamic-update-slice(%broadcast' in defined
 
 
-def _group(line: str, devices: int) -> list[list[int]]:
-  """The groups of devices; of a permute, its pairs."""
-  if match := re.search(r'source_target_pairs=\{(\{.*?\})\}', line):
-    return _lists(match[1])
-  if match := re.search(r'replica_groups=\{(\{.*?\})\}', line):
-    return _lists(match[1])
-  if match := re.search(r'replica_groups=(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)', line):
-    return _iota(match[1]).tolist()
+def _groups(line: str, devices: int) -> np.ndarray:
+  """The groups of devices [groups, size]; of a permute, its pairs."""
+  if match := re.search(r'(?:source_target_pairs|replica_groups)=\{(\{.*?\})\}', line):
+    return np.array([_numbers(one) for one in match[1].split('},{')])
+  if match := re.search(r'replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)', line):
+    return _iota(match[2]).reshape(_numbers(match[1]))
   if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\)(?= \{))? \{([^}]*)\}", line):
-    return _named(*match.groups())
-  return [list(range(devices))]
+    return _along_axes(*match.groups())
+  return np.arange(devices)[None]
 
 
-def _lists(text: str) -> list[list[int]]:
-  return [list(map(int, one.split(','))) for one in re.findall(r'\{([\d,]+)\}', text)]
+def _numbers(text: str) -> list[int]:
+  return list(map(int, re.findall(r'\d+', text)))
 
 
 def _iota(text: str) -> np.ndarray:
-  """'[4,16]<=[16,4]T(1,0)': 0, 1, 2, ... in the second shape, transposed, in the first shape."""
-  shape, source, order = (tuple(map(int, part.split(','))) if part else ()
-                          for part in re.fullmatch(r'\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text).groups())  # type: ignore[union-attr]
-  ids = np.arange(math.prod(source)).reshape(source)
-  return (ids.transpose(order) if order else ids).reshape(shape)
+  """'[16,4]T(1,0)': 0, 1, 2, ... in this shape, transposed."""
+  shape, _, order = text.partition('T')
+  ids = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
+  return ids.transpose(_numbers(order)) if order else ids
 
 
-def _named(mesh: str, order: str | None, axes: str) -> list[list[int]]:
+def _along_axes(mesh: str, order: str | None, axes: str) -> np.ndarray:
   """"mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}": groups along axes, or parts 'a':(2)2 of axes, of a mesh."""
   sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
   ids = np.arange(math.prod(sizes.values()))
-  if order and (match := re.fullmatch(r'\[([\d,]+)\](?:T\(([\d,]+)\))?', order)):
-    source = tuple(map(int, match[1].split(',')))
-    ids = ids.reshape(source).transpose(tuple(map(int, match[2].split(','))) if match[2] else None).reshape(-1)
-  elif order:
-    ids = np.array(list(map(int, re.findall(r'\d+', order))))
-  wanted: dict[str, tuple[int, int]] = {}
-  shape: list[int] = []
-  grouped: list[int] = []
-  for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes):
-    wanted[name] = (int(before), int(part)) if part else (1, sizes[name])
-  for name, size in sizes.items():
-    before, part = wanted.get(name, (1, 1))
-    grouped.append(len(shape) + 1)
-    shape += [before, part, size // before // part]
-  ids = np.moveaxis(ids.reshape(shape), grouped, range(-len(grouped), 0))
-  return ids.reshape(-1, math.prod(part for _, part in wanted.values())).tolist()
-
-
-def _axes(groups: list[list[int]], mesh: Mapping[str, int]) -> tuple[str, ...]:
-  """Mesh axes whose coordinate differs within a group."""
-  places = [np.stack(np.unravel_index(group, tuple(mesh.values()))) for group in groups]
-  return tuple(name for axis, name in enumerate(mesh) if any(np.ptp(place[axis]) for place in places))
+  if order:
+    ids = _iota(order) if order.startswith('[') else np.array(_numbers(order))
+  parts = {name: (int(before or 1), int(part or sizes[name])) for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)}
+  split = [(before, part, size // before // part) for name, size in sizes.items() for before, part in [parts.get(name, (1, 1))]]
+  ids = np.moveaxis(ids.reshape(np.ravel(split)), range(1, 3 * len(split), 3), range(-len(split), 0))
+  return ids.reshape(-1, math.prod(part for _, part, _ in split))

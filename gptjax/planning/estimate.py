@@ -1,13 +1,12 @@
-"""One plan: everything that is told of a config on a machine."""
+"""One plan: memory, traffic and bounds of a config on a machine."""
 
 import dataclasses
-import functools
 
 from gptjax.config import SLICE_AXES, Config, UserError
 from gptjax.model import abstract_model, parameter_count
 from gptjax.planning.collectives import Collective, collectives
 from gptjax.planning.memory import Memory, analytic_memory
-from gptjax.planning.program import Compiled, TooLarge, compile_step, steps
+from gptjax.planning.program import Compiled, TooLarge, compile_step, durations
 from gptjax.planning.roofline import DAY, Roofline, roofline
 from gptjax.planning.topology import Topology
 from gptjax.planning.volumes import theoretical
@@ -17,7 +16,7 @@ from gptjax.training import check_unsharded
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """A config on a machine, by theory and, where it was compiled, by the program."""
+  """A config on a machine, by theory and, after `compile`, by the compiled program."""
 
   config: Config
   topology: Topology
@@ -31,18 +30,18 @@ class Estimate:
   bounds: Roofline
   compiled: Compiled | None = None
   refusal: str = ''
-  """the compiler's words where the program does not fit"""
+  """the compiler's message if the program does not fit"""
   found: list[Collective] = dataclasses.field(default_factory=list)
   """collectives of the compiled program"""
 
   @property
   def needed(self) -> float:
-    """Bytes on a device: the compiler's count, or theory's where nothing was compiled."""
+    """Bytes per device, as counted by the compiler, or by theory if nothing was compiled."""
     return self.compiled.total if self.compiled else self.memory.total
 
   @property
   def available(self) -> float:
-    """Bytes that a program may take."""
+    """Bytes that a program may use."""
     return self.topology.chip.memory * self.topology.chip.usable
 
   @property
@@ -56,36 +55,31 @@ class Estimate:
     return self.steps * self.config.batch_size * self.config.data.context
 
   def days(self, seconds: float) -> float:
-    """Days that the run takes at this step time."""
+    """Duration of the run in days at a step time in seconds."""
     return self.steps * seconds / DAY
 
   def compile(self) -> 'Estimate':
-    """The same with the real train step compiled; its collectives then set the bounds."""
+    """The estimate with the actual train step compiled, whose collectives then set the bounds."""
     try:
       compiled = compile_step(self.config, self.topology)
     except TooLarge as error:
       return dataclasses.replace(self, refusal=str(error))
     found = collectives(compiled.text, self.topology.one_slice(self.sizes))
-    if self.topology.slices > 1:  # one slice was compiled: what crosses slices is theory's
+    if self.topology.slices > 1:  # only one slice was compiled: traffic between slices is theory's
       found += [one for one in self.theory if {*one.axes} & {*SLICE_AXES}]
     bounds = roofline(self.config, self.topology, self.sizes, found, self.memory)
     return dataclasses.replace(self, compiled=compiled, found=found, bounds=bounds)
 
 
 def estimate(config: Config, topology: Topology) -> Estimate:
-  """The analytic part of a plan; takes about a second.
-
-  Raises:
-    UserError: no vocabulary size, a mesh that does not match the devices, sizes that it does not divide, epochs.
-  """
+  """The analytic part of a plan; takes about a second. Raises a UserError for a missing vocabulary size, a mesh that does not match the
+  devices, sizes that it does not divide, or a duration in epochs."""
   if not config.model.vocab_size:
-    raise UserError('model.vocab_size', 0, 'the number of token ids: a plan opens no tokenizer that could tell it')
+    raise UserError('model.vocab_size', 0, 'the number of token ids: a plan reads no tokenizer')
   sizes = topology.mesh_sizes(config)
-  check_sizes(config, abstract_mesh(sizes))
-  check_unsharded(abstract_model(config.model, config.compute, config.data.context), config, abstract_mesh(sizes))
+  mesh, context = abstract_mesh(sizes), config.data.context
+  check_sizes(config, mesh)
+  check_unsharded(abstract_model(config.model, config.compute, context), config, mesh)
   memory, theory = analytic_memory(config, sizes), theoretical(config, sizes)
-  return Estimate(config, topology, sizes, _parameters(config.model, config.data.context), steps(config), memory, theory,
+  return Estimate(config, topology, sizes, parameter_count(config.model, context), durations(config)['steps'], memory, theory,
                   roofline(config, topology, sizes, theory, memory))
-
-
-_parameters = functools.cache(parameter_count)  # a search asks again and again

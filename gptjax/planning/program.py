@@ -1,24 +1,21 @@
-"""The one place where plans touch the train step: its abstract state, and the compiled program."""
+"""The train step compiled for absent TPUs."""
 
 import dataclasses
 import os
 import time
-from collections.abc import Mapping
-from importlib.util import find_spec
-from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, use_abstract_mesh
+from jax.sharding import Mesh, NamedSharding
 
 from gptjax import config as configs
-from gptjax.config import ComputeConfig, Config, ModelConfig, OptimizerConfig, UserError, duration_in_steps
+from gptjax.config import Config, UserError, duration_in_steps
 from gptjax.model import abstract_model, attention_backend
 from gptjax.planning.topology import Topology
-from gptjax.sharding import ROWS, abstract_mesh, make_mesh
-from gptjax.training import TrainState, abstract, initializer, make_objective, make_optimizer, schedule, train_step
+from gptjax.sharding import ROWS, make_mesh
+from gptjax.training import abstract, initializer, make_objective, make_optimizer, schedule, train_step
 
 
 class TooLarge(Exception):
@@ -27,93 +24,63 @@ class TooLarge(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """What the compiler says of the train step on one device. Sizes in bytes."""
+  """The compiled train step and its memory on one device, in bytes."""
 
   text: str
   """the optimized program"""
   arguments: int
   """state and batch"""
   temporaries: int
-  """the most that is alive at once beside them, in the chip's memory"""
+  """peak of what is live at once besides the arguments, in the chip's memory"""
   outputs: int
-  """results that do not take the place of arguments"""
+  """results that do not reuse the memory of arguments"""
   code: int
   seconds: float
-  """that tracing and compiling took"""
+  """duration of tracing and compiling"""
 
   @property
   def total(self) -> int:
-    """Memory taken."""
+    """Memory in total."""
     return self.arguments + self.temporaries + self.outputs + self.code
 
 
-def needs_libtpu() -> str | None:
-  """What to install before a program can be compiled for TPUs; None: nothing."""
-  return None if find_spec('libtpu') else 'libtpu is not installed: pip install -r requirements-tpu.txt compiles the program too'
-
-
 def for_platform(config: Config, platform: str) -> Config:
-  """The config as the accelerator resolves it: here 'auto' would ask this process, which has a CPU."""
+  """The config with attention 'auto' resolved for an accelerator, since this process has only a CPU."""
   return configs.override(config, {'compute.attention': attention_backend(config.model, config.compute, config.data.context, platform)})
 
 
-def steps(config: Config) -> int:
-  """Steps of the run.
-
-  Raises:
-    UserError: a duration in epochs, which only the data could tell.
-  """
+def durations(config: Config) -> dict[str, int]:
+  """The steps of the run, of its warmup and of its decay. Raises a UserError for a duration in epochs, which depend on the data."""
+  found = {}
   for field, value in (('steps', config.steps), ('optimizer.warmup', config.optimizer.warmup), ('optimizer.decay', config.optimizer.decay)):
     if 'epoch' in str(value).lower():
-      raise UserError(field, value, "steps or tokens, as '300e9 tokens': a plan reads no data, and so knows no epochs")
-  return _durations(config)['steps']
+      raise UserError(field, value, "steps or tokens, such as '300e9 tokens': a plan reads no data, so the length of an epoch is unknown")
+    found[field.removeprefix('optimizer.')] = duration_in_steps(
+      field, value, batch_size=config.batch_size, context=config.data.context, rows_per_epoch=config.batch_size)
+  return found
 
 
-def _durations(config: Config) -> dict[str, int]:
-  sizes = {'batch_size': config.batch_size, 'context': config.data.context, 'rows_per_epoch': config.batch_size}
-  fields = {'steps': config.steps, 'warmup': config.optimizer.warmup, 'decay': config.optimizer.decay}
-  return {name: duration_in_steps(name if name == 'steps' else f'optimizer.{name}', value, **sizes) for name, value in fields.items()}
+def compile_step(config: Config, topology: Topology, options: dict[str, str | bool] | None = None) -> Compiled:
+  """Compiles the actual train step for absent TPUs.
 
-
-def abstract_state(model: ModelConfig, compute: ComputeConfig, context: int, optimizer: OptimizerConfig, zero_stage: int,
-                   sizes: dict[str, int]) -> TrainState:
-  """Shapes, dtypes and shardings of the train state on a mesh of these sizes."""
-  mesh = abstract_mesh(sizes)
-  durations = {'steps': 2, 'warmup': 1, 'decay': 1}  # shapes do not depend on them
-  with jax.set_mesh(None), use_abstract_mesh(mesh):
-    return abstract(initializer(abstract_model(model, compute, context), make_optimizer(optimizer, **durations), zero_stage, mesh, 0), mesh)
-
-
-def compile_step(config: Config, topology: Topology, options: Mapping[str, str | bool] = MappingProxyType({})) -> Compiled:
-  """Compiles the real train step for TPUs that need not be there.
-
-  Of several slices one is compiled, with its share of the batch: libtpu compiles no more without the slices' own network.
-
-  Args:
-    config: the run.
-    topology: TPUs, with as many chips as the mesh has devices.
-    options: of the compiler, as 'xla_dump_to'.
-
-  Raises:
-    TooLarge: it does not fit the chip.
-    UserError: libtpu refuses the topology.
+  Of several slices only one is compiled, with its part of the batch: libtpu needs the slices' own network for more. `options` are those
+  of the compiler, such as 'xla_dump_to'. Raises TooLarge if it does not fit the chip, and a UserError if libtpu refuses the topology.
   """
   start = time.perf_counter()
   sizes = topology.one_slice(topology.mesh_sizes(config))
   config = configs.override(config, {f'mesh.{name}': size for name, size in sizes.items()} | {
     'batch_size': config.batch_size // topology.slices})
-  mesh = make_mesh(config.mesh, _devices(topology))
-  compiled = compile_on(mesh, for_platform(config, 'tpu'), options)
+  compiled = compile_on(make_mesh(config.mesh, _devices(topology)), for_platform(config, 'tpu'), options)
   memory, text = compiled.memory_analysis(), compiled.as_text()
   assert memory is not None and text is not None
   arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
-  # temp_size_in_bytes would count more than the compiler assigns to temporaries in the chip's memory: half as much again was seen.
+  # temp_size_in_bytes can be half as much again as the temporaries that the compiler places in the chip's memory.
   temporaries = memory.peak_memory_in_bytes - arguments - outputs
   return Compiled(text, arguments, temporaries, outputs, memory.generated_code_size_in_bytes, time.perf_counter() - start)
 
 
 def _devices(topology: Topology) -> list[jax.Device]:
-  # No chip is used: another process may have libtpu loaded, and it need not look for a host's name and kind, and complain.
+  # No chip is used: other processes may have loaded libtpu, and a search for the host's name and type would print errors.
   for name, value in (('ALLOW_MULTIPLE_LIBTPU_LOAD', '1'), ('TPU_WORKER_HOSTNAMES', 'localhost'), ('TPU_WORKER_ID', '0'),
                       ('TPU_ACCELERATOR_TYPE', 'v5p-8')):
     os.environ.setdefault(name, value)
@@ -125,29 +92,24 @@ def _devices(topology: Topology) -> list[jax.Device]:
   try:
     return list(topologies.get_topology_desc(topology.name.partition('*')[0], 'tpu', **options).devices)
   except jax.errors.JaxRuntimeError as error:
-    raise UserError('--topology', topology.name, f'a shape that libtpu knows; it says: {error}') from None
+    raise UserError('--topology', topology.name, f'a shape that libtpu supports; it reports: {error}') from None
 
 
-def compile_on(mesh: Mesh, config: Config, options: Mapping[str, str | bool] = MappingProxyType({})) -> jax.stages.Compiled:
-  """Compiles the real train step for a mesh of devices; raises TooLarge."""
-  durations = _durations(config)
+def compile_on(mesh: Mesh, config: Config, options: dict[str, str | bool] | None = None) -> jax.stages.Compiled:
+  """Compiles the actual train step for a mesh of devices; raises TooLarge."""
+  steps = durations(config)
   with jax.set_mesh(mesh):
     model = abstract_model(config.model, config.compute, config.data.context)
-    optimizer = make_optimizer(config.optimizer, **durations)
+    optimizer = make_optimizer(config.optimizer, **steps)
     state = abstract(initializer(model, optimizer, config.zero_stage, mesh, config.seed), mesh)
-    step: Any = train_step(model, make_objective(config), optimizer, schedule(config.optimizer, config.optimizer.peak_lr, **durations),
+    step: Any = train_step(model, make_objective(config), optimizer, schedule(config.optimizer, config.optimizer.peak_lr, **steps),
                            zero_stage=config.zero_stage, mesh=mesh, microbatches=config.microbatches, seed=config.seed)
-    rows = NamedSharding(mesh, ROWS)
-    array = lambda dtype: jax.ShapeDtypeStruct((config.batch_size, config.data.context), dtype, sharding=rows)
-    batch = {name: array(jnp.float32 if name == 'mask' else jnp.int32) for name in _batch_fields(config)}
+    isolated = ['positions', 'segments'] if config.data.isolate_documents else []
+    array = lambda dtype: jax.ShapeDtypeStruct((config.batch_size, config.data.context), dtype, sharding=NamedSharding(mesh, ROWS))
+    batch = {name: array(jnp.int32) for name in ('tokens', 'targets', *isolated)} | {'mask': array(jnp.float32)}
     try:
-      return step.lower(state, batch).compile(compiler_options=dict(options))
+      return step.lower(state, batch).compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
       if 'RESOURCE_EXHAUSTED' not in str(error):
         raise
       raise TooLarge(str(error).removeprefix('RESOURCE_EXHAUSTED: ').partition('\n')[0]) from None
-
-
-def _batch_fields(config: Config) -> list[str]:
-  isolated = ['positions', 'segments'] if config.data.isolate_documents else []
-  return ['tokens', 'targets', 'mask', *isolated]

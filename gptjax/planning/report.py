@@ -1,14 +1,16 @@
-"""A plan in words and tables, and as JSON."""
+"""A plan as text with tables, as JSON, and as a picture."""
 
 import dataclasses
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from gptjax.config import AXIS_NAMES
 from gptjax.planning.collectives import PADDED, totals
 from gptjax.planning.estimate import Estimate
 from gptjax.planning.roofline import DAY
@@ -18,102 +20,81 @@ from gptjax.sharding import abstract_mesh
 from gptjax.sharding import describe as describe_mesh
 from gptjax.sharding.chips import GIB
 
-SHOWN = 1e-3
-"""Rows of bytes moved below this share of the largest are left out of the table; the JSON has them."""
+SMALLEST_SHOWN = 1e-3
+"""The table leaves out rows whose bytes are below this fraction of the largest; the JSON has them."""
 
 
 def describe(one: Estimate) -> str:
-  """Everything that a person asks of a plan."""
+  """A plan in words and tables."""
   return '\n'.join([_head(one), '', _memory(one), '', _volumes(one), '', _bounds(one), '', _verdict(one)])
 
 
 def _head(one: Estimate) -> str:
-  config, sizes = one.config, one.sizes
-  mesh = describe_mesh(abstract_mesh(sizes))
-  model = f'{one.parameters / 1e9:.2f}B parameters, {config.compute.dtype}'
-  batch = f'{config.batch_size} x {config.data.context} tokens a step'
-  if config.microbatches > 1:
-    batch += f' in {config.microbatches} microbatches'
-  return (f'{one.topology.name}: {one.topology.devices} devices, mesh {mesh}, ZeRO stage {config.zero_stage}, remat '
-          f'{config.compute.remat}\n{model}, {batch}, {one.steps:,} steps, {one.tokens:.4g} tokens')
+  config = one.config
+  parts = f' in {config.microbatches} microbatches' if config.microbatches > 1 else ''
+  return (f'{one.topology.name}: {one.topology.devices} devices, mesh {describe_mesh(abstract_mesh(one.sizes))}, ZeRO stage '
+          f'{config.zero_stage}, remat {config.compute.remat}\n{one.parameters / 1e9:.2f}B parameters, {config.compute.dtype}, '
+          f'{config.batch_size} x {config.data.context} tokens per step{parts}, {one.steps:,} steps, {one.tokens:.4g} tokens')
 
 
 def _memory(one: Estimate) -> str:
-  table = _table('bytes a device', 'theory GiB', 'compiled GiB')
-  compiled, gib = one.compiled, lambda count: f'{count / GIB:.2f}'
-  for field in dataclasses.fields(one.memory):
-    table.add_row(field.name, gib(getattr(one.memory, field.name)), '')
-  if compiled:
-    table.add_section()
-    for name, theory, count in (
-        ('state and batch (arguments)', one.memory.state, compiled.arguments),
-        ('temporaries and results', one.memory.total - one.memory.state, compiled.temporaries + compiled.outputs),
-        ('code', 0, compiled.code)):
-      table.add_row(name, gib(theory), gib(count))
-  table.add_section()
-  table.add_row('in all', gib(one.memory.total), gib(compiled.total) if compiled else '')
-  chip = one.topology.chip
-  table.add_row('of the memory', _percent(one.memory.total / chip.memory), _percent(compiled.total / chip.memory) if compiled else '')
-  return _text(table)
+  theory, compiled, chip = one.memory, one.compiled, one.topology.chip
+  gib = lambda count: f'{count / GIB:.2f}'
+  both = [] if compiled is None else [
+    ('state and batch (arguments)', gib(theory.state), gib(compiled.arguments)),
+    ('temporaries and results', gib(theory.total - theory.state), gib(compiled.temporaries + compiled.outputs)),
+    ('code', gib(0), gib(compiled.code))]
+  total = [('total', gib(theory.total), gib(compiled.total) if compiled else ''),
+           ('of the memory', f'{theory.total / chip.memory:.1%}', f'{compiled.total / chip.memory:.1%}' if compiled else '')]
+  return _table(('bytes per device', 'theory GiB', 'compiled GiB'),
+                [(name, gib(count), '') for name, count in dataclasses.asdict(theory).items()], both, total)
 
 
 def _volumes(one: Estimate) -> str:
-  table = _table('sent by a device, a step', 'axes', 'dtype', 'theory GB', 'compiled GB')
   theory, found = totals(one.theory), totals(one.found)
-  largest = max([*theory.values(), *found.values()], default=0.0)
-  gigabytes = lambda sums, key: f'{sums[key] / 1e9:.3f}' if key in sums else ''
-  for key in sorted({*theory, *found}, key=lambda key: (key[0], -max(theory.get(key, 0.0), found.get(key, 0.0)))):
-    if max(theory.get(key, 0.0), found.get(key, 0.0)) >= SHOWN * largest:
-      table.add_row(key[1], ', '.join(key[0]), key[2], gigabytes(theory, key), gigabytes(found, key))
-  table.add_section()
-  ours, theirs = by_axis(one.theory), by_axis(one.found)
-  for axis in sorted({*ours, *theirs}):
-    table.add_row('in all', axis, '', gigabytes(ours, axis), gigabytes(theirs, axis))
-  if not largest:
+  if not theory and not found:
     return 'Nothing is sent between devices.'
+  larger = {key: max(theory.get(key, 0.0), found.get(key, 0.0)) for key in {*theory, *found}}
+  gigabytes = lambda sums, key: f'{sums[key] / 1e9:.3f}' if key in sums else ''
+  rows = [(kind, ', '.join(axes), dtype, gigabytes(theory, (axes, kind, dtype)), gigabytes(found, (axes, kind, dtype)))
+          for axes, kind, dtype in sorted(larger, key=lambda key: (key[0], -larger[key]))
+          if larger[axes, kind, dtype] >= SMALLEST_SHOWN * max(larger.values())]
+  ours, theirs = by_axis(one.theory), by_axis(one.found)
+  sums = [('total', axis, '', gigabytes(ours, axis), gigabytes(theirs, axis)) for axis in sorted({*ours, *theirs})]
   padded = sum(collective.total for collective in one.found if collective.why == PADDED)
-  note = f'\nOf the all-reduces {padded / 1e9:.1f} GB gather shards that do not fill tiles: twice what an all-gather sends.'
-  return _text(table) + (note if padded > 0.05 * sum(theirs.values()) else '')
+  note = f'\nOf the all-reduces {padded / 1e9:.1f} GB gather shards that do not fill tiles: twice the bytes of an all-gather.'
+  return (_table(('sent by a device per step', 'axes', 'dtype', 'theory GB', 'compiled GB'), rows, sums)
+          + (note if padded > 0.05 * sum(theirs.values()) else ''))
 
 
 def _bounds(one: Estimate) -> str:
   bounds = one.bounds
-  table = _table('at best, a step', 'ms', 'MFU')
-  for name, seconds in bounds.seconds.items():
-    table.add_row(name, f'{seconds * 1e3:.1f}', '')
-  table.add_section()
-  for name, seconds in (('all at once (max)', bounds.overlapped), ('one after another (sum)', bounds.sequential)):
-    table.add_row(name, f'{seconds * 1e3:.1f}', _percent(bounds.mfu(seconds)))
-  return _text(table)
+  both = (('all at once (max)', bounds.overlapped), ('one after another (sum)', bounds.sequential))
+  return _table(('at best, per step', 'ms', 'MFU'), [(name, f'{seconds * 1e3:.1f}', '') for name, seconds in bounds.seconds.items()],
+                [(name, f'{seconds * 1e3:.1f}', f'{bounds.mfu(seconds):.1%}') for name, seconds in both])
 
 
 def _verdict(one: Estimate) -> str:
-  bounds, topology = one.bounds, one.topology
-  source = 'compiled' if one.compiled else 'by theory'
-  if one.refusal:
-    fits = f'does not fit: {one.refusal}'
-  else:
-    word = 'fits' if one.fits else 'does not fit'
-    fits = f'{word}, {source}: {one.needed / GIB:.1f} of the {one.available / GIB:.1f} GiB that a program may take'
+  bounds, chips = one.bounds, one.topology.chips
+  fits = (f'does not fit: {one.refusal}' if one.refusal else
+          f'{"fits" if one.fits else "does not fit"}, {"compiled" if one.compiled else "by theory"}: {one.needed / GIB:.1f} of the '
+          f'{one.available / GIB:.1f} GiB that a program may use')
   per_day = one.tokens / one.steps / bounds.overlapped * DAY
   days = one.days(bounds.overlapped)
-  chips = f'{topology.chips} chip{"s" if topology.chips > 1 else ""}, {days * 24 * topology.chips:,.0f} chip-hours'
-  return (f'{fits}\n{bounds.flops:.4g} FLOPs a step on each device ({bounds.executed:.4g} with what is computed again); '
-          f'{bounds.binds} binds\nat best {per_day:.3g} tokens a day: {one.tokens:.4g} tokens take {days:.1f} days on {chips} '
-          f'({one.days(bounds.sequential):.1f} days if nothing overlaps)')
+  return (f'{fits}\n{bounds.flops:.4g} FLOPs per step and device ({bounds.executed:.4g} with recomputation); {bounds.binds} is the '
+          f'bottleneck\nat best {per_day:.3g} tokens per day: {one.tokens:.4g} tokens take {days:.1f} days on {chips} '
+          f'chip{"s" * (chips > 1)}, {days * 24 * chips:,.0f} chip-hours ({one.days(bounds.sequential):.1f} days if nothing overlaps)')
 
 
 def ranking(ranked: Sequence[Estimate], count: int = 10) -> str:
-  """The best candidates of a search, one a row."""
+  """The best candidates of a search, one per row."""
   names = [name for name in settings(ranked[0]) if not name.startswith('mesh.') or any(settings(one)[name] != 1 for one in ranked)]
-  table = _table('', *names, 'GiB', 'ms at best', 'ms in sequence', 'MFU at best', 'binds')
-  for place, one in enumerate(ranked[:count], 1):
-    bounds = one.bounds
-    table.add_row(str(place), *(str(settings(one)[name]) for name in names), f'{one.needed / GIB:.1f}{"" if one.fits else " !"}',
-                  f'{bounds.overlapped * 1e3:.0f}', f'{bounds.sequential * 1e3:.0f}', _percent(bounds.mfu(bounds.overlapped)),
-                  bounds.binds)
+  rows = [(str(place), *(str(settings(one)[name]) for name in names), f'{one.needed / GIB:.1f}{"" if one.fits else " !"}',
+           f'{one.bounds.overlapped * 1e3:.0f}', f'{one.bounds.sequential * 1e3:.0f}', f'{one.bounds.mfu(one.bounds.overlapped):.1%}',
+           one.bounds.binds) for place, one in enumerate(ranked[:count], 1)]
   fitting = sum(one.fits for one in ranked)
-  return f'{len(ranked)} layouts, {fitting} that fit{"" if fitting else "; ! does not fit"}\n' + _text(table)
+  return (f'{len(ranked)} layouts, {fitting} that fit{"" if fitting else "; ! does not fit"}\n'
+          + _table(('', *names, 'GiB', 'ms at best', 'ms in sequence', 'MFU at best', 'bottleneck'), rows))
 
 
 def as_json(one: Estimate) -> dict[str, Any]:
@@ -134,20 +115,48 @@ def as_json(one: Estimate) -> dict[str, Any]:
   }
 
 
-def _table(*columns: str) -> Table:
+def draw(plans: Sequence[Estimate], path: Path) -> None:
+  """Writes a PNG: one bar per plan with its parts by theory, a mark at the compiled total, and a line at the chip's memory."""
+  from matplotlib import colormaps
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(max(4.0, 1.6 + 1.1 * len(plans)), 4.8), layout='constrained')
+  axes = figure.subplots()
+  places = range(len(plans))
+  parts = {name: np.array([getattr(one.memory, name) for one in plans]) / GIB for name in dataclasses.asdict(plans[0].memory)}
+  bottom = np.zeros(len(plans))
+  for (name, heights), color in zip(parts.items(), colormaps['viridis'](np.linspace(0, 1, len(parts)))):
+    axes.bar(places, heights, 0.7, bottom, label=name, color=color)
+    bottom = bottom + heights
+  compiled = [(place, one.compiled.total / GIB) for place, one in zip(places, plans) if one.compiled]
+  if compiled:
+    axes.plot(*zip(*compiled), 'k_', markersize=28, label='compiled')
+  chip = plans[0].topology.chip.memory / GIB
+  axes.axhline(chip, color='crimson', linewidth=1, label=f'{chip:.0f} GiB per device')
+  labels = []
+  for one in plans:
+    chosen = settings(one)
+    mesh, work = ' x '.join(str(size) for size in one.sizes.values()), f'{chosen["compute.remat"]}, {chosen["microbatches"]}'
+    labels.append(f'{mesh}\nZeRO {chosen["zero_stage"]}\n{work}')
+  axes.set_xticks(places, labels, fontsize=8)
+  axes.set_xlabel(f'{" x ".join(AXIS_NAMES)}, ZeRO stage, remat and microbatches')
+  axes.set_ylabel('GiB per device')
+  axes.set_title(f'{plans[0].parameters / 1e9:.1f}B parameters on {plans[0].topology.name}', fontsize=10)
+  axes.legend(fontsize=8, frameon=False, loc='upper left', bbox_to_anchor=(1, 1))
+  figure.savefig(path, dpi=150, bbox_inches='tight')
+
+
+def _table(columns: Sequence[str], *sections: Iterable[Sequence[str]]) -> str:
+  """A table as text, its sections separated from each other."""
   table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-  texts = {'', 'axes', 'dtype', 'binds', columns[0]}
   for column in columns:
-    table.add_column(column, justify='left' if column in texts else 'right', no_wrap=True)
-  return table
-
-
-def _text(table: Table) -> str:
+    text = column in ('', 'axes', 'dtype', 'bottleneck', columns[0])
+    table.add_column(column, justify='left' if text else 'right', no_wrap=True)
+  for rows in sections:
+    for row in rows:
+      table.add_row(*row)
+    table.add_section()
   console = Console(width=200, color_system=None, force_terminal=False)
   with console.capture() as captured:
     console.print(table)
   return '\n'.join(line.rstrip() for line in captured.get().splitlines() if line.strip())
-
-
-def _percent(share: float) -> str:
-  return f'{share:.1%}' if math.isfinite(share) else ''

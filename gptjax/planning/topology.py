@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Mapping
 from typing import NamedTuple
 
 from gptjax.config import MATRIX_AXIS, REST_AXIS, SLICE_AXES, STATE_AXIS, Config, UserError
@@ -15,11 +14,11 @@ EXAMPLES = {
   2: '1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16',
   3: '2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4, 4x4x8, 4x8x8, 8x8x8, 8x8x16, 8x16x16, 16x16x16',
 }
-"""Shapes of slices that Google Cloud lists, by the axes of the torus."""
+"""Slice shapes that Google Cloud lists, by the number of axes of the torus."""
 
 
 class Link(NamedTuple):
-  """What joins the devices of a mesh axis."""
+  """The network between the devices of a mesh axis."""
 
   network: str
   bandwidth: float
@@ -28,47 +27,43 @@ class Link(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """Devices and how they are joined."""
+  """Devices and the networks between them."""
 
   name: str
   chip: Chip
   shape: tuple[int, ...]
-  """TPU: chips along each axis of the torus; GPU: (GPUs a node, nodes)"""
+  """TPU: chips along each axis of the torus; GPU: (GPUs per node, nodes)"""
   slices: int = 1
-  """TPU slices, joined by the data-centre network"""
+  """TPU slices, connected by the data-centre network"""
 
   @property
   def chips(self) -> int:
-    """Chips in all."""
+    """Number of chips."""
     return math.prod(self.shape) * self.slices
 
   @property
   def devices(self) -> int:
-    """Devices as JAX counts them."""
+    """Number of devices as JAX counts them."""
     return self.chips * self.chip.per_chip
 
   @property
   def groups(self) -> int:
-    """Slices or nodes."""
+    """Number of slices or nodes."""
     return self.slices if self.chip.is_tpu else self.shape[1]
 
   def mesh_sizes(self, config: Config) -> dict[str, int]:
-    """Sizes of the mesh axes on all devices, from the slowest network to the fastest.
-
-    Raises:
-      UserError: the mesh does not match the devices; that batch and model divide is checked elsewhere.
-    """
+    """Sizes of the mesh axes on all devices, from the slowest network to the fastest. Raises a UserError for a mesh that does not match the
+    devices."""
     sizes = mesh_sizes(config.mesh, self.devices)
     if math.prod(sizes.values()) != self.devices:
       rest = self.devices * sizes[REST_AXIS] // math.prod(sizes.values())
       raise UserError(f'mesh.{REST_AXIS}', sizes[REST_AXIS], f'-1 or {rest} on the {self.devices} devices of {self.name}')
     if self.chip.is_tpu and math.prod(sizes[name] for name in SLICE_AXES) % self.slices:
-      raise UserError(f'mesh.{SLICE_AXES[0]}', sizes[SLICE_AXES[0]],
-                      f'{self.slices}, one for each slice of {self.name}, or a multiple of it')
+      raise UserError(f'mesh.{SLICE_AXES[0]}', sizes[SLICE_AXES[0]], f'a multiple of the {self.slices} slices of {self.name}')
     return sizes
 
-  def one_slice(self, sizes: Mapping[str, int]) -> dict[str, int]:
-    """The part of the mesh that one slice holds."""
+  def one_slice(self, sizes: dict[str, int]) -> dict[str, int]:
+    """Sizes of the mesh within one slice."""
     left, inner = self.slices, dict(sizes)
     for name in SLICE_AXES:
       between = math.gcd(inner[name], left)
@@ -76,26 +71,25 @@ class Topology:
       left //= between
     return inner
 
-  def links(self, sizes: Mapping[str, int]) -> dict[str, Link]:
-    """What each mesh axis moves its bytes over.
+  def links(self, sizes: dict[str, int]) -> dict[str, Link]:
+    """The link of each mesh axis.
 
-    On a torus a mesh axis has the rings of the torus axes it covers, each sending both ways at once where it closes. On GPUs
-    an axis within a node has NVLink; one that spans nodes has the network, all ports of the GPUs it holds in a node together.
+    On a torus a mesh axis has the rings of the torus axes it covers; a closed ring sends in both directions at the same time. On GPUs
+    an axis within a node has NVLink; one that spans nodes has the network, with the ports of all its GPUs in a node.
     """
     return self._torus(sizes) if self.chip.is_tpu else self._switched(sizes)
 
-  def _torus(self, sizes: Mapping[str, int]) -> dict[str, Link]:
-    ring = lambda size: self.chip.link * (2 if size % self.chip.wraps == 0 else 1) if size > 1 else 0.0
+  def _torus(self, sizes: dict[str, int]) -> dict[str, Link]:
+    ring = lambda size: self.chip.link * (2 if size % self.chip.wraps == 0 else 1)
     free = [size for size in self.shape if size > 1]
     wanted = max(sizes[MATRIX_AXIS] // self.chip.per_chip, 1)
-    exact = next((picked for n in range(1, len(free) + 1) for picked in itertools.combinations(free, n)
-                  if math.prod(picked) == wanted), None) if wanted > 1 else ()
+    exact = next((picked for n in range(len(free) + 1) for picked in itertools.combinations(free, n) if math.prod(picked) == wanted), None)
     model = data = 0.0
     if exact is not None:
       for size in exact:
         free.remove(size)
         model += ring(size)
-    else:  # part of an axis, which the data axis has the rest of: no ring closes for either
+    else:  # part of an axis, whose rest belongs to the data axis: neither has a closed ring
       for size in sorted(free):
         if wanted > 1 and (size % wanted == 0 or wanted % size == 0):
           free.remove(size)
@@ -105,45 +99,37 @@ class Topology:
     data += sum(map(ring, free))
     # Other axes have other links of the torus.
     ici = lambda axis: Link(f'ICI ({axis})', (model if axis == MATRIX_AXIS else data) or self.chip.link)
-    between = Link('data-centre network', self.chip.network)
-    crosses = lambda axis: axis in SLICE_AXES and self.slices > 1
-    return {axis: between if crosses(axis) else ici(STATE_AXIS if axis in SLICE_AXES else axis) for axis in sizes}
+    across = Link('data-centre network', self.chip.network) if self.slices > 1 else ici(STATE_AXIS)
+    return {axis: across if axis in SLICE_AXES else ici(axis) for axis in sizes}
 
-  def _switched(self, sizes: Mapping[str, int]) -> dict[str, Link]:
+  def _switched(self, sizes: dict[str, int]) -> dict[str, Link]:
     node, inner = self.shape[0], 1
     links: dict[str, Link] = {}
-    for axis in reversed(list(sizes)):
-      together = min(sizes[axis], max(node // inner, 1))  # of the axis, in one node
-      if inner * sizes[axis] <= node:
-        links[axis] = Link('NVLink', self.chip.link)
-      else:
-        links[axis] = Link('InfiniBand', min(self.chip.link, together * self.chip.network))
-      inner *= sizes[axis]
+    for axis, size in reversed(sizes.items()):
+      ports = min(size, max(node // inner, 1))  # GPUs of the axis in one node
+      inner *= size
+      network = Link('InfiniBand', min(self.chip.link, ports * self.chip.network))
+      links[axis] = Link('NVLink', self.chip.link) if inner <= node else network
     return links
 
 
 def parse(text: str | None) -> Topology:
-  """The machine of a name: CHIP:SIZExSIZE..., for TPUs with *SLICES.
-
-  Raises:
-    UserError: an unknown chip, or a shape that it does not come in.
-  """
-  example = "CHIP:SHAPE, as 'v5p:4x4x4' (a slice of TPUs), 'v5p:4x4x4*2' (two slices), 'h100:8x16' (16 nodes of 8 GPUs)"
-  match = re.fullmatch(r'([\w-]+):(\d+(?:x\d+)*)(?:\*(\d+))?', text or '')
+  """The machine with a name CHIP:SIZExSIZE..., for several TPU slices followed by *SLICES. Raises a UserError for an unknown chip or an
+  unavailable shape."""
+  match = re.fullmatch(r'([\w-]+):([1-9]\d*(?:x[1-9]\d*)*)(?:\*([1-9]\d*))?', text or '')
   if not match:
-    raise UserError('--topology', text, example)
+    raise UserError('--topology', text, "CHIP:SHAPE, such as 'v5p:4x4x4' (a slice of TPUs), 'v5p:4x4x4*2' (two slices), 'h100:8x16' (16 "
+                    'nodes of 8 GPUs)')
   name, shape, slices = match[1], tuple(map(int, match[2].split('x'))), int(match[3] or 1)
   if name not in CHIPS:
     raise UserError('--topology', text, f'one of {", ".join(CHIPS)} before the colon', {key: f'{key}:{match[2]}' for key in CHIPS}, name)
   chip = CHIPS[name]
-  if min(*shape, slices, shape[0]) < 1:
-    raise UserError('--topology', text, example)
   if not chip.is_tpu:
     if len(shape) > 2 or slices > 1:
-      raise UserError('--topology', text, f"GPUs a node, then nodes, as '{name}:8' or '{name}:8x16'")
+      raise UserError('--topology', text, f"GPUs per node, then nodes, such as '{name}:8' or '{name}:8x16'")
     return Topology(text or '', chip, (*shape, 1)[:2])
   hosts = len(shape) == chip.axes and shape[0] % 2 == shape[1] % 2 == 0  # of 2 x 2 chips
   if not (hosts or shape == (1, 1) == (1,) * chip.axes) or math.prod(shape) > chip.pod:
-    raise UserError('--topology', text, f'{chip.axes} sizes after {name}:, the first two even, {chip.pod} chips at most: '
+    raise UserError('--topology', text, f'{chip.axes} sizes after {name}:, the first two even, at most {chip.pod} chips: '
                     f'{EXAMPLES[chip.axes]}')
   return Topology(text or '', chip, shape, slices)

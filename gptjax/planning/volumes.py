@@ -1,8 +1,8 @@
-"""What a step has to send by theory: data parallelism by ZeRO stage, tensor parallelism as Megatron's.
+"""The bytes that a step must send by theory: those of ZeRO for data parallelism, those of Megatron for tensor parallelism.
 
-arXiv:1910.02054, section 7, counts what ZeRO moves, arXiv:1909.08053, section 3, the all-reduces of a layer split over
-`model`, and arXiv:2205.05198, section 4, the pairs that replace them where activations are split along the sequence too.
-Where the compiled program sends more than this, something is moved that need not be.
+arXiv:1910.02054, section 7, counts the traffic of ZeRO, arXiv:1909.08053, section 3, the all-reduces of a layer split over
+`model`, and arXiv:2205.05198, section 4, the pairs of collectives that replace them if activations are split along the sequence too.
+A compiled program that sends more makes unnecessary transfers.
 """
 
 import functools
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from gptjax.config import MATRIX_AXIS, ROW_AXES, STATE_AXIS, ComputeConfig, Config, ModelConfig
 from gptjax.model import abstract_model
-from gptjax.planning.collectives import Collective
+from gptjax.planning.collectives import Collective, totals
 from gptjax.sharding import abstract_mesh
 
 COMPUTE = {'float32': ('f32', 4), 'bfloat16': ('bf16', 2)}
@@ -27,11 +27,6 @@ class Elements(NamedTuple):
   """of embeddings and head, that ZeRO shards"""
   unsharded: int
   """of parameters too small to shard"""
-
-  @property
-  def all(self) -> int:
-    """Total number of elements."""
-    return sum(self)
 
 
 def elements(config: Config, sizes: dict[str, int]) -> Elements:
@@ -52,7 +47,7 @@ def _elements(model: ModelConfig, scan: bool, context: int, axes: tuple[tuple[st
 
 
 def theoretical(config: Config, sizes: dict[str, int]) -> list[Collective]:
-  """The collectives of a step on a mesh of these sizes; gradients are reduced in float32, all else in the compute dtype.
+  """The collectives of a step on a mesh of these sizes; gradients are reduced in float32, other arrays in the compute dtype.
 
   Stages 0 and 1 reduce gradients once per step, stages 2 and 3 with every microbatch, where the backward pass makes them. Along the
   other axes that divide rows, each device reduces once per step the part that it holds.
@@ -87,21 +82,17 @@ def _tensor_parallel(config: Config, sizes: dict[str, int]) -> list[Collective]:
   tokens = config.microbatch_size * config.data.context / math.prod(sizes[name] for name in ROW_AXES)
   stream = item * tokens * config.model.width
   model = lambda kind, dtype, payload, trips, why: Collective(kind, dtype, payload, p, (MATRIX_AXIS,), trips * parts, why)
-  again = config.compute.remat == 'full'  # the backward pass runs attention's sum again; the feed-forward's it does not need
+  sums = 5 if config.compute.remat == 'full' else 4  # the backward pass repeats attention's sum; it does not need the feed-forward's
   found = [model('all-reduce', 'f32', 4 * tokens, 3, 'largest logit, normalizer and target of the loss')]
   if config.compute.sequence_parallel:
-    # Inputs are kept in parts, and so gathered again for the gradients of the weights.
+    # Inputs are kept in parts, so they are gathered again for the gradients of the weights.
     return [*found,
             model('all-gather', dtype, stream, layers * 6 + 2, 'inputs of attention, feed-forward and head, forward and backward'),
-            model('reduce-scatter', dtype, stream, layers * (5 if again else 4) + 2, 'their sums, forward and backward')]
-  return [*found, model('all-reduce', dtype, stream, layers * (5 if again else 4), 'attention and feed-forward, forward and backward'),
+            model('reduce-scatter', dtype, stream, layers * sums + 2, 'their sums, forward and backward')]
+  return [*found, model('all-reduce', dtype, stream, layers * sums, 'attention and feed-forward, forward and backward'),
           model('all-reduce', dtype, stream, 2, 'embedding forward, head backward')]
 
 
 def by_axis(found: list[Collective]) -> dict[str, float]:
-  """Bytes a device sends in a step along each mesh axis; what crosses several counts on the slowest, which is the first."""
-  sums: dict[str, float] = {}
-  for one in found:
-    if one.axes:
-      sums[one.axes[0]] = sums.get(one.axes[0], 0.0) + one.total
-  return sums
+  """Bytes that a device sends per step along each mesh axis; a collective over several counts on the slowest, which is the first."""
+  return totals((one for one in found if one.axes), lambda one: one.axes[0])

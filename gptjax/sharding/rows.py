@@ -77,6 +77,11 @@ def row_groups(mesh: AnyMesh) -> int:
   return int(np.prod([mesh.shape[name] for name in ROW_AXES]))
 
 
+def full_groups(mesh: AnyMesh, rows: int) -> int:
+  """A number of rows rounded up, so that every group of devices gets equally many."""
+  return -(-rows // row_groups(mesh)) * row_groups(mesh)
+
+
 def row_numbers(count: int) -> Int[Array, 'B']:
   """Inside `local_rows`: the places in the batch of this device's `count` rows."""
   group = jnp.int32(0)

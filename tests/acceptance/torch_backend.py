@@ -26,8 +26,8 @@ def main(_) -> None:
   with contextlib.redirect_stdout(sys.stderr):
     from lm_eval.models.huggingface import HFLM
 
-    from gptjax.evaluation.tasks import Options, Tasks
-    tasks = Tasks(_TASKS.value, Options(data=_DATA.value, limit=_LIMIT.value))
+    from gptjax.evaluation.tasks import Tasks
+    tasks = Tasks(_TASKS.value, data=_DATA.value, limit=_LIMIT.value)
     # Its log-softmax in float32 errs: by 2.3e-3 nats of -1575.4861, the sum over 250 tokens that all of it in float64 gives, as ours does.
     model = HFLM(pretrained=_FOLDER.value, device='cpu', dtype='float32', softmax_dtype='float64', batch_size=_BATCH.value)
     results, samples = tasks(model, samples=True)

@@ -1,4 +1,4 @@
-"""What the harness is answered: the log-likelihoods of our own scorers, on ids made as its torch backend makes them."""
+"""Answers to the harness: the log-likelihoods of our own scorers, on ids encoded as in its torch backend."""
 
 import json
 import math
@@ -87,7 +87,7 @@ def test_rolling_likelihoods_are_the_scorers_losses(text, model, scored, transfo
   np.testing.assert_allclose(nats + end, -score.loss * score.tokens, rtol=1e-5)
 
 
-def test_generated_text_ends_where_it_is_told(model, transformer, random_parameters, one_device):
+def test_generated_text_ends_at_stop_strings_and_limits(model, transformer, random_parameters, one_device):
   generator = Generator(transformer, one_device, TOKENIZER)
   weights = generator.prepare(random_parameters(transformer))
   free = [generator(weights, [ids(text)[-16:]], max_tokens=16, sampling=Sampling(0.0))[0].text for text in ('one', 'two' * 20)]
@@ -100,7 +100,7 @@ def test_generated_text_ends_where_it_is_told(model, transformer, random_paramet
     model.generate_until(requests('generate_until', ('one', {'max_gen_toks': CONTEXT})))
 
 
-def test_what_cannot_be_scored_is_told(model, transformer, one_device):
+def test_a_request_that_cannot_be_scored_is_an_error(model, transformer, one_device):
   with pytest.raises(UserError, match="^--tasks: 'a continuation of 40 tokens', expected: at most the model's context of 32"):
     model.loglikelihood(requests('loglikelihood', ('a', 'b' * 40)))
   with pytest.raises(UserError, match="^--tasks: 'one', expected: a continuation with tokens of its own"):
@@ -123,12 +123,12 @@ def data(tmp_path):
   return tmp_path
 
 
-def options(data, **values):
-  return tasks.Options(str(TASKS), str(data), **values)
+def load(data, *names, **options):
+  return tasks.Tasks(names, str(TASKS), str(data), **options)
 
 
-def test_local_tasks_are_scored_as_their_answers_say(model, data):
-  results, samples = tasks.Tasks(['lambada', 'piqa'], options(data))(model, samples=True)
+def test_local_tasks_are_scored_by_their_answers(model, data):
+  results, samples = load(data, 'lambada', 'piqa')(model, samples=True)
   assert [sample['task'] for sample in samples] == ['lambada'] * 3 + ['piqa'] * 4
   passages, questions = samples[:3], samples[3:]
   assert passages[0]['arguments'] == [('the cat sat on the', ' mat')]
@@ -138,9 +138,8 @@ def test_local_tasks_are_scored_as_their_answers_say(model, data):
   right = [np.argmax([answer[0][0] for answer in one['resps']]) == label for one, label in zip(questions, (0, 1, 1, 0))]
   assert results['piqa']['acc'] == np.mean(right)
   assert {*results['piqa']} == {'acc', 'acc_stderr', 'acc_norm', 'acc_norm_stderr', 'examples', 'fewshot', 'version'}
-  few = tasks.Tasks(['piqa'], options(data, limit=2, fewshot=1))
-  results, samples = few(model, samples=True)
-  assert (few.examples, results['piqa']['examples'], results['piqa']['fewshot']) == (2, 2, 1)
+  results, samples = load(data, 'piqa', limit=2, fewshot=1)(model, samples=True)
+  assert (len(samples), results['piqa']['examples'], results['piqa']['fewshot']) == (2, 2, 1)
   context = samples[0]['arguments'][0][0]
   assert context.endswith('\n\nQuestion: goal 0\nAnswer:') and context.count('goal') == 2 and context.count('goal 0') == 1
 
@@ -156,17 +155,17 @@ def test_local_tasks_ask_what_the_harness_does(ours, theirs):
 def test_a_mistake_with_tasks_is_one_line(data, tmp_path, monkeypatch):
   monkeypatch.setattr(tasks, 'TaskManager', lambda **values: TaskManager(**values | {'include_defaults': False}))
   with pytest.raises(UserError, match="^--tasks: 'lamdba', expected: lambada, piqa in .*; did you mean lambada"):
-    tasks.Tasks(['lamdba'], options(data))
+    load(data, 'lamdba')
   with pytest.raises(UserError, match=r'^--task_data: None, expected: a folder with the data of piqa \(piqa/valid.jsonl'):
-    tasks.Tasks(['piqa'], tasks.Options(str(TASKS)))
+    load('', 'piqa')
   with pytest.raises(UserError, match="^--task_path: 'nowhere', expected: a folder of task files"):
-    tasks.Tasks(['piqa'], tasks.Options('nowhere'))
+    tasks.Tasks(['piqa'], 'nowhere')
   (data / 'piqa/valid-labels.lst').write_text('0\n')
   with pytest.raises(UserError, match="^--tasks: 'piqa', expected: a task that can be loaded .*4 questions in piqa/valid.jsonl, 1 labels"):
-    tasks.Tasks(['piqa'], options(data))
+    load(data, 'piqa')
 
 
-def test_settings_of_a_task_that_nobody_knows_are_refused(model):
+def test_unknown_settings_of_a_task_are_an_error(model):
   ask = lambda **settings: model.generate_until(requests('generate_until', ('one', {'until': ['x'], 'max_gen_toks': 4, **settings})))
   with pytest.raises(UserError, match="^--tasks: 'num_beams=4', expected: a task that generates with until, max_gen_toks"):
     ask(num_beams=4)

@@ -1,4 +1,4 @@
-"""Likelihoods of continuations are those of whole forward passes, one by one, whatever the batches and devices."""
+"""Likelihoods of continuations equal those of single full forward passes, for all batches and devices."""
 
 import dataclasses
 
@@ -36,7 +36,7 @@ def plain(model, parameters, asked):
   for context, continuation in asked:
     ids = [*context, *continuation][-(CONTEXT + 1):]
     padded = np.zeros((1, CONTEXT), np.int32)
-    padded[0, :len(ids) - 1] = ids[:-1]  # what comes after cannot change them
+    padded[0, :len(ids) - 1] = ids[:-1]  # later tokens cannot change them
     exact = np.float64(logits(padded))[:len(ids) - 1]
     exact = exact[len(exact) - len(continuation):] - exact.max()
     nats = exact[np.arange(len(continuation)), continuation] - np.log(np.exp(exact).sum(-1))
@@ -44,8 +44,8 @@ def plain(model, parameters, asked):
   return answers
 
 
-def likeliest(model, parameters, asked):
-  """The same contexts, each continued with its likeliest ids."""
+def greedy_requests(model, parameters, asked):
+  """The same contexts, each continued with its most likely ids."""
   logits = jax.jit(lambda tokens, at: model.merge(parameters)(tokens)[0, at])
   answers = []
   for context, _ in asked:
@@ -58,17 +58,17 @@ def likeliest(model, parameters, asked):
   return answers
 
 
-def test_likelihoods_are_those_of_whole_forward_passes(model, random_parameters, one_device):
+def test_likelihoods_are_those_of_full_forward_passes(model, random_parameters, one_device):
   parameters = random_parameters(model)
   asked = questions()
-  asked += likeliest(model, parameters, [one for one in asked if len(one.context) + 3 <= CONTEXT])
+  asked += greedy_requests(model, parameters, [one for one in asked if len(one.context) + 3 <= CONTEXT])
   done = []
   found = LikelihoodScorer(model, one_device, 200)(parameters, asked, done.append)
   for got, (nats, greedy) in zip(found, plain(model, parameters, asked), strict=True):
     np.testing.assert_allclose(got.nats, nats, rtol=1e-4, atol=1e-4)
     assert got.greedy == greedy
   assert {one.greedy for one in found} == {True, False} and sum(done) == len(asked) and min(done) >= 0
-  assert found[4] == (0, True)  # nothing is certain to follow
+  assert found[4] == (0, True)  # an empty continuation is certain
 
 
 @pytest.mark.parametrize('mesh, style', [('4x2', 'modern'), full('2x4', 'gpt2')], indirect=True)

@@ -1,4 +1,4 @@
-"""What was found, as records, tables and pictures; the sets that are asked for."""
+"""Results as records, tables and plots; the sets that --sets selects."""
 
 import json
 
@@ -23,7 +23,7 @@ def scores(loss):
   return Scores({'a': one(loss), 'b': one(loss + 1)}, {'both': one(loss + 0.5)})
 
 
-def test_a_record_has_what_was_scored_and_nothing_else():
+def test_a_record_has_all_scores_and_nothing_else():
   found = record(3, scores(1.0), {'piqa': TASK})
   assert found['loss'] == 1.5 and found['tokens'] == 20 and found['step'] == 3
   assert found['sets']['b']['loss'] == 2.0 and {*found['tags']} == {'both'} and found['tasks'] == {'piqa': TASK}
@@ -32,7 +32,7 @@ def test_a_record_has_what_was_scored_and_nothing_else():
   assert json.loads(json_line(record(3, None, {'x': {'acc': float('nan')}}))) == {'step': 3, 'tasks': {'x': {'acc': None}}}
 
 
-def test_a_table_has_a_line_a_score():
+def test_a_table_has_one_line_per_score():
   found = table([record(step, scores(step / 100), {'piqa': TASK}) for step in (100, 200)]).splitlines()
   assert [line.split()[:2] for line in found[1:9]] == [[step, name] for step in ('100', '200') for name in ('a', 'b', 'tag/both', 'valid')]
   assert found[5].split() == ['200', 'a', '2.0000', '2.000', '1.0000', '10']
@@ -41,7 +41,7 @@ def test_a_table_has_a_line_a_score():
   assert table([record(100, alone, None)]) == '' and len(table([record(step, alone, None) for step in (1, 2)]).splitlines()) == 3
 
 
-def test_a_picture_is_drawn_of_whatever_was_scored(tmp_path):
+def test_all_kinds_of_scores_are_plotted(tmp_path):
   for index, kinds in enumerate([(True, True), (True, False), (False, True)]):
     records = [record(step, scores(1 / step) if kinds[0] else None, {'piqa': TASK} if kinds[1] else None) for step in (1, 2, 3)]
     draw(records, tmp_path / f'{index}.png')
@@ -54,7 +54,7 @@ def held_out(tmp_path):
   return HeldOut(TOKENIZER, stores, {'both': ['a', 'b'], 'one': ['b']})
 
 
-def test_sets_are_the_runs_own_unless_others_are_asked_for(held_out, tmp_path):
+def test_sets_are_the_runs_own_unless_others_are_selected(held_out, tmp_path):
   assert choose_sets(None, held_out, tmp_path) == (held_out.valid, held_out.tags)
   assert choose_sets([], held_out, tmp_path) == ({}, {})
   text = tmp_path / 'text.txt'
@@ -67,7 +67,7 @@ def test_sets_are_the_runs_own_unless_others_are_asked_for(held_out, tmp_path):
   assert again['text'].sha256 == chosen['text'].sha256 and len([*(tmp_path / 'cache/data').iterdir()]) == 1
 
 
-def test_a_mistake_with_sets_is_one_line(held_out, tmp_path):
+def test_a_mistake_in_sets_is_one_error_line(held_out, tmp_path):
   make_store(tmp_path / 'other', [5], vocab_size=259)
   manifest = json.loads((tmp_path / 'other/manifest.json').read_text()) | {'tokenizer_sha256': 'f' * 64}
   (tmp_path / 'other/manifest.json').write_text(json.dumps(manifest | {'sha256': manifest_sha256(manifest)}))
@@ -82,7 +82,7 @@ def test_a_mistake_with_sets_is_one_line(held_out, tmp_path):
     choose_sets(['c'], HeldOut(TOKENIZER, {}, {}), tmp_path)
 
 
-def test_only_numbers_are_drawn(tmp_path):
+def test_only_finite_numbers_are_plotted(tmp_path):
   of = lambda *values: [record(step, None, {'t': {'bits': value, 'examples': 1, 'fewshot': 0, 'version': 1}})
                         for step, value in enumerate(values)]
   assert not draw(of(float('nan'), float('nan')), tmp_path / 'none.png') and not (tmp_path / 'none.png').exists()

@@ -1,4 +1,4 @@
-"""A score is the plain sum over all documents: every target once, whatever the batches, rows and devices."""
+"""A score is the plain sum over all documents, with every target once, for all batches, rows and devices."""
 
 import dataclasses
 import math
@@ -87,7 +87,7 @@ def test_a_score_is_a_plain_loop_over_documents(model, plain, random_parameters,
   nats, tokens = np.sum([plain(row, isolate) for row in rows_of(held)], axis=0)
   assert tokens == held.tokens == sum(LENGTHS) + len(LENGTHS)
   parameters = random_parameters(model)
-  for batch_size in (1, 3, 8, 64):  # 9 rows: the last batch is whole, has one row, or is mostly padding
+  for batch_size in (1, 3, 8, 64):  # 9 rows: the last batch is full, has one row, or is mostly padding
     assert_score(score(model, parameters, held, isolate=isolate, batch_size=batch_size), nats, tokens, held.bytes)
 
 
@@ -103,10 +103,10 @@ def test_a_part_of_the_rows_is_evenly_spaced_and_stands_for_its_bytes(model, pla
   assert len(rows) == 9
   chosen = {1: [0], 4: [0, 2, 4, 6], 8: [0, 1, 2, 3, 4, 5, 6, 7]}.get(count, range(9))
   nats, tokens = np.sum([plain(rows[i], True) for i in chosen], axis=0)
-  told = []
-  got = score(model, random_parameters(model), held, isolate=True, batch_size=4, count=count, advance=told.append)
+  advanced = []
+  got = score(model, random_parameters(model), held, isolate=True, batch_size=4, count=count, advance=advanced.append)
   assert_score(got, nats, tokens, held.bytes * tokens / held.tokens)
-  assert sum(told) == len(chosen)
+  assert sum(advanced) == len(chosen)
 
 
 @pytest.mark.parametrize('mesh', [full('8x1'), '4x2'], indirect=True)

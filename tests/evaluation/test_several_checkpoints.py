@@ -33,7 +33,7 @@ def workdir(tmp_path):
   return tmp_path
 
 
-def test_steps_are_told_by_names_and_numbers(workdir):
+def test_steps_are_selected_by_names_and_numbers(workdir):
   checkpoints = Restorer(workdir).checkpoints
   for wanted, steps in (('all', [3, 5, 8]), ('latest', [8]), ('best', [5]), ('8, 3', [3, 8]), ('best,5,latest', [5, 8])):
     assert checkpoints.resolve_all(wanted) == steps

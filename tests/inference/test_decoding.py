@@ -1,4 +1,4 @@
-"""Decoding with a cache says what the whole model, asked anew for each token, would say."""
+"""Decoding with a cache gives the results of a full forward pass per token."""
 
 import dataclasses
 import functools
@@ -40,14 +40,14 @@ def full_pass(model):
 
 
 def recomputed(model, parameters, prompt, count, forbidden=(), penalty=1.0):
-  """The likeliest continuation by full forward passes over the text so far, and its log-probabilities.
+  """The most likely continuation by full forward passes over the text so far, and its log-probabilities.
 
   Text that has filled the context is continued from its later half.
   """
   logits = full_pass(model)
   text, window, logprobs = list(prompt), list(prompt)[-model.context:], []
   for _ in range(count):
-    padded = np.zeros((1, model.context), np.int32)  # what comes later changes nothing before it
+    padded = np.zeros((1, model.context), np.int32)  # later tokens change nothing before them
     padded[0, :len(window)] = window
     row = np.array(logits(parameters, padded)[len(window) - 1])
     allowed = row.copy()

@@ -1,4 +1,4 @@
-"""Text of the ids that are drawn: where it ends, and the pieces it comes in."""
+"""Text of the drawn ids: its end, and the pieces in which it is streamed."""
 
 import itertools
 
@@ -15,13 +15,13 @@ from gptjax.model import abstract_model
 WILD = Sampling(temperature=2.0)
 
 
-def test_ids_no_text_continues_with_are_all_special_ones_but_eos_and_all_the_tokenizer_has_not():
+def test_all_special_ids_but_eos_and_all_ids_that_the_tokenizer_lacks_are_never_drawn():
   tokenizer = train_tokenizer(TokenizerConfig(kind='bytes'), [])
   config = ModelConfig(vocab_size=262, vocab_multiple=8)
   assert set(range(264)) - set(never_drawn(tokenizer, config)) == {tokenizer.eos_id, *range(3, 259)}
 
 
-def test_nor_with_what_begins_a_text_where_that_is_not_what_ends_it(tmp_path):
+def test_a_bos_that_is_not_the_eos_is_never_drawn(tmp_path):
   FAMILIES['gemma'](tmp_path)
   tokenizer = load_tokenizer(tmp_path)
   never = never_drawn(tokenizer, ModelConfig(vocab_size=tokenizer.vocab_size, vocab_multiple=1))
@@ -31,7 +31,7 @@ def test_nor_with_what_begins_a_text_where_that_is_not_what_ends_it(tmp_path):
 
 @pytest.fixture
 def byte_generator(one_device, random_parameters):
-  """A generator of a random model for bytes, and its weights; bytes of text hardly ever form whole characters."""
+  """A generator of a random model for bytes, and its weights; bytes of text hardly ever form complete characters."""
   tokenizer = train_tokenizer(TokenizerConfig(kind='bytes'), [])
   model = abstract_model(ModelConfig(layers=1, width=16, heads=2, vocab_size=tokenizer.vocab_size), ComputeConfig(), 64)
   generator = Generator(model, one_device, tokenizer)
@@ -41,16 +41,16 @@ def byte_generator(one_device, random_parameters):
 def test_text_is_the_decoded_ids_and_ends_before_eos(byte_generator):
   generator, weights = byte_generator
   prompt = generator.prompt('naïve')
-  whole = generator(weights, [prompt] * 3, max_tokens=600, sampling=WILD, stop_ids=())  # a random model says eos once in 260 ids
+  complete = generator(weights, [prompt] * 3, max_tokens=600, sampling=WILD, stop_ids=())  # a random model draws eos once in 260 ids
   for most in (1, 10, 600):
-    for row, (one, long) in enumerate(zip(generator(weights, [prompt] * 3, max_tokens=most, sampling=WILD), whole, strict=True)):
+    for row, (one, long) in enumerate(zip(generator(weights, [prompt] * 3, max_tokens=most, sampling=WILD), complete, strict=True)):
       eos = generator.tokenizer.eos_id
       end = long.ids.index(eos) + 1 if eos in long.ids else 600
       assert one.ids == long.ids[:min(most, end)], row
       assert one.ended == ('id' if end <= most else 'length')
       assert one.text == generator.tokenizer.decode(one.ids)
       assert len(one.logprobs) == len(one.ids)
-  assert any(generator.tokenizer.eos_id in row.ids for row in whole)
+  assert any(generator.tokenizer.eos_id in row.ids for row in complete)
 
 
 def test_streamed_pieces_of_each_row_join_to_its_text(byte_generator):
@@ -88,18 +88,18 @@ def test_a_stop_string_ends_the_text_wherever_its_characters_come_from(byte_gene
       assert (found.text, found.ended) == (cuts(free, stop), 'text')
 
 
-def test_rows_that_ended_say_nothing_while_others_go_on(byte_generator):
+def test_rows_that_ended_yield_nothing_while_others_continue(byte_generator):
   generator, weights = byte_generator
   prompts = [generator.prompt(text) for text in 'abcdefgh']
   free = generator(weights, prompts, max_tokens=200, sampling=WILD, stop_ids=())
   stop_id = free[0].ids[20]
-  for whole, found in zip(free, generator(weights, prompts, max_tokens=200, sampling=WILD, stop_ids=[stop_id]), strict=True):
-    end = whole.ids.index(stop_id) + 1 if stop_id in whole.ids else 200
-    assert found.ids == whole.ids[:end]
-    np.testing.assert_allclose(found.logprobs, whole.logprobs[:end], 1e-6)
+  for complete, found in zip(free, generator(weights, prompts, max_tokens=200, sampling=WILD, stop_ids=[stop_id]), strict=True):
+    end = complete.ids.index(stop_id) + 1 if stop_id in complete.ids else 200
+    assert found.ids == complete.ids[:end]
+    np.testing.assert_allclose(found.logprobs, complete.logprobs[:end], 1e-6)
 
 
-def test_a_prompt_the_tokenizer_cannot_encode_is_named(one_device):
+def test_the_error_for_a_prompt_that_cannot_be_encoded_names_it(one_device):
   model = abstract_model(ModelConfig(vocab_size=6, width=16, heads=2), ComputeConfig(), 4)
   generator = Generator(model, one_device, CharTokenizer('abc'))
   with pytest.raises(UserError, match='^--prompt, character 2'):

@@ -7,10 +7,10 @@ import pytest
 from gptjax.config import UserError
 from gptjax.inference import read_prompts
 
-ODD = 'page one\x0cpage two\u2028three\x85'  # which are no ends of lines
+ODD = 'page one\x0cpage two\u2028three\x85'  # these do not end a line
 
 
-def test_each_line_that_is_not_empty_is_a_prompt(tmp_path):
+def test_each_non_empty_line_is_a_prompt(tmp_path):
   text, objects = tmp_path / 'prompts.txt', tmp_path / 'prompts.jsonl'
   text.write_text(f'{ODD}\n\nnext\n', encoding='utf-8')
   assert read_prompts(text) == [(f'{text}:1', ODD), (f'{text}:3', 'next')]
@@ -21,7 +21,7 @@ def test_each_line_that_is_not_empty_is_a_prompt(tmp_path):
 
 
 @pytest.mark.parametrize('line', ['{', '[]', '{"text": "a"}', '{"prompt": 3}', '{"messages": []}', '{"messages": ["a"]}'])
-def test_a_line_that_is_none_is_named(line, tmp_path):
+def test_the_error_for_an_invalid_line_names_it(line, tmp_path):
   (tmp_path / 'prompts.jsonl').write_text(f'{{"prompt": "a"}}\n{line}\n')
   with pytest.raises(UserError, match=r'prompts.jsonl:2: .*expected: a JSON object with a text "prompt" or a list "messages"'):
     read_prompts(tmp_path / 'prompts.jsonl')

@@ -1,4 +1,4 @@
-"""Draws against the distribution written down in plain numpy."""
+"""Samples against the distribution in plain numpy."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ LOGITS = np.array([1.2, -0.4, 2.0, 0.3, -1.6, 1.9, -1.1, 0.9], np.float32)
 
 
 def distribution(logits, sampling):
-  """Probability of each id: tempered, cut to the top k, then to the fewest likeliest ids that reach top_p and to min_p."""
+  """Probability of each id: tempered, cut to the top k, then to the fewest most likely ids that reach top_p and to min_p."""
   order = np.argsort(-logits)
   kept = order[:sampling.top_k or None]
   weights = np.exp((logits[kept] - logits.max()) / sampling.temperature)
@@ -44,7 +44,7 @@ def draws(logits, sampling, seed, count=20_000):
     Sampling(2.0, top_p=0.8), Sampling(1.0, top_p=0.01), Sampling(1.0, top_k=3, top_p=0.8),
     Sampling(1.5, top_k=5, top_p=0.95), Sampling(1.0, min_p=0.3), Sampling(2.0, min_p=0.5), Sampling(1.0, top_k=6, top_p=0.99, min_p=0.2),
 ], ids=str)
-def test_draws_follow_the_distribution_that_was_asked_for(sampling):
+def test_samples_follow_the_distribution(sampling):
   probabilities = distribution(LOGITS, sampling)
   frequencies = np.bincount(draws(LOGITS, sampling, 0), minlength=8) / 20_000
   np.testing.assert_array_equal(frequencies > 0, probabilities > 0)
@@ -56,7 +56,7 @@ def test_draws_follow_the_distribution_that_was_asked_for(sampling):
     'sampling', [Sampling(1.0), Sampling(1.0, top_k=3), Sampling(1.0, top_p=0.9), Sampling(0.0)], ids=str)
 def test_an_id_of_no_probability_is_never_drawn(sampling):
   logits = LOGITS.copy()
-  logits[[2, 5]] = -np.inf  # the two likeliest
+  logits[[2, 5]] = -np.inf  # the two most likely
   assert not np.isin(draws(logits, sampling, 1), [2, 5]).any()
 
 
@@ -71,7 +71,7 @@ def test_top_k_and_top_p_hold_for_each_row_by_itself():
 
 @pytest.mark.parametrize('sampling', [
   Sampling(0.0), Sampling(0.0, top_k=3), Sampling(0.0, top_p=0.1), Sampling(1e-39), Sampling(1e-30, top_p=0.9)], ids=str)
-def test_temperature_0_takes_the_likeliest(sampling):
+def test_temperature_0_takes_the_most_likely_id(sampling):
   logits = np.random.default_rng(2).standard_normal((50, 30), np.float32)
   for seed in (0, 1):
     np.testing.assert_array_equal(sample(jnp.asarray(logits), sampling, keys_of(seed, 50)), logits.argmax(-1))
@@ -83,7 +83,7 @@ def test_a_penalty_divides_positive_logits_and_multiplies_negative_ones():
   np.testing.assert_allclose(found, [0.6, -0.8, 2.0, 0.15, -3.2, 1.9, -1.1, 0.9])
 
 
-def test_a_key_gives_its_draws_again_and_another_key_others():
+def test_equal_keys_give_equal_samples_and_other_keys_others():
   one, again, other = (draws(LOGITS, Sampling(), seed, 100) for seed in (3, 3, 4))
   np.testing.assert_array_equal(one, again)
   assert (one != other).any()
@@ -99,7 +99,7 @@ def test_a_key_gives_its_draws_again_and_another_key_others():
     ({'min_p': 1.5}, '--min_p: 1.5, expected: 0 to 1'),
     ({'repetition_penalty': 0.0}, '--repetition_penalty: 0.0, expected: a number above 0'),
 ])
-def test_impossible_settings_are_refused(values, message):
+def test_invalid_settings_are_an_error(values, message):
   with pytest.raises(UserError) as caught:
     Sampling(**values)
   assert str(caught.value) == message

@@ -1,4 +1,4 @@
-"""A folder becomes a run and the run the same folder, bit by bit, on any mesh; and what fails leaves nothing."""
+"""A folder becomes a run, and the run the same folder, bit by bit, on any mesh; a conversion that fails leaves nothing."""
 
 import json
 
@@ -71,7 +71,7 @@ def assert_same_folders(one, other):
 
 
 @pytest.mark.parametrize('family, fields, ways', [(*case, WAYS[index % 3]) for index, case in enumerate(CASES)])
-def test_a_folder_comes_back_as_it_was(tmp_path, family, fields, ways):
+def test_a_folder_is_unchanged_after_import_and_export(tmp_path, family, fields, ways):
   dtype, mesh, scan = ways
   source = make_folder(tmp_path / 'in', family, fields, dtype)
   import_folder(source, tmp_path / 'run', mesh=mesh, scan=scan, check=ROUNDTRIP)
@@ -83,7 +83,7 @@ def test_a_folder_comes_back_as_it_was(tmp_path, family, fields, ways):
   (lambda arrays: {'lm_head.weight': arrays['transformer.wte.weight']}, lambda name: name),
   (lambda arrays: {f'transformer.h.{i}.attn.bias': np.tril(np.ones((1, 1, 16, 16), np.bool_)) for i in range(3)},
    lambda name: name.removeprefix('transformer.'))])
-def test_tied_heads_short_names_and_buffers_come_back(tmp_path, more, rename):
+def test_tied_heads_short_names_and_buffers_are_unchanged(tmp_path, more, rename):
   source = make_folder(tmp_path / 'in', 'gpt2', GPT2, 'BF16', rename, more)
   import_folder(source, tmp_path / 'run', check=ROUNDTRIP)
   export_run(tmp_path / 'run', tmp_path / 'out', check=ROUNDTRIP)
@@ -97,12 +97,12 @@ def test_each_device_reads_its_own_part(tmp_path, monkeypatch, scan):
   config, context = kind.read(Fields(DECODER))
   entries = read_tensors(source)
   matched = match(kind, abstract_model(config, ComputeConfig(scan=scan), context), context, entries)
-  whole = load(matched, make_mesh(MeshConfig(1, 1), jax.devices()[:1]), entries)
+  complete = load(matched, make_mesh(MeshConfig(1, 1), jax.devices()[:1]), entries)
   read, sizes = Match.read, []
   monkeypatch.setattr(Match, 'read', lambda *args: sizes.append(read(*args)) or sizes[-1])
   parts = load(matched, make_mesh(MeshConfig(4, 2)), entries)
   for name, parameter in parts.items():
-    np.testing.assert_array_equal(parameter, whole[name])
+    np.testing.assert_array_equal(parameter, complete[name])
   matrices = [name for name in parts if parts[name].ndim == 2 + (scan and name.startswith('blocks'))]
   assert all(part.data.size < parts[name].size for name in matrices for part in parts[name].addressable_shards)
   asked = sum(value.size for value in sizes)
@@ -122,7 +122,7 @@ def test_an_imported_run_is_a_run(tmp_path, monkeypatch):
   assert held_out.valid == {} and held_out.tokenizer.decode(held_out.tokenizer.encode('text')) == 'text'
 
 
-def test_positions_that_are_left_out_are_not_in_the_export(tmp_path):
+def test_positions_that_are_not_imported_are_not_exported(tmp_path):
   source = make_folder(tmp_path / 'in', 'gpt2', GPT2)
   import_folder(source, tmp_path / 'run', context=8, check=ROUNDTRIP)
   export_run(tmp_path / 'run', tmp_path / 'out', check=ROUNDTRIP)
@@ -130,7 +130,7 @@ def test_positions_that_are_left_out_are_not_in_the_export(tmp_path):
   assert np.array_equal(now.view(), was.view()[:8]) and json.loads((tmp_path / 'out' / 'config.json').read_text())['n_positions'] == 8
 
 
-def test_changed_parameters_are_exported_in_the_type_asked_for(tmp_path):
+def test_changed_parameters_are_exported_in_the_requested_dtype(tmp_path):
   source = make_folder(tmp_path / 'in', 'llama', DECODER, 'BF16')
   import_folder(source, tmp_path / 'run', check=ROUNDTRIP)
   change(tmp_path / 'run', lambda value: value + 1e-3)
@@ -151,7 +151,7 @@ def change(workdir, function):
   checkpoints.close()
 
 
-def test_numbers_beyond_float16_are_no_float16(tmp_path):
+def test_values_too_large_for_float16_are_an_error(tmp_path):
   import_folder(make_folder(tmp_path / 'in', 'llama', DECODER), tmp_path / 'run', check=ROUNDTRIP)
   change(tmp_path / 'run', lambda value: value + 1e6)
   with pytest.raises(UserError, match='float16'):
@@ -194,12 +194,12 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize('mistake', MISTAKES)
-def test_a_folder_that_does_not_fit_is_refused(tmp_path, mistake):
-  more, fields, options, told = MISTAKES[mistake]
+def test_a_folder_that_does_not_fit_is_an_error(tmp_path, mistake):
+  more, fields, options, message = MISTAKES[mistake]
   source = make_folder(tmp_path / 'in', 'llama', DECODER if 'model_type' in fields else DECODER | fields, more=more)
   values = json.loads((source / 'config.json').read_text()) | fields
   (source / 'config.json').write_text(json.dumps(values))
-  with pytest.raises(UserError, match=told):
+  with pytest.raises(UserError, match=message):
     import_folder(source, tmp_path / 'run', check=ROUNDTRIP, **options)
   assert [path.name for path in tmp_path.iterdir()] == ['in']
 
@@ -233,7 +233,7 @@ def test_a_run_trained_here_becomes_a_folder_of_its_family(tmp_path, model):
     np.testing.assert_array_equal(one[name][cut], other[name][cut])
 
 
-def test_a_model_that_no_family_can_say_is_refused(tmp_path):
+def test_a_model_that_no_family_can_describe_is_an_error(tmp_path):
   run(tiny_config(write_text(tmp_path / 'text.txt'), steps=1, eval__every=0, model__mlp='geglu'), tmp_path / 'run', tmp_path / 'cache')
   with pytest.raises(UserError, match='model: .*mlp=geglu'):
     export_run(tmp_path / 'run', tmp_path / 'out', check=ROUNDTRIP)
@@ -268,6 +268,6 @@ def test_a_full_disk_leaves_nothing(tmp_path):
   {'rope_scaling': {'type': 'linear'}}, {'rope_scaling': {'rope_type': 'linear', 'factor': None}}, {'rope_scaling': 'linear'},
   {'rope_parameters': {'full_attention': {}}}, {'architectures': [None]}, {'tie_word_embeddings': 'false'}, {'hidden_size': '16'},
   {'model_type': 'mistral', 'sliding_window': '4096'}], ids=str)
-def test_a_config_of_odd_types_is_one_line(fields):
+def test_a_config_with_wrong_types_is_one_error_line(fields):
   with pytest.raises(UserError, match='^some/config.json'):
     parse_config({'architectures': ['LlamaForCausalLM'], 'model_type': 'llama', **DECODER, **fields}, 'some/config.json')

@@ -1,4 +1,4 @@
-"""The safetensors format: what is written is read as it was, and whatever is damaged is refused with the file's name."""
+"""The safetensors format: tensors are read as they were written, and damage is an error with the file's name."""
 
 import json
 import math
@@ -43,13 +43,13 @@ def assert_same(entries, values):
     assert view.dtype == value.dtype and view.shape == value.shape and np.array_equal(bits(view), bits(value)), name
 
 
-def test_what_is_written_is_read(file):
+def test_tensors_are_read_as_written(file):
   entries = read_header(file)
   assert_same(entries, VALUES)
   assert all(entry.start % DTYPES[entry.dtype].itemsize == 0 for entry in entries.values())
 
 
-def test_the_published_reader_and_writer_agree(file, tmp_path):
+def test_the_reader_and_writer_of_the_safetensors_package_agree(file, tmp_path):
   theirs = load_file(file)
   assert all(np.array_equal(bits(theirs[name]), bits(value)) for name, value in VALUES.items())
   save_file(VALUES, tmp_path / 'theirs', {'format': 'pt'})
@@ -83,7 +83,7 @@ def rewritten(path, change):
   lambda header: json.dumps(header).replace('{', '{"odd": {}, ', 1).encode(),
   lambda header: b'\xff\xfe',
 ])
-def test_a_damaged_header_is_refused(file, change):
+def test_a_damaged_header_is_an_error(file, change):
   rewritten(file, change)
   with pytest.raises(UserError, match='model.safetensors.*a complete safetensors file'):
     read_header(file)
@@ -92,13 +92,13 @@ def test_a_damaged_header_is_refused(file, change):
 @pytest.mark.parametrize('change', [
   lambda content: b'', lambda content: content[:7], lambda content: content[:50], lambda content: content[:-1],
   lambda content: content + b'\0', lambda content: b'\xff' * 8 + content[8:], lambda content: bytes(8) + content[8:]])
-def test_a_file_that_is_not_whole_is_refused(file, change):
+def test_an_incomplete_file_is_an_error(file, change):
   file.write_bytes(change(file.read_bytes()))
   with pytest.raises(UserError, match='model.safetensors.*a complete safetensors file'):
     read_header(file)
 
 
-def test_shards_are_as_large_as_they_may_be_and_have_an_index(tmp_path):
+def test_shards_are_filled_up_to_the_maximum_and_have_an_index(tmp_path):
   values = {f'{i}': np.full((size,), i, np.float32) for i, size in enumerate((10, 10, 5, 30, 1))}
   write(tmp_path, values, 80)
   index = json.loads((tmp_path / INDEX).read_text())
@@ -113,7 +113,7 @@ def test_shards_are_as_large_as_they_may_be_and_have_an_index(tmp_path):
   (lambda folder, index: index['weight_map'].update(d=index['weight_map']['a']), 'the tensor d'),
   (lambda folder, index: index['weight_map'].update(a='../model-00001-of-00002.safetensors'), 'a file in this folder'),
   (lambda folder, index: index.pop('weight_map'), 'weight_map')])
-def test_an_index_that_does_not_fit_its_shards_is_refused(tmp_path, damage, error):
+def test_an_index_that_does_not_fit_its_shards_is_an_error(tmp_path, damage, error):
   values = {name: np.ones(4, np.float32) for name in 'abc'}
   write(tmp_path, values, 32)
   index = json.loads((tmp_path / INDEX).read_text())

@@ -44,7 +44,7 @@ def reference(name, shape):
   """A model of transformers with random values in all its parameters."""
   torch.manual_seed(0)
   config = transformers.AutoConfig.for_model(name, **shape)
-  config._attn_implementation = 'eager'  # what every family has
+  config._attn_implementation = 'eager'  # the one that every family has
   model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
   with torch.no_grad():
     for parameter in model.parameters():
@@ -119,7 +119,7 @@ def test_logits_and_gradients_are_those_of_transformers(name, shape, scan, lengt
 
 
 @pytest.mark.parametrize('name, shape', CASES)
-def test_what_a_family_writes_it_reads_again(name, shape):
+def test_a_family_reads_the_config_that_it_writes(name, shape):
   values = transformers.AutoConfig.for_model(name, **shape).to_dict()
   config, context = FAMILIES[name].read(Fields(values))
   written = FAMILIES[name].write(config, context)
@@ -130,7 +130,7 @@ def test_what_a_family_writes_it_reads_again(name, shape):
 
 
 @pytest.mark.parametrize('name', SHAPES)
-def test_what_a_config_leaves_out_is_what_its_class_takes(name):
+def test_missing_fields_have_the_defaults_of_their_class(name):
   sparse = SHAPES['gpt2'][0] if name == 'gpt2' else DECODER | {'head_dim': 8, 'num_hidden_layers': 6}
   full = transformers.AutoConfig.for_model(name, **sparse).to_dict()
   assert FAMILIES[name].read(Fields(sparse)) == FAMILIES[name].read(Fields(full))

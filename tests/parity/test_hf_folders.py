@@ -30,7 +30,7 @@ def saved(tmp_path):
   return tmp_path / 'in'
 
 
-def test_a_folder_of_transformers_goes_in_and_out(saved, tmp_path):
+def test_a_folder_of_transformers_is_imported_and_exported(saved, tmp_path):
   assert len(list(saved.glob('*.safetensors'))) > 1
   for words in (import_folder(saved, tmp_path / 'run', check=Check('transformers')),
                 export_run(tmp_path / 'run', tmp_path / 'out', check=Check('transformers', prompt='any text'), shard_bytes=50_000)):
@@ -51,7 +51,7 @@ def test_logits_that_differ_leave_nothing(saved, tmp_path, monkeypatch):
   assert [path.name for path in tmp_path.iterdir()] == ['in']
 
 
-def test_what_transformers_does_not_open_is_an_error_line(saved, tmp_path, monkeypatch):
+def test_a_folder_that_transformers_cannot_load_is_an_error_line(saved, tmp_path, monkeypatch):
   values = json.loads((saved / 'config.json').read_text())
   (saved / 'config.json').write_text(json.dumps(values | {'attention_dropout': 'none'}))
   with pytest.raises(UserError, match='a folder that transformers can load'):

@@ -1,4 +1,4 @@
-"""The harness is answered as its own torch backend answers: log-likelihoods, rolling ones and generated text."""
+"""Answers to the harness equal those of its own torch backend: log-likelihoods, rolling ones and generated text."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Bytes between devices, read from programs written by hand and from a real one."""
+"""Bytes between devices, read from hand-written programs and from an actual one."""
 
 import importlib.util
 
@@ -98,7 +98,7 @@ def test_every_form_of_a_collective_is_counted_once():
   assert set(found) == expected and len(found) == len(expected)
 
 
-def test_a_ring_sends_what_the_kind_says():
+def test_bytes_of_a_ring_depend_on_the_kind():
   sent = lambda kind: Collective(kind, 'f32', 800, 4, ('data',), 3).total
   assert sent('all-gather') == sent('reduce-scatter') == 3 * 800 * 3 / 4
   assert sent('all-reduce') == 2 * sent('all-gather') and sent('collective-permute') == 3 * 800
@@ -112,15 +112,15 @@ def test_parts_of_axes_and_of_no_axis():
   assert found("mesh['a'=2,'b'=2,'c'=2] {'a','c'}") == [(('data', 'model'), 4)]
 
 
-def test_a_loop_of_unknown_length_is_refused():
+def test_a_loop_of_unknown_length_is_an_error():
   text = PROGRAM.replace('constant(40)', 'parameter(0)')
-  with pytest.raises(ValueError, match='trips'):
+  with pytest.raises(ValueError, match='trip count'):
     collectives(text, MESH)
   with pytest.raises(ValueError, match='ENTRY'):
     collectives('no program', MESH)
 
 
-def test_a_program_for_cpus_sends_what_theory_says(tiny):
+def test_a_program_for_cpus_sends_the_bytes_of_theory(tiny):
   config = override(tiny, {'compute.dtype': 'float32', 'microbatches': 2})
   sizes = {'replica': 1, 'data': 2, 'model': 2}
   text = compile_on(make_mesh(config.mesh), config).as_text()
@@ -137,7 +137,7 @@ def compiled(tiny):
   return estimate(tiny, parse('v5e:2x2')).compile()
 
 
-def test_a_real_program_sends_what_theory_says(compiled, tiny):
+def test_a_program_for_tpus_sends_the_bytes_of_theory(compiled, tiny):
   found = [one for one in compiled.found if one.payload > 16_000]  # without norms, loss and sums
   theory = [one for one in theoretical(tiny, compiled.sizes) if one.payload > 16_000]
   assert {one.axes for one in found} == {('data',), ('model',)}
@@ -147,7 +147,7 @@ def test_a_real_program_sends_what_theory_says(compiled, tiny):
   assert {one.trips for one in found} == {1, tiny.model.layers}
 
 
-def test_a_real_program_holds_the_state_that_theory_says(compiled):
+def test_a_program_for_tpus_holds_the_state_of_theory(compiled):
   batch = 5 * 4 * 8 * 128 / 2  # five arrays of 32 bits, whose rows `data` shares
   assert compiled.compiled.arguments == pytest.approx(compiled.memory.state + batch, rel=0.02)
   assert compiled.fits and compiled.needed == compiled.compiled.total

@@ -1,4 +1,4 @@
-"""Bounds, their arithmetic, the search, and what is written of them."""
+"""Bounds, their arithmetic, the search, and reports."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def test_days_and_tokens(large):
 @pytest.mark.parametrize('values, field', [
   ({'model.vocab_size': 0}, 'model.vocab_size'), ({'steps': '2 epochs'}, 'steps'), ({'batch_size': 100}, 'batch_size'),
   ({'optimizer.warmup': '1 epoch'}, 'optimizer.warmup'), ({'mesh.model': 16}, 'model.heads')])
-def test_what_cannot_be_planned_is_told(large, values, field):
+def test_a_config_that_cannot_be_planned_is_an_error(large, values, field):
   with pytest.raises(UserError, match=field):
     estimate(configs.override(large, values), parse('v5p:4x4x4'))
 
@@ -58,8 +58,8 @@ def ranked(tiny):
 
 def test_the_search_is_sorted_and_every_candidate_valid(ranked, tiny):
   assert [rank(one) for one in ranked] == sorted(rank(one) for one in ranked)
-  told = [tuple(settings(one).values()) for one in ranked]
-  assert len(set(told)) == len(told) > 20
+  found = [tuple(settings(one).values()) for one in ranked]
+  assert len(set(found)) == len(found) > 20
   for one in ranked:
     sizes = one.sizes
     assert sizes['replica'] * sizes['data'] * sizes['model'] == 8 and one.config.batch_size == 32
@@ -76,7 +76,7 @@ def test_the_search_puts_what_fits_first_and_tries_every_layout(ranked, tiny):
   assert meshes == {(r, m) for r in (1, 2) for m in (1, 2, 4, 8) if r * m <= 8}
 
 
-def test_a_batch_that_nothing_divides_is_told(tiny):
+def test_a_batch_that_nothing_divides_is_an_error(tiny):
   with pytest.raises(UserError, match='batch_size'):
     search(configs.override(tiny, {'mesh.data': -1, 'batch_size': 3}), parse('h100:8'))
 
@@ -84,7 +84,7 @@ def test_a_batch_that_nothing_divides_is_told(tiny):
 def test_a_plan_in_words_and_as_json_and_as_a_picture(ranked, tmp_path):
   one = ranked[0]
   text = describe(one)
-  for word in ('fits, by theory', 'tokens a day', 'chip-hours', one.bounds.binds, 'gradients', 'of the memory'):
+  for word in ('fits, by theory', 'tokens per day', 'chip-hours', one.bounds.binds, 'gradients', 'of the memory'):
     assert word in text
   assert ranking(ranked).count('\n') == 12 and f'{len(ranked)} layouts' in ranking(ranked)
   data = json.loads(json.dumps(as_json(one)))

@@ -1,4 +1,4 @@
-"""What a device keeps of a row for the backward pass, by the recomputing that the config asks for."""
+"""Bytes that a device keeps of a row for the backward pass, by remat policy."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ def size(style, model=1, layers=2, **compute):
   return row_bytes(dataclasses.replace(style, layers=layers), ComputeConfig(**compute), 24, model)
 
 
-def test_activations_grow_with_layers_and_shrink_by_recomputing(style):
+def test_activations_grow_with_layers_and_shrink_with_remat(style):
   none, stacked = size(style), size(style, scan=True)
   assert none > 0 and 0.9 < stacked / none < 1.1
   assert size(style, dtype='bfloat16') < 0.8 * none

@@ -1,4 +1,4 @@
-"""Names of machines, and the links that their meshes run over."""
+"""Names of machines, and the links of their mesh axes."""
 
 import pytest
 
@@ -22,12 +22,12 @@ def test_all_shapes_that_are_suggested_are_accepted():
       assert parse(f'{name}:{shape}').chips >= 1
 
 
-@pytest.mark.parametrize('name, told', [
+@pytest.mark.parametrize('name, message', [
   (None, 'CHIP:SHAPE'), ('', 'CHIP:SHAPE'), ('v5p', 'CHIP:SHAPE'), ('v5e:0x2', 'CHIP:SHAPE'), ('v5q:2x2x1', 'did you mean v5[pe]:2x2x1'),
   ('v5p:4x4', '3 sizes.*4x4x4'), ('v5p:3x3x3', 'first two even'), ('v5p:1x1x1', 'first two even'), ('v5e:32x32', '256 chips'),
-  ('h100:8x2x2', 'GPUs a node'), ('h100:8*2', 'GPUs a node')])
-def test_a_mistaken_name_is_told(name, told):
-  with pytest.raises(UserError, match=told):
+  ('h100:8x2x2', 'GPUs per node'), ('h100:8*2', 'GPUs per node')])
+def test_an_invalid_name_is_an_error(name, message):
+  with pytest.raises(UserError, match=message):
     parse(name)
 
 
@@ -42,7 +42,7 @@ def test_meshes_take_all_devices(large, name, mesh, sizes):
 @pytest.mark.parametrize('name, mesh, field', [
   ('v5p:4x4x4', MeshConfig(16, 2), 'mesh.data'), ('v5p:4x4x4', MeshConfig(-1, 3), 'mesh.model'),
   ('v5p:4x4x4*2', MeshConfig(), 'mesh.replica'), ('h100:8', MeshConfig(-1, 2, 8), 'mesh.replica')])
-def test_a_mesh_that_does_not_match_is_told(large, name, mesh, field):
+def test_a_mesh_that_does_not_match_is_an_error(large, name, mesh, field):
   object.__setattr__(large, 'mesh', mesh)
   with pytest.raises(UserError, match=field):
     parse(name).mesh_sizes(large)
@@ -64,7 +64,7 @@ def test_a_mesh_axis_has_the_rings_of_the_torus_axes_it_covers():
   assert links('v5p:4x4x4*2', 2, 64, 1)['replica'] == ('data-centre network', 6.25)
 
 
-def test_an_axis_of_gpus_has_nvlink_within_a_node_and_all_its_ports_beyond():
+def test_an_axis_of_gpus_has_nvlink_within_a_node_and_the_ports_of_all_its_gpus_beyond():
   found = links('h100:8x16', 1, 16, 8)
   assert found['model'] == ('NVLink', 450) and found['data'] == ('InfiniBand', 50)
   assert links('h100:8x16', 1, 128, 1)['data'] == ('InfiniBand', 400)

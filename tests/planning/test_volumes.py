@@ -31,7 +31,7 @@ def test_gradients_and_copies_follow_the_stage(large, at_stage):
 
 
 @pytest.mark.parametrize('stage, passes', [(0, 2), (1, 2), (2, 2), (3, 3)])
-def test_data_parallelism_sends_the_parameters_so_many_times(large, at_stage, stage, passes):
+def test_bytes_of_data_parallelism_are_multiples_of_the_parameters(large, at_stage, stage, passes):
   config = at_stage(large, stage, dtype='float32')
   sent = by_axis(theoretical(config, SIZES))['data']
   once = 4 * parameter_count(large.model, 4096) / 4 * 15 / 16
@@ -66,7 +66,7 @@ def test_activations_are_shared_out(large, at_stage):
   config = at_stage(large, 3)
   kept = lambda **sizes: analytic_memory(config, {'replica': 1} | sizes).activations
   assert kept(data=32, model=1) == pytest.approx(kept(data=16, model=1) / 2)
-  residual = 256 / 16 * 4096 * 5120 * 2 * 40  # full remat keeps each layer's input, whole on each device of `model`
+  residual = 256 / 16 * 4096 * 5120 * 2 * 40  # full remat keeps each layer's input, complete on each device of `model`
   assert kept(data=16, model=4) == pytest.approx(residual, rel=0.15)
   dots = at_stage(large, 3, remat='dots')
   more, split = (analytic_memory(dots, SIZES | {'model': n}).activations for n in (1, 4))
