@@ -54,7 +54,7 @@ def analytic_memory(config: Config, sizes: dict[str, int]) -> Memory:
   config = for_platform(configs.override(config, {'compute.attention': 'auto'}), 'tpu')
   stage, context, item = config.zero_stage, config.data.context, COMPUTE[config.compute.dtype][1]
   compute = ComputeConfig(scan=config.compute.scan, dtype=config.compute.dtype)  # other settings do not change the state
-  state = _state_bytes(config.model, compute, context, config.optimizer, stage, tuple(sizes.items()))
+  state = _state_bytes(config.model, compute, context, config.optimizer, config.frozen, stage, tuple(sizes.items()))
   gathered = float(state.get('gathered', 0))
   if stage == 3 and sizes[STATE_AXIS] > 1:
     layers, rest, _ = elements(config, sizes)
@@ -73,11 +73,13 @@ def analytic_memory(config: Config, sizes: dict[str, int]) -> Memory:
 
 
 @functools.cache
-def _state_bytes(model: ModelConfig, compute: ComputeConfig, context: int, optimizer: OptimizerConfig, stage: int,
-                 sizes: tuple[tuple[str, int], ...]) -> dict[str, int]:
+def _state_bytes(model: ModelConfig, compute: ComputeConfig, context: int, optimizer: OptimizerConfig, frozen: tuple[str, ...],
+                 stage: int, sizes: tuple[tuple[str, int], ...]) -> dict[str, int]:
   mesh = abstract_mesh(dict(sizes))
   with jax.set_mesh(None), use_abstract_mesh(mesh):  # the durations do not change the shapes
-    return state_bytes(abstract_model(model, compute, context), make_optimizer(optimizer, steps=2, warmup=1, decay=1), stage, mesh)
+    described = abstract_model(model, compute, context)
+    transformation = make_optimizer(optimizer, steps=2, warmup=1, decay=1)
+    return state_bytes(described, transformation, stage, mesh, described.matching('frozen', frozen))
 
 
 @functools.cache

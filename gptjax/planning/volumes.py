@@ -29,18 +29,20 @@ class Elements(NamedTuple):
   """of parameters too small to shard"""
 
 
-def elements(config: Config, sizes: dict[str, int]) -> Elements:
-  """Counts the parameters of one device."""
-  return _elements(config.model, config.compute.scan, config.data.context, tuple(sizes.items()))
+def elements(config: Config, sizes: dict[str, int], trained: bool = False) -> Elements:
+  """Counts the parameters of one device, or those that are trained."""
+  frozen = config.frozen if trained else ()
+  return _elements(config.model, config.compute.scan, config.data.context, frozen, tuple(sizes.items()))
 
 
 @functools.cache
-def _elements(model: ModelConfig, scan: bool, context: int, axes: tuple[tuple[str, int], ...]) -> Elements:
+def _elements(model: ModelConfig, scan: bool, context: int, frozen: tuple[str, ...], axes: tuple[tuple[str, int], ...]) -> Elements:
   mesh = abstract_mesh(dict(axes))
   described = abstract_model(model, ComputeConfig(scan=scan), context)
   unsharded, stored = described.shardings(0, mesh), described.shardings(3, mesh)
   counts = [0, 0, 0]
-  for name, shape in described.shapes.items():
+  for name in described.shapes.keys() - described.matching('frozen', frozen):
+    shape = described.shapes[name]
     kind = 2 if unsharded[name] == stored[name] and mesh.shape[STATE_AXIS] > 1 else 0 if name.startswith('blocks/') else 1
     counts[kind] += math.prod(unsharded[name].shard_shape(shape.shape))
   return Elements(*counts)
@@ -59,7 +61,7 @@ def theoretical(config: Config, sizes: dict[str, int]) -> list[Collective]:
 def _data_parallel(config: Config, sizes: dict[str, int]) -> list[Collective]:
   stage, parts = config.zero_stage, config.microbatches
   dtype, item = COMPUTE[config.compute.dtype]
-  layers, rest, unsharded = elements(config, sizes)
+  layers, rest, unsharded = elements(config, sizes, trained=True)
   others = tuple(name for name in ROW_AXES if name != STATE_AXIS and sizes[name] > 1)
   rows = tuple(name for name in ROW_AXES if sizes[name] > 1)
   def along(axes, kind, dtype, payload, trips, why):
@@ -70,6 +72,7 @@ def _data_parallel(config: Config, sizes: dict[str, int]) -> list[Collective]:
     return [along(rows, 'all-reduce', 'f32', 4 * (layers + rest), 1, 'gradients'), small]
   found = [data('reduce-scatter', 'f32', 4 * (layers + rest), parts if stage > 1 else 1, 'gradients'), small,
            along(others, 'all-reduce', 'f32', 4 * (layers + rest) / sizes[STATE_AXIS], 1, 'gradients')]
+  layers, rest, _ = elements(config, sizes)
   if stage < 3:
     return [*found, data('all-gather', dtype, item * (layers + rest), 1, 'updated parameters')]
   return [*found, data('all-gather', dtype, item * layers, 2 * parts, 'layers, forward and backward'),

@@ -46,6 +46,18 @@ def test_gradients_are_reduced_once_per_step_or_with_every_microbatch(large, at_
   assert sent(4) == times * sent(1) > 0
 
 
+def test_frozen_parameters_have_neither_gradients_nor_optimizer_state(large):
+  half = dataclasses.replace(large, frozen=tuple(f'blocks/*/{name}/kernel' for name in ('mlp/up', 'mlp/gate', 'mlp/down')))
+  share = 1 - 40 * 3 * 5120 * 13824 / parameter_count(large.model, 4096)
+  every, some = (analytic_memory(config, SIZES) for config in (large, half))
+  assert some.parameters == every.parameters and some.optimizer == pytest.approx(share * every.optimizer, rel=0.01)
+  assert some.gradients == pytest.approx(share * every.gradients, rel=0.01)
+  every, some = (totals(theoretical(config, SIZES)) for config in (large, half))
+  data = (('data',), 'reduce-scatter', 'f32')
+  assert some[data] == pytest.approx(share * every[data], rel=0.01)
+  assert {kind for kind in every if every[kind] != some[kind]} == {data}
+
+
 @pytest.mark.parametrize('remat, sums', [('none', 4), ('dots', 4), ('full', 5)])
 def test_tensor_parallelism_is_megatrons(large, at_stage, remat, sums):
   found = totals(theoretical(at_stage(large, 3, remat=remat), SIZES))
