@@ -74,6 +74,15 @@ def test_commands_of_the_guide_to_models_run_as_written(tmp_path):
   assert done.returncode == 0 and done.stdout.count(' length -') == 2, done.stderr
 
 
+@pytest.mark.full
+def test_commands_of_the_guide_to_sharding_run_as_written(tmp_path):
+  table, = run(commands_of('docs/sharding.md'), tmp_path).values()
+  rows = [line.split() for line in table.splitlines() if line.split()[0] in '0123']
+  assert [(row[0], row[1]) for row in rows] == [(stage, data) for stage in '0123' for data in '24']
+  assert all(float(row[-2]) == pytest.approx(float(row[-1]), rel=0.01) for row in rows)
+  assert (tmp_path / 'zero.png').read_bytes().startswith(b'\x89PNG')
+
+
 def test_commands_for_clusters_name_what_is_there():
   commands = commands_of('docs/clusters.md', 'bash')
   named = {path for command in commands for path in re.findall(r'\b(?:tools|configs)/[\w/.]+\w', command)}

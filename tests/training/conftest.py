@@ -2,6 +2,7 @@
 
 import pytest
 
+from gptjax.checkpoint import checkpoints
 from gptjax.training import loop
 
 
@@ -12,8 +13,9 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True, scope='module')
-def known_peak():
-  """Runs take the machine's speed as known."""
+def undisturbed():
+  """Runs take the machine's speed as known, and save although other tests keep all cores busy."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(loop, 'peak_flops', lambda devices, dtype: (1e12, 'assumed'))
+    patch.setattr(checkpoints, '_lower_priority', lambda: None)
     yield

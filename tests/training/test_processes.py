@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from commands import run_module
 from tiny import records, write_text
 
 from gptjax.files import read_json
@@ -40,7 +41,11 @@ def home(tmp_path_factory):
 
 
 def run(home, module, *flags, processes=2, check=True):
-  launch = ['tools.launch.local', f'--processes={processes}', f'--devices={4 // processes}', '--', sys.executable, '-m']
+  if processes == 1:
+    done = run_module(module, f'--cache_dir={CACHE}', '--cpu_devices=4', *flags)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+  launch = ['tools.launch.local', f'--processes={processes}', '--devices=2', '--', sys.executable, '-m']
   done = subprocess.run([sys.executable, '-m', *launch, module, f'--cache_dir={CACHE}', '--rendezvous_timeout=60', *flags], cwd=ROOT,
                         capture_output=True, text=True, timeout=120, env=os.environ | {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'})
   assert not check or done.returncode == 0, done.stderr
