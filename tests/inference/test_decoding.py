@@ -81,6 +81,7 @@ def test_greedy_text_of_unequal_prompts_is_that_of_full_forward_passes(style, sc
   assert len({tuple(row) for row in ids.tolist()}) == 4 and len(set(ids.flatten().tolist())) > 3  # no text that agrees by accident
 
 
+@pytest.mark.parametrize('style', ['modern', full('gpt2')], indirect=True)
 @pytest.mark.parametrize('context', [1, 11])
 def test_text_goes_on_beyond_the_context(style, context, one_device, random_parameters):
   model = abstract_model(style, ComputeConfig(), context)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import full
 
 from gptjax.config import ComputeConfig, ModelConfig, RopeConfig, UserError
 from gptjax.model import Positions, abstract_model, attention_backend
@@ -69,7 +70,7 @@ def test_blocks_equal_the_square_and_the_formula(length, key_heads, score):
     np.testing.assert_allclose(gradient, expected, 1e-4, 1e-5)
 
 
-@pytest.mark.parametrize('length, expected', [(1024, 0.0), (4096, 4.0)])
+@pytest.mark.parametrize('length, expected', [full(1024, 0.0), (4096, 4.0)])
 def test_memory_grows_with_the_context_and_not_with_its_square(length, expected):
   """Temporaries of the gradient, over those of a context of 1,024."""
   def temporaries(length):
@@ -81,7 +82,7 @@ def test_memory_grows_with_the_context_and_not_with_its_square(length, expected)
 
 @pytest.mark.parametrize('segmented', [False, True])
 @pytest.mark.parametrize('key_heads, score', [
-    (1, PLAIN), (2, PLAIN), (4, PLAIN), (2, ScoreConfig(0.3, cap=2.0)), (2, ScoreConfig(0.3, window=60)),
+    full(1, PLAIN), (2, PLAIN), full(4, PLAIN), full(2, ScoreConfig(0.3, cap=2.0)), full(2, ScoreConfig(0.3, window=60)),
     (4, ScoreConfig(0.3, 2.0, LANES + 5))])
 def test_splash_kernels_equal_the_square(key_heads, score, segmented):
   length = 2 * LANES

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import full
 
 from gptjax.config import ComputeConfig, ModelConfig
 from gptjax.model import abstract_model
@@ -61,6 +62,7 @@ def test_linear_and_embedding_equal_their_formulas():
   np.testing.assert_array_equal(jax.jit(embedding)(jnp.asarray(ids)), table[ids])
 
 
+@pytest.mark.parametrize('style', [full('modern'), 'gpt2'], indirect=True)
 def test_fresh_parameters_have_gpt2s_spread(style, one_device):
   # Radford et al. 2019, section 2.3: 0.02, and on the residual stream 0.02 / sqrt(additions to it, two a layer).
   plan = abstract_model(dataclasses.replace(style, width=64, layers=8), ComputeConfig(scan=True), 64)

@@ -52,6 +52,7 @@ def run(config, compute, mesh, zero_stage, random_parameters):
   return jax.tree.map(np.asarray, (logits, sums, gradients))
 
 
+@pytest.mark.parametrize('style', ['modern', full('gpt2')], indirect=True)
 @pytest.mark.parametrize('mesh, zero_stage', [full('8x1', 3), full('4x2', 0), ('4x2', 3)], indirect=['mesh'])
 def test_logits_loss_and_gradients_are_those_of_one_device(style, zero_stage, mesh, random_parameters, reference):
   # The modern style also runs as a scan with blocks recomputed, so that stacked parameters are covered.
@@ -116,6 +117,7 @@ def test_a_dropout_mask_is_the_same_on_every_mesh_and_each_device_draws_its_rows
   assert all((other == first).all() for other in others)
 
 
+@pytest.mark.parametrize('style', ['modern', full('gpt2')], indirect=True)
 @pytest.mark.parametrize('mesh', ['8x1'], indirect=True)
 def test_under_stage_3_devices_exchange_parameters_and_gradients_never_activations(style, mesh, random_parameters):
   plan = abstract_model(dataclasses.replace(style, mlp_width=80), ComputeConfig(), 28)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import full
 from flax import nnx
 
 from gptjax.config import ComputeConfig
@@ -50,6 +51,7 @@ def test_a_style_has_the_parameters_of_its_parts_and_no_others(style):
   assert names == expected
 
 
+@pytest.mark.parametrize('style', ['modern', full('gpt2')], indirect=True)
 def test_the_same_seed_gives_the_same_parameters_and_another_gives_others(style, one_device):
   plan = abstract_model(dataclasses.replace(style, layers=1), ComputeConfig(), 4)
   draw = jax.jit(lambda seed: plan.initialize(jax.random.key(seed), plan.shardings(0, one_device)))
@@ -59,6 +61,7 @@ def test_the_same_seed_gives_the_same_parameters_and_another_gives_others(style,
     assert (one[name] != other[name]).any() == name.endswith(('kernel', 'table'))
 
 
+@pytest.mark.parametrize('style', ['modern', full('gpt2')], indirect=True)
 def test_initial_values_depend_on_names_and_not_on_what_else_the_model_has(style, one_device):
   def draw(model, **compute):
     plan = abstract_model(model, ComputeConfig(**compute), 4)

@@ -63,6 +63,7 @@ def test_a_position_depends_on_itself_and_the_past_alone(style, attention, rando
   np.testing.assert_array_equal(seen > 0, np.tri(length, dtype=bool))
 
 
+@pytest.mark.parametrize('style', [full('modern'), 'gpt2'], indirect=True)
 def test_a_document_gets_the_logits_it_gets_alone(style, random_parameters):
   first, second = 50, 40
   plan = abstract_model(style, ComputeConfig(), first + second)
@@ -126,7 +127,7 @@ def test_reading_with_a_cache_gives_the_logits_of_the_whole(style, changes, rand
   np.testing.assert_allclose(np.concatenate(pieces, 1), whole, 1e-5, 1e-5)
 
 
-@pytest.mark.parametrize('style, dropout', [('gpt2', 0.0), ('modern', 0.2)], indirect=['style'])
+@pytest.mark.parametrize('style, dropout', [full('gpt2', 0.0), ('modern', 0.2)], indirect=['style'])
 def test_a_scan_equals_unrolled_layers_dropout_included(style, dropout, random_parameters):
   style = dataclasses.replace(style, dropout=dropout)
   tokens, key = ids(7, 2, 17), jax.random.split(jax.random.key(1), 2) if dropout else None
@@ -138,7 +139,7 @@ def test_a_scan_equals_unrolled_layers_dropout_included(style, dropout, random_p
 
 
 @pytest.mark.parametrize('style', ['gpt2'], indirect=True)
-@pytest.mark.parametrize('scan', [False, True])
+@pytest.mark.parametrize('scan', [full(False), True])
 def test_what_is_recomputed_changes_no_gradient(style, scan, random_parameters):
   def run(remat):
     plan = abstract_model(style, ComputeConfig(remat=remat, scan=scan), 16)
@@ -177,6 +178,7 @@ def test_padded_ids_are_never_predicted_and_never_learned(style, random_paramete
   assert (head[style.vocab_size:] == 0).all() and (head[:style.vocab_size] != 0).any(1).all()
 
 
+@pytest.mark.parametrize('style', ['modern', full('gpt2')], indirect=True)
 def test_bfloat16_computes_close_to_float32_and_keeps_float32_parameters(style, random_parameters, matrix_products):
   def run(dtype):
     plan = abstract_model(style, ComputeConfig(dtype=dtype), 16)

@@ -95,7 +95,7 @@ def test_stages_0_and_1_reduce_gradients_once_per_step_however_many_microbatches
     assert {one.kind for one in found} <= {kind, 'all-reduce'} and all(one.trips == 1 for one in found)
 
 
-@pytest.mark.parametrize('style', ['modern', 'gpt2'], indirect=True)  # the table of the second is read twice
+@pytest.mark.parametrize('style', [full('modern'), 'gpt2'], indirect=True)  # the table of the second is read twice
 def test_stages_2_and_3_scatter_with_every_microbatch_and_stage_3_gathers_twice(style):
   for stage in (2, 3):
     found, parameters = exchanges(style, (8, 1), stage, 2, scan=True)
@@ -113,6 +113,7 @@ def test_what_crosses_replicas_is_the_shard_that_a_device_keeps(style):
   assert crossing / parameters == pytest.approx(1 / 4, abs=0.02)
 
 
+@pytest.mark.parametrize('style', [full('modern'), 'gpt2'], indirect=True)
 def test_stage_3_gathers_a_scanned_matrix_for_each_pass_and_keeps_none(style):
   found, _ = exchanges(dataclasses.replace(style, layers=2, mlp_width=80), (8, 1), 3, 1, scan=True)
   matrix = [one for one in found if one.kind == 'all-gather' and one.payload == 4 * 32 * 80]

@@ -2,6 +2,9 @@
 
 import dataclasses
 
+import pytest
+from tiers import full
+
 from gptjax.config import ComputeConfig
 from gptjax.planning.memory import row_bytes
 
@@ -11,6 +14,7 @@ def size(style, model=1, layers=2, **compute):
   return row_bytes(dataclasses.replace(style, layers=layers), ComputeConfig(**compute), 24, model)
 
 
+@pytest.mark.parametrize('style', ['modern', full('gpt2')], indirect=True)
 def test_activations_grow_with_layers_and_shrink_with_remat(style):
   none, stacked = size(style), size(style, scan=True)
   assert none > 0 and 0.9 < stacked / none < 1.1

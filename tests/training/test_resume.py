@@ -213,6 +213,7 @@ def test_each_checkpoint_tells_of_which_run_it_is(settings, stopped, cache):
     train(configs.override(settings, {'seed': 1}), options(stopped, cache))
 
 
+@pytest.mark.full  # masks do not depend on them: tests/training/test_step.py
 def test_microbatches_may_change_although_there_is_dropout(settings, stopped, cache):
   # Masks depend on the rows alone; that losses stay equal is shown by the tests of the step.
   assert settings.model.dropout and settings.microbatches != 1
