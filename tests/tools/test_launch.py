@@ -66,7 +66,8 @@ def alive(folder):
 
 
 def test_when_one_fails_all_end_with_its_status(tmp_path):
-  impatient = 'import sys; from tools.launch import local; local._GRACE = local._TERMINATED = 0.5; sys.exit(local.launch(sys.argv[2:], 3, 1))'
+  impatient = ('import sys; from tools.launch import local; local._GRACE = local._TERMINATED = 0.5; '
+               'sys.exit(local.launch(sys.argv[2:], 3, 1))')
   status, _, _ = finish(launch(body=STUBBORN.format(folder=str(tmp_path), fails=True), launcher=('-c', impatient)))
   assert status == 7 and not alive(tmp_path)
 
