@@ -43,11 +43,11 @@ class Packed:
 
   def pieces(self, rows: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """See Layout."""
-    bounds = [data.view('<i8') for data in self._folder.ranges([('rows.bin', 8 * row, 8 * row + 16) for row in rows.tolist()])]
-    size = _PIECE.itemsize
-    found = self._folder.ranges([('pieces.bin', size * int(first), size * int(stop)) for first, stop in bounds])
-    pieces = np.concatenate(found).view(_PIECE)
-    return pieces['position'].copy(), pieces['length'].copy(), np.array([stop - first for first, stop in bounds])
+    self._folder.count_touched(2 * len(rows), 0)
+    bounds, table = self._folder.mapped('rows.bin').view('<i8'), self._folder.mapped('pieces.bin').view(_PIECE)
+    counts = bounds[rows + 1] - bounds[rows]
+    found = table[np.repeat(bounds[rows] - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())]
+    return found['position'], found['length'], counts
 
 
 def _write(folder: Path, store: TokenStore, context: int, pack: Callable[[np.ndarray, int], list[list[int]]]) -> None:

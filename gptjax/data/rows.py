@@ -26,6 +26,8 @@ class Layout(Protocol):
   def pieces(self, rows: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The pieces of the store's stream that make up rows [n] of an epoch; `draws` [n] are random uint64, equal within an epoch.
 
+    A piece that another one follows in its row ends with its document.
+
     Returns:
       Positions and lengths [pieces], in order, and the number of pieces of each row [n].
     """
@@ -47,49 +49,47 @@ class Windows:
 
 
 class Frame:
-  """A batch of shape (B, T) that is filled from layouts."""
+  """`count` rows of `context` tokens that are filled from layouts of stores with the same tokenizer as `store`."""
 
-  def __init__(self, shape: tuple[int, int]):
-    self.tokens = np.zeros(shape, np.int32)
-    self.targets = np.zeros(shape, np.int32)
-    self.starts = np.zeros(shape, bool)
-    """where a document, or a row, starts"""
+  def __init__(self, count: int, context: int, store: TokenStore):
+    self.separator, self.end = store.separator, store.end
+    self.ids = np.zeros((count, context + 1), np.int32)
+    """tokens of each row and the target of the last"""
+    self.starts = np.zeros_like(self.ids, bool)
+    """where a piece starts"""
     self.starts[:, 0] = True
-    self.lengths = np.zeros(shape[0], np.int64)
+    self.lengths = np.zeros(count, np.int64)
     """tokens of each row; the rest is padding"""
-    self.loss_mask = np.ones(shape, bool)
-    """False where the target is not predictable: a document's start after another's end"""
 
   def fill(self, layout: Layout, slots: np.ndarray, rows: np.ndarray, draws: np.ndarray) -> None:
     """Writes rows [n] of an epoch of a layout to `slots` [n]; `draws` as in Layout.pieces."""
     positions, lengths, pieces = layout.pieces(rows, draws)
-    # Each piece is read with the id after it, its last target; where a document ends, that is the separator of the next one.
-    ids = layout.store.read(positions, lengths + 1)
-    ends = np.cumsum(lengths + 1)
-    tokens, targets = np.delete(ids, ends - 1), np.delete(ids, ends - 1 - lengths)
-    row_lengths = np.add.reduceat(lengths, np.cumsum(pieces) - pieces)
-    row_ends = np.cumsum(row_lengths)
-    for slot, length, end in zip(slots.tolist(), row_lengths.tolist(), row_ends.tolist()):
-      self.tokens[slot, :length], self.targets[slot, :length] = tokens[end - length:end], targets[end - length:end]
-    self.lengths[slots] = row_lengths
-    columns = np.cumsum(lengths) - lengths - np.repeat(row_ends - row_lengths, pieces)  # of the first token of each piece
-    self.starts[slots] |= self.tokens[slots] == layout.store.separator
-    self.starts[np.repeat(slots, pieces), columns] = True
-    if layout.store.end != layout.store.separator:
-      self.loss_mask[slots] = self.targets[slots] != layout.store.separator
+    columns, firsts = np.cumsum(lengths) - lengths, np.cumsum(pieces) - pieces
+    places = columns + np.repeat(slots * self.ids.shape[1] - columns[firsts], pieces)
+    # Each piece is read with the id after it, its last target, which the next piece of the row overwrites.
+    layout.store.read(positions, lengths + 1, self.ids.reshape(-1), places)
+    self.starts.reshape(-1)[places] = True
+    self.lengths[slots] = np.add.reduceat(lengths, firsts)
 
   def batch(self, isolate_documents: bool) -> Batch:
     """The model's inputs. Padding has segment 0, mask 0 and an arbitrary id."""
-    shape = self.tokens.shape
-    real = np.arange(shape[1]) < self.lengths[:, None]
-    batch = {'tokens': self.tokens, 'targets': self.targets, 'mask': (real & self.loss_mask).astype(np.float32)}
+    tokens, targets = self.ids[:, :-1].copy(), self.ids[:, 1:].copy()
+    padded = np.flatnonzero(self.lengths < tokens.shape[1])
+    tokens[padded, self.lengths[padded]] = 0  # the last target
+    targets[self.starts[:, 1:]] = self.separator  # overwritten by the next piece
+    real = np.arange(tokens.shape[1]) < self.lengths[:, None]
+    mask = real & (targets != self.separator) if self.end != self.separator else real
+    batch = {'tokens': tokens, 'targets': targets, 'mask': mask.astype(np.float32)}
     if isolate_documents:
-      starts = np.flatnonzero(self.starts)  # each row starts a segment, so all rows can be treated as one sequence of segments
-      rows, lengths = starts // shape[1], np.diff(starts, append=self.starts.size)
+      # Each row starts a segment, so all rows can be treated as one sequence of segments.
+      starts = np.flatnonzero(self.starts[:, :-1] | (tokens == self.separator))
+      rows, lengths = starts // tokens.shape[1], np.diff(starts, append=tokens.size)
       numbers = np.arange(1, len(starts) + 1) - np.searchsorted(rows, rows)
-      segments = np.repeat(numbers.astype(np.int32), lengths).reshape(shape) * real
-      positions = np.arange(self.starts.size, dtype=np.int32) - np.repeat(starts.astype(np.int32), lengths)
-      batch |= {'positions': positions.reshape(shape), 'segments': segments}
+      segments = np.repeat(numbers.astype(np.int32), lengths).reshape(tokens.shape)
+      segments[padded] *= real[padded]
+      positions = np.arange(tokens.size, dtype=np.int32)
+      positions -= np.repeat(starts.astype(np.int32), lengths)
+      batch |= {'positions': positions.reshape(tokens.shape), 'segments': segments}
     return batch
 
 
@@ -122,7 +122,7 @@ class TrainRows:
     whichever is later. segments: documents of a row, numbered from 1; 0 for padding. mask: 1, or 0 for padding and where there is
     no target. Raises a UserError if a row is beyond the mixture's last, or a store is damaged.
     """
-    frame = Frame((len(rows), self.context))
+    frame = Frame(len(rows), self.context, self.layouts[0].store)
     components, indices = self.mixture.locate(np.asarray(rows, np.int64))
     for component in np.unique(components):
       slots = np.flatnonzero(components == component)
@@ -147,7 +147,7 @@ class EvalRows:
   def batch(self, rows: np.ndarray) -> Batch:
     """Rows at indices [n] as arrays [n, T], as in TrainRows.batch. Rows from `count` on are padding, to fill the last batch."""
     rows = np.asarray(rows, np.int64)
-    frame = Frame((len(rows), self.context))
+    frame = Frame(len(rows), self.context, self.store)
     slots = np.flatnonzero(rows < self.count)
     frame.fill(self._windows, slots, rows[slots], np.zeros(len(slots), np.uint64))
     return frame.batch(self.isolate_documents)

@@ -171,32 +171,28 @@ class TokenStore:
       if (found := self._folder.sha256(shard_name(number))) != record['sha256'].decode():
         raise damaged(f'{self.location}/{shard_name(number)}', f'SHA-256 {found}', record['sha256'].decode())
 
-  def read(self, starts: np.ndarray | Sequence[int], counts: np.ndarray | Sequence[int]) -> np.ndarray:
-    """Reads ranges of the circular stream, given by starts (0 to tokens - 1) and numbers of ids, and concatenates them.
+  def read(self, starts: np.ndarray | Sequence[int], counts: np.ndarray | Sequence[int], out: np.ndarray | None = None,
+           places: np.ndarray | None = None) -> np.ndarray:
+    """Reads ranges of the circular stream, given by starts (0 to tokens - 1) and numbers of ids, one after another.
 
-    Raises a UserError if a block is damaged; the error names its file.
+    They are written to `places` of `out`, or concatenated. Raises a UserError that names the file if a block is damaged.
     """
     starts, counts = np.asarray(starts, np.int64), np.asarray(counts, np.int64)
-    out = np.empty(counts.sum(), self.dtype)
-    pieces = list(self._pieces(starts, counts))
+    if out is None or places is None:
+      out, places = np.empty(counts.sum(), self.dtype), np.cumsum(counts) - counts
+    pieces, size = list(self._pieces(starts, counts, places)), self.dtype.itemsize
     if isinstance(self._folder, LocalFolder):  # copies from views of the map, and not of the enclosing blocks, for speed
-      self._folder.count_touched(len(pieces), out.nbytes)
+      self._folder.count_touched(len(pieces), size * int(counts.sum()))
       for shard, first, stop, at in pieces:
-        out[at:at + stop - first] = self._mapped(self._folder, shard, first, stop)
+        if shard.mapped is None or shard.verified.find(0, first * size // BLOCK, -(-stop * size // BLOCK)) >= 0:
+          list(self._bytes([(shard, first * size, stop * size)]))
+          shard.mapped = self._folder.mapped(shard.name)[:shard.ids].view(self.dtype)
+        out[at:at + stop - first] = shard.mapped[first:stop]
     else:
-      size = self.dtype.itemsize
       wanted = [(shard, first * size, stop * size) for shard, first, stop, _ in pieces]
       for (_, first, stop, at), data in zip(pieces, self._bytes(wanted)):
         out[at:at + stop - first] = data.view(self.dtype)
     return out
-
-  def _mapped(self, folder: LocalFolder, shard: Shard, first: int, stop: int) -> np.ndarray:
-    """A view of a shard's ids, in verified blocks."""
-    size = shard.itemsize
-    if shard.mapped is None or shard.verified.find(0, first * size // BLOCK, -(-stop * size // BLOCK)) >= 0:
-      list(self._bytes([(shard, first * size, stop * size)]))
-      shard.mapped = folder.mapped(shard.name)[:shard.ids].view(self.dtype)
-    return shard.mapped[first:stop]
 
   def texts(self, first: int, stop: int) -> Iterator[str]:
     """Yields the texts of documents [first, stop)."""
@@ -204,10 +200,10 @@ class TokenStore:
     for start, end in zip(positions, positions[1:]):
       yield tokenizer.decode(self.read([start], [end - start]).tolist())
 
-  def _pieces(self, starts: np.ndarray, counts: np.ndarray) -> Iterator[tuple[Shard, int, int, int]]:
-    """Cuts ranges of the stream at the ends of shards; yields (shard, first and stop within it, position in the result)."""
-    at = 0
-    for number, start, count in zip(np.searchsorted(self.index['tokens'], starts, 'right').tolist(), starts.tolist(), counts.tolist()):
+  def _pieces(self, starts: np.ndarray, counts: np.ndarray, places: np.ndarray) -> Iterator[tuple[Shard, int, int, int]]:
+    """Cuts ranges of the stream at the ends of shards; yields (shard, first and stop within it, place)."""
+    numbers = np.searchsorted(self.index['tokens'], starts, 'right')
+    for number, start, count, at in zip(*(values.tolist() for values in (numbers, starts, counts, places))):
       while count:
         shard = self._shards.get(number) or self._shard(number)
         first = start - shard.first_token

@@ -112,18 +112,25 @@ def coverage(folder: Path) -> Result:
 def _covers(layout: Windows | Packed) -> bool:
   """Whether an epoch has each position of the stream once as an input and once as a target."""
   store = layout.store
-  positions = TokenStore(store.location, store.manifest | {'dtype': '<i8', 'separator': -1})
+  positions = TokenStore(store.location, store.manifest | {'dtype': '<i8', 'separator': -1, 'end': -1})
   # The same layout over a stream of positions: every id that is read is its own position.
-  positions.read = lambda starts, counts: np.concatenate(
-    [np.empty(0, np.int64), *((start + np.arange(count)) % store.tokens for start, count in zip(starts, counts))])
+  def read(starts: np.ndarray, counts: np.ndarray, out: np.ndarray, places: np.ndarray) -> None:
+    for start, count, place in zip(starts.tolist(), counts.tolist(), places.tolist()):
+      out[place:place + count] = (start + np.arange(count)) % store.tokens
+  positions.read = read
   layout.store = positions
+  begins = np.append(store.starts(0, store.documents)[:-1], store.tokens)
   rows = rows_of([layout], seed=5)
   inputs, targets = np.zeros(store.tokens, np.int64), np.zeros(store.tokens, np.int64)
   for first in range(0, layout.count, 256):
     batch = rows.batch(layout.count + np.arange(first, min(first + 256, layout.count)))
     real = batch['mask'] > 0
     np.add.at(inputs, batch['tokens'][real], 1)
-    np.add.at(targets, batch['targets'][real], 1)
+    # A separator, here -1, follows a piece that is not the last of its row: the id after it in the stream starts a document.
+    separators = real & (batch['targets'] < 0)
+    assert np.isin(batch['tokens'][separators] + 1, begins).all()
+    found = np.where(separators, batch['tokens'] + 1, batch['targets'])
+    np.add.at(targets, found[real] % store.tokens, 1)
   layout.store = store
   return bool((inputs == 1).all() and (targets == 1).all())
 

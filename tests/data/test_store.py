@@ -117,7 +117,7 @@ def test_opening_does_not_grow_with_the_store(tmp_path):
   TokenStore.open(tmp_path / 'store')
   tracemalloc.start()
   store = TokenStore.open(tmp_path / 'store')
-  pieces = list(store._pieces(np.array([10**12 - 7]), np.array([1000])))
+  pieces = list(store._pieces(np.array([10**12 - 7]), np.array([1000]), np.array([0])))
   _, peak = tracemalloc.get_traced_memory()
   tracemalloc.stop()
   assert store.tokens > 10**12 and pieces[0][0].name == '03725.shard'
