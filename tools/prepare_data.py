@@ -12,8 +12,8 @@ from absl import flags
 from gptjax import config as configs
 from gptjax.cache import cache_dir
 from gptjax.config import UserError
-from gptjax.data import Contamination, Document, Filters, Recipe, Source, TokenStore, load_tokenizer, open_source, split_source, write_store
-from gptjax.data.encoding import cores
+from gptjax.data import (
+  Contamination, Document, Filters, Recipe, Source, TokenStore, cores, load_tokenizer, open_source, split_source, write_store)
 from gptjax.data.sources import documents
 from gptjax.data.store import MANIFEST
 from gptjax.data.progress import announce, counted

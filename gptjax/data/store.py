@@ -265,10 +265,6 @@ class ShardRecord(NamedTuple):
   """UTF-8 bytes of its documents"""
   sha256: str
 
-  def size(self, dtype: np.dtype) -> int:
-    """Bytes of its file."""
-    return Shard('', 0, 0, self.tokens, self.documents, dtype.itemsize).size
-
 
 class ShardWriter:
   """Writes shard `number` of a store to a temporary file, which `close` renames: a shard appears only when it is complete."""
@@ -305,11 +301,6 @@ class ShardWriter:
     self._partial.rename(self._path)
     sync(self._path.parent)
     return ShardRecord(self.tokens, len(lengths), self.bytes, self._digest.hexdigest())
-
-  def abort(self) -> None:
-    """Discards the shard."""
-    self._file.close()
-    self._partial.unlink(missing_ok=True)
 
   def _write(self, data: bytes, checked: bool = True) -> None:
     self._file.write(data)

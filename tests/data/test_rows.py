@@ -10,7 +10,7 @@ from small_stores import make_store, stream
 
 from gptjax.config import UserError
 from gptjax.data import EvalRows, Mixture, Packed, TrainRows, Windows
-from gptjax.data.permutation import permute
+from gptjax.data.rows import permute
 
 SHAPES = [([2], 1), ([7], 3), ([4, 3, 5], 4), ([1, 1, 1, 9, 2], 5), ([50, 50], 7), ([5], 16), ([3] * 40 + [60, 1, 13], 10)]
 

@@ -15,7 +15,7 @@ from memory import Memory, malformed
 
 from gptjax.config import SourceConfig, UserError
 from gptjax.data import Contamination, Document, Filters, Recipe, TokenStore, open_source, write_store
-from gptjax.data import encoding
+from gptjax.data import tokenizing
 from gptjax.data.tokenizing import Journal
 from gptjax.data.sources import Part
 from gptjax.data.tokenizers import ByteTokenizer
@@ -49,7 +49,7 @@ def lines(tmp_path):
 @pytest.fixture
 def small_tasks(monkeypatch):
   """Tasks and parts of some kilobytes, in this process and in those that it starts."""
-  monkeypatch.setattr(encoding, 'TASK', 20_000)
+  monkeypatch.setattr(tokenizing, 'TASK', 20_000)
   from gptjax.data.sources.source import Source
   monkeypatch.setattr(Source, 'part_bytes', 7_000)
 
@@ -156,7 +156,7 @@ def test_a_kill_before_the_folder_is_renamed_repeats_no_work(lines, tmp_path, sm
   (tmp_path / 'store').rename(tmp_path / 'store.building')
   for left in ('journal.db', 'journal.db-journal'):
     (tmp_path / 'store.building' / left).touch()
-  monkeypatch.setattr(encoding, 'encode', None)
+  monkeypatch.setattr(tokenizing, 'encode', None)
   write_store(tmp_path / 'store', recipe(lines))
   assert folder_bytes(tmp_path / 'store') == before
 
@@ -182,8 +182,8 @@ def test_a_store_of_another_recipe_is_rejected(lines, tmp_path):
 
 def test_small_parts_are_combined_and_compressed_ones_count_decompressed():
   part = lambda size, payload=b'': Part('f', 'f', 0, 1, size, payload)
-  sizes = [[len(task) for task in encoding.tasks_of(parts)] for parts in (
-    [part(100)] * 50_000, [part(encoding.TASK)] * 3, [part(9, bytes(encoding.TASK))] * 3)]
+  sizes = [[len(task) for task in tokenizing.tasks_of(parts)] for parts in (
+    [part(100)] * 50_000, [part(tokenizing.TASK)] * 3, [part(9, bytes(tokenizing.TASK))] * 3)]
   assert sizes == [[41_944, 8_056], [1, 1, 1], [1, 1, 1]]
 
 
