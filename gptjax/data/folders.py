@@ -1,4 +1,4 @@
-"""Folders of finished files, local or in object storage: files, sizes, digests and byte ranges."""
+"""Folders of finished files, local or in object storage; errors of the libraries that read data."""
 
 import contextlib
 import functools
@@ -22,7 +22,6 @@ Range = tuple[str, int, int]
 _MAX_RESIDENT = 2**29  # bytes of memory maps that may be resident before their pages are released
 _FAULT_AROUND = 2**16  # bytes that Linux maps around a page fault
 _CHUNK = 2**24  # bytes fetched at once
-_CLIENTS = {'s3': 's3fs', 's3a': 's3fs', 'gs': 'gcsfs', 'gcs': 'gcsfs'}  # packages with which fsspec reads object stores, by URL scheme
 
 
 def open_folder(location: str) -> 'Folder':
@@ -41,7 +40,7 @@ class Folder:
   @functools.cached_property
   def _system(self) -> Any:
     with self._errors():
-      return file_system('token store', self._root)[0]
+      return file_system(self._root)[0]
 
   def read(self, name: str) -> bytes:
     """Contents of a file."""
@@ -54,7 +53,7 @@ class Folder:
       return {info['name'].rpartition('/')[2]: info['size'] for info in self._system.ls(self._root, detail=True)}
 
   def local(self, name: str) -> Path:
-    """A local path with the contents of the sub-folder `name`, valid as long as this object."""
+    """A local copy of the sub-folder `name`, which exists as long as this object."""
     self._temporary = tempfile.TemporaryDirectory()
     Folder(f'{self._root}/{name}').copy(Path(self._temporary.name))
     return Path(self._temporary.name)
@@ -71,11 +70,16 @@ class Folder:
 
   def ranges(self, wanted: Sequence[Range]) -> list[np.ndarray]:
     """Reads byte ranges as uint8 arrays, all concurrently. Raises a UserError if a file cannot be read, or is too short."""
+    found = self._ranges(wanted)
+    for data, (name, start, stop) in zip(found, wanted):
+      if len(data) < stop - start:
+        raise damaged(f'{self._root}/{name}', f'{start + len(data):,} bytes', f'{stop:,} bytes or more,')
+    return found
+
+  def _ranges(self, wanted: Sequence[Range]) -> list[np.ndarray]:
     paths = [f'{self._root}/{name}' for name, _, _ in wanted]
     with self._errors():
       found = self._system.cat_ranges(paths, [start for _, start, _ in wanted], [stop for _, _, stop in wanted], on_error='raise')
-    for path, data, (_, start, stop) in zip(paths, found, wanted):
-      _check_length(path, data, start, stop)
     return [np.frombuffer(data, np.uint8) for data in found]
 
 
@@ -94,17 +98,14 @@ class LocalFolder(Folder):
   def copy(self, to: Path) -> None:
     shutil.copytree(self._root, to)  # follows symbolic links
 
-  def ranges(self, wanted: Sequence[Range]) -> list[np.ndarray]:
-    found = [self.mapped(name)[start:stop] for name, start, stop in wanted]
-    for data, (name, start, stop) in zip(found, wanted):
-      _check_length(f'{self._root}/{name}', data, start, stop)
+  def _ranges(self, wanted: Sequence[Range]) -> list[np.ndarray]:
     self.count_touched(len(wanted), sum(stop - start for _, start, stop in wanted))
-    return found
+    return [self.mapped(name)[start:stop] for name, start, stop in wanted]
 
   def count_touched(self, ranges: int, size: int) -> None:
     """Counts ranges about to be read, `size` bytes in total, and releases the pages of all maps when too many are resident.
 
-    Pages count as memory of this process until they are released (the page cache keeps them), and each fault maps its neighbours.
+    Until then they count as memory of this process; the page cache keeps them.
     """
     self._touched += ranges * _FAULT_AROUND + size
     if self._touched > _MAX_RESIDENT:
@@ -133,35 +134,32 @@ def _raise_file_limit() -> None:
       resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def file_system(field: str, url: str) -> tuple[Any, str]:
-  """The fsspec file system of a URL or path, and the path within it."""
+def file_system(path: str) -> tuple[Any, str]:
+  """The fsspec file system of a path or URL, and the path within it."""
   import fsspec  # takes 0.1 s to import
-  try:
-    return fsspec.core.url_to_fs(url)
-  except ImportError as error:
-    package = _CLIENTS.get(url.partition('://')[0])
-    raise UserError(field, url, f'a machine with the {package} package: pip install {package}' if package else str(error)) from None
+  return fsspec.core.url_to_fs(path)
 
 
 @contextlib.contextmanager
-def storage_errors(field: str, path: str, expected: str = 'a readable file, folder or URL') -> Iterator[None]:
-  """Raises a UserError for an OSError and, if the path is a URL, for any error: storage clients raise those of many libraries."""
+def library_errors(field: str, value: str, expected: str = '', errors: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
+  """Raises a UserError for errors of a library, with the first line of their message, and for a package that is not installed."""
   try:
     yield
   except UserError:
     raise
-  except Exception as error:
-    if '://' not in path and not isinstance(error, OSError):
-      raise
-    reason = getattr(error, 'strerror', None) or str(error) or type(error).__name__
-    raise UserError(field, path, f'{expected} ({reason})') from None
+  except ImportError as error:
+    package = getattr(error.__cause__, 'name', None) or error.name  # fsspec's own error does not have the name
+    raise UserError(field, value, f'a machine with the {package} package: pip install {package}') from None
+  except errors as error:
+    reason = getattr(error, 'strerror', None) or f'{type(error).__name__}: {error}'.strip().splitlines()[0]
+    raise UserError(field, value, f'{expected} ({reason})') from None
+
+
+def storage_errors(field: str, path: str, expected: str = 'a readable file, folder or URL') -> contextlib.AbstractContextManager[None]:
+  """Raises a UserError for an OSError and, if the path is a URL, for any error: storage clients raise those of many libraries."""
+  return library_errors(field, path, expected, (Exception if '://' in path else OSError,))
 
 
 def damaged(file: str, found: object, expected: str) -> UserError:
   """The error for a file that is not as it was written."""
   return UserError(file, found, f'{expected} as written; restore it, or prepare the store again')
-
-
-def _check_length(file: str, data: bytes | np.ndarray, start: int, stop: int) -> None:
-  if len(data) < stop - start:
-    raise damaged(file, f'{start + len(data):,} bytes', f'{stop:,} bytes or more,')

@@ -15,7 +15,6 @@ from typing import Any, BinaryIO
 
 from gptjax.config import UserError
 from gptjax.data.folders import file_system, storage_errors
-from gptjax.data.packages import optional
 from gptjax.data.sources.source import Source
 from gptjax.files import expanded
 
@@ -87,7 +86,7 @@ def opened(path: str, readahead: int = 0) -> Iterator[BinaryIO]:
   """
   with storage_errors('data.source.path', path), contextlib.ExitStack() as stack:
     if '://' in path:
-      system, location = file_system('data.source.path', path)
+      system, location = file_system(path)
       cache = {'cache_type': 'readahead', 'block_size': readahead} if readahead else {'cache_type': 'none'}
       yield stack.enter_context(system.open(location, 'rb', **cache))
     else:
@@ -98,7 +97,7 @@ def _siblings(pattern: str) -> list[str]:
   """What a path may be a misspelling of."""
   folder = posixpath.dirname(pattern)
   with contextlib.suppress(OSError):
-    system, location = file_system('data.source.path', folder or '.')
+    system, location = file_system(folder or '.')
     return [posixpath.join(folder, posixpath.basename(name)) for name in system.ls(location, detail=False)]
   return []
 
@@ -125,7 +124,7 @@ def _local(pattern: str, suffixes: tuple[str, ...]) -> tuple[list[File], bool]:
 
 
 def _remote(pattern: str, suffixes: tuple[str, ...]) -> tuple[list[File], bool]:
-  system, location = file_system('data.source.path', pattern)
+  system, location = file_system(pattern)
   system.invalidate_cache()
   is_folder = False
   try:
@@ -148,9 +147,8 @@ def _remote(pattern: str, suffixes: tuple[str, ...]) -> tuple[list[File], bool]:
 class Stream:
   """A sliding window over the decompressed bytes of a file, which is read sequentially; the suffix of its path decides the format.
 
-  Not fsspec or zstandard's stream_reader, because those end silently where a .zst file is truncated.
-
-  Reading raises an OSError if the file is broken or truncated, and a UserError if the package for it is not installed.
+  (fsspec and zstandard's stream_reader end silently where a .zst file is truncated.) Reading raises a UserError if the file is
+  broken or truncated.
   """
 
   def __init__(self, raw: BinaryIO, path: str):
@@ -179,7 +177,7 @@ def _decompressed(raw: BinaryIO, path: str) -> Iterator[bytes]:
   if path.endswith('.gz'):
     new_decoder, decoding_error = functools.partial(zlib.decompressobj, wbits=31), zlib.error
   else:
-    zstandard = optional('zstandard', 'data.source.path', path)
+    import zstandard
     # For files made with --long: by default zstandard refuses windows above 128 MB.
     new_decoder, decoding_error = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj, zstandard.ZstdError
   decoder: Any = None  # one per member: a file of either format may be several, concatenated
@@ -189,7 +187,7 @@ def _decompressed(raw: BinaryIO, path: str) -> Iterator[bytes]:
       try:
         yield decoder.decompress(chunk)
       except decoding_error as error:
-        raise OSError(f'broken {path[path.rfind("."):]} data: {error}') from None
+        raise UserError('data.source.path', path, f'an undamaged file (broken {path[path.rfind("."):]} data: {error})') from None
       chunk, decoder = (decoder.unused_data, None) if decoder.eof else (b'', decoder)
   if decoder:
-    raise OSError('it ends early')
+    raise UserError('data.source.path', path, 'an undamaged file (it ends early)')

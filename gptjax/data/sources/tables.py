@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gptjax.config import SourceConfig, UserError
-from gptjax.data.packages import library_error, optional
+from gptjax.data.folders import library_errors
 from gptjax.data.sources.fields import Fields
 from gptjax.data.sources.files import File, FileSource, opened
 from gptjax.data.sources.source import Part, Record, Source
@@ -96,16 +96,12 @@ class Parquet(FileSource, TableSource):
   @contextlib.contextmanager
   def _open(self, path: str) -> Iterator[Any]:
     """Opens a file and checks that it has the columns."""
-    arrow, parquet = (optional(package, 'data.source.path', path) for package in ('pyarrow', 'pyarrow.parquet'))
-    with opened(path) as file:
-      try:
-        table = parquet.ParquetFile(file, buffer_size=_BUFFER)
-        self.fields.check([table.schema.column(i).path for i in range(len(table.schema))], path)
-        yield table
-      except UserError:
-        raise
-      except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError('data.source.path', path, f'an undamaged Parquet file ({error})') from None
+    import pyarrow.parquet
+    errors = pyarrow.ArrowException, OSError, UnicodeDecodeError
+    with opened(path) as file, library_errors('data.source.path', path, 'an undamaged Parquet file', errors):
+      table = pyarrow.parquet.ParquetFile(file, buffer_size=_BUFFER)
+      self.fields.check([table.schema.column(i).path for i in range(len(table.schema))], path)
+      yield table
 
 
 class HuggingFace(TableSource):
@@ -141,8 +137,9 @@ class HuggingFace(TableSource):
 
 def _load(config: SourceConfig, folder: str) -> Any:
   """Loads a split from a folder or, if there is none, from the hub."""
-  datasets = optional('datasets', 'data.source.path', config.path)
-  try:
+  # The hub's client and the libraries below it raise errors of many classes: no such dataset, no access, no network.
+  with library_errors('data.source.path', config.path, 'hf: and a dataset that can be loaded here, or its folder'):
+    import datasets
     if not os.path.isdir(folder):
       name, _, configuration = config.path.removeprefix('hf:').partition(':')
       return datasets.load_dataset(name, configuration or None, split=config.split)
@@ -152,8 +149,3 @@ def _load(config: SourceConfig, folder: str) -> Any:
     if config.split not in dataset:
       raise UserError('data.source.split', config.split, f'a split of {config.path}: {", ".join(dataset)}', names=list(dataset))
     return dataset[config.split]
-  except UserError:
-    raise
-  except Exception as error:
-    # The hub's client and the libraries below it raise errors of many classes: no such dataset, no access, no network.
-    raise library_error('data.source.path', config.path, 'hf: and a dataset that can be loaded here, or its folder', error) from None

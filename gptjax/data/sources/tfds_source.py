@@ -17,11 +17,13 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from gptjax.config import SourceConfig, UserError
-from gptjax.data.packages import library_error
+from gptjax.data.folders import library_errors
 from gptjax.data.progress import ProgressBar, announce
 from gptjax.data.sources.fields import Fields
 from gptjax.data.sources.source import Document, Part
 from gptjax.data.sources.tables import TableSource
+
+_EXPECTED = 'a dataset that is prepared as array_record, or that TFDS can prepare here'
 
 
 class TfdsRecords(TableSource):
@@ -35,7 +37,7 @@ class TfdsRecords(TableSource):
   def __init__(self, config: SourceConfig):
     self.fields, self.skip = Fields(config.text), config.skip
     self._path, self._split = config.path, config.split
-    with _errors(config.path):
+    with library_errors('data.source.path', config.path, _EXPECTED):
       builder = _prepared(config.path.removeprefix('tfds:'))
       info = builder.info
       self.fields.check(_leaves(info.features), info.full_name)
@@ -58,7 +60,7 @@ class TfdsRecords(TableSource):
     return self.ranges(self.description, self._split, self._length, self.size)
 
   def rows(self, part: Part) -> Sequence[Mapping[str, Any]]:
-    with _errors(self._path):
+    with library_errors('data.source.path', self._path, _EXPECTED):
       return self._records.__getitems__(range(part.start, part.stop))
 
 
@@ -74,8 +76,13 @@ def _prepared(name: str) -> tfds.core.DatasetBuilder:
   if os.path.isdir(folder):
     return tfds.builder_from_directory(folder)
   module, _, cls = name.rpartition(':')
-  builder = (_builder_class(module, cls)(file_format='array_record') if module and cls.isidentifier() else
-             tfds.builder(name, file_format='array_record'))
+  try:
+    builder = (_builder_class(module, cls)(file_format='array_record') if module and cls.isidentifier() else
+               tfds.builder(name, file_format='array_record'))
+  except tfds.core.DatasetNotFoundError:
+    names = {known: f'tfds:{known}' for known in tfds.list_builders(with_community_datasets=False)}
+    raise UserError('data.source.path', f'tfds:{name}', 'tfds: and a dataset of TFDS, the folder of a prepared one, or MODULE:CLASS',
+                    names=names, given=name) from None
   if not builder.data_path.exists():  # is_prepared() warns
     announce(f'preparing {builder.info.full_name} in {builder.data_dir}')
     prepare_quietly(builder)
@@ -97,24 +104,6 @@ def _builder_class(module: str, name: str) -> type[tfds.core.DatasetBuilder]:
     raise UserError('data.source.path', path, 'the name of a tfds.core.GeneratorBasedBuilder', given=name,
                     names=[key for key, value in names.items() if isinstance(value, type)])
   return found
-
-
-@contextlib.contextmanager
-def _errors(path: str) -> Iterator[None]:
-  try:
-    yield
-  except UserError:
-    raise
-  except tfds.core.DatasetNotFoundError:
-    names = {known: f'tfds:{known}' for known in tfds.list_builders(with_community_datasets=False)}
-    raise UserError('data.source.path', path, 'tfds: and a dataset of TFDS, the folder of a prepared one, or MODULE:CLASS',
-                    names=names, given=path.removeprefix('tfds:')) from None
-  except ModuleNotFoundError as error:
-    raise UserError('data.source.path', path, f'a machine with the {error.name} package: pip install {error.name}') from None
-  except Exception as error:
-    # Builders are third-party programs that fail in any way: without network, without a package that they need.
-    expected = 'a dataset that is prepared as array_record, or that TFDS can prepare here'
-    raise library_error('data.source.path', path, expected, error) from None
 
 
 def _leaves(features: Any, prefix: str = '') -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from gptjax.config import UserError
-from gptjax.data.packages import optional
+from gptjax.data.folders import library_errors
 from gptjax.data.tokenizers import export
 from gptjax.data.tokenizers.published import json_object
 from gptjax.data.tokenizers.tokenizer import ALPHABET, Tokenizer, from_alphabet, to_alphabet, utf8
@@ -53,8 +53,10 @@ class Gpt2Tokenizer(Tokenizer):
     super().__init__([*pieces, b''])
     self.pad_id = self.bos_id = self.eos_id = len(pieces)
     ranks = {piece: rank for rank, piece in enumerate(pieces)}
+    with library_errors('tokenizer', 'gpt2'):
+      import tiktoken
     # Without special tokens, all text is encoded as text.
-    self._encoding = optional('tiktoken', 'tokenizer', 'gpt2').Encoding('gpt2', pat_str=_WORDS, mergeable_ranks=ranks, special_tokens={})
+    self._encoding = tiktoken.Encoding('gpt2', pat_str=_WORDS, mergeable_ranks=ranks, special_tokens={})
 
   def encode(self, text: str, source: str = 'text') -> np.ndarray:
     utf8(text, source)
