@@ -19,10 +19,9 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio
 def split_source(source: Source, fraction: float) -> tuple[Source, Source]:
   """Splits a source into (training, validation). Both have the source's parts; each yields None for the other's documents.
 
-  A document is held out if the hash of its name is among the lowest `fraction` of all hashes, so that adding documents moves none
-  from one side to the other. Where names are known without reading, the document with the lowest hash is always held out and that
-  with the highest never. A source that is a single document is read, and its last `fraction` of characters is held out. Malformed
-  records belong to the training side. Raises a UserError if a single document is too short to split, or cannot be read.
+  A document is held out if the hash of its name is among the lowest `fraction` of all hashes; other documents do not matter, except
+  that, of known names, the lowest hash is always held out and the highest never. A single document is read, and its last `fraction`
+  of characters is held out. Malformed records are for training. Raises a UserError if a single document is too short to split.
   """
   if len(source.names) == 1:
     return _split_by_position(source, fraction)
@@ -53,7 +52,7 @@ class _Side(Source):
   def __init__(self, source: Source, held_out: bool, cut: int, offsets: dict[int, int] | None = None):
     self.source, self.held_out, self.cut, self.offsets = source, held_out, cut, offsets
     self.description = f'{source.description}, {"validation" if held_out else "training"} side'
-    self.size, self.skip = source.size, source.skip
+    self.size, self.skip, self.numbering = source.size, source.skip, source.numbering
 
   def parts(self) -> Iterator[Part]:
     return self.source.parts()
@@ -74,9 +73,6 @@ class _Side(Source):
   def fingerprint(self) -> str:
     return hashlib.sha256(f'{self.source.fingerprint()} {self.held_out} {self.cut}'.encode()).hexdigest()
 
-  def place(self, part: Part, record: int) -> str:
-    return self.source.place(part, record)
-
 
 def _split_by_position(source: Source, fraction: float) -> tuple[Source, Source]:
   offsets, length = {}, 0
@@ -92,12 +88,11 @@ def _split_by_position(source: Source, fraction: float) -> tuple[Source, Source]
 
 
 def sample(source: Source, characters: int = TRAINING_CHARACTERS) -> Iterator[Document]:
-  """Yields a fixed pseudo-random sample of a source of about `characters` characters; everything if the source is no larger.
+  """Yields a fixed pseudo-random sample of about `characters` characters; everything if the source is no larger.
 
-  Of a large source only some parts are read, evenly spaced, with four times as much text. Documents are selected by a hash of
-  name and position. Documents longer than 65,536 characters are sampled in chunks of that length, each with the document's name,
-  so that a source of one huge text also has a sample. Raises a UserError if a larger fraction of the records that
-  were read than `source.skip` is malformed.
+  Of a large source only some evenly spaced parts are read, with four times as much text. Documents, and chunks of 65,536 characters
+  of longer ones, are selected by a hash of name and position. Raises a UserError if more of the records that were read are malformed
+  than `source.skip` allows.
   """
   fraction = min(1.0, 4 * characters / max(source.size, 1))
   records, malformed = 0, []

@@ -10,9 +10,8 @@ from typing import Any
 
 from gptjax.config import SourceConfig, UserError
 from gptjax.data.folders import library_errors
-from gptjax.data.sources.fields import Fields
 from gptjax.data.sources.files import File, FileSource, opened
-from gptjax.data.sources.source import Part, Record, Source
+from gptjax.data.sources.source import Fields, Part, Record, Source
 
 _BATCH = 256  # rows in memory at a time
 

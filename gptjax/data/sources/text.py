@@ -6,9 +6,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 
 from gptjax.config import SourceConfig
-from gptjax.data.sources.fields import Fields, truncated, unescaped
 from gptjax.data.sources.files import SUFFIXES, File, FileSource, Stream, opened
-from gptjax.data.sources.source import Document, Malformed, Part, Record
+from gptjax.data.sources.source import Document, Fields, Malformed, Part, Record, truncated, unescaped
 
 _READAHEAD = 2**23
 _WINDOW = 2**16
@@ -170,13 +169,12 @@ _DECODER = json.JSONDecoder(parse_constant=int)  # JSON has no NaN: int('NaN') i
 class JsonLines(RecordFiles):
   """Files with one JSON object per line. A record is a line; blank lines contain no document."""
 
+  numbering = ':'
+
   def __init__(self, files: Sequence[File], description: str, config: SourceConfig):
     self._fields = Fields(config.text)
     super().__init__(files, description, config.skip, 'jsonl', config.text)
     self.boundary, self.step = Boundary('\n'), self.part_bytes
-
-  def place(self, part: Part, record: int) -> str:
-    return f'{part.file}:{record + 1}'
 
   def record(self, part: Part, index: int, offset: int, data: bytes) -> Record:
     try:

@@ -19,8 +19,7 @@ import tensorflow_datasets as tfds
 from gptjax.config import SourceConfig, UserError
 from gptjax.data.folders import library_errors
 from gptjax.data.progress import ProgressBar, announce
-from gptjax.data.sources.fields import Fields
-from gptjax.data.sources.source import Document, Part
+from gptjax.data.sources.source import Document, Fields, Part
 from gptjax.data.sources.tables import TableSource
 
 _EXPECTED = 'a dataset that is prepared as array_record, or that TFDS can prepare here'
