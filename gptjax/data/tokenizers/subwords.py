@@ -1,8 +1,9 @@
-"""Subword tokenizers of SentencePiece, and the training of tokenizers."""
+"""Subword tokenizers of SentencePiece; training and loading of tokenizers."""
 
 import collections
 import io
 import itertools
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,9 +15,11 @@ from gptjax.config import TokenizerConfig, UserError
 from gptjax.data.progress import announce
 from gptjax.data.sources.source import Document
 from gptjax.data.tokenizers import export
-from gptjax.data.tokenizers.published import MODEL
+from gptjax.data.tokenizers.gpt2 import HUGGING_FACE_FILES, OPENAI_FILES, Gpt2Tokenizer
+from gptjax.data.tokenizers.published import DESCRIPTION, MODEL, HuggingFaceTokenizer, Published, SentencePieceModel
 from gptjax.data.tokenizers.tokenizer import (
-  ALPHABET, SPECIALS, ByteTokenizer, CharTokenizer, Tokenizer, from_alphabet, to_alphabet, utf8, write_json)
+  ALPHABET, FILE, SPECIALS, ByteTokenizer, CharTokenizer, Tokenizer, from_alphabet, to_alphabet, utf8, write_json)
+from gptjax.files import expanded
 
 _MAX_CACHED_WORDS, _MAX_CACHED_LENGTH = 2**18, 128
 
@@ -176,3 +179,41 @@ def _train_sentencepiece(config: TokenizerConfig, documents: Iterable[Document],
     raise UserError('data.tokenizer.vocab_size', config.vocab_size, f'at most {limit[1]} for these documents, or '
                     "data.tokenizer.kind 'chars' or 'bytes'") from None
   return SentencePieceTokenizer(config.kind, model.getvalue(), words)
+
+
+_PUBLISHED = {DESCRIPTION: 'hugging_face', OPENAI_FILES[0]: 'gpt2', HUGGING_FACE_FILES[1]: 'gpt2', MODEL: 'sentencepiece'}
+"""Kinds of published models' tokenizers by a file of their folders, in order of precedence."""
+
+
+def load_tokenizer(directory: Path | str) -> Tokenizer:
+  """Loads a tokenizer from a folder that `Tokenizer.save` wrote, or from a published model's.
+
+  A published model's folder has tokenizer.json, GPT-2's two files (encoder.json and vocab.bpe, or vocab.json and merges.txt), or
+  tokenizer.model. Raises a UserError if the folder has no tokenizer, or a damaged one.
+  """
+  folder = expanded(directory)
+  published = [kind for name, kind in _PUBLISHED.items() if (folder / name).exists()]
+  try:
+    saved = {'kind': published[0]} if published and not (folder / FILE).exists() else json.loads((folder / FILE).read_text('utf-8'))
+    match saved['kind']:
+      case 'bytes':
+        return ByteTokenizer()
+      case 'chars':
+        return CharTokenizer(saved['characters'])
+      case 'gpt2':
+        return Gpt2Tokenizer(folder)
+      case 'hugging_face':
+        return HuggingFaceTokenizer(Published.read(folder))
+      case 'sentencepiece':
+        return SentencePieceModel(Published.read(folder))
+      case 'bpe' | 'unigram':
+        return SentencePieceTokenizer(saved['kind'], (folder / MODEL).read_bytes(), Words(saved['words'], saved['symbols']))
+  except UserError:
+    raise
+  except OSError as error:
+    raise UserError('tokenizer', str(directory), f"a folder with {FILE} and its other files, or with a published model's {DESCRIPTION}, "
+                    f"{MODEL} or {OPENAI_FILES[0]} ({error.strerror}: {error.filename})") from None
+  except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, re.error) as error:  # RecursionError is a RuntimeError
+    raise UserError('tokenizer', str(directory), f'a folder with an undamaged tokenizer ({type(error).__name__}: {error})') from None
+  raise UserError(str(folder / FILE), saved['kind'], 'a kind that this version of gptjax supports: bpe, unigram, chars, bytes, gpt2, '
+                  'hugging_face, sentencepiece')
