@@ -30,12 +30,10 @@ anything follows; tiktoken's regex engine would backtrack to there with a stack 
 
 
 class Gpt2Tokenizer(Tokenizer):
-  """GPT-2's byte-level BPE (Radford et al. 2019): 50,257 ids, of which '<|endoftext|>' is the last.
+  """GPT-2's byte-level BPE (Radford et al. 2019): 50,257 ids, of which '<|endoftext|>' is the last; or another one in such files.
 
-  Uses tiktoken, which is ten times as fast as the `tokenizers` package. The text '<|endoftext|>' is encoded as text. The
-  separator is also the pad id, because rows are masked by arrays and not by ids. The folder has encoder.json and vocab.bpe, or
-  the same as vocab.json and merges.txt, of any byte-level BPE of that form. Raises a UserError if tiktoken is not installed, a
-  file is missing or damaged, or the two are inconsistent.
+  Uses tiktoken, which is ten times as fast as the `tokenizers` package. The separator is also the pad id, because rows are masked by
+  arrays and not by ids. Raises a UserError if tiktoken is not installed, a file is missing or damaged, or the two are inconsistent.
   """
 
   kind = 'gpt2'
@@ -103,7 +101,7 @@ def _pairs(merges: str, path: Path) -> list[tuple[str, str]]:
 
 
 def _check_vocab(found: Mapping[str, object], pieces: list[bytes], path: Path) -> None:
-  """Raises a UserError unless the vocabulary assigns to each piece its index, the next id to the separator, and nothing else."""
+  """Raises a UserError unless the vocabulary has each piece's index, the next id for the separator, and nothing else."""
   expected = {to_alphabet(piece): rank for rank, piece in enumerate(pieces)} | {_SEPARATOR: len(pieces)}
   for token in [*expected, *found]:
     if found.get(token) != expected.get(token):

@@ -51,7 +51,7 @@ class Published:
     return Published(str(directory), files, special_ids)
 
   def json(self, name: str) -> dict[str, Any]:
-    """The object in a file; empty if the file does not exist."""
+    """The object in a file, {} without the file."""
     return json_object(f'{self.location}/{name}', self.files.get(name, b'{}'))
 
   @functools.cached_property
@@ -69,7 +69,7 @@ class Published:
 
   @property
   def added_tokens(self) -> dict[int, str]:
-    """Texts, by id, of special tokens that are added to those of the model file."""
+    """Texts by id of special tokens beside those of the model file."""
     added = self.config.get('added_tokens_decoder', {})
     return {i: text for text, i in self.json(_ADDED).items()} | {
       int(i): token['content'] for i, token in added.items() if token.get('special', False)}
@@ -91,12 +91,8 @@ class PublishedTokenizer(Tokenizer):
   `decode(encode(text)) == text` up to what its files define: a normalizer such as Qwen's NFC changes text before encoding, and
   SentencePiece treats U+2581 as a space. Invalid UTF-8 may give fewer U+FFFD than in transformers.
 
-  Raises a UserError if a special token is not in the vocabulary, or no token that ends a text is defined.
-
-  Args:
-    published, pieces: the files, and the UTF-8 bytes of each id.
-    names: texts of bos_token and so on, where defined.
-    special, id_of: texts of the special ids, by id; the id of a token's text, or None.
+  `names` are the texts of bos_token and so on, `special` those of the special ids; `id_of` returns the id of a text, or None. Raises
+  a UserError if a special token is not in the vocabulary, or no token that ends a text is defined.
   """
 
   def __init__(self, published: Published, pieces: Sequence[bytes], names: Mapping[str, str], special: Mapping[int, str],
@@ -115,21 +111,17 @@ class PublishedTokenizer(Tokenizer):
     if not ids['eos_token']:
       expected = f'a token that ends a text, in {CONFIG}, or its id in generation_config.json'
       raise UserError(f'{published.location}: eos_token', None, expected)
-    self._stop_ids = tuple(dict.fromkeys(ids['eos_token']))
-    self.eos_id = self._stop_ids[0]
+    self.stop_ids = tuple(dict.fromkeys(ids['eos_token']))
+    self.eos_id = self.stop_ids[0]
     self.bos_id, self.pad_id = ((*ids[name], self.eos_id)[0] for name in ('bos_token', 'pad_token'))
     self.unk_id = next(iter(ids.get('unk_token', [])), None)
-    silent = {*special, *(values[0] for name, values in ids.items() if name in names), self.bos_id, self.pad_id, *self._stop_ids}
+    silent = {*special, *(values[0] for name, values in ids.items() if name in names), self.bos_id, self.pad_id, *self.stop_ids}
     super().__init__([b'' if i in silent else piece for i, piece in enumerate(pieces)])
     self._special = {text: i for i, text in special.items()}
-    self._pattern = special_pattern(self._special)
+    self._pattern = _any_of(self._special)
 
   def __reduce__(self):
     return type(self), (self.published,)
-
-  @property
-  def stop_ids(self) -> tuple[int, ...]:
-    return self._stop_ids
 
   def _rules(self) -> list[str]:
     ids = [self.bos_id, self.eos_id, self.pad_id, self.unk_id, *self.stop_ids]
@@ -150,7 +142,7 @@ class PublishedTokenizer(Tokenizer):
   def _encode_rendered(self, text: str) -> list[int]:
     """Encodes a rendered template, with special tokens recognized except where they are marked."""
     ids: list[int] = []
-    for index, part in enumerate(re.split(f'({self._pattern.pattern})', text) if self._pattern else [text]):
+    for index, part in enumerate(re.split(f'({self._pattern})', text)):
       part = part.replace(MARK, '')
       ids += [self._special[part]] if index % 2 else self._encode_section(part, first=index == 0)
     return ids
@@ -160,7 +152,7 @@ class PublishedTokenizer(Tokenizer):
     return self.encode(text).tolist()
 
   def save(self, directory: Path) -> None:
-    # The model's config files are not part of the tokenizer, so the special ids that they define are saved in our own file.
+    # The model's config files, which may define special ids, are not part of the tokenizer.
     ids = {'bos_token_id': self.bos_id, 'eos_token_id': list(self.stop_ids), 'pad_token_id': self.pad_id}
     write_json(directory, {'kind': self.kind, **ids})
     self.save_hugging_face(directory)
@@ -172,17 +164,17 @@ class PublishedTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(PublishedTokenizer):
-  """A tokenizer.json, encoded by the `tokenizers` package, without the special ids that it would put around a text.
+  """A tokenizer.json, encoded by the `tokenizers` package: byte-level BPE or unigram (GPT-2, Qwen, Llama 3, OLMo 2), or with ▁ for a space.
 
-  As in transformers, a space at the start of a text is lost where Metaspace prepends one. Raises a UserError if the file is
-  damaged, or describes something other than byte-level BPE or unigram, or the same with byte fallback.
+  As in transformers, a space at the start of a text is lost where Metaspace prepends one. Raises a UserError if the file is damaged
+  or describes something else.
   """
 
   kind = 'hugging_face'
 
   def __init__(self, published: Published):
     description = published.json(DESCRIPTION)
-    self._backend = _load(published)
+    self._backend = _backend(published)
     self._backend.encode_special_tokens = True  # text that looks like a special token is text
     vocab = self._backend.get_vocab(with_added_tokens=True)
     if missing := {*range(len(vocab))} - {*vocab.values()}:
@@ -198,7 +190,7 @@ class HuggingFaceTokenizer(PublishedTokenizer):
   @functools.cached_property
   def _template_backend(self) -> tokenizers.Tokenizer:
     """Encodes rendered chat templates, in which special tokens are recognized."""
-    return _load(self.published)
+    return _backend(self.published)
 
   @functools.cached_property
   def start_ids(self) -> tuple[int, ...]:
@@ -221,7 +213,7 @@ class HuggingFaceTokenizer(PublishedTokenizer):
     return self._template_backend.encode(text, add_special_tokens=False).ids
 
 
-def _load(published: Published) -> tokenizers.Tokenizer:
+def _backend(published: Published) -> tokenizers.Tokenizer:
   path = f'{published.location}/{DESCRIPTION}'
   try:
     backend = tokenizers.Tokenizer.from_buffer(published.files[DESCRIPTION])
@@ -276,7 +268,7 @@ def _byte_decoder(decoder: Any, published: Published) -> tuple[Callable[[str], b
 
 
 class SentencePieceModel(PublishedTokenizer):
-  """A tokenizer.model, encoded by the sentencepiece package, and the special tokens that its folder adds.
+  """A tokenizer.model (Llama 2, Mistral, Gemma), encoded by the sentencepiece package, and the special tokens that its folder adds.
 
   In a conversation, SentencePiece's space is prepended to the text after a special token only if tokenizer_config.json has
   `"legacy": true`. Raises a UserError if the file is damaged, or the model has no byte fallback.
@@ -308,7 +300,7 @@ class SentencePieceModel(PublishedTokenizer):
     added = {i: text for i, text in published.added_tokens.items() if i >= count or texts[i] == text}
     super().__init__(published, [*map(self._bytes, range(count)), *(b'' for _ in more)], names, control | added, ids.get)
     # Special tokens that SentencePiece would recognize in any text.
-    self._recognized = special_pattern(text for i, text in added.items() if i < count and i not in control)
+    self._recognized = _any_of(text for i, text in added.items() if i < count and i not in control)
 
   def _bytes(self, i: int) -> bytes:
     text = self._model.id_to_piece(i)
@@ -324,7 +316,7 @@ class SentencePieceModel(PublishedTokenizer):
 
   def _encode_text(self, text: str, model: sentencepiece.SentencePieceProcessor) -> list[int]:
     """Encodes a text in pieces, cut inside special tokens so that SentencePiece does not recognize them."""
-    cuts = [found.start() + 1 for found in re.finditer(f'(?={self._recognized.pattern})', text)] if self._recognized else []
+    cuts = [found.start() + 1 for found in re.finditer(f'(?={self._recognized})', text)]
     ids = model.encode(text[:cuts[0]] if cuts else text)
     for start, stop in zip(cuts, [*cuts[1:], len(text)]):
       ids += self._continuing.encode(text[start:stop])
@@ -334,14 +326,13 @@ class SentencePieceModel(PublishedTokenizer):
     return self._encode_text(text, self._model if first or self.published.config.get('legacy', False) else self._continuing)
 
 
-def special_pattern(tokens: Iterable[str]) -> re.Pattern[str] | None:
-  """Matches special tokens, longest first; None if there are none."""
-  longest = sorted(tokens, key=len, reverse=True)
-  return re.compile('|'.join(map(re.escape, longest))) if longest else None
+def _any_of(tokens: Iterable[str]) -> str:
+  """A regular expression of special tokens, longest first; without tokens it matches nothing."""
+  return '|'.join(map(re.escape, sorted(tokens, key=len, reverse=True))) or '(?!)'
 
 
 def json_object(location: str, data: bytes | str) -> dict[str, Any]:
-  """Parses an object; a UserError names `location` if the data is something else."""
+  """Parses a JSON object; a UserError names `location` if the data is something else."""
   try:
     found = json.loads(data)
   except (ValueError, RecursionError) as error:  # not JSON, numbers too long for Python, or brackets too deep

@@ -28,19 +28,16 @@ def word_pattern(digits: int) -> str:
   r"""The regular expression of words, whose boundaries no piece crosses.
 
   A word is one of: letters with the space or sign before them; up to `digits` digits; signs with the line ends and indentation
-  after them; line ends and indentation; spaces except the last, which belongs to the next word.
-
-  With 4,096 ids trained on Python's standard library, an id represents 19 % more bytes than with SentencePiece's own rule.
-  The limit of 64 bounds the cost of text without spaces.
+  after them; line ends and indentation; spaces except the last, which belongs to the next word. With 4,096 ids trained on Python's
+  standard library, an id represents 19 % more bytes than with SentencePiece's own rule. 64 bounds the cost of text without spaces.
   """
   return rf'[^\w\n]?[^\W\d]{{1,64}}|\d{{1,{digits}}}| ?[^\w\s]{{1,64}}(?:\n+ *)?|\s*\n *|\s+(?!\S)|\s'
 
 
 class Words:
-  """Splits text into words and symbols, whose concatenation is the text.
+  """Splits text into words, whose concatenation is the text; `pattern` must match at any character.
 
-  `pattern`, the regular expression of a word, must match at any character. Symbols are texts that are always one word; the
-  longest takes precedence.
+  Symbols are texts that are always one word; the longest takes precedence.
   """
 
   def __init__(self, pattern: str, symbols: Sequence[str] = ()):
@@ -73,13 +70,11 @@ class _WordCache(dict[str, bytes]):
 
 
 class SentencePieceTokenizer(Tokenizer):
-  """Pieces of words learned by SentencePiece: BPE (arXiv:1508.07909) or unigram (arXiv:1804.10959).
+  """Pieces of words learned by SentencePiece: 'bpe' (arXiv:1508.07909) or 'unigram' (arXiv:1804.10959), in a serialized model.
 
   SentencePiece receives the UTF-8 bytes of a word as characters of an alphabet of 256, as in GPT-2, all of which are pieces. So
-  any text can be encoded, and nothing in it (a space, a NUL, SentencePiece's own U+2581) has a special meaning.
-
-  `kind` is 'bpe' or 'unigram', `model` a serialized SentencePiece model. `words` splits text before SentencePiece encodes it; its
-  symbols are pieces of the model. Raises a UserError if the model's special ids differ from those of `Tokenizer`.
+  any text can be encoded, and nothing in it (a space, a NUL, SentencePiece's own U+2581) has a special meaning. Raises a UserError
+  if the model's special ids differ from those of `Tokenizer`.
   """
 
   def __init__(self, kind: str, model: bytes, words: Words):
@@ -121,20 +116,12 @@ class SentencePieceTokenizer(Tokenizer):
 
 def train_tokenizer(
     config: TokenizerConfig, documents: Iterable[Document], *, digits: int = 1, symbols: Sequence[str] = ()) -> Tokenizer:
-  """Trains a tokenizer; the same documents give the same one.
+  """Trains a tokenizer; the same documents, which are read once, give the same one.
 
-  'chars' needs every document that will be encoded, validation included; the other kinds can encode any text, because every
-  byte is a piece, and learn well from a `sample`. Documents are read once.
-
-  Args:
-    config: kind and vocabulary size; its path is ignored.
-    documents: texts to learn from.
-    digits: maximum number of digits in a piece of 'bpe' or 'unigram'; 1: single digits, 3: as in GPT-4.
-    symbols: texts that 'bpe' and 'unigram' always encode as one id.
-
-  Raises:
-    UserError: the vocabulary is larger than the documents allow or too small for bytes and symbols, a text is not valid
-      Unicode, or digits or symbols are invalid.
+  'chars' needs every document that will be encoded, validation included; the other kinds have a piece for every byte, and learn well
+  from a `sample`. Pieces of 'bpe' and 'unigram' have at most `digits` digits (GPT-4: 3), and `symbols` are texts that are always one
+  id. Raises a UserError if the vocabulary is larger than the documents allow or too small for bytes and symbols, a text is not valid
+  Unicode, or digits or symbols are invalid.
   """
   if config.kind == 'bytes':
     return ByteTokenizer()
@@ -188,8 +175,8 @@ _PUBLISHED = {DESCRIPTION: 'hugging_face', OPENAI_FILES[0]: 'gpt2', HUGGING_FACE
 def load_tokenizer(directory: Path | str) -> Tokenizer:
   """Loads a tokenizer from a folder that `Tokenizer.save` wrote, or from a published model's.
 
-  A published model's folder has tokenizer.json, GPT-2's two files (encoder.json and vocab.bpe, or vocab.json and merges.txt), or
-  tokenizer.model. Raises a UserError if the folder has no tokenizer, or a damaged one.
+  That has tokenizer.json, GPT-2's two files (encoder.json and vocab.bpe, or vocab.json and merges.txt), or tokenizer.model. Raises a
+  UserError if the folder has no tokenizer, or a damaged one.
   """
   folder = expanded(directory)
   published = [kind for name, kind in _PUBLISHED.items() if (folder / name).exists()]
