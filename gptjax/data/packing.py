@@ -19,11 +19,10 @@ _PIECE = np.dtype([('position', '<i8'), ('length', '<i8')])
 
 
 class Packed:
-  """Rows of complete documents, or of pieces of documents longer than `context`, the maximum tokens per row.
+  """Rows of complete documents; those longer than `context`, the maximum tokens per row, are cut into full rows and a remainder.
 
-  A longer document is cut into full rows and a remainder. The kind is 'pack', a best fit of documents and remainders, or 'document',
-  one document or piece per row. The pieces of each row are an index in `cache_dir/plans`, which is made first if necessary; only the
-  needed entries are read from it.
+  The kind is 'pack', a best fit of documents and remainders, or 'document', one piece per row. The pieces of each row are an index in
+  `cache_dir/plans`, made first if necessary; only the needed entries are read.
   """
 
   def __init__(self, store: TokenStore, context: int, kind: str, cache_dir: Path):
@@ -42,7 +41,7 @@ class Packed:
     return Packed, self._arguments  # without memory maps
 
   def pieces(self, rows: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """See Layout."""
+    """See gptjax.data.rows.Layout."""
     self._folder.count_touched(2 * len(rows), 0)
     bounds, table = self._folder.mapped('rows.bin').view('<i8'), self._folder.mapped('pieces.bin').view(_PIECE)
     counts = bounds[rows + 1] - bounds[rows]
@@ -81,10 +80,9 @@ def _groups(store: TokenStore, context: int) -> Iterator[tuple[int, np.ndarray]]
 
 
 def best_fit(lengths: np.ndarray, context: int) -> list[list[int]]:
-  """Best-fit decreasing bin packing (Johnson 1974; for pretraining: arXiv:2404.10830).
+  """Best-fit decreasing bin packing (Johnson 1974; for pretraining: arXiv:2404.10830); returns the indices of each row's pieces.
 
-  Places pieces of 1 to `context` tokens, longest first, each in the row that it leaves the least space in. Returns the indices of
-  the pieces of each row.
+  Places pieces of 1 to `context` tokens, longest first, each in the row that it leaves the least space in.
   """
   context = min(context, int(lengths.sum()))  # no row is longer, and each size needs a list
   rows: list[list[int]] = []

@@ -9,11 +9,11 @@ import math
 import signal
 import threading
 from collections.abc import Generator, Sequence
-from typing import Protocol
 
 import numpy as np
 
 from gptjax.data.mixture import Mixture
+from gptjax.data.packing import Packed
 from gptjax.data.store import TokenStore
 from gptjax.data.tokenizing import end_with_parent
 
@@ -22,22 +22,6 @@ Batch = dict[str, np.ndarray]
 
 
 _ROUNDS = 6  # of a Feistel network
-
-
-class Layout(Protocol):
-  """Cuts a store into `count` rows that contain each of its targets once."""
-
-  store: TokenStore
-  count: int
-
-  def pieces(self, rows: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The pieces of the store's stream that make up rows [n] of an epoch; `draws` [n] are random uint64, equal within an epoch.
-
-    A piece that another one follows in its row ends with its document.
-
-    Returns:
-      Positions and lengths [pieces], in order, and the number of pieces of each row [n].
-    """
 
 
 class Windows:
@@ -53,6 +37,15 @@ class Windows:
     starts = rows * self.context
     offsets = (draws % np.uint64(self.context)).astype(np.int64)
     return (starts + offsets) % self.store.tokens, np.minimum(self.store.tokens - starts, self.context), np.ones_like(rows)
+
+
+Layout = Windows | Packed
+"""Cuts a `store` into `count` rows that contain each of its targets once.
+
+pieces(rows, draws) returns the pieces of the store's stream that make up rows [n] of an epoch; `draws` [n] are random uint64, equal
+within an epoch. It returns positions and lengths [pieces], in order, and the number of pieces of each row [n]. A piece that another one
+follows in its row ends with its document.
+"""
 
 
 class Frame:
@@ -101,7 +94,7 @@ class Frame:
 
 
 def permute(indices: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-  """Images of `indices` [n] under pseudo-random permutations of range(size), one for each key [n].
+  """Images of `indices` [n] under pseudo-random permutations of range(size), one for each key [n], without a table.
 
   A Feistel network over pairs of numbers below a and b permutes range(a * b), slightly more than `size`. Images outside
   range(size) are permuted again until they are inside (cycle walking; Black and Rogaway 2002, sections 4 and 5).
@@ -135,7 +128,7 @@ def mix(x: np.ndarray) -> np.ndarray:
 class TrainRows:
   """An endless sequence of rows over a mixture. Each component is repeated epoch by epoch, each epoch in its own order.
 
-  The order is a permutation drawn by a hash of (seed, component, epoch), so that any row takes constant time and no table.
+  The order is a permutation drawn by a hash of (seed, component, epoch), so that any row takes constant time.
   """
 
   layouts: Sequence[Layout]
@@ -156,9 +149,9 @@ class TrainRows:
   def batch(self, rows: np.ndarray) -> Batch:
     """Rows at indices [n], as arrays [n, T].
 
-    tokens and targets: ids; targets are shifted by one. positions: tokens since the start of the document or of the row,
-    whichever is later. segments: documents of a row, numbered from 1; 0 for padding. mask: 1, or 0 for padding and where there is
-    no target. Raises a UserError if a row is beyond the mixture's last, or a store is damaged.
+    targets are tokens shifted by one; positions count from the start of the document or of the row, whichever is later; segments
+    number the documents of a row from 1; mask is 0 for padding and where there is no target. Raises a UserError if a row is beyond
+    the mixture's last, or a store is damaged.
     """
     frame = Frame(len(rows), self.context, self.layouts[0].store)
     components, indices = self.mixture.locate(np.asarray(rows, np.int64))
@@ -173,17 +166,15 @@ class TrainRows:
 
 
 class EvalRows:
-  """Non-overlapping windows over a store, in order; the last one is padded. Every target of the store occurs exactly once."""
+  """Non-overlapping windows over a store, in order; the last one is padded."""
 
   def __init__(self, store: TokenStore, context: int, isolate_documents: bool):
-    self.store = store
-    self.context = context
-    self.isolate_documents = isolate_documents
+    self.store, self.context, self.isolate_documents = store, context, isolate_documents
     self._windows = Windows(store, context)
     self.count = self._windows.count
 
   def batch(self, rows: np.ndarray) -> Batch:
-    """Rows at indices [n] as arrays [n, T], as in TrainRows.batch. Rows from `count` on are padding, to fill the last batch."""
+    """Rows at indices [n] as in TrainRows.batch; those from `count` on are padding, to fill the last batch."""
     rows = np.asarray(rows, np.int64)
     frame = Frame(len(rows), self.context, self.store)
     slots = np.flatnonzero(rows < self.count)
@@ -205,7 +196,7 @@ def batches(rows: TrainRows, first_row: int, batch_size: int, local_rows: np.nda
     rows: of the run.
     first_row: rows taken before.
     batch_size: B, rows per step over all processes.
-    local_rows: [n] which rows of each batch this process makes, from 0 to B - 1.
+    local_rows: [n] rows of each batch, from 0 to B - 1, that this process needs.
     prefetch: batches prepared ahead; 0: each is prepared on request.
     workers: processes that prepare them; 0: a thread.
   """

@@ -39,10 +39,9 @@ class File:
 
 
 def find(pattern: str, suffixes: tuple[str, ...]) -> list[File]:
-  """Lists the file at a path, the files in a folder at any depth, or the files that match a glob, sorted by name.
+  """Lists the file at a path or URL, the files in a folder at any depth, or the files that match a glob, sorted by name.
 
-  Hidden and empty files are omitted, and in a folder those without one of the suffixes. URLs may be any that fsspec supports.
-  Raises a UserError if nothing is found, or it cannot be read.
+  Hidden and empty files are omitted, and in a folder those without one of the suffixes. Raises a UserError if nothing is found.
   """
   with storage_errors('data.source.path', pattern):
     found, is_folder = (_remote if '://' in pattern else _local)(pattern, suffixes)
@@ -58,7 +57,7 @@ def find(pattern: str, suffixes: tuple[str, ...]) -> list[File]:
 
 
 def title(pattern: str) -> str:
-  """A name that does not depend on the location: of the file or folder, or the glob from its first wildcard on."""
+  """The name of the file or folder, or the glob from its first wildcard on."""
   if '://' not in pattern and os.path.exists(os.path.expanduser(pattern)):
     return expanded(pattern).resolve().name
   fixed = _fixed_part(pattern)
@@ -66,7 +65,7 @@ def title(pattern: str) -> str:
 
 
 class FileSource(Source):
-  """A source of files; `kind` and `option` say how they are read, for the fingerprint."""
+  """A source of files; `kind` and `option`, how they are read, are for the fingerprint."""
 
   def __init__(self, files: Sequence[File], description: str, skip: float, kind: str, option: str):
     self.files, self.description, self.skip = files, description, skip
@@ -80,7 +79,7 @@ class FileSource(Source):
 
 @contextlib.contextmanager
 def opened(path: str, readahead: int = 0) -> Iterator[BinaryIO]:
-  """Opens the file at a path or URL; for sequential reading, each remote request fetches `readahead` more bytes.
+  """Opens the file at a path or URL, of which each request fetches `readahead` more bytes, for sequential reading.
 
   Raises a UserError if it cannot be opened, or reading fails inside the context.
   """
@@ -145,7 +144,7 @@ def _remote(pattern: str, suffixes: tuple[str, ...]) -> tuple[list[File], bool]:
 
 
 class Stream:
-  """A sliding window over the decompressed bytes of a file, which is read sequentially; the suffix of its path decides the format.
+  """A sliding window over the decompressed bytes of a file; the suffix of its path decides the format.
 
   (fsspec and zstandard's stream_reader end silently where a .zst file is truncated.) Reading raises a UserError if the file is
   broken or truncated.
@@ -157,7 +156,7 @@ class Stream:
     self._start = 0
 
   def reach(self, stop: int) -> int:
-    """Decompresses up to offset `stop`; returns it, or the end of the file if that comes first."""
+    """Decompresses up to offset `stop`; returns it or the end of the file."""
     while self._start + len(self._data) < stop and (chunk := next(self._chunks, None)) is not None:
       self._data += chunk
     return min(stop, self._start + len(self._data))

@@ -11,29 +11,24 @@ from gptjax.data.sources.tables import HuggingFace, Parquet
 from gptjax.data.sources.text import JsonLines, TextFiles
 from gptjax.files import expanded
 
-_SUFFIXES = {
-  'JSON lines': ('.jsonl', '.ndjson'),
-  'Parquet': ('.parquet',),
-  'text': ('.txt', '.text', '.md', '.rst', '.tex', '.py'),
-  'JSON': ('.json',),
+_FORMATS: dict[str, tuple[Callable[[Sequence[File], str, SourceConfig], Source], tuple[str, ...]]] = {
+  'JSON lines': (JsonLines, ('.jsonl', '.ndjson')),
+  'Parquet': (Parquet, ('.parquet',)),
+  'text': (TextFiles, ('.txt', '.text', '.md', '.rst', '.tex', '.py')),
+  'JSON': (JsonLines, ('.json',)),
 }
 """Files read in a folder; JSON and text may be compressed. A path or glob may name text files with any other suffix."""
 
 _PRIORITIES = (('JSON lines', 'Parquet'), ('text',), ('JSON',))
 """Beside data files, text is their README or LICENSE and .json files are metadata; beside text, .json files are metadata."""
 
-_SOURCES: dict[str, Callable[[Sequence[File], str, SourceConfig], Source]] = {
-  'JSON lines': JsonLines, 'JSON': JsonLines, 'Parquet': Parquet, 'text': TextFiles,
-}
-
 
 def open_source(config: SourceConfig, cache_dir: Path | None = None) -> Source:
   """Opens the source that a config describes, without reading its documents.
 
   Prepares a TFDS dataset that is not prepared yet, and downloads a Hugging Face dataset that is not in its cache. Only the
-  embedded corpus needs `cache_dir`, where it stores its dataset. Of files in several formats one is read: JSON lines or Parquet,
-  then text, then .json files; the description names the others. Raises a UserError if the source does not exist, or the config
-  does not fit it.
+  embedded corpus needs `cache_dir`. Of files in several formats one is read: JSON lines or Parquet, then text, then .json files.
+  Raises a UserError if the source does not exist, or the config does not fit it.
   """
   if not config.path:
     assert cache_dir is not None
@@ -45,7 +40,7 @@ def open_source(config: SourceConfig, cache_dir: Path | None = None) -> Source:
     return HuggingFace(config)
   if '://' not in config.path and (expanded(config.path) / 'index.bin').exists():
     raise UserError('data.source.path', config.path, 'documents; this is a token store, which data.train takes')
-  plain = tuple(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
+  plain = tuple(suffix for _, suffixes in _FORMATS.values() for suffix in suffixes)
   files = find(config.path, (*plain, *(suffix + packed for suffix in plain if suffix != '.parquet' for packed in SUFFIXES)))
   by_kind: dict[str, list[File]] = {}
   for file in files:
@@ -60,10 +55,10 @@ def open_source(config: SourceConfig, cache_dir: Path | None = None) -> Source:
   description = title(config.path)
   if len(files) > 1:
     description += f' ({"; ".join([counts.pop(kind), *(f"{count} ignored" for count in counts.values())])})'
-  return _SOURCES[kind](by_kind[kind], description, config)
+  return _FORMATS[kind][0](by_kind[kind], description, config)
 
 
 def _kind(name: str) -> str:
   uncompressed = name.removesuffix('.gz').removesuffix('.zst')
-  return next((kind for kind, suffixes in _SUFFIXES.items()
+  return next((kind for kind, (_, suffixes) in _FORMATS.items()
                if (name if kind == 'Parquet' else uncompressed).lower().endswith(suffixes)), 'text')

@@ -104,19 +104,27 @@ class Parquet(FileSource, TableSource):
 
 
 class HuggingFace(TableSource):
-  """The rows of a split of 'hf:FOLDER', 'hf:NAME' or 'hf:NAME:CONFIGURATION'.
+  """The rows of a split of 'hf:FOLDER', 'hf:NAME' or 'hf:NAME:CONFIGURATION', in memory-mapped tables.
 
-  Tables are memory-mapped; pickles contain only their file names. Raises a UserError if the dataset, split or column does not
-  exist, or the hub cannot be reached.
+  Raises a UserError if the dataset, split or column does not exist, or the hub cannot be reached.
   """
 
   def __init__(self, config: SourceConfig):
     self.fields, self.skip, self._split = Fields(config.text), config.skip, config.split
     name = config.path.removeprefix('hf:')
     folder = os.path.expanduser(name)
-    if os.path.isdir(folder):
-      name = os.path.basename(os.path.abspath(folder))
-    dataset = _load(config, folder)
+    # The hub's client and the libraries below it raise errors of many classes: no such dataset, no access, no network.
+    with library_errors('data.source.path', config.path, 'hf: and a dataset that can be loaded here, or its folder'):
+      import datasets
+      if os.path.isdir(folder):
+        name, dataset = os.path.basename(os.path.abspath(folder)), datasets.load_from_disk(folder)
+        if isinstance(dataset, datasets.DatasetDict):
+          if config.split not in dataset:
+            raise UserError('data.source.split', config.split, f'a split of {config.path}: {", ".join(dataset)}', names=list(dataset))
+          dataset = dataset[config.split]
+      else:
+        repository, _, configuration = name.partition(':')
+        dataset = datasets.load_dataset(repository, configuration or None, split=config.split)
     self.description = f'hf:{name}, split {config.split}'
     self.fields.check(dataset.column_names, config.path)
     self._dataset_fingerprint = dataset._fingerprint
@@ -132,19 +140,3 @@ class HuggingFace(TableSource):
 
   def rows(self, part: Part) -> Sequence[Mapping[str, Any]]:
     return table_rows(self._rows[part.start:part.stop])
-
-
-def _load(config: SourceConfig, folder: str) -> Any:
-  """Loads a split from a folder or, if there is none, from the hub."""
-  # The hub's client and the libraries below it raise errors of many classes: no such dataset, no access, no network.
-  with library_errors('data.source.path', config.path, 'hf: and a dataset that can be loaded here, or its folder'):
-    import datasets
-    if not os.path.isdir(folder):
-      name, _, configuration = config.path.removeprefix('hf:').partition(':')
-      return datasets.load_dataset(name, configuration or None, split=config.split)
-    dataset = datasets.load_from_disk(folder)
-    if not isinstance(dataset, datasets.DatasetDict):
-      return dataset
-    if config.split not in dataset:
-      raise UserError('data.source.split', config.split, f'a split of {config.path}: {", ".join(dataset)}', names=list(dataset))
-    return dataset[config.split]

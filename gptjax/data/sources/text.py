@@ -19,10 +19,7 @@ _LONGEST_SPACE = 3  # bytes
 
 
 class Boundary:
-  """The starts of records at a separator or, if it is empty, at line ends that no white space follows.
-
-  They are found from any offset exactly as by reading from the start of a file.
-  """
+  """The starts of records, at a separator or, if it is empty, at line ends that no white space follows; the same from any offset."""
 
   def __init__(self, separator: str):
     self._splits = bool(separator)
@@ -31,10 +28,9 @@ class Boundary:
     self._lookahead = 0 if separator else _LONGEST_SPACE
 
   def after(self, read: Callable[[int, int], bytes], at: int, first: int = 0) -> int:
-    """Offset of the first record that starts at `at` or later; the end of the file if there is none.
+    """Offset of the first record that starts at `at` or later, or the end of the file.
 
-    `read` returns the bytes from a start to a stop, or up to the end of the file. A record is known to start at `first`; nothing
-    before it is read.
+    `read` returns the bytes from a start to a stop or the end of the file. A record starts at `first`; nothing before it is read.
     """
     if at <= first:
       return first
@@ -55,7 +51,7 @@ class Boundary:
       window = max(window, min(2 * window, _MAX_WINDOW))
 
   def _safe_start(self, read: Callable[[int, int], bytes], at: int, first: int) -> int:
-    """An offset that no occurrence of the separator spans, so that matching from there finds the same boundaries as from `first`.
+    """An offset that no separator spans, so that matching from there finds the same boundaries as from `first`.
 
     It matters where a separator can overlap itself: in three line ends '\\n\\n' is the first two, not the last two.
     """
@@ -70,7 +66,7 @@ class Boundary:
     return offset
 
   def split(self, data: bytes, offset: int) -> Iterator[tuple[int, bytes]]:
-    """Splits the data at `offset` of a file at separator strings; yields (offset in the file, record without separator)."""
+    """Splits the data at `offset` of a file at separators; yields (offset in the file, record)."""
     begin = 0
     while begin < len(data):
       end = data.find(self._separator, begin) if self._splits else -1
@@ -80,10 +76,9 @@ class Boundary:
 
 
 class RecordFiles(FileSource):
-  """Files cut into parts of about `step` bytes at record boundaries.
+  """Files cut into parts of about `step` bytes at record boundaries: a part has the records that start in its range of offsets.
 
-  A part covers a range of offsets; its records are those that start there, and a worker reads them independently. A compressed
-  file can only be read sequentially: `parts` decompresses it, and each part carries its bytes.
+  A compressed file can only be read sequentially: `parts` decompresses it, and each part carries its bytes.
   """
 
   boundary: Boundary
@@ -111,19 +106,16 @@ class RecordFiles(FileSource):
         begin = end
 
   def read(self, part: Part) -> Iterator[Record]:
-    for index, (offset, data) in enumerate(self.boundary.split(*self._data(part))):
-      yield self.record(part, index, offset, data)
-
-  def _data(self, part: Part) -> tuple[bytes, int]:
-    """The bytes of a part's records, separators included, and their offset in the file."""
-    if part.payload:
-      return part.payload, part.start
-    with opened(part.file) as file:
-      def read(start: int, stop: int) -> bytes:
-        file.seek(start)
-        return file.read(stop - start)
-      begin = self.boundary.after(read, part.start)
-      return read(begin, self.boundary.after(read, part.stop)), begin
+    data, begin = part.payload, part.start
+    if not data:
+      with opened(part.file) as file:
+        def read(start: int, stop: int) -> bytes:
+          file.seek(start)
+          return file.read(stop - start)
+        begin = self.boundary.after(read, begin)
+        data = read(begin, self.boundary.after(read, part.stop))
+    for index, (offset, record) in enumerate(self.boundary.split(data, begin)):
+      yield self.record(part, index, offset, record)
 
   @abc.abstractmethod
   def record(self, part: Part, index: int, offset: int, data: bytes) -> Record:
@@ -131,10 +123,9 @@ class RecordFiles(FileSource):
 
 
 class TextFiles(RecordFiles):
-  """UTF-8 files, decoded without changing line ends.
+  """UTF-8 files, with unchanged line ends, split at a separator without the pieces of only white space.
 
-  With a separator a file is split there, and pieces of only white space are dropped. Without one, a file is a document; a large
-  one is several, cut at line ends that no white space follows.
+  Without a separator, a file is a document; a large one is several, cut at line ends that no white space follows.
   """
 
   max_document_bytes = 64 * 2**20
