@@ -7,9 +7,7 @@ import numpy as np
 
 from gptjax.config import UserError
 
-CYCLE = 2**16
-"""Rows after which a mixture repeats its pattern; weights are rounded to multiples of one row per cycle."""
-
+CYCLE = 2**16  # rows after which a mixture repeats its pattern; weights are rounded to multiples of one row per cycle
 _UNREACHABLE = 2**62  # a row that no run reaches
 
 
@@ -41,8 +39,7 @@ class _Span:
 class Mixture:
   """Assigns rows to components as evenly as their weights allow; each component's rows are in order and consecutive.
 
-  A pattern of CYCLE rows repeats, so that in any range of rows a component deviates from its weight by only a few rows. Weights
-  change where a phase begins and where a component reaches its limit.
+  A pattern of CYCLE rows repeats, so that in any range of rows a component deviates from its weight by only a few rows.
 
   Args:
     counts: rows per pass over each component.
@@ -79,10 +76,7 @@ class Mixture:
         taken = span.taken_before(row)
 
   def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The component [n] of each row, and its index [n] among the component's rows over all passes.
-
-    Raises a UserError if a row is after the last.
-    """
+    """Component [n] of each row, and its index [n] among the component's rows; raises a UserError if a row is after the last."""
     if self.rows is not None and rows.max(initial=-1) >= self.rows:
       raise UserError('steps', f'row {rows.max():,}', f'at most the {self.rows:,} rows that data.train has within its epochs')
     components, indices = np.empty_like(rows), np.empty_like(rows)

@@ -43,7 +43,7 @@ class HeldOut:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prepared(HeldOut):
-  """The data of training and evaluation."""
+  """Data of training and evaluation."""
 
   layouts: Sequence[Layout]
   """of the training stores"""

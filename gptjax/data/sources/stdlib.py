@@ -21,10 +21,9 @@ _EXCLUDED = ('__pycache__', 'site-packages', 'dist-packages', 'test', 'tests', '
 
 
 def stdlib_modules(folder: Path) -> list[Document]:
-  """Reads the standard library's modules as documents with names like 'json/decoder.py'.
+  """Reads the standard library's modules, named like 'json/decoder.py', without empty files and those that are not UTF-8 (PEP 263).
 
-  Excludes third-party packages, test suites, generated tables, empty files, and files that are not UTF-8 (PEP 263). Raises a
-  UserError if there are no source files (some embedded distributions have only compiled modules).
+  Raises a UserError if there are none (some distributions have only compiled modules).
   """
   is_excluded = lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in _EXCLUDED)
   documents = []
@@ -40,10 +39,9 @@ def stdlib_modules(folder: Path) -> list[Document]:
 
 
 class Stdlib(Source):
-  """The modules as a TFDS dataset, in one part and sorted by name.
+  """The modules as a TFDS dataset, in one part and sorted by name. Raises a UserError if this Python has no source files.
 
-  The dataset is built in `cache_dir/tfds` when it is first read. Its folder is named after the digest of the modules, so that
-  another interpreter has its own. Raises a UserError if this Python has no source files.
+  The dataset is built in `cache_dir/tfds` when it is first read, in a folder named after the digest of the modules.
   """
 
   def __init__(self, cache_dir: Path, folder: Path | None = None):
@@ -64,6 +62,9 @@ class Stdlib(Source):
 
   def read(self, part: Part) -> Iterator[Document]:
     # TFDS takes half a second to import, and only the first run with this corpus needs it.
-    from gptjax.data.sources.tfds_source import build_and_read
+    from gptjax.data.sources.tfds_source import PythonStdlib, prepare_quietly
     with locked(self._data_dir.parent / 'lock'):  # a run with another tokenizer may build the same dataset now
-      yield from build_and_read(stdlib_modules(self._folder), self._data_dir)
+      builder = PythonStdlib(modules=stdlib_modules(self._folder), data_dir=self._data_dir, file_format='array_record')
+      prepare_quietly(builder)
+    records = builder.as_data_source(split='train')
+    yield from sorted((Document(one['name'].decode(), one['text'].decode()) for one in records), key=lambda document: document.name)

@@ -1,7 +1,4 @@
-"""TFDS datasets: from its catalogue, prepared folders, a user's builder, or the embedded corpus.
-
-Importing this imports TFDS (but not TensorFlow).
-"""
+"""TFDS datasets: of its catalogue, in prepared folders, of a user's builder, and the embedded corpus. Imports TFDS, not TensorFlow."""
 
 import contextlib
 import dataclasses
@@ -11,7 +8,6 @@ import io
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -26,7 +22,7 @@ _EXPECTED = 'a dataset that is prepared as array_record, or that TFDS can prepar
 
 
 class TfdsRecords(TableSource):
-  """The records of a dataset's split or a slice of it, read by index without TensorFlow. The dataset is prepared if necessary.
+  """The records of a dataset's split or a slice of it, read by index. The dataset is prepared if necessary.
 
   config.path is 'tfds:' and a dataset's name ('NAME/CONFIG:VERSION'), the folder of a prepared one ('/DIR/NAME/1.0.0') or a
   builder class ('MODULE:CLASS', imported from the working directory or PYTHONPATH). Raises a UserError if the dataset, split or
@@ -52,8 +48,7 @@ class TfdsRecords(TableSource):
     self.description = f'tfds:{info.full_name}, split {config.split}'
 
   def fingerprint(self) -> str:
-    known = f'{self.description} {self._length} {self.size} {self.fields.text}'
-    return hashlib.sha256(known.encode()).hexdigest()
+    return hashlib.sha256(f'{self.description} {self._length} {self.size} {self.fields.text}'.encode()).hexdigest()
 
   def parts(self) -> Iterator[Part]:
     return self.ranges(self.description, self._split, self._length, self.size)
@@ -137,14 +132,3 @@ class PythonStdlib(tfds.core.GeneratorBasedBuilder):
       for document in self._modules:
         yield document.name, dataclasses.asdict(document)
         progress.advance(1)
-
-
-def build_and_read(modules: Sequence[Document], data_dir: Path) -> list[Document]:
-  """Reads the dataset in `data_dir`, built first if it does not exist: documents sorted by name.
-
-  TFDS builds in a temporary folder and renames it when the dataset is complete.
-  """
-  builder = PythonStdlib(modules=modules, data_dir=data_dir, file_format='array_record')
-  prepare_quietly(builder)
-  documents = (Document(record['name'].decode(), record['text'].decode()) for record in builder.as_data_source(split='train'))
-  return sorted(documents, key=lambda document: document.name)
