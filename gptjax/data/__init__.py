@@ -6,9 +6,8 @@ mixture, layout, seed, i). Uses numpy only: no module here depends on JAX or dev
 
 from gptjax.data.filters import Contamination, Filters
 from gptjax.data.mixture import Mixture
-from gptjax.data.packing import Packed
 from gptjax.data.prepare import HeldOut, Prepared, compression_yardsticks, export, open_held_out, prepare, train_rows
-from gptjax.data.rows import Batch, EvalRows, TrainRows, Windows, batches
+from gptjax.data.rows import Batch, EvalRows, Packed, TrainRows, Windows, batches
 from gptjax.data.sources import Document, Source, open_source, split_source
 from gptjax.data.store import TokenStore
 from gptjax.data.tokenizers import TextStream, Tokenizer, load_tokenizer, train_tokenizer

@@ -17,9 +17,8 @@ from typing import Any
 from gptjax.config import Config, DataConfig, Duration, UserError, duration_in_steps, in_unit_of_steps
 from gptjax.data.folders import open_folder
 from gptjax.data.mixture import Mixture
-from gptjax.data.packing import Packed
 from gptjax.data.progress import counted
-from gptjax.data.rows import Layout, TrainRows, Windows
+from gptjax.data.rows import Layout, Packed, TrainRows, Windows
 from gptjax.data.sources import Source, documents, open_source, sample, split_source
 from gptjax.data.store import TokenStore
 from gptjax.data.tokenizing import Recipe, write_store

@@ -24,9 +24,7 @@ from gptjax.data.store import MANIFEST, VERSION, Shard, ShardRecord, ShardWriter
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.files import atomic_directory
 
-TASK = 2**22
-"""Bytes of source per task of a process; small parts are combined."""
-
+TASK = 2**22  # bytes of source per task of a process; small parts are combined
 _MAX_REPORTED = 20  # malformed records that are reported individually
 _JOURNAL = 'journal.db'
 
@@ -54,17 +52,14 @@ class Recipe:
 
 @dataclasses.dataclass
 class Encoded:
-  """The encoded documents of a task."""
+  """The documents of a task."""
 
   documents: list[tuple[bytes, int, bytes]] = dataclasses.field(default_factory=list)
-  """of each: its ids, between a separator and, if it is another id, the end id; its UTF-8 bytes; a digest if duplicates are dropped"""
+  """of each: ids, between a separator and, if it is another id, the end id; UTF-8 bytes; a digest if duplicates are dropped"""
   dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
   """documents by reason"""
-  records: list[int] = dataclasses.field(default_factory=list)
-  """records of each part"""
-  malformed: list[tuple[int, Malformed]] = dataclasses.field(default_factory=list)
-  """the first few, with the index of their part"""
-  malformed_count: int = 0
+  records: list[tuple[int, list[Malformed]]] = dataclasses.field(default_factory=list)
+  """number of records of each part, and those that are malformed"""
 
 
 def encode(recipe: Recipe, parts: list[Part]) -> Encoded:
@@ -74,14 +69,12 @@ def encode(recipe: Recipe, parts: list[Part]) -> Encoded:
   separator = np.array([tokenizer.bos_id], dtype)
   end = np.array([tokenizer.eos_id] if tokenizer.eos_id != tokenizer.bos_id else [], dtype)
   result = Encoded()
-  for index, part in enumerate(parts):
-    result.records.append(0)
+  for part in parts:
+    count, malformed = 0, []
     for record in recipe.source.read(part):
-      result.records[-1] += 1
+      count += 1
       if isinstance(record, Malformed):
-        result.malformed_count += 1
-        if len(result.malformed) < _MAX_REPORTED:
-          result.malformed.append((index, record))
+        malformed.append(record)
       elif record is None:
         continue
       elif reason := recipe.filters.reason(record.text):
@@ -93,6 +86,7 @@ def encode(recipe: Recipe, parts: list[Part]) -> Encoded:
         ids = np.concatenate([separator, tokenizer.encode(record.text, record.name), end], dtype=dtype, casting='unsafe')
         digest = hashlib.blake2b(data, digest_size=16).digest() if recipe.deduplicate else b''
         result.documents.append((ids.tobytes(), len(data), digest))
+    result.records.append((count, malformed))
   return result
 
 
@@ -315,18 +309,18 @@ def _write_shards(folder: Path, recipe: Recipe, journal: Journal, tasks: Iterabl
 
 def _count(state: BuildState, source: Source, parts: list[Part], encoded: Encoded) -> None:
   """Updates the state, and reports the first malformed records with their position in the file."""
-  for index, (part, records) in enumerate(zip(parts, encoded.records)):
+  for part, (records, malformed) in zip(parts, encoded.records):
     if part.file != state.file:
       state.file, state.file_records = part.file, 0
-    for error in (malformed_error(source, part, malformed, state.file_records) for i, malformed in encoded.malformed if i == index):
+    for record in malformed[:_MAX_REPORTED - len(state.malformed_first)]:
+      error = malformed_error(source, part, record, state.file_records)
       if not source.skip:
         raise error
-      if len(state.malformed_first) < _MAX_REPORTED:
-        state.malformed_first.append(str(error))
-        announce(f'skipped: {error}')
+      state.malformed_first.append(str(error))
+      announce(f'skipped: {error}')
     state.file_records += records
-  state.records += sum(encoded.records)
-  state.malformed += encoded.malformed_count
+    state.records += records
+    state.malformed += len(malformed)
   state.tasks += 1
   state.source_bytes += sum(part.size for part in parts)
   if state.records >= 10_000:  # fewer do not give a meaningful fraction

@@ -10,7 +10,7 @@ from small_stores import make_store, stream
 
 from gptjax.config import UserError
 from gptjax.data import EvalRows, Mixture, Packed, TrainRows, Windows
-from gptjax.data.rows import permute
+from gptjax.data.rows import best_fit, permute
 
 SHAPES = [([2], 1), ([7], 3), ([4, 3, 5], 4), ([1, 1, 1, 9, 2], 5), ([50, 50], 7), ([5], 16), ([3] * 40 + [60, 1, 13], 10)]
 
@@ -150,6 +150,10 @@ def test_dtypes_are_as_the_model_expects(case):
   batch = EvalRows(store, context, True).batch(np.arange(1))
   assert {name: values.dtype.name for name, values in batch.items()} == {
     'tokens': 'int32', 'targets': 'int32', 'mask': 'float32', 'positions': 'int32', 'segments': 'int32'}
+
+
+def test_a_context_far_longer_than_all_documents_needs_no_extra_memory():
+  assert best_fit(np.array([3, 5, 4]), 2**31 - 1) == best_fit(np.array([3, 5, 4]), 12) == [[1, 2, 0]]
 
 
 @settings(max_examples=60, deadline=None)
