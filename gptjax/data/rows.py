@@ -9,7 +9,7 @@ import json
 import math
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -82,29 +82,22 @@ def _write(folder: Path, store: TokenStore, context: int, pack: Callable[[np.nda
   with (folder / 'rows.bin').open('wb') as bounds, (folder / 'pieces.bin').open('wb') as file, \
       ProgressBar(f'packing rows of {context:,} tokens', store.documents, 'documents') as progress:
     bounds.write(np.zeros(1, '<i8').tobytes())
-    for documents, group in _groups(store, context):
+    for first in range(0, store.documents, _GROUP):
+      starts = store.starts(first, min(first + _GROUP, store.documents))
+      cuts = -(-np.diff(starts) // context)  # pieces of each document
+      group = np.empty(cuts.sum(), _PIECE)
+      within = np.arange(len(group)) - np.repeat(np.cumsum(cuts) - cuts, cuts)
+      group['position'] = np.repeat(starts[:-1], cuts) + within * context
+      group['length'] = np.minimum(np.repeat(starts[1:], cuts) - group['position'], context)
       packed = pack(group['length'], context)
       counts = np.array([len(row) for row in packed])
       bounds.write((pieces + np.cumsum(counts)).astype('<i8').tobytes())
       file.write(group[np.concatenate(packed)].tobytes())
       rows, pieces, tokens = rows + len(packed), pieces + len(group), tokens + int(group['length'].sum())
-      progress.advance(documents)
+      progress.advance(len(cuts))
   if tokens != store.tokens:
     raise UserError(store.location, f'documents of {tokens:,} tokens', f'{store.tokens:,}, as in its manifest; prepare it again')
   write_atomic(folder / 'plan.json', json.dumps({'rows': rows, 'pieces': pieces}) + '\n')
-
-
-def _groups(store: TokenStore, context: int) -> Iterator[tuple[int, np.ndarray]]:
-  """Yields the number of documents and the pieces of each group, in stream order."""
-  for first in range(0, store.documents, _GROUP):
-    starts = store.starts(first, min(first + _GROUP, store.documents))
-    lengths = np.diff(starts)
-    counts = -(-lengths // context)
-    pieces = np.empty(counts.sum(), _PIECE)
-    within = np.arange(len(pieces)) - np.repeat(np.cumsum(counts) - counts, counts)
-    pieces['position'] = np.repeat(starts[:-1], counts) + within * context
-    pieces['length'] = np.minimum(np.repeat(starts[1:], counts) - pieces['position'], context)
-    yield len(lengths), pieces
 
 
 def best_fit(lengths: np.ndarray, context: int) -> list[list[int]]:

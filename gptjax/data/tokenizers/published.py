@@ -16,14 +16,14 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
 from gptjax.config import UserError
+from gptjax.data.folders import library_errors
 from gptjax.data.tokenizers.tokenizer import ALPHABET, FILE, Tokenizer, from_alphabet, utf8, write_json
 
 DESCRIPTION, MODEL, CONFIG, TEMPLATE = 'tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'chat_template.jinja'
 _SPECIAL_MAP, _ADDED = 'special_tokens_map.json', 'added_tokens.json'
 _FILES = (DESCRIPTION, MODEL, CONFIG, TEMPLATE, _SPECIAL_MAP, _ADDED, 'vocab.json', 'merges.txt')
 
-MARK = '\ufdd0'
-"""A non-character that is inserted into special tokens in messages, so that they are not recognized."""
+MARK = '\ufdd0'  # a non-character, inserted into special tokens in messages so that they are not recognized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +109,8 @@ class PublishedTokenizer(Tokenizer):
         raise UserError(f'{published.location}: {name}', list(values), f'ids of the tokenizer, 0 to {len(pieces) - 1}')
       ids[name.removesuffix('_id')] = [*ids.get(name.removesuffix('_id'), []), *values]
     if not ids['eos_token']:
-      expected = f'a token that ends a text, in {CONFIG}, or its id in generation_config.json'
-      raise UserError(f'{published.location}: eos_token', None, expected)
+      raise UserError(f'{published.location}: eos_token', None, f'a token that ends a text, in {CONFIG}, or its id in '
+                      'generation_config.json')
     self.stop_ids = tuple(dict.fromkeys(ids['eos_token']))
     self.eos_id = self.stop_ids[0]
     self.bos_id, self.pad_id = ((*ids[name], self.eos_id)[0] for name in ('bos_token', 'pad_token'))
@@ -182,7 +182,9 @@ class HuggingFaceTokenizer(PublishedTokenizer):
     tokens = sorted(vocab, key=vocab.__getitem__)
     bytes_of, self.prefix = _byte_decoder(description.get('decoder'), published)
     special = {i: token.content for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
-    names = _unk_token(description['model']) | published.special_tokens
+    model = description['model']
+    unk = model['vocab'][model['unk_id']][0] if isinstance(model.get('unk_id'), int) else model.get('unk_token')
+    names = ({'unk_token': unk} if unk else {}) | published.special_tokens
     super().__init__(published, list(map(bytes_of, tokens)), names, special, vocab.get)
     if self.unk_id is None and not {bytes([byte]) for byte in range(256)} <= set(self.pieces):
       raise UserError(f'{published.location}/{DESCRIPTION}', 'no token for some bytes', 'all 256 bytes, or an unk_token')
@@ -214,11 +216,9 @@ class HuggingFaceTokenizer(PublishedTokenizer):
 
 
 def _backend(published: Published) -> tokenizers.Tokenizer:
-  path = f'{published.location}/{DESCRIPTION}'
-  try:
-    backend = tokenizers.Tokenizer.from_buffer(published.files[DESCRIPTION])
-  except Exception as error:  # the package has no exception class of its own
-    raise UserError(path, type(error).__name__, f'a file that the tokenizers package can read ({error})') from None
+  path, data = f'{published.location}/{DESCRIPTION}', published.files[DESCRIPTION]
+  with library_errors(path, f'{len(data)} bytes', 'a file that the tokenizers package can read'):
+    backend = tokenizers.Tokenizer.from_buffer(data)
   if (kind := type(backend.model).__name__) not in ('BPE', 'Unigram'):
     raise UserError(f'{path}: model', kind, 'BPE or Unigram')
   backend.no_truncation()
@@ -229,12 +229,6 @@ def _backend(published: Published) -> tokenizers.Tokenizer:
   special = dict.fromkeys(published.special_tokens.values())
   backend.add_special_tokens([text for text in special if text not in known and text in vocab])
   return backend
-
-
-def _unk_token(model: Mapping[str, Any]) -> dict[str, str]:
-  if isinstance(model.get('unk_id'), int):
-    return {'unk_token': model['vocab'][model['unk_id']][0]}
-  return {'unk_token': model['unk_token']} if model.get('unk_token') else {}
 
 
 def _byte_decoder(decoder: Any, published: Published) -> tuple[Callable[[str], bytes], bytes]:
@@ -277,12 +271,10 @@ class SentencePieceModel(PublishedTokenizer):
   kind = 'sentencepiece'
 
   def __init__(self, published: Published):
-    path = f'{published.location}/{MODEL}'
-    try:
-      self._model = sentencepiece.SentencePieceProcessor(model_proto=published.files[MODEL])
-    except RuntimeError as error:
-      raise UserError(path, f'{len(published.files[MODEL])} bytes', f'a model that SentencePiece can read ({error})') from None
-    proto = sentencepiece_model_pb2.ModelProto.FromString(published.files[MODEL])  # type: ignore[attr-defined]  # defined at import
+    path, data = f'{published.location}/{MODEL}', published.files[MODEL]
+    with library_errors(path, f'{len(data)} bytes', 'a model that SentencePiece can read'):
+      self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
+    proto = sentencepiece_model_pb2.ModelProto.FromString(data)  # type: ignore[attr-defined]  # defined at import
     proto.normalizer_spec.add_dummy_prefix = False
     self._continuing = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())  # for text that follows other text
     model, count = self._model, self._model.vocab_size()
