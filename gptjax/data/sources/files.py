@@ -18,9 +18,7 @@ from gptjax.data.folders import file_system, storage_errors
 from gptjax.data.sources.source import Source
 from gptjax.files import expanded
 
-SUFFIXES = ('.gz', '.zst')
-"""Of compressed files."""
-
+SUFFIXES = ('.gz', '.zst')  # of compressed files
 _CHUNK = 2**16  # compressed bytes per read: few, since their decompressed size has no bound
 
 
@@ -31,7 +29,7 @@ class File:
   path: str
   """path or URL"""
   name: str
-  """path relative to the folder, or to the part of a glob before its first wildcard"""
+  """path relative to the folder, or to that of a glob before its first wildcard"""
   size: int
   """bytes"""
   version: str
@@ -144,10 +142,9 @@ def _remote(pattern: str, suffixes: tuple[str, ...]) -> tuple[list[File], bool]:
 
 
 class Stream:
-  """A sliding window over the decompressed bytes of a file; the suffix of its path decides the format.
+  """A sliding window over the decompressed bytes of a file, .gz or .zst. Raises a UserError if the file is broken or truncated.
 
-  (fsspec and zstandard's stream_reader end silently where a .zst file is truncated.) Reading raises a UserError if the file is
-  broken or truncated.
+  (fsspec and zstandard's stream_reader end silently where a .zst file is truncated.)
   """
 
   def __init__(self, raw: BinaryIO, path: str):

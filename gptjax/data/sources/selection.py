@@ -9,9 +9,7 @@ from fractions import Fraction
 from gptjax.config import UserError
 from gptjax.data.sources.source import Document, Malformed, Part, Record, Source
 
-TRAINING_CHARACTERS = 50_000_000
-"""Default amount of text to train a tokenizer on; reading and counting it takes some 10 seconds."""
-
+TRAINING_CHARACTERS = 50_000_000  # default amount of text to train a tokenizer on; reading and counting it takes some 10 seconds
 _CHUNK = 2**16
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio
 
@@ -23,14 +21,24 @@ def split_source(source: Source, fraction: float) -> tuple[Source, Source]:
   that, of known names, the lowest hash is always held out and the highest never. A single document is read, and its last `fraction`
   of characters is held out. Malformed records are for training. Raises a UserError if a single document is too short to split.
   """
+  offsets: dict[int, int] = {}
+  length = 0
   if len(source.names) == 1:
-    return _split_by_position(source, fraction)
-  limit: float = fraction * 2**64
-  if source.names:
-    hashes = sorted(map(_hash, source.names))
-    limit = hashes[min(max(bisect.bisect_left(hashes, limit), 1), len(hashes) - 1)]
-  cut = math.ceil(limit)  # hashes are integers
-  return _Side(source, False, cut), _Side(source, True, cut)
+    for part in source.parts():
+      offsets[part.start] = length
+      length += sum(len(record.text) for record in source.read(part) if isinstance(record, Document))
+    # Exact arithmetic on the decimal as written: in floats 1 - 0.9 is not 0.1.
+    cut = int(length * (1 - Fraction(str(fraction))))
+    if not 0 < cut < length:
+      raise UserError('data.valid_fraction', fraction, 'a fraction that leaves text for both training and validation of '
+                      f'the {length} characters of {source.names[0]}')
+  else:
+    limit: float = fraction * 2**64
+    if source.names:
+      hashes = sorted(map(_hash, source.names))
+      limit = hashes[min(max(bisect.bisect_left(hashes, limit), 1), len(hashes) - 1)]
+    cut = math.ceil(limit)  # hashes are integers
+  return _Side(source, False, cut, offsets), _Side(source, True, cut, offsets)
 
 
 def is_held_out(name: str, fraction: float) -> bool:
@@ -49,7 +57,7 @@ class _Side(Source):
   `offsets` are the positions in characters of a single document's pieces, by the start of their part.
   """
 
-  def __init__(self, source: Source, held_out: bool, cut: int, offsets: dict[int, int] | None = None):
+  def __init__(self, source: Source, held_out: bool, cut: int, offsets: dict[int, int]):
     self.source, self.held_out, self.cut, self.offsets = source, held_out, cut, offsets
     self.description = f'{source.description}, {"validation" if held_out else "training"} side'
     self.size, self.skip, self.numbering = source.size, source.skip, source.numbering
@@ -58,7 +66,7 @@ class _Side(Source):
     return self.source.parts()
 
   def read(self, part: Part) -> Iterator[Record]:
-    offset = self.offsets[part.start] if self.offsets else 0
+    offset = self.offsets.get(part.start, 0)
     for record in self.source.read(part):
       if not isinstance(record, Document):
         yield None if self.held_out else record
@@ -72,19 +80,6 @@ class _Side(Source):
 
   def fingerprint(self) -> str:
     return hashlib.sha256(f'{self.source.fingerprint()} {self.held_out} {self.cut}'.encode()).hexdigest()
-
-
-def _split_by_position(source: Source, fraction: float) -> tuple[Source, Source]:
-  offsets, length = {}, 0
-  for part in source.parts():
-    offsets[part.start] = length
-    length += sum(len(record.text) for record in source.read(part) if isinstance(record, Document))
-  # Exact arithmetic on the decimal as written: in floats 1 - 0.9 is not 0.1.
-  cut = int(length * (1 - Fraction(str(fraction))))
-  if not 0 < cut < length:
-    raise UserError('data.valid_fraction', fraction, 'a fraction that leaves text for both training and validation of '
-                    f'the {length} characters of {source.names[0]}')
-  return _Side(source, False, cut, offsets), _Side(source, True, cut, offsets)
 
 
 def sample(source: Source, characters: int = TRAINING_CHARACTERS) -> Iterator[Document]:

@@ -118,7 +118,7 @@ class PublishedTokenizer(Tokenizer):
     silent = {*special, *(values[0] for name, values in ids.items() if name in names), self.bos_id, self.pad_id, *self.stop_ids}
     super().__init__([b'' if i in silent else piece for i, piece in enumerate(pieces)])
     self._special = {text: i for i, text in special.items()}
-    self._pattern = _any_of(self._special)
+    self._pattern = any_of(self._special)
 
   def __reduce__(self):
     return type(self), (self.published,)
@@ -292,7 +292,7 @@ class SentencePieceModel(PublishedTokenizer):
     added = {i: text for i, text in published.added_tokens.items() if i >= count or texts[i] == text}
     super().__init__(published, [*map(self._bytes, range(count)), *(b'' for _ in more)], names, control | added, ids.get)
     # Special tokens that SentencePiece would recognize in any text.
-    self._recognized = _any_of(text for i, text in added.items() if i < count and i not in control)
+    self._recognized = any_of(text for i, text in added.items() if i < count and i not in control)
 
   def _bytes(self, i: int) -> bytes:
     text = self._model.id_to_piece(i)
@@ -318,8 +318,8 @@ class SentencePieceModel(PublishedTokenizer):
     return self._encode_text(text, self._model if first or self.published.config.get('legacy', False) else self._continuing)
 
 
-def _any_of(tokens: Iterable[str]) -> str:
-  """A regular expression of special tokens, longest first; without tokens it matches nothing."""
+def any_of(tokens: Iterable[str]) -> str:
+  """A regular expression of any of some tokens, the longest first; without tokens it matches nothing."""
   return '|'.join(map(re.escape, sorted(tokens, key=len, reverse=True))) or '(?!)'
 
 
