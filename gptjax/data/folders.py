@@ -6,7 +6,6 @@ import hashlib
 import mmap
 import os
 import resource
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -59,7 +58,7 @@ class Folder:
     return Path(self._temporary.name)
 
   def copy(self, to: Path) -> None:
-    """Copies the folder and everything below it."""
+    """Copies the folder with its sub-folders."""
     with self._errors():
       self._system.get(f'{self._root}/', f'{to}/', recursive=True)
 
@@ -95,18 +94,12 @@ class LocalFolder(Folder):
   def local(self, name: str) -> Path:
     return Path(self._root, name)
 
-  def copy(self, to: Path) -> None:
-    shutil.copytree(self._root, to)  # follows symbolic links
-
   def _ranges(self, wanted: Sequence[Range]) -> list[np.ndarray]:
     self.count_touched(len(wanted), sum(stop - start for _, start, stop in wanted))
     return [self.mapped(name)[start:stop] for name, start, stop in wanted]
 
   def count_touched(self, ranges: int, size: int) -> None:
-    """Counts ranges about to be read, `size` bytes in total, and releases the pages of all maps when too many are resident.
-
-    Until then they count as memory of this process; the page cache keeps them.
-    """
+    """Counts ranges about to be read, `size` bytes in total, and releases the pages of all maps when too many are resident."""
     self._touched += ranges * _FAULT_AROUND + size
     if self._touched > _MAX_RESIDENT:
       self._touched = 0

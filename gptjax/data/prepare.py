@@ -127,10 +127,7 @@ def _description(config: DataConfig, tokenizer: Tokenizer, layouts: dict[str, La
 
 
 def export(prepared: Prepared, directory: Path, replace: bool = False) -> None:
-  """Copies the tokenizer and the validation sets to a folder, which appears when it is complete.
-
-  Raises a UserError if the folder has those of other data and `replace` is not set, or a validation set is damaged.
-  """
+  """Copies tokenizer and validation sets to a folder. Raises a UserError if it has those of other data, unless `replace` is set."""
   if (directory / 'identity.json').exists():
     found = _identity(directory)['fingerprint']
     if found == prepared.fingerprint:

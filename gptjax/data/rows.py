@@ -101,10 +101,7 @@ def _write(folder: Path, store: TokenStore, context: int, pack: Callable[[np.nda
 
 
 def best_fit(lengths: np.ndarray, context: int) -> list[list[int]]:
-  """Best-fit decreasing bin packing (Johnson 1974; for pretraining: arXiv:2404.10830); returns the indices of each row's pieces.
-
-  Places pieces of 1 to `context` tokens, longest first, each in the row that it leaves the least space in.
-  """
+  """The indices of each row's pieces, of 1 to `context` tokens, by best-fit decreasing bin packing (Johnson 1974; arXiv:2404.10830)."""
   context = min(context, int(lengths.sum()))  # no row is longer, and each size needs a list
   rows: list[list[int]] = []
   rows_by_space: list[list[list[int]]] = [[] for _ in range(context + 1)]
@@ -216,10 +213,7 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainRows:
-  """An endless sequence of rows over a mixture. Each component is repeated epoch by epoch, each epoch in its own order.
-
-  The order is a permutation drawn by a hash of (seed, component, epoch), so that any row takes constant time.
-  """
+  """An endless sequence of rows over a mixture. A hash of (seed, component, epoch) draws the order of a component in an epoch."""
 
   layouts: Sequence[Layout]
   """the components"""

@@ -227,10 +227,7 @@ class BuildState:
 
 
 class Journal:
-  """A database beside the shards, with the state and, for deduplication, a digest of every document; a shard is one transaction.
-
-  A damaged database is replaced. Raises a UserError if there are finished shards of another recipe.
-  """
+  """A database with the state and the digests of documents. Raises a UserError if there are finished shards of another recipe."""
 
   def __init__(self, path: Path, fingerprint: str):
     self._fingerprint = fingerprint

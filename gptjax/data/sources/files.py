@@ -77,10 +77,7 @@ class FileSource(Source):
 
 @contextlib.contextmanager
 def opened(path: str, readahead: int = 0) -> Iterator[BinaryIO]:
-  """Opens the file at a path or URL, of which each request fetches `readahead` more bytes, for sequential reading.
-
-  Raises a UserError if it cannot be opened, or reading fails inside the context.
-  """
+  """Opens a path or URL, of which requests fetch `readahead` more bytes; raises a UserError if this or reading inside it fails."""
   with storage_errors('data.source.path', path), contextlib.ExitStack() as stack:
     if '://' in path:
       system, location = file_system(path)
@@ -142,10 +139,9 @@ def _remote(pattern: str, suffixes: tuple[str, ...]) -> tuple[list[File], bool]:
 
 
 class Stream:
-  """A sliding window over the decompressed bytes of a file, .gz or .zst. Raises a UserError if the file is broken or truncated.
+  """A sliding window over the decompressed bytes of a .gz or .zst file; raises a UserError if the file is broken or truncated."""
 
-  (fsspec and zstandard's stream_reader end silently where a .zst file is truncated.)
-  """
+  # Not fsspec or zstandard's stream_reader, because those end silently where a .zst file is truncated.
 
   def __init__(self, raw: BinaryIO, path: str):
     self._chunks = _decompressed(raw, path)

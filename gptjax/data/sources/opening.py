@@ -76,10 +76,7 @@ def _kind(name: str) -> str:
 
 
 def stdlib_modules(folder: Path) -> list[Document]:
-  """Reads the standard library's modules, named like 'json/decoder.py', without empty files and those that are not UTF-8 (PEP 263).
-
-  Raises a UserError if there are none (some distributions have only compiled modules).
-  """
+  """Reads the library's modules, named like 'json/decoder.py', if not empty and in UTF-8. Raises a UserError if there are none."""
   is_excluded = lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in _EXCLUDED)
   documents = []
   for parent, folders, files in os.walk(folder):
@@ -94,10 +91,7 @@ def stdlib_modules(folder: Path) -> list[Document]:
 
 
 class Stdlib(Source):
-  """The modules as a TFDS dataset, in one part and sorted by name. Raises a UserError if this Python has no source files.
-
-  The dataset is built in `cache_dir/tfds` when it is first read, in a folder named after the digest of the modules.
-  """
+  """The modules, sorted by name, as a TFDS dataset that is built in `cache_dir/tfds/DIGEST` when it is first read."""
 
   def __init__(self, cache_dir: Path, folder: Path | None = None):
     self._folder = Path(folder or sysconfig.get_path('stdlib'))

@@ -52,13 +52,11 @@ def _hash(name: str) -> int:
 
 
 class _Side(Source):
-  """One side of a split: documents with a hash below `cut` are held out; of a single document, the characters from `cut` on.
-
-  `offsets` are the positions in characters of a single document's pieces, by the start of their part.
-  """
+  """One side of a split: documents with a hash below `cut` are held out; of a single document, the characters from `cut` on."""
 
   def __init__(self, source: Source, held_out: bool, cut: int, offsets: dict[int, int]):
-    self.source, self.held_out, self.cut, self.offsets = source, held_out, cut, offsets
+    self.source, self.held_out, self.cut = source, held_out, cut
+    self.offsets = offsets  # of a single document's pieces in characters, by the start of their part
     self.description = f'{source.description}, {"validation" if held_out else "training"} side'
     self.size, self.skip, self.numbering = source.size, source.skip, source.numbering
 

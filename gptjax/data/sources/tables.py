@@ -104,10 +104,7 @@ class Parquet(FileSource, TableSource):
 
 
 class HuggingFace(TableSource):
-  """The rows of a split of 'hf:FOLDER', 'hf:NAME' or 'hf:NAME:CONFIGURATION', in memory-mapped tables.
-
-  Raises a UserError if the dataset, split or column does not exist, or the hub cannot be reached.
-  """
+  """The rows of a split of 'hf:FOLDER', 'hf:NAME' or 'hf:NAME:CONFIGURATION', in memory-mapped tables."""
 
   def __init__(self, config: SourceConfig):
     self.fields, self.skip, self._split = Fields(config.text), config.skip, config.split

@@ -30,10 +30,7 @@ class ChatTemplate:
       raise UserError(f'{location}, line {error.lineno}', line, f'a Jinja template ({error.message})') from None
 
   def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, object], special: str) -> str:
-    """Renders a conversation, with a MARK after the first character of what matches `special` in a message.
-
-    Raises a UserError if the template rejects the messages.
-    """
+    """Renders a conversation, with a MARK in what matches `special` in a message. Raises a UserError if the template rejects it."""
     if not messages or not all(isinstance(message, Mapping) and 'role' in message for message in messages):
       raise UserError('messages', messages, 'one or more, each with a role and usually a content')
     try:

@@ -125,10 +125,7 @@ def word_pattern(digits: int) -> str:
 
 
 class Words:
-  """Splits text into words, whose concatenation is the text; `pattern` must match at any character.
-
-  Symbols are texts that are always one word; the longest takes precedence.
-  """
+  """Splits text into words, which `pattern` matches at any character, and symbols; the longest symbol takes precedence."""
 
   def __init__(self, pattern: str, symbols: Sequence[str] = ()):
     self.pattern = pattern

@@ -69,10 +69,7 @@ class Tokenizer(abc.ABC):
 
   @abc.abstractmethod
   def encode(self, text: str, source: str = 'text') -> np.ndarray:
-    """Encodes a text to int32 ids [n], without special ids; `source`, such as its file, is its name in errors.
-
-    Raises a UserError that names the character and its position if it cannot be encoded.
-    """
+    """Encodes a text to int32 ids [n] without special ids. Raises a UserError that names a bad character's place in `source`."""
 
   def decode(self, ids: Iterable[int]) -> str:
     """Decodes ids; special ids have no text, and invalid UTF-8 becomes U+FFFD."""
@@ -93,16 +90,13 @@ class Tokenizer(abc.ABC):
 
   @abc.abstractmethod
   def save_hugging_face(self, directory: Path) -> None:
-    """Writes files from which transformers' `AutoTokenizer.from_pretrained(directory)` loads a tokenizer with the same ids and texts.
-
-    Raises a UserError if Hugging Face's format cannot represent this tokenizer.
-    """
+    """Writes files from which transformers loads an equal tokenizer; raises a UserError if their format cannot represent it."""
 
 
 class TextStream:
-  """Decodes ids that arrive a few at a time; the concatenated results equal `decode` of all ids.
+  """Decodes ids that arrive a few at a time, up to the last complete character; the results together equal `decode` of all ids.
 
-  A character is held back until all its bytes have arrived. `continues`: other text precedes, so the tokenizer's prefix is kept.
+  `continues`: other text precedes, so that the tokenizer's prefix is kept.
   """
 
   def __init__(self, tokenizer: Tokenizer, continues: bool = False):
