@@ -166,9 +166,9 @@ class Stream:
 
 
 def _decompressed(raw: BinaryIO, path: str) -> Iterator[bytes]:
-  if path.endswith('.gz'):
-    new_decoder, decoding_error = functools.partial(zlib.decompressobj, wbits=31), zlib.error
-  else:
+  new_decoder: Any = functools.partial(zlib.decompressobj, wbits=31)
+  decoding_error: type[Exception] = zlib.error
+  if path.endswith('.zst'):
     import zstandard
     # For files made with --long: by default zstandard refuses windows above 128 MB.
     new_decoder, decoding_error = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj, zstandard.ZstdError
