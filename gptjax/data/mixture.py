@@ -39,13 +39,9 @@ class _Span:
 class Mixture:
   """Assigns rows to components as evenly as their weights allow; each component's rows are in order and consecutive.
 
-  A pattern of CYCLE rows repeats, so that in any range of rows a component deviates from its weight by only a few rows.
-
-  Args:
-    counts: rows per pass over each component.
-    weights: relative weight of each component; all 0: `counts`. Each component gets at least one row per cycle.
-    limits: maximum number of rows of each component; 0: none.
-    phases: (first row, weights) of later phases, in order.
+  A pattern of CYCLE rows repeats, so that in any range of rows a component deviates from its weight by only a few rows. Weights are
+  relative (all 0: `counts`, the rows per pass over each component); later `phases` are (first row, weights), in order. `limits` are
+  the maximum number of rows of each component (0: none).
   """
 
   def __init__(self, counts: Sequence[int], weights: Sequence[float], limits: Sequence[int] = (),

@@ -274,15 +274,10 @@ def _start_worker(_index: int, _count: int) -> None:
 
 def batches(rows: TrainRows, first_row: int, batch_size: int, local_rows: np.ndarray, *, prefetch: int,
             workers: int) -> Generator[Batch, None, None]:
-  """Yields the batches of a run without end; the generator must be closed to end its threads and processes.
+  """Yields the batches of a run without end, from a row on; the generator must be closed to end its threads and processes.
 
-  Args:
-    rows: of the run.
-    first_row: rows taken before.
-    batch_size: B, rows per step over all processes.
-    local_rows: [n] rows of each batch, from 0 to B - 1, that this process needs.
-    prefetch: batches prepared ahead; 0: each is prepared on request.
-    workers: processes that prepare them; 0: a thread.
+  `local_rows` [n] are the rows of each batch, from 0 to batch_size - 1, that this process needs. `prefetch` batches are prepared
+  ahead (0: on request), in `workers` processes (0: in a thread).
   """
   import grain  # imports JAX, which takes seconds and which tools do not need
   # Elements are batches and not rows, because with rows Grain was 20 times slower (64 x 1,024 tokens: 6 against 137 million tokens/s

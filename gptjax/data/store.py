@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptjax.config import UserError
-from gptjax.data.folders import LocalFolder, Range, damaged, open_folder
+from gptjax.data.folders import LocalFolder, damaged, json_object, open_folder
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.files import sync, write_json
 
@@ -80,10 +80,6 @@ class Shard:
     self.size = self.sums + 4 * -(-self.sums // BLOCK)
     """bytes of the file"""
 
-  def blocks(self, first: int, stop: int) -> Range:
-    """The blocks that contain bytes [first, stop)."""
-    return self.name, first // BLOCK * BLOCK, min(-(-stop // BLOCK) * BLOCK, self.sums)
-
 
 class TokenStore:
   """A stream of documents. Opening reads only the manifest; the index is read with the first ids.
@@ -117,14 +113,9 @@ class TokenStore:
   @staticmethod
   def open(location: Path | str) -> 'TokenStore':
     """Opens the store in a folder or at a URL. Raises a UserError if there is no store, or one of another version."""
-    data = open_folder(str(location)).read(MANIFEST)
-    try:
-      manifest = json.loads(data)
-    except (ValueError, RecursionError) as error:
-      raise UserError('token store', str(location), f'a folder or URL of an undamaged token store ({error})') from None
-    version = manifest.get('version') if isinstance(manifest, dict) else None
-    if version != VERSION:
-      raise UserError(f'{location}/{MANIFEST}, version', version, f'{VERSION}, which this code reads; prepare the store again')
+    manifest = json_object(f'{location}/{MANIFEST}', open_folder(str(location)).read(MANIFEST))
+    if manifest.get('version') != VERSION:
+      raise UserError(f'{location}/{MANIFEST}, version', manifest.get('version'), f'{VERSION}; prepare the store again')
     if manifest.get('sha256') != manifest_sha256(manifest):
       raise damaged(f'{location}/{MANIFEST}', manifest.get('sha256'), 'the manifest')
     return TokenStore(str(location), manifest)
@@ -227,7 +218,7 @@ class TokenStore:
 
   def _bytes(self, wanted: Sequence[tuple[Shard, int, int]]) -> Iterator[np.ndarray]:
     """Reads byte ranges of shards and verifies the blocks that contain them."""
-    spans = [shard.blocks(first, stop) for shard, first, stop in wanted]
+    spans = [(shard.name, first // BLOCK * BLOCK, min(-(-stop // BLOCK) * BLOCK, shard.sums)) for shard, first, stop in wanted]
     unknown = list({shard.name: shard for shard, _, _ in wanted if not shard.verified}.values())
     for shard, sums in zip(unknown, self._folder.ranges([(shard.name, shard.sums, shard.size) for shard in unknown])):
       shard.checksums, shard.verified = sums.view('<u4'), bytearray(len(sums) // 4)

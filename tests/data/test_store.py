@@ -98,7 +98,7 @@ def test_an_incomplete_store_is_rejected_before_training(store, damage):
     case 'version':
       manifest = json.loads((folder / 'manifest.json').read_text())
       (folder / 'manifest.json').write_text(json.dumps(manifest | {'version': 0}))
-  named = {'index': 'index.bin', 'manifest': 'token store', 'deep manifest': 'token store', 'version': 'version'}
+  named = {'index': 'index.bin', 'manifest': 'manifest.json: .*JSON', 'deep manifest': 'manifest.json: .*JSON', 'version': 'version'}
   with pytest.raises(UserError, match=named.get(damage, '00002.shard')):
     TokenStore.open(folder).check()
 

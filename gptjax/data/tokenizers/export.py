@@ -52,11 +52,10 @@ def gpt2_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]], separat
 def subword_tokenizer(kind: str, scores: Sequence[tuple[str, float]], words: str, symbols: Sequence[str]) -> tokenizers.Tokenizer:
   """A SentencePiece model, 'bpe' or 'unigram', of words, given by Python's regular expression.
 
-  `scores` are (piece, score) in the order of ids, without the special ids and beginning with `symbols`, texts that are always one id.
-
-  The ids are the same, except for letters newer than the Unicode version of Python or of the `tokenizers` package, and where unigram
-  segmentations are equally likely, such as two runs of spaces in either order: SentencePiece compares sums in float32 (549 of
-  841,630 words of Python's standard library, with 700 ids).
+  `scores` are (piece, score) in the order of ids, without the special ids and beginning with `symbols`. The ids are the same, except
+  for letters newer than the Unicode version of Python or of the `tokenizers` package, and where unigram segmentations are equally
+  likely, such as two runs of spaces in either order: SentencePiece compares sums in float32 (549 of 841,630 words of the standard
+  library, with 700 ids).
   """
   learned, names = scores[len(symbols):], [*_NAMES, *symbols]
   model: models.Model

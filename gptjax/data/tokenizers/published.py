@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,8 +15,8 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
 from gptjax.config import UserError
-from gptjax.data.folders import library_errors
-from gptjax.data.tokenizers.tokenizer import ALPHABET, FILE, Tokenizer, from_alphabet, utf8, write_json
+from gptjax.data.folders import json_object, library_errors
+from gptjax.data.tokenizers.tokenizer import ALPHABET, FILE, Tokenizer, from_alphabet, utf8
 
 DESCRIPTION, MODEL, CONFIG, TEMPLATE = 'tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'chat_template.jinja'
 _SPECIAL_MAP, _ADDED = 'special_tokens_map.json', 'added_tokens.json'
@@ -115,6 +114,8 @@ class PublishedTokenizer(Tokenizer):
     self.eos_id = self.stop_ids[0]
     self.bos_id, self.pad_id = ((*ids[name], self.eos_id)[0] for name in ('bos_token', 'pad_token'))
     self.unk_id = next(iter(ids.get('unk_token', [])), None)
+    # The model's config files, which may define special ids, are not part of the tokenizer.
+    self.saved = {'bos_token_id': self.bos_id, 'eos_token_id': list(self.stop_ids), 'pad_token_id': self.pad_id}
     silent = {*special, *(values[0] for name, values in ids.items() if name in names), self.bos_id, self.pad_id, *self.stop_ids}
     super().__init__([b'' if i in silent else piece for i, piece in enumerate(pieces)])
     self._special = {text: i for i, text in special.items()}
@@ -152,9 +153,7 @@ class PublishedTokenizer(Tokenizer):
     return self.encode(text).tolist()
 
   def save(self, directory: Path) -> None:
-    # The model's config files, which may define special ids, are not part of the tokenizer.
-    ids = {'bos_token_id': self.bos_id, 'eos_token_id': list(self.stop_ids), 'pad_token_id': self.pad_id}
-    write_json(directory, {'kind': self.kind, **ids})
+    super().save(directory)
     self.save_hugging_face(directory)
 
   def save_hugging_face(self, directory: Path) -> None:
@@ -321,14 +320,3 @@ class SentencePieceModel(PublishedTokenizer):
 def any_of(tokens: Iterable[str]) -> str:
   """A regular expression of any of some tokens, the longest first; without tokens it matches nothing."""
   return '|'.join(map(re.escape, sorted(tokens, key=len, reverse=True))) or '(?!)'
-
-
-def json_object(location: str, data: bytes | str) -> dict[str, Any]:
-  """Parses a JSON object; a UserError names `location` if the data is something else."""
-  try:
-    found = json.loads(data)
-  except (ValueError, RecursionError) as error:  # not JSON, numbers too long for Python, or brackets too deep
-    raise UserError(location, data[:40], f'JSON ({error})') from None
-  if not isinstance(found, dict):
-    raise UserError(location, data[:40], 'a JSON object')
-  return found

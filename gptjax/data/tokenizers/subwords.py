@@ -12,13 +12,13 @@ import numpy as np
 import sentencepiece
 
 from gptjax.config import TokenizerConfig, UserError
-from gptjax.data.folders import library_errors
+from gptjax.data.folders import json_object, library_errors
 from gptjax.data.progress import announce
 from gptjax.data.sources.source import Document
 from gptjax.data.tokenizers import export
-from gptjax.data.tokenizers.published import DESCRIPTION, MODEL, HuggingFaceTokenizer, Published, SentencePieceModel, any_of, json_object
+from gptjax.data.tokenizers.published import DESCRIPTION, MODEL, HuggingFaceTokenizer, Published, SentencePieceModel, any_of
 from gptjax.data.tokenizers.tokenizer import (
-  ALPHABET, FILE, SPECIALS, ByteTokenizer, CharTokenizer, Tokenizer, from_alphabet, to_alphabet, utf8, write_json)
+  ALPHABET, FILE, SPECIALS, ByteTokenizer, CharTokenizer, Tokenizer, from_alphabet, to_alphabet, utf8)
 from gptjax.files import expanded
 
 OPENAI_FILES = ('encoder.json', 'vocab.bpe')
@@ -166,6 +166,7 @@ class SentencePieceTokenizer(Tokenizer):
 
   def __init__(self, kind: str, model: bytes, words: Words):
     self.kind, self.model, self.words = kind, model, words
+    self.saved = {'words': words.pattern, 'symbols': list(words.symbols)}
     self._ids = _WordCache(model)
     processor = self._ids.processor
     found = [processor.pad_id(), processor.bos_id(), processor.eos_id(), processor.unk_id()]
@@ -188,7 +189,7 @@ class SentencePieceTokenizer(Tokenizer):
     return np.frombuffer(ids.getbuffer(), np.int32)
 
   def save(self, directory: Path) -> None:
-    write_json(directory, {'kind': self.kind, 'words': self.words.pattern, 'symbols': list(self.words.symbols)})
+    super().save(directory)
     (directory / MODEL).write_bytes(self.model)
 
   def save_hugging_face(self, directory: Path) -> None:

@@ -36,6 +36,8 @@ class Tokenizer(abc.ABC):
   """never produced by `encode`; None: the tokenizer has none"""
   prefix: bytes = b''
   """prepended by `encode` and removed by `decode`: a space where SentencePiece adds one before every text"""
+  saved: Mapping[str, object] = {}
+  """what FILE has beside the kind"""
 
   def __init__(self, pieces: Sequence[bytes]):
     self.pieces = tuple(pieces)
@@ -85,8 +87,9 @@ class Tokenizer(abc.ABC):
     raise UserError('tokenizer', self.kind, 'one with a chat template (chat_template.jinja, or chat_template in tokenizer_config.json)')
 
   def save(self, directory: Path) -> None:
-    """Writes what `load_tokenizer` needs to a folder."""
-    write_json(directory, {'kind': self.kind})
+    """Writes what `load_tokenizer` needs to a folder, created if necessary."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / FILE).write_text(json.dumps({'kind': self.kind, **self.saved}) + '\n', encoding='utf-8')
 
   @abc.abstractmethod
   def save_hugging_face(self, directory: Path) -> None:
@@ -138,6 +141,7 @@ class CharTokenizer(Tokenizer):
 
   def __init__(self, characters: str):
     self.characters = ''.join(sorted(characters))
+    self.saved = {'characters': self.characters}
     super().__init__([b''] * SPECIALS + [character.encode() for character in self.characters])
     self._codes = np.frombuffer(self.characters.encode('utf-32-le'), '<u4')
 
@@ -151,9 +155,6 @@ class CharTokenizer(Tokenizer):
       raise UserError(f'{source}, character {position}', text[position],
                       f"one of the {len(self.characters)} characters of the tokenizer's training text")
     return (ids + SPECIALS).astype(np.int32)
-
-  def save(self, directory: Path) -> None:
-    write_json(directory, {'kind': self.kind, 'characters': self.characters})
 
   def save_hugging_face(self, directory: Path) -> None:
     export.write_tokenizer(directory, export.char_tokenizer(self.characters))
@@ -175,12 +176,6 @@ def to_alphabet(data: bytes) -> str:
 def from_alphabet(characters: str) -> bytes:
   """Inverse of `to_alphabet`; KeyError for other characters."""
   return bytes(_TO_BYTE[character] for character in characters)
-
-
-def write_json(directory: Path, saved: dict[str, object]) -> None:
-  """Writes a tokenizer's own JSON file to a folder, created if necessary."""
-  directory.mkdir(parents=True, exist_ok=True)
-  (directory / FILE).write_text(json.dumps(saved) + '\n', encoding='utf-8')
 
 
 def utf8(text: str, source: str) -> bytes:
