@@ -16,9 +16,7 @@ import numpy as np
 
 from gptjax.config import UserError
 
-Range = tuple[str, int, int]
-"""File name, first byte, byte after the last."""
-
+Range = tuple[str, int, int]  # file name, first byte, byte after the last
 _MAX_RESIDENT = 2**29  # bytes of memory maps that may be resident before their pages are released
 _FAULT_AROUND = 2**16  # bytes that Linux maps around a page fault
 _CHUNK = 2**24  # bytes fetched at once

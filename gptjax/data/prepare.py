@@ -56,8 +56,7 @@ def prepare(config: DataConfig, cache_dir: Path, processes: int = 1) -> Prepared
   """Opens the stores of a config, or makes them from its source and caches them.
 
   Stores made from a source are in `cache_dir/data`, packing plans in `cache_dir/plans`. Other processes that prepare the same wait.
-  At most `processes` processes tokenize. Raises a UserError if a source cannot be read or split, or stores are damaged or have
-  different tokenizers.
+  Raises a UserError if a source cannot be read or split, or stores are damaged or have different tokenizers.
   """
   train, valid = _make_stores(config, cache_dir, processes) if not config.train else (
     {component.store: TokenStore.open(component.store) for component in config.train},

@@ -64,7 +64,7 @@ class Shard:
   itemsize: int
   """bytes of an id"""
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     self.mapped: np.ndarray | None = None
     """[tokens] ids, if the file is memory-mapped"""
     self.checksums = np.empty(0, '<u4')

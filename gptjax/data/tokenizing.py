@@ -156,9 +156,8 @@ def end_with_parent() -> None:
 def write_store(directory: Path, recipe: Recipe, *, processes: int = 1, title: str = 'tokenizing') -> TokenStore:
   """Makes a store, or resumes an interrupted build; a store of the same recipe is left unchanged.
 
-  The folder appears when the store is complete. Memory does not depend on the size of the source. Raises a UserError if too many
-  records are malformed, a text cannot be encoded, no documents remain, or the folder has a store of another recipe, even an
-  unfinished one. Finished shards are kept for a later call.
+  Memory does not depend on the size of the source. Raises a UserError if too many records are malformed, a text cannot be encoded, no
+  documents remain, or the folder has a store of another recipe, even an unfinished one. Finished shards are kept for a later call.
   """
   with atomic_directory(directory, lambda folder: any(folder.glob('*.shard'))) as folder:
     if folder:

@@ -144,10 +144,7 @@ class Fields:
         raise UserError('data.source.text', field, f'a column of {place}: {", ".join(names)}', names=names)
 
   def record(self, name: str, record: Mapping[str, Any], index: int) -> Record:
-    """The document in a record, number `index` of its part; None if its text is only white space.
-
-    Fields are strings, UTF-8 bytes, mappings or, for templates, numbers.
-    """
+    """The document in a record of strings, UTF-8 bytes, mappings and, for templates, numbers; None if it is only white space."""
     text = ''
     for literal, field in self._pieces:
       value = self._value(record, field, index) if field else ''

@@ -14,16 +14,20 @@ from gptjax.data.sources.files import File, FileSource, opened
 from gptjax.data.sources.source import Fields, Part, Record, Source
 
 _BATCH = 256  # rows in memory at a time
-
 _BUFFER = 2**22  # bytes of a column fetched at a time
-
 _MAX_PARTS_PER_GROUP = 8  # few, because reading a part that starts inside a row group decodes the rows before it
 
 
 class TableSource(Source):
-  """Rows with named fields. A part is a range of the rows of a file or dataset."""
+  """Rows with named fields. A part is a range of the rows of a file, or of the split of a dataset."""
 
   fields: Fields
+  length: int
+  """rows of the split"""
+  split: str
+
+  def parts(self) -> Iterator[Part]:
+    return self.ranges(self.description, self.split, self.length, self.size)
 
   @abc.abstractmethod
   def rows(self, part: Part) -> Iterable[Mapping[str, Any]]:
@@ -107,7 +111,7 @@ class HuggingFace(TableSource):
   """The rows of a split of 'hf:FOLDER', 'hf:NAME' or 'hf:NAME:CONFIGURATION', in memory-mapped tables."""
 
   def __init__(self, config: SourceConfig):
-    self.fields, self.skip, self._split = Fields(config.text), config.skip, config.split
+    self.fields, self.skip, self.split = Fields(config.text), config.skip, config.split
     name = config.path.removeprefix('hf:')
     folder = os.path.expanduser(name)
     # The hub's client and the libraries below it raise errors of many classes: no such dataset, no access, no network.
@@ -127,13 +131,10 @@ class HuggingFace(TableSource):
     self._dataset_fingerprint = dataset._fingerprint
     columns = dict.fromkeys(field.partition('.')[0] for field in self.fields.names)
     self._rows = dataset.select_columns(list(columns)).with_format('arrow')
-    self.size = self._rows.data.nbytes
+    self.length, self.size = len(self._rows), self._rows.data.nbytes
 
   def fingerprint(self) -> str:
     return hashlib.sha256(f'{self.description} {self._dataset_fingerprint} {self.fields.text}'.encode()).hexdigest()
-
-  def parts(self) -> Iterator[Part]:
-    return self.ranges(self.description, self._split, len(self._rows), self.size)
 
   def rows(self, part: Part) -> Sequence[Mapping[str, Any]]:
     return table_rows(self._rows[part.start:part.stop])

@@ -10,9 +10,7 @@ from gptjax.data.sources.files import SUFFIXES, File, FileSource, Stream, opened
 from gptjax.data.sources.source import Document, Fields, Malformed, Part, Record, truncated, unescaped
 
 _READAHEAD = 2**23
-_WINDOW = 2**16
-_MAX_WINDOW = 2**22  # bytes searched for a boundary at once
-
+_WINDOW, _MAX_WINDOW = 2**16, 2**22  # bytes searched for a boundary at once
 _SPACES = b'|'.join(re.escape(char.encode()) for char in map(chr, range(0x3001)) if char.isspace())
 _LINE_END = rb'\n(?!' + _SPACES + rb')(?=.)'
 _LONGEST_SPACE = 3  # bytes
@@ -51,10 +49,7 @@ class Boundary:
       window = max(window, min(2 * window, _MAX_WINDOW))
 
   def _safe_start(self, read: Callable[[int, int], bytes], at: int, first: int) -> int:
-    """An offset that no separator spans, so that matching from there finds the same boundaries as from `first`.
-
-    It matters where a separator can overlap itself: in three line ends '\\n\\n' is the first two, not the last two.
-    """
+    """An offset that no separator spans, from which matches are those from `first`: in three line ends, '\\n\\n' is the first two."""
     length = len(self._separator)
     offset = max(first, at - length)
     while offset > first:
@@ -76,10 +71,7 @@ class Boundary:
 
 
 class RecordFiles(FileSource):
-  """Files cut into parts of about `step` bytes at record boundaries: a part has the records that start in its range of offsets.
-
-  A compressed file can only be read sequentially: `parts` decompresses it, and each part carries its bytes.
-  """
+  """Files cut into parts of about `step` bytes; a part has the records that start in it and, of a compressed file, their bytes."""
 
   boundary: Boundary
   step: int
@@ -115,10 +107,14 @@ class RecordFiles(FileSource):
         begin = self.boundary.after(read, begin)
         data = read(begin, self.boundary.after(read, part.stop))
     for index, (offset, record) in enumerate(self.boundary.split(data, begin)):
-      yield self.record(part, index, offset, record)
+      try:
+        yield self.record(part, index, offset, record.decode())
+      except UnicodeDecodeError as error:
+        place = '' if self.numbering == ':' else f'{part.file}, byte {offset + error.start}'
+        yield Malformed(record[error.start:error.start + 4], 'UTF-8 text', index, place)
 
   @abc.abstractmethod
-  def record(self, part: Part, index: int, offset: int, data: bytes) -> Record:
+  def record(self, part: Part, index: int, offset: int, text: str) -> Record:
     """Parses a record; `index` is its number in the part, `offset` its position in the file."""
 
 
@@ -143,12 +139,7 @@ class TextFiles(RecordFiles):
     if not separator and (not may_cut or len(files) == 1):
       self.names = [file.name for file in files]
 
-  def record(self, part: Part, index: int, offset: int, data: bytes) -> Record:
-    try:
-      text = data.decode()
-    except UnicodeDecodeError as error:
-      found = data[error.start:error.start + 4]
-      return Malformed(found, 'a file of UTF-8 text', index, f'{part.file}, byte {offset + error.start}')
+  def record(self, part: Part, index: int, offset: int, text: str) -> Record:
     if self._separator:
       return Document(f'{part.name}#{offset}', text) if text.strip() else None
     return Document(f'{part.name}#{offset}' if offset else part.name, text)
@@ -167,16 +158,13 @@ class JsonLines(RecordFiles):
     super().__init__(files, description, config.skip, 'jsonl', config.text)
     self.boundary, self.step = Boundary('\n'), self.part_bytes
 
-  def record(self, part: Part, index: int, offset: int, data: bytes) -> Record:
+  def record(self, part: Part, index: int, offset: int, text: str) -> Record:
+    if not text.strip():
+      return None
     try:
-      line = data.decode()
-      if not line.strip():
-        return None
-      value = _DECODER.decode(line)
-    except UnicodeDecodeError as error:
-      return Malformed(data[error.start:error.start + 4], 'UTF-8 text', index)
+      value = _DECODER.decode(text)
     except (ValueError, RecursionError):
       value = None
     if not isinstance(value, dict):
-      return Malformed(truncated(line), 'a JSON object on a line of its own', index)
+      return Malformed(truncated(text), 'a JSON object on a line of its own', index)
     return self._fields.record(f'{part.name}#{offset}', value, index)

@@ -24,34 +24,30 @@ _EXPECTED = 'a dataset that is prepared as array_record, or that TFDS can prepar
 class TfdsRecords(TableSource):
   """The records of a dataset's split or a slice of it, read by index. The dataset is prepared if necessary.
 
-  config.path is 'tfds:' and a dataset's name ('NAME/CONFIG:VERSION'), the folder of a prepared one ('/DIR/NAME/1.0.0') or a
-  builder class ('MODULE:CLASS', imported from the working directory or PYTHONPATH). Raises a UserError if the dataset, split or
-  field does not exist, or TFDS cannot prepare it here as array_record.
+  The path is 'tfds:' and a dataset's name ('NAME/CONFIG:VERSION'), the folder of a prepared one ('/DIR/NAME/1.0.0') or a builder class
+  ('MODULE:CLASS', imported from the working directory or PYTHONPATH).
   """
 
   def __init__(self, config: SourceConfig):
-    self.fields, self.skip = Fields(config.text), config.skip
-    self._path, self._split = config.path, config.split
+    self.fields, self.skip, self.split = Fields(config.text), config.skip, config.split
+    self._path = config.path
     with library_errors('data.source.path', config.path, _EXPECTED):
       builder = _prepared(config.path.removeprefix('tfds:'))
       info = builder.info
       self.fields.check(_leaves(info.features), info.full_name)
       try:
-        self._length = info.splits[config.split].num_examples
+        self.length = info.splits[config.split].num_examples
       except (ValueError, KeyError):
         raise UserError('data.source.split', config.split, f'a split of {info.full_name}: {", ".join(info.splits)}',
                         names=list(info.splits)) from None
       self._records = tfds.builder_from_directory(str(builder.data_dir)).as_data_source(config.split)
     # Slices do not know their bytes.
     splits = info.splits.values()
-    self.size = sum(split.num_bytes for split in splits) * self._length // max(1, sum(split.num_examples for split in splits))
+    self.size = sum(split.num_bytes for split in splits) * self.length // max(1, sum(split.num_examples for split in splits))
     self.description = f'tfds:{info.full_name}, split {config.split}'
 
   def fingerprint(self) -> str:
-    return hashlib.sha256(f'{self.description} {self._length} {self.size} {self.fields.text}'.encode()).hexdigest()
-
-  def parts(self) -> Iterator[Part]:
-    return self.ranges(self.description, self._split, self._length, self.size)
+    return hashlib.sha256(f'{self.description} {self.length} {self.size} {self.fields.text}'.encode()).hexdigest()
 
   def rows(self, part: Part) -> Sequence[Mapping[str, Any]]:
     with library_errors('data.source.path', self._path, _EXPECTED):
@@ -84,7 +80,7 @@ def _prepared(name: str) -> tfds.core.DatasetBuilder:
 
 
 def _builder_class(module: str, name: str) -> type[tfds.core.DatasetBuilder]:
-  if '' not in sys.path and os.getcwd() not in sys.path:
+  if not {'', os.getcwd()} & {*sys.path}:
     sys.path.append(os.getcwd())
   path = f'tfds:{module}:{name}'
   try:

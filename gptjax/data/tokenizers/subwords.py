@@ -23,9 +23,7 @@ from gptjax.files import expanded
 
 OPENAI_FILES = ('encoder.json', 'vocab.bpe')
 """Ids by token, and, after a line `#version: 0.2`, one merge per line in order, as two tokens."""
-HUGGING_FACE_FILES = ('vocab.json', 'merges.txt')
-"""The same files under other names."""
-
+HUGGING_FACE_FILES = ('vocab.json', 'merges.txt')  # the same under other names
 _SEPARATOR = '<|endoftext|>'
 
 _WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""

@@ -15,8 +15,7 @@ import numpy as np
 from gptjax.config import UserError
 from gptjax.data.tokenizers import export
 
-FILE = 'gptjax_tokenizer.json'
-"""Written by `Tokenizer.save`, among other files. (Hugging Face's is tokenizer.json.)"""
+FILE = 'gptjax_tokenizer.json'  # written by `Tokenizer.save`, among other files
 SPECIALS = 3  # special ids of our own tokenizers
 
 

@@ -97,7 +97,7 @@ def test_the_error_for_invalid_utf8_has_file_and_byte(tmp_path, separator):
   (part,) = source.parts()
   (malformed,) = (record for record in source.read(part) if isinstance(record, Malformed))
   assert str(malformed_error(source, part, malformed, 7)) == (
-      f"{tmp_path}/a.txt, byte 9: {malformed.value!r}, expected: a file of UTF-8 text")
+      f"{tmp_path}/a.txt, byte 9: {malformed.value!r}, expected: UTF-8 text")
   assert malformed.value == b'\xe9 au'[:len(malformed.value)]
 
 
