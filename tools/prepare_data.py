@@ -99,7 +99,9 @@ def _contamination() -> Contamination | None:
 def _evaluation_documents(place: str) -> Iterator[Document]:
   if not place.startswith('{') and (expanded(place) / MANIFEST).exists():
     store = TokenStore.open(place)
-    return (Document(str(number), text) for number, text in enumerate(store.texts(0, store.documents)))
+    tokenizer, starts = store.tokenizer(), store.starts(0, store.documents)
+    return (Document(str(number), tokenizer.decode(store.read([start], [stop - start]).tolist()))
+            for number, (start, stop) in enumerate(zip(starts, starts[1:])))
   return documents(open_source(source_flags.source(place, '--decontaminate', {})))
 
 

@@ -120,10 +120,9 @@ class LocalFolder(Folder):
 @functools.cache
 def _raise_file_limit() -> None:
   """Raises this process's limit of open files to the maximum, because each mapped shard is one."""
-  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-  if soft != hard:
-    with contextlib.suppress(ValueError, OSError):  # some systems have a lower limit of their own
-      resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+  _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  with contextlib.suppress(ValueError, OSError):  # some systems have a lower limit of their own
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def file_system(path: str) -> tuple[Any, str]:
@@ -133,7 +132,7 @@ def file_system(path: str) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def library_errors(field: str, value: str, expected: str = '', errors: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
+def library_errors(field: str, value: object, expected: str = '', errors: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
   """Raises a UserError for errors of a library, with the first line of their message, and for a package that is not installed."""
   try:
     yield

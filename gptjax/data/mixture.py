@@ -54,8 +54,7 @@ class Mixture:
     self.rows: int | None = None
     """number of rows; None: endless"""
     self._spans: list[_Span] = []
-    taken = np.zeros(len(counts), np.int64)
-    row = 0
+    taken, row = np.zeros(len(counts), np.int64), 0
     for phase_weights, end in zip([weights if any(weights) else counts, *(later for _, later in phases)], [*ends, None]):
       while end is None or row < end:
         left = [0.0 if limit and taken[k] >= limit else float(weight) for k, (weight, limit) in enumerate(zip(phase_weights, limits))]
@@ -64,8 +63,7 @@ class Mixture:
           return
         span = _Span(row, taken, left)
         self._spans.append(span)
-        stops = [span.end_of(k, limit) for k, limit in enumerate(limits) if limit and left[k]]
-        stops += [] if end is None else [end]
+        stops = [span.end_of(k, limit) for k, limit in enumerate(limits) if limit and left[k]] + ([] if end is None else [end])
         if not stops:
           return
         row = min(stops)

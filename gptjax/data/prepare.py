@@ -106,11 +106,9 @@ def _make_stores(config: DataConfig, cache_dir: Path, processes: int) -> tuple[d
 
 def _build(folder: Path, config: DataConfig, source: Source, processes: int) -> None:
   train, valid = split_source(source, config.valid_fraction)
-  if config.tokenizer.path:
-    tokenizer = load_tokenizer(config.tokenizer.path)
-  else:
-    # 'chars' needs every document that will be encoded, validation included; the other kinds learn from a sample.
-    tokenizer = train_tokenizer(config.tokenizer, documents(source) if config.tokenizer.kind == 'chars' else sample(train))
+  # 'chars' needs every document that will be encoded, validation included.
+  texts = documents(source) if config.tokenizer.kind == 'chars' else sample(train)
+  tokenizer = load_tokenizer(config.tokenizer.path) if config.tokenizer.path else train_tokenizer(config.tokenizer, texts)
   for name, side, use in (('valid', valid, 'validation'), ('train', train, 'training')):
     write_store(folder / name, Recipe(side, tokenizer), processes=processes, title=f'tokenizing for {use}')
 

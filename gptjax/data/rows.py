@@ -35,8 +35,7 @@ class Windows:
   """Concatenate and cut: windows of `context` tokens over the circular stream; the last of an epoch is padded."""
 
   def __init__(self, store: TokenStore, context: int):
-    self.store = store
-    self.context = context
+    self.store, self.context = store, context
     self.count = -(-store.tokens // context)
 
   def pieces(self, rows: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -89,8 +89,7 @@ class TokenStore:
   """
 
   def __init__(self, location: str, manifest: dict[str, Any]):
-    self.location = location
-    self.manifest = manifest
+    self.location, self.manifest = location, manifest
     self.dtype = np.dtype(manifest['dtype'])
     self.tokens: int = manifest['tokens']
     """ids in the stream"""
@@ -143,7 +142,7 @@ class TokenStore:
     sizes = self._folder.sizes()
     for shard in map(self._shard, range(len(self.index))):
       if (found := sizes.get(shard.name)) != shard.size:
-        raise damaged(f'{self.location}/{shard.name}', found and f'{found:,} bytes', f'{shard.size:,} bytes')
+        raise damaged(f'{self.location}/{shard.name}', found if found is None else f'{found:,} bytes', f'{shard.size:,} bytes')
 
   def verify(self) -> None:
     """Reads everything; raises a UserError that names a shard or tokenizer with another SHA-256."""
@@ -175,12 +174,6 @@ class TokenStore:
       for (_, first, stop, at), data in zip(pieces, self._bytes(wanted)):
         out[at:at + stop - first] = data.view(self.dtype)
     return out
-
-  def texts(self, first: int, stop: int) -> Iterator[str]:
-    """Yields the texts of documents [first, stop)."""
-    tokenizer, positions = self.tokenizer(), self.starts(first, stop)
-    for start, end in zip(positions, positions[1:]):
-      yield tokenizer.decode(self.read([start], [end - start]).tolist())
 
   def _pieces(self, starts: np.ndarray, counts: np.ndarray, places: np.ndarray) -> Iterator[tuple[Shard, int, int, int]]:
     """Cuts ranges of the stream at the ends of shards; yields (shard, first and stop within it, place)."""

@@ -256,8 +256,7 @@ class Journal:
   def reset(self) -> None:
     """Discards the state permanently; to be called before its files are removed."""
     self.state = BuildState()
-    self._database.execute('delete from digests')
-    self._database.execute('delete from progress')
+    self._database.executescript('delete from digests; delete from progress')
     self._database.execute('insert into progress values (?, ?)', (self._fingerprint, '{}'))
     self.commit()
 

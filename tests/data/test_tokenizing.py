@@ -12,6 +12,7 @@ import time
 
 import pytest
 from memory import Memory, malformed
+from small_stores import texts
 
 from gptjax.config import SourceConfig, UserError
 from gptjax.data import Contamination, Document, Filters, Recipe, TokenStore, open_source, write_store
@@ -21,12 +22,6 @@ from gptjax.data.sources import Part
 from gptjax.data.tokenizers import ByteTokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
-
-
-def texts(store):
-  tokenizer = store.tokenizer()
-  places = store.starts(0, store.documents).tolist()
-  return [tokenizer.decode(store.read([a], [b - a]).tolist()) for a, b in zip(places, places[1:])]
 
 
 def folder_bytes(folder):

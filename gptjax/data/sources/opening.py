@@ -59,8 +59,7 @@ def open_source(config: SourceConfig, cache_dir: Path | None = None) -> Source:
   counts = {kind: f'{len(found):,} {kind} file{"s" * (len(found) != 1)}' for kind, found in by_kind.items()}
   kind, *conflicts = next(present for kinds in _PRIORITIES if (present := [kind for kind in kinds if kind in by_kind]))
   if conflicts:
-    found = ', '.join(counts.values())
-    raise UserError('data.source.path', config.path, f'files of one format, which a glob can select; there are {found}')
+    raise UserError('data.source.path', config.path, f'files of one format, as by a glob; there are {", ".join(counts.values())}')
   if config.separator and kind != 'text':
     raise UserError('data.source.separator', config.separator, f'none for {kind} files: a record is a document')
   description = title(config.path)

@@ -11,6 +11,7 @@ import jinja2.ext
 import jinja2.sandbox
 
 from gptjax.config import UserError
+from gptjax.data.folders import library_errors
 from gptjax.data.tokenizers.published import MARK
 
 
@@ -33,13 +34,10 @@ class ChatTemplate:
     """Renders a conversation, with a MARK in what matches `special` in a message. Raises a UserError if the template rejects it."""
     if not messages or not all(isinstance(message, Mapping) and 'role' in message for message in messages):
       raise UserError('messages', messages, 'one or more, each with a role and usually a content')
-    try:
+    roles = [message.get('role') for message in messages]
+    errors = jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError
+    with library_errors('messages', roles, f'a conversation that {self._location} accepts', errors):
       return self._template.render(messages=[_plain(message, special) for message in messages], **variables)
-    except UserError:
-      raise
-    except (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
-      roles = [message.get('role') for message in messages]
-      raise UserError('messages', roles, f'a conversation that {self._location} accepts ({error})') from None
 
 
 def _plain(value: Any, special: str) -> Any:

@@ -289,13 +289,10 @@ class SentencePieceModel(PublishedTokenizer):
     names = {name: texts[i] for name, i in own.items() if i >= 0} | published.special_tokens
     self.prefix = b' ' if model.normalize('a').startswith('▁') else b''
     added = {i: text for i, text in published.added_tokens.items() if i >= count or texts[i] == text}
-    super().__init__(published, [*map(self._bytes, range(count)), *(b'' for _ in more)], names, control | added, ids.get)
+    pieces = [bytes.fromhex(text[3:5]) if model.is_byte(i) else text.replace('▁', ' ').encode() for i, text in enumerate(texts)]
+    super().__init__(published, [*pieces, *(b'' for _ in more)], names, control | added, ids.get)
     # Special tokens that SentencePiece would recognize in any text.
     self._recognized = any_of(text for i, text in added.items() if i < count and i not in control)
-
-  def _bytes(self, i: int) -> bytes:
-    text = self._model.id_to_piece(i)
-    return bytes.fromhex(text[3:5]) if self._model.is_byte(i) else text.replace('▁', ' ').encode()
 
   @property
   def start_ids(self) -> tuple[int, ...]:

@@ -49,7 +49,6 @@ class Gpt2Tokenizer(Tokenizer):
   start_ids = ()  # OpenAI and transformers put nothing before a prompt
 
   def __init__(self, directory: Path):
-    directory = Path(directory)
     renamed = (directory / HUGGING_FACE_FILES[1]).exists() and not (directory / OPENAI_FILES[0]).exists()
     vocab_path, merges_path = (directory / name for name in (HUGGING_FACE_FILES if renamed else OPENAI_FILES))
     self._vocab, self._merges = _read(vocab_path), _read(merges_path)
