@@ -1,7 +1,7 @@
 """Data: text becomes rows of token ids.
 
-Documents of a source are tokenized into stores, which are cut into rows; row i of a run is a pure function of (stores,
-mixture, layout, seed, i). Uses numpy only: no module here depends on JAX or devices.
+Documents of a source are tokenized into stores, which are cut into rows. Row i of a run is a pure function of (data config, seed, i).
+No module here imports JAX; only Grain, which loads batches, does.
 """
 
 from gptjax.data.filters import Contamination, Filters

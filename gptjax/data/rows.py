@@ -1,7 +1,4 @@
-"""Rows for training and evaluation, each a pure function of its index, and their loading ahead of the step that reads them.
-
-The data state of a training run is the number of rows it has taken.
-"""
+"""Rows for training and evaluation, each a pure function of its index, and their loading ahead of the step that reads them."""
 
 import contextlib
 import dataclasses

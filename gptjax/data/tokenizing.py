@@ -44,7 +44,7 @@ class Recipe:
 
   def fingerprint(self) -> str:
     """Hex digest; the source enters with names, sizes and modification times."""
-    # Without source.skip: malformed records are counted over the entire source, and a resumed build may have a higher limit.
+    # Without source.skip, because a resumed build may have a higher limit.
     parts = [VERSION, TASK, self.source.part_bytes, self.source.fingerprint(), self.tokenizer.sha256, dataclasses.asdict(self.filters),
              self.contamination.sha256 if self.contamination else '', self.deduplicate, self.shard_tokens]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -93,11 +93,11 @@ def test_one_document_per_row(tmp_path):
 def test_a_row_depends_on_its_index_alone(kind, tmp_path):
   stores = [make_store(tmp_path / str(k), [5 + k] * 30, shard_documents=7) for k in range(3)]
   make = lambda seed=3: rows_of([layout_of(kind, store, 8, tmp_path) for store in stores], 8, seed, [3.0, 2.0, 1.0])
-  whole = make().batch(np.arange(300))
+  reference = make().batch(np.arange(300))
   for indices in ([17], [299, 0, 17], np.random.default_rng(0).permutation(300)):
     batch = make().batch(np.asarray(indices))
-    assert all((batch[name] == whole[name][indices]).all() for name in whole)
-  assert not (make(4).batch(np.arange(300))['tokens'] == whole['tokens']).all()
+    assert all((batch[name] == reference[name][indices]).all() for name in reference)
+  assert not (make(4).batch(np.arange(300))['tokens'] == reference['tokens']).all()
 
 
 def test_epochs_and_seeds_have_orders_of_their_own(tmp_path):

@@ -33,8 +33,8 @@ def test_ranges_of_the_circular_stream(store):
   rng = np.random.default_rng(0)
   starts = rng.integers(0, len(ids), 200)
   counts = rng.integers(0, len(ids) + 5, 200)
-  whole = np.concatenate([ids, ids, ids])
-  assert (store.read(starts, counts) == np.concatenate([whole[a:a + n] for a, n in zip(starts, counts)])).all()
+  thrice = np.concatenate([ids, ids, ids])
+  assert (store.read(starts, counts) == np.concatenate([thrice[a:a + n] for a, n in zip(starts, counts)])).all()
   assert store.dtype == ('<u4' if store.vocab_size > 2**16 else '<u2')
 
 

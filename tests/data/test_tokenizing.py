@@ -71,11 +71,11 @@ def test_the_number_of_processes_does_not_change_the_store(lines, tmp_path, smal
 
 @pytest.mark.parametrize('kept', [0, 1, 2])
 def test_finished_shards_are_kept(lines, tmp_path, small_tasks, monkeypatch, kept):
-  """Ended within a shard, at its renaming, or before its commit; then another process goes on."""
+  """Ended within a shard, at its renaming, or before its commit; then another call resumes."""
   write_store(tmp_path / 'straight', recipe(lines))
   read = []
-  whole = type(recipe(lines).source).read
-  monkeypatch.setattr(type(recipe(lines).source), 'read', lambda self, part: (read.append(part.start), whole(self, part))[1])
+  real = type(recipe(lines).source).read
+  monkeypatch.setattr(type(recipe(lines).source), 'read', lambda self, part: (read.append(part.start), real(self, part))[1])
   commit = Journal.commit
 
   def ended(journal):

@@ -150,7 +150,7 @@ def test_a_large_file_is_cut_at_line_ends_that_no_white_space_follows(tmp_path_f
     patch.setattr('gptjax.data.sources.text._WINDOW', window)
     patch.setattr(TextFiles, 'max_document_bytes', step)
     for ending, pack in PACKERS.items():
-      path = tmp_path_factory.getbasetemp() / f'whole.txt{ending}'
+      path = tmp_path_factory.getbasetemp() / f'complete.txt{ending}'
       path.write_bytes(pack(text.encode()))
       source = open_text(path)
       documents = parts_apart(source)
