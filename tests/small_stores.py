@@ -40,6 +40,12 @@ def make_store(folder, lengths, shard_documents=None, vocab_size=2**16 + 1, draw
   return TokenStore.open(folder)
 
 
+def texts(store):
+  """The decoded documents of a store."""
+  tokenizer, starts = store.tokenizer(), store.starts(0, store.documents)
+  return [tokenizer.decode(store.read([start], [stop - start]).tolist()) for start, stop in zip(starts, starts[1:])]
+
+
 def stream(store):
   """All ids of a store."""
   return store.read([0], [store.tokens])

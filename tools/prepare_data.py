@@ -12,8 +12,8 @@ from absl import flags
 from gptjax import config as configs
 from gptjax.cache import cache_dir
 from gptjax.config import UserError
-from gptjax.data import Contamination, Document, Filters, Recipe, Source, TokenStore, load_tokenizer, open_source, split_source, write_store
-from gptjax.data.encoding import cores
+from gptjax.data import (
+  Contamination, Document, Filters, Recipe, Source, TokenStore, cores, load_tokenizer, open_source, split_source, write_store)
 from gptjax.data.sources import documents
 from gptjax.data.store import MANIFEST
 from gptjax.data.progress import announce, counted
@@ -99,7 +99,9 @@ def _contamination() -> Contamination | None:
 def _evaluation_documents(place: str) -> Iterator[Document]:
   if not place.startswith('{') and (expanded(place) / MANIFEST).exists():
     store = TokenStore.open(place)
-    return (Document(str(number), text) for number, text in enumerate(store.texts(0, store.documents)))
+    tokenizer, starts = store.tokenizer(), store.starts(0, store.documents)
+    return (Document(str(number), tokenizer.decode(store.read([start], [stop - start]).tolist()))
+            for number, (start, stop) in enumerate(zip(starts, starts[1:])))
   return documents(open_source(source_flags.source(place, '--decontaminate', {})))
 
 

@@ -1,22 +1,18 @@
 """Data: text becomes rows of token ids.
 
-Documents of a source are tokenized into stores, which are cut into rows; row i of a run is a pure function of (stores,
-mixture, layout, seed, i). Uses numpy only: no module here depends on JAX or devices.
+Documents of a source are tokenized into stores, which are cut into rows. Row i of a run is a pure function of (data config, seed, i).
+No module here imports JAX; only Grain, which loads batches, does.
 """
 
-from gptjax.data.encoding import Recipe, cores
 from gptjax.data.filters import Contamination, Filters
-from gptjax.data.held_out import compression_yardsticks, export, open_held_out
-from gptjax.data.loading import batches
 from gptjax.data.mixture import Mixture
-from gptjax.data.packing import Packed
-from gptjax.data.prepare import HeldOut, Prepared, prepare, train_rows
+from gptjax.data.prepare import HeldOut, Prepared, compression_yardsticks, export, open_held_out, prepare, train_rows
 from gptjax.data.progress import ProgressBar
-from gptjax.data.rows import Batch, EvalRows, TrainRows, Windows
+from gptjax.data.rows import Batch, EvalRows, Packed, TrainRows, Windows, batches
 from gptjax.data.sources import Document, Source, open_source, split_source
 from gptjax.data.store import TokenStore
 from gptjax.data.tokenizers import TextStream, Tokenizer, load_tokenizer, train_tokenizer
-from gptjax.data.tokenizing import write_store
+from gptjax.data.tokenizing import Recipe, cores, write_store
 
 __all__ = [
     'Batch', 'Contamination', 'Document', 'EvalRows', 'Filters', 'HeldOut', 'Mixture', 'Packed', 'Prepared', 'ProgressBar', 'Recipe',

@@ -40,22 +40,14 @@ class Filters:
       return 'min_chars'
     if 0 < self.max_chars < len(text):
       return 'max_chars'
-    if self.min_letters > 0 and _letters(text) < self.min_letters:
+    if self.min_letters > 0 and len(re.sub(r'[\W_]+', '', text)) / max(len(''.join(text.split())), 1) < self.min_letters:
       return 'min_letters'
-    if self.max_repeated_lines < 1 and _repeated_lines(text) > self.max_repeated_lines:
-      return 'max_repeated_lines'
+    if self.max_repeated_lines < 1:
+      lines = list(map(str.strip, text.split('\n')))
+      characters = sum(map(len, lines))
+      if (characters - sum(map(len, set(lines)))) / max(characters, 1) > self.max_repeated_lines:
+        return 'max_repeated_lines'
     return None
-
-
-def _letters(text: str) -> float:
-  return len(re.sub(r'[\W_]+', '', text)) / max(len(''.join(text.split())), 1)
-
-
-def _repeated_lines(text: str) -> float:
-  """Fraction of characters in repeated lines, ignoring white space around lines and blank lines."""
-  lines = [stripped for line in text.split('\n') if (stripped := line.strip())]
-  characters = sum(map(len, lines))
-  return (characters - sum(map(len, set(lines)))) / max(characters, 1)
 
 
 _NGRAM = 13  # words of the n-grams that are matched
@@ -65,12 +57,11 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Contamination:
-  """Finds evaluation text in training text by common 13-grams of words (GPT-3, arXiv:2005.14165 appendix C).
+  """Finds text of evaluation documents, by the name of their set, by common 13-grams of words (GPT-3, arXiv:2005.14165 appendix C).
 
   Words are sequences of letters and digits, in lower case; everything between them is ignored. An evaluation document of 8 to 12
-  words is matched as one n-gram; a shorter one is skipped. N-grams are stored as 64-bit hashes: the probability that
-  any of 10^6 of them matches 10^9 words of training text by chance is 1 in 18,000.
-  `sets` are the evaluation documents, by the name of their set.
+  words is matched as one n-gram; a shorter one is skipped. N-grams are stored as 64-bit hashes: the probability that any of 10^6 of
+  them matches 10^9 words of training text by chance is 1 in 18,000.
   """
 
   def __init__(self, sets: Mapping[str, Iterable[Document]]):
@@ -87,7 +78,11 @@ class Contamination:
           length = min(len(words), _NGRAM)
           found.setdefault(length, []).append((_ngrams(words, length), owner))
     # By length: sorted n-grams and the set of each; an n-gram of several sets belongs to the first.
-    self._ngrams = {length: _sorted_ngrams(found[length]) for length in sorted(found, reverse=True)}
+    self._ngrams: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    for length in sorted(found, reverse=True):
+      ngrams, first = np.unique(np.concatenate([ngrams for ngrams, _ in found[length]]), return_index=True)
+      owners = [np.full(len(ngrams), owner, np.uint16) for ngrams, owner in found[length]]
+      self._ngrams[length] = ngrams, np.concatenate(owners)[first]
 
   def find(self, text: str) -> str | None:
     """Name of a set that has an n-gram in common with the text, or None."""
@@ -111,7 +106,7 @@ class Contamination:
 
 @functools.lru_cache(2**18)
 def _word_hash(word: str) -> int:
-  """A 64-bit hash that is the same in every process (unlike Python's own)."""
+  """A 64-bit hash that, unlike Python's own, is the same in every process."""
   return int.from_bytes(hashlib.blake2b(word.encode(errors='surrogatepass'), digest_size=8).digest())
 
 
@@ -126,9 +121,3 @@ def _ngrams(words: np.ndarray, length: int) -> np.ndarray:
   for start in range(length):
     ngrams = ngrams * _FACTOR + words[start:start + count]
   return ngrams
-
-
-def _sorted_ngrams(found: list[tuple[np.ndarray, int]]) -> tuple[np.ndarray, np.ndarray]:
-  ngrams, first = np.unique(np.concatenate([ngrams for ngrams, _ in found]), return_index=True)
-  owners = np.repeat(np.array([owner for _, owner in found], np.uint16), [len(ngrams) for ngrams, _ in found])
-  return ngrams, owners[first]

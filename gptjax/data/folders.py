@@ -1,12 +1,12 @@
-"""Folders of finished files, local or in object storage: files, sizes, digests and byte ranges."""
+"""Folders of finished files, local or in object storage; errors of the libraries that read data."""
 
 import contextlib
 import functools
 import hashlib
+import json
 import mmap
 import os
 import resource
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,13 +16,10 @@ import numpy as np
 
 from gptjax.config import UserError
 
-Range = tuple[str, int, int]
-"""File name, first byte, byte after the last."""
-
+Range = tuple[str, int, int]  # file name, first byte, byte after the last
 _MAX_RESIDENT = 2**29  # bytes of memory maps that may be resident before their pages are released
 _FAULT_AROUND = 2**16  # bytes that Linux maps around a page fault
 _CHUNK = 2**24  # bytes fetched at once
-_CLIENTS = {'s3': 's3fs', 's3a': 's3fs', 'gs': 'gcsfs', 'gcs': 'gcsfs'}  # packages with which fsspec reads object stores, by URL scheme
 
 
 def open_folder(location: str) -> 'Folder':
@@ -41,7 +38,7 @@ class Folder:
   @functools.cached_property
   def _system(self) -> Any:
     with self._errors():
-      return file_system('token store', self._root)[0]
+      return file_system(self._root)[0]
 
   def read(self, name: str) -> bytes:
     """Contents of a file."""
@@ -54,13 +51,13 @@ class Folder:
       return {info['name'].rpartition('/')[2]: info['size'] for info in self._system.ls(self._root, detail=True)}
 
   def local(self, name: str) -> Path:
-    """A local path with the contents of the sub-folder `name`, valid as long as this object."""
+    """A local copy of the sub-folder `name`, which exists as long as this object."""
     self._temporary = tempfile.TemporaryDirectory()
     Folder(f'{self._root}/{name}').copy(Path(self._temporary.name))
     return Path(self._temporary.name)
 
   def copy(self, to: Path) -> None:
-    """Copies the folder and everything below it."""
+    """Copies the folder with its sub-folders."""
     with self._errors():
       self._system.get(f'{self._root}/', f'{to}/', recursive=True)
 
@@ -71,11 +68,16 @@ class Folder:
 
   def ranges(self, wanted: Sequence[Range]) -> list[np.ndarray]:
     """Reads byte ranges as uint8 arrays, all concurrently. Raises a UserError if a file cannot be read, or is too short."""
+    found = self._ranges(wanted)
+    for data, (name, start, stop) in zip(found, wanted):
+      if len(data) < stop - start:
+        raise damaged(f'{self._root}/{name}', f'{start + len(data):,} bytes', f'{stop:,} bytes or more,')
+    return found
+
+  def _ranges(self, wanted: Sequence[Range]) -> list[np.ndarray]:
     paths = [f'{self._root}/{name}' for name, _, _ in wanted]
     with self._errors():
       found = self._system.cat_ranges(paths, [start for _, start, _ in wanted], [stop for _, _, stop in wanted], on_error='raise')
-    for path, data, (_, start, stop) in zip(paths, found, wanted):
-      _check_length(path, data, start, stop)
     return [np.frombuffer(data, np.uint8) for data in found]
 
 
@@ -91,21 +93,12 @@ class LocalFolder(Folder):
   def local(self, name: str) -> Path:
     return Path(self._root, name)
 
-  def copy(self, to: Path) -> None:
-    shutil.copytree(self._root, to)  # follows symbolic links
-
-  def ranges(self, wanted: Sequence[Range]) -> list[np.ndarray]:
-    found = [self.mapped(name)[start:stop] for name, start, stop in wanted]
-    for data, (name, start, stop) in zip(found, wanted):
-      _check_length(f'{self._root}/{name}', data, start, stop)
+  def _ranges(self, wanted: Sequence[Range]) -> list[np.ndarray]:
     self.count_touched(len(wanted), sum(stop - start for _, start, stop in wanted))
-    return found
+    return [self.mapped(name)[start:stop] for name, start, stop in wanted]
 
   def count_touched(self, ranges: int, size: int) -> None:
-    """Counts ranges about to be read, `size` bytes in total, and releases the pages of all maps when too many are resident.
-
-    Pages count as memory of this process until they are released (the page cache keeps them), and each fault maps its neighbours.
-    """
+    """Counts ranges about to be read, `size` bytes in total, and releases the pages of all maps when too many are resident."""
     self._touched += ranges * _FAULT_AROUND + size
     if self._touched > _MAX_RESIDENT:
       self._touched = 0
@@ -127,34 +120,35 @@ class LocalFolder(Folder):
 @functools.cache
 def _raise_file_limit() -> None:
   """Raises this process's limit of open files to the maximum, because each mapped shard is one."""
-  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-  if soft != hard:
-    with contextlib.suppress(ValueError, OSError):  # some systems have a lower limit of their own
-      resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+  _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  with contextlib.suppress(ValueError, OSError):  # some systems have a lower limit of their own
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def file_system(field: str, url: str) -> tuple[Any, str]:
-  """The fsspec file system of a URL or path, and the path within it."""
+def file_system(path: str) -> tuple[Any, str]:
+  """The fsspec file system of a path or URL, and the path within it."""
   import fsspec  # takes 0.1 s to import
-  try:
-    return fsspec.core.url_to_fs(url)
-  except ImportError as error:
-    package = _CLIENTS.get(url.partition('://')[0])
-    raise UserError(field, url, f'a machine with the {package} package: pip install {package}' if package else str(error)) from None
+  return fsspec.core.url_to_fs(path)
 
 
 @contextlib.contextmanager
-def storage_errors(field: str, path: str, expected: str = 'a readable file, folder or URL') -> Iterator[None]:
-  """Raises a UserError for an OSError and, if the path is a URL, for any error: storage clients raise those of many libraries."""
+def library_errors(field: str, value: object, expected: str = '', errors: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
+  """Raises a UserError for errors of a library, with the first line of their message, and for a package that is not installed."""
   try:
     yield
   except UserError:
     raise
-  except Exception as error:
-    if '://' not in path and not isinstance(error, OSError):
-      raise
-    reason = getattr(error, 'strerror', None) or str(error) or type(error).__name__
-    raise UserError(field, path, f'{expected} ({reason})') from None
+  except ImportError as error:
+    package = getattr(error.__cause__, 'name', None) or error.name  # fsspec's own error does not have the name
+    raise UserError(field, value, f'a machine with the {package} package: pip install {package}') from None
+  except errors as error:
+    reason = getattr(error, 'strerror', None) or f'{type(error).__name__}: {error}'.strip().splitlines()[0]
+    raise UserError(field, value, f'{expected} ({reason})') from None
+
+
+def storage_errors(field: str, path: str, expected: str = 'a readable file, folder or URL') -> contextlib.AbstractContextManager[None]:
+  """Raises a UserError for an OSError and, if the path is a URL, for any error: storage clients raise those of many libraries."""
+  return library_errors(field, path, expected, (Exception if '://' in path else OSError,))
 
 
 def damaged(file: str, found: object, expected: str) -> UserError:
@@ -162,6 +156,12 @@ def damaged(file: str, found: object, expected: str) -> UserError:
   return UserError(file, found, f'{expected} as written; restore it, or prepare the store again')
 
 
-def _check_length(file: str, data: bytes | np.ndarray, start: int, stop: int) -> None:
-  if len(data) < stop - start:
-    raise damaged(file, f'{start + len(data):,} bytes', f'{stop:,} bytes or more,')
+def json_object(location: str, data: bytes | str) -> dict[str, Any]:
+  """Parses a JSON object; raises a UserError that names `location` if the data is something else."""
+  try:
+    found = json.loads(data)
+  except (ValueError, RecursionError) as error:  # not JSON, numbers too long for Python, or brackets too deep
+    raise UserError(location, data[:40], f'JSON ({error})') from None
+  if not isinstance(found, dict):
+    raise UserError(location, data[:40], 'a JSON object')
+  return found

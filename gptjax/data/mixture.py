@@ -7,9 +7,7 @@ import numpy as np
 
 from gptjax.config import UserError
 
-CYCLE = 2**16
-"""Rows after which a mixture repeats its pattern; weights are rounded to multiples of one row per cycle."""
-
+CYCLE = 2**16  # rows after which a mixture repeats its pattern; weights are rounded to multiples of one row per cycle
 _UNREACHABLE = 2**62  # a row that no run reaches
 
 
@@ -41,14 +39,9 @@ class _Span:
 class Mixture:
   """Assigns rows to components as evenly as their weights allow; each component's rows are in order and consecutive.
 
-  A pattern of CYCLE rows repeats, so that in any range of rows a component deviates from its weight by only a few rows. Weights
-  change where a phase begins and where a component reaches its limit.
-
-  Args:
-    counts: rows per pass over each component.
-    weights: relative weight of each component; all 0: `counts`. Each component gets at least one row per cycle.
-    limits: maximum number of rows of each component; 0: none.
-    phases: (first row, weights) of later phases, in order.
+  A pattern of CYCLE rows repeats, so that in any range of rows a component deviates from its weight by only a few rows. Weights are
+  relative (all 0: `counts`, the rows per pass over each component); later `phases` are (first row, weights), in order. `limits` are
+  the maximum number of rows of each component (0: none).
   """
 
   def __init__(self, counts: Sequence[int], weights: Sequence[float], limits: Sequence[int] = (),
@@ -61,8 +54,7 @@ class Mixture:
     self.rows: int | None = None
     """number of rows; None: endless"""
     self._spans: list[_Span] = []
-    taken = np.zeros(len(counts), np.int64)
-    row = 0
+    taken, row = np.zeros(len(counts), np.int64), 0
     for phase_weights, end in zip([weights if any(weights) else counts, *(later for _, later in phases)], [*ends, None]):
       while end is None or row < end:
         left = [0.0 if limit and taken[k] >= limit else float(weight) for k, (weight, limit) in enumerate(zip(phase_weights, limits))]
@@ -71,18 +63,14 @@ class Mixture:
           return
         span = _Span(row, taken, left)
         self._spans.append(span)
-        stops = [span.end_of(k, limit) for k, limit in enumerate(limits) if limit and left[k]]
-        stops += [] if end is None else [end]
+        stops = [span.end_of(k, limit) for k, limit in enumerate(limits) if limit and left[k]] + ([] if end is None else [end])
         if not stops:
           return
         row = min(stops)
         taken = span.taken_before(row)
 
   def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The component [n] of each row, and its index [n] among the component's rows over all passes.
-
-    Raises a UserError if a row is after the last.
-    """
+    """Component [n] of each row, and its index [n] among the component's rows; raises a UserError if a row is after the last."""
     if self.rows is not None and rows.max(initial=-1) >= self.rows:
       raise UserError('steps', f'row {rows.max():,}', f'at most the {self.rows:,} rows that data.train has within its epochs')
     components, indices = np.empty_like(rows), np.empty_like(rows)

@@ -1,25 +1,32 @@
-"""Preparation: a data config becomes a tokenizer, token stores and row layouts, each made once and cached."""
+"""Preparation: a data config becomes a tokenizer, token stores and row layouts, each made once and cached.
+
+A workdir has copies of tokenizer and validation sets, with which its model is scored and sampled where the data is not.
+"""
 
 import dataclasses
+import gzip
 import hashlib
 import json
+import lzma
 import math
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from gptjax.config import Config, DataConfig, Duration, UserError, duration_in_steps, in_unit_of_steps
-from gptjax.data.encoding import Recipe
+from gptjax.data.folders import open_folder
 from gptjax.data.mixture import Mixture
-from gptjax.data.packing import Packed
 from gptjax.data.progress import counted
-from gptjax.data.rows import Layout, TrainRows, Windows
+from gptjax.data.rows import Layout, Packed, TrainRows, Windows
 from gptjax.data.sources import Source, documents, open_source, sample, split_source
 from gptjax.data.store import TokenStore
-from gptjax.data.tokenizing import write_store
+from gptjax.data.tokenizing import Recipe, write_store
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
-from gptjax.files import atomic_directory
+from gptjax.files import atomic_directory, read_json
 
 _FORMAT = 3  # To be incremented when the cached data or its meaning changes.
+_MAX_COMPRESSED = 2**26  # bytes of text, which xz compresses in a minute
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,7 +42,7 @@ class HeldOut:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prepared(HeldOut):
-  """The data of training and evaluation."""
+  """Data of training and evaluation."""
 
   layouts: Sequence[Layout]
   """of the training stores"""
@@ -48,9 +55,8 @@ class Prepared(HeldOut):
 def prepare(config: DataConfig, cache_dir: Path, processes: int = 1) -> Prepared:
   """Opens the stores of a config, or makes them from its source and caches them.
 
-  If another process is preparing the same data, it waits for it. Stores made from a source are in `cache_dir/data`, packing plans
-  in `cache_dir/plans`; each appears when it is complete. At most `processes` processes tokenize. Raises a UserError if a source
-  cannot be read or split, or stores are damaged or have different tokenizers.
+  Stores made from a source are in `cache_dir/data`, packing plans in `cache_dir/plans`. Other processes that prepare the same wait.
+  Raises a UserError if a source cannot be read or split, or stores are damaged or have different tokenizers.
   """
   train, valid = _make_stores(config, cache_dir, processes) if not config.train else (
     {component.store: TokenStore.open(component.store) for component in config.train},
@@ -60,13 +66,10 @@ def prepare(config: DataConfig, cache_dir: Path, processes: int = 1) -> Prepared
     if store.tokenizer_sha256 != first.tokenizer_sha256:
       raise UserError('data: store', store.location, f'a store made with the tokenizer of {first.location}, '
                       f'{first.tokenizer_sha256[:12]}, and not {store.tokenizer_sha256[:12]}')
-  tokenizer = first.tokenizer()
   for store in stores:
     store.check()
-  tags: dict[str, list[str]] = {}
-  for validation_set in config.valid:
-    for tag in validation_set.tags:
-      tags.setdefault(tag, []).append(validation_set.name)
+  tokenizer = first.tokenizer()
+  tags = {tag: [one.name for one in config.valid if tag in one.tags] for each in config.valid for tag in each.tags}
   layouts = [Windows(store, config.context) if config.rows == 'concat' else
              Packed(store, config.context, config.rows, cache_dir) for store in train.values()]
   parts = [[store.sha256 for store in train.values()], {name: store.sha256 for name, store in valid.items()}, tags, tokenizer.sha256]
@@ -103,11 +106,9 @@ def _make_stores(config: DataConfig, cache_dir: Path, processes: int) -> tuple[d
 
 def _build(folder: Path, config: DataConfig, source: Source, processes: int) -> None:
   train, valid = split_source(source, config.valid_fraction)
-  if config.tokenizer.path:
-    tokenizer = load_tokenizer(config.tokenizer.path)
-  else:
-    # 'chars' needs every document that will be encoded, validation included; the other kinds learn from a sample.
-    tokenizer = train_tokenizer(config.tokenizer, documents(source) if config.tokenizer.kind == 'chars' else sample(train))
+  # 'chars' needs every document that will be encoded, validation included.
+  texts = documents(source) if config.tokenizer.kind == 'chars' else sample(train)
+  tokenizer = load_tokenizer(config.tokenizer.path) if config.tokenizer.path else train_tokenizer(config.tokenizer, texts)
   for name, side, use in (('valid', valid, 'validation'), ('train', train, 'training')):
     write_store(folder / name, Recipe(side, tokenizer), processes=processes, title=f'tokenizing for {use}')
 
@@ -120,3 +121,60 @@ def _description(config: DataConfig, tokenizer: Tokenizer, layouts: dict[str, La
   bytes_per_token = sum(store.bytes for store in valid.values()) / sum(store.tokens for store in valid.values())
   return (f'{"; ".join(sets)}; rows {config.rows}; tokenizer {tokenizer.kind}, {tokenizer.vocab_size:,} ids, '
           f'{bytes_per_token:.3f} bytes per token on valid')
+
+
+def export(prepared: Prepared, directory: Path, replace: bool = False) -> None:
+  """Copies tokenizer and validation sets to a folder. Raises a UserError if it has those of other data, unless `replace` is set."""
+  if (directory / 'identity.json').exists():
+    found = _identity(directory)['fingerprint']
+    if found == prepared.fingerprint:
+      return
+    if not replace:
+      raise UserError('data', prepared.fingerprint, f'{found}, the fingerprint of the documents, split and tokenizer that '
+                      f'{directory} was made from; another --workdir for other data')
+  new, old = (directory.with_suffix(suffix) for suffix in ('.new', '.replaced'))
+  for left in (new, old):  # by a killed process
+    shutil.rmtree(left, ignore_errors=True)
+  with atomic_directory(new, resumes=False) as folder:
+    assert folder
+    prepared.tokenizer.save(folder / 'tokenizer')
+    for name, store in prepared.valid.items():
+      store.verify()
+      open_folder(store.location).copy(folder / 'valid' / name)
+    facts = {'fingerprint': prepared.fingerprint, 'valid': list(prepared.valid), 'tags': prepared.tags}
+    (folder / 'identity.json').write_text(json.dumps(facts))
+  if directory.exists():
+    directory.rename(old)
+    shutil.rmtree(old)
+  new.rename(directory)
+
+
+def open_held_out(directory: Path) -> HeldOut:
+  """Opens what `export` wrote. Raises a UserError if there is nothing, or it is damaged."""
+  if not (directory / 'identity.json').exists():
+    raise UserError('--workdir', str(directory.parent), 'a folder that gptjax.train made')
+  identity = _identity(directory)
+  sets = {name: TokenStore.open(directory / 'valid' / name) for name in identity['valid']}
+  return HeldOut(load_tokenizer(directory / 'tokenizer'), sets, identity['tags'])
+
+
+def _identity(directory: Path) -> dict[str, Any]:
+  found = read_json(directory / 'identity.json')
+  strings = lambda values: isinstance(values, list) and all(isinstance(one, str) for one in values)
+  match found:
+    case {'fingerprint': str(), 'valid': valid, 'tags': dict(tags)} if strings(valid) and all(
+        strings(names) and {*names} <= {*valid} for names in tags.values()):
+      return found
+  raise UserError(str(directory / 'identity.json'), found,
+                  'the fingerprint, validation sets and tags of a run, as they were written; restore it')
+
+
+def compression_yardsticks(tokenizer: Tokenizer, stores: Mapping[str, TokenStore]) -> dict[str, float]:
+  """Bits per byte of 'gzip -9' and 'xz -9' on the documents of all stores, to compare with a model's; nothing above 64 MB."""
+  total = sum(store.bytes for store in stores.values())
+  if total > _MAX_COMPRESSED:
+    return {}
+  text_of = lambda ids: b''.join(map(tokenizer.pieces.__getitem__, ids.tolist()))
+  data = b''.join(text_of(store.read([first], [min(100_000, store.tokens - first)]))
+                  for store in stores.values() for first in range(0, store.tokens, 100_000))
+  return {'gzip -9': 8 * len(gzip.compress(data, 9)) / total, 'xz -9': 8 * len(lzma.compress(data, preset=9)) / total}

@@ -1,42 +1,38 @@
-"""Rows for training and evaluation, each a pure function of its index.
+"""Rows for training and evaluation, each a pure function of its index, and their loading ahead of the step that reads them."""
 
-The data state of a training run is the number of rows it has taken.
-"""
-
+import contextlib
 import dataclasses
-from collections.abc import Sequence
-from typing import Protocol
+import json
+import math
+import signal
+import threading
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from gptjax.config import UserError
+from gptjax.data.folders import LocalFolder
 from gptjax.data.mixture import Mixture
-from gptjax.data.permutation import mix, permute
+from gptjax.data.progress import ProgressBar
 from gptjax.data.store import TokenStore
+from gptjax.data.tokenizing import end_with_parent
+from gptjax.files import atomic_directory, write_atomic
 
 Batch = dict[str, np.ndarray]
 """Arrays [B, T]: int32 tokens and targets, float32 mask; if documents are isolated, int32 positions and segments."""
 
 
-class Layout(Protocol):
-  """Cuts a store into `count` rows that contain each of its targets once."""
-
-  store: TokenStore
-  count: int
-
-  def pieces(self, rows: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The pieces of the store's stream that make up rows [n] of an epoch; `draws` [n] are random uint64, equal within an epoch.
-
-    Returns:
-      Positions and lengths [pieces], in order, and the number of pieces of each row [n].
-    """
+_GROUP = 65_536  # documents that are packed together: enough for dense rows, few enough to be packed in seconds
+_PIECE = np.dtype([('position', '<i8'), ('length', '<i8')])
+_ROUNDS = 6  # of a Feistel network
 
 
 class Windows:
   """Concatenate and cut: windows of `context` tokens over the circular stream; the last of an epoch is padded."""
 
   def __init__(self, store: TokenStore, context: int):
-    self.store = store
-    self.context = context
+    self.store, self.context = store, context
     self.count = -(-store.tokens // context)
 
   def pieces(self, rows: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -46,59 +42,174 @@ class Windows:
     return (starts + offsets) % self.store.tokens, np.minimum(self.store.tokens - starts, self.context), np.ones_like(rows)
 
 
-class Frame:
-  """A batch of shape (B, T) that is filled from layouts."""
+class Packed:
+  """Rows of complete documents; those longer than `context`, the maximum tokens per row, are cut into full rows and a remainder.
 
-  def __init__(self, shape: tuple[int, int]):
-    self.tokens = np.zeros(shape, np.int32)
-    self.targets = np.zeros(shape, np.int32)
-    self.starts = np.zeros(shape, bool)
-    """where a document, or a row, starts"""
+  The kind is 'pack', a best fit of documents and remainders, or 'document', one piece per row. The pieces of each row are an index in
+  `cache_dir/plans`, made first if necessary; only the needed entries are read.
+  """
+
+  def __init__(self, store: TokenStore, context: int, kind: str, cache_dir: Path):
+    self.store = store
+    self._arguments = store, context, kind, cache_dir
+    directory = cache_dir / 'plans' / f'{store.sha256[:16]}-{kind}-{context}'
+    with atomic_directory(directory) as folder:
+      if folder:
+        _write(folder, store, context, best_fit if kind == 'pack' else lambda lengths, _: [[piece] for piece in range(len(lengths))])
+    self._folder = LocalFolder(str(directory))
+    self.count: int = json.loads(self._folder.read('plan.json'))['rows']
+    self.padding = 1 - store.tokens / (self.count * context)
+    """fraction of positions that are padding"""
+
+  def __reduce__(self):
+    return Packed, self._arguments  # without memory maps
+
+  def pieces(self, rows: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """See Layout."""
+    self._folder.count_touched(2 * len(rows), 0)
+    bounds, table = self._folder.mapped('rows.bin').view('<i8'), self._folder.mapped('pieces.bin').view(_PIECE)
+    counts = bounds[rows + 1] - bounds[rows]
+    found = table[np.repeat(bounds[rows] - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())]
+    return found['position'], found['length'], counts
+
+
+def _write(folder: Path, store: TokenStore, context: int, pack: Callable[[np.ndarray, int], list[list[int]]]) -> None:
+  rows = pieces = tokens = 0
+  with (folder / 'rows.bin').open('wb') as bounds, (folder / 'pieces.bin').open('wb') as file, \
+      ProgressBar(f'packing rows of {context:,} tokens', store.documents, 'documents') as progress:
+    bounds.write(np.zeros(1, '<i8').tobytes())
+    for first in range(0, store.documents, _GROUP):
+      starts = store.starts(first, min(first + _GROUP, store.documents))
+      cuts = -(-np.diff(starts) // context)  # pieces of each document
+      group = np.empty(cuts.sum(), _PIECE)
+      within = np.arange(len(group)) - np.repeat(np.cumsum(cuts) - cuts, cuts)
+      group['position'] = np.repeat(starts[:-1], cuts) + within * context
+      group['length'] = np.minimum(np.repeat(starts[1:], cuts) - group['position'], context)
+      packed = pack(group['length'], context)
+      counts = np.array([len(row) for row in packed])
+      bounds.write((pieces + np.cumsum(counts)).astype('<i8').tobytes())
+      file.write(group[np.concatenate(packed)].tobytes())
+      rows, pieces, tokens = rows + len(packed), pieces + len(group), tokens + int(group['length'].sum())
+      progress.advance(len(cuts))
+  if tokens != store.tokens:
+    raise UserError(store.location, f'documents of {tokens:,} tokens', f'{store.tokens:,}, as in its manifest; prepare it again')
+  write_atomic(folder / 'plan.json', json.dumps({'rows': rows, 'pieces': pieces}) + '\n')
+
+
+def best_fit(lengths: np.ndarray, context: int) -> list[list[int]]:
+  """The indices of each row's pieces, of 1 to `context` tokens, by best-fit decreasing bin packing (Johnson 1974; arXiv:2404.10830)."""
+  context = min(context, int(lengths.sum()))  # no row is longer, and each size needs a list
+  rows: list[list[int]] = []
+  rows_by_space: list[list[list[int]]] = [[] for _ in range(context + 1)]
+  spaces = 0  # bit s is set if a row has space s left
+  sizes = lengths.tolist()
+  for piece in np.argsort(-lengths, kind='stable').tolist():
+    length = sizes[piece]
+    fitting = spaces >> length
+    if fitting:
+      space = (fitting & -fitting).bit_length() - 1 + length
+      row = rows_by_space[space].pop()
+      if not rows_by_space[space]:
+        spaces ^= 1 << space
+      row.append(piece)
+    else:
+      space, row = context, [piece]
+      rows.append(row)
+    left = space - length
+    if left:
+      rows_by_space[left].append(row)
+      spaces |= 1 << left
+  return rows
+
+
+Layout = Windows | Packed
+"""Cuts a `store` into `count` rows that contain each of its targets once.
+
+pieces(rows, draws) returns the pieces of the store's stream that make up rows [n] of an epoch; `draws` [n] are random uint64, equal
+within an epoch. It returns positions and lengths [pieces], in order, and the number of pieces of each row [n]. A piece that another one
+follows in its row ends with its document.
+"""
+
+
+class Frame:
+  """`count` rows of `context` tokens that are filled from layouts of stores with the same tokenizer as `store`."""
+
+  def __init__(self, count: int, context: int, store: TokenStore):
+    self.separator, self.end = store.separator, store.end
+    self.ids = np.zeros((count, context + 1), np.int32)
+    """tokens of each row and the target of the last"""
+    self.starts = np.zeros_like(self.ids, bool)
+    """where a piece starts"""
     self.starts[:, 0] = True
-    self.lengths = np.zeros(shape[0], np.int64)
+    self.lengths = np.zeros(count, np.int64)
     """tokens of each row; the rest is padding"""
-    self.loss_mask = np.ones(shape, bool)
-    """False where the target is not predictable: a document's start after another's end"""
 
   def fill(self, layout: Layout, slots: np.ndarray, rows: np.ndarray, draws: np.ndarray) -> None:
     """Writes rows [n] of an epoch of a layout to `slots` [n]; `draws` as in Layout.pieces."""
     positions, lengths, pieces = layout.pieces(rows, draws)
-    # Each piece is read with the id after it, its last target; where a document ends, that is the separator of the next one.
-    ids = layout.store.read(positions, lengths + 1)
-    ends = np.cumsum(lengths + 1)
-    tokens, targets = np.delete(ids, ends - 1), np.delete(ids, ends - 1 - lengths)
-    row_lengths = np.add.reduceat(lengths, np.cumsum(pieces) - pieces)
-    row_ends = np.cumsum(row_lengths)
-    for slot, length, end in zip(slots.tolist(), row_lengths.tolist(), row_ends.tolist()):
-      self.tokens[slot, :length], self.targets[slot, :length] = tokens[end - length:end], targets[end - length:end]
-    self.lengths[slots] = row_lengths
-    columns = np.cumsum(lengths) - lengths - np.repeat(row_ends - row_lengths, pieces)  # of the first token of each piece
-    self.starts[slots] |= self.tokens[slots] == layout.store.separator
-    self.starts[np.repeat(slots, pieces), columns] = True
-    if layout.store.end != layout.store.separator:
-      self.loss_mask[slots] = self.targets[slots] != layout.store.separator
+    columns, firsts = np.cumsum(lengths) - lengths, np.cumsum(pieces) - pieces
+    places = columns + np.repeat(slots * self.ids.shape[1] - columns[firsts], pieces)
+    # Each piece is read with the id after it, its last target, which the next piece of the row overwrites.
+    layout.store.read(positions, lengths + 1, self.ids.reshape(-1), places)
+    self.starts.reshape(-1)[places] = True
+    self.lengths[slots] = np.add.reduceat(lengths, firsts)
 
   def batch(self, isolate_documents: bool) -> Batch:
     """The model's inputs. Padding has segment 0, mask 0 and an arbitrary id."""
-    shape = self.tokens.shape
-    real = np.arange(shape[1]) < self.lengths[:, None]
-    batch = {'tokens': self.tokens, 'targets': self.targets, 'mask': (real & self.loss_mask).astype(np.float32)}
+    tokens, targets = self.ids[:, :-1].copy(), self.ids[:, 1:].copy()
+    padded = np.flatnonzero(self.lengths < tokens.shape[1])
+    tokens[padded, self.lengths[padded]] = 0  # the last target
+    targets[self.starts[:, 1:]] = self.separator  # overwritten by the next piece
+    real = np.arange(tokens.shape[1]) < self.lengths[:, None]
+    mask = real & (targets != self.separator) if self.end != self.separator else real
+    batch = {'tokens': tokens, 'targets': targets, 'mask': mask.astype(np.float32)}
     if isolate_documents:
-      starts = np.flatnonzero(self.starts)  # each row starts a segment, so all rows can be treated as one sequence of segments
-      rows, lengths = starts // shape[1], np.diff(starts, append=self.starts.size)
+      # Each row starts a segment, so all rows can be treated as one sequence of segments.
+      starts = np.flatnonzero(self.starts[:, :-1] | (tokens == self.separator))
+      rows, lengths = starts // tokens.shape[1], np.diff(starts, append=tokens.size)
       numbers = np.arange(1, len(starts) + 1) - np.searchsorted(rows, rows)
-      segments = np.repeat(numbers.astype(np.int32), lengths).reshape(shape) * real
-      positions = np.arange(self.starts.size, dtype=np.int32) - np.repeat(starts.astype(np.int32), lengths)
-      batch |= {'positions': positions.reshape(shape), 'segments': segments}
+      segments = np.repeat(numbers.astype(np.int32), lengths).reshape(tokens.shape)
+      segments[padded] *= real[padded]
+      positions = np.arange(tokens.size, dtype=np.int32)
+      positions -= np.repeat(starts.astype(np.int32), lengths)
+      batch |= {'positions': positions.reshape(tokens.shape), 'segments': segments}
     return batch
+
+
+def permute(indices: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
+  """Images of `indices` [n] under pseudo-random permutations of range(size), one for each key [n], without a table.
+
+  A Feistel network over pairs of numbers below a and b permutes range(a * b), slightly more than `size`. Images outside
+  range(size) are permuted again until they are inside (cycle walking; Black and Rogaway 2002, sections 4 and 5).
+  """
+  a = np.uint64(math.isqrt(size - 1) + 1)
+  b = np.uint64(-(-size // int(a)))
+  round_keys = mix(keys + np.arange(2, 2 + _ROUNDS, dtype=np.uint64)[:, None])
+  images = _feistel(indices.astype(np.uint64), a, b, round_keys)
+  while (outside := images >= size).any():
+    images[outside] = _feistel(images[outside], a, b, round_keys[:, outside])
+  return images.astype(np.int64)
+
+
+def _feistel(numbers: np.ndarray, a: np.uint64, b: np.uint64, round_keys: np.ndarray) -> np.ndarray:
+  left, right = np.divmod(numbers, b)
+  for number in range(0, _ROUNDS, 2):
+    left = (left + mix(right + round_keys[number]) % a) % a
+    right = (right + mix(left + round_keys[number + 1]) % b) % b
+  return left * b + right
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+  """A bijective hash of uint64 (splitmix64's output function, Steele et al. 2014)."""
+  x = x + np.uint64(0x9E3779B97F4A7C15)
+  x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+  x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+  return x ^ x >> np.uint64(31)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainRows:
-  """An endless sequence of rows over a mixture. Each component is repeated epoch by epoch, each epoch in its own order.
-
-  The order is a permutation drawn by a hash of (seed, component, epoch), so that any row takes constant time and no table.
-  """
+  """An endless sequence of rows over a mixture. A hash of (seed, component, epoch) draws the order of a component in an epoch."""
 
   layouts: Sequence[Layout]
   """the components"""
@@ -118,11 +229,11 @@ class TrainRows:
   def batch(self, rows: np.ndarray) -> Batch:
     """Rows at indices [n], as arrays [n, T].
 
-    tokens and targets: ids; targets are shifted by one. positions: tokens since the start of the document or of the row,
-    whichever is later. segments: documents of a row, numbered from 1; 0 for padding. mask: 1, or 0 for padding and where there is
-    no target. Raises a UserError if a row is beyond the mixture's last, or a store is damaged.
+    targets are tokens shifted by one; positions count from the start of the document or of the row, whichever is later; segments
+    number the documents of a row from 1; mask is 0 for padding and where there is no target. Raises a UserError if a row is beyond
+    the mixture's last, or a store is damaged.
     """
-    frame = Frame((len(rows), self.context))
+    frame = Frame(len(rows), self.context, self.layouts[0].store)
     components, indices = self.mixture.locate(np.asarray(rows, np.int64))
     for component in np.unique(components):
       slots = np.flatnonzero(components == component)
@@ -135,19 +246,49 @@ class TrainRows:
 
 
 class EvalRows:
-  """Non-overlapping windows over a store, in order; the last one is padded. Every target of the store occurs exactly once."""
+  """Non-overlapping windows over a store, in order; the last one is padded."""
 
   def __init__(self, store: TokenStore, context: int, isolate_documents: bool):
-    self.store = store
-    self.context = context
-    self.isolate_documents = isolate_documents
+    self.store, self.context, self.isolate_documents = store, context, isolate_documents
     self._windows = Windows(store, context)
     self.count = self._windows.count
 
   def batch(self, rows: np.ndarray) -> Batch:
-    """Rows at indices [n] as arrays [n, T], as in TrainRows.batch. Rows from `count` on are padding, to fill the last batch."""
+    """Rows at indices [n] as in TrainRows.batch; those from `count` on are padding, to fill the last batch."""
     rows = np.asarray(rows, np.int64)
-    frame = Frame((len(rows), self.context))
+    frame = Frame(len(rows), self.context, self.store)
     slots = np.flatnonzero(rows < self.count)
     frame.fill(self._windows, slots, rows[slots], np.zeros(len(slots), np.uint64))
     return frame.batch(self.isolate_documents)
+
+
+def _start_worker(_index: int, _count: int) -> None:
+  for number in (signal.SIGINT, signal.SIGTERM):  # a terminal and Slurm also send them to workers, which the run needs to end cleanly
+    signal.signal(number, signal.SIG_IGN)
+  threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def batches(rows: TrainRows, first_row: int, batch_size: int, local_rows: np.ndarray, *, prefetch: int,
+            workers: int) -> Generator[Batch, None, None]:
+  """Yields the batches of a run without end, from a row on; the generator must be closed to end its threads and processes.
+
+  `local_rows` [n] are the rows of each batch, from 0 to batch_size - 1, that this process needs. `prefetch` batches are prepared
+  ahead (0: on request), in `workers` processes (0: in a thread).
+  """
+  import grain  # imports JAX, which takes seconds and which tools do not need
+  # Elements are batches and not rows, because with rows Grain was 20 times slower (64 x 1,024 tokens: 6 against 137 million tokens/s
+  # on 2 cores). A dataset must have a length.
+  dataset = grain.MapDataset.range(2**62).map(lambda step: rows.batch(first_row + step * batch_size + local_rows))
+  if workers:
+    from absl import flags
+    flags.FLAGS.mark_as_parsed()  # Grain passes flags to its workers, and requires that they are parsed
+    each = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=-(-prefetch // workers))
+    iterator = iter(each.mp_prefetch(options, worker_init_fn=_start_worker))
+  else:
+    iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)))
+  try:
+    yield from iterator
+  finally:
+    with contextlib.suppress(AttributeError):  # raised by Grain if a worker failed before all had started
+      iterator.close()

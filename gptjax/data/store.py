@@ -10,8 +10,8 @@ A store is a folder or URL with
 A document is a separator followed by its ids. The stream is circular: a document ends with the separator of the next one, and
 the last with that of the first. So each id is a target exactly once.
 
-If a tokenizer's bos and eos differ, as Llama's do, the separator is bos, and a document's last id is eos. Since eos is
-followed by an unrelated text, bos is then not a target.
+If a tokenizer's bos and eos differ, as Llama's do, the separator is bos, and a document's last id is eos; bos is then not a target,
+because it follows an unrelated text.
 """
 
 import dataclasses
@@ -26,16 +26,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptjax.config import UserError
-from gptjax.data.folders import LocalFolder, Range, damaged, open_folder
+from gptjax.data.folders import LocalFolder, damaged, json_object, open_folder
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.files import sync, write_json
 
-VERSION = 2
-"""Format version, to be incremented when older stores become unreadable."""
-
-BLOCK = 2**14
-"""Bytes per checksum: a row of 1,024 ids spans one or two blocks, and each is verified once."""
-
+VERSION = 2  # to be incremented when older stores become unreadable
+BLOCK = 2**14  # bytes per checksum: a row of 1,024 ids spans one or two blocks
 MANIFEST, INDEX, TOKENIZER = 'manifest.json', 'index.bin', 'tokenizer'
 RECORD = np.dtype([('tokens', '<i8'), ('documents', '<i8'), ('sha256', 'S64')])
 
@@ -58,7 +54,7 @@ def id_dtype(vocab_size: int) -> np.dtype:
 
 @dataclasses.dataclass(eq=False)
 class Shard:
-  """Layout of a shard's file, and the checksums verified so far."""
+  """Layout of a shard's file, and the blocks verified so far."""
 
   name: str
   first_token: int
@@ -67,38 +63,33 @@ class Shard:
   documents: int
   itemsize: int
   """bytes of an id"""
-  mapped: np.ndarray | None = None
-  """[tokens] its ids, if the file is memory-mapped"""
-  checksums: np.ndarray | None = None
-  """[blocks] CRC-32s, once they have been read"""
-  verified: bytearray = dataclasses.field(default_factory=bytearray)
-  """1 for each verified block"""
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
+    self.mapped: np.ndarray | None = None
+    """[tokens] ids, if the file is memory-mapped"""
+    self.checksums = np.empty(0, '<u4')
+    """[blocks] CRC-32s, once they have been read"""
+    self.verified = bytearray()
+    """1 for each verified block"""
     self.ids = self.tokens * self.itemsize
-    """bytes of its ids"""
+    """bytes of ids"""
     self.starts = self.ids + -self.ids % 8
-    """offset of its documents' positions, aligned to 8 bytes"""
+    """offset of the documents' positions"""
     self.sums = self.starts + 8 * self.documents
-    """offset of its checksums"""
+    """offset of the checksums"""
     self.size = self.sums + 4 * -(-self.sums // BLOCK)
     """bytes of the file"""
 
-  def blocks(self, first: int, stop: int) -> Range:
-    """The blocks that contain bytes [first, stop)."""
-    return self.name, first // BLOCK * BLOCK, min(-(-stop // BLOCK) * BLOCK, self.sums)
-
 
 class TokenStore:
-  """A stream of documents. Opening reads only the manifest, whatever the size; the index is read with the first ids.
+  """A stream of documents. Opening reads only the manifest; the index is read with the first ids.
 
-  Ranges of ids are read from memory maps or, if the store is a URL, with one request each, all of a call concurrently.
-  Every block is verified against its CRC-32 before it is first used.
+  Ranges of ids are read from memory maps or, at a URL, with one request each, all of a call concurrently. Every block is verified
+  against its CRC-32 before it is first used.
   """
 
   def __init__(self, location: str, manifest: dict[str, Any]):
-    self.location = location
-    self.manifest = manifest
+    self.location, self.manifest = location, manifest
     self.dtype = np.dtype(manifest['dtype'])
     self.tokens: int = manifest['tokens']
     """ids in the stream"""
@@ -109,7 +100,7 @@ class TokenStore:
     self.separator: int = manifest['separator']
     """id that starts documents, and occurs nowhere else"""
     self.end: int = manifest['end']
-    """id that ends documents; the separator itself, or each document's last id"""
+    """id that ends documents: the separator, or each document's last id"""
     self.targets = self.tokens if self.end == self.separator else self.tokens - self.documents
     """ids that are targets, each once"""
     self.sha256: str = manifest['index_sha256']
@@ -121,14 +112,9 @@ class TokenStore:
   @staticmethod
   def open(location: Path | str) -> 'TokenStore':
     """Opens the store in a folder or at a URL. Raises a UserError if there is no store, or one of another version."""
-    data = open_folder(str(location)).read(MANIFEST)
-    try:
-      manifest = json.loads(data)
-    except (ValueError, RecursionError) as error:
-      raise UserError('token store', str(location), f'a folder or URL of an undamaged token store ({error})') from None
-    version = manifest.get('version') if isinstance(manifest, dict) else None
-    if version != VERSION:
-      raise UserError(f'{location}/{MANIFEST}, version', version, f'{VERSION}, which this code reads; prepare the store again')
+    manifest = json_object(f'{location}/{MANIFEST}', open_folder(str(location)).read(MANIFEST))
+    if manifest.get('version') != VERSION:
+      raise UserError(f'{location}/{MANIFEST}, version', manifest.get('version'), f'{VERSION}; prepare the store again')
     if manifest.get('sha256') != manifest_sha256(manifest):
       raise damaged(f'{location}/{MANIFEST}', manifest.get('sha256'), 'the manifest')
     return TokenStore(str(location), manifest)
@@ -137,7 +123,7 @@ class TokenStore:
     return TokenStore, (self.location, self.manifest)  # a process that unpickles it maps the files itself
 
   def tokenizer(self) -> Tokenizer:
-    """The tokenizer that made the ids; a UserError if the folder has another one."""
+    """The tokenizer that made the ids; raises a UserError if the folder has another one."""
     found = load_tokenizer(self._folder.local(TOKENIZER))
     if found.sha256 != self.tokenizer_sha256:
       raise damaged(f'{self.location}/{TOKENIZER}', found.sha256[:12], f'the tokenizer {self.tokenizer_sha256[:12]}')
@@ -152,62 +138,47 @@ class TokenStore:
     return np.frombuffer(data, RECORD)
 
   def check(self) -> None:
-    """Checks the size of every shard without reading one; a UserError names one that is missing or has another size."""
+    """Raises a UserError that names a shard that is missing or does not have its size."""
     sizes = self._folder.sizes()
-    for number in range(len(self.index)):
-      shard = self._shard(number)
-      if sizes.get(shard.name) != shard.size:
-        found = f'{sizes[shard.name]:,} bytes' if shard.name in sizes else None
-        raise damaged(f'{self.location}/{shard.name}', found, f'{shard.size:,} bytes')
+    for shard in map(self._shard, range(len(self.index))):
+      if (found := sizes.get(shard.name)) != shard.size:
+        raise damaged(f'{self.location}/{shard.name}', found if found is None else f'{found:,} bytes', f'{shard.size:,} bytes')
 
   def verify(self) -> None:
-    """Reads everything and compares each shard's SHA-256 with the index, and the tokenizer's with the manifest.
-
-    Raises a UserError if something differs; the error names it.
-    """
+    """Reads everything; raises a UserError that names a shard or tokenizer with another SHA-256."""
     self.check()
     self.tokenizer()
-    for number, record in enumerate(self.index):
-      if (found := self._folder.sha256(shard_name(number))) != record['sha256'].decode():
-        raise damaged(f'{self.location}/{shard_name(number)}', f'SHA-256 {found}', record['sha256'].decode())
+    for number, expected in enumerate(self.index['sha256'].tolist()):
+      if (found := self._folder.sha256(shard_name(number))) != expected.decode():
+        raise damaged(f'{self.location}/{shard_name(number)}', f'SHA-256 {found}', expected.decode())
 
-  def read(self, starts: np.ndarray | Sequence[int], counts: np.ndarray | Sequence[int]) -> np.ndarray:
-    """Reads ranges of the circular stream, given by starts (0 to tokens - 1) and numbers of ids, and concatenates them.
+  def read(self, starts: np.ndarray | Sequence[int], counts: np.ndarray | Sequence[int], out: np.ndarray | None = None,
+           places: np.ndarray | None = None) -> np.ndarray:
+    """Reads ranges of the circular stream, given by starts (0 to tokens - 1) and numbers of ids, one after another.
 
-    Raises a UserError if a block is damaged; the error names its file.
+    They are written to `places` of `out`, or concatenated. Raises a UserError that names the file if a block is damaged.
     """
     starts, counts = np.asarray(starts, np.int64), np.asarray(counts, np.int64)
-    out = np.empty(counts.sum(), self.dtype)
-    pieces = list(self._pieces(starts, counts))
+    if out is None or places is None:
+      out, places = np.empty(counts.sum(), self.dtype), np.cumsum(counts) - counts
+    pieces, size = list(self._pieces(starts, counts, places)), self.dtype.itemsize
     if isinstance(self._folder, LocalFolder):  # copies from views of the map, and not of the enclosing blocks, for speed
-      self._folder.count_touched(len(pieces), out.nbytes)
+      self._folder.count_touched(len(pieces), size * int(counts.sum()))
       for shard, first, stop, at in pieces:
-        out[at:at + stop - first] = self._mapped(self._folder, shard, first, stop)
+        if shard.mapped is None or shard.verified.find(0, first * size // BLOCK, -(-stop * size // BLOCK)) >= 0:
+          list(self._bytes([(shard, first * size, stop * size)]))
+          shard.mapped = self._folder.mapped(shard.name)[:shard.ids].view(self.dtype)
+        out[at:at + stop - first] = shard.mapped[first:stop]
     else:
-      size = self.dtype.itemsize
       wanted = [(shard, first * size, stop * size) for shard, first, stop, _ in pieces]
       for (_, first, stop, at), data in zip(pieces, self._bytes(wanted)):
         out[at:at + stop - first] = data.view(self.dtype)
     return out
 
-  def _mapped(self, folder: LocalFolder, shard: Shard, first: int, stop: int) -> np.ndarray:
-    """A view of a shard's ids, in verified blocks."""
-    size = shard.itemsize
-    if shard.mapped is None or shard.verified.find(0, first * size // BLOCK, -(-stop * size // BLOCK)) >= 0:
-      list(self._bytes([(shard, first * size, stop * size)]))
-      shard.mapped = folder.mapped(shard.name)[:shard.ids].view(self.dtype)
-    return shard.mapped[first:stop]
-
-  def texts(self, first: int, stop: int) -> Iterator[str]:
-    """Yields the texts of documents [first, stop)."""
-    tokenizer, positions = self.tokenizer(), self.starts(first, stop)
-    for start, end in zip(positions, positions[1:]):
-      yield tokenizer.decode(self.read([start], [end - start]).tolist())
-
-  def _pieces(self, starts: np.ndarray, counts: np.ndarray) -> Iterator[tuple[Shard, int, int, int]]:
-    """Cuts ranges of the stream at the ends of shards; yields (shard, first and stop within it, position in the result)."""
-    at = 0
-    for number, start, count in zip(np.searchsorted(self.index['tokens'], starts, 'right').tolist(), starts.tolist(), counts.tolist()):
+  def _pieces(self, starts: np.ndarray, counts: np.ndarray, places: np.ndarray) -> Iterator[tuple[Shard, int, int, int]]:
+    """Cuts ranges of the stream at the ends of shards; yields (shard, first and stop within it, place)."""
+    numbers = np.searchsorted(self.index['tokens'], starts, 'right')
+    for number, start, count, at in zip(*(values.tolist() for values in (numbers, starts, counts, places))):
       while count:
         shard = self._shards.get(number) or self._shard(number)
         first = start - shard.first_token
@@ -240,28 +211,21 @@ class TokenStore:
 
   def _bytes(self, wanted: Sequence[tuple[Shard, int, int]]) -> Iterator[np.ndarray]:
     """Reads byte ranges of shards and verifies the blocks that contain them."""
-    spans = [shard.blocks(first, stop) for shard, first, stop in wanted]
-    unknown = list({shard.name: shard for shard, _, _ in wanted if shard.checksums is None}.values())
+    spans = [(shard.name, first // BLOCK * BLOCK, min(-(-stop // BLOCK) * BLOCK, shard.sums)) for shard, first, stop in wanted]
+    unknown = list({shard.name: shard for shard, _, _ in wanted if not shard.verified}.values())
     for shard, sums in zip(unknown, self._folder.ranges([(shard.name, shard.sums, shard.size) for shard in unknown])):
       shard.checksums, shard.verified = sums.view('<u4'), bytearray(len(sums) // 4)
-    for (shard, first, stop), span, data in zip(wanted, spans, self._folder.ranges(spans)):
-      self._verify_blocks(shard, span, data)
-      yield data[first - span[1]:stop - span[1]]
-
-  def _verify_blocks(self, shard: Shard, span: Range, data: np.ndarray) -> None:
-    first, stop = span[1] // BLOCK, -(-span[2] // BLOCK)
-    assert shard.checksums is not None
-    if shard.verified.find(0, first, stop) < 0:
-      return
-    for block in range(first, stop):
-      start = (block - first) * BLOCK
-      if zlib.crc32(data[start:start + BLOCK].data) != shard.checksums[block]:
-        raise damaged(f'{self.location}/{shard.name}', f'another CRC-32 from byte {block * BLOCK:,} on', 'the bytes')
-      shard.verified[block] = 1
+    for (shard, first, stop), (_, begin, end), data in zip(wanted, spans, self._folder.ranges(spans)):
+      for at in range(begin, end, BLOCK):
+        if not shard.verified[at // BLOCK]:
+          if zlib.crc32(data[at - begin:at - begin + BLOCK].data) != shard.checksums[at // BLOCK]:
+            raise damaged(f'{self.location}/{shard.name}', f'another CRC-32 from byte {at:,} on', 'the bytes')
+          shard.verified[at // BLOCK] = 1
+      yield data[first - begin:stop - begin]
 
 
 class ShardRecord(NamedTuple):
-  """Facts about a finished shard."""
+  """A finished shard."""
 
   tokens: int
   documents: int
@@ -269,13 +233,9 @@ class ShardRecord(NamedTuple):
   """UTF-8 bytes of its documents"""
   sha256: str
 
-  def size(self, dtype: np.dtype) -> int:
-    """Bytes of its file."""
-    return Shard('', 0, 0, self.tokens, self.documents, dtype.itemsize).size
-
 
 class ShardWriter:
-  """Writes shard `number` of a store to a temporary file, which `close` renames: a shard appears only when it is complete."""
+  """Writes shard `number` of a store to a temporary file, which `close` renames."""
 
   def __init__(self, directory: Path, number: int, dtype: np.dtype):
     self._itemsize = dtype.itemsize
@@ -309,11 +269,6 @@ class ShardWriter:
     self._partial.rename(self._path)
     sync(self._path.parent)
     return ShardRecord(self.tokens, len(lengths), self.bytes, self._digest.hexdigest())
-
-  def abort(self) -> None:
-    """Discards the shard."""
-    self._file.close()
-    self._partial.unlink(missing_ok=True)
 
   def _write(self, data: bytes, checked: bool = True) -> None:
     self._file.write(data)

@@ -1,32 +1,163 @@
-"""Tokenizing: a source becomes a token store; an interrupted build resumes after its last finished shard."""
+"""Tokenizing: a source becomes a token store, in one process or several; an interrupted build resumes after its last finished shard."""
 
 import collections
+import concurrent.futures.process
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
+import multiprocessing
+import os
 import sqlite3
-from collections.abc import Iterable
+import threading
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from gptjax.config import UserError
-from gptjax.data.encoding import MAX_REPORTED, Encoded, Recipe, encode_tasks, tasks_of
+from gptjax.data.filters import Contamination, Filters
 from gptjax.data.progress import ProgressBar, announce
-from gptjax.data.sources import Part, Source, malformed_error
-from gptjax.data.store import MANIFEST, ShardRecord, ShardWriter, TokenStore, finish_store, id_dtype, shard_name
+from gptjax.data.sources import Malformed, Part, Source, malformed_error
+from gptjax.data.store import MANIFEST, VERSION, Shard, ShardRecord, ShardWriter, TokenStore, finish_store, id_dtype, shard_name
+from gptjax.data.tokenizers import Tokenizer
 from gptjax.files import atomic_directory
 
+TASK = 2**22  # bytes of source per task of a process; small parts are combined
+_MAX_REPORTED = 20  # malformed records that are reported individually
 _JOURNAL = 'journal.db'
 
 
-def write_store(directory: Path, recipe: Recipe, *, processes: int = 1, title: str = 'tokenizing') -> TokenStore:
-  """Makes a store, or resumes an interrupted build.
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """Everything that determines a store; equal recipes give byte-identical stores, with any number of processes."""
 
-  The folder appears when the store is complete; a store of the same recipe is left unchanged. Memory does not depend on the size of
-  the source. Raises a UserError if too many records are malformed (the error names the first), a text cannot be encoded, no
-  documents remain, or the folder has a complete or unfinished store of another recipe. Finished shards are kept for a later call.
+  source: Source
+  tokenizer: Tokenizer
+  filters: Filters = Filters()
+  contamination: Contamination | None = None
+  deduplicate: bool = False
+  """drop documents whose text occurred before"""
+  shard_tokens: int = 2**28
+  """a shard ends with the first task that brings it to this many ids"""
+
+  def fingerprint(self) -> str:
+    """Hex digest; the source enters with names, sizes and modification times."""
+    # Without source.skip, because a resumed build may have a higher limit.
+    parts = [VERSION, TASK, self.source.part_bytes, self.source.fingerprint(), self.tokenizer.sha256, dataclasses.asdict(self.filters),
+             self.contamination.sha256 if self.contamination else '', self.deduplicate, self.shard_tokens]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+@dataclasses.dataclass
+class Encoded:
+  """The documents of a task."""
+
+  documents: list[tuple[bytes, int, bytes]] = dataclasses.field(default_factory=list)
+  """of each: ids, between a separator and, if it is another id, the end id; UTF-8 bytes; a digest if duplicates are dropped"""
+  dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+  """documents by reason"""
+  records: list[tuple[int, list[Malformed]]] = dataclasses.field(default_factory=list)
+  """number of records of each part, and those that are malformed"""
+
+
+def encode(recipe: Recipe, parts: list[Part]) -> Encoded:
+  """Reads, filters and encodes the documents of a task."""
+  tokenizer = recipe.tokenizer
+  dtype = id_dtype(tokenizer.vocab_size)
+  separator = np.array([tokenizer.bos_id], dtype)
+  end = np.array([tokenizer.eos_id] if tokenizer.eos_id != tokenizer.bos_id else [], dtype)
+  result = Encoded()
+  for part in parts:
+    count, malformed = 0, []
+    for record in recipe.source.read(part):
+      count += 1
+      if isinstance(record, Malformed):
+        malformed.append(record)
+      elif record is None:
+        continue
+      elif reason := recipe.filters.reason(record.text):
+        result.dropped[reason] += 1
+      elif recipe.contamination and (name := recipe.contamination.find(record.text)):
+        result.dropped[f'decontamination, {name}'] += 1
+      else:
+        data = record.text.encode()
+        ids = np.concatenate([separator, tokenizer.encode(record.text, record.name), end], dtype=dtype, casting='unsafe')
+        digest = hashlib.blake2b(data, digest_size=16).digest() if recipe.deduplicate else b''
+        result.documents.append((ids.tobytes(), len(data), digest))
+    result.records.append((count, malformed))
+  return result
+
+
+def cores() -> int:
+  """CPU cores available to this process."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def tasks_of(parts: Iterable[Part]) -> Iterator[list[Part]]:
+  """Groups parts into tasks of some megabytes."""
+  task: list[Part] = []
+  size = 0
+  for part in parts:
+    task.append(part)
+    size += max(part.size, len(part.payload))  # the size of a compressed part is smaller than its payload
+    if size >= TASK:
+      yield task
+      task, size = [], 0
+  if task:
+    yield task
+
+
+def encode_tasks(tasks: Iterator[list[Part]], recipe: Recipe, processes: int) -> Generator[tuple[list[Part], Encoded], None, None]:
+  """Encodes tasks in processes that end when the generator is closed; yields results in order, few tasks ahead."""
+  first = list(itertools.islice(tasks, 2))
+  tasks = itertools.chain(first, tasks)
+  if processes == 1 or len(first) < 2:  # starting a process takes longer than a task
+    yield from ((task, encode(recipe, task)) for task in tasks)
+    return
+  context = multiprocessing.get_context('spawn')  # forking a process with threads may hang
+  pool = concurrent.futures.ProcessPoolExecutor(processes, context, _start_worker, (recipe,))
+  pending: collections.deque[tuple[list[Part], concurrent.futures.Future]] = collections.deque()
+  try:
+    for task in tasks:
+      pending.append((task, pool.submit(_encode_in_worker, task)))
+      if len(pending) > 2 * processes:
+        done, future = pending.popleft()
+        yield done, future.result()
+    for done, future in pending:
+      yield done, future.result()
+  except concurrent.futures.process.BrokenProcessPool:
+    raise UserError('processes', processes, 'fewer processes, or more memory: the system killed one of them') from None
+  finally:
+    pool.shutdown(cancel_futures=True)
+
+
+_worker_recipe: list[Recipe] = []  # of this process, if it is a worker
+
+
+def _start_worker(recipe: Recipe) -> None:
+  threading.Thread(target=end_with_parent, daemon=True).start()
+  _worker_recipe[:] = [recipe]
+
+
+def _encode_in_worker(parts: list[Part]) -> Encoded:
+  return encode(_worker_recipe[0], parts)
+
+
+def end_with_parent() -> None:
+  """Ends a worker process whose parent is killed, for which it would otherwise wait forever; runs in a thread."""
+  parent = multiprocessing.parent_process()
+  if parent:
+    parent.join()
+    os._exit(1)
+
+
+def write_store(directory: Path, recipe: Recipe, *, processes: int = 1, title: str = 'tokenizing') -> TokenStore:
+  """Makes a store, or resumes an interrupted build; a store of the same recipe is left unchanged.
+
+  Memory does not depend on the size of the source. Raises a UserError if too many records are malformed, a text cannot be encoded, no
+  documents remain, or the folder has a store of another recipe, even an unfinished one. Finished shards are kept for a later call.
   """
   with atomic_directory(directory, lambda folder: any(folder.glob('*.shard'))) as folder:
     if folder:
@@ -45,7 +176,7 @@ def _build(folder: Path, recipe: Recipe, processes: int, title: str) -> None:
   if not (folder / MANIFEST).exists() or TokenStore.open(folder).manifest.get('fingerprint') != recipe.fingerprint():
     (folder / MANIFEST).unlink(missing_ok=True)
     with contextlib.closing(Journal(folder / _JOURNAL, recipe.fingerprint())) as journal:
-      _remove_unfinished(folder, journal, id_dtype(recipe.tokenizer.vocab_size))
+      _remove_unfinished(folder, journal, id_dtype(recipe.tokenizer.vocab_size).itemsize)
       state = journal.state
       with ProgressBar(title, recipe.source.size, 'bytes', state.source_bytes) as progress:
         tasks = itertools.islice(tasks_of(recipe.source.parts()), state.tasks, None)
@@ -63,11 +194,12 @@ def _build(folder: Path, recipe: Recipe, processes: int, title: str) -> None:
     path.unlink()
 
 
-def _remove_unfinished(folder: Path, journal: 'Journal', dtype: np.dtype) -> None:
+def _remove_unfinished(folder: Path, journal: 'Journal', itemsize: int) -> None:
   """Removes shards that the journal does not list, or all if one that it lists is missing."""
-  shards = journal.state.shards
-  paths = [folder / shard_name(number) for number in range(len(shards))]
-  if not all(path.exists() and path.stat().st_size == shard.size(dtype) for path, shard in zip(paths, shards)):
+  shards = [Shard(shard_name(number), 0, 0, record.tokens, record.documents, itemsize)
+            for number, record in enumerate(journal.state.shards)]
+  paths = [folder / shard.name for shard in shards]
+  if not all(path.exists() and path.stat().st_size == shard.size for path, shard in zip(paths, shards)):
     announce(f'{folder}: finished shards are missing; starting over')
     journal.reset()
     paths = []
@@ -79,7 +211,7 @@ def _remove_unfinished(folder: Path, journal: 'Journal', dtype: np.dtype) -> Non
 
 @dataclasses.dataclass
 class BuildState:
-  """Everything needed to resume after a finished shard."""
+  """What is needed to resume after a finished shard."""
 
   tasks: int = 0
   source_bytes: int = 0
@@ -94,11 +226,7 @@ class BuildState:
 
 
 class Journal:
-  """A database beside the shards, with the state and, for deduplication, a digest of every document.
-
-  Each shard is one transaction, so that a killed process leaves the state after the last finished shard. A damaged database is
-  replaced. Raises a UserError if there are finished shards of another recipe.
-  """
+  """A database with the state and the digests of documents. Raises a UserError if there are finished shards of another recipe."""
 
   def __init__(self, path: Path, fingerprint: str):
     self._fingerprint = fingerprint
@@ -122,19 +250,18 @@ class Journal:
       self.reset()
 
   def close(self) -> None:
-    """Closes the database; uncommitted changes are lost."""
+    """Discards what is not committed."""
     self._database.close()
 
   def reset(self) -> None:
     """Discards the state permanently; to be called before its files are removed."""
     self.state = BuildState()
-    self._database.execute('delete from digests')
-    self._database.execute('delete from progress')
+    self._database.executescript('delete from digests; delete from progress')
     self._database.execute('insert into progress values (?, ?)', (self._fingerprint, '{}'))
     self.commit()
 
   def is_new(self, digest: bytes) -> bool:
-    """Whether no document had this digest before; it is added."""
+    """Adds a digest; whether no document had it before."""
     return self._database.execute('insert or ignore into digests values (?)', (digest,)).rowcount == 1
 
   def commit(self) -> None:
@@ -154,49 +281,41 @@ def _write_shards(folder: Path, recipe: Recipe, journal: Journal, tasks: Iterabl
   """Writes encoded tasks, which arrive in the order of the source, to shards."""
   state = journal.state
   shard: ShardWriter | None = None
-
-  def close(finished: ShardWriter) -> None:
-    state.shards.append(finished.close())
-    journal.commit()
-
-  try:
-    for parts, encoded in tasks:
-      _count(state, recipe.source, parts, encoded)
-      documents = encoded.documents
-      if recipe.deduplicate:
-        documents = [document for document in documents if journal.is_new(document[-1])]
-        encoded.dropped['duplicate'] += len(encoded.documents) - len(documents)
-      if documents:
-        shard = shard or ShardWriter(folder, len(state.shards), id_dtype(recipe.tokenizer.vocab_size))
-        shard.append([ids for ids, _, _ in documents], sum(size for _, size, _ in documents))
-      state.dropped = dict(sorted((collections.Counter(state.dropped) + encoded.dropped).items()))
-      if shard and shard.tokens >= recipe.shard_tokens:
-        close(shard)
-        shard = None
-      progress.advance(sum(part.size for part in parts))
-    _check_malformed(state, recipe.source.skip)
-    if shard:
-      close(shard)
+  for parts, encoded in tasks:
+    _count(state, recipe.source, parts, encoded)
+    documents = encoded.documents
+    if recipe.deduplicate:
+      documents = [document for document in documents if journal.is_new(document[-1])]
+      encoded.dropped['duplicate'] += len(encoded.documents) - len(documents)
+    if documents:
+      shard = shard or ShardWriter(folder, len(state.shards), id_dtype(recipe.tokenizer.vocab_size))
+      shard.append([ids for ids, _, _ in documents], sum(size for _, size, _ in documents))
+    state.dropped = dict(sorted((collections.Counter(state.dropped) + encoded.dropped).items()))
+    if shard and shard.tokens >= recipe.shard_tokens:
+      state.shards.append(shard.close())
+      journal.commit()
       shard = None
-  finally:
-    if shard:
-      shard.abort()
+    progress.advance(sum(part.size for part in parts))
+  _check_malformed(state, recipe.source.skip)
+  if shard:
+    state.shards.append(shard.close())
+    journal.commit()
 
 
 def _count(state: BuildState, source: Source, parts: list[Part], encoded: Encoded) -> None:
   """Updates the state, and reports the first malformed records with their position in the file."""
-  for index, (part, records) in enumerate(zip(parts, encoded.records)):
+  for part, (records, malformed) in zip(parts, encoded.records):
     if part.file != state.file:
       state.file, state.file_records = part.file, 0
-    for error in (malformed_error(source, part, malformed, state.file_records) for i, malformed in encoded.malformed if i == index):
+    for record in malformed[:_MAX_REPORTED - len(state.malformed_first)]:
+      error = malformed_error(source, part, record, state.file_records)
       if not source.skip:
         raise error
-      if len(state.malformed_first) < MAX_REPORTED:
-        state.malformed_first.append(str(error))
-        announce(f'skipped: {error}')
+      state.malformed_first.append(str(error))
+      announce(f'skipped: {error}')
     state.file_records += records
-  state.records += sum(encoded.records)
-  state.malformed += encoded.malformed_count
+    state.records += records
+    state.malformed += len(malformed)
   state.tasks += 1
   state.source_bytes += sum(part.size for part in parts)
   if state.records >= 10_000:  # fewer do not give a meaningful fraction

@@ -1,4 +1,4 @@
-"""Bars of data: every row the same everywhere, nothing lost, fast, in little memory, and whole after any kill."""
+"""Bars of data: every row the same everywhere, nothing lost, fast, in little memory, and complete after any kill."""
 
 import collections
 import contextlib
@@ -59,10 +59,10 @@ def same_rows(folder: Path) -> Result:
   }
   assert sorted(reference) == list(range(200 * BATCH))
   wrong = {name: sum(reference[row] != digest for row, digest in found.items()) for name, found in others.items()}
-  whole = all(len(others[name]) == 200 * BATCH for name in list(others)[:3])
+  complete = all(len(others[name]) == 200 * BATCH for name in list(others)[:3])
   return Result('200 steps, packing and a 3-way mixture: global rows bit by bit those of 1 process with 8 devices',
                 f'{len(reference):,} rows; different: ' + ', '.join(f'{name} {count}' for name, count in wrong.items()),
-                whole and not any(wrong.values()),
+                complete and not any(wrong.values()),
                 'python -m tools.launch.local --processes=4 --devices=2 -- python -m tools.feed --config=RECIPE --steps=200 ...')
 
 
@@ -112,18 +112,25 @@ def coverage(folder: Path) -> Result:
 def _covers(layout: Windows | Packed) -> bool:
   """Whether an epoch has each position of the stream once as an input and once as a target."""
   store = layout.store
-  positions = TokenStore(store.location, store.manifest | {'dtype': '<i8', 'separator': -1})
+  positions = TokenStore(store.location, store.manifest | {'dtype': '<i8', 'separator': -1, 'end': -1})
   # The same layout over a stream of positions: every id that is read is its own position.
-  positions.read = lambda starts, counts: np.concatenate(
-    [np.empty(0, np.int64), *((start + np.arange(count)) % store.tokens for start, count in zip(starts, counts))])
+  def read(starts: np.ndarray, counts: np.ndarray, out: np.ndarray, places: np.ndarray) -> None:
+    for start, count, place in zip(starts.tolist(), counts.tolist(), places.tolist()):
+      out[place:place + count] = (start + np.arange(count)) % store.tokens
+  positions.read = read
   layout.store = positions
+  begins = np.append(store.starts(0, store.documents)[:-1], store.tokens)
   rows = rows_of([layout], seed=5)
   inputs, targets = np.zeros(store.tokens, np.int64), np.zeros(store.tokens, np.int64)
   for first in range(0, layout.count, 256):
     batch = rows.batch(layout.count + np.arange(first, min(first + 256, layout.count)))
     real = batch['mask'] > 0
     np.add.at(inputs, batch['tokens'][real], 1)
-    np.add.at(targets, batch['targets'][real], 1)
+    # A separator, here -1, follows a piece that is not the last of its row: the id after it in the stream starts a document.
+    separators = real & (batch['targets'] < 0)
+    assert np.isin(batch['tokens'][separators] + 1, begins).all()
+    found = np.where(separators, batch['tokens'] + 1, batch['targets'])
+    np.add.at(targets, found[real] % store.tokens, 1)
   layout.store = store
   return bool((inputs == 1).all() and (targets == 1).all())
 
@@ -193,7 +200,7 @@ def prepare_speed(folder: Path) -> Result:
   best = {name: max(found) for name, found in speed.items()}
   least = 0.85 * processes * best['sentencepiece']
   return Result(f'prepare_data on books/train, 32k ids, {processes} cores: at least 0.85 times plain sentencepiece in a loop, times cores',
-                f'{best["ours"]:.1f} MB/s, the whole command; needed {least:.1f} (sentencepiece {best["sentencepiece"]:.1f} on one core); '
+                f'{best["ours"]:.1f} MB/s with start-up; needed {least:.1f} (sentencepiece {best["sentencepiece"]:.1f} on one core); '
                 f'GPT-2: tokenizers {best["tokenizers"]:.1f}, tiktoken {best["tiktoken"]:.1f}, encoding alone',
                 best['ours'] >= least, 'python -m tools.prepare_data --source=books/train --tokenizer=TOK --out=OUT')
 
@@ -242,14 +249,14 @@ def _synthesize(path: Path, size: int) -> None:
 
 def _peak_of_tree(process: subprocess.Popen) -> int:
   """Most bytes that any one process of a tree ever had in memory (VmHWM), until the first ends."""
-  most = 0
+  peak = 0
   while process.poll() is None:
     for pid in _tree(process.pid):
       with contextlib.suppress(OSError, StopIteration):
         line = next(line for line in Path(f'/proc/{pid}/status').read_text().splitlines() if line.startswith('VmHWM'))
-        most = max(most, 1024 * int(line.split()[1]))
+        peak = max(peak, 1024 * int(line.split()[1]))
     time.sleep(0.2)
-  return most
+  return peak
 
 
 def _tree(pid: int) -> Iterator[int]:
@@ -316,13 +323,13 @@ def bad_input(folder: Path) -> Result:
   mistakes = _mistakes(folder)
   wrong = []
   before = _listing(folder)
-  for name, (arguments, told) in mistakes.items():
+  for name, (arguments, expected) in mistakes.items():
     done = subprocess.run([sys.executable, '-m', *arguments], capture_output=True, text=True)
     errors = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
     # A run that meets damage on its way keeps what it had; nothing in it is half-written.
     left = {path for path in _listing(folder) ^ before if 'in training' not in name or 'partial' in path[0]}
     shutil.rmtree(folder / 'run', ignore_errors=True)
-    if not (done.returncode == 2 and len(errors) == 1 and done.stderr.rstrip().endswith(errors[0]) and told in errors[0]
+    if not (done.returncode == 2 and len(errors) == 1 and done.stderr.rstrip().endswith(errors[0]) and expected in errors[0]
             and 'Traceback' not in done.stderr and not left):
       wrong.append(f'{name}: {done.returncode} {done.stderr[-300:]!r} {left}')
     print(f'{name}: {errors[0] if errors else done.stderr[-200:]}', file=sys.stderr)
@@ -353,12 +360,12 @@ def _mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
   for name in ('truncated', 'flipped', 'gone', 'manifest'):
     shutil.copytree(folder / 'store', folder / name)
     shard = folder / name / '00000.shard'
-    whole = shard.read_bytes()
+    undamaged = shard.read_bytes()
     match name:
       case 'truncated':
-        shard.write_bytes(whole[:-100])
+        shard.write_bytes(undamaged[:-100])
       case 'flipped':
-        shard.write_bytes(bytes([whole[0] ^ 4]) + whole[1:])
+        shard.write_bytes(bytes([undamaged[0] ^ 4]) + undamaged[1:])
       case 'gone':
         shard.unlink()
       case 'manifest':

@@ -7,11 +7,10 @@ import pytest
 from published_tokenizers import FAMILIES
 
 from gptjax.config import SourceConfig
-from gptjax.data import EvalRows, Mixture, Packed, TrainRows, Windows, encoding
-from gptjax.data.encoding import Recipe
+from gptjax.data import EvalRows, Mixture, Packed, TrainRows, Windows, tokenizing
 from gptjax.data.sources import open_source
 from gptjax.data.tokenizers import load_tokenizer
-from gptjax.data.tokenizing import write_store
+from gptjax.data.tokenizing import Recipe, write_store
 
 TEXTS = ['The first.', ' a second document that is somewhat longer than a row', 'x', '<|eot_id|> is text, and </s>', 'the last one']
 
@@ -29,8 +28,8 @@ def test_a_document_has_bos_and_eos(store):
   places = store.starts(0, store.documents)
   ends = [tokenizer.eos_id] if tokenizer.eos_id != tokenizer.bos_id else []
   for text, start, stop in zip(TEXTS, places, places[1:]):
-    assert store.read([start], [stop - start]).tolist() == [tokenizer.bos_id, *tokenizer.encode(text), *ends]
-  assert list(store.texts(0, store.documents)) == TEXTS
+    ids = store.read([start], [stop - start]).tolist()
+    assert ids == [tokenizer.bos_id, *tokenizer.encode(text), *ends] and tokenizer.decode(ids) == text
   assert store.tokens - store.targets == len(TEXTS) * len(ends)
 
 
@@ -58,7 +57,7 @@ def test_processes_have_the_same_tokenizer(family, tmp_path, monkeypatch):
   for i, text in enumerate(TEXTS):
     (tmp_path / 'texts').mkdir(exist_ok=True)
     (tmp_path / f'texts/{i}.txt').write_text(text)
-  monkeypatch.setattr(encoding, 'TASK', 1)  # a task a file
+  monkeypatch.setattr(tokenizing, 'TASK', 1)  # a task a file
   recipe = Recipe(open_source(SourceConfig(str(tmp_path / 'texts'))), load_tokenizer(tmp_path / 'tokenizer'))
   stores = [write_store(tmp_path / str(processes), recipe, processes=processes) for processes in (1, 2)]
   assert stores[0].sha256 == stores[1].sha256

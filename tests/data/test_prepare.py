@@ -5,7 +5,6 @@ import dataclasses
 import gzip
 import importlib
 import io
-import itertools
 import lzma
 import os
 import sys
@@ -13,6 +12,7 @@ import threading
 
 import numpy as np
 import pytest
+from small_stores import texts
 
 from gptjax.config import Component, Config, DataConfig, Phase, SourceConfig, TokenizerConfig, UserError, ValidationSet
 from gptjax.data import Document, Recipe, compression_yardsticks, open_source, prepare, train_rows, write_store
@@ -45,17 +45,12 @@ def built_once(monkeypatch):
   return built
 
 
-def texts(prepared, store):
-  places = store.starts(0, store.documents).tolist()
-  return [prepared.tokenizer.decode(store.read([start], [stop - start]).tolist()) for start, stop in itertools.pairwise(places)]
-
-
 @pytest.mark.parametrize('tokenizer', [
     TokenizerConfig(kind='chars'), TokenizerConfig(kind='bytes'), TokenizerConfig(vocab_size=300)])
 def test_all_documents_are_in_one_of_the_stores(config, cache, tokenizer):
   prepared = prepare(dataclasses.replace(config, tokenizer=tokenizer), cache)
   everything = [record.text for record in open_source(config.source) if isinstance(record, Document)]
-  train, valid = texts(prepared, prepared.layouts[0].store), texts(prepared, prepared.valid['valid'])
+  train, valid = texts(prepared.layouts[0].store), texts(prepared.valid['valid'])
   assert sorted(train + valid) == sorted(everything) and train and valid
   assert prepared.valid['valid'].bytes == len(''.join(valid).encode())
   assert f'{len(train)} documents, {prepared.layouts[0].store.tokens:,} tokens' in prepared.description
@@ -109,7 +104,7 @@ def test_incomplete_data_of_a_killed_run_is_not_used(config, cache, monkeypatch)
   left, = (path for path in (cache / 'data').iterdir() if path.is_dir())
   assert left.suffix == '.building'
   prepared = prepare(config, cache)
-  assert texts(prepared, prepared.valid['valid'])
+  assert texts(prepared.valid['valid'])
   assert not left.exists() and len(list((cache / 'data').iterdir())) == 1
 
 
@@ -190,7 +185,7 @@ def test_a_damaged_store_is_refused_before_training(stores, cache, tmp_path):
 
 def test_yardsticks_are_the_sizes_of_compressed_text(config, cache):
   prepared = prepare(dataclasses.replace(config, source=SourceConfig(argparse.__file__)), cache)
-  text, = texts(prepared, prepared.valid['valid'])
+  text, = texts(prepared.valid['valid'])
   text = text.encode()
   compressed = {'gzip -9': gzip.compress(text, 9), 'xz -9': lzma.compress(text, preset=9)}
   assert compression_yardsticks(prepared.tokenizer, prepared.valid) == {

@@ -102,7 +102,7 @@ def test_streamed_text_is_the_decoded_text(ours, name):
   stream = TextStream(tokenizer)
   assert ''.join(stream.push([i]) for i in ids) + stream.finish() == tokenizer.decode(ids) == SAMPLE
   before, after = TextStream(tokenizer), TextStream(tokenizer, continues=True)
-  word = tokenizer.encode('again').tolist()  # in a text that goes on, SentencePiece's space in front is one
+  word = tokenizer.encode('again').tolist()  # in a text that continues, SentencePiece's space in front is text
   assert after.push(word) == tokenizer.prefix.decode() + before.push(word)
   assert b''.join(tokenizer.pieces[i] for i in ids) == tokenizer.prefix + SAMPLE.encode()
 

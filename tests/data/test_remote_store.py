@@ -55,8 +55,8 @@ def test_a_remote_store_trains_and_its_validation_documents_are_copied(stores, t
 def test_errors_name_a_damaged_remote_shard(stores, damage):
   import s3fs
   system, name = s3fs.S3FileSystem(), 'stores/store/00001.shard'
-  whole = system.cat_file(name)
-  system.pipe(name, whole[:-9] if damage == 'truncated' else bytes([whole[0] ^ 1]) + whole[1:])
+  undamaged = system.cat_file(name)
+  system.pipe(name, undamaged[:-9] if damage == 'truncated' else bytes([undamaged[0] ^ 1]) + undamaged[1:])
   try:
     with pytest.raises(UserError, match=r'^s3://stores/store/00001.shard: .*restore it'):
       s3fs.S3FileSystem.clear_instance_cache()
@@ -64,7 +64,7 @@ def test_errors_name_a_damaged_remote_shard(stores, damage):
       store.check()
       stream(store)
   finally:
-    system.pipe(name, whole)
+    system.pipe(name, undamaged)
 
 
 @pytest.mark.full

@@ -10,7 +10,7 @@ from small_stores import make_store, stream
 
 from gptjax.config import UserError
 from gptjax.data import EvalRows, Mixture, Packed, TrainRows, Windows
-from gptjax.data.permutation import permute
+from gptjax.data.rows import best_fit, permute
 
 SHAPES = [([2], 1), ([7], 3), ([4, 3, 5], 4), ([1, 1, 1, 9, 2], 5), ([50, 50], 7), ([5], 16), ([3] * 40 + [60, 1, 13], 10)]
 
@@ -93,11 +93,11 @@ def test_one_document_per_row(tmp_path):
 def test_a_row_depends_on_its_index_alone(kind, tmp_path):
   stores = [make_store(tmp_path / str(k), [5 + k] * 30, shard_documents=7) for k in range(3)]
   make = lambda seed=3: rows_of([layout_of(kind, store, 8, tmp_path) for store in stores], 8, seed, [3.0, 2.0, 1.0])
-  whole = make().batch(np.arange(300))
+  reference = make().batch(np.arange(300))
   for indices in ([17], [299, 0, 17], np.random.default_rng(0).permutation(300)):
     batch = make().batch(np.asarray(indices))
-    assert all((batch[name] == whole[name][indices]).all() for name in whole)
-  assert not (make(4).batch(np.arange(300))['tokens'] == whole['tokens']).all()
+    assert all((batch[name] == reference[name][indices]).all() for name in reference)
+  assert not (make(4).batch(np.arange(300))['tokens'] == reference['tokens']).all()
 
 
 def test_epochs_and_seeds_have_orders_of_their_own(tmp_path):
@@ -118,8 +118,9 @@ def test_distant_rows_are_as_fast_as_the_first(tmp_path):
   rows = rows_of(layouts, 16, 0, [0.3, 0.7])
   read = [0]
   for layout in layouts:
-    whole = layout.store.read
-    layout.store.read = lambda starts, counts, whole=whole: (read.__setitem__(0, read[0] + int(np.sum(counts))), whole(starts, counts))[1]
+    real = layout.store.read
+    layout.store.read = lambda starts, counts, *out, real=real: (
+      read.__setitem__(0, read[0] + int(np.sum(counts))), real(starts, counts, *out))[1]
   spent = []
   for first in (0, 10**9, 10**15):
     read[0] = 0
@@ -149,6 +150,10 @@ def test_dtypes_are_as_the_model_expects(case):
   batch = EvalRows(store, context, True).batch(np.arange(1))
   assert {name: values.dtype.name for name, values in batch.items()} == {
     'tokens': 'int32', 'targets': 'int32', 'mask': 'float32', 'positions': 'int32', 'segments': 'int32'}
+
+
+def test_a_context_far_longer_than_all_documents_needs_no_extra_memory():
+  assert best_fit(np.array([3, 5, 4]), 2**31 - 1) == best_fit(np.array([3, 5, 4]), 12) == [[1, 2, 0]]
 
 
 @settings(max_examples=60, deadline=None)

@@ -33,8 +33,8 @@ def test_ranges_of_the_circular_stream(store):
   rng = np.random.default_rng(0)
   starts = rng.integers(0, len(ids), 200)
   counts = rng.integers(0, len(ids) + 5, 200)
-  whole = np.concatenate([ids, ids, ids])
-  assert (store.read(starts, counts) == np.concatenate([whole[a:a + n] for a, n in zip(starts, counts)])).all()
+  thrice = np.concatenate([ids, ids, ids])
+  assert (store.read(starts, counts) == np.concatenate([thrice[a:a + n] for a, n in zip(starts, counts)])).all()
   assert store.dtype == ('<u4' if store.vocab_size > 2**16 else '<u2')
 
 
@@ -98,7 +98,7 @@ def test_an_incomplete_store_is_rejected_before_training(store, damage):
     case 'version':
       manifest = json.loads((folder / 'manifest.json').read_text())
       (folder / 'manifest.json').write_text(json.dumps(manifest | {'version': 0}))
-  named = {'index': 'index.bin', 'manifest': 'token store', 'deep manifest': 'token store', 'version': 'version'}
+  named = {'index': 'index.bin', 'manifest': 'manifest.json: .*JSON', 'deep manifest': 'manifest.json: .*JSON', 'version': 'version'}
   with pytest.raises(UserError, match=named.get(damage, '00002.shard')):
     TokenStore.open(folder).check()
 
@@ -117,7 +117,7 @@ def test_opening_does_not_grow_with_the_store(tmp_path):
   TokenStore.open(tmp_path / 'store')
   tracemalloc.start()
   store = TokenStore.open(tmp_path / 'store')
-  pieces = list(store._pieces(np.array([10**12 - 7]), np.array([1000])))
+  pieces = list(store._pieces(np.array([10**12 - 7]), np.array([1000]), np.array([0])))
   _, peak = tracemalloc.get_traced_memory()
   tracemalloc.stop()
   assert store.tokens > 10**12 and pieces[0][0].name == '03725.shard'

@@ -244,8 +244,8 @@ def test_more_ids_than_the_documents_have_is_an_error_that_says_how_many(kind):
   documents = [Document('a', 'to be or not to be, that is the question\n' * 5)]
   with pytest.raises(UserError, match=r'^data.tokenizer.vocab_size: 4096, expected: at most ([0-9]+) ') as error:
     train_tokenizer(TokenizerConfig(kind=kind), documents)
-  most = int(str(error.value).split('at most ')[1].split()[0])
-  assert _train(kind, most, documents).vocab_size == most
+  limit = int(str(error.value).split('at most ')[1].split()[0])
+  assert _train(kind, limit, documents).vocab_size == limit
 
 
 def _train(kind, vocab_size, documents):

@@ -12,21 +12,16 @@ import time
 
 import pytest
 from memory import Memory, malformed
+from small_stores import texts
 
 from gptjax.config import SourceConfig, UserError
 from gptjax.data import Contamination, Document, Filters, Recipe, TokenStore, open_source, write_store
-from gptjax.data import encoding
+from gptjax.data import tokenizing
 from gptjax.data.tokenizing import Journal
 from gptjax.data.sources import Part
 from gptjax.data.tokenizers import ByteTokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
-
-
-def texts(store):
-  tokenizer = store.tokenizer()
-  places = store.starts(0, store.documents).tolist()
-  return [tokenizer.decode(store.read([a], [b - a]).tolist()) for a, b in zip(places, places[1:])]
 
 
 def folder_bytes(folder):
@@ -49,7 +44,7 @@ def lines(tmp_path):
 @pytest.fixture
 def small_tasks(monkeypatch):
   """Tasks and parts of some kilobytes, in this process and in those that it starts."""
-  monkeypatch.setattr(encoding, 'TASK', 20_000)
+  monkeypatch.setattr(tokenizing, 'TASK', 20_000)
   from gptjax.data.sources.source import Source
   monkeypatch.setattr(Source, 'part_bytes', 7_000)
 
@@ -76,11 +71,11 @@ def test_the_number_of_processes_does_not_change_the_store(lines, tmp_path, smal
 
 @pytest.mark.parametrize('kept', [0, 1, 2])
 def test_finished_shards_are_kept(lines, tmp_path, small_tasks, monkeypatch, kept):
-  """Ended within a shard, at its renaming, or before its commit; then another process goes on."""
+  """Ended within a shard, at its renaming, or before its commit; then another call resumes."""
   write_store(tmp_path / 'straight', recipe(lines))
   read = []
-  whole = type(recipe(lines).source).read
-  monkeypatch.setattr(type(recipe(lines).source), 'read', lambda self, part: (read.append(part.start), whole(self, part))[1])
+  real = type(recipe(lines).source).read
+  monkeypatch.setattr(type(recipe(lines).source), 'read', lambda self, part: (read.append(part.start), real(self, part))[1])
   commit = Journal.commit
 
   def ended(journal):
@@ -156,7 +151,7 @@ def test_a_kill_before_the_folder_is_renamed_repeats_no_work(lines, tmp_path, sm
   (tmp_path / 'store').rename(tmp_path / 'store.building')
   for left in ('journal.db', 'journal.db-journal'):
     (tmp_path / 'store.building' / left).touch()
-  monkeypatch.setattr(encoding, 'encode', None)
+  monkeypatch.setattr(tokenizing, 'encode', None)
   write_store(tmp_path / 'store', recipe(lines))
   assert folder_bytes(tmp_path / 'store') == before
 
@@ -182,8 +177,8 @@ def test_a_store_of_another_recipe_is_rejected(lines, tmp_path):
 
 def test_small_parts_are_combined_and_compressed_ones_count_decompressed():
   part = lambda size, payload=b'': Part('f', 'f', 0, 1, size, payload)
-  sizes = [[len(task) for task in encoding.tasks_of(parts)] for parts in (
-    [part(100)] * 50_000, [part(encoding.TASK)] * 3, [part(9, bytes(encoding.TASK))] * 3)]
+  sizes = [[len(task) for task in tokenizing.tasks_of(parts)] for parts in (
+    [part(100)] * 50_000, [part(tokenizing.TASK)] * 3, [part(9, bytes(tokenizing.TASK))] * 3)]
   assert sizes == [[41_944, 8_056], [1, 1, 1], [1, 1, 1]]
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from small_stores import texts
 from tiny import files_below
 
 from gptjax.data import TokenStore
@@ -33,7 +34,7 @@ def home(tmp_path_factory):
 
 
 def test_a_store_contains_the_templates_text_and_is_displayed(home):
-  assert next(TokenStore.open(home / 'store').texts(3, 4)) == 'what is 3 and 3?\nit is 6'
+  assert texts(TokenStore.open(home / 'store'))[3] == 'what is 3 and 3?\nit is 6'
   done = tool('inspect_data', f'--store={home}/store', '--documents=2', '--characters=10')
   assert done.returncode == 0 and 'what is 0 …' in done.stdout and 'document 99' in done.stdout and '16 to 31' in done.stdout
 

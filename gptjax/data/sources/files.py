@@ -15,13 +15,10 @@ from typing import Any, BinaryIO
 
 from gptjax.config import UserError
 from gptjax.data.folders import file_system, storage_errors
-from gptjax.data.packages import optional
 from gptjax.data.sources.source import Source
 from gptjax.files import expanded
 
-SUFFIXES = ('.gz', '.zst')
-"""Of compressed files."""
-
+SUFFIXES = ('.gz', '.zst')  # of compressed files
 _CHUNK = 2**16  # compressed bytes per read: few, since their decompressed size has no bound
 
 
@@ -32,7 +29,7 @@ class File:
   path: str
   """path or URL"""
   name: str
-  """path relative to the folder, or to the part of a glob before its first wildcard"""
+  """path relative to the folder, or to that of a glob before its first wildcard"""
   size: int
   """bytes"""
   version: str
@@ -40,10 +37,9 @@ class File:
 
 
 def find(pattern: str, suffixes: tuple[str, ...]) -> list[File]:
-  """Lists the file at a path, the files in a folder at any depth, or the files that match a glob, sorted by name.
+  """Lists the file at a path or URL, the files in a folder at any depth, or the files that match a glob, sorted by name.
 
-  Hidden and empty files are omitted, and in a folder those without one of the suffixes. URLs may be any that fsspec supports.
-  Raises a UserError if nothing is found, or it cannot be read.
+  Hidden and empty files are omitted, and in a folder those without one of the suffixes. Raises a UserError if nothing is found.
   """
   with storage_errors('data.source.path', pattern):
     found, is_folder = (_remote if '://' in pattern else _local)(pattern, suffixes)
@@ -59,7 +55,7 @@ def find(pattern: str, suffixes: tuple[str, ...]) -> list[File]:
 
 
 def title(pattern: str) -> str:
-  """A name that does not depend on the location: of the file or folder, or the glob from its first wildcard on."""
+  """The name of the file or folder, or the glob from its first wildcard on."""
   if '://' not in pattern and os.path.exists(os.path.expanduser(pattern)):
     return expanded(pattern).resolve().name
   fixed = _fixed_part(pattern)
@@ -67,7 +63,7 @@ def title(pattern: str) -> str:
 
 
 class FileSource(Source):
-  """A source of files; `kind` and `option` say how they are read, for the fingerprint."""
+  """A source of files; `kind` and `option`, how they are read, are for the fingerprint."""
 
   def __init__(self, files: Sequence[File], description: str, skip: float, kind: str, option: str):
     self.files, self.description, self.skip = files, description, skip
@@ -81,13 +77,10 @@ class FileSource(Source):
 
 @contextlib.contextmanager
 def opened(path: str, readahead: int = 0) -> Iterator[BinaryIO]:
-  """Opens the file at a path or URL; for sequential reading, each remote request fetches `readahead` more bytes.
-
-  Raises a UserError if it cannot be opened, or reading fails inside the context.
-  """
+  """Opens a path or URL, of which requests fetch `readahead` more bytes; raises a UserError if this or reading inside it fails."""
   with storage_errors('data.source.path', path), contextlib.ExitStack() as stack:
     if '://' in path:
-      system, location = file_system('data.source.path', path)
+      system, location = file_system(path)
       cache = {'cache_type': 'readahead', 'block_size': readahead} if readahead else {'cache_type': 'none'}
       yield stack.enter_context(system.open(location, 'rb', **cache))
     else:
@@ -98,7 +91,7 @@ def _siblings(pattern: str) -> list[str]:
   """What a path may be a misspelling of."""
   folder = posixpath.dirname(pattern)
   with contextlib.suppress(OSError):
-    system, location = file_system('data.source.path', folder or '.')
+    system, location = file_system(folder or '.')
     return [posixpath.join(folder, posixpath.basename(name)) for name in system.ls(location, detail=False)]
   return []
 
@@ -125,7 +118,7 @@ def _local(pattern: str, suffixes: tuple[str, ...]) -> tuple[list[File], bool]:
 
 
 def _remote(pattern: str, suffixes: tuple[str, ...]) -> tuple[list[File], bool]:
-  system, location = file_system('data.source.path', pattern)
+  system, location = file_system(pattern)
   system.invalidate_cache()
   is_folder = False
   try:
@@ -146,12 +139,9 @@ def _remote(pattern: str, suffixes: tuple[str, ...]) -> tuple[list[File], bool]:
 
 
 class Stream:
-  """A sliding window over the decompressed bytes of a file, which is read sequentially; the suffix of its path decides the format.
+  """A sliding window over the decompressed bytes of a .gz or .zst file; raises a UserError if the file is broken or truncated."""
 
-  Not fsspec or zstandard's stream_reader, because those end silently where a .zst file is truncated.
-
-  Reading raises an OSError if the file is broken or truncated, and a UserError if the package for it is not installed.
-  """
+  # Not fsspec or zstandard's stream_reader, because those end silently where a .zst file is truncated.
 
   def __init__(self, raw: BinaryIO, path: str):
     self._chunks = _decompressed(raw, path)
@@ -159,7 +149,7 @@ class Stream:
     self._start = 0
 
   def reach(self, stop: int) -> int:
-    """Decompresses up to offset `stop`; returns it, or the end of the file if that comes first."""
+    """Decompresses up to offset `stop`; returns it or the end of the file."""
     while self._start + len(self._data) < stop and (chunk := next(self._chunks, None)) is not None:
       self._data += chunk
     return min(stop, self._start + len(self._data))
@@ -176,10 +166,10 @@ class Stream:
 
 
 def _decompressed(raw: BinaryIO, path: str) -> Iterator[bytes]:
-  if path.endswith('.gz'):
-    new_decoder, decoding_error = functools.partial(zlib.decompressobj, wbits=31), zlib.error
-  else:
-    zstandard = optional('zstandard', 'data.source.path', path)
+  new_decoder: Any = functools.partial(zlib.decompressobj, wbits=31)
+  decoding_error: type[Exception] = zlib.error
+  if path.endswith('.zst'):
+    import zstandard
     # For files made with --long: by default zstandard refuses windows above 128 MB.
     new_decoder, decoding_error = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj, zstandard.ZstdError
   decoder: Any = None  # one per member: a file of either format may be several, concatenated
@@ -189,7 +179,7 @@ def _decompressed(raw: BinaryIO, path: str) -> Iterator[bytes]:
       try:
         yield decoder.decompress(chunk)
       except decoding_error as error:
-        raise OSError(f'broken {path[path.rfind("."):]} data: {error}') from None
+        raise UserError('data.source.path', path, f'an undamaged file (broken {path[path.rfind("."):]} data: {error})') from None
       chunk, decoder = (decoder.unused_data, None) if decoder.eof else (b'', decoder)
   if decoder:
-    raise OSError('it ends early')
+    raise UserError('data.source.path', path, 'an undamaged file (it ends early)')

@@ -1,39 +1,45 @@
-"""Opening of sources: TFDS, Hugging Face, the embedded corpus, or files and their format from a path, folder or glob."""
+"""Opening of sources: TFDS, Hugging Face, files of a path, folder or glob, or the embedded corpus: Python's standard library."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import dataclasses
+import fnmatch
+import hashlib
+import json
+import os
+import platform
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from gptjax.config import SourceConfig, UserError
 from gptjax.data.sources.files import SUFFIXES, File, find, title
-from gptjax.data.sources.source import Source
-from gptjax.data.sources.stdlib import Stdlib
+from gptjax.data.sources.source import Document, Part, Source
 from gptjax.data.sources.tables import HuggingFace, Parquet
 from gptjax.data.sources.text import JsonLines, TextFiles
-from gptjax.files import expanded
+from gptjax.files import expanded, locked
 
-_SUFFIXES = {
-  'JSON lines': ('.jsonl', '.ndjson'),
-  'Parquet': ('.parquet',),
-  'text': ('.txt', '.text', '.md', '.rst', '.tex', '.py'),
-  'JSON': ('.json',),
+_FORMATS: dict[str, tuple[Callable[[Sequence[File], str, SourceConfig], Source], tuple[str, ...]]] = {
+  'JSON lines': (JsonLines, ('.jsonl', '.ndjson')),
+  'Parquet': (Parquet, ('.parquet',)),
+  'text': (TextFiles, ('.txt', '.text', '.md', '.rst', '.tex', '.py')),
+  'JSON': (JsonLines, ('.json',)),
 }
 """Files read in a folder; JSON and text may be compressed. A path or glob may name text files with any other suffix."""
 
 _PRIORITIES = (('JSON lines', 'Parquet'), ('text',), ('JSON',))
 """Beside data files, text is their README or LICENSE and .json files are metadata; beside text, .json files are metadata."""
 
-_SOURCES: dict[str, Callable[[Sequence[File], str, SourceConfig], Source]] = {
-  'JSON lines': JsonLines, 'JSON': JsonLines, 'Parquet': Parquet, 'text': TextFiles,
-}
+_EXCLUDED = ('__pycache__', 'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'encodings', 'pydoc_data',
+             'config-*', 'lib-dynload', '_sysconfigdata*.py', 'entities.py')
+"""Third-party packages, test suites and generated tables: codecs, pydoc topics, build settings, HTML entities."""
 
 
 def open_source(config: SourceConfig, cache_dir: Path | None = None) -> Source:
   """Opens the source that a config describes, without reading its documents.
 
   Prepares a TFDS dataset that is not prepared yet, and downloads a Hugging Face dataset that is not in its cache. Only the
-  embedded corpus needs `cache_dir`, where it stores its dataset. Of files in several formats one is read: JSON lines or Parquet,
-  then text, then .json files; the description names the others. Raises a UserError if the source does not exist, or the config
-  does not fit it.
+  embedded corpus needs `cache_dir`. Of files in several formats one is read: JSON lines or Parquet, then text, then .json files.
+  Raises a UserError if the source does not exist, or the config does not fit it.
   """
   if not config.path:
     assert cache_dir is not None
@@ -45,7 +51,7 @@ def open_source(config: SourceConfig, cache_dir: Path | None = None) -> Source:
     return HuggingFace(config)
   if '://' not in config.path and (expanded(config.path) / 'index.bin').exists():
     raise UserError('data.source.path', config.path, 'documents; this is a token store, which data.train takes')
-  plain = tuple(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
+  plain = tuple(suffix for _, suffixes in _FORMATS.values() for suffix in suffixes)
   files = find(config.path, (*plain, *(suffix + packed for suffix in plain if suffix != '.parquet' for packed in SUFFIXES)))
   by_kind: dict[str, list[File]] = {}
   for file in files:
@@ -53,17 +59,60 @@ def open_source(config: SourceConfig, cache_dir: Path | None = None) -> Source:
   counts = {kind: f'{len(found):,} {kind} file{"s" * (len(found) != 1)}' for kind, found in by_kind.items()}
   kind, *conflicts = next(present for kinds in _PRIORITIES if (present := [kind for kind in kinds if kind in by_kind]))
   if conflicts:
-    found = ', '.join(counts.values())
-    raise UserError('data.source.path', config.path, f'files of one format, which a glob can select; there are {found}')
+    raise UserError('data.source.path', config.path, f'files of one format, as by a glob; there are {", ".join(counts.values())}')
   if config.separator and kind != 'text':
     raise UserError('data.source.separator', config.separator, f'none for {kind} files: a record is a document')
   description = title(config.path)
   if len(files) > 1:
     description += f' ({"; ".join([counts.pop(kind), *(f"{count} ignored" for count in counts.values())])})'
-  return _SOURCES[kind](by_kind[kind], description, config)
+  return _FORMATS[kind][0](by_kind[kind], description, config)
 
 
 def _kind(name: str) -> str:
   uncompressed = name.removesuffix('.gz').removesuffix('.zst')
-  return next((kind for kind, suffixes in _SUFFIXES.items()
+  return next((kind for kind, (_, suffixes) in _FORMATS.items()
                if (name if kind == 'Parquet' else uncompressed).lower().endswith(suffixes)), 'text')
+
+
+def stdlib_modules(folder: Path) -> list[Document]:
+  """Reads the library's modules, named like 'json/decoder.py', if not empty and in UTF-8. Raises a UserError if there are none."""
+  is_excluded = lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in _EXCLUDED)
+  documents = []
+  for parent, folders, files in os.walk(folder):
+    folders[:] = [name for name in folders if not is_excluded(name)]
+    for path in (Path(parent, name) for name in files if name.endswith('.py') and not is_excluded(name)):
+      with contextlib.suppress(UnicodeDecodeError):
+        if text := path.read_bytes().decode():
+          documents.append(Document(path.relative_to(folder).as_posix(), text))
+  if not documents:
+    raise UserError('data.source.path', '', f'text files: this Python has no sources of its standard library in {folder}')
+  return sorted(documents, key=lambda document: document.name)
+
+
+class Stdlib(Source):
+  """The modules, sorted by name, as a TFDS dataset that is built in `cache_dir/tfds/DIGEST` when it is first read."""
+
+  def __init__(self, cache_dir: Path, folder: Path | None = None):
+    self._folder = Path(folder or sysconfig.get_path('stdlib'))
+    documents = stdlib_modules(self._folder)
+    self.names = [document.name for document in documents]
+    self.size = sum(len(document.text.encode()) for document in documents)
+    self.skip = 0.0
+    self.description = f'standard library of Python {platform.python_version()}'
+    self._digest = hashlib.sha256(json.dumps(list(map(dataclasses.astuple, documents))).encode()).hexdigest()
+    self._data_dir = cache_dir / 'tfds' / self._digest[:16]
+
+  def fingerprint(self) -> str:
+    return self._digest
+
+  def parts(self) -> Iterator[Part]:
+    yield Part(self.description, '', 0, len(self.names), self.size)
+
+  def read(self, part: Part) -> Iterator[Document]:
+    # TFDS takes half a second to import, and only the first run with this corpus needs it.
+    from gptjax.data.sources.tfds_source import PythonStdlib, prepare_quietly
+    with locked(self._data_dir.parent / 'lock'):  # a run with another tokenizer may build the same dataset now
+      builder = PythonStdlib(modules=stdlib_modules(self._folder), data_dir=self._data_dir, file_format='array_record')
+      prepare_quietly(builder)
+    records = builder.as_data_source(split='train')
+    yield from sorted((Document(one['name'].decode(), one['text'].decode()) for one in records), key=lambda document: document.name)

@@ -9,9 +9,7 @@ from fractions import Fraction
 from gptjax.config import UserError
 from gptjax.data.sources.source import Document, Malformed, Part, Record, Source
 
-TRAINING_CHARACTERS = 50_000_000
-"""Default amount of text to train a tokenizer on; reading and counting it takes some 10 seconds."""
-
+TRAINING_CHARACTERS = 50_000_000  # default amount of text to train a tokenizer on; reading and counting it takes some 10 seconds
 _CHUNK = 2**16
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio
 
@@ -19,19 +17,28 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio
 def split_source(source: Source, fraction: float) -> tuple[Source, Source]:
   """Splits a source into (training, validation). Both have the source's parts; each yields None for the other's documents.
 
-  A document is held out if the hash of its name is among the lowest `fraction` of all hashes, so that adding documents moves none
-  from one side to the other. Where names are known without reading, the document with the lowest hash is always held out and that
-  with the highest never. A source that is a single document is read, and its last `fraction` of characters is held out. Malformed
-  records belong to the training side. Raises a UserError if a single document is too short to split, or cannot be read.
+  A document is held out if the hash of its name is among the lowest `fraction` of all hashes; other documents do not matter, except
+  that, of known names, the lowest hash is always held out and the highest never. A single document is read, and its last `fraction`
+  of characters is held out. Malformed records are for training. Raises a UserError if a single document is too short to split.
   """
+  offsets: dict[int, int] = {}
+  length = 0
   if len(source.names) == 1:
-    return _split_by_position(source, fraction)
-  limit: float = fraction * 2**64
-  if source.names:
-    hashes = sorted(map(_hash, source.names))
-    limit = hashes[min(max(bisect.bisect_left(hashes, limit), 1), len(hashes) - 1)]
-  cut = math.ceil(limit)  # hashes are integers
-  return _Side(source, False, cut), _Side(source, True, cut)
+    for part in source.parts():
+      offsets[part.start] = length
+      length += sum(len(record.text) for record in source.read(part) if isinstance(record, Document))
+    # Exact arithmetic on the decimal as written: in floats 1 - 0.9 is not 0.1.
+    cut = int(length * (1 - Fraction(str(fraction))))
+    if not 0 < cut < length:
+      raise UserError('data.valid_fraction', fraction, 'a fraction that leaves text for both training and validation of '
+                      f'the {length} characters of {source.names[0]}')
+  else:
+    limit: float = fraction * 2**64
+    if source.names:
+      hashes = sorted(map(_hash, source.names))
+      limit = hashes[min(max(bisect.bisect_left(hashes, limit), 1), len(hashes) - 1)]
+    cut = math.ceil(limit)  # hashes are integers
+  return _Side(source, False, cut, offsets), _Side(source, True, cut, offsets)
 
 
 def is_held_out(name: str, fraction: float) -> bool:
@@ -45,21 +52,19 @@ def _hash(name: str) -> int:
 
 
 class _Side(Source):
-  """One side of a split: documents with a hash below `cut` are held out; of a single document, the characters from `cut` on.
+  """One side of a split: documents with a hash below `cut` are held out; of a single document, the characters from `cut` on."""
 
-  `offsets` are the positions in characters of a single document's pieces, by the start of their part.
-  """
-
-  def __init__(self, source: Source, held_out: bool, cut: int, offsets: dict[int, int] | None = None):
-    self.source, self.held_out, self.cut, self.offsets = source, held_out, cut, offsets
+  def __init__(self, source: Source, held_out: bool, cut: int, offsets: dict[int, int]):
+    self.source, self.held_out, self.cut = source, held_out, cut
+    self.offsets = offsets  # of a single document's pieces in characters, by the start of their part
     self.description = f'{source.description}, {"validation" if held_out else "training"} side'
-    self.size, self.skip = source.size, source.skip
+    self.size, self.skip, self.numbering = source.size, source.skip, source.numbering
 
   def parts(self) -> Iterator[Part]:
     return self.source.parts()
 
   def read(self, part: Part) -> Iterator[Record]:
-    offset = self.offsets[part.start] if self.offsets else 0
+    offset = self.offsets.get(part.start, 0)
     for record in self.source.read(part):
       if not isinstance(record, Document):
         yield None if self.held_out else record
@@ -74,30 +79,13 @@ class _Side(Source):
   def fingerprint(self) -> str:
     return hashlib.sha256(f'{self.source.fingerprint()} {self.held_out} {self.cut}'.encode()).hexdigest()
 
-  def place(self, part: Part, record: int) -> str:
-    return self.source.place(part, record)
-
-
-def _split_by_position(source: Source, fraction: float) -> tuple[Source, Source]:
-  offsets, length = {}, 0
-  for part in source.parts():
-    offsets[part.start] = length
-    length += sum(len(record.text) for record in source.read(part) if isinstance(record, Document))
-  # Exact arithmetic on the decimal as written: in floats 1 - 0.9 is not 0.1.
-  cut = int(length * (1 - Fraction(str(fraction))))
-  if not 0 < cut < length:
-    raise UserError('data.valid_fraction', fraction, 'a fraction that leaves text for both training and validation of '
-                    f'the {length} characters of {source.names[0]}')
-  return _Side(source, False, cut, offsets), _Side(source, True, cut, offsets)
-
 
 def sample(source: Source, characters: int = TRAINING_CHARACTERS) -> Iterator[Document]:
-  """Yields a fixed pseudo-random sample of a source of about `characters` characters; everything if the source is no larger.
+  """Yields a fixed pseudo-random sample of about `characters` characters; everything if the source is no larger.
 
-  Of a large source only some parts are read, evenly spaced, with four times as much text. Documents are selected by a hash of
-  name and position. Documents longer than 65,536 characters are sampled in chunks of that length, each with the document's name,
-  so that a source of one huge text also has a sample. Raises a UserError if a larger fraction of the records that
-  were read than `source.skip` is malformed.
+  Of a large source only some evenly spaced parts are read, with four times as much text. Documents, and chunks of 65,536 characters
+  of longer ones, are selected by a hash of name and position. Raises a UserError if more of the records that were read are malformed
+  than `source.skip` allows.
   """
   fraction = min(1.0, 4 * characters / max(source.size, 1))
   records, malformed = 0, []

@@ -1,16 +1,20 @@
-"""The interface of sources: documents in a fixed order, cut into parts that any process can read independently."""
+"""The interface of sources, and the text of records with fields."""
 
 import abc
 import collections
 import dataclasses
-from collections.abc import Iterator, Sequence
+import re
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Number
+from typing import Any
 
 from gptjax.config import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """A text and its name, which is unique within the source and does not depend on the source's location."""
+  """A text and its name, which is unique in the source and does not depend on its location."""
 
   name: str
   text: str
@@ -27,7 +31,7 @@ class Malformed:
   record: int
   """index of the record within its part"""
   place: str = ''
-  """location for error messages where it is more precise than the record's number: file and byte"""
+  """location for errors, if more precise than the record's number: file and byte"""
   names: tuple[str, ...] = ()
   """valid values that this one may be a misspelling of"""
 
@@ -41,7 +45,7 @@ class Part:
   """A unit of reading: a range of a source with some megabytes of text."""
 
   file: str
-  """path, or another location for error messages"""
+  """path, or another location for errors"""
   name: str
   """prefix of its documents' names"""
   start: int
@@ -49,24 +53,26 @@ class Part:
   stop: int
   """end, exclusive"""
   size: int
-  """bytes of the source that it accounts for in progress reports"""
+  """bytes of the source, for progress reports"""
   payload: bytes = b''
-  """the records themselves, where the file can only be read sequentially (compressed text)"""
+  """the records, where the file can only be read sequentially (compressed text)"""
 
 
 class Source(abc.ABC):
-  """Documents in a fixed order. Sources are cheap to pickle: each worker process gets a copy and reads the parts it is given."""
+  """Documents in a fixed order, cut into parts that any process can read independently; cheap to pickle."""
 
   description: str
-  """for logs and manifests; does not depend on the location"""
+  """for manifests; does not depend on the location"""
   size: int
   """bytes of all parts"""
   skip: float
   """largest fraction of malformed records that may be skipped"""
   names: Sequence[str] = ()
-  """names of all documents, where they are known without reading; a single name: the source is one document, possibly in pieces"""
+  """of all documents, if known without reading; a single name: the source is one document, possibly in pieces"""
   part_bytes: int = 8 * 2**20
   """approximate bytes of text per part"""
+  numbering: str = ', record '
+  """what separates a file and the number of a record in errors"""
 
   @abc.abstractmethod
   def parts(self) -> Iterator[Part]:
@@ -74,15 +80,11 @@ class Source(abc.ABC):
 
   @abc.abstractmethod
   def read(self, part: Part) -> Iterator[Record]:
-    """Yields exactly one item per record of a part, in order. Raises a UserError if the file cannot be read."""
+    """Yields one item per record of a part, in order. Raises a UserError if the file cannot be read."""
 
   @abc.abstractmethod
   def fingerprint(self) -> str:
-    """Hex digest of everything known without reading (names, sizes, modification times) and of the reading options."""
-
-  def place(self, part: Part, record: int) -> str:
-    """Location of a record for error messages; `record` is its index within the file."""
-    return f'{part.file}, record {record + 1}'
+    """Hex digest of what is known without reading (names, sizes, modification times) and of the reading options."""
 
   def __iter__(self) -> Iterator[Document | Malformed]:
     for part in self.parts():
@@ -90,10 +92,7 @@ class Source(abc.ABC):
 
 
 def documents(source: Source) -> Iterator[Document]:
-  """Yields all documents of a source.
-
-  Raises a UserError if a larger fraction of the records than `source.skip` is malformed; the error names the first.
-  """
+  """Yields all documents. Raises a UserError that names the first malformed record if there are more than `source.skip` allows."""
   first, malformed = None, 0
   records: collections.Counter[str] = collections.Counter()
   for part in source.parts():
@@ -113,5 +112,82 @@ def documents(source: Source) -> Iterator[Document]:
 
 def malformed_error(source: Source, part: Part, malformed: Malformed, before: int) -> UserError:
   """The error for a malformed record of a part; `before` is the number of records in earlier parts of the same file."""
-  place = malformed.place or source.place(part, before + malformed.record)
+  place = malformed.place or f'{part.file}{source.numbering}{before + malformed.record + 1}'
   return UserError(place, malformed.value, malformed.expected, names=malformed.names)
+
+
+_FIELD = re.compile(r'[^.\[\]{}]+(\.[^.\[\]{}]+)*')
+
+
+def unescaped(text: str) -> str:
+  """Text of a flag, in which `\\n` and `\\t` may be two characters each."""
+  return text.replace('\\n', '\n').replace('\\t', '\t')
+
+
+class Fields:
+  """Extracts text from records: a field, or a template such as '{question}\\n{answer}', with '{{' and '}}' for braces.
+
+  'a.b' is field b of the object in field a. Raises a UserError if the template is invalid.
+  """
+
+  def __init__(self, text: str):
+    self.text = text
+    self._template = '{' in text
+    self._pieces = _parse(text) if self._template else [('', text)]
+    self.names = list(dict.fromkeys(field for _, field in self._pieces if field))
+
+  def check(self, names: list[str], place: str) -> None:
+    """Raises a UserError if a field does not exist; `names` are the full names of all columns of `place`."""
+    for field in self.names:
+      # A column may be an object whose fields are not listed, or a field of an object that is.
+      if not any(f'{name}.'.startswith(f'{field}.') or f'{field}.'.startswith(f'{name}.') for name in names):
+        raise UserError('data.source.text', field, f'a column of {place}: {", ".join(names)}', names=names)
+
+  def record(self, name: str, record: Mapping[str, Any], index: int) -> Record:
+    """The document in a record of strings, UTF-8 bytes, mappings and, for templates, numbers; None if it is only white space."""
+    text = ''
+    for literal, field in self._pieces:
+      value = self._value(record, field, index) if field else ''
+      if isinstance(value, Malformed):
+        return value
+      text += literal + value
+    return Document(name, text) if text.strip() else None
+
+  def _value(self, record: Mapping[str, Any], field: str, index: int) -> str | Malformed:
+    value, parent = record, ''
+    for key in field.split('.'):
+      if not isinstance(value, Mapping) or key not in value:
+        names = tuple(f'{parent}{name}' for name in value) if isinstance(value, Mapping) else ()
+        return Malformed(field, f'a field that the record has: {", ".join(names) or "none"}', index, names=names)
+      value, parent = value[key], f'{parent}{key}.'
+    expected = f'text{" or a number" * self._template} in the field {field}'
+    try:
+      if isinstance(value, bytes):
+        return value.decode()
+      if isinstance(value, str):
+        value.encode()  # JSON can contain lone surrogates, which UTF-8 cannot represent
+        return value
+    except (UnicodeEncodeError, UnicodeDecodeError) as error:
+      return Malformed(error.object[error.start:error.start + 4], f'UTF-8 {expected}', index)
+    if self._template and isinstance(value, Number) and not isinstance(value, bool):
+      return str(value)
+    return Malformed(truncated(str(value)), expected, index)
+
+
+def truncated(text: str) -> str:
+  """At most 60 characters of a text."""
+  return text if len(text) <= 60 else f'{text[:59]}…'
+
+
+def _parse(text: str) -> list[tuple[str, str]]:
+  """Parses a template to pairs of literal text and the field after it."""
+  expected = "a field's name, or a template of fields and text such as '{question}\\n{answer}'"
+  try:
+    pieces = list(string.Formatter().parse(unescaped(text)))
+  except ValueError as error:
+    raise UserError('data.source.text', text, f'{expected} ({error})') from None
+  if any(field is not None and (spec or conversion or not _FIELD.fullmatch(field)) for _, field, spec, conversion in pieces):
+    raise UserError('data.source.text', text, f'{expected}, with plain names in the braces')
+  if not any(field for _, field, _, _ in pieces):
+    raise UserError('data.source.text', text, f'{expected}, with at least one field')
+  return [(literal, field or '') for literal, field, _, _ in pieces]

@@ -9,22 +9,25 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gptjax.config import SourceConfig, UserError
-from gptjax.data.packages import library_error, optional
-from gptjax.data.sources.fields import Fields
+from gptjax.data.folders import library_errors
 from gptjax.data.sources.files import File, FileSource, opened
-from gptjax.data.sources.source import Part, Record, Source
+from gptjax.data.sources.source import Fields, Part, Record, Source
 
 _BATCH = 256  # rows in memory at a time
-
 _BUFFER = 2**22  # bytes of a column fetched at a time
-
 _MAX_PARTS_PER_GROUP = 8  # few, because reading a part that starts inside a row group decodes the rows before it
 
 
 class TableSource(Source):
-  """Rows with named fields. A part is a range of the rows of a file or dataset."""
+  """Rows with named fields. A part is a range of the rows of a file, or of the split of a dataset."""
 
   fields: Fields
+  length: int
+  """rows of the split"""
+  split: str
+
+  def parts(self) -> Iterator[Part]:
+    return self.ranges(self.description, self.split, self.length, self.size)
 
   @abc.abstractmethod
   def rows(self, part: Part) -> Iterable[Mapping[str, Any]]:
@@ -96,64 +99,42 @@ class Parquet(FileSource, TableSource):
   @contextlib.contextmanager
   def _open(self, path: str) -> Iterator[Any]:
     """Opens a file and checks that it has the columns."""
-    arrow, parquet = (optional(package, 'data.source.path', path) for package in ('pyarrow', 'pyarrow.parquet'))
-    with opened(path) as file:
-      try:
-        table = parquet.ParquetFile(file, buffer_size=_BUFFER)
-        self.fields.check([table.schema.column(i).path for i in range(len(table.schema))], path)
-        yield table
-      except UserError:
-        raise
-      except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError('data.source.path', path, f'an undamaged Parquet file ({error})') from None
+    import pyarrow.parquet
+    errors = pyarrow.ArrowException, OSError, UnicodeDecodeError
+    with opened(path) as file, library_errors('data.source.path', path, 'an undamaged Parquet file', errors):
+      table = pyarrow.parquet.ParquetFile(file, buffer_size=_BUFFER)
+      self.fields.check([table.schema.column(i).path for i in range(len(table.schema))], path)
+      yield table
 
 
 class HuggingFace(TableSource):
-  """The rows of a split of 'hf:FOLDER', 'hf:NAME' or 'hf:NAME:CONFIGURATION'.
-
-  Tables are memory-mapped; pickles contain only their file names. Raises a UserError if the dataset, split or column does not
-  exist, or the hub cannot be reached.
-  """
+  """The rows of a split of 'hf:FOLDER', 'hf:NAME' or 'hf:NAME:CONFIGURATION', in memory-mapped tables."""
 
   def __init__(self, config: SourceConfig):
-    self.fields, self.skip, self._split = Fields(config.text), config.skip, config.split
+    self.fields, self.skip, self.split = Fields(config.text), config.skip, config.split
     name = config.path.removeprefix('hf:')
     folder = os.path.expanduser(name)
-    if os.path.isdir(folder):
-      name = os.path.basename(os.path.abspath(folder))
-    dataset = _load(config, folder)
+    # The hub's client and the libraries below it raise errors of many classes: no such dataset, no access, no network.
+    with library_errors('data.source.path', config.path, 'hf: and a dataset that can be loaded here, or its folder'):
+      import datasets
+      if os.path.isdir(folder):
+        name, dataset = os.path.basename(os.path.abspath(folder)), datasets.load_from_disk(folder)
+        if isinstance(dataset, datasets.DatasetDict):
+          if config.split not in dataset:
+            raise UserError('data.source.split', config.split, f'a split of {config.path}: {", ".join(dataset)}', names=list(dataset))
+          dataset = dataset[config.split]
+      else:
+        repository, _, configuration = name.partition(':')
+        dataset = datasets.load_dataset(repository, configuration or None, split=config.split)
     self.description = f'hf:{name}, split {config.split}'
     self.fields.check(dataset.column_names, config.path)
     self._dataset_fingerprint = dataset._fingerprint
     columns = dict.fromkeys(field.partition('.')[0] for field in self.fields.names)
     self._rows = dataset.select_columns(list(columns)).with_format('arrow')
-    self.size = self._rows.data.nbytes
+    self.length, self.size = len(self._rows), self._rows.data.nbytes
 
   def fingerprint(self) -> str:
     return hashlib.sha256(f'{self.description} {self._dataset_fingerprint} {self.fields.text}'.encode()).hexdigest()
 
-  def parts(self) -> Iterator[Part]:
-    return self.ranges(self.description, self._split, len(self._rows), self.size)
-
   def rows(self, part: Part) -> Sequence[Mapping[str, Any]]:
     return table_rows(self._rows[part.start:part.stop])
-
-
-def _load(config: SourceConfig, folder: str) -> Any:
-  """Loads a split from a folder or, if there is none, from the hub."""
-  datasets = optional('datasets', 'data.source.path', config.path)
-  try:
-    if not os.path.isdir(folder):
-      name, _, configuration = config.path.removeprefix('hf:').partition(':')
-      return datasets.load_dataset(name, configuration or None, split=config.split)
-    dataset = datasets.load_from_disk(folder)
-    if not isinstance(dataset, datasets.DatasetDict):
-      return dataset
-    if config.split not in dataset:
-      raise UserError('data.source.split', config.split, f'a split of {config.path}: {", ".join(dataset)}', names=list(dataset))
-    return dataset[config.split]
-  except UserError:
-    raise
-  except Exception as error:
-    # The hub's client and the libraries below it raise errors of many classes: no such dataset, no access, no network.
-    raise library_error('data.source.path', config.path, 'hf: and a dataset that can be loaded here, or its folder', error) from None

@@ -6,24 +6,18 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 
 from gptjax.config import SourceConfig
-from gptjax.data.sources.fields import Fields, truncated, unescaped
 from gptjax.data.sources.files import SUFFIXES, File, FileSource, Stream, opened
-from gptjax.data.sources.source import Document, Malformed, Part, Record
+from gptjax.data.sources.source import Document, Fields, Malformed, Part, Record, truncated, unescaped
 
 _READAHEAD = 2**23
-_WINDOW = 2**16
-_MAX_WINDOW = 2**22  # bytes searched for a boundary at once
-
+_WINDOW, _MAX_WINDOW = 2**16, 2**22  # bytes searched for a boundary at once
 _SPACES = b'|'.join(re.escape(char.encode()) for char in map(chr, range(0x3001)) if char.isspace())
 _LINE_END = rb'\n(?!' + _SPACES + rb')(?=.)'
 _LONGEST_SPACE = 3  # bytes
 
 
 class Boundary:
-  """The starts of records at a separator or, if it is empty, at line ends that no white space follows.
-
-  They are found from any offset exactly as by reading from the start of a file.
-  """
+  """The starts of records, at a separator or, if it is empty, at line ends that no white space follows; the same from any offset."""
 
   def __init__(self, separator: str):
     self._splits = bool(separator)
@@ -32,10 +26,9 @@ class Boundary:
     self._lookahead = 0 if separator else _LONGEST_SPACE
 
   def after(self, read: Callable[[int, int], bytes], at: int, first: int = 0) -> int:
-    """Offset of the first record that starts at `at` or later; the end of the file if there is none.
+    """Offset of the first record that starts at `at` or later, or the end of the file.
 
-    `read` returns the bytes from a start to a stop, or up to the end of the file. A record is known to start at `first`; nothing
-    before it is read.
+    `read` returns the bytes from a start to a stop or the end of the file. A record starts at `first`; nothing before it is read.
     """
     if at <= first:
       return first
@@ -56,10 +49,7 @@ class Boundary:
       window = max(window, min(2 * window, _MAX_WINDOW))
 
   def _safe_start(self, read: Callable[[int, int], bytes], at: int, first: int) -> int:
-    """An offset that no occurrence of the separator spans, so that matching from there finds the same boundaries as from `first`.
-
-    It matters where a separator can overlap itself: in three line ends '\\n\\n' is the first two, not the last two.
-    """
+    """An offset that no separator spans, from which matches are those from `first`: in three line ends, '\\n\\n' is the first two."""
     length = len(self._separator)
     offset = max(first, at - length)
     while offset > first:
@@ -71,7 +61,7 @@ class Boundary:
     return offset
 
   def split(self, data: bytes, offset: int) -> Iterator[tuple[int, bytes]]:
-    """Splits the data at `offset` of a file at separator strings; yields (offset in the file, record without separator)."""
+    """Splits the data at `offset` of a file at separators; yields (offset in the file, record)."""
     begin = 0
     while begin < len(data):
       end = data.find(self._separator, begin) if self._splits else -1
@@ -81,11 +71,7 @@ class Boundary:
 
 
 class RecordFiles(FileSource):
-  """Files cut into parts of about `step` bytes at record boundaries.
-
-  A part covers a range of offsets; its records are those that start there, and a worker reads them independently. A compressed
-  file can only be read sequentially: `parts` decompresses it, and each part carries its bytes.
-  """
+  """Files cut into parts of about `step` bytes; a part has the records that start in it and, of a compressed file, their bytes."""
 
   boundary: Boundary
   step: int
@@ -112,30 +98,30 @@ class RecordFiles(FileSource):
         begin = end
 
   def read(self, part: Part) -> Iterator[Record]:
-    for index, (offset, data) in enumerate(self.boundary.split(*self._data(part))):
-      yield self.record(part, index, offset, data)
-
-  def _data(self, part: Part) -> tuple[bytes, int]:
-    """The bytes of a part's records, separators included, and their offset in the file."""
-    if part.payload:
-      return part.payload, part.start
-    with opened(part.file) as file:
-      def read(start: int, stop: int) -> bytes:
-        file.seek(start)
-        return file.read(stop - start)
-      begin = self.boundary.after(read, part.start)
-      return read(begin, self.boundary.after(read, part.stop)), begin
+    data, begin = part.payload, part.start
+    if not data:
+      with opened(part.file) as file:
+        def read(start: int, stop: int) -> bytes:
+          file.seek(start)
+          return file.read(stop - start)
+        begin = self.boundary.after(read, begin)
+        data = read(begin, self.boundary.after(read, part.stop))
+    for index, (offset, record) in enumerate(self.boundary.split(data, begin)):
+      try:
+        yield self.record(part, index, offset, record.decode())
+      except UnicodeDecodeError as error:
+        place = '' if self.numbering == ':' else f'{part.file}, byte {offset + error.start}'
+        yield Malformed(record[error.start:error.start + 4], 'UTF-8 text', index, place)
 
   @abc.abstractmethod
-  def record(self, part: Part, index: int, offset: int, data: bytes) -> Record:
+  def record(self, part: Part, index: int, offset: int, text: str) -> Record:
     """Parses a record; `index` is its number in the part, `offset` its position in the file."""
 
 
 class TextFiles(RecordFiles):
-  """UTF-8 files, decoded without changing line ends.
+  """UTF-8 files, with unchanged line ends, split at a separator without the pieces of only white space.
 
-  With a separator a file is split there, and pieces of only white space are dropped. Without one, a file is a document; a large
-  one is several, cut at line ends that no white space follows.
+  Without a separator, a file is a document; a large one is several, cut at line ends that no white space follows.
   """
 
   max_document_bytes = 64 * 2**20
@@ -153,12 +139,7 @@ class TextFiles(RecordFiles):
     if not separator and (not may_cut or len(files) == 1):
       self.names = [file.name for file in files]
 
-  def record(self, part: Part, index: int, offset: int, data: bytes) -> Record:
-    try:
-      text = data.decode()
-    except UnicodeDecodeError as error:
-      found = data[error.start:error.start + 4]
-      return Malformed(found, 'a file of UTF-8 text', index, f'{part.file}, byte {offset + error.start}')
+  def record(self, part: Part, index: int, offset: int, text: str) -> Record:
     if self._separator:
       return Document(f'{part.name}#{offset}', text) if text.strip() else None
     return Document(f'{part.name}#{offset}' if offset else part.name, text)
@@ -170,24 +151,20 @@ _DECODER = json.JSONDecoder(parse_constant=int)  # JSON has no NaN: int('NaN') i
 class JsonLines(RecordFiles):
   """Files with one JSON object per line. A record is a line; blank lines contain no document."""
 
+  numbering = ':'
+
   def __init__(self, files: Sequence[File], description: str, config: SourceConfig):
     self._fields = Fields(config.text)
     super().__init__(files, description, config.skip, 'jsonl', config.text)
     self.boundary, self.step = Boundary('\n'), self.part_bytes
 
-  def place(self, part: Part, record: int) -> str:
-    return f'{part.file}:{record + 1}'
-
-  def record(self, part: Part, index: int, offset: int, data: bytes) -> Record:
+  def record(self, part: Part, index: int, offset: int, text: str) -> Record:
+    if not text.strip():
+      return None
     try:
-      line = data.decode()
-      if not line.strip():
-        return None
-      value = _DECODER.decode(line)
-    except UnicodeDecodeError as error:
-      return Malformed(data[error.start:error.start + 4], 'UTF-8 text', index)
+      value = _DECODER.decode(text)
     except (ValueError, RecursionError):
       value = None
     if not isinstance(value, dict):
-      return Malformed(truncated(line), 'a JSON object on a line of its own', index)
+      return Malformed(truncated(text), 'a JSON object on a line of its own', index)
     return self._fields.record(f'{part.name}#{offset}', value, index)

@@ -1,7 +1,4 @@
-"""TFDS datasets: from its catalogue, prepared folders, a user's builder, or the embedded corpus.
-
-Importing this imports TFDS (but not TensorFlow).
-"""
+"""TFDS datasets: of its catalogue, in prepared folders, of a user's builder, and the embedded corpus. Imports TFDS, not TensorFlow."""
 
 import contextlib
 import dataclasses
@@ -11,54 +8,49 @@ import io
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 
 from gptjax.config import SourceConfig, UserError
-from gptjax.data.packages import library_error
+from gptjax.data.folders import library_errors
 from gptjax.data.progress import ProgressBar, announce
-from gptjax.data.sources.fields import Fields
-from gptjax.data.sources.source import Document, Part
+from gptjax.data.sources.source import Document, Fields, Part
 from gptjax.data.sources.tables import TableSource
+
+_EXPECTED = 'a dataset that is prepared as array_record, or that TFDS can prepare here'
 
 
 class TfdsRecords(TableSource):
-  """The records of a dataset's split or a slice of it, read by index without TensorFlow. The dataset is prepared if necessary.
+  """The records of a dataset's split or a slice of it, read by index. The dataset is prepared if necessary.
 
-  config.path is 'tfds:' and a dataset's name ('NAME/CONFIG:VERSION'), the folder of a prepared one ('/DIR/NAME/1.0.0') or a
-  builder class ('MODULE:CLASS', imported from the working directory or PYTHONPATH). Raises a UserError if the dataset, split or
-  field does not exist, or TFDS cannot prepare it here as array_record.
+  The path is 'tfds:' and a dataset's name ('NAME/CONFIG:VERSION'), the folder of a prepared one ('/DIR/NAME/1.0.0') or a builder class
+  ('MODULE:CLASS', imported from the working directory or PYTHONPATH).
   """
 
   def __init__(self, config: SourceConfig):
-    self.fields, self.skip = Fields(config.text), config.skip
-    self._path, self._split = config.path, config.split
-    with _errors(config.path):
+    self.fields, self.skip, self.split = Fields(config.text), config.skip, config.split
+    self._path = config.path
+    with library_errors('data.source.path', config.path, _EXPECTED):
       builder = _prepared(config.path.removeprefix('tfds:'))
       info = builder.info
       self.fields.check(_leaves(info.features), info.full_name)
       try:
-        self._length = info.splits[config.split].num_examples
+        self.length = info.splits[config.split].num_examples
       except (ValueError, KeyError):
         raise UserError('data.source.split', config.split, f'a split of {info.full_name}: {", ".join(info.splits)}',
                         names=list(info.splits)) from None
       self._records = tfds.builder_from_directory(str(builder.data_dir)).as_data_source(config.split)
     # Slices do not know their bytes.
     splits = info.splits.values()
-    self.size = sum(split.num_bytes for split in splits) * self._length // max(1, sum(split.num_examples for split in splits))
+    self.size = sum(split.num_bytes for split in splits) * self.length // max(1, sum(split.num_examples for split in splits))
     self.description = f'tfds:{info.full_name}, split {config.split}'
 
   def fingerprint(self) -> str:
-    known = f'{self.description} {self._length} {self.size} {self.fields.text}'
-    return hashlib.sha256(known.encode()).hexdigest()
-
-  def parts(self) -> Iterator[Part]:
-    return self.ranges(self.description, self._split, self._length, self.size)
+    return hashlib.sha256(f'{self.description} {self.length} {self.size} {self.fields.text}'.encode()).hexdigest()
 
   def rows(self, part: Part) -> Sequence[Mapping[str, Any]]:
-    with _errors(self._path):
+    with library_errors('data.source.path', self._path, _EXPECTED):
       return self._records.__getitems__(range(part.start, part.stop))
 
 
@@ -74,8 +66,13 @@ def _prepared(name: str) -> tfds.core.DatasetBuilder:
   if os.path.isdir(folder):
     return tfds.builder_from_directory(folder)
   module, _, cls = name.rpartition(':')
-  builder = (_builder_class(module, cls)(file_format='array_record') if module and cls.isidentifier() else
-             tfds.builder(name, file_format='array_record'))
+  try:
+    builder = (_builder_class(module, cls)(file_format='array_record') if module and cls.isidentifier() else
+               tfds.builder(name, file_format='array_record'))
+  except tfds.core.DatasetNotFoundError:
+    names = {known: f'tfds:{known}' for known in tfds.list_builders(with_community_datasets=False)}
+    raise UserError('data.source.path', f'tfds:{name}', 'tfds: and a dataset of TFDS, the folder of a prepared one, or MODULE:CLASS',
+                    names=names, given=name) from None
   if not builder.data_path.exists():  # is_prepared() warns
     announce(f'preparing {builder.info.full_name} in {builder.data_dir}')
     prepare_quietly(builder)
@@ -83,7 +80,7 @@ def _prepared(name: str) -> tfds.core.DatasetBuilder:
 
 
 def _builder_class(module: str, name: str) -> type[tfds.core.DatasetBuilder]:
-  if '' not in sys.path and os.getcwd() not in sys.path:
+  if not {'', os.getcwd()} & {*sys.path}:
     sys.path.append(os.getcwd())
   path = f'tfds:{module}:{name}'
   try:
@@ -97,24 +94,6 @@ def _builder_class(module: str, name: str) -> type[tfds.core.DatasetBuilder]:
     raise UserError('data.source.path', path, 'the name of a tfds.core.GeneratorBasedBuilder', given=name,
                     names=[key for key, value in names.items() if isinstance(value, type)])
   return found
-
-
-@contextlib.contextmanager
-def _errors(path: str) -> Iterator[None]:
-  try:
-    yield
-  except UserError:
-    raise
-  except tfds.core.DatasetNotFoundError:
-    names = {known: f'tfds:{known}' for known in tfds.list_builders(with_community_datasets=False)}
-    raise UserError('data.source.path', path, 'tfds: and a dataset of TFDS, the folder of a prepared one, or MODULE:CLASS',
-                    names=names, given=path.removeprefix('tfds:')) from None
-  except ModuleNotFoundError as error:
-    raise UserError('data.source.path', path, f'a machine with the {error.name} package: pip install {error.name}') from None
-  except Exception as error:
-    # Builders are third-party programs that fail in any way: without network, without a package that they need.
-    expected = 'a dataset that is prepared as array_record, or that TFDS can prepare here'
-    raise library_error('data.source.path', path, expected, error) from None
 
 
 def _leaves(features: Any, prefix: str = '') -> list[str]:
@@ -149,14 +128,3 @@ class PythonStdlib(tfds.core.GeneratorBasedBuilder):
       for document in self._modules:
         yield document.name, dataclasses.asdict(document)
         progress.advance(1)
-
-
-def build_and_read(modules: Sequence[Document], data_dir: Path) -> list[Document]:
-  """Reads the dataset in `data_dir`, built first if it does not exist: documents sorted by name.
-
-  TFDS builds in a temporary folder and renames it when the dataset is complete.
-  """
-  builder = PythonStdlib(modules=modules, data_dir=data_dir, file_format='array_record')
-  prepare_quietly(builder)
-  documents = (Document(record['name'].decode(), record['text'].decode()) for record in builder.as_data_source(split='train'))
-  return sorted(documents, key=lambda document: document.name)

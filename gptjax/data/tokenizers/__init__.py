@@ -1,10 +1,7 @@
 """Tokenizers, which convert any text to ids and back without loss."""
 
-from gptjax.data.tokenizers.gpt2 import Gpt2Tokenizer
-from gptjax.data.tokenizers.hugging_face import HuggingFaceTokenizer
-from gptjax.data.tokenizers.loading import load_tokenizer
-from gptjax.data.tokenizers.sentencepiece_model import SentencePieceModel
-from gptjax.data.tokenizers.subwords import SentencePieceTokenizer, Words, train_tokenizer
+from gptjax.data.tokenizers.published import HuggingFaceTokenizer, SentencePieceModel
+from gptjax.data.tokenizers.subwords import Gpt2Tokenizer, SentencePieceTokenizer, Words, load_tokenizer, train_tokenizer
 from gptjax.data.tokenizers.tokenizer import ByteTokenizer, CharTokenizer, TextStream, Tokenizer
 
 __all__ = [

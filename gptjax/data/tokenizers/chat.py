@@ -11,14 +11,12 @@ import jinja2.ext
 import jinja2.sandbox
 
 from gptjax.config import UserError
+from gptjax.data.folders import library_errors
 from gptjax.data.tokenizers.published import MARK
 
 
 class ChatTemplate:
-  """A Jinja template, rendered as in transformers, in a sandbox because it is an untrusted program. `location` is for errors.
-
-  Raises a UserError if the template is invalid.
-  """
+  """A Jinja template, rendered as in transformers, in a sandbox because it is not trusted. Raises a UserError if it is invalid."""
 
   def __init__(self, source: str, location: str):
     self._location = location
@@ -32,26 +30,20 @@ class ChatTemplate:
       line = source.split('\n')[error.lineno - 1][:80]
       raise UserError(f'{location}, line {error.lineno}', line, f'a Jinja template ({error.message})') from None
 
-  def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, object], special: re.Pattern[str] | None) -> str:
-    """Renders a conversation; special tokens in messages get a MARK after their first character.
-
-    Raises a UserError if the template rejects the messages.
-    """
+  def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, object], special: str) -> str:
+    """Renders a conversation, with a MARK in what matches `special` in a message. Raises a UserError if the template rejects it."""
     if not messages or not all(isinstance(message, Mapping) and 'role' in message for message in messages):
       raise UserError('messages', messages, 'one or more, each with a role and usually a content')
-    try:
+    roles = [message.get('role') for message in messages]
+    errors = jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError
+    with library_errors('messages', roles, f'a conversation that {self._location} accepts', errors):
       return self._template.render(messages=[_plain(message, special) for message in messages], **variables)
-    except UserError:
-      raise
-    except (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
-      roles = [message.get('role') for message in messages]
-      raise UserError('messages', roles, f'a conversation that {self._location} accepts ({error})') from None
 
 
-def _plain(value: Any, special: re.Pattern[str] | None) -> Any:
+def _plain(value: Any, special: str) -> Any:
   """A message with its special tokens marked, as plain data and, as in transformers, without keys whose value is None."""
   if isinstance(value, str):
-    return re.sub(f'(?=(?:{special.pattern}))(.)', rf'\1{MARK}', value, flags=re.DOTALL) if special else value
+    return re.sub(f'(?={special})(.)', rf'\1{MARK}', value, flags=re.DOTALL)
   if isinstance(value, Mapping):
     return {str(key): _plain(one, special) for key, one in value.items() if one is not None}
   if isinstance(value, list | tuple):
@@ -71,7 +63,7 @@ def _to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_
 
 
 class _GenerationTag(jinja2.ext.Extension):
-  """The tag {% generation %} around the assistant's text, which does not change the output."""
+  """{% generation %} around the assistant's text, which does not change the output."""
 
   tags = {'generation'}
 

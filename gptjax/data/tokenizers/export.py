@@ -52,12 +52,10 @@ def gpt2_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]], separat
 def subword_tokenizer(kind: str, scores: Sequence[tuple[str, float]], words: str, symbols: Sequence[str]) -> tokenizers.Tokenizer:
   """A SentencePiece model, 'bpe' or 'unigram', of words, given by Python's regular expression.
 
-  `scores` are (piece, score) in the order of ids, without the special ids and beginning with `symbols`, texts that are always one id.
-
-  The ids are the same, with two exceptions. Letters that are newer than the Unicode version of Python or of the `tokenizers`
-  package may be punctuation to one of them. And where unigram segmentations are equally likely, such as two runs of spaces in
-  either order, either may be chosen, because SentencePiece compares sums in float32: in 549 of 841,630 words of Python's
-  standard library, with 700 ids.
+  `scores` are (piece, score) in the order of ids, without the special ids and beginning with `symbols`. The ids are the same, except
+  for letters newer than the Unicode version of Python or of the `tokenizers` package, and where unigram segmentations are equally
+  likely, such as two runs of spaces in either order: SentencePiece compares sums in float32 (549 of 841,630 words of the standard
+  library, with 700 ids).
   """
   learned, names = scores[len(symbols):], [*_NAMES, *symbols]
   model: models.Model
@@ -73,9 +71,8 @@ def subword_tokenizer(kind: str, scores: Sequence[tuple[str, float]], words: str
 def merges_from_scores(scores: Mapping[str, float]) -> list[tuple[str, str]]:
   """Orders merges to have the effect of SentencePiece's scores: the pair with the best result first, the leftmost of equals.
 
-  Several pairs may give the same piece P. SentencePiece treats them as equals, but a list of merges orders them, which matters
-  where two of them overlap, as in x|y|z with x + y = P = y + z. Then P has the period |x|, and the pair that is split there goes
-  first. Only where |y| is also a period, so that x and y are powers of one word, is no order always right.
+  Several pairs may give the same piece P; their order matters where two overlap, as in x|y|z with x + y = P = y + z. Then P has the
+  period |x|, and the pair that is split there goes first. Only where x and y are powers of one word is no order always right.
   """
   ranked = sorted((-score, piece[i:] != piece[:-i], i, piece) for piece, score in scores.items() for i in range(1, len(piece))
                   if piece[:i] in scores and piece[i:] in scores)

@@ -1,25 +1,28 @@
-"""The common part of published models' tokenizers: files, special tokens and chat template."""
+"""Tokenizers of published models: Hugging Face's tokenizer.json and SentencePiece's tokenizer.model, with their special tokens."""
 
 import dataclasses
 import functools
 import hashlib
-import json
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import sentencepiece
+import tokenizers
+from sentencepiece import sentencepiece_model_pb2
 
 from gptjax.config import UserError
-from gptjax.data.tokenizers.tokenizer import FILE, Tokenizer, write_json
+from gptjax.data.folders import json_object, library_errors
+from gptjax.data.tokenizers.tokenizer import ALPHABET, FILE, Tokenizer, from_alphabet, utf8
 
 DESCRIPTION, MODEL, CONFIG, TEMPLATE = 'tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'chat_template.jinja'
 _SPECIAL_MAP, _ADDED = 'special_tokens_map.json', 'added_tokens.json'
 _FILES = (DESCRIPTION, MODEL, CONFIG, TEMPLATE, _SPECIAL_MAP, _ADDED, 'vocab.json', 'merges.txt')
 
-MARK = '\ufdd0'
-"""A non-character that is inserted into special tokens in messages, so that they are not recognized."""
+MARK = '\ufdd0'  # a non-character, inserted into special tokens in messages so that they are not recognized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Published:
     return Published(str(directory), files, special_ids)
 
   def json(self, name: str) -> dict[str, Any]:
-    """The object in a file; empty if the file does not exist."""
+    """The object in a file, {} without the file."""
     return json_object(f'{self.location}/{name}', self.files.get(name, b'{}'))
 
   @functools.cached_property
@@ -65,7 +68,7 @@ class Published:
 
   @property
   def added_tokens(self) -> dict[int, str]:
-    """Texts, by id, of special tokens that are added to those of the model file."""
+    """Texts by id of special tokens beside those of the model file."""
     added = self.config.get('added_tokens_decoder', {})
     return {i: text for text, i in self.json(_ADDED).items()} | {
       int(i): token['content'] for i, token in added.items() if token.get('special', False)}
@@ -87,12 +90,8 @@ class PublishedTokenizer(Tokenizer):
   `decode(encode(text)) == text` up to what its files define: a normalizer such as Qwen's NFC changes text before encoding, and
   SentencePiece treats U+2581 as a space. Invalid UTF-8 may give fewer U+FFFD than in transformers.
 
-  Raises a UserError if a special token is not in the vocabulary, or no token that ends a text is defined.
-
-  Args:
-    published, pieces: the files, and the UTF-8 bytes of each id.
-    names: texts of bos_token and so on, where defined.
-    special, id_of: texts of the special ids, by id; the id of a token's text, or None.
+  `names` are the texts of bos_token and so on, `special` those of the special ids; `id_of` returns the id of a text, or None. Raises
+  a UserError if a special token is not in the vocabulary, or no token that ends a text is defined.
   """
 
   def __init__(self, published: Published, pieces: Sequence[bytes], names: Mapping[str, str], special: Mapping[int, str],
@@ -109,23 +108,21 @@ class PublishedTokenizer(Tokenizer):
         raise UserError(f'{published.location}: {name}', list(values), f'ids of the tokenizer, 0 to {len(pieces) - 1}')
       ids[name.removesuffix('_id')] = [*ids.get(name.removesuffix('_id'), []), *values]
     if not ids['eos_token']:
-      expected = f'a token that ends a text, in {CONFIG}, or its id in generation_config.json'
-      raise UserError(f'{published.location}: eos_token', None, expected)
-    self._stop_ids = tuple(dict.fromkeys(ids['eos_token']))
-    self.eos_id = self._stop_ids[0]
+      raise UserError(f'{published.location}: eos_token', None, f'a token that ends a text, in {CONFIG}, or its id in '
+                      'generation_config.json')
+    self.stop_ids = tuple(dict.fromkeys(ids['eos_token']))
+    self.eos_id = self.stop_ids[0]
     self.bos_id, self.pad_id = ((*ids[name], self.eos_id)[0] for name in ('bos_token', 'pad_token'))
     self.unk_id = next(iter(ids.get('unk_token', [])), None)
-    silent = {*special, *(values[0] for name, values in ids.items() if name in names), self.bos_id, self.pad_id, *self._stop_ids}
+    # The model's config files, which may define special ids, are not part of the tokenizer.
+    self.saved = {'bos_token_id': self.bos_id, 'eos_token_id': list(self.stop_ids), 'pad_token_id': self.pad_id}
+    silent = {*special, *(values[0] for name, values in ids.items() if name in names), self.bos_id, self.pad_id, *self.stop_ids}
     super().__init__([b'' if i in silent else piece for i, piece in enumerate(pieces)])
     self._special = {text: i for i, text in special.items()}
-    self._pattern = special_pattern(self._special)
+    self._pattern = any_of(self._special)
 
   def __reduce__(self):
     return type(self), (self.published,)
-
-  @property
-  def stop_ids(self) -> tuple[int, ...]:
-    return self._stop_ids
 
   def _rules(self) -> list[str]:
     ids = [self.bos_id, self.eos_id, self.pad_id, self.unk_id, *self.stop_ids]
@@ -146,7 +143,7 @@ class PublishedTokenizer(Tokenizer):
   def _encode_rendered(self, text: str) -> list[int]:
     """Encodes a rendered template, with special tokens recognized except where they are marked."""
     ids: list[int] = []
-    for index, part in enumerate(re.split(f'({self._pattern.pattern})', text) if self._pattern else [text]):
+    for index, part in enumerate(re.split(f'({self._pattern})', text)):
       part = part.replace(MARK, '')
       ids += [self._special[part]] if index % 2 else self._encode_section(part, first=index == 0)
     return ids
@@ -156,9 +153,7 @@ class PublishedTokenizer(Tokenizer):
     return self.encode(text).tolist()
 
   def save(self, directory: Path) -> None:
-    # The model's config files are not part of the tokenizer, so the special ids that they define are saved in our own file.
-    ids = {'bos_token_id': self.bos_id, 'eos_token_id': list(self.stop_ids), 'pad_token_id': self.pad_id}
-    write_json(directory, {'kind': self.kind, **ids})
+    super().save(directory)
     self.save_hugging_face(directory)
 
   def save_hugging_face(self, directory: Path) -> None:
@@ -167,18 +162,158 @@ class PublishedTokenizer(Tokenizer):
       (directory / name).write_bytes(data)
 
 
-def special_pattern(tokens: Iterable[str]) -> re.Pattern[str] | None:
-  """Matches special tokens, longest first; None if there are none."""
-  longest = sorted(tokens, key=len, reverse=True)
-  return re.compile('|'.join(map(re.escape, longest))) if longest else None
+class HuggingFaceTokenizer(PublishedTokenizer):
+  """A tokenizer.json, encoded by the `tokenizers` package: byte-level BPE or unigram (GPT-2, Qwen, Llama 3, OLMo 2), or with ▁ for a space.
+
+  As in transformers, a space at the start of a text is lost where Metaspace prepends one. Raises a UserError if the file is damaged
+  or describes something else.
+  """
+
+  kind = 'hugging_face'
+
+  def __init__(self, published: Published):
+    description = published.json(DESCRIPTION)
+    self._backend = _backend(published)
+    self._backend.encode_special_tokens = True  # text that looks like a special token is text
+    vocab = self._backend.get_vocab(with_added_tokens=True)
+    if missing := {*range(len(vocab))} - {*vocab.values()}:
+      raise UserError(f'{published.location}/{DESCRIPTION}, id {min(missing)}', None, f'{len(vocab)} consecutive ids, each of one token')
+    tokens = sorted(vocab, key=vocab.__getitem__)
+    bytes_of, self.prefix = _byte_decoder(description.get('decoder'), published)
+    special = {i: token.content for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
+    model = description['model']
+    unk = model['vocab'][model['unk_id']][0] if isinstance(model.get('unk_id'), int) else model.get('unk_token')
+    names = ({'unk_token': unk} if unk else {}) | published.special_tokens
+    super().__init__(published, list(map(bytes_of, tokens)), names, special, vocab.get)
+    if self.unk_id is None and not {bytes([byte]) for byte in range(256)} <= set(self.pieces):
+      raise UserError(f'{published.location}/{DESCRIPTION}', 'no token for some bytes', 'all 256 bytes, or an unk_token')
+
+  @functools.cached_property
+  def _template_backend(self) -> tokenizers.Tokenizer:
+    """Encodes rendered chat templates, in which special tokens are recognized."""
+    return _backend(self.published)
+
+  @functools.cached_property
+  def start_ids(self) -> tuple[int, ...]:
+    with_special, without = (self._template_backend.encode('a', add_special_tokens=add).ids for add in (True, False))
+    return tuple(itertools.takewhile(lambda i: i != without[0], with_special))  # without ids that it appends
+
+  def encode(self, text: str, source: str = 'text') -> np.ndarray:
+    utf8(text, source)
+    found = self._backend.encode(text, add_special_tokens=False)
+    ids = np.array(found.ids, np.int32)
+    if self.unk_id is not None and (unknown := ids == self.unk_id).any():
+      position = found.offsets[int(unknown.argmax())][0]
+      raise UserError(f'{source}, character {position}', text[position], "characters in the tokenizer's vocabulary")
+    return ids
+
+  def _encode_rendered(self, text: str) -> list[int]:
+    # Only where messages contain special tokens, which are marked, is the text split here instead of by the package.
+    if MARK in text:
+      return super()._encode_rendered(text)
+    return self._template_backend.encode(text, add_special_tokens=False).ids
 
 
-def json_object(location: str, data: bytes | str) -> dict[str, Any]:
-  """Parses an object; a UserError names `location` if the data is something else."""
-  try:
-    found = json.loads(data)
-  except (ValueError, RecursionError) as error:  # not JSON, numbers too long for Python, or brackets too deep
-    raise UserError(location, data[:40], f'JSON ({error})') from None
-  if not isinstance(found, dict):
-    raise UserError(location, data[:40], 'a JSON object')
-  return found
+def _backend(published: Published) -> tokenizers.Tokenizer:
+  path, data = f'{published.location}/{DESCRIPTION}', published.files[DESCRIPTION]
+  with library_errors(path, f'{len(data)} bytes', 'a file that the tokenizers package can read'):
+    backend = tokenizers.Tokenizer.from_buffer(data)
+  if (kind := type(backend.model).__name__) not in ('BPE', 'Unigram'):
+    raise UserError(f'{path}: model', kind, 'BPE or Unigram')
+  backend.no_truncation()
+  backend.no_padding()
+  # As in transformers, the config may declare tokens of the model's vocabulary special.
+  known = {token.content for token in backend.get_added_tokens_decoder().values()}
+  vocab = backend.get_vocab()
+  special = dict.fromkeys(published.special_tokens.values())
+  backend.add_special_tokens([text for text in special if text not in known and text in vocab])
+  return backend
+
+
+def _byte_decoder(decoder: Any, published: Published) -> tuple[Callable[[str], bytes], bytes]:
+  """A function from tokens to their bytes, and the prefix that decoding removes from texts."""
+  replaced: list[tuple[str, str]] = []
+  kinds, prefix, alphabet = set(), b'', {*ALPHABET}
+  for step in decoder['decoders'] if decoder and decoder['type'] == 'Sequence' else [decoder]:
+    match step:
+      case {'type': 'ByteLevel' | 'ByteFallback' | 'Fuse' as kind}:
+        kinds.add(kind)
+      case {'type': 'Replace', 'pattern': {'String': old}, 'content': new}:
+        replaced.append((old, new))
+      case {'type': 'Metaspace', 'replacement': old}:
+        replaced.append((old, ' '))
+        prefix = b'' if step.get('prepend_scheme') == 'never' or step.get('add_prefix_space') is False else b' '
+      case {'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0}:
+        prefix = b' '
+      case _:
+        raise UserError(f'{published.location}/{DESCRIPTION}: decoder', step and step.get('type'), 'ByteLevel, or a sequence of Replace, '
+                        'ByteFallback, Fuse, Metaspace and one Strip on the left')
+
+  def decode(token: str) -> bytes:
+    for old, new in replaced:
+      token = token.replace(old, new)
+    if 'ByteLevel' in kinds and alphabet.issuperset(token):  # other tokens are added ones, which are plain text
+      return from_alphabet(token)
+    byte = re.fullmatch('<0x([0-9A-Fa-f]{2})>', token) if 'ByteFallback' in kinds else None
+    return bytes.fromhex(byte[1]) if byte else token.encode()
+
+  return decode, prefix
+
+
+class SentencePieceModel(PublishedTokenizer):
+  """A tokenizer.model (Llama 2, Mistral, Gemma), encoded by the sentencepiece package, and the special tokens that its folder adds.
+
+  In a conversation, SentencePiece's space is prepended to the text after a special token only if tokenizer_config.json has
+  `"legacy": true`. Raises a UserError if the file is damaged, or the model has no byte fallback.
+  """
+
+  kind = 'sentencepiece'
+
+  def __init__(self, published: Published):
+    path, data = f'{published.location}/{MODEL}', published.files[MODEL]
+    with library_errors(path, f'{len(data)} bytes', 'a model that SentencePiece can read'):
+      self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
+    proto = sentencepiece_model_pb2.ModelProto.FromString(data)  # type: ignore[attr-defined]  # defined at import
+    proto.normalizer_spec.add_dummy_prefix = False
+    self._continuing = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())  # for text that follows other text
+    model, count = self._model, self._model.vocab_size()
+    texts = list(map(model.id_to_piece, range(count)))
+    if sum(map(model.is_byte, range(count))) != 256:
+      raise UserError(path, 'no token for some bytes', 'a model trained with byte_fallback')
+    more = {i: text for i, text in sorted(published.added_tokens.items()) if i >= count}
+    if list(more) != list(range(count, count + len(more))):
+      raise UserError(f'{published.location}: added tokens', list(more)[0], f'consecutive ids from {count} on, after those of {MODEL}')
+    control = {i: texts[i] for i in range(count) if model.is_control(i) or model.is_unknown(i)}
+    ids = dict(zip([*texts, *more.values()], range(count + len(more))))
+    own = {'bos_token': model.bos_id(), 'eos_token': model.eos_id(), 'pad_token': model.pad_id(), 'unk_token': model.unk_id()}
+    names = {name: texts[i] for name, i in own.items() if i >= 0} | published.special_tokens
+    self.prefix = b' ' if model.normalize('a').startswith('▁') else b''
+    added = {i: text for i, text in published.added_tokens.items() if i >= count or texts[i] == text}
+    pieces = [bytes.fromhex(text[3:5]) if model.is_byte(i) else text.replace('▁', ' ').encode() for i, text in enumerate(texts)]
+    super().__init__(published, [*pieces, *(b'' for _ in more)], names, control | added, ids.get)
+    # Special tokens that SentencePiece would recognize in any text.
+    self._recognized = any_of(text for i, text in added.items() if i < count and i not in control)
+
+  @property
+  def start_ids(self) -> tuple[int, ...]:
+    return (self.bos_id,) if self.published.config.get('add_bos_token', False) else ()
+
+  def encode(self, text: str, source: str = 'text') -> np.ndarray:
+    utf8(text, source)
+    return np.array(self._encode_text(text, self._model), np.int32)
+
+  def _encode_text(self, text: str, model: sentencepiece.SentencePieceProcessor) -> list[int]:
+    """Encodes a text in pieces, cut inside special tokens so that SentencePiece does not recognize them."""
+    cuts = [found.start() + 1 for found in re.finditer(f'(?={self._recognized})', text)]
+    ids = model.encode(text[:cuts[0]] if cuts else text)
+    for start, stop in zip(cuts, [*cuts[1:], len(text)]):
+      ids += self._continuing.encode(text[start:stop])
+    return ids
+
+  def _encode_section(self, text: str, first: bool) -> list[int]:
+    return self._encode_text(text, self._model if first or self.published.config.get('legacy', False) else self._continuing)
+
+
+def any_of(tokens: Iterable[str]) -> str:
+  """A regular expression of any of some tokens, the longest first; without tokens it matches nothing."""
+  return '|'.join(map(re.escape, sorted(tokens, key=len, reverse=True))) or '(?!)'

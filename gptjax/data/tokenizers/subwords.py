@@ -1,8 +1,9 @@
-"""Subword tokenizers of SentencePiece, and the training of tokenizers."""
+"""Subword tokenizers: GPT-2's, from the two files that OpenAI published, and SentencePiece's; training and loading of tokenizers."""
 
 import collections
 import io
 import itertools
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,45 +12,128 @@ import numpy as np
 import sentencepiece
 
 from gptjax.config import TokenizerConfig, UserError
+from gptjax.data.folders import json_object, library_errors
 from gptjax.data.progress import announce
 from gptjax.data.sources.source import Document
 from gptjax.data.tokenizers import export
-from gptjax.data.tokenizers.published import MODEL
+from gptjax.data.tokenizers.published import DESCRIPTION, MODEL, HuggingFaceTokenizer, Published, SentencePieceModel, any_of
 from gptjax.data.tokenizers.tokenizer import (
-  ALPHABET, SPECIALS, ByteTokenizer, CharTokenizer, Tokenizer, from_alphabet, to_alphabet, utf8, write_json)
+  ALPHABET, FILE, SPECIALS, ByteTokenizer, CharTokenizer, Tokenizer, from_alphabet, to_alphabet, utf8)
+from gptjax.files import expanded
+
+OPENAI_FILES = ('encoder.json', 'vocab.bpe')
+"""Ids by token, and, after a line `#version: 0.2`, one merge per line in order, as two tokens."""
+HUGGING_FACE_FILES = ('vocab.json', 'merges.txt')  # the same under other names
+_SEPARATOR = '<|endoftext|>'
+
+_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+r"""GPT-2's pattern `'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+` as OpenAI's tiktoken writes it, with
+less backtracking."""
+
+_LONG_SPACE = re.compile(r'(?<![^\S\x1c-\x1f])[^\S\x1c-\x1f]{65536,}')
+r"""Long white space by Unicode's definition (Python's has four more characters). By `\s+(?!\S)` its last character starts a word if
+anything follows; tiktoken's regex engine would backtrack to there with a stack as deep as the space is long, and fails from 10^6 on."""
 
 _MAX_CACHED_WORDS, _MAX_CACHED_LENGTH = 2**18, 128
+
+
+class Gpt2Tokenizer(Tokenizer):
+  """GPT-2's byte-level BPE (Radford et al. 2019): 50,257 ids, of which '<|endoftext|>' is the last; or another one in such files.
+
+  Uses tiktoken, which is ten times as fast as the `tokenizers` package. The separator is also the pad id, because rows are masked by
+  arrays and not by ids. Raises a UserError if tiktoken is not installed, a file is missing or damaged, or the two are inconsistent.
+  """
+
+  kind = 'gpt2'
+  unk_id = None
+  start_ids = ()  # OpenAI and transformers put nothing before a prompt
+
+  def __init__(self, directory: Path):
+    renamed = (directory / HUGGING_FACE_FILES[1]).exists() and not (directory / OPENAI_FILES[0]).exists()
+    vocab_path, merges_path = (directory / name for name in (HUGGING_FACE_FILES if renamed else OPENAI_FILES))
+    self._vocab, self._merges = _read(vocab_path), _read(merges_path)
+    self._pairs = _pairs(self._merges, merges_path)
+    pieces = [*map(from_alphabet, sorted(ALPHABET)), *(from_alphabet(left + right) for left, right in self._pairs)]
+    expected = {to_alphabet(piece): rank for rank, piece in enumerate(pieces)} | {_SEPARATOR: len(pieces)}
+    found = json_object(str(vocab_path), self._vocab)
+    for token in [*expected, *found]:
+      if found.get(token) != expected.get(token):
+        raise UserError(f'{vocab_path}: {token!r}', found.get(token), f'{expected.get(token)}, the id that the merges imply')
+    super().__init__([*pieces, b''])
+    self.pad_id = self.bos_id = self.eos_id = len(pieces)
+    ranks = {piece: rank for rank, piece in enumerate(pieces)}
+    with library_errors('tokenizer', 'gpt2'):
+      import tiktoken
+    # Without special tokens, all text is encoded as text.
+    self._encoding = tiktoken.Encoding('gpt2', pat_str=_WORDS, mergeable_ranks=ranks, special_tokens={})
+
+  def encode(self, text: str, source: str = 'text') -> np.ndarray:
+    utf8(text, source)
+    ids, start = [], 0
+    cuts = (space.end() - 1 for space in _LONG_SPACE.finditer(text) if space.end() < len(text))
+    for stop in [*cuts, len(text)]:
+      ids.append(self._encoding.encode_to_numpy(text[start:stop]))
+      start = stop
+    return np.concatenate(ids).astype(np.int32)
+
+  def save(self, directory: Path) -> None:
+    super().save(directory)
+    self._write(directory, OPENAI_FILES)
+
+  def save_hugging_face(self, directory: Path) -> None:
+    tokenizer = export.gpt2_tokenizer(json.loads(self._vocab), self._pairs, _SEPARATOR)
+    export.write_tokenizer(directory, tokenizer, dict.fromkeys(('bos_token', 'eos_token'), _SEPARATOR))
+    self._write(directory, HUGGING_FACE_FILES)
+
+  def _write(self, directory: Path, names: tuple[str, str]) -> None:
+    for name, content in zip(names, (self._vocab, self._merges)):
+      (directory / name).write_text(content, encoding='utf-8', newline='')
+
+
+def _read(path: Path) -> str:
+  try:
+    return path.read_bytes().decode()
+  except OSError as error:
+    raise UserError('tokenizer', str(path), f"GPT-2's {path.name} ({error.strerror})") from None
+  except UnicodeDecodeError as error:
+    raise UserError(f'{path}, byte {error.start}', error.object[error.start:error.start + 4], 'UTF-8 text') from None
+
+
+def _pairs(merges: str, path: Path) -> list[tuple[str, str]]:
+  """The two tokens of each merge, in order."""
+  pairs, alphabet = [], {*ALPHABET}
+  for number, line in enumerate(merges.split('\n')[1:], 2):
+    match line.split(' '):
+      case [left, right] if alphabet.issuperset(left + right):
+        pairs.append((left, right))
+      case tokens if tokens != ['']:  # as at the end of the file
+        raise UserError(f'{path}:{number}', line[:80], 'two tokens separated by a space')
+  return pairs
 
 
 def word_pattern(digits: int) -> str:
   r"""The regular expression of words, whose boundaries no piece crosses.
 
   A word is one of: letters with the space or sign before them; up to `digits` digits; signs with the line ends and indentation
-  after them; line ends and indentation; spaces except the last, which belongs to the next word.
-
-  With 4,096 ids trained on Python's standard library, an id represents 19 % more bytes than with SentencePiece's own rule.
-  The limit of 64 bounds the cost of text without spaces.
+  after them; line ends and indentation; spaces except the last, which belongs to the next word. With 4,096 ids trained on Python's
+  standard library, an id represents 19 % more bytes than with SentencePiece's own rule. 64 bounds the cost of text without spaces.
   """
   return rf'[^\w\n]?[^\W\d]{{1,64}}|\d{{1,{digits}}}| ?[^\w\s]{{1,64}}(?:\n+ *)?|\s*\n *|\s+(?!\S)|\s'
 
 
 class Words:
-  """Splits text into words and symbols, whose concatenation is the text.
-
-  `pattern`, the regular expression of a word, must match at any character. Symbols are texts that are always one word; the
-  longest takes precedence.
-  """
+  """Splits text into words, which `pattern` matches at any character, and symbols; the longest symbol takes precedence."""
 
   def __init__(self, pattern: str, symbols: Sequence[str] = ()):
     self.pattern = pattern
     self.symbols = tuple(symbols)
     self._word = re.compile(pattern)
-    self._symbol = re.compile(f"({'|'.join(map(re.escape, sorted(symbols, key=len, reverse=True)))})") if symbols else None
+    self._symbol = re.compile(f'({any_of(symbols)})')
 
   def split(self, text: str) -> Iterator[str]:
     """The words in order."""
     words = lambda part: map(re.Match.group, self._word.finditer(part))  # findall's list would be far larger than the text
-    if not self._symbol:  # without a generator in between, for speed
+    if not self.symbols:  # without a generator in between, for speed
       return words(text)
     return itertools.chain.from_iterable([part] if i % 2 else words(part) for i, part in enumerate(self._symbol.split(text)))
 
@@ -70,17 +154,16 @@ class _WordCache(dict[str, bytes]):
 
 
 class SentencePieceTokenizer(Tokenizer):
-  """Pieces of words learned by SentencePiece: BPE (arXiv:1508.07909) or unigram (arXiv:1804.10959).
+  """Pieces of words learned by SentencePiece: 'bpe' (arXiv:1508.07909) or 'unigram' (arXiv:1804.10959), in a serialized model.
 
   SentencePiece receives the UTF-8 bytes of a word as characters of an alphabet of 256, as in GPT-2, all of which are pieces. So
-  any text can be encoded, and nothing in it (a space, a NUL, SentencePiece's own U+2581) has a special meaning.
-
-  `kind` is 'bpe' or 'unigram', `model` a serialized SentencePiece model. `words` splits text before SentencePiece encodes it; its
-  symbols are pieces of the model. Raises a UserError if the model's special ids differ from those of `Tokenizer`.
+  any text can be encoded, and nothing in it (a space, a NUL, SentencePiece's own U+2581) has a special meaning. Raises a UserError
+  if the model's special ids differ from those of `Tokenizer`.
   """
 
   def __init__(self, kind: str, model: bytes, words: Words):
     self.kind, self.model, self.words = kind, model, words
+    self.saved = {'words': words.pattern, 'symbols': list(words.symbols)}
     self._ids = _WordCache(model)
     processor = self._ids.processor
     found = [processor.pad_id(), processor.bos_id(), processor.eos_id(), processor.unk_id()]
@@ -103,7 +186,7 @@ class SentencePieceTokenizer(Tokenizer):
     return np.frombuffer(ids.getbuffer(), np.int32)
 
   def save(self, directory: Path) -> None:
-    write_json(directory, {'kind': self.kind, 'words': self.words.pattern, 'symbols': list(self.words.symbols)})
+    super().save(directory)
     (directory / MODEL).write_bytes(self.model)
 
   def save_hugging_face(self, directory: Path) -> None:
@@ -118,20 +201,12 @@ class SentencePieceTokenizer(Tokenizer):
 
 def train_tokenizer(
     config: TokenizerConfig, documents: Iterable[Document], *, digits: int = 1, symbols: Sequence[str] = ()) -> Tokenizer:
-  """Trains a tokenizer; the same documents give the same one.
+  """Trains a tokenizer; the same documents, which are read once, give the same one.
 
-  'chars' needs every document that will be encoded, validation included; the other kinds can encode any text, because every
-  byte is a piece, and learn well from a `sample`. Documents are read once.
-
-  Args:
-    config: kind and vocabulary size; its path is ignored.
-    documents: texts to learn from.
-    digits: maximum number of digits in a piece of 'bpe' or 'unigram'; 1: single digits, 3: as in GPT-4.
-    symbols: texts that 'bpe' and 'unigram' always encode as one id.
-
-  Raises:
-    UserError: the vocabulary is larger than the documents allow or too small for bytes and symbols, a text is not valid
-      Unicode, or digits or symbols are invalid.
+  'chars' needs every document that will be encoded, validation included; the other kinds have a piece for every byte, and learn well
+  from a `sample`. Pieces of 'bpe' and 'unigram' have at most `digits` digits (GPT-4: 3), and `symbols` are texts that are always one
+  id. Raises a UserError if the vocabulary is larger than the documents allow or too small for bytes and symbols, a text is not valid
+  Unicode, or digits or symbols are invalid.
   """
   if config.kind == 'bytes':
     return ByteTokenizer()
@@ -176,3 +251,41 @@ def _train_sentencepiece(config: TokenizerConfig, documents: Iterable[Document],
     raise UserError('data.tokenizer.vocab_size', config.vocab_size, f'at most {limit[1]} for these documents, or '
                     "data.tokenizer.kind 'chars' or 'bytes'") from None
   return SentencePieceTokenizer(config.kind, model.getvalue(), words)
+
+
+_PUBLISHED = {DESCRIPTION: 'hugging_face', OPENAI_FILES[0]: 'gpt2', HUGGING_FACE_FILES[1]: 'gpt2', MODEL: 'sentencepiece'}
+"""Kinds of published models' tokenizers by a file of their folders, in order of precedence."""
+
+
+def load_tokenizer(directory: Path | str) -> Tokenizer:
+  """Loads a tokenizer from a folder that `Tokenizer.save` wrote, or from a published model's.
+
+  That has tokenizer.json, GPT-2's two files (encoder.json and vocab.bpe, or vocab.json and merges.txt), or tokenizer.model. Raises a
+  UserError if the folder has no tokenizer, or a damaged one.
+  """
+  folder = expanded(directory)
+  published = [kind for name, kind in _PUBLISHED.items() if (folder / name).exists()]
+  try:
+    saved = {'kind': published[0]} if published and not (folder / FILE).exists() else json.loads((folder / FILE).read_text('utf-8'))
+    match saved['kind']:
+      case 'bytes':
+        return ByteTokenizer()
+      case 'chars':
+        return CharTokenizer(saved['characters'])
+      case 'gpt2':
+        return Gpt2Tokenizer(folder)
+      case 'hugging_face':
+        return HuggingFaceTokenizer(Published.read(folder))
+      case 'sentencepiece':
+        return SentencePieceModel(Published.read(folder))
+      case 'bpe' | 'unigram':
+        return SentencePieceTokenizer(saved['kind'], (folder / MODEL).read_bytes(), Words(saved['words'], saved['symbols']))
+  except UserError:
+    raise
+  except OSError as error:
+    raise UserError('tokenizer', str(directory), f"a folder with {FILE} and its other files, or with a published model's {DESCRIPTION}, "
+                    f"{MODEL} or {OPENAI_FILES[0]} ({error.strerror}: {error.filename})") from None
+  except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, re.error) as error:  # RecursionError is a RuntimeError
+    raise UserError('tokenizer', str(directory), f'a folder with an undamaged tokenizer ({type(error).__name__}: {error})') from None
+  raise UserError(str(folder / FILE), saved['kind'], 'a kind that this version of gptjax supports: bpe, unigram, chars, bytes, gpt2, '
+                  'hugging_face, sentencepiece')

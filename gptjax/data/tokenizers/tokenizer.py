@@ -15,17 +15,15 @@ import numpy as np
 from gptjax.config import UserError
 from gptjax.data.tokenizers import export
 
-FILE = 'gptjax_tokenizer.json'
-"""Written by `Tokenizer.save`, among other files. (Hugging Face's is tokenizer.json.)"""
-SPECIALS = 3
-"""Number of special ids of our own tokenizers."""
+FILE = 'gptjax_tokenizer.json'  # written by `Tokenizer.save`, among other files
+SPECIALS = 3  # special ids of our own tokenizers
 
 
 class Tokenizer(abc.ABC):
-  """Converts between text and ids; `decode(encode(text)) == text` for any text that UTF-8 can represent.
+  """Converts between text and ids; `decode(encode(text)) == text` for any valid Unicode (exceptions: PublishedTokenizer).
 
-  Published tokenizers (PublishedTokenizer) document their exceptions. Text never becomes a special id, even if it looks like one.
-  `pieces` are the UTF-8 bytes of each id, which may be only a part of a character; b'' for special ids.
+  Text never becomes a special id, even if it looks like one. `pieces` are the UTF-8 bytes of each id, which may be only a part of a
+  character; b'' for special ids.
   """
 
   kind: str
@@ -37,6 +35,8 @@ class Tokenizer(abc.ABC):
   """never produced by `encode`; None: the tokenizer has none"""
   prefix: bytes = b''
   """prepended by `encode` and removed by `decode`: a space where SentencePiece adds one before every text"""
+  saved: Mapping[str, object] = {}
+  """what FILE has beside the kind"""
 
   def __init__(self, pieces: Sequence[bytes]):
     self.pieces = tuple(pieces)
@@ -46,12 +46,12 @@ class Tokenizer(abc.ABC):
     """Number of ids, including special ones."""
     return len(self.pieces)
 
-  @property
+  @functools.cached_property
   def start_ids(self) -> tuple[int, ...]:
     """Ids that start a prompt: bos_id, or nothing for published tokenizers that add none."""
     return (self.bos_id,)
 
-  @property
+  @functools.cached_property
   def stop_ids(self) -> tuple[int, ...]:
     """Ids that end a text or a turn of a conversation, eos_id included."""
     return (self.eos_id,)
@@ -70,46 +70,35 @@ class Tokenizer(abc.ABC):
 
   @abc.abstractmethod
   def encode(self, text: str, source: str = 'text') -> np.ndarray:
-    """Encodes a text to int32 ids [n], without special ids; `source` is its name for error messages, such as its file.
-
-    Raises a UserError if the text cannot be encoded; the error names the character and its position.
-    """
+    """Encodes a text to int32 ids [n] without special ids. Raises a UserError that names a bad character's place in `source`."""
 
   def decode(self, ids: Iterable[int]) -> str:
     """Decodes ids; special ids have no text, and invalid UTF-8 becomes U+FFFD."""
     return b''.join(self.pieces[i] for i in ids).removeprefix(self.prefix).decode('utf-8', errors='replace')
 
   def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **options: object) -> np.ndarray:
-    """Encodes a conversation with the tokenizer's chat template to int32 ids [n], including special ids.
+    """Encodes a conversation with the tokenizer's chat template to int32 ids [n]. Only the template produces special ids.
 
-    Only the template produces special ids; text in a message that looks like one is encoded as text. Raises a UserError if the
-    tokenizer has no template, or the template rejects the messages.
-
-    Args:
-      messages: {'role': ..., 'content': ...} each, in order; the template defines the roles.
-      add_generation_prompt: append the start of the assistant's answer.
-      options: other variables of the template, such as enable_thinking.
+    Messages are {'role': ..., 'content': ...}; the template defines the roles. `add_generation_prompt` appends the start of the
+    answer; `options` are other variables of the template, such as enable_thinking. Raises a UserError if the tokenizer has no
+    template, or the template rejects the messages.
     """
     raise UserError('tokenizer', self.kind, 'one with a chat template (chat_template.jinja, or chat_template in tokenizer_config.json)')
 
   def save(self, directory: Path) -> None:
-    """Writes everything that `load_tokenizer` needs to a folder."""
-    write_json(directory, {'kind': self.kind})
+    """Writes what `load_tokenizer` needs to a folder, created if necessary."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / FILE).write_text(json.dumps({'kind': self.kind, **self.saved}) + '\n', encoding='utf-8')
 
   @abc.abstractmethod
   def save_hugging_face(self, directory: Path) -> None:
-    """Writes files from which transformers' `AutoTokenizer.from_pretrained(directory)` loads a tokenizer with the same ids and texts.
-
-    The model's config.json and generation_config.json, which may also name start and stop ids, are not written here. Raises a
-    UserError if Hugging Face's format cannot represent this tokenizer.
-    """
+    """Writes files from which transformers loads an equal tokenizer; raises a UserError if their format cannot represent it."""
 
 
 class TextStream:
-  """Decodes ids that arrive a few at a time; the concatenated results equal `decode` of all ids.
+  """Decodes ids that arrive a few at a time, up to the last complete character; the results together equal `decode` of all ids.
 
-  A character is held back until all its bytes have arrived. `continues` means that other text precedes, so that the tokenizer's
-  prefix is kept.
+  `continues`: other text precedes, so that the tokenizer's prefix is kept.
   """
 
   def __init__(self, tokenizer: Tokenizer, continues: bool = False):
@@ -151,6 +140,7 @@ class CharTokenizer(Tokenizer):
 
   def __init__(self, characters: str):
     self.characters = ''.join(sorted(characters))
+    self.saved = {'characters': self.characters}
     super().__init__([b''] * SPECIALS + [character.encode() for character in self.characters])
     self._codes = np.frombuffer(self.characters.encode('utf-32-le'), '<u4')
 
@@ -164,9 +154,6 @@ class CharTokenizer(Tokenizer):
       raise UserError(f'{source}, character {position}', text[position],
                       f"one of the {len(self.characters)} characters of the tokenizer's training text")
     return (ids + SPECIALS).astype(np.int32)
-
-  def save(self, directory: Path) -> None:
-    write_json(directory, {'kind': self.kind, 'characters': self.characters})
 
   def save_hugging_face(self, directory: Path) -> None:
     export.write_tokenizer(directory, export.char_tokenizer(self.characters))
@@ -188,12 +175,6 @@ def to_alphabet(data: bytes) -> str:
 def from_alphabet(characters: str) -> bytes:
   """Inverse of `to_alphabet`; KeyError for other characters."""
   return bytes(_TO_BYTE[character] for character in characters)
-
-
-def write_json(directory: Path, saved: dict[str, object]) -> None:
-  """Writes a tokenizer's own JSON file to a folder, created if necessary."""
-  directory.mkdir(parents=True, exist_ok=True)
-  (directory / FILE).write_text(json.dumps(saved) + '\n', encoding='utf-8')
 
 
 def utf8(text: str, source: str) -> bytes:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from gptjax.config import SourceConfig, UserError
-from gptjax.data.sources import Document, Malformed, Part, Source, open_source, split_source
+from gptjax.data.sources import Document, Malformed, Part, Source, malformed_error, open_source, split_source
 from gptjax.data.sources.text import TextFiles
 
 
@@ -55,9 +55,9 @@ def test_a_single_document_in_pieces_is_split_at_the_same_place(tmp_path, monkey
   path = tmp_path / ('a.txt.gz' if packed else 'a.txt')
   path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
   cut = len(text) * 3 // 4
-  whole = open_source(SourceConfig(path=str(path)))
-  assert len(list(whole.parts())) > 100
-  for side, expected in zip(split_source(whole, 0.25), (text[:cut], text[cut:])):
+  complete = open_source(SourceConfig(path=str(path)))
+  assert len(list(complete.parts())) > 100
+  for side, expected in zip(split_source(complete, 0.25), (text[:cut], text[cut:])):
     side = pickle.loads(pickle.dumps(side))
     assert ''.join(document.text for part in side.parts() for document in side.read(part) if document) == expected
 
@@ -114,8 +114,9 @@ def test_both_sides_have_all_records_and_malformed_ones_are_for_training(tmp_pat
 def test_sides_have_different_fingerprints_and_the_places_of_the_source(nanogpt):
   source = Listed([Document(name, name) for name in 'abcdefgh'])
   one = open_source(SourceConfig(path=str(nanogpt)))
-  prints = [side.fingerprint() for whole in (source, one) for share in (0.2, 0.8) for side in split_source(whole, share)]
+  prints = [side.fingerprint() for complete in (source, one) for share in (0.2, 0.8) for side in split_source(complete, share)]
   assert len(set(prints)) == 8
   part = next(source.parts())
-  assert split_source(source, 0.5)[0].place(part, 4) == source.place(part, 4) == 'list, record 5'
+  for side in (source, *split_source(source, 0.5)):
+    assert str(malformed_error(side, part, Malformed('', '', 1), 3)).startswith('list, record 5: ')
   assert dataclasses.replace(part, start=1) != part

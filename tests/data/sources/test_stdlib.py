@@ -11,7 +11,7 @@ import pytest
 
 from gptjax.config import SourceConfig, UserError
 from gptjax.data.sources import open_source
-from gptjax.data.sources.stdlib import Stdlib, stdlib_modules
+from gptjax.data.sources.opening import Stdlib, stdlib_modules
 
 
 @pytest.fixture

@@ -31,17 +31,17 @@ def texts(source):
   return [record.text for record in records]
 
 
-@pytest.mark.parametrize(('rows', 'part_bytes', 'least', 'most'), [
+@pytest.mark.parametrize(('rows', 'part_bytes', 'least', 'limit'), [
     (1000, 100, 8, 8), (1000, 2**23, 1, 1), (300, 1000, 14, 30), (7, 100, 143, 1000), (7, 1000, 10, 40), (7, 2**23, 1, 1),
 ])
-def test_parts_are_several_row_groups_or_pieces_of_one(tmp_path, monkeypatch, rows, part_bytes, least, most):
+def test_parts_are_several_row_groups_or_pieces_of_one(tmp_path, monkeypatch, rows, part_bytes, least, limit):
   pq.write_table(TABLE, tmp_path / 'a.parquet', row_group_size=rows, compression='none')
   monkeypatch.setattr(Source, 'part_bytes', part_bytes)
   source = open_table(tmp_path)
   assert texts(source) == TABLE['text'].to_pylist()
   starts = [part.start for part in source.parts()]
-  assert least <= len(starts) <= most
-  if most < 1000 // rows:  # groups that fit are not cut
+  assert least <= len(starts) <= limit
+  if limit < 1000 // rows:  # groups that fit are not cut
     assert all(start % rows == 0 for start in starts)
 
 
@@ -83,8 +83,8 @@ def test_errors_name_a_missing_column_and_a_broken_file(tmp_path):
   pq.write_table(TABLE, tmp_path / 'a.parquet')
   with pytest.raises(UserError, match=r"^data.source.text: 'txt', .*a\.parquet: text, id, .*did you mean text\?"):
     list(open_table(tmp_path, text='txt'))
-  whole = (tmp_path / 'a.parquet').read_bytes()
-  for data in (whole[:-100], b'no Parquet', whole[:100] + bytes(2000) + whole[2100:]):
+  undamaged = (tmp_path / 'a.parquet').read_bytes()
+  for data in (undamaged[:-100], b'no Parquet', undamaged[:100] + bytes(2000) + undamaged[2100:]):
     (tmp_path / 'a.parquet').write_bytes(data)
     with pytest.raises(UserError, match=r'^data.source.path: .*a\.parquet.*an undamaged Parquet file'):
       list(open_table(tmp_path))

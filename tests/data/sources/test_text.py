@@ -97,7 +97,7 @@ def test_the_error_for_invalid_utf8_has_file_and_byte(tmp_path, separator):
   (part,) = source.parts()
   (malformed,) = (record for record in source.read(part) if isinstance(record, Malformed))
   assert str(malformed_error(source, part, malformed, 7)) == (
-      f"{tmp_path}/a.txt, byte 9: {malformed.value!r}, expected: a file of UTF-8 text")
+      f"{tmp_path}/a.txt, byte 9: {malformed.value!r}, expected: UTF-8 text")
   assert malformed.value == b'\xe9 au'[:len(malformed.value)]
 
 
@@ -150,7 +150,7 @@ def test_a_large_file_is_cut_at_line_ends_that_no_white_space_follows(tmp_path_f
     patch.setattr('gptjax.data.sources.text._WINDOW', window)
     patch.setattr(TextFiles, 'max_document_bytes', step)
     for ending, pack in PACKERS.items():
-      path = tmp_path_factory.getbasetemp() / f'whole.txt{ending}'
+      path = tmp_path_factory.getbasetemp() / f'complete.txt{ending}'
       path.write_bytes(pack(text.encode()))
       source = open_text(path)
       documents = parts_apart(source)

@@ -73,9 +73,9 @@ def at(folder, monkeypatch):
 @pytest.mark.parametrize('path', [
     'garden_poems', 'garden_poems:1.2.0', 'data/garden_poems/1.2.0', 'poetry.garden:GardenPoems'])
 def test_a_prepared_dataset_is_read_by_all_its_names(at, path, monkeypatch, capfd):
-  whole = {document.name: document.text for document in at(path)}
-  assert sorted(whole.values()) == sorted(f'poem {i} é' for i in range(50))
-  assert list(whole) == [f'train#{i}' for i in range(50)]
+  complete = {document.name: document.text for document in at(path)}
+  assert sorted(complete.values()) == sorted(f'poem {i} é' for i in range(50))
+  assert list(complete) == [f'train#{i}' for i in range(50)]
   monkeypatch.setattr(Source, 'part_bytes', 200)
   source = at(path)
   parts = list(source.parts())
@@ -83,7 +83,7 @@ def test_a_prepared_dataset_is_read_by_all_its_names(at, path, monkeypatch, capf
   assert sum(part.size for part in parts) == source.size
   list(source)
   copy = pickle.loads(pickle.dumps(source))
-  assert {document.name: document.text for part in reversed(parts) for document in copy.read(part)} == whole
+  assert {document.name: document.text for part in reversed(parts) for document in copy.read(part)} == complete
   assert source.description == 'tfds:garden_poems/1.2.0, split train'
   assert capfd.readouterr() == ('', '')
 
