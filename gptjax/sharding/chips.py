@@ -1,6 +1,10 @@
-"""What each accelerator can do, from the vendors' data sheets; the one table that MFU and plans divide by."""
+"""The speed and memory of each accelerator, from the vendors' data sheets: the one table for MFU and for the plan of a run."""
 
 import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
 
 GIB = 2.0**30
 
@@ -55,3 +59,28 @@ CHIPS = {
   'h200': Chip(('NVIDIA H200',), 989e12, 141e9, 0.9, 4800e9, 450e9, 50e9),
   'b200': Chip(('NVIDIA B200',), 2250e12, 180e9, 0.9, 8000e9, 900e9, 50e9),
 }
+
+
+def peak_flops(devices: list[jax.Device], dtype: str) -> tuple[float, str]:
+  """The total FLOP/s of all devices, the denominator of MFU, and the source of the figure.
+
+  For devices in the table it is the data sheet's, in bfloat16 regardless of `dtype`; for others a square matrix product is timed (once for
+  all virtual CPU devices, which share one machine).
+  """
+  kind = devices[0].device_kind
+  known = [(name, chip.flops) for chip in CHIPS.values() for name in chip.kinds if kind.startswith(name)]
+  if known:
+    name, flops = max(known, key=lambda pair: len(pair[0]))
+    return flops * len(devices), f'{name} bfloat16 data sheet'
+  size, times = 2048, []
+  mine = [device for device in devices if device.process_index == jax.process_index()]
+  with jax.set_mesh(jax.make_mesh((1,), ('device',), devices=mine[:1])):  # the mesh of the run has the devices of all processes
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    for _ in range(5):
+      start = time.perf_counter()
+      product(x, x).block_until_ready()
+      times.append(time.perf_counter() - start)
+  count = 1 if devices[0].platform == 'cpu' else len(devices)
+  return 2 * size**3 / min(times) * count, f'measured {size} x {size} {dtype} matrix product'

@@ -1,12 +1,13 @@
-"""A run, resolved: everything the loop needs, built once from config, data and devices."""
+"""A run, built once from config, data and devices, and its steps: the rows that each one takes, and its dispatch."""
 
 import dataclasses
 import math
 import subprocess
+import time
 from collections.abc import Callable, Generator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,11 +15,13 @@ import optax
 from jax.sharding import Mesh
 
 from gptjax import config as configs
+from gptjax.checkpoint import Progress
 from gptjax.config import INT32_MAX, Config, Duration, UserError, duration_in_steps
 from gptjax.data import EvalRows, Prepared, TrainRows, batches, train_rows
 from gptjax.model import AbstractModel, abstract_model, attention_backend, flops_per_token, parameter_count
 from gptjax.distributed import process_group
-from gptjax.sharding import AnyMesh, check_sizes, describe, process_rows
+from gptjax.sharding import AnyMesh, check_sizes, describe, process_rows, put_rows
+from gptjax.training.guard import BadSteps
 from gptjax.training.objective import ObjectiveFunction, make_objective
 from gptjax.training.optimizer import make_optimizer, schedule
 from gptjax.training.step import TrainState, abstract, initializer, train_step
@@ -59,11 +62,10 @@ class Run:
 def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
   """Builds a Run; to be called, like all that uses it, under `jax.set_mesh(mesh)`.
 
-  Raises:
-    UserError: sizes that the mesh does not divide, a vocabulary too small for the tokenizer, durations that do not fit.
+  Raises a UserError for sizes that the mesh does not divide, a vocabulary too small for the tokenizer, or durations that do not fit.
   """
   config = with_vocabulary(config, data.tokenizer.vocab_size)
-  data.tokenizer.encode(config.eval.prompt, 'eval.prompt')  # a prompt that cannot be sampled from is told before training
+  data.tokenizer.encode(config.eval.prompt, 'eval.prompt')  # before training: a prompt that cannot be sampled from
   check_sizes(config, mesh)
   rows = train_rows(config, data)
   steps_of = lambda field, value: in_steps(config, rows, field, value)
@@ -97,11 +99,7 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
 
 
 def frozen_names(model: AbstractModel, config: Config) -> frozenset[str]:
-  """Names of the parameters that config.frozen keeps from being trained.
-
-  Raises:
-    UserError: a pattern that fits no parameter, or patterns that fit all.
-  """
+  """Names of the parameters that match config.frozen; raises a UserError if a pattern matches none, or the patterns match all."""
   names = model.matching('frozen', config.frozen)
   if len(names) == len(model.shapes):
     raise UserError('frozen', list(config.frozen), 'patterns that leave parameters to train')
@@ -114,11 +112,7 @@ def every(count: int, step: int) -> bool:
 
 
 def in_steps(config: Config, rows: TrainRows, field: str, value: Duration) -> int:
-  """A duration of a config in steps.
-
-  Raises:
-    UserError: more of them than a device counts.
-  """
+  """A duration of a config in steps; raises a UserError if they are more than a device can count."""
   found = duration_in_steps(
     field, value, batch_size=config.batch_size, context=config.data.context, rows_per_epoch=rows.rows_per_epoch)
   if found > INT32_MAX:
@@ -142,11 +136,14 @@ def with_vocabulary(config: Config, tokens: int) -> Config:
 
 
 def header(run: Run, data: Prepared, begun: str, peak: tuple[float, str]) -> dict[str, Any]:
-  """The facts of a run that its figures depend on; `begun`: in words, what its state was at first."""
+  """The facts of a run that its figures depend on, by name.
+
+  Args:
+    begun: description of the initial state.
+    peak: as `peak_flops` returns it.
+  """
   config, mesh = run.config, run.mesh
-  devices = mesh.devices.flatten()
-  tokens = config.batch_size * config.data.context
-  model = config.model
+  devices, model = mesh.devices.flatten(), config.model
   fraction, reasons = run.model.unsharded(config.zero_stage, mesh)
   return {
     'device': f'{len(devices)} of {jax.device_count()} {devices[0].device_kind}',
@@ -156,9 +153,9 @@ def header(run: Run, data: Prepared, begun: str, peak: tuple[float, str]) -> dic
     'data': data.description,
     'parameters': parameter_count(model, config.data.context),
     **({'frozen': f'{frozen:,} of the parameters'} if (frozen := sum(x.size for x in run.abstract_state.frozen.values())) else {}),
-    'tokens a step': tokens,
+    'tokens per step': config.batch_size * config.data.context,
     'steps': f'{run.steps:,}, {run.steps * config.batch_size / run.rows.rows_per_epoch:.2f} epochs',
-    'FLOPs a token': flops_per_token(model, config.data.context),
+    'FLOPs per token': flops_per_token(model, config.data.context),
     'peak FLOP/s': f'{peak[0]:.3g}, {peak[1]}',
     'attention': attention_backend(model, config.compute, config.data.context),
     'precision': f'{config.compute.dtype} compute, float32 parameters',
@@ -174,4 +171,45 @@ def _commit() -> str:
   try:
     return git('rev-parse', '--short', 'HEAD') + (' with changes' if git('status', '--porcelain') else '')
   except (OSError, subprocess.CalledProcessError):
-    return 'unknown: git does not tell'
+    return 'unknown'
+
+
+class Dispatched(NamedTuple):
+  """A step that the devices may still be computing."""
+
+  step: int
+  rows: tuple[int, int]
+  """its first row and the one after its last"""
+  skipped: int
+  """number of rows before them that are left out because they were bad in an earlier attempt"""
+  metrics: dict[str, jax.Array]
+
+
+class Steps:
+  """Dispatches the steps of a run, from a state and its progress on, without the rows of `bad_steps`."""
+
+  def __init__(self, run: Run, bad_steps: BadSteps, state: TrainState, progress: Progress):
+    self._run, self._bad_steps = run, bad_steps
+    self.state, self.step, self.row = state, progress.step, progress.rows
+    self.waited = 0.0
+    """seconds of waiting for batches"""
+    self._batches = run.batches(self.row)
+
+  def dispatch(self) -> Dispatched:
+    """Dispatches the next step without waiting for it, and donates the state before it. The first call compiles the step."""
+    size = self._run.config.batch_size
+    row = self._bad_steps.next_row(self.row, size)
+    skipped = row - self.row
+    if skipped:
+      self._batches.close()
+      self._batches = self._run.batches(row)
+    start = time.perf_counter()
+    batch = next(self._batches)
+    self.waited += time.perf_counter() - start
+    self.state, metrics = self._run.step(self.state, put_rows(self._run.mesh, batch, size))
+    self.step, self.row = self.step + 1, row + size
+    return Dispatched(self.step, (row, self.row), skipped, metrics)
+
+  def close(self) -> None:
+    """Ends the threads that load batches."""
+    self._batches.close()

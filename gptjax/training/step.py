@@ -6,7 +6,6 @@ the model's trunk turns tokens into hidden states, the objective turns them into
 """
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -139,20 +138,3 @@ def train_step(model: AbstractModel, objective: ObjectiveFunction, optimizer: op
 
 def _put(arrays: Mapping[str, jax.Array], specs: Mapping[str, ParameterSpecs], role: str) -> dict[str, jax.Array]:
   return {name: jax.reshard(x, getattr(specs[name], role)) for name, x in arrays.items()}
-
-
-def state_bytes(model: AbstractModel, optimizer: optax.GradientTransformation, zero_stage: int, mesh: AnyMesh,
-                frozen: frozenset[str] = frozenset()) -> dict[str, int]:
-  """Bytes that a device holds of parameters, gradients and optimizer state, by the shapes of its shards; nothing is allocated."""
-  state = abstract(initializer(model, optimizer, zero_stage, mesh, 0, frozen), mesh)
-  specs, dtypes = model.specs(zero_stage, mesh), model.dtypes
-  held = lambda leaves: sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
-  at = lambda name, spec, dtype: jax.ShapeDtypeStruct(model.shapes[name].shape, dtype, sharding=NamedSharding(mesh, spec))
-  found = {
-    'parameters': held(state.parameters.values()),
-    'gradients': held(at(name, spec.gradient, 'float32') for name, spec in specs.items() if name not in frozen),
-    'optimizer': held(jax.tree.leaves(state.optimizer)),
-  }
-  if zero_stage in (1, 2):  # what is gathered for a step, unless it is stored so
-    found['gathered'] = held(at(name, spec.compute, dtypes[name]) for name, spec in specs.items() if spec.stored != spec.compute)
-  return found

@@ -23,7 +23,7 @@ from gptjax.sharding import make_mesh
 from gptjax.training import loop, train
 from gptjax.training.interruptions import REQUEUE_EXIT_CODE, Interruptions, StopRequest, _Consensus
 from gptjax.training.logbook import Logbook
-from gptjax.training.resuming import lock
+from gptjax.training.starting import lock
 
 TESTS = pathlib.Path(__file__).parents[1]
 
@@ -70,12 +70,12 @@ STUCK = """
 import sys, time, types, conftest
 conftest._set_up_jax()
 from tiny import config, options
-from gptjax.training import loop, train, watchdog
+from gptjax.training import interruptions, loop, train
 loop.peak_flops = lambda devices, dtype: (1e12, 'assumed')
 after = loop._Loop._after_step
 # The watchdog's clock stands still until the hang: the step may compile for any time, as it does on a busy machine.
 clock = types.SimpleNamespace(now=0.0)
-watchdog.time = types.SimpleNamespace(monotonic=lambda: clock.now)
+interruptions.time = types.SimpleNamespace(monotonic=lambda: clock.now)
 
 def stuck(self, last):
   if self.steps.step == 3:

@@ -14,6 +14,7 @@ from gptjax.config import UserError
 from gptjax.data import train_rows, prepare
 from gptjax.training import loop, train
 from gptjax.training.logbook import Logbook
+from gptjax.training.loop import CompileCounter
 
 
 @pytest.fixture(scope='module')
@@ -156,3 +157,18 @@ def test_a_run_whose_disk_stays_full_ends_with_one_line_and_keeps_what_it_had(tm
       run(settings, disk / 'run', cache)
     checkpoints = Checkpoints(disk / 'run' / 'checkpoints')
     assert checkpoints.steps() == [2, 4] and checkpoints.newest() == 4
+
+
+def test_every_compiled_program_is_counted_once():
+  counter, other = CompileCounter(), CompileCounter()
+  double, triple = jax.jit(lambda x: 2 * x), jax.jit(lambda x: 3 * x)
+  x = np.ones(3, np.float32)
+  double(x), double(x), double(x + 1)
+  assert counter.count == 1
+  triple(x)
+  double(np.ones(4, np.float32))  # another shape is another program
+  assert counter.count == other.count == 3
+  counter.close()
+  triple(np.ones(5, np.float32))
+  assert (counter.count, other.count) == (3, 4)
+  other.close()
