@@ -17,15 +17,14 @@ _CHUNK_BYTES = 2**28
 
 
 def by_name(tree: Any, function: Callable[[Any], Any]) -> dict[str, Any]:
-  """Returns a function's values on the leaves of a tree, or of Orbax's metadata of one, by names such as 'trained/NAME'."""
+  """A function's values on the leaves of a tree, or of Orbax's metadata of one, by names such as 'trained/NAME'."""
   return {jax.tree_util.keystr(path, simple=True, separator='/'): function(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 class Contents:
   """The tensors of the checkpoint in a folder by name: 'step', 'trained/NAME', 'frozen/NAME', 'optimizer/.../NAME', 'statistics/...'.
 
-  Raises:
-    UserError: there is no checkpoint, or it is damaged.
+  Raises a UserError if there is no checkpoint, or it is damaged.
   """
 
   def __init__(self, folder: Path):

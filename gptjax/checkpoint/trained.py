@@ -31,14 +31,10 @@ class Trained:
 
 
 def load_trained(workdir: Path, step: str = 'latest', model_axis: int = 0) -> Trained:
-  """Restores the parameters of a run onto all devices, sharded along `model` and otherwise replicated.
+  """Restores the parameters of a run (`step`: 'latest', 'best' or a number) onto all devices, sharded along `model`, otherwise replicated.
 
-  Args:
-    step: 'latest', 'best' or a number.
-    model_axis: size of the mesh axis `model`; 0: as in training if it divides the number of devices, else 1.
-
-  Raises:
-    UserError: no run in the folder, no such checkpoint, or a mesh that does not fit the devices or heads.
+  `model_axis`: size of the mesh axis `model`; 0: as in training if it divides the number of devices, else 1. Raises a UserError if there is
+  no such run or checkpoint, or the mesh does not fit the devices or heads.
   """
   restorer = Restorer(workdir, model_axis)
   return restorer.restore(restorer.checkpoints.resolve(step))

@@ -31,8 +31,7 @@ class UserError(ValueError):
     given: text to compare with the names, if it is not the value.
   """
 
-  def __init__(
-      self, field: str, value: object, expected: str, names: Iterable[str] | Mapping[str, str] = (), given: str = ''):
+  def __init__(self, field: str, value: object, expected: str, names: Iterable[str] | Mapping[str, str] = (), given: str = ''):
     text = f'{field if len(field) <= _MAX_CHARACTERS else f"{field[:_MAX_CHARACTERS]}..."}: {_shown(value)}, expected: {expected}'
     given = given or (value if isinstance(value, str) else _shown(value))
     nearest = difflib.get_close_matches(given, list(names), n=1, cutoff=0.5)

@@ -45,15 +45,10 @@ def differences(a: Config, b: Config) -> dict[str, tuple[Value, Value]]:
 
 
 def override(config: Config, values: Mapping[str, object], where: str = '') -> Config:
-  """Returns a config with some values replaced. It is validated after all of them are in place.
+  """A config with some values replaced, such as {'model.width': 96, 'model.heads': 3}; it is validated after all of them are in place.
 
-  Args:
-    config: provides the other values.
-    values: by dotted name, with the types of the schema: {'model.width': 96, 'model.heads': 3}.
-    where: prefix of names in errors: '--config.', or a file and a colon.
-
-  Raises:
-    UserError: an unknown name, a value of a wrong type, or an invalid value.
+  Raises a UserError for an unknown name, a value of a wrong type, or an invalid value; `where` is put before names in errors: '--config.',
+  or a file and a colon.
   """
   for name, value in values.items():
     if name not in FIELDS:

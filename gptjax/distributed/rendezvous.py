@@ -69,13 +69,7 @@ class Peer:
 def meet(group: GroupSpec, facts: Mapping[str, str], timeout: float) -> list[Peer]:
   """Waits until all processes of a group of two or more have joined; returns the others in process 0, and elsewhere process 0.
 
-  Args:
-    group: of the run.
-    facts: by name, values that must be equal in all processes.
-    timeout: in seconds.
-
-  Raises:
-    UserError: a process did not join in time, or its facts differ. Every process that joined raises the same error.
+  Raises a UserError, the same in every process that joined, if one does not join within `timeout` seconds, or its `facts` differ.
   """
   deadline = time.monotonic() + timeout
   return _accept_all(group, facts, timeout, deadline) if group.index == 0 else [_connect(group, facts, timeout, deadline)]

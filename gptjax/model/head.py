@@ -45,18 +45,10 @@ class Head:
 
   def cross_entropy(self, hidden: Float[Array, 'N D'], targets: Int[Array, 'N'], mask: Float[Array, 'N'],
                     z_loss: float = 0.0) -> tuple[Float[Array, ''], Float[Array, '']]:
-    """The sum over tokens of mask * -log softmax(hidden W)[target], in nats, with and without its z-loss.
+    """The sum over tokens of mask * -log softmax(hidden W)[target], in nats, with and without z_loss * log(Z)^2.
 
-    Both gradients are computed together with the loss, so that no product is done twice.
-
-    Args:
-      hidden: hidden states.
-      targets: one id per token.
-      mask: weight of each token.
-      z_loss: weight of log(Z)^2 (arXiv:2204.02311, section 5).
-
-    Returns:
-      (loss with the z-loss, loss without it); gradients flow through the first.
+    The z-loss is that of arXiv:2204.02311, section 5. Gradients flow through the first sum, and are computed together with it, so that
+    no product is computed twice.
     """
     total, loss = _cross_entropy(hidden, self._weight, targets, mask, self._static, z_loss)
     return total, jax.lax.stop_gradient(loss)

@@ -30,16 +30,9 @@ class ScoreConfig(NamedTuple):
 
 
 def attention_backend(config: ModelConfig, compute: ComputeConfig, context: int, platform: str | None = None) -> str:
-  """The implementation that runs.
+  """compute.attention, with 'auto' resolved for a platform: 'cpu', 'gpu' or 'tpu', by default this process's.
 
-  Args:
-    config: of the model.
-    compute: its `attention` is returned, with 'auto' resolved.
-    context: tokens per row.
-    platform: 'cpu', 'gpu' or 'tpu'; default: this process's.
-
-  Raises:
-    UserError: compute.attention names one that the platform, the context, dropout or the precision rules out.
+  Raises a UserError if the platform, the context, dropout or the precision rules it out.
   """
   platform = platform or jax.default_backend()
   can: dict[str, str] = {'blocks': '', 'xla': ''}  # why not

@@ -72,12 +72,9 @@ def fold(keys: Key[Array, 'B'] | None, data: int | Int[Array, '']) -> Key[Array,
 
 
 def dropout(x: Float[Array, 'N *S'], rate: float, keys: Key[Array, 'B'] | None) -> Float[Array, 'N *S']:
-  """Zeroes a fraction `rate` of x and scales the rest up (arXiv:1207.0580).
+  """Zeroes a fraction `rate` of x, N = B or B * T, and scales the rest up (arXiv:1207.0580); without keys it returns x.
 
-  Args:
-    x: N is B, or B * T.
-    rate: of dropout.
-    keys: one for each of B rows, so that a mask depends neither on the mesh nor on the other rows of a batch; None: returns x.
+  There is a key per row, so that a mask depends neither on the mesh nor on the other rows of a batch.
   """
   if keys is None or not rate:
     return x

@@ -35,13 +35,9 @@ def parameter(init: Initializer, shape: tuple[int, ...], axes: tuple[Axis, ...],
 
 
 def initial_value(name: str, param: nnx.Param, key: jax.Array, layers: range | None = None) -> Array:
-  """The value of a parameter at step 0: a function of the key and of its name alone.
+  """The value of a `parameter` at step 0: a function of the key and of its name alone, such as 'blocks/3/mlp/up/kernel'.
 
-  Args:
-    name: 'blocks/3/mlp/up/kernel'; of a stacked parameter without the number.
-    param: what `parameter` made.
-    key: of the run.
-    layers: of a stacked parameter: its layers, which are drawn as if each had a name of its own.
+  The `layers` of a stacked parameter, whose name has no number, are drawn as if each had a name of its own.
   """
   init, shape = param.get_metadata('init'), param.get_value().shape
   if layers is None:
@@ -65,15 +61,12 @@ def gathered(param: nnx.Param) -> Array:
 
 
 def product(x: Float[Array, 'N I'], param: nnx.Param, rows: Rows, transposed: bool = False, regather: bool = False) -> Float[Array, 'N O']:
-  """x W, or x W^T.
+  """x W, or x W^T. Where `model` splits the rows of x, they are gathered, here and in the backward pass.
 
   Args:
-    x: activations; where `model` splits their rows, they are gathered, here and in the backward pass.
     param: W [I, O], or [O, I] if transposed here or in the parameter's metadata.
-    rows: the mesh axis that shall split the result's rows. Where the sum over I ends the split of matrices, it is scattered over them.
-    transposed: multiply by W^T.
-    regather: whether the compiler must be kept from holding the gathered W until the backward pass. In scans and recomputed blocks
-      it cannot.
+    rows: the mesh axis that splits the result's rows; a sum over a split dimension I is scattered over them.
+    regather: whether to keep the compiler from holding the gathered W until the backward pass; in scans and recomputed blocks it cannot.
   """
   split, transposed = spec(*layer_axes(param)), transposed or param.get_metadata('transposed', False)
   out = PartitionSpec(rows, split[0 if transposed else 1])

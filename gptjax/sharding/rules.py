@@ -69,12 +69,8 @@ class ParameterSpecs:
 def parameter_specs(axes: tuple[Axis, ...], shape: tuple[int, ...], stage: int, converted: bool, mesh: AnyMesh) -> ParameterSpecs:
   """What a stage of ZeRO (arXiv:1910.02054, section 5) shards: 0 nothing, 1 the optimizer state, 2 gradients too, 3 parameters too.
 
-  Args:
-    axes, shape: of the parameter.
-    stage: 0 to 3.
-    converted: whether matrix products read the parameter in another dtype than float32. Then, as in the paper's mixed precision,
-      the float32 original belongs to the optimizer state, and stages 1 and 2 gather a converted copy of it once per step.
-    mesh: only its sizes count.
+  `converted`: whether matrix products read the parameter in another dtype than float32. Then, as in the paper's mixed precision, the
+  float32 original belongs to the optimizer state, and stages 1 and 2 gather a converted copy of it once per step.
   """
   unsharded, shard = spec(*axes, mesh=mesh), _shard(axes, shape, mesh) if stage else None
   if shard is None:

@@ -136,12 +136,7 @@ def with_vocabulary(config: Config, tokens: int) -> Config:
 
 
 def header(run: Run, data: Prepared, begun: str, peak: tuple[float, str]) -> dict[str, Any]:
-  """The facts of a run that its figures depend on, by name.
-
-  Args:
-    begun: description of the initial state.
-    peak: as `peak_flops` returns it.
-  """
+  """The facts of a run that its figures depend on; `begun` describes the initial state, and `peak` is from `peak_flops`."""
   config, mesh = run.config, run.mesh
   devices, model = mesh.devices.flatten(), config.model
   fraction, reasons = run.model.unsharded(config.zero_stage, mesh)

@@ -134,7 +134,7 @@ def restore(checkpoints: Checkpoints, step: int, run: Run) -> tuple[TrainState, 
 
   Raises a UserError if the checkpoint is damaged, or of another model or optimizer.
   """
-  scan = checkpoints.config(step).compute.scan
+  scan = read_config(checkpoints.folder(step)).compute.scan
   if scan == run.config.compute.scan:
     return checkpoints.restore(step, run.abstract_state)
   before = dataclasses.replace(run.config, compute=dataclasses.replace(run.config.compute, scan=scan))
