@@ -22,10 +22,7 @@ def by_name(tree: Any, function: Callable[[Any], Any]) -> dict[str, Any]:
 
 
 class Contents:
-  """The tensors of the checkpoint in a folder by name: 'step', 'trained/NAME', 'frozen/NAME', 'optimizer/.../NAME', 'statistics/...'.
-
-  Raises a UserError if there is no checkpoint, or it is damaged.
-  """
+  """Tensors of an intact checkpoint (else a UserError): 'step', 'trained/NAME', 'frozen/NAME', 'optimizer/.../NAME', 'statistics/...'."""
 
   def __init__(self, folder: Path):
     if wrong := verify(folder):

@@ -31,10 +31,7 @@ class Damaged(Exception):
 
 
 def write_manifest(folder: Path, facts: dict[str, Any], known: Mapping[int, tuple[int, str]] = {}) -> None:
-  """Writes a manifest with these facts (of JSON) and a folder's files, and returns when the folder is synced to disk.
-
-  `known`: inode -> (size, XXH3) of files that need not be read again.
-  """
+  """Writes the manifest of a folder and syncs both to disk; `known`: inode -> (size, XXH3) of files that need not be read again."""
   files = sorted(path for path in folder.rglob('*') if path.is_file())
   # At most half of the cores, since training continues.
   with ThreadPoolExecutor(max(1, cores() // 2)) as pool:
@@ -62,10 +59,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path, part: int = 0, parts: int = 1) -> str:
-  """A description of the first damage found in a checkpoint, '' if it is intact; with several parts only that part of the files is read.
-
-  Raises an OSError if a file cannot be read now, for example because a network file system is unavailable.
-  """
+  """The first damage found in a part of a checkpoint's files, '' if there is none; raises an OSError if a file cannot be read now."""
   try:
     files = read_manifest(folder)['files']
   except Damaged as damaged:
@@ -115,9 +109,7 @@ def _self_digest(content: dict[str, Any]) -> str:
 def streaming_checksums(saving: Path, process: int) -> Iterator[dict[int, tuple[int, str]]]:
   """Hashes the files that this process writes while the body runs; yields a dict that then maps inode -> (size, digest) of what was read.
 
-  Args:
-    saving: prefix of the temporary folders that Orbax writes to.
-    process: index of this process; files of the others may be visible on a shared disk before they are complete.
+  `saving` is the prefix of Orbax's temporary folders, where incomplete files of other processes may be visible too.
   """
   files: dict[int, _File] = {}
   found: dict[int, tuple[int, str]] = {}

@@ -1,7 +1,4 @@
-"""The fields of a config by dotted name ('model.layers'): types, values, JSON.
-
-Flags, recipes, JSON files and sweeps all go through `override`, so a field is checked in the same way wherever its value comes from.
-"""
+"""The fields of a config by dotted name ('model.layers'); `override` checks values from flags, recipes, JSON files and sweeps alike."""
 
 import dataclasses
 import json
@@ -103,10 +100,7 @@ def _unknown(name: str, value: object, where: str) -> UserError:
 
 
 def suggestions(prefix: str) -> dict[str, str]:
-  """Returns {text that a mistyped name may resemble: name to suggest}.
-
-  People also leave out the groups of a field (kv_heads) or most of its name (lr), so the ends of names are included.
-  """
+  """{text that a mistyped name may resemble: name to suggest}, also without the groups of a field (kv_heads) or most of its name (lr)."""
   ends = {re.split('[._]', name)[-1]: prefix + name for name in reversed(FIELDS)}  # reversed: the first field wins
   ends |= {name.rpartition('.')[2]: prefix + name for name in reversed(FIELDS)}
   return ends | {name: prefix + name for name in FIELDS}

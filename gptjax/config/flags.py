@@ -32,10 +32,7 @@ _HELP_FLAGS = {'--help', '-help', '-h', '-?', '--helpshort'}
 
 
 def load(path: str) -> Config:
-  """Runs a recipe, a Python file with `get_config() -> Config`, and returns its config.
-
-  Raises a UserError if there is no such file, it fails (with the line), or has no get_config that returns a Config.
-  """
+  """Runs a recipe, a Python file with `get_config() -> Config`, and returns its config; a UserError, with the line, if that fails."""
   if not pathlib.Path(path).is_file():
     raise _no_recipe(path)
   # Compiled rather than imported: an import would write a __pycache__ next to the recipes, and trust it.
@@ -68,12 +65,9 @@ def _no_recipe(path: str) -> UserError:
 def run(main: Callable[[Any], int | None], *, needs_config: bool | None = True) -> None:
   """Parses the command line, calls main(config) and exits with the status it returns (None: 0).
 
-  Flags other than `--config...` are absl's: define them with absl.flags and read them in main. A UserError, here or in main, and any
-  mistake in a flag prints one line `error: ...` on stderr and exits with 2.
-
-  Args:
-    main: gets the recipe's Config with the overrides applied, or None without a recipe.
-    needs_config: whether the binary requires `--config=RECIPE` and takes `--config.FIELD=VALUE`; None: both are optional.
+  Other flags are absl's. A UserError, here or in main, and any mistake in a flag prints one line `error: ...` on stderr and exits with 2.
+  `needs_config`: whether the binary requires `--config=RECIPE` and takes `--config.FIELD=VALUE`; None: both are optional. Without a recipe
+  main gets None.
   """
   try:
     with exit_stack:

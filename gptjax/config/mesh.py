@@ -1,7 +1,4 @@
-"""The table of mesh axes: what each one divides, and over which network. Mesh, sharding rules, checks, plans and reports read it.
-
-A new axis is a row here, and a module of gptjax/sharding/ where it needs communication of its own.
-"""
+"""The table of mesh axes: what each one divides, and over which network. Mesh, sharding rules, checks, plans and reports read it."""
 
 import dataclasses
 from typing import Annotated, Any

@@ -1,8 +1,7 @@
 """The output head: logits, losses and log-probabilities from hidden states, without the logits of a complete batch.
 
-Logits are computed for a chunk of tokens at a time and used up at once, so that one chunk's logits are all that is ever held. Each
-device has its part of the ids (vocabulary-parallel cross-entropy, arXiv:1909.08053, section 3); maxima and sums over ids cross
-the mesh axis that splits matrices. Rows are local, so sums over tokens are those of one device.
+Only one chunk's logits exist at a time. Each device has its part of the ids (vocabulary-parallel cross-entropy, arXiv:1909.08053,
+section 3); maxima and sums over ids cross the mesh axis that splits matrices. Rows are local, so sums over tokens are those of one device.
 """
 
 import dataclasses
@@ -19,10 +18,9 @@ from gptjax.model.weights import all_rows, layer_axes, product, sum_over_matrice
 from gptjax.sharding import Weight, as_weight, local_matrices, spec
 
 CHUNK_BYTES = 2**27
-"""Size of a chunk's float32 logits on a device. Every chunk reads and writes the gradient of the complete head, so that a chunk has"""
-
+"""Size of a chunk's float32 logits on a device."""
 CHUNK_ROWS = 256
-"""at least so many tokens."""
+"""Minimum number of tokens of a chunk, since each chunk reads and writes the gradient of the complete head."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +52,7 @@ class Head:
     return total, jax.lax.stop_gradient(loss)
 
   def log_probabilities(self, hidden: Float[Array, 'N D'], targets: Int[Array, 'N']) -> tuple[Float[Array, 'N'], Bool[Array, 'N']]:
-    """log softmax(hidden W)[target] of each token, in nats, and whether its target is the most likely id (of equal ones the lowest).
-
-    The backward pass computes each chunk's logits again.
-    """
+    """log softmax(hidden W)[target] of each token, in nats, and whether its target is the most likely id (of equal ones the lowest)."""
     return _log_probabilities(hidden, self._weight, targets, self._static)
 
   @property

@@ -1,7 +1,4 @@
-"""Attention kernels of particular devices, and which implementation runs where.
-
-Kernels do not partition by themselves: each device runs its own on the sequences and heads it has.
-"""
+"""Attention kernels of particular devices, which run on each device's own sequences and heads, and the choice of an implementation."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -30,10 +27,7 @@ class ScoreConfig(NamedTuple):
 
 
 def attention_backend(config: ModelConfig, compute: ComputeConfig, context: int, platform: str | None = None) -> str:
-  """compute.attention, with 'auto' resolved for a platform: 'cpu', 'gpu' or 'tpu', by default this process's.
-
-  Raises a UserError if the platform, the context, dropout or the precision rules it out.
-  """
+  """compute.attention, 'auto' resolved, for a platform ('cpu', 'gpu', 'tpu'; default: this process's); a UserError if it cannot run."""
   platform = platform or jax.default_backend()
   can: dict[str, str] = {'blocks': '', 'xla': ''}  # why not
   no_dropout = '' if not config.dropout else f'no dropout, and model.dropout is {config.dropout}'

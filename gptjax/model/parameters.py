@@ -159,10 +159,7 @@ def flops_per_token(config: ModelConfig, context: int, *, causal: bool = True) -
 
 
 def stacked_name(name: str) -> tuple[str, int | None]:
-  """A parameter's name in the stacked layout, and the index of its layer there: None for a parameter outside the layers.
-
-  The name may be the end of a path, as in 'optimizer/mu/blocks/3/mlp/up/kernel'.
-  """
+  """A name, or a path like 'optimizer/mu/blocks/3/mlp/up/kernel', in the stacked layout, and the index of its layer, None outside."""
   match = _LAYER.fullmatch(name)
   return (f'{match[1] or ""}blocks/{match[3]}', int(match[2])) if match else (name, None)
 

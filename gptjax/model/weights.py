@@ -1,8 +1,7 @@
 """Parameters inside the model: how they are created, and how products read them.
 
-Rows of activations are those of one device (`gptjax.sharding.local_rows`); `model` may split matrices, and under sequence parallelism
-the rows too. A product casts a weight to the dtype that computes, gathers it where ZeRO stage 3 keeps a shard, and does both
-again in the backward pass, so that nothing holds the gathered weight in between. Its gradient is summed in float32.
+Rows of activations are those of one device; `model` may split matrices, and under sequence parallelism the rows too. A product casts and
+(at ZeRO stage 3) gathers a weight, again in the backward pass, so that nothing holds it in between. Its gradient is summed in float32.
 """
 
 import functools
@@ -26,10 +25,7 @@ Rows = str | None
 
 
 def parameter(init: Initializer, shape: tuple[int, ...], axes: tuple[Axis, ...], stack: Stack, dtype: str = 'float32') -> nnx.Param:
-  """A float32 parameter: its shape for now, with its initializer, its logical axes and the dtype in which products read it.
-
-  A stacked one gains the axis 'layers'. `AbstractModel.initialize` draws the values, by the parameter's name.
-  """
+  """A float32 parameter without values: its shape, initializer, logical axes (stacked: 'layers' too), and the dtype in which it is read."""
   value = jax.ShapeDtypeStruct(stack + shape, jnp.float32)
   return nnx.Param(value, init=init, axes=('layers',) * len(stack) + axes, size=shape[0], dtype=dtype)
 
@@ -74,10 +70,7 @@ def product(x: Float[Array, 'N I'], param: nnx.Param, rows: Rows, transposed: bo
 
 
 def lookup(param: nnx.Param, ids: Int[Array, 'N'], rows: Rows) -> Float[Array, 'N D']:
-  """Rows of a table [V, D] by id.
-
-  Where `model` splits the table, each device looks up the ids that it has, and the rest is zero before the sum.
-  """
+  """Rows of a table [V, D] by id; where `model` splits the table, each device looks up its own ids, and the rest is zero before the sum."""
   split, dtype = spec(*layer_axes(param))[0], param.get_metadata('dtype')
   return _lookup(as_weight(param.get_value()), ids, dtype, split, rows, param.get_metadata('size'))
 

@@ -125,10 +125,7 @@ class BadSteps:
     self._lines.flush()
 
   def add(self, step: int, rows: tuple[int, int], loss: float, grad_norm: float) -> BadStep:
-    """Records a bad step, and returns it if training continues.
-
-    Raises a UserError if the run is to stop, a Fault after too many in a row, and a Rollback if the run is to go back.
-    """
+    """Records a bad step, and returns it if training continues; else raises a UserError, a Rollback, or after too many in a row a Fault."""
     bad = BadStep(step, rows, loss, grad_norm, self._config.bad_step)
     self.found.append(bad)
     if self._writes:

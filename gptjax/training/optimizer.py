@@ -67,10 +67,7 @@ def make_optimizer(config: OptimizerConfig, **durations: int) -> optax.GradientT
 
 def update(optimizer: optax.GradientTransformation, gradient: Any, norm: jax.Array, good: jax.Array, state: Any,
            parameters: Any) -> tuple[Any, Any]:
-  """The parameters and the optimizer's state after a step; a bad step leaves both as they were, bit by bit.
-
-  The optimizer may be any of optax's; the gradient, of the mean loss, is sharded like the parameters, and `norm` is its global norm.
-  """
+  """Parameters and optimizer state after a step with this gradient of global norm `norm`; a bad step leaves both bitwise unchanged."""
   updates, new = optax.with_extra_args_support(optimizer).update(gradient, state, parameters, norm=norm, good=good)
   selected = lambda node: isinstance(node, Moments)
   state = jax.tree.map(lambda new, old: new if selected(new) else select(good, new, old), new, state, is_leaf=selected)

@@ -60,11 +60,8 @@ def lock(workdir: Path) -> Iterator[None]:
 def open_workdir(workdir: Path, run: Run, data: Prepared, done: Progress | None, accept: bool) -> list[str]:
   """Checks that a workdir belongs to this run, stores config and data description in it, and returns descriptions of what changed.
 
-  Raises a UserError that lists all changes if one is not allowed.
-
-  Args:
-    done: progress of the workdir's checkpoint; None: there is none, and any run may start.
-    accept: whether to accept changes that affect the results.
+  Raises a UserError that lists all changes if one is not allowed; `accept` allows changes that affect the results. `done` is the progress of
+  the workdir's checkpoint; if there is none, any run may start.
   """
   config = run.config
   old = read_config(workdir / 'checkpoints' / str(done.step)) if done else config
@@ -130,10 +127,7 @@ def _another_run(worst: dict[str, tuple], changes: dict[str, tuple], *, accepted
 
 
 def restore(checkpoints: Checkpoints, step: int, run: Run) -> tuple[TrainState, Progress]:
-  """The state of a checkpoint, with the layers stacked or not as `compute.scan` asks for now.
-
-  Raises a UserError if the checkpoint is damaged, or of another model or optimizer.
-  """
+  """The state of a checkpoint, with layers stacked or not as `compute.scan` is now; a UserError if it is damaged, or of another model."""
   scan = read_config(checkpoints.folder(step)).compute.scan
   if scan == run.config.compute.scan:
     return checkpoints.restore(step, run.abstract_state)
