@@ -22,7 +22,6 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from gptjax.checkpoint.contents import by_name
 from gptjax.checkpoint.manifest import Damaged, read_manifest, streaming_checksums, verify, write_manifest
 from gptjax.checkpoint.staging import HostStaging
 from gptjax.config import Fault, UserError
@@ -311,6 +310,11 @@ class Checkpoints:
       else:
         raise
       raise UserError('checkpoint', str(self._directory), expected) from error
+
+
+def by_name(tree: Any, function: Callable[[Any], Any]) -> dict[str, Any]:
+  """A function's values on the leaves of a tree, or of Orbax's metadata of one, by names such as 'trained/NAME'."""
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): function(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def _lower_priority() -> None:

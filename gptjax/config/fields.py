@@ -9,7 +9,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from gptjax.config.errors import UserError
+from gptjax.config.checks import UserError
 from gptjax.config.schema import DURATIONS, Config, Duration
 
 Value = int | float | str | tuple

@@ -20,7 +20,7 @@ from typing import Any
 
 from absl import app, flags
 
-from gptjax.config.errors import Fault, UserError
+from gptjax.config.checks import Fault, UserError
 from gptjax.config.fields import BOOLEANS, FIELDS, choices, differences, flatten, override, parse, suggestions
 from gptjax.config.schema import Config
 

@@ -3,8 +3,7 @@
 import dataclasses
 from typing import Annotated, Any
 
-from gptjax.config.checks import Fraction, Group, Limit
-from gptjax.config.errors import UserError
+from gptjax.config.checks import Fraction, Group, Limit, UserError
 
 REST = -1
 """Size of an axis that takes all devices which the other axes leave."""

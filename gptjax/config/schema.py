@@ -6,8 +6,7 @@ import re
 from typing import Annotated, Literal
 
 from gptjax.config.checks import (
-  Fraction, FractionBelow1, Group, Limit, NonNegative, NonNegativeFloat, Positive, at_least, at_most, divisors)
-from gptjax.config.errors import UserError
+  Fraction, FractionBelow1, Group, Limit, NonNegative, NonNegativeFloat, Positive, UserError, at_least, at_most, divisors)
 from gptjax.config.mesh import MeshConfig
 from gptjax.config.model import ComputeConfig, ModelConfig
 

@@ -137,10 +137,6 @@ def _log_probabilities(hidden, weight, targets, static):
   return run(all_rows(hidden).astype(static.dtype), weight.read(static.dtype), targets)
 
 
-def _log_probabilities_forward(hidden, weight, targets, static):
-  return _log_probabilities(hidden, weight, targets, static), (hidden, weight, targets)
-
-
 def _log_probabilities_backward(static, saved, cotangents):
   hidden, weight, targets = saved
   # They are the cross-entropies with the opposite sign, weighted by what flows back to each.
@@ -148,7 +144,7 @@ def _log_probabilities_backward(static, saved, cotangents):
   return dh, weight.cotangent(dw), None
 
 
-_log_probabilities.defvjp(_log_probabilities_forward, _log_probabilities_backward)
+_log_probabilities.defvjp(lambda *inputs: (_log_probabilities(*inputs), inputs[:3]), _log_probabilities_backward)
 
 
 def _sums(hidden, weight, targets, mask, static, z_loss, *, gradients):

@@ -72,7 +72,7 @@ def fold(keys: Key[Array, 'B'] | None, data: int | Int[Array, '']) -> Key[Array,
 
 
 def dropout(x: Float[Array, 'N *S'], rate: float, keys: Key[Array, 'B'] | None) -> Float[Array, 'N *S']:
-  """Zeroes a fraction `rate` of x, N = B or B * T, and scales up the rest (arXiv:1207.0580), with a key per row; without keys, nothing."""
+  """Zeroes a fraction `rate` of x, N = B or B * T, and scales up the rest (arXiv:1207.0580); keys: one per row, or None to return x."""
   if keys is None or not rate:
     return x
   split = jax.typeof(x).sharding.spec

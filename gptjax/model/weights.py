@@ -91,10 +91,6 @@ def _product(x, weight, dtype, split, out, transposed, regather):
   return jnp.matmul(all_rows(x), w, out_sharding=out)
 
 
-def _product_forward(x, weight, *static):
-  return _product(x, weight, *static), (x, weight)
-
-
 def _product_backward(dtype, split, out, transposed, regather, saved, dy):
   x, weight = saved
   w = (weight.barrier() if regather else weight).read(dtype)
@@ -105,7 +101,7 @@ def _product_backward(dtype, split, out, transposed, regather, saved, dy):
   return dx, weight.cotangent(dw)
 
 
-_product.defvjp(_product_forward, _product_backward)
+_product.defvjp(lambda *inputs: (_product(*inputs), inputs[:2]), _product_backward)
 
 
 def all_rows(x: Float[Array, 'N D']) -> Float[Array, 'N D']:
@@ -139,7 +135,7 @@ def _lookup_backward(dtype, split, rows, size, saved, dy):
   return table.cotangent(gradient), None
 
 
-_lookup.defvjp(lambda table, ids, *static: (_lookup(table, ids, *static), (table, ids)), _lookup_backward)
+_lookup.defvjp(lambda *inputs: (_lookup(*inputs), inputs[:2]), _lookup_backward)
 
 
 def _own_ids(ids: Int[Array, 'N'], rows: int) -> tuple[Int[Array, 'N'], Array]:

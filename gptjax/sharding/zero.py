@@ -138,7 +138,8 @@ class Zero:
     """The arrays that the region takes in place of parameters; stages 1 and 2 gather them here, once per step."""
     if self.stage in (1, 2):
       return {name: jax.reshard(p.astype(self.dtypes[name]), self.specs[name].compute) for name, p in parameters.items()}
-    return {name: self._view(name, p) for name, p in parameters.items()}
+    shards = {name: specs.shard if self.stage == 3 else None for name, specs in self.specs.items()}
+    return {name: _cut(p, shard) if (shard := shards[name]) else p for name, p in parameters.items()}
 
   @property
   def in_specs(self) -> dict[str, PartitionSpec]:
@@ -173,10 +174,6 @@ class Zero:
   def leave(self, gradients: Mapping[str, Float[Array, '...']]) -> dict[str, Array]:
     """Gradients with the shapes of the parameters, sharded as the optimizer state is."""
     return {name: _joined(g, shard) if (shard := self.specs[name].shard) else g for name, g in gradients.items()}
-
-  def _view(self, name: str, x: Array) -> Array:
-    shard = self.specs[name].shard
-    return _cut(x, shard) if self.stage == 3 and shard else x
 
   def _local(self, name: str, spec: PartitionSpec) -> PartitionSpec:
     shard = self.specs[name].shard

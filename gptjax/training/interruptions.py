@@ -137,9 +137,9 @@ class Watchdog:
       # If a C call never releases the interpreter's lock, this thread cannot set the timer again, and it fires.
       faulthandler.dump_traceback_later(self._seconds + _GRACE, exit=True)
       if time.monotonic() - self._last_progress > self._seconds:
-        self._end()
-
-  def _end(self) -> None:
+        break
+    else:
+      return
     line = (f'hang: no step, batch or save was completed in {self._seconds:g} s, expected: one within --hang_timeout; the stacks of all '
             f'threads follow, and are in {self._file}')
     with contextlib.suppress(OSError), self._file.open('w') as file:  # a missing folder may be why it hangs

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from gptjax.config import Config, Fault, UserError
 from gptjax.data import Prepared, cores, prepare
 from gptjax.distributed import all_gather, broadcast, is_primary, process_group
 from gptjax.evaluation import Scorer
-from gptjax.files import write_atomic
+from gptjax.files import write_json
 from gptjax.model import flops_per_token
 from gptjax.sharding import make_mesh
 from gptjax.sharding.chips import peak_flops
@@ -90,7 +89,7 @@ def train(config: Config, options: Options) -> int:
       book.say(f'nothing to do: step {progress.step} of {last} is done')
       return 0
     if is_primary():
-      write_atomic(folder / 'run.json', json.dumps(facts, indent=2) + '\n')
+      write_json(folder / 'run.json', facts)
     if 0 < run.checkpoint_every < last - progress.step:  # while the step compiles, which leaves processors idle
       checkpoints.prepare(state)
     watchdog = stack.enter_context(Watchdog(options.hang_timeout, folder))

@@ -117,9 +117,7 @@ def _by_name(role):
 
 
 def _matrix_axes(parameters):
-  # Stacked layers are [L, in, out].
-  axes = lambda x: contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1)
-  return jax.tree.map(axes, parameters)
+  return jax.tree.map(lambda x: contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), parameters)  # of [L, in, out] the last two
 
 
 def _scale_by_shape(updates, parameters=None):

@@ -13,7 +13,7 @@ from gptjax.checkpoint.manifest import verify
 from gptjax.config import Config, UserError, read_config
 from gptjax.data import prepare
 from gptjax.data.progress import announce
-from gptjax.files import complete_lines, json_line
+from gptjax.files import complete_lines, json_line, read_json
 from gptjax.sharding import make_mesh
 from gptjax.training.guard import BadSteps
 from gptjax.training.run import Steps, resolve
@@ -57,7 +57,7 @@ def replay(workdir: Path, step: int, cache_dir: Path) -> Iterator[Replayed]:
   if before is None and config.init_from:
     raise UserError('--step', step, 'a step after a checkpoint: the one of the start, with the weights of init_from, is gone')
   data = prepare(config.data, cache_dir)
-  if (was := json.loads((workdir / 'data' / 'identity.json').read_text())['fingerprint']) != data.fingerprint:
+  if (was := read_json(workdir / 'data' / 'identity.json').get('fingerprint')) != data.fingerprint:
     raise UserError('data', data.fingerprint, f'{was}, the fingerprint of the documents, split and tokenizer of the run')
   mesh = make_mesh(config.mesh)
   with jax.set_mesh(mesh):

@@ -64,7 +64,10 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
 
   Raises a UserError for sizes that the mesh does not divide, a vocabulary too small for the tokenizer, or durations that do not fit.
   """
-  config = with_vocabulary(config, data.tokenizer.vocab_size)
+  tokens, size = data.tokenizer.vocab_size, config.model.vocab_size
+  if 0 < size < tokens:
+    raise UserError('model.vocab_size', size, f'0, or at least the {tokens} ids of the tokenizer')
+  config = configs.override(config, {'model.vocab_size': size or tokens})
   data.tokenizer.encode(config.eval.prompt, 'eval.prompt')  # before training: a prompt that cannot be sampled from
   check_sizes(config, mesh)
   rows = train_rows(config, data)
@@ -126,13 +129,6 @@ def check_unsharded(model: AbstractModel, config: Config, mesh: AnyMesh) -> None
   if fraction > config.mesh.max_unsharded:
     raise UserError('mesh.max_unsharded', config.mesh.max_unsharded, f'at least {math.ceil(1000 * fraction) / 1000}, the fraction of the '
                     f'parameters that stays unsharded, or sizes that divide ({"; ".join(reasons)})')
-
-
-def with_vocabulary(config: Config, tokens: int) -> Config:
-  """The config with model.vocab_size filled in from a tokenizer of so many ids."""
-  if config.model.vocab_size and config.model.vocab_size < tokens:
-    raise UserError('model.vocab_size', config.model.vocab_size, f'0, or at least the {tokens} ids of the tokenizer')
-  return configs.override(config, {'model.vocab_size': config.model.vocab_size or tokens})
 
 
 def header(run: Run, data: Prepared, begun: str, peak: tuple[float, str]) -> dict[str, Any]:

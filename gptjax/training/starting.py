@@ -60,8 +60,8 @@ def lock(workdir: Path) -> Iterator[None]:
 def open_workdir(workdir: Path, run: Run, data: Prepared, done: Progress | None, accept: bool) -> list[str]:
   """Checks that a workdir belongs to this run, stores config and data description in it, and returns descriptions of what changed.
 
-  Raises a UserError that lists all changes if one is not allowed; `accept` allows changes that affect the results. `done` is the progress of
-  the workdir's checkpoint; if there is none, any run may start.
+  Raises a UserError that lists all changes if one is not allowed; `accept` allows changes that affect the results. `done` is the progress
+  of the workdir's checkpoint; if there is none, any run may start.
   """
   config = run.config
   old = read_config(workdir / 'checkpoints' / str(done.step)) if done else config

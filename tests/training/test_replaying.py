@@ -9,8 +9,7 @@ from commands import run_module
 from tiny import config, run, write_text
 
 from gptjax import config as configs
-from gptjax.checkpoint import Checkpoints
-from gptjax.checkpoint.contents import Contents
+from gptjax.checkpoint import Checkpoints, Contents
 from gptjax.config import UserError
 from gptjax.training.replaying import replay
 
