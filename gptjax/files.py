@@ -35,7 +35,7 @@ class Lines:
   def __init__(self, path: Path):
     self._path = path
     self.waiting = b''
-    """what could not be written yet"""
+    """lines that could not be written yet"""
 
   def write(self, line: str) -> str:
     """Writes a line; returns the error, '' for none."""

@@ -178,7 +178,7 @@ class Checkpoints:
       if is_primary():
         self._commit(saving, step, facts, checksums)
     except BaseException:
-      if is_primary():  # frees the space; Orbax's threads may still write, and the next start removes what they leave
+      if is_primary():  # frees the space; Orbax's threads may still write, and the next start removes their files
         for path in saving.parent.glob(f'{saving.name}*'):
           shutil.rmtree(path, ignore_errors=True)
       raise
@@ -262,7 +262,7 @@ class Checkpoints:
       with _context(partial):
         return ocp.load(folder, wanted)
     except Exception as error:
-      # Orbax wraps every failure in one about its handlers, which says nothing to a user.
+      # Orbax wraps every failure in one about its handlers.
       words = ' '.join(str(error.__cause__ or error).split())[:300]
       raise Fault(f'{folder}: {words}, expected: a checkpoint that can be loaded') from error
 

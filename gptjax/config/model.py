@@ -1,4 +1,4 @@
-"""The transformer of a run: what function it is, and separately how it is computed."""
+"""The transformer of a run: its function, and separately how it is computed."""
 
 import dataclasses
 from typing import Annotated, Literal

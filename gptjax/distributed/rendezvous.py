@@ -120,8 +120,8 @@ def _accept_all(group: GroupSpec, facts: Mapping[str, str], timeout: float, dead
     if server.error:
       server.serve(late(), lambda: len(server.joined) == others)
       raise server.error
-    for stranger in {key.data for key in selector.get_map().values()} - {None, *peers}:
-      stranger.socket.close()
+    for other in {key.data for key in selector.get_map().values()} - {None, *peers}:
+      other.socket.close()
   for peer in peers:
     peer.send(go=socket.gethostname())
   return peers
@@ -198,7 +198,7 @@ def _connect(group: GroupSpec, facts: Mapping[str, str], timeout: float, deadlin
     else:
       peer = Peer(sock, 0)
       try:
-        if sock.getsockname() == sock.getpeername():  # TCP can connect to itself where nobody listens
+        if sock.getsockname() == sock.getpeername():  # TCP can connect to itself where no program listens
           raise Closed('no answer')
         peer.send(gptjax=dict(facts), process=group.index, processes=group.count, host=socket.gethostname())
         _await_go(peer, timeout, deadline)

@@ -1,4 +1,4 @@
-"""The transformer as Flax NNX modules, its parameters as plain data, and what it costs.
+"""The transformer as Flax NNX modules, its parameters as plain data, and its cost.
 
 Modules know logical axes ('embed', 'heads', 'mlp', 'vocab') and the rows of one device, never how many devices there are. Nothing
 here imports data, training or checkpoints.

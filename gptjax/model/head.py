@@ -25,7 +25,7 @@ CHUNK_ROWS = 256
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-  """What turns hidden states into probabilities of ids."""
+  """The layer from hidden states to probabilities of ids."""
 
   param: nnx.Param
   """W [D, V], or the embedding table [V, D] if transposed"""
@@ -33,7 +33,7 @@ class Head:
   vocab_size: int
   """ids from here on pad the table and have no probability"""
   cap: float = 0.0
-  """logits s become cap * tanh(s / cap); 0: they stay"""
+  """logits s become cap * tanh(s / cap); 0: unchanged"""
 
   def logits(self, hidden: Float[Array, 'N D']) -> Float[Array, 'N V']:
     """float32 logits over the table's rows; those of padded ids, which no text has, are -1e30."""
@@ -66,7 +66,7 @@ class Head:
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
-  """What a compiled loss depends on beside its arrays."""
+  """The static arguments of a compiled loss."""
 
   dtype: str
   split: PartitionSpec
@@ -139,7 +139,7 @@ def _log_probabilities(hidden, weight, targets, static):
 
 def _log_probabilities_backward(static, saved, cotangents):
   hidden, weight, targets = saved
-  # They are the cross-entropies with the opposite sign, weighted by what flows back to each.
+  # They are negative cross-entropies, weighted by their cotangents.
   *_, dh, dw = _sums(hidden, weight, targets, -cotangents[0], static, 0.0, gradients=True)
   return dh, weight.cotangent(dw), None
 

@@ -12,7 +12,7 @@ from gptjax.config import ComputeConfig, ModelConfig, UserError
 from gptjax.sharding import local_matrices
 
 LANES = 128
-"""Splash attention works on blocks of so many tokens, or a multiple."""
+"""Splash attention works on blocks of this many tokens, or a multiple."""
 
 
 class ScoreConfig(NamedTuple):
@@ -21,9 +21,9 @@ class ScoreConfig(NamedTuple):
   scale: float
   """factor of their products"""
   cap: float = 0.0
-  """scores s become cap * tanh(s / cap); 0: they stay"""
+  """scores s become cap * tanh(s / cap); 0: unchanged"""
   window: int = 0
-  """tokens that each sees, itself included; 0: all before it"""
+  """tokens that a token attends to, itself included; 0: all before it"""
 
 
 def attention_backend(config: ModelConfig, compute: ComputeConfig, context: int, platform: str | None = None) -> str:
@@ -81,8 +81,7 @@ def splash(score: ScoreConfig, q: Float[Array, 'B T H C'], k: Float[Array, 'B T 
 
 def cudnn(score: ScoreConfig, q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'], v: Float[Array, 'B T K C'],
           segments: Int[Array, 'B T'] | None) -> Float[Array, 'B T H C']:
-  """Causal attention by NVIDIA's cuDNN, in bfloat16. Segments cost it a mask of 2 bytes for each of T x T pairs, which
-  all heads share."""
+  """Causal attention by NVIDIA's cuDNN, in bfloat16. Segments cost a mask of 2 bytes per pair of tokens, which all heads share."""
   def local(q, k, v, segments):
     mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
     window = (score.window - 1, 0) if score.window else None

@@ -1,7 +1,7 @@
 """A model's parameters as plain data: one flat dict from 'blocks/0/attention/q/kernel' to an array.
 
 Layers have one of two layouts: an array per layer (`blocks/3/mlp/up/kernel`), or all layers stacked along a first axis
-(`blocks/mlp/up/kernel`), which is what `compute.scan` loops over.
+(`blocks/mlp/up/kernel`), for the loop of `compute.scan`.
 """
 
 import dataclasses

@@ -131,7 +131,7 @@ class Transformer(nnx.Module):
 
   @property
   def head(self) -> Head:
-    """What reads the hidden states."""
+    """The output head, which reads hidden states."""
     param = self.tokens.table if self.lm_head is None else self.lm_head.kernel
     return Head(param, self.lm_head is None, self.config.vocab_size, self.config.logit_cap)
 
@@ -143,7 +143,7 @@ class Transformer(nnx.Module):
 
 
 def _kept(compute: ComputeConfig):
-  """What of a block is kept for the backward pass; None: nothing but its input."""
+  """The policy for the activations of a block that the backward pass keeps; None: only its input."""
   policies = jax.checkpoint_policies
   if compute.remat == 'dots':
     return policies.save_only_these_names('q', 'k', 'v', 'attention_out', 'gate', 'up')

@@ -11,7 +11,7 @@ GIB = 2.0**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One device as JAX counts them. Bandwidths are in bytes/s, one way: what a device can send."""
+  """One device as JAX counts them. Bandwidths are in bytes/s, of sending."""
 
   kinds: tuple[str, ...]
   """starts of JAX's device_kind"""
@@ -26,19 +26,19 @@ class Chip:
   link: float
   """TPU: one ICI link, of two on each axis of the torus; GPU: all of its NVLinks"""
   network: float
-  """share of a device in what leaves the slice or node: data-centre network, InfiniBand"""
+  """a device's share of the network between slices or nodes: data-centre network, InfiniBand"""
   axes: int = 0
   """axes of the torus; 0: GPUs behind a switch"""
   wraps: int = 1
   """an axis of the torus closes to a ring where its size is a multiple of this"""
   pod: int = 0
-  """most chips of a slice"""
+  """maximum number of chips of a slice"""
   per_chip: int = 1
-  """devices a chip"""
+  """devices per chip"""
 
   @property
   def is_tpu(self) -> bool:
-    """Whether devices lie on a torus, and libtpu compiles for them."""
+    """Whether devices form a torus, and libtpu compiles for them."""
     return self.axes > 0
 
 
@@ -46,7 +46,7 @@ class Chip:
 # one way is that over 2 * 2 * axes. The network is per chip (v5p 50 Gb/s), or that of a pod over its chips (v5e 6.4 Tb/s,
 # v6e 25.6 Tb/s); v4's and 7x's are not in the tables, and are taken as v5p's and v6e's. When rings close: the same pages.
 # GPUs: NVIDIA's data sheets of the SXM boards, NVLink both ways halved; the network is that of DGX nodes, one HDR (A100) or NDR
-# port a GPU. Of memory: A100 and H100 report 80 GiB; H200 and B200 are counted as on the sheet.
+# port per GPU. Of memory: A100 and H100 report 80 GiB; H200 and B200 are counted as on the sheet.
 CHIPS = {
   'v4': Chip(('TPU v4',), 275e12, 32 * GIB, 0.98, 1228e9, 50e9, 6.25e9, axes=3, wraps=4, pod=4096),
   'v5e': Chip(('TPU v5 lite', 'TPU v5e'), 197e12, 16 * GIB, 0.98, 819e9, 50e9, 3.125e9, axes=2, wraps=16, pod=256),

@@ -1,4 +1,4 @@
-"""The one table from logical axes to mesh axes, and where ZeRO stores each parameter and what belongs to it."""
+"""The one table from logical axes to mesh axes, and where ZeRO stores each parameter, its gradient and its optimizer state."""
 
 import dataclasses
 from typing import NamedTuple
@@ -23,8 +23,8 @@ RULES: dict[str | None, str | None] = {
 """The mesh axis that splits each logical axis of a parameter or an activation while the model computes. Rows are local to a device."""
 
 Axis = str | tuple[str, int] | None
-"""A logical axis by its name; (name, parts) where it can be split only between so many parts: an axis of 2 heads of 64 features is
-('kv_heads', 2). If the size of the mesh axis does not divide the parts, or is 1, the axis stays unsharded."""
+"""A logical axis by its name, or (name, parts) if it can be split only between parts: an axis of 2 heads of 64 features is ('kv_heads', 2).
+If the size of the mesh axis does not divide the parts, or is 1, the axis stays unsharded."""
 
 
 def spec(*axes: Axis, mesh: AnyMesh | None = None) -> PartitionSpec:
@@ -52,7 +52,7 @@ class Shard(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ParameterSpecs:
-  """PartitionSpecs of a parameter and of what belongs to it."""
+  """PartitionSpecs of a parameter, its gradient and its optimizer state."""
 
   compute: PartitionSpec
   """the parameter in a matrix product"""

@@ -87,7 +87,7 @@ class Interruptions:
 
 
 class _Consensus:
-  """The largest request of all processes, computed on the devices, so that it is in order with the steps and nobody waits for it.
+  """The largest request of all processes, computed on the devices, so that it is in order with the steps and no process waits for it.
 
   The result that is dispatched after one step is read after the next, with the same value in every process.
   """
@@ -99,8 +99,8 @@ class _Consensus:
 
   def __call__(self, request: StopRequest) -> StopRequest:
     mine = lambda index: np.full(len(range(*index[0].indices(self._count))), request, np.int32)
-    wishes = jax.make_array_from_callback((self._count,), self._sharding, mine)
-    previous, self._pending = self._pending, self._largest(wishes)
+    requests = jax.make_array_from_callback((self._count,), self._sharding, mine)
+    previous, self._pending = self._pending, self._largest(requests)
     return StopRequest.NONE if previous is None else StopRequest(int(previous))
 
   def reset(self) -> None:

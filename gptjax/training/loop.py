@@ -215,7 +215,7 @@ class _Loop:
     if save:
       self._save(loss, waits=step == last or request == StopRequest.STOP)
     elif not self.checkpoints.saving:
-      self._heed_failure(self.checkpoints.wait)
+      self._attempt(self.checkpoints.wait)
     if validate or save:
       self._restart_clock()
     return request if step < last else StopRequest.NONE
@@ -232,9 +232,9 @@ class _Loop:
     """Saves; after a failure all processes try again, later or, if this is the last save, now."""
     self.interruptions.saved()
     for left in reversed(range(MAX_RETRIES if waits else 1)):
-      self._heed_failure(self.checkpoints.wait)  # of the save before
+      self._attempt(self.checkpoints.wait)  # of the save before
       self.watchdog.progress()
-      failed = self._heed_failure(lambda: self._save_once(loss, waits), final=waits and not left)
+      failed = self._attempt(lambda: self._save_once(loss, waits), final=waits and not left)
       self.watchdog.progress()
       if not waits or not any(all_gather('saved', failed)):
         return
@@ -258,8 +258,8 @@ class _Loop:
       return str(error)
     return ''
 
-  def _heed_failure(self, save: Callable[[], None], final: bool = False) -> bool:
-    """Whether a save failed for a reason that may pass; training continues meanwhile."""
+  def _attempt(self, save: Callable[[], None], final: bool = False) -> bool:
+    """Tries to save; returns whether that failed for a reason that may pass, and training continues meanwhile."""
     try:
       save()
     except UserError as error:
@@ -275,7 +275,7 @@ class _Loop:
     self.rollbacks += 1
     if self.rollbacks > MAX_ROLLBACKS:
       raise Fault(f'{reason}; the run went back {MAX_ROLLBACKS} times since its last checkpoint, expected: good steps in between')
-    self._heed_failure(self.checkpoints.wait)
+    self._attempt(self.checkpoints.wait)
     self.steps.close()
     newest = self.checkpoints.newest()
     del self.steps.state
