@@ -20,7 +20,7 @@ from gptjax.sharding.rows import local, local_matrices, sum_over_rows
 from gptjax.sharding.rules import ParameterSpecs, Shard
 
 _TILE = 8
-"""Rows of a tile of a TPU's memory. Its compiler pads and moves shards of rows (5 % of the traffic along `data` for 13B parameters), but not
+"""Rows of a tile of a TPU's memory. Its compiler pads and moves shards of rows (5 % of the traffic along `data` at 13B parameters), but not
 shards of tiles, and viewing an array as tiles moves nothing."""
 
 

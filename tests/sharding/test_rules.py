@@ -97,7 +97,7 @@ def test_each_row_is_put_on_its_device(mesh):
 @pytest.mark.parametrize('data', [2, 4, 8])
 @pytest.mark.parametrize('scan', [False, True])
 def test_bytes_of_a_device_are_the_papers(scan, data):
-  """Parameters, gradients and Adam's moments in float32 (arXiv:1910.02054, figure 1, with 4 + 4 + 8 bytes a parameter)."""
+  """Parameters, gradients and Adam's moments in float32 (arXiv:1910.02054, figure 1, with 4 + 4 + 8 bytes per parameter)."""
   model = ModelConfig(layers=2, width=64, heads=8, vocab_size=256)
   mesh = make_mesh(MeshConfig(data, 1))
   parts = lambda sharding, shape: math.prod(sharding.shard_shape(shape))

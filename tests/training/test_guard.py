@@ -57,7 +57,7 @@ def test_an_update_that_is_not_finite_is_not_applied(mesh, zero_stage, microbatc
   assert after.step == before.step + 1
   for one, other in zip(jax.tree.leaves(after[1:]), jax.tree.leaves(before[1:]), strict=True):
     assert one.tobytes() == other.tobytes()
-  if where == 'loss':  # and training goes on
+  if where == 'loss':  # and training continues
     state, metrics = step(state, good)
     assert not metrics['bad'] and np.isfinite(metrics['loss'])
 
@@ -128,7 +128,7 @@ def test_skip_discards_the_update_and_continues(settings, cache, tmp_path, spoil
   assert [bad['step'] for bad in bad_steps(tmp_path / 'run')] == [8]
   assert 'step 8 is bad' in capsys.readouterr().err
   (tmp_path / 'other').mkdir()
-  again = run(settings, tmp_path / 'other', cache, stop_at=9)  # stopped and gone on, it does the same
+  again = run(settings, tmp_path / 'other', cache, stop_at=9)  # a run that is stopped and resumed does the same
   assert run(settings, tmp_path / 'other', cache) == lines and again == [line for line in lines if line['step'] <= 9]
   assert [bad['step'] for bad in bad_steps(tmp_path / 'other')] == [8]
 
@@ -138,8 +138,8 @@ def test_rollback_restores_a_checkpoint_and_skips_the_batch(settings, cache, tmp
   spoil(8)
   settings = configs.override(settings, {'faults.bad_step': 'rollback'})
   lines = run(settings, tmp_path / 'run', cache)
-  said = capsys.readouterr().err
-  assert 'back to step 6' in said and 'step 8: rows 28 to 31 are skipped' in said
+  printed = capsys.readouterr().err
+  assert 'back to step 6' in printed and 'step 8: rows 28 to 31 are skipped' in printed
   assert lines[:7] == straight[:7]  # steps 7 again, bit by bit
   assert [line['step'] for line in lines] == [*range(1, 11), 10]
   assert lines[7]['loss'] != straight[7]['loss'] and all(line['loss'] for line in lines[:10])
