@@ -100,11 +100,8 @@ def atomic_directory(directory: Path, worth_keeping: Callable[[Path], bool] = la
              resumes: bool = True) -> Iterator[Path | None]:
   """Creates a folder atomically: the body fills the temporary folder that this yields (None if `directory` exists), which is then renamed.
 
-  Other processes wait meanwhile. A process that is killed, or finds the disk full, leaves its files for the next to continue.
-
-  Args:
-    worth_keeping: whether to keep the temporary folder after a UserError.
-    resumes: False: the body cannot continue the work of another, so it starts with an empty folder, which any error removes.
+  Other processes wait meanwhile. A process that is killed, or finds the disk full, leaves its files for the next to continue; after a
+  UserError only files `worth_keeping` are left. If the body never `resumes`, it starts with an empty folder, which any error removes.
   """
   if directory.exists():
     yield None

@@ -19,8 +19,7 @@ _ACCELERATORS = ('/dev/nvidia[0-9]*', '/dev/kfd', '/dev/dxg', '/dev/accel[0-9]*'
 def runs_on_cpu() -> bool:
   """Whether JAX will run on the CPU, as far as can be seen without importing it; a wrong answer changes only speed.
 
-  JAX_PLATFORMS decides, or else the absence of an accelerator. An installed plugin does not count: planning for TPUs installs libtpu on
-  machines without any.
+  JAX_PLATFORMS decides, or else the absence of an accelerator; an installed libtpu does not count, since it may serve planning alone.
   """
   if platforms := os.environ.get('JAX_PLATFORMS'):
     return platforms.partition(',')[0] == 'cpu'

@@ -67,10 +67,8 @@ class Retention:
 class Checkpoints:
   """The checkpoints in one folder. Saves run in the background. A context manager that waits for them.
 
-  Args:
-    directory: created by the first save.
-    retention: None: read only. Otherwise the caller is the only run that writes here, and leftovers of killed runs are removed.
-    extra_files: files and folders to copy into each checkpoint.
+  Without `retention` it only reads; otherwise the caller is the only run that writes here, and leftovers of killed runs are removed.
+  `extra_files` are files and folders to copy into each checkpoint.
   """
 
   def __init__(self, directory: Path, retention: Retention | None = None, extra_files: tuple[Path, ...] = ()):
@@ -148,11 +146,8 @@ class Checkpoints:
   def save(self, progress: Progress, state: Any, loss: float | None, waits: bool = False) -> None:
     """Starts a save, after waiting for the previous one, whose error is raised here.
 
-    Raises a UserError if the disk is full, or the folder is not writable or missing; earlier checkpoints are not affected.
-
-    Args:
-      loss: validation loss at this step, for `Retention.best`; None: not validated.
-      waits: return only when the checkpoint is committed. The state is then not copied, since nothing can change it meanwhile.
+    Raises a UserError if the disk is full, or the folder is not writable or missing; earlier checkpoints are not affected. `loss` is the
+    validation loss at this step, if known. With `waits` this returns when the checkpoint is committed, and does not copy the state.
     """
     assert self._retention, 'these checkpoints are read only'
     self.wait()

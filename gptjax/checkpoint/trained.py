@@ -40,8 +40,7 @@ class Trained:
 def load_trained(workdir: Path, step: str = 'latest', model_axis: int = 0) -> Trained:
   """Restores the parameters of a run (`step`: 'latest', 'best' or a number) onto all devices, sharded along `model`, otherwise replicated.
 
-  `model_axis`: size of the mesh axis `model`; 0: as in training if it divides the number of devices, else 1. Raises a UserError if there is
-  no such run or checkpoint, or the mesh does not fit the devices or heads.
+  `model_axis`: size of that axis; 0: as in training if it divides the devices, else 1. A UserError if run, checkpoint or mesh do not fit.
   """
   restorer = Restorer(workdir, model_axis)
   return restorer.restore(restorer.checkpoints.resolve(step))

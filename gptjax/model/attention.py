@@ -78,10 +78,7 @@ def rotate(x: Float[Array, 'B T H C'], positions: Int[Array, 'B T'], frequency: 
 
 def attend(score: ScoreConfig, q: Float[Array, 'B T H C'], k: Float[Array, 'B S K C'], v: Float[Array, 'B S K C'],
            mask: Bool[Array, '#B T S'], rate: float, dropout_keys: Key[Array, 'B'] | None) -> Float[Array, 'B T H C']:
-  """softmax(scale q k) v over the keys that `mask` allows (arXiv:1706.03762, equation 1).
-
-  Each key head serves H/K query heads (arXiv:2305.13245). The softmax is in float32. The window is the mask's.
-  """
+  """softmax(scale q k) v, in float32, over keys in `mask` (arXiv:1706.03762, equation 1), with H/K queries per key (arXiv:2305.13245)."""
   b, t, h, c = q.shape
   groups = (b, t, k.shape[2], h // k.shape[2], c)
   q = jax.lax.reshape(q * score.scale, groups, out_sharding=spec(None, None, ('heads', h), None, None))

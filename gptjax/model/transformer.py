@@ -64,8 +64,7 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
   """Token ids to hidden states, and a head for them. Its parameters have shapes only; `AbstractModel` gives them values.
 
-  Initial values are normal with standard deviation 0.02, smaller on the residual stream (GPT-2). `context` is the number of learned
-  positions; rotary positions have no such bound.
+  Initial values are normal with standard deviation 0.02, smaller on the residual stream (GPT-2). `context` limits learned positions.
   """
 
   def __init__(self, config: ModelConfig, compute: ComputeConfig, context: int):

@@ -83,10 +83,9 @@ def parameter_specs(axes: tuple[Axis, ...], shape: tuple[int, ...], stage: int, 
 
 
 def _shard(axes: tuple[Axis, ...], shape: tuple[int, ...], mesh: AnyMesh) -> Shard | None:
-  """Cuts the first dimension that ZeRO's axis divides.
+  """Cuts the first dimension that ZeRO's axis divides, so that shards are contiguous; of the last one TPUs pad them to 128 lanes.
 
-  The first, because then a device's shard is contiguous and is sent as it is stored; shards of the last dimension are padded to the
-  128 lanes of a TPU. The layers of a stacked parameter are not cut, since each step of the scan needs a full layer.
+  The layers of a stacked parameter are not cut, since each step of the scan needs a full layer.
   """
   state = mesh.shape.get(STATE_AXIS, 1)
   if state == 1:

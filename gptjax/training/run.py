@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from gptjax import config as configs
 from gptjax.checkpoint import Progress
-from gptjax.config import INT32_MAX, Config, Duration, UserError, duration_in_steps
+from gptjax.config import INT32_MAX, Config, UserError, duration_in_steps
 from gptjax.data import EvalRows, Prepared, TrainRows, batches, train_rows
 from gptjax.model import AbstractModel, abstract_model, attention_backend, flops_per_token, parameter_count
 from gptjax.distributed import process_group
@@ -71,11 +71,9 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
   data.tokenizer.encode(config.eval.prompt, 'eval.prompt')  # before training: a prompt that cannot be sampled from
   check_sizes(config, mesh)
   rows = train_rows(config, data)
-  steps_of = lambda field, value: in_steps(config, rows, field, value)
-  opt = config.optimizer
-  steps = steps_of('steps', config.steps)
-  durations = {'steps': steps, 'warmup': steps_of('optimizer.warmup', opt.warmup),
-               'decay': steps_of('optimizer.decay', opt.decay)}
+  steps_of = lambda field: in_steps(config, rows, field)
+  opt, steps = config.optimizer, steps_of('steps')
+  durations = {'steps': steps, 'warmup': steps_of('optimizer.warmup'), 'decay': steps_of('optimizer.decay')}
   if steps < 1:
     raise UserError('steps', config.steps, '1 step or more')
   if durations['decay'] > steps:
@@ -95,10 +93,8 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
     step=train_step(model, objective, optimizer, schedule(opt, opt.peak_lr, **durations),
                     zero_stage=config.zero_stage, mesh=mesh, microbatches=config.microbatches, seed=config.seed, spike=config.faults.spike),
     valid={name: EvalRows(store, config.data.context, config.data.isolate_documents) for name, store in data.valid.items()},
-    eval_every=steps_of('eval.every', config.eval.every),
-    checkpoint_every=steps_of('checkpoint.every', config.checkpoint.every),
-    keep_every=steps_of('checkpoint.keep_every', config.checkpoint.keep_every),
-    compare_every=steps_of('faults.compare_every', config.faults.compare_every))
+    eval_every=steps_of('eval.every'), checkpoint_every=steps_of('checkpoint.every'), keep_every=steps_of('checkpoint.keep_every'),
+    compare_every=steps_of('faults.compare_every'))
 
 
 def frozen_names(model: AbstractModel, config: Config) -> frozenset[str]:
@@ -114,10 +110,10 @@ def every(count: int, step: int) -> bool:
   return bool(count) and step % count == 0
 
 
-def in_steps(config: Config, rows: TrainRows, field: str, value: Duration) -> int:
-  """A duration of a config in steps; raises a UserError if they are more than a device can count."""
-  found = duration_in_steps(
-    field, value, batch_size=config.batch_size, context=config.data.context, rows_per_epoch=rows.rows_per_epoch)
+def in_steps(config: Config, rows: TrainRows, field: str) -> int:
+  """A field's duration in steps; raises a UserError if they are more than a device can count."""
+  value, context = configs.flatten(config)[field], config.data.context
+  found = duration_in_steps(field, value, batch_size=config.batch_size, context=context, rows_per_epoch=rows.rows_per_epoch)
   if found > INT32_MAX:
     raise UserError(field, value, f'at most {INT32_MAX:,} steps, and it is {found:.3g}')
   return found

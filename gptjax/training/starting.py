@@ -104,8 +104,7 @@ def _open_ended(old: Config, run: Run, done: Progress) -> bool:
     return True
   if opt.schedule != 'wsd' or old.optimizer.schedule != 'wsd':
     return False
-  in_rows = lambda config, field, value: in_steps(config, run.rows, field, value)
-  begins = lambda config: in_rows(config, 'steps', config.steps) - in_rows(config, 'optimizer.decay', config.optimizer.decay)
+  begins = lambda config: in_steps(config, run.rows, 'steps') - in_steps(config, run.rows, 'optimizer.decay')
   return done.step <= min(begins(old), begins(run.config))
 
 
