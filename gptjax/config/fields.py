@@ -69,7 +69,7 @@ def checked(hint: Any, value: Any, name: str) -> Any:
 def _checked_object(hint: Any, value: Any, name: str) -> Any:
   hints = typing.get_type_hints(hint)
   if isinstance(value, hint):
-    value = {field: getattr(value, field) for field in hints}
+    value = vars(value)
   if not isinstance(value, dict):
     raise UserError(name, value, f'an object with {", ".join(hints)}')
   for field in value:

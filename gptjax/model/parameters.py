@@ -176,10 +176,12 @@ def stack_layers(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 def unstack_layers(parameters: Mapping[str, Any]) -> dict[str, Any]:
   """The same values with an array per layer; the inverse of `stack_layers`."""
+  index = lambda value, layer: (jax.ShapeDtypeStruct(value.shape[1:], value.dtype) if isinstance(value, jax.ShapeDtypeStruct)
+                                else value[layer])
   unstacked: dict[str, Any] = {}
   for name, value in parameters.items():
     if match := _STACKED.fullmatch(name):
-      unstacked |= {f'{match[1] or ""}blocks/{layer}/{match[2]}': _index(value, layer) for layer in range(value.shape[0])}
+      unstacked |= {f'{match[1] or ""}blocks/{layer}/{match[2]}': index(value, layer) for layer in range(value.shape[0])}
     else:
       unstacked[name] = value
   return unstacked
@@ -189,7 +191,3 @@ def _stack(values: list[Any]) -> Any:
   if isinstance(values[0], jax.ShapeDtypeStruct):
     return jax.ShapeDtypeStruct((len(values), *values[0].shape), values[0].dtype)
   return np.stack(values) if isinstance(values[0], np.ndarray) else jnp.stack(values)
-
-
-def _index(value: Any, layer: int) -> Any:
-  return jax.ShapeDtypeStruct(value.shape[1:], value.dtype) if isinstance(value, jax.ShapeDtypeStruct) else value[layer]

@@ -29,16 +29,13 @@ If the size of the mesh axis does not divide the parts, or is 1, the axis stays 
 
 def spec(*axes: Axis, mesh: AnyMesh | None = None) -> PartitionSpec:
   """The PartitionSpec of an array with these logical axes while the model computes; `mesh`: default, the one in force."""
-  return PartitionSpec(*(_mesh_axis(axis, mesh) for axis in axes))
-
-
-def _mesh_axis(axis: Axis, mesh: AnyMesh | None) -> str | None:
-  if not isinstance(axis, tuple):
-    return RULES[axis]
-  name, parts = axis
-  rule = RULES[name]
-  size = 1 if rule is None else (mesh or jax.sharding.get_abstract_mesh()).shape.get(rule, 1)
-  return None if size == 1 or parts % size else rule
+  def mesh_axis(axis: Axis) -> str | None:
+    if not isinstance(axis, tuple):
+      return RULES[axis]
+    rule, parts = RULES[axis[0]], axis[1]
+    size = 1 if rule is None else (mesh or jax.sharding.get_abstract_mesh()).shape.get(rule, 1)
+    return None if size == 1 or parts % size else rule
+  return PartitionSpec(*map(mesh_axis, axes))
 
 
 class Shard(NamedTuple):

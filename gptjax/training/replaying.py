@@ -80,7 +80,7 @@ def replay(workdir: Path, step: int, cache_dir: Path) -> Iterator[Replayed]:
 
 
 def _config_at(workdir: Path, checkpoints: Checkpoints, step: int) -> Config:
-  """The config of a step, which is that of the first checkpoint after it; but the mesh and data of the workdir's config."""
+  """The config of a step, which is that of the first checkpoint at or after it, but with the mesh and data of the workdir."""
   now, folders = read_config(workdir), [checkpoints.folder(one) for one in checkpoints.steps() if one >= step]
   then = next((read_config(folder) for folder in folders if not verify(folder)), now)
   return dataclasses.replace(then, mesh=now.mesh, zero_stage=now.zero_stage, data=now.data)
