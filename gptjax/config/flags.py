@@ -170,9 +170,9 @@ def _as_user_error(error: Exception, needs_config: bool) -> UserError:
     return UserError(f'--{flag.name}', None, f'a value: {flag.help}')
   if cause is None:
     return UserError(f'--{flag.name}', value, match[3])
-  names = getattr(flag.parser, 'enum_values', ())
-  expected = ', '.join(names) or flag.parser.syntactic_help or ('true or false' if flag.boolean else match[3])
-  return UserError(f'--{flag.name}', value, expected, names)
+  allowed = getattr(flag.parser, 'enum_values', ())
+  expected = ', '.join(allowed) or flag.parser.syntactic_help or ('true or false' if flag.boolean else match[3])
+  return UserError(f'--{flag.name}', value, expected, allowed)
 
 
 def shown(value: object) -> str:

@@ -29,9 +29,9 @@ def test_no_complete_state_is_made_under_stage_3(mesh, scan):
 def test_the_abstract_state_is_that_of_the_state_that_is_made(style, mesh):
   described = abstract_model(style, ComputeConfig(), 16)
   initialize = initializer(described, make_optimizer(OptimizerConfig(), steps=10, warmup=0, decay=0), 3, mesh, seed=0)
-  described, made = abstract(initialize, mesh), initialize()
-  assert jax.tree.structure(described) == jax.tree.structure(made)
-  for expected, value in zip(jax.tree.leaves(described), jax.tree.leaves(made), strict=True):
+  state, made = abstract(initialize, mesh), initialize()
+  assert jax.tree.structure(state) == jax.tree.structure(made)
+  for expected, value in zip(jax.tree.leaves(state), jax.tree.leaves(made), strict=True):
     assert (expected.shape, expected.dtype) == (value.shape, value.dtype)
     assert value.sharding.is_equivalent_to(expected.sharding, value.ndim)
   stored = described.shardings(3, mesh)
