@@ -72,7 +72,7 @@ def test_layers_may_be_stacked_or_not_and_on_any_mesh(mesh, zero_stage, settings
 def test_parts_that_fit_are_taken_and_the_rest_is_fresh(mesh, scan, settings, source, cache, weights):
   values = {'model.layers': 2, 'model.vocab_size': 49, 'data.context': 32, 'compute.scan': scan, 'mesh.max_unsharded': 1.0, 'batch_size': 8}
   changed = configs.override(settings, values | {'init_from': str(source)})
-  with pytest.raises(UserError, match='^init_from: .*init_partial for what there is: (.*tokens/table|blocks)'):
+  with pytest.raises(UserError, match='^init_from: .*init_partial for the parts that fit: (.*tokens/table|blocks)'):
     begun(changed, cache, mesh)
   fresh = begun(configs.override(settings, values), cache, mesh)[0].trained
   state, words = begun(configs.override(changed, {'init_partial': True}), cache, mesh)
