@@ -35,7 +35,7 @@ class Lines:
   def __init__(self, path: Path):
     self._path = path
     self.waiting = b''
-    """what could not be written yet"""
+    """lines that could not be written yet"""
 
   def write(self, line: str) -> str:
     """Writes a line; returns the error, '' for none."""
@@ -60,7 +60,7 @@ class Lines:
 
 
 def complete_lines(path: Path) -> list[str]:
-  """Returns the lines of a file, without an incomplete last one; none if the file does not exist."""
+  """The lines of a file, without an incomplete last one; none if the file does not exist."""
   if not path.exists():
     return []
   return [line for line in path.read_text(errors='replace').splitlines(keepends=True) if line.endswith('\n')]
@@ -98,15 +98,10 @@ def write_json(path: Path, values: Any) -> None:
 @contextlib.contextmanager
 def atomic_directory(directory: Path, worth_keeping: Callable[[Path], bool] = lambda folder: False,
              resumes: bool = True) -> Iterator[Path | None]:
-  """Creates a folder atomically: the body fills a temporary folder, which is then renamed.
+  """Creates a folder atomically: the body fills the temporary folder that this yields (None if `directory` exists), which is then renamed.
 
-  Yields the temporary folder, or None if `directory` exists. Other processes wait meanwhile. A process that is killed, or finds the disk
-  full, leaves its files for the next to continue.
-
-  Args:
-    directory: to create.
-    worth_keeping: whether to keep the temporary folder after a UserError.
-    resumes: False: the body cannot continue the work of another, so it starts with an empty folder, which any error removes.
+  Other processes wait meanwhile. A process that is killed, or finds the disk full, leaves its files for the next to continue; after a
+  UserError only files `worth_keeping` are left. If the body never `resumes`, it starts with an empty folder, which any error removes.
   """
   if directory.exists():
     yield None

@@ -19,8 +19,7 @@ _ACCELERATORS = ('/dev/nvidia[0-9]*', '/dev/kfd', '/dev/dxg', '/dev/accel[0-9]*'
 def runs_on_cpu() -> bool:
   """Whether JAX will run on the CPU, as far as can be seen without importing it; a wrong answer changes only speed.
 
-  JAX_PLATFORMS decides, or else the absence of an accelerator. An installed plugin does not count: planning for TPUs installs libtpu on
-  machines without any.
+  JAX_PLATFORMS decides, or else the absence of an accelerator; an installed libtpu does not count, since it may serve planning alone.
   """
   if platforms := os.environ.get('JAX_PLATFORMS'):
     return platforms.partition(',')[0] == 'cpu'
@@ -30,11 +29,10 @@ def runs_on_cpu() -> bool:
 def keep_freed_memory() -> bool:
   """Makes glibc's malloc keep freed memory, on huge pages; returns whether it does. Other C libraries are left alone.
 
-  XLA allocates a step's temporaries, up to gigabytes, anew in every step. By default malloc maps and unmaps them, and the kernel zeroes
-  each of their pages every time, which takes up to a third of a small step. The price is memory, which is never returned to the system:
-  the process grows by the size of another step's temporaries, and during its first steps by up to three more, because glibc's
-  posix_memalign leaves holes too small to be used again until each thread's cache of small blocks is full. Must be called before JAX is
-  imported, while there are no threads.
+  XLA allocates a step's temporaries, up to gigabytes, in every step. By default malloc maps and unmaps them, and the kernel zeroes all
+  their pages, which takes up to a third of a small step. The price: the process keeps the memory of one more step's temporaries, and in its
+  first steps of up to three more, because posix_memalign leaves holes until each thread's cache of small blocks is full. Must be called
+  before JAX is imported, while there are no threads.
   """
   if 'jax' in sys.modules or not _has_glibc():
     return False

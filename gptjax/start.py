@@ -38,7 +38,7 @@ def start(config: Config | None = None) -> Path:
   group = distributed.discover(_CLUSTER.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
   # Before JAX is imported, which takes seconds.
   configs.exit_stack.enter_context(distributed.join(group, _facts(config) if group.count > 1 else {}, _TIMEOUT.value))
-  import jax  # not at the top: --help and mistakes in flags should not wait for it
+  import jax  # not at the top: --help and errors in flags do not wait for it
   if CPU_DEVICES.value:
     jax.config.update('jax_platforms', 'cpu')
     jax.config.update('jax_num_cpu_devices', CPU_DEVICES.value)
@@ -79,7 +79,7 @@ def _keep_stdout(first: bool) -> None:
 
 
 def _facts(config: Config | None) -> dict[str, str]:
-  """Returns what must be equal in all processes of a run: code, versions, config and flags."""
+  """The facts that must be equal in all processes of a run: code, versions, config and flags."""
   root = Path(__file__).parent
   code = hashlib.sha256()
   for file in sorted(root.rglob('*.py')):

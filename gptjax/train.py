@@ -36,7 +36,7 @@ def main(config: configs.Config) -> int:
   workdir = expanded(_WORKDIR.value)
   if workdir.exists() and not workdir.is_dir():
     raise configs.UserError('--workdir', str(workdir), 'a folder, not a file')
-  profile = re.fullmatch(r'(\d+):(\d+)', _PROFILE.value) if _PROFILE.value is not None else None
+  profile = re.fullmatch(r'(\d+):(\d+)', _PROFILE.value or '')
   profile_steps = (int(profile[1]), int(profile[2])) if profile else None
   if _PROFILE.value is not None and not (profile_steps and 1 <= profile_steps[0] <= profile_steps[1]):
     raise configs.UserError('--profile_steps', _PROFILE.value, 'FIRST:LAST with 1 <= FIRST <= LAST, as 10:13')

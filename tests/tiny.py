@@ -59,9 +59,9 @@ def trainer(model, optimizer=None, *, compute=ComputeConfig(), context=16, zero_
     rate = schedule(settings, settings.peak_lr, **DURATIONS)
   else:
     rate = optax.constant_schedule(0.0)
-  plan = abstract_model(model, compute, context)
-  state = initializer(plan, optimizer, zero_stage, jax.sharding.get_mesh(), 0, plan.matching('frozen', frozen))()
-  return state, train_step(plan, next_token(z_loss), optimizer, rate, zero_stage=zero_stage, mesh=jax.sharding.get_mesh(),
+  described = abstract_model(model, compute, context)
+  state = initializer(described, optimizer, zero_stage, jax.sharding.get_mesh(), 0, described.matching('frozen', frozen))()
+  return state, train_step(described, next_token(z_loss), optimizer, rate, zero_stage=zero_stage, mesh=jax.sharding.get_mesh(),
                            microbatches=microbatches, seed=seed)
 
 

@@ -69,7 +69,7 @@ def _list(console: Console, workdir: Path, checkpoints) -> int:
 
 
 def _describe(console: Console, folder: Path) -> None:
-  from gptjax.checkpoint.contents import Contents
+  from gptjax.checkpoint import Contents
   contents = Contents(folder)
   names = _chosen(contents.shapes)
   table = Table('tensor', 'shape', 'type', 'norm', 'smallest', 'largest')
@@ -84,7 +84,7 @@ def _describe(console: Console, folder: Path) -> None:
 
 
 def _compare(console: Console, folder: Path, other: Path) -> int:
-  from gptjax.checkpoint.contents import Contents
+  from gptjax.checkpoint import Contents
   one, two = Contents(folder), Contents(other)
   names = _chosen({**one.shapes, **two.shapes})
   table = Table('tensor', 'difference', 'relative')

@@ -5,7 +5,6 @@ devices of the run, with its versions, all are bitwise equal; the exit status is
 """
 
 import json
-import sys
 from pathlib import Path
 
 from absl import flags
@@ -28,7 +27,7 @@ def main(_) -> int:
   from gptjax.training.replaying import replay
   table = Table('step', 'field', 'logged', 'now', 'relative difference')
   worst, steps = 0.0, 0
-  for one in replay(workdir, _STEP.value, cache, begin=lambda words: print(words, file=sys.stderr)):
+  for one in replay(workdir, _STEP.value, cache):
     worst, steps = max(worst, one.difference), steps + 1
     for name, away in one.differences.items():
       if away or one.step == _STEP.value:

@@ -1,7 +1,6 @@
 """Saving, verifying and restoring checkpoints. All Orbax code is in this package."""
 
-from gptjax.checkpoint.checkpoints import DAMAGED, Checkpoints, Progress, Retention
-from gptjax.checkpoint.contents import by_name
-from gptjax.checkpoint.trained import Restorer, Trained, load_trained
+from gptjax.checkpoint.checkpoints import DAMAGED, Checkpoints, Progress, Retention, by_name
+from gptjax.checkpoint.trained import Contents, Restorer, Trained, load_trained
 
-__all__ = ['DAMAGED', 'Checkpoints', 'Progress', 'Restorer', 'Retention', 'Trained', 'by_name', 'load_trained']
+__all__ = ['DAMAGED', 'Checkpoints', 'Contents', 'Progress', 'Restorer', 'Retention', 'Trained', 'by_name', 'load_trained']

@@ -22,14 +22,13 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from gptjax.checkpoint.contents import by_name
 from gptjax.checkpoint.manifest import Damaged, read_manifest, streaming_checksums, verify, write_manifest
 from gptjax.checkpoint.staging import HostStaging
-from gptjax.config import Config, Fault, UserError, read_config
+from gptjax.config import Fault, UserError
 from gptjax.data.progress import announce
+from gptjax.distributed import all_gather, broadcast, is_primary, process_group
 from gptjax.files import sync
 from gptjax.model import Parameters
-from gptjax.distributed import process_group, is_primary, all_gather, broadcast
 
 VERSION = 1
 """Of the names of arrays and of the facts in the manifest; a checkpoint of another version is refused."""
@@ -51,15 +50,14 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Retention:
-  """Which checkpoints to keep: CheckpointConfig with steps for durations."""
+  """Which checkpoints to keep: CheckpointConfig with steps for durations; `latest` 0: all."""
 
   latest: int = 2
-  """0: all"""
   every: int = 0
   best: bool = False
 
   def kept(self, losses: Mapping[int, float | None]) -> set[int]:
-    """Returns the steps to keep, given all steps with their validation losses."""
+    """The steps to keep, given all steps with their validation losses."""
     steps = sorted(losses)
     kept = set(steps[-self.latest:]) | {step for step in steps if self.every and step % self.every == 0}
     scored = {step: loss for step, loss in losses.items() if loss is not None}
@@ -69,10 +67,8 @@ class Retention:
 class Checkpoints:
   """The checkpoints in one folder. Saves run in the background. A context manager that waits for them.
 
-  Args:
-    directory: created by the first save.
-    retention: None: read only. Otherwise the caller is the only run that writes here, and leftovers of killed runs are removed.
-    extra_files: files and folders to copy into each checkpoint.
+  Without `retention` it only reads; otherwise the caller is the only run that writes here, and leftovers of killed runs are removed.
+  `extra_files` are files and folders to copy into each checkpoint.
   """
 
   def __init__(self, directory: Path, retention: Retention | None = None, extra_files: tuple[Path, ...] = ()):
@@ -92,13 +88,10 @@ class Checkpoints:
     return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
   def newest(self, below: int | None = None) -> int | None:
-    """Returns the newest step (below a given one) whose checkpoint is intact. All processes must call this.
+    """The newest step (below a given one) whose checkpoint is intact, None if there is no checkpoint. All processes must call this.
 
-    Newer damaged checkpoints are reported and, by a run that writes here, moved to the folder `damaged`.
-
-    Raises:
-      UserError: there are checkpoints, but all are damaged; they are not moved.
-      OSError: a checkpoint cannot be read now, which does not mean that it is damaged.
+    Newer damaged checkpoints are reported and, by a run that writes here, moved to the folder `damaged`. Raises a UserError if all are
+    damaged, and an OSError if a checkpoint cannot be read now.
     """
     damaged: dict[int, str] = {}
     for step in reversed([step for step in broadcast('steps', self.steps()) if below is None or step < below]):
@@ -120,7 +113,7 @@ class Checkpoints:
       if self._retention:
         target = self._directory.with_name(DAMAGED) / f'{step}-{time.strftime("%Y%m%d-%H%M%S")}'
         target.parent.mkdir(exist_ok=True)
-        action = f'moved to {(self._directory / str(step)).rename(target)}'
+        action = f'moved to {self.folder(step).rename(target)}'
       announce(f'checkpoint {step} is damaged: {words}; {action}')
 
   def resolve(self, wanted: str) -> int:
@@ -153,13 +146,8 @@ class Checkpoints:
   def save(self, progress: Progress, state: Any, loss: float | None, waits: bool = False) -> None:
     """Starts a save, after waiting for the previous one, whose error is raised here.
 
-    Args:
-      progress: stored with the state; its step names the checkpoint.
-      loss: validation loss at this step, for `Retention.best`; None: not validated.
-      waits: return only when the checkpoint is committed. The state is then not copied, since nothing can change it meanwhile.
-
-    Raises:
-      UserError: the disk is full, or the folder is not writable or missing; earlier checkpoints are not affected.
+    Raises a UserError if the disk is full, or the folder is not writable or missing; earlier checkpoints are not affected. `loss` is the
+    validation loss at this step, if known. With `waits` this returns when the checkpoint is committed, and does not copy the state.
     """
     assert self._retention, 'these checkpoints are read only'
     self.wait()
@@ -185,7 +173,7 @@ class Checkpoints:
       if is_primary():
         self._commit(saving, step, facts, checksums)
     except BaseException:
-      if is_primary():  # frees the space; Orbax's threads may still write, and the next start removes what they leave
+      if is_primary():  # frees the space; Orbax's threads may still write, and the next start removes their files
         for path in saving.parent.glob(f'{saving.name}*'):
           shutil.rmtree(path, ignore_errors=True)
       raise
@@ -197,14 +185,14 @@ class Checkpoints:
       for path in self._extra_files:
         shutil.copytree(path, saving / path.name) if path.is_dir() else shutil.copyfile(path, saving / path.name)
       write_manifest(saving, facts, known)
-      saving.rename(self._directory / str(step))
+      saving.rename(self.folder(step))
       sync(self._directory)
     assert self._retention
     for old in {*self.steps()} - self._retention.kept(self._losses()):
       self._verified.discard(old)
       dropped = self._directory / f'{old}.dropped'  # a kill while it is removed leaves nothing that looks like a checkpoint
       shutil.rmtree(dropped, ignore_errors=True)  # best effort: the next start removes the rest
-      (self._directory / str(old)).rename(dropped)
+      self.folder(old).rename(dropped)
       shutil.rmtree(dropped, ignore_errors=True)
 
   def wait(self) -> None:
@@ -220,23 +208,19 @@ class Checkpoints:
     return self._pending is not None and not self._pending.done()
 
   def restore(self, step: int, state: Any) -> tuple[Any, Progress]:
-    """Loads a checkpoint with the shapes, dtypes and shardings of an abstract tree.
-
-    Raises:
-      UserError: the checkpoint is damaged, or has other shapes.
-    """
+    """Loads a checkpoint with the dtypes and shardings of an abstract tree; raises a UserError if it is damaged, or has other shapes."""
     return self._load(step, state), self.progress(step)
 
   def progress(self, step: int) -> Progress:
     """Returns the progress stored in a checkpoint."""
     try:
-      return Progress(**read_manifest(self._directory / str(step))['facts']['progress'])
+      return Progress(**read_manifest(self.folder(step))['facts']['progress'])
     except Damaged as damaged:
       raise self._unfit(step, str(damaged)) from None
 
-  def config(self, step: int) -> Config:
-    """Returns the config of the run when it wrote a checkpoint."""
-    return read_config(self._directory / str(step))
+  def folder(self, step: int) -> Path:
+    """The folder of a checkpoint."""
+    return self._directory / str(step)
 
   def restore_parameters(self, step: int, parameters: dict[str, jax.ShapeDtypeStruct]) -> Parameters:
     """As `restore`, but loads only the parameters of a TrainState, without allocating its optimizer state."""
@@ -263,7 +247,7 @@ class Checkpoints:
 
   def _load(self, step: int, wanted: Any, partial: bool = False) -> Any:
     found, expected = self._shapes(step), by_name(wanted, lambda leaf: tuple(leaf.shape))
-    folder = self._directory / str(step)
+    folder = self.folder(step)
     for name, shape in expected.items():
       if found.get(name) != shape:
         raise self._unfit(step, f'it has {f"{list(found[name])} instead of {list(shape)} for " if name in found else "no "}{name}')
@@ -273,7 +257,7 @@ class Checkpoints:
       with _context(partial):
         return ocp.load(folder, wanted)
     except Exception as error:
-      # Orbax wraps every failure in one about its handlers; only the cause is of use to a person.
+      # Orbax wraps every failure in one about its handlers.
       words = ' '.join(str(error.__cause__ or error).split())[:300]
       raise Fault(f'{folder}: {words}, expected: a checkpoint that can be loaded') from error
 
@@ -281,7 +265,7 @@ class Checkpoints:
     """Returns the shapes of the arrays of an intact checkpoint by name."""
     if wrong := self._wrong(step):
       raise self._unfit(step, f'it is damaged: {wrong}')
-    folder = self._directory / str(step)
+    folder = self.folder(step)
     if (version := read_manifest(folder)['facts'].get('version')) != VERSION:
       raise self._unfit(step, f'it has version {version}, and this code reads version {VERSION}')
     return by_name(ocp.metadata(folder).metadata, lambda leaf: tuple(leaf.shape))
@@ -289,7 +273,7 @@ class Checkpoints:
   def _wrong(self, step: int) -> str:
     """Returns in which way a checkpoint is damaged, '' if it is intact; every process reads a part of its files."""
     group = process_group()
-    mine = '' if step in self._verified else verify(self._directory / str(step), group.index, group.count)
+    mine = '' if step in self._verified else verify(self.folder(step), group.index, group.count)
     wrong = next(filter(None, all_gather('verify', mine)), '')
     if not wrong:
       self._verified.add(step)
@@ -299,11 +283,11 @@ class Checkpoints:
     losses: dict[int, float | None] = dict.fromkeys(self.steps())
     for step in losses:
       with contextlib.suppress(Damaged, OSError):  # reported when it is loaded
-        losses[step] = read_manifest(self._directory / str(step))['facts']['loss']
+        losses[step] = read_manifest(self.folder(step))['facts']['loss']
     return losses
 
   def _unfit(self, step: int, reason: str) -> UserError:
-    return UserError('checkpoint', str(self._directory / str(step)), f'an intact checkpoint of this config; {reason}')
+    return UserError('checkpoint', str(self.folder(step)), f'an intact checkpoint of this config; {reason}')
 
   @contextlib.contextmanager
   def _user_errors(self) -> Iterator[None]:
@@ -321,6 +305,11 @@ class Checkpoints:
       else:
         raise
       raise UserError('checkpoint', str(self._directory), expected) from error
+
+
+def by_name(tree: Any, function: Callable[[Any], Any]) -> dict[str, Any]:
+  """A function's values on the leaves of a tree, or of Orbax's metadata of one, by names such as 'trained/NAME'."""
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): function(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def _lower_priority() -> None:

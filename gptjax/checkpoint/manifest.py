@@ -1,8 +1,7 @@
 """The manifest of a checkpoint: its metadata and the XXH3 checksum of every file. It is written last, and verified before use.
 
-128 bits detect the damage that disks and networks do, at the speed of memory; no digest stored with the data could prevent forgery.
-Large files are hashed while they are written, and then dropped from the system's page cache: nobody reads a checkpoint soon, and the run
-has better uses for the memory. On virtual machines whose host reclaims unused memory, allocating it is most of the cost of a save.
+128 bits detect the damage that disks and networks do, at the speed of memory. Large files are hashed while they are written, and then
+dropped from the system's page cache: on virtual machines whose host reclaims unused memory, allocating it is most of the cost of a save.
 """
 
 import contextlib
@@ -22,7 +21,7 @@ from gptjax.files import sync
 
 MANIFEST = 'manifest.json'
 _PAUSE = 0.01
-"""Seconds between two scans of the files that are written, in which a few _CHUNK_BYTES are."""
+"""Seconds between two scans of the files, in which a few _CHUNK_BYTES are written."""
 _CHUNK_BYTES = 2**20
 _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
@@ -32,13 +31,7 @@ class Damaged(Exception):
 
 
 def write_manifest(folder: Path, facts: dict[str, Any], known: Mapping[int, tuple[int, str]] = {}) -> None:
-  """Writes the manifest of a folder's files, and returns when the folder is synced to disk.
-
-  Args:
-    folder: with all other files.
-    facts: metadata of the checkpoint, as JSON.
-    known: inode -> (size, XXH3) of files that need not be read again.
-  """
+  """Writes the manifest of a folder and syncs both to disk; `known`: inode -> (size, XXH3) of files that need not be read again."""
   files = sorted(path for path in folder.rglob('*') if path.is_file())
   # At most half of the cores, since training continues.
   with ThreadPoolExecutor(max(1, cores() // 2)) as pool:
@@ -50,12 +43,7 @@ def write_manifest(folder: Path, facts: dict[str, Any], known: Mapping[int, tupl
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-  """Returns the 'facts' and 'files' of a manifest.
-
-  Raises:
-    Damaged: it is missing, or its own checksum differs.
-    OSError: it cannot be read now.
-  """
+  """The 'facts' and 'files' of a manifest; raises Damaged if it is missing or damaged itself, and an OSError if it cannot be read now."""
   try:
     with _naming(folder / MANIFEST):
       manifest = json.loads((folder / MANIFEST).read_bytes())
@@ -71,11 +59,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path, part: int = 0, parts: int = 1) -> str:
-  """Returns the first damage found in a checkpoint, '' if there is none; with several parts only that part of the files is read.
-
-  Raises:
-    OSError: a file cannot be read now, for example because a network file system is unavailable.
-  """
+  """The first damage found in a part of a checkpoint's files, '' if there is none; raises an OSError if a file cannot be read now."""
   try:
     files = read_manifest(folder)['files']
   except Damaged as damaged:
@@ -123,14 +107,9 @@ def _self_digest(content: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def streaming_checksums(saving: Path, process: int) -> Iterator[dict[int, tuple[int, str]]]:
-  """Hashes the files that this process writes into one checkpoint in the body.
+  """Hashes the files that this process writes while the body runs; yields a dict that then maps inode -> (size, digest) of what was read.
 
-  Args:
-    saving: prefix of the temporary folders that Orbax writes to.
-    process: index of this process; files of the others may be visible on a shared disk before they are complete.
-
-  Yields:
-    A dict that after the body maps inode -> (size, digest) of the bytes that were read.
+  `saving` is the prefix of Orbax's temporary folders, where incomplete files of other processes may be visible too.
   """
   files: dict[int, _File] = {}
   found: dict[int, tuple[int, str]] = {}

@@ -1,7 +1,7 @@
 """Host staging: a copy of the state that a save reads while the next step overwrites the original, for states on CPUs.
 
-Orbax copies the arrays of accelerators to the host. On a CPU it reads them in place; a step to which they are donated would then have
-to put the new state into fresh memory, and mapping that costs far more than this copy into memory that is reused.
+Orbax copies the arrays of accelerators to the host. On a CPU it reads them in place; a step that takes them over would then put the new
+state into fresh memory, and mapping that costs far more than this copy into memory that is reused.
 """
 
 import mmap

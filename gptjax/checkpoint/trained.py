@@ -1,15 +1,22 @@
-"""Loads trained models from their workdirs."""
+"""Loads trained models from their workdirs, and single tensors from checkpoints."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-from jax.sharding import Mesh
+import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
+from orbax.checkpoint import v1 as ocp
 
-from gptjax.checkpoint.checkpoints import Checkpoints
-from gptjax.config import MATRIX_AXIS, Config, MeshConfig, read_config
+from gptjax.checkpoint.checkpoints import Checkpoints, by_name
+from gptjax.checkpoint.manifest import verify
+from gptjax.config import MATRIX_AXIS, Config, MeshConfig, UserError, read_config
 from gptjax.model import AbstractModel, Parameters, abstract_model, attention_backend
 from gptjax.sharding import check_heads, describe, make_mesh
+
+_CHUNK_BYTES = 2**28
+"""Bytes of tensors to load at once; each load takes a quarter of a second regardless of its size."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +38,9 @@ class Trained:
 
 
 def load_trained(workdir: Path, step: str = 'latest', model_axis: int = 0) -> Trained:
-  """Restores the parameters of a run onto all devices, sharded along `model` and otherwise replicated.
+  """Restores the parameters of a run (`step`: 'latest', 'best' or a number) onto all devices, sharded along `model`, otherwise replicated.
 
-  Args:
-    step: 'latest', 'best' or a number.
-    model_axis: size of the mesh axis `model`; 0: as in training if it divides the number of devices, else 1.
-
-  Raises:
-    UserError: no run in the folder, no such checkpoint, or a mesh that does not fit the devices or heads.
+  `model_axis`: size of that axis; 0: as in training if it divides the devices, else 1. A UserError if run, checkpoint or mesh do not fit.
   """
   restorer = Restorer(workdir, model_axis)
   return restorer.restore(restorer.checkpoints.resolve(step))
@@ -63,3 +65,33 @@ class Restorer:
     abstract = {name: jax.ShapeDtypeStruct(s.shape, self.model.dtypes[name], sharding=shardings[name])
                 for name, s in self.model.shapes.items()}
     return Trained(self.config, self.model, self.mesh, self.checkpoints.restore_parameters(step, abstract), step)
+
+
+class Contents:
+  """Tensors of an intact checkpoint (else a UserError): 'step', 'trained/NAME', 'frozen/NAME', 'optimizer/.../NAME', 'statistics/...'."""
+
+  def __init__(self, folder: Path):
+    if wrong := verify(folder):
+      raise UserError('checkpoint', str(folder), f'an intact checkpoint; {wrong}')
+    self._folder = folder.absolute()
+    metadata, sharding = ocp.metadata(self._folder).metadata, SingleDeviceSharding(jax.local_devices()[0])
+    self._tree = jax.tree.structure(metadata)
+    self.shapes: dict[str, jax.ShapeDtypeStruct] = by_name(
+      metadata, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding))
+
+  def read(self, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields these tensors in order, with only some of them in memory at a time."""
+    chunk: list[str] = []
+    for name in names:
+      if chunk and sum(shape.size * shape.dtype.itemsize for shape in (self.shapes[one] for one in (*chunk, name))) > _CHUNK_BYTES:
+        yield from self._load(chunk)
+        chunk = []
+      chunk.append(name)
+    yield from self._load(chunk)
+
+  def _load(self, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+    wanted = [shape if name in names else ocp.PLACEHOLDER for name, shape in self.shapes.items()]
+    loaded = ocp.load(self._folder, jax.tree.unflatten(self._tree, wanted))
+    leaves = dict(zip(self.shapes, jax.tree.leaves(loaded, is_leaf=lambda leaf: leaf is ocp.PLACEHOLDER)))
+    for name in names:
+      yield name, np.asarray(leaves[name])

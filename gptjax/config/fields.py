@@ -1,7 +1,4 @@
-"""The fields of a config by dotted name ('model.layers'): types, values, JSON.
-
-Flags, recipes, JSON files and sweeps all go through `override`, so a field is checked in the same way wherever its value comes from.
-"""
+"""The fields of a config by dotted name ('model.layers'); `override` checks values from flags, recipes, JSON files and sweeps alike."""
 
 import dataclasses
 import json
@@ -12,7 +9,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from gptjax.config.errors import UserError
+from gptjax.config.checks import UserError
 from gptjax.config.schema import DURATIONS, Config, Duration
 
 Value = int | float | str | tuple
@@ -45,15 +42,10 @@ def differences(a: Config, b: Config) -> dict[str, tuple[Value, Value]]:
 
 
 def override(config: Config, values: Mapping[str, object], where: str = '') -> Config:
-  """Returns a config with some values replaced. It is validated after all of them are in place.
+  """A config with some values replaced, such as {'model.width': 96, 'model.heads': 3}; it is validated after all of them are in place.
 
-  Args:
-    config: provides the other values.
-    values: by dotted name, with the types of the schema: {'model.width': 96, 'model.heads': 3}.
-    where: prefix of names in errors: '--config.', or a file and a colon.
-
-  Raises:
-    UserError: an unknown name, a value of a wrong type, or an invalid value.
+  Raises a UserError for an unknown name, a value of a wrong type, or an invalid value; `where` is put before names in errors: '--config.',
+  or a file and a colon.
   """
   for name, value in values.items():
     if name not in FIELDS:
@@ -77,7 +69,7 @@ def checked(hint: Any, value: Any, name: str) -> Any:
 def _checked_object(hint: Any, value: Any, name: str) -> Any:
   hints = typing.get_type_hints(hint)
   if isinstance(value, hint):
-    value = {field: getattr(value, field) for field in hints}
+    value = vars(value)
   if not isinstance(value, dict):
     raise UserError(name, value, f'an object with {", ".join(hints)}')
   for field in value:
@@ -108,10 +100,7 @@ def _unknown(name: str, value: object, where: str) -> UserError:
 
 
 def suggestions(prefix: str) -> dict[str, str]:
-  """Returns {text that a mistyped name may resemble: name to suggest}.
-
-  People also leave out the groups of a field (kv_heads) or most of its name (lr), so the ends of names are included.
-  """
+  """{text that a mistyped name may resemble: name to suggest}, also without the groups of a field (kv_heads) or most of its name (lr)."""
   ends = {re.split('[._]', name)[-1]: prefix + name for name in reversed(FIELDS)}  # reversed: the first field wins
   ends |= {name.rpartition('.')[2]: prefix + name for name in reversed(FIELDS)}
   return ends | {name: prefix + name for name in FIELDS}

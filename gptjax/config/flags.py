@@ -1,21 +1,27 @@
-"""Command lines: recipes, `--config.FIELD=VALUE` overrides, and how a binary ends with an error."""
+"""Command lines: recipes, `--config.FIELD=VALUE` overrides, `--help`, and how a binary ends with an error."""
 
+import ast
 import collections
 import contextlib
+import dataclasses
 import functools
+import inspect
+import json
 import os
 import pathlib
 import re
+import shlex
+import shutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import app, flags
 
-from gptjax.config.errors import Fault, UserError
-from gptjax.config.fields import BOOLEANS, FIELDS, flatten, override, parse, suggestions
-from gptjax.config.help import help_text, own_flags
+from gptjax.config.checks import Fault, UserError
+from gptjax.config.fields import BOOLEANS, FIELDS, choices, differences, flatten, override, parse, suggestions
 from gptjax.config.schema import Config
 
 exit_stack = contextlib.ExitStack()
@@ -26,11 +32,7 @@ _HELP_FLAGS = {'--help', '-help', '-h', '-?', '--helpshort'}
 
 
 def load(path: str) -> Config:
-  """Runs a recipe, a Python file with `get_config() -> Config`, and returns its config.
-
-  Raises:
-    UserError: no such file, an error in it (with its line), no get_config, or one that does not return a Config.
-  """
+  """Runs a recipe, a Python file with `get_config() -> Config`, and returns its config; a UserError, with the line, if that fails."""
   if not pathlib.Path(path).is_file():
     raise _no_recipe(path)
   # Compiled rather than imported: an import would write a __pycache__ next to the recipes, and trust it.
@@ -63,12 +65,9 @@ def _no_recipe(path: str) -> UserError:
 def run(main: Callable[[Any], int | None], *, needs_config: bool | None = True) -> None:
   """Parses the command line, calls main(config) and exits with the status it returns (None: 0).
 
-  Flags other than `--config...` are absl's: define them with absl.flags and read them in main. A UserError, here or in main, and any
-  mistake in a flag prints one line `error: ...` on stderr and exits with 2.
-
-  Args:
-    main: gets the recipe's Config with the overrides applied, or None without a recipe.
-    needs_config: whether the binary requires `--config=RECIPE` and takes `--config.FIELD=VALUE`; None: both are optional.
+  Other flags are absl's. A UserError, here or in main, and any mistake in a flag prints one line `error: ...` on stderr and exits with 2.
+  `needs_config`: whether the binary requires `--config=RECIPE` and takes `--config.FIELD=VALUE`; None: both are optional. Without a recipe
+  main gets None.
   """
   try:
     with exit_stack:
@@ -171,6 +170,78 @@ def _as_user_error(error: Exception, needs_config: bool) -> UserError:
     return UserError(f'--{flag.name}', None, f'a value: {flag.help}')
   if cause is None:
     return UserError(f'--{flag.name}', value, match[3])
-  choices = getattr(flag.parser, 'enum_values', ())
-  expected = ', '.join(choices) or flag.parser.syntactic_help or ('true or false' if flag.boolean else match[3])
-  return UserError(f'--{flag.name}', value, expected, choices)
+  allowed = getattr(flag.parser, 'enum_values', ())
+  expected = ', '.join(allowed) or flag.parser.syntactic_help or ('true or false' if flag.boolean else match[3])
+  return UserError(f'--{flag.name}', value, expected, allowed)
+
+
+def shown(value: object) -> str:
+  """Returns the value as it would be typed after `--config.FIELD=` in a shell."""
+  text = str(value).lower() if isinstance(value, bool) else str(value)
+  if isinstance(value, tuple):
+    text = json.dumps([one if isinstance(one, (int, float, str)) else dataclasses.asdict(one) for one in value])
+  return shlex.quote(text) if text.isprintable() else repr(text)
+
+
+def describe(config: Config) -> str:
+  """Returns one line per field, `model.layers = 12`, with `# default 4` where it differs from the default."""
+  changed = differences(Config(), config)
+  return '\n'.join(
+      f'{name} = {shown(value)}' + (f'  # default {shown(changed[name][0])}' if name in changed else '')
+      for name, value in flatten(config).items())
+
+
+def docstrings(group: type) -> dict[str, str]:
+  """Returns the help text of each field of a config: its metadata, or the docstring under it, which Python itself discards."""
+  definition = ast.parse(textwrap.dedent(inspect.getsource(group))).body[0]
+  assert isinstance(definition, ast.ClassDef)
+  lines = {field.name: field.metadata['help'] for field in dataclasses.fields(group) if 'help' in field.metadata}
+  for field, line in zip(definition.body, definition.body[1:]):
+    match field, line:
+      case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+        lines[name] = inspect.cleandoc(text)
+  return lines
+
+
+def own_flags() -> list[flags.Flag]:
+  """Returns the flags that the running binary and gptjax define, without those of absl and other libraries."""
+  modules = flags.FLAGS.flags_by_module_dict().items()
+  own = [found for module, found in modules if module == sys.argv[0] or module.partition('.')[0] in ('gptjax', 'tools')]
+  return [flag for found in own for flag in found]
+
+
+def _help_sections(config: Any, prefix: str = '', title: str = '') -> dict[str, list[tuple[str, str]]]:
+  rows: list[tuple[str, str]] = []
+  groups: dict[str, list[tuple[str, str]]] = {}
+  lines = docstrings(type(config))
+  for field in dataclasses.fields(config):
+    name, value, line = prefix + field.name, getattr(config, field.name), lines[field.name]
+    if dataclasses.is_dataclass(value):
+      groups |= _help_sections(value, f'{name}.', f'{name}: {line}')
+    else:
+      allowed = f' [{"|".join(map(str, choices(FIELDS[name])))}]' if choices(FIELDS[name]) else ''
+      rows.append((f'--config.{name}={shown(value)}', line + allowed))
+  return {title or 'run': rows} | groups
+
+
+def help_text(config: Config | None) -> str:
+  """Returns the help text, with the values of a config as the defaults of its fields."""
+  main = sys.modules['__main__']
+  program = f'-m {main.__spec__.name}' if main.__spec__ else sys.argv[0]
+  own = [(f'--{flag.name}' + ('' if flag.default is None else f'={shown(flag.default)}'), flag.help or '') for flag in own_flags()]
+  sections = {'flags': [*own, ('--help', 'show this help and exit')]}
+  usage = f'usage: python {program} [--FLAG=VALUE ...]'
+  if config is not None:
+    usage = f'usage: python {program} --config=configs/NAME.py [--config.FIELD=VALUE ...] [--FLAG=VALUE ...]'
+    recipe = ('--config', 'recipe, a Python file with get_config() -> Config; its values are shown below')
+    sections = {'flags': [recipe, *sections['flags']]} | _help_sections(config)
+  width = min(shutil.get_terminal_size((100, 24)).columns, 120)
+  column = min(max(len(left) for rows in sections.values() for left, _ in rows) + 4, 44, width // 2)
+  lines = [*textwrap.wrap(usage, width, subsequent_indent='  ', break_on_hyphens=False)]
+  for title, rows in sections.items():
+    lines += ['', f'{title}:' if ':' not in title else title]
+    for left, text in rows:
+      first, *more = textwrap.wrap(text, width - column, break_on_hyphens=False) or ['']
+      lines += [f'  {left:{column - 2}}{first}'.rstrip()] if len(left) + 4 <= column else [f'  {left}', ' ' * column + first]
+      lines += [' ' * column + line for line in more]
+  return '\n'.join(lines)

@@ -1,13 +1,9 @@
-"""The table of mesh axes: what each one divides, and over which network. Mesh, sharding rules, checks, plans and reports read it.
-
-A new axis is a row here, and a module of gptjax/sharding/ where it needs communication of its own.
-"""
+"""The table of mesh axes: what each one divides, and over which network. Mesh, sharding rules, checks, plans and reports read it."""
 
 import dataclasses
 from typing import Annotated, Any
 
-from gptjax.config.checks import Fraction, Group, Limit
-from gptjax.config.errors import UserError
+from gptjax.config.checks import Fraction, Group, Limit, UserError
 
 REST = -1
 """Size of an axis that takes all devices which the other axes leave."""

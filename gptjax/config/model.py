@@ -1,11 +1,10 @@
-"""The transformer of a run: what function it is, and separately how it is computed."""
+"""The transformer of a run: its function, and separately how it is computed."""
 
 import dataclasses
 from typing import Annotated, Literal
 
 from gptjax.config.checks import (
-  FractionBelow1, Group, NonNegative, NonNegativeFloat, Positive, PositiveFloat, at_least, at_most, divisors)
-from gptjax.config.errors import UserError
+  FractionBelow1, Group, NonNegative, NonNegativeFloat, Positive, PositiveFloat, UserError, at_least, at_most, divisors)
 
 Activation = Literal['block', 'attention_norm', 'q', 'k', 'v', 'attention', 'attention_out', 'mlp_norm', 'gate', 'up', 'hidden']
 """The activations of a block, in order: its input, the normalized input, queries, keys and values, the mixed values before and after

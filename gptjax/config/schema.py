@@ -6,8 +6,7 @@ import re
 from typing import Annotated, Literal
 
 from gptjax.config.checks import (
-  Fraction, FractionBelow1, Group, Limit, NonNegative, NonNegativeFloat, Positive, at_least, at_most, divisors)
-from gptjax.config.errors import UserError
+  Fraction, FractionBelow1, Group, Limit, NonNegative, NonNegativeFloat, Positive, UserError, at_least, at_most, divisors)
 from gptjax.config.mesh import MeshConfig
 from gptjax.config.model import ComputeConfig, ModelConfig
 
@@ -27,10 +26,7 @@ def _amount_and_unit(value: Duration) -> tuple[float, str]:
 
 
 def duration_in_steps(field: str, value: Duration, *, batch_size: int, context: int, rows_per_epoch: int) -> int:
-  """Turns a Duration into optimizer steps, rounded up.
-
-  A token here is a position of a row, so a step is batch_size * context of them; an epoch is rows_per_epoch rows.
-  """
+  """A Duration in optimizer steps, rounded up; a step has batch_size * context tokens, and an epoch rows_per_epoch rows."""
   amount, unit = _amount_and_unit(value)
   if math.isinf(amount * rows_per_epoch):
     raise UserError(field, value, DURATIONS)

@@ -1,8 +1,7 @@
 """The processes of one run: they find each other, check that they belong to the same run, wait for each other and end together.
 
-This runs before JAX and alongside it. `jax.distributed` and `jax.experimental.multihost_utils` do not suffice: they abort from C++ when a
-peer is missing or dies, run on devices, and do not notice peers with other code or another config. Here each of these ends every process
-with one line that names the peer.
+`jax.distributed` and `jax.experimental.multihost_utils` do not suffice: they abort from C++ when a peer is missing or dies, run on devices,
+and do not notice peers with other code or another config. Here each of these ends every process with one line that names the peer.
 """
 
 from gptjax.distributed.cloud import watch_notices

@@ -36,10 +36,9 @@ def vm_attribute(name: str) -> str | None:
 
 
 def watch_notices(on_notice: Callable[[str], None], environment: Mapping[str, str] = os.environ) -> bool:
-  """Starts a thread that calls `on_notice` once, with a description, when the machine's cloud announces the end of the machine.
+  """Starts a thread that calls `on_notice` once, with a description, when the cloud announces the end of this machine.
 
-  GCE_METADATA_HOST and AWS_EC2_METADATA_SERVICE_ENDPOINT name a server, as they do for the clouds' own clients. Returns whether this
-  machine belongs to one of these clouds.
+  GCE_METADATA_HOST and AWS_EC2_METADATA_SERVICE_ENDPOINT name a server, as for the clouds' own clients. Returns whether there is one.
   """
   vendor_file = Path('/sys/class/dmi/id/sys_vendor')
   vendor = vendor_file.read_text().strip() if vendor_file.exists() else ''

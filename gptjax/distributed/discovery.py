@@ -42,15 +42,10 @@ class GroupSpec:
 
 def discover(cluster: str = 'auto', coordinator: str | None = None, processes: int | None = None, process: int | None = None,
              environment: Environment = os.environ, metadata: Metadata = vm_attribute) -> GroupSpec:
-  """Returns the group that the flags describe, completed by what the cluster reports.
+  """The group that the flags of these names describe, completed by the cluster.
 
-  Args:
-    cluster: auto (the first of CLUSTERS that is detected, if any), none, or the name of the one that is required.
-    coordinator, processes, process: values of the flags.
-    environment, metadata: what clusters are detected by.
-
-  Raises:
-    UserError: the required cluster is not detected, its variables cannot be read, or the flags are contradictory or incomplete.
+  `cluster` is auto (the first of CLUSTERS that is detected, if any), none, or the name of the one that is required. Raises a UserError if
+  that is not detected, its variables cannot be read, or the flags are contradictory or incomplete.
   """
   values: dict[str, Any] = {'processes': processes, 'process': process, 'coordinator': coordinator}
   given = [flag for flag in _FLAGS if values[flag] is not None]

@@ -50,10 +50,7 @@ class ProcessGroup:
     return f'{self.count}, {self._spec.source}{hosts}, coordinator {self._spec.coordinator}'
 
   def exchange(self, name: str, value: Any, reply: Callable[[list[Any]], Any]) -> Any:
-    """Waits until all processes have called this with the same name; returns what process 0's `reply` makes of their JSON values.
-
-    It uses no device and has no timeout: a process may work for hours while the others wait here.
-    """
+    """Waits, with no timeout and no device, until all processes have called this; returns process 0's `reply` to their JSON values."""
     def send(value: Any) -> None:
       for peer in self._peers:
         peer.send(at=name, value=value)

@@ -69,13 +69,7 @@ class Peer:
 def meet(group: GroupSpec, facts: Mapping[str, str], timeout: float) -> list[Peer]:
   """Waits until all processes of a group of two or more have joined; returns the others in process 0, and elsewhere process 0.
 
-  Args:
-    group: of the run.
-    facts: by name, values that must be equal in all processes.
-    timeout: in seconds.
-
-  Raises:
-    UserError: a process did not join in time, or its facts differ. Every process that joined raises the same error.
+  Raises a UserError, the same in every process that joined, if one does not join within `timeout` seconds, or its `facts` differ.
   """
   deadline = time.monotonic() + timeout
   return _accept_all(group, facts, timeout, deadline) if group.index == 0 else [_connect(group, facts, timeout, deadline)]
@@ -126,8 +120,8 @@ def _accept_all(group: GroupSpec, facts: Mapping[str, str], timeout: float, dead
     if server.error:
       server.serve(late(), lambda: len(server.joined) == others)
       raise server.error
-    for stranger in {key.data for key in selector.get_map().values()} - {None, *peers}:
-      stranger.socket.close()
+    for other in {key.data for key in selector.get_map().values()} - {None, *peers}:
+      other.socket.close()
   for peer in peers:
     peer.send(go=socket.gethostname())
   return peers
@@ -204,7 +198,7 @@ def _connect(group: GroupSpec, facts: Mapping[str, str], timeout: float, deadlin
     else:
       peer = Peer(sock, 0)
       try:
-        if sock.getsockname() == sock.getpeername():  # TCP can connect to itself where nobody listens
+        if sock.getsockname() == sock.getpeername():  # TCP can connect to itself where no program listens
           raise Closed('no answer')
         peer.send(gptjax=dict(facts), process=group.index, processes=group.count, host=socket.gethostname())
         _await_go(peer, timeout, deadline)

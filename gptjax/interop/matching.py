@@ -12,8 +12,7 @@ import numpy as np
 from gptjax.config import UserError
 from gptjax.interop.families import Family, Tensor
 from gptjax.interop.tensor_files import DTYPES, Entry
-from gptjax.model import AbstractModel
-from gptjax.model.layout import stacked_name
+from gptjax.model import AbstractModel, stacked_name
 
 PARAMETER_DTYPES = ('F32', 'BF16', 'F16')
 """Dtypes of tensors that hold parameters: float32 represents all their values exactly."""

@@ -1,15 +1,14 @@
-"""The transformer as Flax NNX modules, its parameters as plain data, and what it costs.
+"""The transformer as Flax NNX modules, its parameters as plain data, and its cost.
 
 Modules know logical axes ('embed', 'heads', 'mlp', 'vocab') and the rows of one device, never how many devices there are. Nothing
 here imports data, training or checkpoints.
 """
 
-from gptjax.model.accounting import flops_per_token, parameter_count
 from gptjax.model.attention import Cache, Caches, Positions, left_padded
 from gptjax.model.head import Head
 from gptjax.model.kernels import attention_backend
-from gptjax.model.layout import stack_layers, stacked_name, unstack_layers
-from gptjax.model.parameters import AbstractModel, Parameters, abstract_model
+from gptjax.model.parameters import (
+  AbstractModel, Parameters, abstract_model, flops_per_token, parameter_count, stack_layers, stacked_name, unstack_layers)
 from gptjax.model.transformer import Block, Sums, Transformer, empty_cache
 
 __all__ = [

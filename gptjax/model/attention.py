@@ -18,17 +18,14 @@ from gptjax.model.weights import Rows, Stack
 from gptjax.sharding import spec
 
 BLOCK = 64
-"""Query rows a block: at 64 the skipped half of the square outweighs the smaller products on a CPU."""
+"""Query rows per block: at 64 the skipped half of the square outweighs the smaller products on a CPU."""
 
 PARTS = 8
 """Parts of a row whose keys end at their own end: with 8, 9/16 of the square is computed where 1/2 is needed."""
 
 
 class Cache(NamedTuple):
-  """Keys and values of the tokens read so far, for one layer: that of token i at i modulo S.
-
-  Heads come before tokens, so that the products of each head read what lies together; else a step would copy all of it.
-  """
+  """Keys and values of the last tokens, for one layer: those of token i at i modulo S. The products of each head read contiguous memory."""
 
   keys: Float[Array, 'B K S C']
   values: Float[Array, 'B K S C']
@@ -48,7 +45,7 @@ class Positions(NamedTuple):
   cached: Int[Array, ''] | None = None
   """tokens per row in the cache, padding included; None: there is no cache, or it is empty"""
   padding: Int[Array, 'B'] | None = None
-  """tokens of padding at the beginning of each cached row"""
+  """tokens of padding at the start of each cached row"""
 
 
 def left_padded(length: int, padding: Int[Array, 'B']) -> Positions:
@@ -58,7 +55,7 @@ def left_padded(length: int, padding: Int[Array, 'B']) -> Positions:
 
 
 def frequencies(rope: RopeConfig, half: int, local: bool) -> np.ndarray:
-  """Radians that a step turns each pair of features by, in a layer with a window or without: theta^(-i/half), then stretched."""
+  """Radians per position of each pair of features, in a layer with a window (`local`) or without: theta^(-i/half), then stretched."""
   theta = rope.local_theta if local and rope.local_theta else rope.theta
   turn = theta ** (-np.arange(half) / half)
   if rope.scaling == 'none' or (local and rope.local_theta):
@@ -81,10 +78,7 @@ def rotate(x: Float[Array, 'B T H C'], positions: Int[Array, 'B T'], frequency: 
 
 def attend(score: ScoreConfig, q: Float[Array, 'B T H C'], k: Float[Array, 'B S K C'], v: Float[Array, 'B S K C'],
            mask: Bool[Array, '#B T S'], rate: float, dropout_keys: Key[Array, 'B'] | None) -> Float[Array, 'B T H C']:
-  """softmax(scale q k) v over the keys that `mask` allows (arXiv:1706.03762, equation 1).
-
-  Each key head serves H/K query heads (arXiv:2305.13245). The softmax is in float32. The window is the mask's.
-  """
+  """softmax(scale q k) v, in float32, over keys in `mask` (arXiv:1706.03762, equation 1), with H/K queries per key (arXiv:2305.13245)."""
   b, t, h, c = q.shape
   groups = (b, t, k.shape[2], h // k.shape[2], c)
   q = jax.lax.reshape(q * score.scale, groups, out_sharding=spec(None, None, ('heads', h), None, None))
@@ -99,9 +93,9 @@ def causal_attention(score: ScoreConfig, q: Float[Array, 'B T H C'], k: Float[Ar
                      rows: int) -> Float[Array, 'B T H C']:
   """Attention of each token to itself and those before it in its segment and window, `rows` query rows at a time.
 
-  A block of rows reads only the keys up to its own end, or in rows of more than PARTS blocks up to the end of its part: nearly half
-  of the square is never computed. With a window shorter than that it reads as many keys as its rows see. The blocks of a part run one
-  after the other and are computed again in the backward pass, so that memory grows with the context and not with its square.
+  A block of rows reads only the keys up to its own end, or in rows of more than PARTS blocks up to the end of its part: nearly half of the
+  square is never computed. With a short window it reads only the keys that its rows attend to. The blocks of a part run one after the
+  other and are computed again in the backward pass, so that memory grows with the context and not with its square.
   """
   length = q.shape[1]
   step = -(-length // (rows * PARTS)) * rows
@@ -154,7 +148,7 @@ class Attention(nnx.Module):
     self.q = Linear((config.width, queries), ('embed', heads), 0.02, compute, stack, bias)
     self.k = Linear((config.width, keys), ('embed', kv_heads), 0.02, compute, stack, bias)
     self.v = Linear((config.width, keys), ('embed', kv_heads), 0.02, compute, stack, bias)
-    # GPT-2 scales what is added to the residual stream by its number of additions, two a layer.
+    # As in GPT-2, smaller for the outputs that add to the residual stream, two per layer.
     self.out = Linear((queries, config.width), (heads, 'embed'), 0.02 / math.sqrt(2 * config.layers), compute, stack, config.bias)
     def norm(size, axis):
       if config.qk_norm == 'none':
@@ -187,7 +181,6 @@ class Attention(nnx.Module):
       return _decode(score, q, k, v, positions, cache)
 
     if config.global_every and not isinstance(layer, int):
-      # Layers of both kinds in one scan: each runs its own.
       y, cache = jax.lax.cond((layer + 1) % config.global_every == 0, functools.partial(mix, True), functools.partial(mix, False), q, k, v)
     else:
       y, cache = mix(config.sees_all(layer if isinstance(layer, int) else 0), q, k, v)
@@ -216,7 +209,7 @@ def _prefilled(cache: Float[Array, 'B K S C'], x: Float[Array, 'B T K C']) -> Fl
 
 def _decode(score: ScoreConfig, q: Float[Array, 'B 1 H C'], k: Float[Array, 'B 1 K C'], v: Float[Array, 'B 1 K C'],
             positions: Positions, cache: Cache) -> tuple[Float[Array, 'B 1 H C'], Cache]:
-  """Attention of one more token per row, which takes the cache's oldest place once all are taken."""
+  """Attention of one more token per row, which replaces the oldest one in a full cache."""
   assert positions.cached is not None
   size = cache.keys.shape[2]
   start = (0, 0, positions.cached % size, 0)

@@ -1,8 +1,7 @@
 """The output head: logits, losses and log-probabilities from hidden states, without the logits of a complete batch.
 
-Logits are computed for a chunk of tokens at a time and used up at once, so that one chunk's logits are all that is ever held. Each
-device has its part of the ids (vocabulary-parallel cross-entropy, arXiv:1909.08053, section 3); maxima and sums over ids cross
-the mesh axis that splits matrices. Rows are local, so sums over tokens are those of one device.
+Only one chunk's logits exist at a time. Each device has its part of the ids (vocabulary-parallel cross-entropy, arXiv:1909.08053,
+section 3); maxima and sums over ids cross the mesh axis that splits matrices. Rows are local, so sums over tokens are those of one device.
 """
 
 import dataclasses
@@ -19,15 +18,14 @@ from gptjax.model.weights import all_rows, layer_axes, product, sum_over_matrice
 from gptjax.sharding import Weight, as_weight, local_matrices, spec
 
 CHUNK_BYTES = 2**27
-"""Size of a chunk's float32 logits on a device. Every chunk reads and writes the gradient of the complete head, so that a chunk has"""
-
+"""Size of a chunk's float32 logits on a device."""
 CHUNK_ROWS = 256
-"""at least so many tokens."""
+"""Minimum number of tokens of a chunk, since each chunk reads and writes the gradient of the complete head."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-  """What turns hidden states into probabilities of ids."""
+  """The layer from hidden states to probabilities of ids."""
 
   param: nnx.Param
   """W [D, V], or the embedding table [V, D] if transposed"""
@@ -35,7 +33,7 @@ class Head:
   vocab_size: int
   """ids from here on pad the table and have no probability"""
   cap: float = 0.0
-  """logits s become cap * tanh(s / cap); 0: they stay"""
+  """logits s become cap * tanh(s / cap); 0: unchanged"""
 
   def logits(self, hidden: Float[Array, 'N D']) -> Float[Array, 'N V']:
     """float32 logits over the table's rows; those of padded ids, which no text has, are -1e30."""
@@ -45,27 +43,16 @@ class Head:
 
   def cross_entropy(self, hidden: Float[Array, 'N D'], targets: Int[Array, 'N'], mask: Float[Array, 'N'],
                     z_loss: float = 0.0) -> tuple[Float[Array, ''], Float[Array, '']]:
-    """The sum over tokens of mask * -log softmax(hidden W)[target], in nats, with and without its z-loss.
+    """The sum over tokens of mask * -log softmax(hidden W)[target], in nats, with and without z_loss * log(Z)^2.
 
-    Both gradients are computed together with the loss, so that no product is done twice.
-
-    Args:
-      hidden: hidden states.
-      targets: one id per token.
-      mask: weight of each token.
-      z_loss: weight of log(Z)^2 (arXiv:2204.02311, section 5).
-
-    Returns:
-      (loss with the z-loss, loss without it); gradients flow through the first.
+    The z-loss is that of arXiv:2204.02311, section 5. Gradients flow through the first sum, and are computed together with it, so that
+    no product is computed twice.
     """
     total, loss = _cross_entropy(hidden, self._weight, targets, mask, self._static, z_loss)
     return total, jax.lax.stop_gradient(loss)
 
   def log_probabilities(self, hidden: Float[Array, 'N D'], targets: Int[Array, 'N']) -> tuple[Float[Array, 'N'], Bool[Array, 'N']]:
-    """log softmax(hidden W)[target] of each token, in nats, and whether its target is the most likely id (of equal ones the lowest).
-
-    The backward pass computes each chunk's logits again.
-    """
+    """log softmax(hidden W)[target] of each token, in nats, and whether its target is the most likely id (of equal ones the lowest)."""
     return _log_probabilities(hidden, self._weight, targets, self._static)
 
   @property
@@ -79,7 +66,7 @@ class Head:
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
-  """What a compiled loss depends on beside its arrays."""
+  """The static arguments of a compiled loss."""
 
   dtype: str
   split: PartitionSpec
@@ -150,18 +137,14 @@ def _log_probabilities(hidden, weight, targets, static):
   return run(all_rows(hidden).astype(static.dtype), weight.read(static.dtype), targets)
 
 
-def _log_probabilities_forward(hidden, weight, targets, static):
-  return _log_probabilities(hidden, weight, targets, static), (hidden, weight, targets)
-
-
 def _log_probabilities_backward(static, saved, cotangents):
   hidden, weight, targets = saved
-  # They are the cross-entropies with the opposite sign, weighted by what flows back to each.
+  # They are negative cross-entropies, weighted by their cotangents.
   *_, dh, dw = _sums(hidden, weight, targets, -cotangents[0], static, 0.0, gradients=True)
   return dh, weight.cotangent(dw), None
 
 
-_log_probabilities.defvjp(_log_probabilities_forward, _log_probabilities_backward)
+_log_probabilities.defvjp(lambda *inputs: (_log_probabilities(*inputs), inputs[:3]), _log_probabilities_backward)
 
 
 def _sums(hidden, weight, targets, mask, static, z_loss, *, gradients):

@@ -1,7 +1,4 @@
-"""Attention kernels of particular devices, and which implementation runs where.
-
-Kernels do not partition by themselves: each device runs its own on the sequences and heads it has.
-"""
+"""Attention kernels of particular devices, which run on each device's own sequences and heads, and the choice of an implementation."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,7 +12,7 @@ from gptjax.config import ComputeConfig, ModelConfig, UserError
 from gptjax.sharding import local_matrices
 
 LANES = 128
-"""Splash attention works on blocks of so many tokens, or a multiple."""
+"""Splash attention works on blocks of this many tokens, or a multiple."""
 
 
 class ScoreConfig(NamedTuple):
@@ -24,23 +21,13 @@ class ScoreConfig(NamedTuple):
   scale: float
   """factor of their products"""
   cap: float = 0.0
-  """scores s become cap * tanh(s / cap); 0: they stay"""
+  """scores s become cap * tanh(s / cap); 0: unchanged"""
   window: int = 0
-  """tokens that each sees, itself included; 0: all before it"""
+  """tokens that a token attends to, itself included; 0: all before it"""
 
 
 def attention_backend(config: ModelConfig, compute: ComputeConfig, context: int, platform: str | None = None) -> str:
-  """The implementation that runs.
-
-  Args:
-    config: of the model.
-    compute: its `attention` is returned, with 'auto' resolved.
-    context: tokens per row.
-    platform: 'cpu', 'gpu' or 'tpu'; default: this process's.
-
-  Raises:
-    UserError: compute.attention names one that the platform, the context, dropout or the precision rules out.
-  """
+  """compute.attention, 'auto' resolved, for a platform ('cpu', 'gpu', 'tpu'; default: this process's); a UserError if it cannot run."""
   platform = platform or jax.default_backend()
   can: dict[str, str] = {'blocks': '', 'xla': ''}  # why not
   no_dropout = '' if not config.dropout else f'no dropout, and model.dropout is {config.dropout}'
@@ -94,8 +81,7 @@ def splash(score: ScoreConfig, q: Float[Array, 'B T H C'], k: Float[Array, 'B T 
 
 def cudnn(score: ScoreConfig, q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'], v: Float[Array, 'B T K C'],
           segments: Int[Array, 'B T'] | None) -> Float[Array, 'B T H C']:
-  """Causal attention by NVIDIA's cuDNN, in bfloat16. Segments cost it a mask of 2 bytes for each of T x T pairs, which
-  all heads share."""
+  """Causal attention by NVIDIA's cuDNN, in bfloat16. Segments cost a mask of 2 bytes per pair of tokens, which all heads share."""
   def local(q, k, v, segments):
     mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
     window = (score.window - 1, 0) if score.window else None

@@ -72,13 +72,7 @@ def fold(keys: Key[Array, 'B'] | None, data: int | Int[Array, '']) -> Key[Array,
 
 
 def dropout(x: Float[Array, 'N *S'], rate: float, keys: Key[Array, 'B'] | None) -> Float[Array, 'N *S']:
-  """Zeroes a fraction `rate` of x and scales the rest up (arXiv:1207.0580).
-
-  Args:
-    x: N is B, or B * T.
-    rate: of dropout.
-    keys: one for each of B rows, so that a mask depends neither on the mesh nor on the other rows of a batch; None: returns x.
-  """
+  """Zeroes a fraction `rate` of x, N = B or B * T, and scales up the rest (arXiv:1207.0580); keys: one per row, or None to return x."""
   if keys is None or not rate:
     return x
   split = jax.typeof(x).sharding.spec

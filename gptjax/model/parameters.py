@@ -1,14 +1,21 @@
-"""A model's parameters as plain data: one flat dict from 'blocks/0/attention/q/kernel' to an array."""
+"""A model's parameters as plain data: one flat dict from 'blocks/0/attention/q/kernel' to an array.
+
+Layers have one of two layouts: an array per layer (`blocks/3/mlp/up/kernel`), or all layers stacked along a first axis
+(`blocks/mlp/up/kernel`), for the loop of `compute.scan`.
+"""
 
 import dataclasses
 import functools
 import math
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
@@ -19,27 +26,20 @@ from gptjax.sharding import AnyMesh, Axis, ParameterSpecs, Weight, Zero, paramet
 
 Parameters = dict[str, jax.Array]
 
+_LAYER = re.compile(r'(.*/)?blocks/(\d+)/(.*)')
+_STACKED = re.compile(r'(.*/)?blocks/(?!\d+/)(.*)')
 
-@dataclasses.dataclass(frozen=True, eq=False)
+
+@dataclasses.dataclass(frozen=True)
 class AbstractModel:
   """A transformer without its values: initialization, checkpoints, optimizer and counters are all derived from it."""
 
   config: ModelConfig
   compute: ComputeConfig
   context: int
-  graph: Any
-  variables: dict[str, tuple[tuple, nnx.Param]]
+  graph: Any = dataclasses.field(compare=False)
+  variables: dict[str, tuple[tuple, nnx.Param]] = dataclasses.field(compare=False)
   is_transposed: bool = False
-
-  def __eq__(self, other: object) -> bool:
-    return isinstance(other, AbstractModel) and self._identity == other._identity
-
-  def __hash__(self) -> int:
-    return hash(self._identity)
-
-  @property
-  def _identity(self) -> tuple:
-    return self.config, self.compute, self.context, self.is_transposed
 
   @property
   def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -69,12 +69,12 @@ class AbstractModel:
     """The fraction of the parameters' bytes that stays unsharded although an axis should split them, and the reasons in words."""
     sizes = {name: math.prod(shape.shape) for name, shape in self.shapes.items()}
     found = {name: unsharded_axes(self.axes[name], shape.shape, zero_stage, mesh) for name, shape in self.shapes.items()}
-    reasons: dict[str, list[str]] = {}
+    reasons: dict[str, dict[str, None]] = {}
     for name, axes in found.items():
-      for axis, size in axes.items():
-        reasons.setdefault(f'mesh.{axis}={mesh.shape[axis]} does not divide {size}', []).append(name)
+      for axis, size in axes.items():  # the same parameter of all layers is named once
+        reasons.setdefault(f'mesh.{axis}={mesh.shape[axis]} does not divide {size}', {})[re.sub(r'/\d+/', '/', name)] = None
     fraction = sum(sizes[name] for name, axes in found.items() if axes) / sum(sizes.values())
-    return fraction, [f'{reason}: {_without_numbers(names)}' for reason, names in reasons.items()]
+    return fraction, [f'{reason}: {", ".join(names)}' for reason, names in reasons.items()]
 
   def shardings(self, zero_stage: int, mesh: AnyMesh) -> dict[str, NamedSharding]:
     """Sharding of every parameter between steps."""
@@ -83,10 +83,8 @@ class AbstractModel:
   def matching(self, field: str, patterns: Sequence[str]) -> frozenset[str]:
     """Names of the parameters that match one of some patterns such as 'tokens/*' or 'blocks/0/*'.
 
-    Patterns are compared with names of unstacked layers, so that they mean the same with and without `compute.scan`.
-
-    Raises:
-      UserError: naming `field`: a pattern that matches nothing, or only some layers of a stacked parameter.
+    Patterns are compared with names of unstacked layers, so that they mean the same with and without `compute.scan`. Raises a UserError
+    that names `field` if a pattern matches nothing, or only some layers of a stacked parameter.
     """
     found = set()
     for pattern in patterns:
@@ -139,6 +137,59 @@ def abstract_model(config: ModelConfig, compute: ComputeConfig, context: int) ->
   return AbstractModel(config, compute, context, graph, {'/'.join(map(str, path)): (path, v) for path, v in nnx.to_flat_state(state)})
 
 
-def _without_numbers(names: list[str]) -> str:
-  """Names of parameters, those of all layers as one."""
-  return ', '.join(dict.fromkeys(re.sub(r'/\d+/', '/', name) for name in names))
+@functools.cache  # the search for a layout calls both many times
+def parameter_count(config: ModelConfig, context: int) -> int:
+  """Elements of all parameters; learned positions count, a tied head counts once."""
+  return sum(math.prod(s.shape) for s in abstract_model(config, ComputeConfig(), context).shapes.values())
+
+
+@functools.cache
+def flops_per_token(config: ModelConfig, context: int, *, causal: bool = True) -> int | float:
+  """FLOPs of a forward and backward pass per token of rows of `context` tokens.
+
+  A multiply and an add are two FLOPs; the backward pass costs twice the forward; only matrix products count: 6 per weight of every
+  matrix that the token passes (embedding lookups pass none), and 12 * width * keys per layer for the scores and the mixing of attention.
+  `causal` counts the keys that a token can see, (context + 1) / 2 on average or fewer with a window; otherwise the full square, as
+  PaLM (arXiv:2204.02311, appendix B) and nanoGPT do.
+  """
+  shapes = abstract_model(config, ComputeConfig(), context).shapes
+  weights = sum(math.prod(s.shape) for name, s in shapes.items() if name.endswith('kernel') or (config.tied and name == 'tokens/table'))
+  def keys(layer):
+    seen = context if config.sees_all(layer) else min(context, config.window)
+    return (seen * (seen + 1) / 2 + (context - seen) * seen) / context if causal else context
+  return 6 * weights + 12 * config.heads * config.head_width * sum(map(keys, range(config.layers)))
+
+
+def stacked_name(name: str) -> tuple[str, int | None]:
+  """A name, or a path like 'optimizer/mu/blocks/3/mlp/up/kernel', in the stacked layout, and the index of its layer, None outside."""
+  match = _LAYER.fullmatch(name)
+  return (f'{match[1] or ""}blocks/{match[3]}', int(match[2])) if match else (name, None)
+
+
+def stack_layers(parameters: Mapping[str, Any]) -> dict[str, Any]:
+  """JAX arrays, NumPy arrays or `jax.ShapeDtypeStruct`s (whose shardings are dropped) in the stacked layout, if they are not already."""
+  layers: dict[str, dict[Any, Any]] = defaultdict(dict)
+  for name, value in parameters.items():
+    target, layer = stacked_name(name)
+    layers[target][layer] = value
+  return {name: values[None] if None in values else _stack([value for _, value in sorted(values.items())])
+          for name, values in layers.items()}
+
+
+def unstack_layers(parameters: Mapping[str, Any]) -> dict[str, Any]:
+  """The same values with an array per layer; the inverse of `stack_layers`."""
+  index = lambda value, layer: (jax.ShapeDtypeStruct(value.shape[1:], value.dtype) if isinstance(value, jax.ShapeDtypeStruct)
+                                else value[layer])
+  unstacked: dict[str, Any] = {}
+  for name, value in parameters.items():
+    if match := _STACKED.fullmatch(name):
+      unstacked |= {f'{match[1] or ""}blocks/{layer}/{match[2]}': index(value, layer) for layer in range(value.shape[0])}
+    else:
+      unstacked[name] = value
+  return unstacked
+
+
+def _stack(values: list[Any]) -> Any:
+  if isinstance(values[0], jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct((len(values), *values[0].shape), values[0].dtype)
+  return np.stack(values) if isinstance(values[0], np.ndarray) else jnp.stack(values)

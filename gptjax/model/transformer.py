@@ -64,12 +64,7 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
   """Token ids to hidden states, and a head for them. Its parameters have shapes only; `AbstractModel` gives them values.
 
-  Initial values are normal with standard deviation 0.02, smaller on the residual stream (GPT-2).
-
-  Args:
-    config: sizes and style; vocab_size must be known (not 0).
-    compute: how it is computed.
-    context: number of learned positions; rotary positions have no such bound.
+  Initial values are normal with standard deviation 0.02, smaller on the residual stream (GPT-2). `context` limits learned positions.
   """
 
   def __init__(self, config: ModelConfig, compute: ComputeConfig, context: int):
@@ -88,17 +83,13 @@ class Transformer(nnx.Module):
 
   def hidden(self, tokens: Int[Array, 'B T'], positions: Positions | None = None, cache: Caches | None = None,
              keys: Key[Array, 'B'] | None = None) -> tuple[Float[Array, 'N D'], Caches | None, Sums]:
-    """The normalized residual stream after the last layer, N = B * T.
+    """The normalized residual stream after the last layer, N = B * T; the cache with these tokens; and what layers add to the objective.
 
     Args:
       tokens: ids, of this device's rows.
       positions: positions and segments; default: each row is one document from position 0.
-      cache: an empty one, which is filled with the keys and values of all tokens, or that of earlier tokens, with one more token per
-        row. Only for layers that are not scanned.
-      keys: one for each row, of dropout; None: no dropout.
-
-    Returns:
-      (hidden states, the cache with these tokens, sums that layers add to the objective's).
+      cache: an empty one, or that of earlier tokens, for one more token per row. Only for layers that are not scanned.
+      keys: for dropout, one per row; None: no dropout.
     """
     b, t = tokens.shape
     if positions is None:
@@ -139,7 +130,7 @@ class Transformer(nnx.Module):
 
   @property
   def head(self) -> Head:
-    """What reads the hidden states."""
+    """The output head, which reads hidden states."""
     param = self.tokens.table if self.lm_head is None else self.lm_head.kernel
     return Head(param, self.lm_head is None, self.config.vocab_size, self.config.logit_cap)
 
@@ -151,7 +142,7 @@ class Transformer(nnx.Module):
 
 
 def _kept(compute: ComputeConfig):
-  """What of a block is kept for the backward pass; None: nothing but its input."""
+  """The policy for the activations of a block that the backward pass keeps; None: only its input."""
   policies = jax.checkpoint_policies
   if compute.remat == 'dots':
     return policies.save_only_these_names('q', 'k', 'v', 'attention_out', 'gate', 'up')

@@ -1,8 +1,7 @@
 """Parameters inside the model: how they are created, and how products read them.
 
-Rows of activations are those of one device (`gptjax.sharding.local_rows`); `model` may split matrices, and under sequence parallelism
-the rows too. A product casts a weight to the dtype that computes, gathers it where ZeRO stage 3 keeps a shard, and does both
-again in the backward pass, so that nothing holds the gathered weight in between. Its gradient is summed in float32.
+Rows of activations are those of one device; `model` may split matrices, and under sequence parallelism the rows too. A product casts and
+(at ZeRO stage 3) gathers a weight, again in the backward pass, so that nothing holds it in between. Its gradient is summed in float32.
 """
 
 import functools
@@ -26,22 +25,15 @@ Rows = str | None
 
 
 def parameter(init: Initializer, shape: tuple[int, ...], axes: tuple[Axis, ...], stack: Stack, dtype: str = 'float32') -> nnx.Param:
-  """A float32 parameter: its shape for now, with its initializer, its logical axes and the dtype in which products read it.
-
-  A stacked one gains the axis 'layers'. `AbstractModel.initialize` draws the values, by the parameter's name.
-  """
+  """A float32 parameter without values: its shape, initializer, logical axes (stacked: 'layers' too), and the dtype in which it is read."""
   value = jax.ShapeDtypeStruct(stack + shape, jnp.float32)
   return nnx.Param(value, init=init, axes=('layers',) * len(stack) + axes, size=shape[0], dtype=dtype)
 
 
 def initial_value(name: str, param: nnx.Param, key: jax.Array, layers: range | None = None) -> Array:
-  """The value of a parameter at step 0: a function of the key and of its name alone.
+  """The value of a `parameter` at step 0: a function of the key and of its name alone, such as 'blocks/3/mlp/up/kernel'.
 
-  Args:
-    name: 'blocks/3/mlp/up/kernel'; of a stacked parameter without the number.
-    param: what `parameter` made.
-    key: of the run.
-    layers: of a stacked parameter: its layers, which are drawn as if each had a name of its own.
+  The `layers` of a stacked parameter, whose name has no number, are drawn as if each had a name of its own.
   """
   init, shape = param.get_metadata('init'), param.get_value().shape
   if layers is None:
@@ -65,15 +57,12 @@ def gathered(param: nnx.Param) -> Array:
 
 
 def product(x: Float[Array, 'N I'], param: nnx.Param, rows: Rows, transposed: bool = False, regather: bool = False) -> Float[Array, 'N O']:
-  """x W, or x W^T.
+  """x W, or x W^T. Where `model` splits the rows of x, they are gathered, here and in the backward pass.
 
   Args:
-    x: activations; where `model` splits their rows, they are gathered, here and in the backward pass.
     param: W [I, O], or [O, I] if transposed here or in the parameter's metadata.
-    rows: the mesh axis that shall split the result's rows. Where the sum over I ends the split of matrices, it is scattered over them.
-    transposed: multiply by W^T.
-    regather: whether the compiler must be kept from holding the gathered W until the backward pass. In scans and recomputed blocks
-      it cannot.
+    rows: the mesh axis that splits the result's rows; a sum over a split dimension I is scattered over them.
+    regather: whether to keep the compiler from holding the gathered W until the backward pass; in scans and recomputed blocks it cannot.
   """
   split, transposed = spec(*layer_axes(param)), transposed or param.get_metadata('transposed', False)
   out = PartitionSpec(rows, split[0 if transposed else 1])
@@ -81,10 +70,7 @@ def product(x: Float[Array, 'N I'], param: nnx.Param, rows: Rows, transposed: bo
 
 
 def lookup(param: nnx.Param, ids: Int[Array, 'N'], rows: Rows) -> Float[Array, 'N D']:
-  """Rows of a table [V, D] by id.
-
-  Where `model` splits the table, each device looks up the ids that it has, and the rest is zero before the sum.
-  """
+  """Rows of a table [V, D] by id; where `model` splits the table, each device looks up its own ids, and the rest is zero before the sum."""
   split, dtype = spec(*layer_axes(param))[0], param.get_metadata('dtype')
   return _lookup(as_weight(param.get_value()), ids, dtype, split, rows, param.get_metadata('size'))
 
@@ -105,10 +91,6 @@ def _product(x, weight, dtype, split, out, transposed, regather):
   return jnp.matmul(all_rows(x), w, out_sharding=out)
 
 
-def _product_forward(x, weight, *static):
-  return _product(x, weight, *static), (x, weight)
-
-
 def _product_backward(dtype, split, out, transposed, regather, saved, dy):
   x, weight = saved
   w = (weight.barrier() if regather else weight).read(dtype)
@@ -119,7 +101,7 @@ def _product_backward(dtype, split, out, transposed, regather, saved, dy):
   return dx, weight.cotangent(dw)
 
 
-_product.defvjp(_product_forward, _product_backward)
+_product.defvjp(lambda *inputs: (_product(*inputs), inputs[:2]), _product_backward)
 
 
 def all_rows(x: Float[Array, 'N D']) -> Float[Array, 'N D']:
@@ -153,7 +135,7 @@ def _lookup_backward(dtype, split, rows, size, saved, dy):
   return table.cotangent(gradient), None
 
 
-_lookup.defvjp(lambda table, ids, *static: (_lookup(table, ids, *static), (table, ids)), _lookup_backward)
+_lookup.defvjp(lambda *inputs: (_lookup(*inputs), inputs[:2]), _lookup_backward)
 
 
 def _own_ids(ids: Int[Array, 'N'], rows: int) -> tuple[Int[Array, 'N'], Array]:

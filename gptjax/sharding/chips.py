@@ -1,13 +1,17 @@
-"""What each accelerator can do, from the vendors' data sheets; the one table that MFU and plans divide by."""
+"""The speed and memory of each accelerator, from the vendors' data sheets: the one table for MFU and for the plan of a run."""
 
 import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
 
 GIB = 2.0**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One device as JAX counts them. Bandwidths are in bytes/s, one way: what a device can send."""
+  """One device as JAX counts them. Bandwidths are in bytes/s, of sending."""
 
   kinds: tuple[str, ...]
   """starts of JAX's device_kind"""
@@ -22,19 +26,19 @@ class Chip:
   link: float
   """TPU: one ICI link, of two on each axis of the torus; GPU: all of its NVLinks"""
   network: float
-  """share of a device in what leaves the slice or node: data-centre network, InfiniBand"""
+  """a device's share of the network between slices or nodes: data-centre network, InfiniBand"""
   axes: int = 0
   """axes of the torus; 0: GPUs behind a switch"""
   wraps: int = 1
   """an axis of the torus closes to a ring where its size is a multiple of this"""
   pod: int = 0
-  """most chips of a slice"""
+  """maximum number of chips of a slice"""
   per_chip: int = 1
-  """devices a chip"""
+  """devices per chip"""
 
   @property
   def is_tpu(self) -> bool:
-    """Whether devices lie on a torus, and libtpu compiles for them."""
+    """Whether devices form a torus, and libtpu compiles for them."""
     return self.axes > 0
 
 
@@ -42,7 +46,7 @@ class Chip:
 # one way is that over 2 * 2 * axes. The network is per chip (v5p 50 Gb/s), or that of a pod over its chips (v5e 6.4 Tb/s,
 # v6e 25.6 Tb/s); v4's and 7x's are not in the tables, and are taken as v5p's and v6e's. When rings close: the same pages.
 # GPUs: NVIDIA's data sheets of the SXM boards, NVLink both ways halved; the network is that of DGX nodes, one HDR (A100) or NDR
-# port a GPU. Of memory: A100 and H100 report 80 GiB; H200 and B200 are counted as on the sheet.
+# port per GPU. Of memory: A100 and H100 report 80 GiB; H200 and B200 are counted as on the sheet.
 CHIPS = {
   'v4': Chip(('TPU v4',), 275e12, 32 * GIB, 0.98, 1228e9, 50e9, 6.25e9, axes=3, wraps=4, pod=4096),
   'v5e': Chip(('TPU v5 lite', 'TPU v5e'), 197e12, 16 * GIB, 0.98, 819e9, 50e9, 3.125e9, axes=2, wraps=16, pod=256),
@@ -55,3 +59,28 @@ CHIPS = {
   'h200': Chip(('NVIDIA H200',), 989e12, 141e9, 0.9, 4800e9, 450e9, 50e9),
   'b200': Chip(('NVIDIA B200',), 2250e12, 180e9, 0.9, 8000e9, 900e9, 50e9),
 }
+
+
+def peak_flops(devices: list[jax.Device], dtype: str) -> tuple[float, str]:
+  """The total FLOP/s of all devices, the denominator of MFU, and the source of the figure.
+
+  For devices in the table it is the data sheet's, in bfloat16 regardless of `dtype`; for others a square matrix product is timed (once for
+  all virtual CPU devices, which share one machine).
+  """
+  kind = devices[0].device_kind
+  known = [(name, chip.flops) for chip in CHIPS.values() for name in chip.kinds if kind.startswith(name)]
+  if known:
+    name, flops = max(known, key=lambda pair: len(pair[0]))
+    return flops * len(devices), f'{name} bfloat16 data sheet'
+  size, times = 2048, []
+  mine = [device for device in devices if device.process_index == jax.process_index()]
+  with jax.set_mesh(jax.make_mesh((1,), ('device',), devices=mine[:1])):  # the mesh of the run has the devices of all processes
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    for _ in range(5):
+      start = time.perf_counter()
+      product(x, x).block_until_ready()
+      times.append(time.perf_counter() - start)
+  count = 1 if devices[0].platform == 'cpu' else len(devices)
+  return 2 * size**3 / min(times) * count, f'measured {size} x {size} {dtype} matrix product'

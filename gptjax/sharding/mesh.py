@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from gptjax.config import AXES, AXIS_NAMES, MATRIX_AXIS, REST_AXIS, ROW_AXES, Config, MeshConfig, ModelConfig, UserError
+from gptjax.config import AXES, AXIS_NAMES, MATRIX_AXIS, REST_AXIS, ROW_AXES, Config, MeshConfig, ModelConfig, UserError, divisors
 
 AnyMesh = Mesh | AbstractMesh
 """A mesh of devices, or only its sizes, which is enough to describe a state and to plan."""
@@ -21,11 +21,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   """Arranges devices (default: all) on the axes of the table, with Explicit axis types: shardings are part of an array's type.
 
   Where the devices belong to several slices (groups with a fast network inside and a slower one between), axes that may cross slices
-  are laid over them first, and the axis that splits matrices never leaves a slice. Processes without slices, such as those on
-  CPUs, stand for them.
-
-  Raises:
-    UserError: there are too few devices, or the sizes do not divide them.
+  are laid over them first, and the axis that splits matrices never leaves a slice. Without slices, as on CPUs, processes take their place.
+  Raises a UserError if there are too few devices, or the sizes do not divide them.
   """
   devices = list(jax.devices() if devices is None else devices)
   sizes = mesh_sizes(config, len(devices))
@@ -43,26 +40,20 @@ def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
 
 
 def mesh_sizes(config: MeshConfig, count: int) -> dict[str, int]:
-  """The size of each axis on so many devices.
-
-  Raises:
-    UserError: there are too few devices, or the sizes do not divide them.
-  """
-  sizes, limit = config.sizes, count
+  """The size of each axis on so many devices; raises a UserError if there are too few, or the sizes do not divide them."""
+  sizes, rest, limit = config.sizes, config.sizes[REST_AXIS], count
   taken: list[str] = []
-  fixed = {name: size for name, size in sizes.items() if name != REST_AXIS}
-  for name, size in fixed.items():
-    if size > limit or (sizes[REST_AXIS] < 0 and limit % size):
+  for name, size in sizes.items():
+    if name == REST_AXIS:
+      continue
+    if size > limit or (rest < 0 and limit % size):
       of = f' that {" and ".join(taken)} leaves' if taken else ''
-      raise UserError(f'mesh.{name}', size, f'a divisor of the {limit} devices{of}: {_divisors(limit)}')
+      raise UserError(f'mesh.{name}', size, f'a divisor of the {limit} devices{of}: {divisors(limit)}')
     limit //= size
     taken += [f'mesh.{name}={size}'] if size > 1 else []
-  if sizes[REST_AXIS] < 0:
-    return sizes | {REST_AXIS: limit}
-  if sizes[REST_AXIS] > limit:
-    others = f' and {" and ".join(taken)}' if taken else ''
-    raise UserError(f'mesh.{REST_AXIS}', sizes[REST_AXIS], f'-1 or at most {limit} with {count} devices{others}')
-  return sizes
+  if rest > limit:
+    raise UserError(f'mesh.{REST_AXIS}', rest, f'-1 or at most {limit} with {" and ".join([f"{count} devices", *taken])}')
+  return sizes | {REST_AXIS: limit if rest < 0 else rest}
 
 
 def _arranged(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
@@ -73,7 +64,7 @@ def _arranged(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
     size = sizes[axis.name]
     if axis.leaves_slices and size % count and count % size and (kind == 'slice' or size > 1):
       raise UserError(f'mesh.{axis.name}', size, f'a divisor or a multiple of the {count} {"slices" if kind == "slice" else "processes"} '
-                      f'of the {len(devices)} devices: {_divisors(count)}, {2 * count}, ...')
+                      f'of the {len(devices)} devices: {divisors(count)}, {2 * count}, ...')
   if kind == 'process':  # devices are in the order of their processes, which is that of the axes
     return mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
   between: dict[str, int] = {}
@@ -83,7 +74,7 @@ def _arranged(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
     left //= between[name]
   if left > 1:
     within = len(devices) // count
-    raise UserError(f'mesh.{MATRIX_AXIS}', sizes[MATRIX_AXIS], f'a divisor of the {within} devices of a slice: {_divisors(within)}')
+    raise UserError(f'mesh.{MATRIX_AXIS}', sizes[MATRIX_AXIS], f'a divisor of the {within} devices of a slice: {divisors(within)}')
   return mesh_utils.create_hybrid_device_mesh(
     tuple(size // between[name] for name, size in sizes.items()), tuple(between.values()), devices, allow_split_physical_axes=True)
 
@@ -93,14 +84,21 @@ def describe(mesh: AnyMesh) -> str:
   return ' x '.join(f'{axis.name} {mesh.shape[axis.name]}' for axis in AXES if mesh.shape[axis.name] > 1 or axis.state or axis.matrices)
 
 
+def row_groups(mesh: AnyMesh) -> int:
+  """Number of groups of rows into which the mesh divides a batch."""
+  return math.prod(mesh.shape[name] for name in ROW_AXES)
+
+
 def check_sizes(config: Config, mesh: AnyMesh) -> None:
   """Raises a UserError for a batch, heads or tokens that the mesh cannot divide."""
-  groups, model = math.prod(mesh.shape[name] for name in ROW_AXES), mesh.shape[MATRIX_AXIS]
+  groups, model = row_groups(mesh), mesh.shape[MATRIX_AXIS]
   if config.microbatch_size % groups:
     axes = ' * '.join(f'mesh.{name}' for name in ROW_AXES if mesh.shape[name] > 1)
     part = '' if config.microbatches == 1 else f' * microbatches={config.microbatches}'
+    factor = groups * config.microbatches
+    below = config.batch_size // factor * factor
     raise UserError('batch_size', config.batch_size,
-                    f'a multiple of {axes}={groups}{part}: {_nearest(config.batch_size, groups * config.microbatches)}')
+                    f'a multiple of {axes}={groups}{part}: {f"{below} or {below + factor}" if below else factor}')
   check_heads(config.model, mesh)
   tokens = config.microbatch_size // groups * config.data.context
   if config.compute.sequence_parallel and tokens % model:
@@ -114,12 +112,3 @@ def check_heads(config: ModelConfig, mesh: AnyMesh) -> None:
   if heads % model:
     fitting = ', '.join(str(n) for n in range(1, mesh.size + 1) if heads % n == 0 and mesh.size % n == 0)
     raise UserError(f'mesh.{MATRIX_AXIS}', model, f'a divisor of model.heads={heads} and of the {mesh.size} devices: {fitting}')
-
-
-def _divisors(count: int) -> str:
-  return ', '.join(str(n) for n in range(1, count + 1) if count % n == 0)
-
-
-def _nearest(value: int, factor: int) -> str:
-  below = value // factor * factor
-  return f'{below} or {below + factor}' if below else str(factor)

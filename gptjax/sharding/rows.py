@@ -11,7 +11,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, use_abstr
 from jaxtyping import Array, Int
 
 from gptjax.config import MATRIX_AXIS, ROW_AXES
-from gptjax.sharding.mesh import AnyMesh
 
 ROWS = PartitionSpec(ROW_AXES)
 """Of an array whose first dimension is the rows of a batch."""
@@ -20,11 +19,9 @@ ROWS = PartitionSpec(ROW_AXES)
 def local_rows(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
   """Runs a function on each device's own rows: it is manual over the axes that divide rows and explicit over the one that splits matrices.
 
-  Inside, arrays have the shapes of one device's rows, and what the function does not exchange itself is not exchanged. Its check
-  of replication is off, because arrays' types drop mesh axes of size 1 while the axis names of a `psum` do not.
-
-  The specs say how rows are divided; matrices that come or leave split stay so. At the border of a region, JAX gathers what an explicit
-  axis splits that is not an axis of the region, so that this one is automatic there, and explicit again inside.
+  Inside, arrays have the shapes of one device's rows, and only the function itself exchanges anything. The check of replication is off,
+  because arrays' types drop mesh axes of size 1 while the axis names of a `psum` do not. The specs describe rows; matrices that are split
+  stay so. At the border of the region JAX would gather them along an explicit axis, so that this axis is automatic there.
   """
   def run(*args):
     split: list[Any] = []
@@ -70,11 +67,6 @@ def _only(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
 def _both(rows: PartitionSpec, matrices: PartitionSpec) -> PartitionSpec:
   """The spec of an array whose rows and matrices are split, along different dimensions."""
   return PartitionSpec(*(a if b is None else b for a, b in itertools.zip_longest(rows, matrices)))
-
-
-def row_groups(mesh: AnyMesh) -> int:
-  """Into how many groups of rows the mesh divides a batch."""
-  return int(np.prod([mesh.shape[name] for name in ROW_AXES]))
 
 
 def full_groups(mesh: AnyMesh, rows: int) -> int:

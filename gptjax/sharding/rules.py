@@ -1,4 +1,4 @@
-"""The one table from logical axes to mesh axes, and where ZeRO stores each parameter and what belongs to it."""
+"""The one table from logical axes to mesh axes, and where ZeRO stores each parameter, its gradient and its optimizer state."""
 
 import dataclasses
 from typing import NamedTuple
@@ -23,22 +23,19 @@ RULES: dict[str | None, str | None] = {
 """The mesh axis that splits each logical axis of a parameter or an activation while the model computes. Rows are local to a device."""
 
 Axis = str | tuple[str, int] | None
-"""A logical axis by its name; (name, parts) where it can be split only between so many parts: an axis of 2 heads of 64 features is
-('kv_heads', 2). If the size of the mesh axis does not divide the parts, or is 1, the axis stays unsharded."""
+"""A logical axis by its name, or (name, parts) if it can be split only between parts: an axis of 2 heads of 64 features is ('kv_heads', 2).
+If the size of the mesh axis does not divide the parts, or is 1, the axis stays unsharded."""
 
 
 def spec(*axes: Axis, mesh: AnyMesh | None = None) -> PartitionSpec:
   """The PartitionSpec of an array with these logical axes while the model computes; `mesh`: default, the one in force."""
-  return PartitionSpec(*(_mesh_axis(axis, mesh) for axis in axes))
-
-
-def _mesh_axis(axis: Axis, mesh: AnyMesh | None) -> str | None:
-  if not isinstance(axis, tuple):
-    return RULES[axis]
-  name, parts = axis
-  rule = RULES[name]
-  size = 1 if rule is None else (mesh or jax.sharding.get_abstract_mesh()).shape.get(rule, 1)
-  return None if size == 1 or parts % size else rule
+  def mesh_axis(axis: Axis) -> str | None:
+    if not isinstance(axis, tuple):
+      return RULES[axis]
+    rule, parts = RULES[axis[0]], axis[1]
+    size = 1 if rule is None else (mesh or jax.sharding.get_abstract_mesh()).shape.get(rule, 1)
+    return None if size == 1 or parts % size else rule
+  return PartitionSpec(*map(mesh_axis, axes))
 
 
 class Shard(NamedTuple):
@@ -52,7 +49,7 @@ class Shard(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ParameterSpecs:
-  """PartitionSpecs of a parameter and of what belongs to it."""
+  """PartitionSpecs of a parameter, its gradient and its optimizer state."""
 
   compute: PartitionSpec
   """the parameter in a matrix product"""
@@ -69,12 +66,8 @@ class ParameterSpecs:
 def parameter_specs(axes: tuple[Axis, ...], shape: tuple[int, ...], stage: int, converted: bool, mesh: AnyMesh) -> ParameterSpecs:
   """What a stage of ZeRO (arXiv:1910.02054, section 5) shards: 0 nothing, 1 the optimizer state, 2 gradients too, 3 parameters too.
 
-  Args:
-    axes, shape: of the parameter.
-    stage: 0 to 3.
-    converted: whether matrix products read the parameter in another dtype than float32. Then, as in the paper's mixed precision,
-      the float32 original belongs to the optimizer state, and stages 1 and 2 gather a converted copy of it once per step.
-    mesh: only its sizes count.
+  `converted`: whether matrix products read the parameter in another dtype than float32. Then, as in the paper's mixed precision, the
+  float32 original belongs to the optimizer state, and stages 1 and 2 gather a converted copy of it once per step.
   """
   unsharded, shard = spec(*axes, mesh=mesh), _shard(axes, shape, mesh) if stage else None
   if shard is None:
@@ -87,10 +80,9 @@ def parameter_specs(axes: tuple[Axis, ...], shape: tuple[int, ...], stage: int, 
 
 
 def _shard(axes: tuple[Axis, ...], shape: tuple[int, ...], mesh: AnyMesh) -> Shard | None:
-  """Cuts the first dimension that ZeRO's axis divides.
+  """Cuts the first dimension that ZeRO's axis divides, so that shards are contiguous; of the last one TPUs pad them to 128 lanes.
 
-  The first, because then a device's shard is contiguous and is sent as it is stored; shards of the last dimension are padded to the
-  128 lanes of a TPU. The layers of a stacked parameter are not cut, since each step of the scan needs a full layer.
+  The layers of a stacked parameter are not cut, since each step of the scan needs a full layer.
   """
   state = mesh.shape.get(STATE_AXIS, 1)
   if state == 1:

@@ -20,8 +20,8 @@ from gptjax.sharding.rows import local, local_matrices, sum_over_rows
 from gptjax.sharding.rules import ParameterSpecs, Shard
 
 _TILE = 8
-"""Rows of a tile of a TPU's memory. Its compiler pads shards of rows and moves them again, but not shards of tiles, and an array viewed as
-tiles stays as it lies: for a model of 13B parameters this took 5 % of the traffic along `data`."""
+"""Rows of a tile of a TPU's memory. Its compiler pads and moves shards of rows (5 % of the traffic along `data` at 13B parameters), but not
+shards of tiles, and viewing an array as tiles moves nothing."""
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=('value', 'accumulator'), meta_fields=('shard',))
@@ -38,11 +38,11 @@ class Weight:
 
   @property
   def variable(self) -> Array:
-    """What the gradient is taken with respect to."""
+    """The array with respect to which the gradient is taken."""
     return self.value if self.accumulator is None else self.accumulator
 
   def with_variable(self, variable: Array) -> 'Weight':
-    """The same weight as a function of that."""
+    """The same weight as a function of its variable."""
     return Weight(variable, None, self.shard) if self.accumulator is None else Weight(self.value, variable, self.shard)
 
   def read(self, dtype: str) -> Array:
@@ -55,11 +55,11 @@ class Weight:
     return dataclasses.replace(self, value=jax.lax.optimization_barrier(self.value))
 
   def cotangent(self, gradient: Float[Array, '...']) -> 'Weight':
-    """What a backward pass returns for this weight, from this device's gradient of the complete one."""
+    """The cotangent of this weight in a backward pass, from this device's gradient of the complete one."""
     gradient = scatter(gradient.astype(jnp.float32), self.shard) if self.shard else gradient.astype(jnp.float32)
     if self.accumulator is None:
       return dataclasses.replace(self, value=gradient)
-    return dataclasses.replace(self, value=jnp.zeros_like(self.value), accumulator=gradient)  # nobody asks for that of `value`
+    return dataclasses.replace(self, value=jnp.zeros_like(self.value), accumulator=gradient)  # the gradient of `value` is not used
 
 
 def as_weight(value: Array | Weight) -> Weight:
@@ -138,7 +138,8 @@ class Zero:
     """The arrays that the region takes in place of parameters; stages 1 and 2 gather them here, once per step."""
     if self.stage in (1, 2):
       return {name: jax.reshard(p.astype(self.dtypes[name]), self.specs[name].compute) for name, p in parameters.items()}
-    return {name: self._view(name, p) for name, p in parameters.items()}
+    shards = {name: specs.shard if self.stage == 3 else None for name, specs in self.specs.items()}
+    return {name: _cut(p, shard) if (shard := shards[name]) else p for name, p in parameters.items()}
 
   @property
   def in_specs(self) -> dict[str, PartitionSpec]:
@@ -146,7 +147,7 @@ class Zero:
     return {name: self._local(name, specs.stored if self.stage == 3 else specs.compute) for name, specs in self.specs.items()}
 
   def weights(self, entered: Mapping[str, Array], differentiated: bool = True) -> dict[str, Weight]:
-    """Inside the region: what the model reads."""
+    """Inside the region: the weights of the model."""
     if self.stage in (0, 3) or not differentiated:
       return {name: Weight(value, shard=self.specs[name].shard if self.stage == 3 else None) for name, value in entered.items()}
 
@@ -157,7 +158,7 @@ class Zero:
     return {name: weight(name, value) for name, value in entered.items()}
 
   def reduce(self, gradients: Mapping[str, Float[Array, '...']]) -> dict[str, Array]:
-    """Inside the region, once per step: the sums over all devices, of which each keeps what its optimizer state is for."""
+    """Inside the region, once per step: the sums over all devices, of which each keeps the part of its optimizer state."""
     def reduced(name, gradient):
       shard = self.specs[name].shard
       if shard is None:
@@ -167,16 +168,12 @@ class Zero:
     return {name: reduced(name, gradient) for name, gradient in gradients.items()}
 
   def out_specs(self, names: Iterable[str]) -> dict[str, PartitionSpec]:
-    """Specs of what `reduce` returns for these parameters."""
+    """Specs of the gradients that `reduce` returns for these parameters."""
     return {name: self._local(name, self.specs[name].optimizer) for name in names}
 
   def leave(self, gradients: Mapping[str, Float[Array, '...']]) -> dict[str, Array]:
     """Gradients with the shapes of the parameters, sharded as the optimizer state is."""
     return {name: _joined(g, shard) if (shard := self.specs[name].shard) else g for name, g in gradients.items()}
-
-  def _view(self, name: str, x: Array) -> Array:
-    shard = self.specs[name].shard
-    return _cut(x, shard) if self.stage == 3 and shard else x
 
   def _local(self, name: str, spec: PartitionSpec) -> PartitionSpec:
     shard = self.specs[name].shard

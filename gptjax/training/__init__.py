@@ -1,4 +1,4 @@
-"""Training: objectives, optimizers, the one train step, and the one loop around it."""
+"""Training: objectives, optimizers, the train step, and the loop around it."""
 
 from gptjax.training.loop import Options, train
 from gptjax.training.objective import Batch, Objective, ObjectiveFunction, make_objective, next_token

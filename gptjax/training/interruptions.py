@@ -1,11 +1,14 @@
-"""Requests to save or stop, from signals, the cloud and the clock; all processes of a run act on them after the same step."""
+"""Requests to save or stop, from signals, the cloud and the clock, on which all processes act after the same step; and a watchdog."""
 
 import contextlib
 import enum
+import faulthandler
 import os
 import signal
+import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,10 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gptjax.distributed import is_primary, watch_notices
+from gptjax.distributed import is_primary, process_group, watch_notices
 
 REQUEUE_EXIT_CODE = os.EX_TEMPFAIL
 """75: the run was asked to stop and has saved; the same command resumes it."""
+_GRACE = 60.0
+"""Seconds after which a timer in C ends a hanging process in which not even the thread of the watchdog can run."""
 
 
 class StopRequest(enum.IntEnum):
@@ -82,7 +87,7 @@ class Interruptions:
 
 
 class _Consensus:
-  """The largest request of all processes, computed on the devices, so that it is in order with the steps and nobody waits for it.
+  """The largest request of all processes, computed on the devices, so that it is in order with the steps and no process waits for it.
 
   The result that is dispatched after one step is read after the next, with the same value in every process.
   """
@@ -94,9 +99,51 @@ class _Consensus:
 
   def __call__(self, request: StopRequest) -> StopRequest:
     mine = lambda index: np.full(len(range(*index[0].indices(self._count))), request, np.int32)
-    wishes = jax.make_array_from_callback((self._count,), self._sharding, mine)
-    previous, self._pending = self._pending, self._largest(wishes)
+    requests = jax.make_array_from_callback((self._count,), self._sharding, mine)
+    previous, self._pending = self._pending, self._largest(requests)
     return StopRequest.NONE if previous is None else StopRequest(int(previous))
 
   def reset(self) -> None:
     self._pending = None
+
+
+class Watchdog:
+  """Ends the process, with stacks-PROCESS.txt in a folder, if `progress` is not called for some seconds (0: never). A context manager."""
+
+  def __init__(self, seconds: float, folder: Path):
+    self._seconds, self._file = seconds, folder / f'stacks-{process_group().index}.txt'
+    self._last_progress = time.monotonic()
+    self._over = threading.Event()
+    self._thread = threading.Thread(target=self._watch, name='watchdog', daemon=True)
+
+  def __enter__(self) -> 'Watchdog':
+    if self._seconds:
+      self._thread.start()
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    self._over.set()
+    if self._seconds:
+      self._thread.join()
+      faulthandler.cancel_dump_traceback_later()
+
+  def progress(self, *_: object) -> None:
+    """Reports progress."""
+    self._last_progress = time.monotonic()
+
+  def _watch(self) -> None:
+    every = min(self._seconds / 4, 10.0)
+    while not self._over.wait(every):
+      # If a C call never releases the interpreter's lock, this thread cannot set the timer again, and it fires.
+      faulthandler.dump_traceback_later(self._seconds + _GRACE, exit=True)
+      if time.monotonic() - self._last_progress > self._seconds:
+        break
+    else:
+      return
+    line = (f'hang: no step, batch or save was completed in {self._seconds:g} s, expected: one within --hang_timeout; the stacks of all '
+            f'threads follow, and are in {self._file}')
+    with contextlib.suppress(OSError), self._file.open('w') as file:  # a missing folder may be why it hangs
+      faulthandler.dump_traceback(file)
+    print(f'error: {line}', file=sys.stderr, flush=True)
+    faulthandler.dump_traceback(sys.stderr)
+    process_group().end(1, line)

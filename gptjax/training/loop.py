@@ -2,56 +2,41 @@
 
 import contextlib
 import dataclasses
-import json
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import jax
 
+from gptjax import inference
 from gptjax.checkpoint import Checkpoints, Progress, Retention
 from gptjax.config import Config, Fault, UserError
 from gptjax.data import Prepared, cores, prepare
 from gptjax.distributed import all_gather, broadcast, is_primary, process_group
-from gptjax.files import write_atomic
+from gptjax.evaluation import Scorer
+from gptjax.files import write_json
 from gptjax.model import flops_per_token
 from gptjax.sharding import make_mesh
-from gptjax.training.guard import BadSteps, Rollback
-from gptjax.training.hardware import CompileCounter, peak_flops
-from gptjax.training.interruptions import REQUEUE_EXIT_CODE, Interruptions, StopRequest
+from gptjax.sharding.chips import peak_flops
+from gptjax.training.guard import BadSteps, Rollback, replica_check
+from gptjax.training.interruptions import REQUEUE_EXIT_CODE, Interruptions, StopRequest, Watchdog
 from gptjax.training.logbook import Logbook, NullLogbook
-from gptjax.training.replicas import replica_check
-from gptjax.training.resuming import lock, open_workdir, restore, wait_until_visible
-from gptjax.training.run import Run, every, header, resolve
-from gptjax.training.starting import initial_state
+from gptjax.training.run import Dispatched, Run, Source, Steps, every, header, resolve
+from gptjax.training.starting import initial_state, lock, open_workdir, restore, wait_until_visible
 from gptjax.training.step import TrainState
-from gptjax.training.steps import Dispatched, Source, Steps
-from gptjax.training.validation import Validation
-from gptjax.training.watchdog import Watchdog
 
 RETRY = 30.0
 """Seconds after which a save that failed is tried again."""
 MAX_RETRIES = 10
-"""of the last save, which the run waits for"""
+"""Of the last save, which the run waits for."""
 MAX_ROLLBACKS = 10
-"""in a row without a new checkpoint"""
-
-
-@runtime_checkable
-class Action(Protocol):
-  """What a loop does after certain steps, such as validation."""
-
-  def due(self, step: int) -> bool:
-    """Whether to act after a step."""
-
-  def __call__(self, step: int, state: TrainState) -> float | None:
-    """Acts; returns the loss by which checkpoints are compared, if it has found one."""
+"""In a row, without a new checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What of a run is not its config: where things lie, and what is shown."""
+  """Settings of a process that trains, beside the config of its run."""
 
   workdir: Path
   cache_dir: Path
@@ -62,38 +47,39 @@ class Options:
   profile_steps: tuple[int, int] | None = None
   """first and last step of a profiler trace"""
   accept_changes: bool = False
-  """go on with a config that computes something else than the workdir's"""
+  """resume with a config that computes other values than the workdir's"""
   hang_timeout: float = 0.0
   """seconds without progress after which the process ends; 0: none"""
 
 
 def train(config: Config, options: Options) -> int:
-  """Trains, or goes on where the workdir's newest whole checkpoint stands; returns the exit status, `REQUEUE_EXIT_CODE` if interrupted."""
+  """Trains, from the workdir's newest intact checkpoint on if it has one; returns the exit status, `REQUEUE_EXIT_CODE` if interrupted."""
   data = _prepare(config, options.cache_dir)
   mesh = make_mesh(config.mesh)
   assert jax.process_count() == process_group().count, 'processes of one run join through gptjax.start'
   with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
     run = resolve(config, data, mesh)
-    last = min(run.steps, options.stop_at or run.steps)
+    last, folder = min(run.steps, options.stop_at or run.steps), options.workdir
     if is_primary():
-      stack.enter_context(lock(options.workdir))
+      stack.enter_context(lock(folder))
     broadcast('lock')
-    folder = options.workdir
     checkpoints = stack.enter_context(Checkpoints(
       folder / 'checkpoints', Retention(config.checkpoint.keep, run.keep_every, config.checkpoint.keep_best),
       extra_files=(folder / 'config.json', folder / 'data' / 'identity.json', folder / 'data' / 'tokenizer')))
     newest = checkpoints.newest()
     progress = Progress() if newest is None else checkpoints.progress(newest)
-    _check_profile(options.profile_steps, last)
+    if options.profile_steps and options.profile_steps[0] > last:  # a trace of steps that are done was written by an earlier process
+      raise UserError('--profile_steps', ':'.join(map(str, options.profile_steps)),
+                      f'a first step of at most {last}, the last of this process')
     bad_steps = BadSteps(config.faults, folder, writes=is_primary())
     _check_rows(run, progress, last, bad_steps)
-    if newest is None:  # before the workdir is made, which a mistake in init_from should leave undone
+    if newest is None:  # before the workdir is made, since init_from may be wrong
       state, begun = initial_state(run, data.tokenizer)
     changed = open_workdir(folder, run, data, None if newest is None else progress, options.accept_changes) if is_primary() else []
     wait_until_visible(folder)
     if newest is not None:
       state, begun = restore(checkpoints, newest, run)[0], f'step {progress.step}, {progress.tokens:,} tokens'
-    elif config.init_from:  # from now on the run needs the other one no more
+    elif config.init_from:  # a run that resumes does not read the other run again
       checkpoints.save(progress, state, None, waits=True)
     peak = peak_flops(list(mesh.devices.flatten()), run.config.compute.dtype)
     book = stack.enter_context(contextlib.closing(Logbook(folder, progress.step, run.steps) if is_primary() else NullLogbook()))
@@ -103,14 +89,14 @@ def train(config: Config, options: Options) -> int:
       book.say(f'nothing to do: step {progress.step} of {last} is done')
       return 0
     if is_primary():
-      write_atomic(folder / 'run.json', json.dumps(facts, indent=2) + '\n')
-    if 0 < run.checkpoint_every < last - progress.step:  # the step compiles meanwhile, which leaves processors idle
+      write_json(folder / 'run.json', facts)
+    if 0 < run.checkpoint_every < last - progress.step:  # while the step compiles, which leaves processors idle
       checkpoints.prepare(state)
     watchdog = stack.enter_context(Watchdog(options.hang_timeout, folder))
     interruptions = stack.enter_context(Interruptions(mesh, run.config.checkpoint.minutes))
-    loop = _Loop(run, run.batches, [Validation(run, data, book, watchdog.progress)], lambda: initial_state(run, data.tokenizer)[0],
-                 checkpoints=checkpoints, book=book, options=options, peak=peak[0], watchdog=watchdog, interruptions=interruptions,
-                 bad_steps=bad_steps)
+    validation = _Validation(run, data, book, watchdog.progress)
+    loop = _Loop(run, run.batches, [(validation.due, validation)], lambda: initial_state(run, data.tokenizer)[0], options, checkpoints,
+                 book, peak[0], watchdog, interruptions, bad_steps)
     return loop.go(state, progress, last)
 
 
@@ -124,11 +110,6 @@ def _prepare(config: Config, cache_dir: Path) -> Prepared:
   return data
 
 
-def _check_profile(steps: tuple[int, int] | None, last: int) -> None:
-  if steps and steps[0] > last:  # those that are done were traced by a process before
-    raise UserError('--profile_steps', f'{steps[0]}:{steps[1]}', f'a first step of at most {last}, the last of this process')
-
-
 def _check_rows(run: Run, done: Progress, last: int, bad_steps: BadSteps) -> None:
   rows, size = run.rows.mixture.rows, run.config.batch_size
   if rows is None:
@@ -137,24 +118,20 @@ def _check_rows(run: Run, done: Progress, last: int, bad_steps: BadSteps) -> Non
   if taken + (last - done.step) * size > rows:
     most = done.step + max(rows - taken, 0) // size
     raise UserError('steps', last, f'at most {most}, or --stop_at={most}: data.train has {rows:,} rows within the epochs of its '
-                    f'components, and {taken:,} are taken or passed over')
+                    f'components, and {taken:,} are read or skipped')
+
+
+Action = tuple[Callable[[int], bool], Callable[[int, TrainState], float | None]]
+"""(step) -> whether it is due; (step, state) -> the loss by which checkpoints are compared, if the action finds one."""
 
 
 class _Loop:
-  """One process's part of a run.
+  """One process's part of a run, with batches from `source`, and `actions` after steps; `peak` is in FLOP/s of all devices."""
 
-  Args:
-    run, checkpoints, book, options, watchdog, interruptions, bad_steps: of the run.
-    source: of its batches.
-    actions: what to do after certain steps.
-    fresh: makes the state of step 0, to which a run rolls back that has no checkpoint.
-    peak: FLOP/s of the devices.
-  """
-
-  def __init__(self, run: Run, source: Source, actions: Sequence[Action], fresh: Callable[[], TrainState], *, checkpoints: Checkpoints,
-               book: Logbook, options: Options, peak: float, watchdog: Watchdog, interruptions: Interruptions, bad_steps: BadSteps):
-    self.run, self.source, self.actions, self.fresh = run, source, actions, fresh
-    self.checkpoints, self.book, self.options, self.peak = checkpoints, book, options, peak
+  def __init__(self, run: Run, source: Source, actions: Sequence[Action], fresh: Callable[[], TrainState], options: Options,
+               checkpoints: Checkpoints, book: Logbook, peak: float, watchdog: Watchdog, interruptions: Interruptions, bad_steps: BadSteps):
+    self.run, self.source, self.actions, self.fresh, self.options = run, source, actions, fresh, options
+    self.checkpoints, self.book, self.peak = checkpoints, book, peak
     self.watchdog, self.interruptions, self.bad_steps = watchdog, interruptions, bad_steps
     self.flops = flops_per_token(run.config.model, run.config.data.context)
     self.check = replica_check(run.abstract_state, run.mesh)
@@ -175,7 +152,7 @@ class _Loop:
           self._step()
           self._stop_trace(last)
           if self._after_step(last) == StopRequest.STOP:
-            self.book.say(f'{self.interruptions.reason}: saved step {self.steps.step} of {last}, ending; the same command goes on')
+            self.book.say(f'{self.interruptions.reason}: saved step {self.steps.step} of {last}, ending; the same command resumes the run')
             return REQUEUE_EXIT_CODE
         except Rollback as reason:
           self._roll_back(reason, last)
@@ -200,24 +177,24 @@ class _Loop:
     dispatched = self.steps.dispatch()
     self.compiles += self.counter.count - before
     assert self.compiles <= 1, f'the step was compiled {self.compiles} times'
-    if dispatched.passed_over:
+    if dispatched.skipped:
       first = dispatched.rows[0]
-      self.book.say(f'step {dispatched.step}: rows {first - dispatched.passed_over:,} to {first - 1:,} are passed over')
+      self.book.say(f'step {dispatched.step}: rows {first - dispatched.skipped:,} to {first - 1:,} are skipped')
     self._read_pending()
     self.pending = dispatched
     self.watchdog.progress()
 
   def _read_pending(self) -> None:
-    """Waits for the step before the one just dispatched, and logs it where it is due."""
+    """Waits for the step before the one just dispatched, and logs it if that is due."""
     if self.pending is None:
       return
     (step, rows, _, metrics), self.pending = self.pending, None
-    # Waits for the step, so never more than one is ahead; and counted on the host, since a run outgrows an int32.
+    # This waits for the step, so that never more than one is ahead. Tokens are counted on the host, since they may exceed an int32.
     bad = bool(metrics['bad'])
     self.tokens += 0 if bad else int(metrics['targets'])
     self.book.advance(step)
     if bad:
-      self._compare()  # it may be a device, and not the batch
+      self._compare()  # the reason may be a device instead of the batch
       self.book.say(f'{self.bad_steps.add(step, rows, float(metrics["loss"]), float(metrics["grad_norm"]))}: left out')
     if step % self.options.log_every and step not in (1, self.run.steps):
       return
@@ -232,48 +209,46 @@ class _Loop:
     self.clock, self.steps.waited = (time.perf_counter(), self.tokens), 0.0
 
   def _after_step(self, last: int) -> StopRequest:
-    """Compares replicas, acts and saves where that is due; returns the request that was acted on."""
+    """Compares replicas, acts and saves if that is due; returns the request that was acted on."""
     run, step = self.run, self.steps.step
     request = self.interruptions.poll()
     save = every(run.checkpoint_every, step) or step == last or request > StopRequest.NONE
-    due = [action for action in self.actions if action.due(step)]
-    compare = save or every(run.compare_every, step)
+    compare, due = save or every(run.compare_every, step), [act for is_due, act in self.actions if is_due(step)]
     if compare or due:
       self._read_pending()
     if compare:
       self._compare()
-    losses = [action(step, self.steps.state) for action in due]
+    losses = [loss for act in due if (loss := act(step, self.steps.state)) is not None]
     if save:
-      loss = next((loss for loss in losses if loss is not None), None)
-      self._save(loss, waits=step == last or request == StopRequest.STOP)
+      self._save(losses[0] if losses else None, waits=step == last or request == StopRequest.STOP)
     elif not self.checkpoints.saving:
-      self._heed_failure(self.checkpoints.wait)
+      self._attempt(self.checkpoints.wait)
     if due or save:
       self._restart_clock()
     return request if step < last else StopRequest.NONE
 
   def _compare(self) -> None:
-    """Raises where a device spoiled the state: no checkpoint shall be of it, and no step that is left out makes it good."""
+    """Raises a Rollback or a Fault if a device holds wrong values: no checkpoint may contain them, and skipping a step does not help."""
     if wrong := self.check(self.steps.state):
       text = f'{wrong} at step {self.steps.step}, expected: finite values, the same in all copies'
       if self.run.config.faults.bad_step == 'rollback':
         raise Rollback(text)
-      raise Fault(f'{text}; run the same command again to go on from the last checkpoint, without that device if it errs again')
+      raise Fault(f'{text}; run the same command again to resume from the last checkpoint, without that device if it fails again')
 
   def _save(self, loss: float | None, waits: bool) -> None:
-    """Saves; one that fails is tried again later, by all processes, and now if it is the last."""
+    """Saves; after a failure all processes try again, later or, if this is the last save, now."""
     self.interruptions.saved()
     for left in reversed(range(MAX_RETRIES if waits else 1)):
-      self._heed_failure(self.checkpoints.wait)  # of the save before
+      self._attempt(self.checkpoints.wait)  # of the save before
       self.watchdog.progress()
-      failed = self._heed_failure(lambda: self._save_once(loss, waits), final=waits and not left)
+      failed = self._attempt(lambda: self._save_once(loss, waits), final=waits and not left)
       self.watchdog.progress()
       if not waits or not any(all_gather('saved', failed)):
         return
       time.sleep(RETRY)
 
   def _save_once(self, loss: float | None, waits: bool) -> None:
-    # To save is the work of all: what keeps process 0 from it, keeps all.
+    # All processes take part in a save: if process 0 cannot save, none can.
     if refusal := broadcast('save', self._refusal() if is_primary() else None):
       raise UserError.from_text(refusal)
     self.checkpoints.save(Progress(self.steps.step, self.steps.row, self.tokens), self.steps.state, loss, waits)
@@ -284,14 +259,14 @@ class _Loop:
     try:
       if not (self.options.workdir / 'config.json').exists():
         raise UserError('--workdir', str(self.options.workdir), 'the folder of the run, which is gone')
-      self.book.flush()  # a checkpoint's lines are on the disk before it is
+      self.book.flush()  # the records of a checkpoint's steps are on the disk before it is
       self.bad_steps.flush()
     except (UserError, OSError) as error:
       return str(error)
     return ''
 
-  def _heed_failure(self, save: Callable[[], None], final: bool = False) -> bool:
-    """Whether a save failed for what may pass; training goes on meanwhile."""
+  def _attempt(self, save: Callable[[], None], final: bool = False) -> bool:
+    """Tries to save; returns whether that failed for a reason that may pass, and training continues meanwhile."""
     try:
       save()
     except UserError as error:
@@ -303,11 +278,11 @@ class _Loop:
     return False
 
   def _roll_back(self, reason: Rollback, last: int) -> None:
-    """Goes back to the newest checkpoint, and to the start where there is none."""
+    """Returns to the newest checkpoint, or to the start if there is none."""
     self.rollbacks += 1
     if self.rollbacks > MAX_ROLLBACKS:
       raise Fault(f'{reason}; the run went back {MAX_ROLLBACKS} times since its last checkpoint, expected: good steps in between')
-    self._heed_failure(self.checkpoints.wait)
+    self._attempt(self.checkpoints.wait)
     self.steps.close()
     newest = self.checkpoints.newest()
     del self.steps.state
@@ -330,3 +305,48 @@ class _Loop:
       self.tracing = False
       self.book.say(f'trace up to step {self.steps.step} in {self.options.workdir / "profile"}')
       self._restart_clock()
+
+
+class _Validation:
+  """Scores the validation sets of a run and writes a sample; `advance` is called whenever some rows are scored."""
+
+  def __init__(self, run: Run, data: Prepared, book: Logbook, advance: Callable[[int], None]):
+    self._run, self._data, self._book, self._advance = run, data, book, advance
+    self._scorer = Scorer(run.model, run.objective, run.mesh, run.config.microbatch_size, run.config.zero_stage)
+
+  def due(self, step: int) -> bool:
+    """At config.eval.every, at the end, and where a checkpoint may become the best, which needs its loss."""
+    run = self._run
+    return step == run.steps or every(run.eval_every, step) or (run.config.checkpoint.keep_best and every(run.checkpoint_every, step))
+
+  def __call__(self, step: int, state: TrainState) -> float:
+    """Logs scores and a sample; returns the mean loss of all sets, in nats per token."""
+    run, settings = self._run, self._run.config.eval
+    scores = self._scorer.sets(state.parameters, run.valid, self._data.tags, count=0 if step == run.steps else settings.rows,
+                               advance=self._advance)
+    self._book.validation(step, scores.named())
+    if settings.sample_tokens:
+      weights = self._generator.prepare(state.parameters)
+      sample, = self._generator(weights, [self._generator.prompt(settings.prompt, 'eval.prompt')], max_tokens=settings.sample_tokens,
+                                seeds=[run.config.seed])
+      self._book.sample(step, settings.prompt, sample.text)
+    return scores.overall.loss
+
+  @functools.cached_property
+  def _generator(self) -> inference.Generator:
+    return inference.Generator(self._run.model, self._run.mesh, self._data.tokenizer, self._run.config.zero_stage)
+
+
+class CompileCounter:
+  """Counts the programs that XLA compiles or loads from the persistent cache, until `close`."""
+
+  def __init__(self):
+    self.count = 0
+    jax.monitoring.register_event_duration_secs_listener(self._count)
+
+  def _count(self, event: str, duration_secs: float, **_: str | int) -> None:
+    self.count += event == '/jax/core/compile/backend_compile_duration'
+
+  def close(self) -> None:
+    """Stops counting."""
+    jax.monitoring.unregister_event_duration_listener(self._count)

@@ -1,4 +1,4 @@
-"""Objectives: what a step minimizes, as a function of the head, the hidden states and the batch.
+"""Objectives: functions of the head, the hidden states and the batch, which a step minimizes.
 
 An objective sees the rows of one device and returns sums over them; the step adds them up over microbatches and devices and divides by
 the number of targets. A new one is a function here and a name in OBJECTIVES.
@@ -22,7 +22,7 @@ class Objective(NamedTuple):
   """Sums over the tokens of some rows."""
 
   loss: Float[Array, '']
-  """its gradient, divided by the targets of the complete batch, is what the optimizer gets"""
+  """the optimizer gets its gradient, divided by the targets of the complete batch"""
   targets: Float[Array, '']
   """number of targets"""
   metrics: Sums

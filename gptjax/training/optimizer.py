@@ -56,7 +56,7 @@ def make_optimizer(config: OptimizerConfig, **durations: int) -> optax.GradientT
     rest = adamw
   else:
     muon = optax.named_chain(
-      ('muon', _whole_matrices(contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=_matrix_axes))),
+      ('muon', _complete_matrices(contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=_matrix_axes))),
       ('shape', optax.stateless(_scale_by_shape)),
       ('decay', optax.add_decayed_weights(config.weight_decay)),
       ('rate', optax.scale_by_learning_rate(schedule(config, config.muon_lr, **durations))))
@@ -67,16 +67,7 @@ def make_optimizer(config: OptimizerConfig, **durations: int) -> optax.GradientT
 
 def update(optimizer: optax.GradientTransformation, gradient: Any, norm: jax.Array, good: jax.Array, state: Any,
            parameters: Any) -> tuple[Any, Any]:
-  """The parameters and the optimizer's state after a step; a bad step leaves both as they were, bit by bit.
-
-  Args:
-    optimizer: from `make_optimizer`, or any of optax's.
-    gradient: of the mean loss, sharded like the parameters.
-    norm: global norm of the gradient.
-    good: whether the step is good.
-    state: of the optimizer.
-    parameters: before the step.
-  """
+  """Parameters and optimizer state after a step with this gradient of global norm `norm`; a bad step leaves both bitwise unchanged."""
   updates, new = optax.with_extra_args_support(optimizer).update(gradient, state, parameters, norm=norm, good=good)
   selected = lambda node: isinstance(node, Moments)
   state = jax.tree.map(lambda new, old: new if selected(new) else select(good, new, old), new, state, is_leaf=selected)
@@ -95,8 +86,8 @@ class Moments(NamedTuple):
 def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
   """optax.scale_by_adam (arXiv:1412.6980) that leaves its moments as they were if not `good`, and can update them in place.
 
-  The new parameters are computed from the moments that are stored, after selection. If old and new moments were selected later, XLA would
-  compute the new ones a second time for the parameters, and copy the old ones to keep them until then: a twentieth of a step on a CPU.
+  The new parameters are computed from the selected moments. If old and new moments were selected later, XLA would compute the new ones a
+  second time for the parameters, and keep a copy of the old ones: a twentieth of a step on a CPU.
   """
   adam = optax.scale_by_adam(b1, b2, eps)
 
@@ -111,8 +102,7 @@ def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransforma
 
 
 def _clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
-  """optax.clip_by_global_norm as a product with one factor, which XLA fuses into what reads the gradient; a division it would write to
-  memory. `norm`: the norm of the updates, where it is known."""
+  """optax.clip_by_global_norm as a product, which XLA fuses into the readers of the gradient, while it writes a quotient to memory."""
   def update(updates, state, parameters=None, *, norm=None, **_):
     del parameters
     norm = optax.tree.norm(updates) if norm is None else norm
@@ -127,9 +117,7 @@ def _by_name(role):
 
 
 def _matrix_axes(parameters):
-  # Stacked layers come as [L, in, out]: the first axis counts matrices.
-  axes = lambda x: contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1)
-  return jax.tree.map(axes, parameters)
+  return jax.tree.map(lambda x: contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), parameters)  # of [L, in, out] the last two
 
 
 def _scale_by_shape(updates, parameters=None):
@@ -138,13 +126,13 @@ def _scale_by_shape(updates, parameters=None):
   return jax.tree.map(lambda x: x * max(1, x.shape[-1] / x.shape[-2]) ** 0.5, updates)
 
 
-def _whole_matrices(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
-  """Runs a transformation on whole matrices and puts what it returns back where it lay.
+def _complete_matrices(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
+  """Runs a transformation on complete matrices, and shards its results as the inputs were.
 
-  Orthogonalizing needs all of a matrix, and optax's products do not say how sharded operands combine. The matrices of stacked layers
-  are dealt out to the devices; of layers on their own every device orthogonalizes all.
+  Orthogonalizing needs a complete matrix, and optax's products do not say how sharded operands combine. The matrices of stacked layers
+  are distributed over the devices; those of separate layers are orthogonalized by every device.
   """
-  gather = lambda tree: jax.tree.map(lambda x: jax.reshard(x, _dealt(x.shape)), tree)
+  gather = lambda tree: jax.tree.map(lambda x: jax.reshard(x, _distributed(x.shape)), tree)
   back = lambda tree, like: jax.tree.map(lambda x, old: jax.reshard(x, jax.typeof(old).sharding.spec), tree, like)
 
   def update(updates, state, parameters=None):
@@ -155,8 +143,8 @@ def _whole_matrices(transformation: optax.GradientTransformation) -> optax.Gradi
   return optax.GradientTransformation(transformation.init, update)
 
 
-def _dealt(shape: tuple[int, ...]) -> PartitionSpec:
-  """Where whole matrices of stacked layers [L, in, out] lie: over as many axes of the mesh as divide the layers."""
+def _distributed(shape: tuple[int, ...]) -> PartitionSpec:
+  """The sharding of complete matrices of stacked layers [L, in, out]: over as many axes of the mesh as divide the layers."""
   sizes = jax.sharding.get_abstract_mesh().shape
   axes: tuple[str, ...] = ()
   for axis in (STATE_AXIS, MATRIX_AXIS) if len(shape) == 3 else ():

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -12,13 +12,12 @@ from gptjax.checkpoint import Checkpoints, Progress
 from gptjax.checkpoint.manifest import verify
 from gptjax.config import Config, UserError, read_config
 from gptjax.data import prepare
-from gptjax.files import complete_lines, json_line
+from gptjax.data.progress import announce
+from gptjax.files import complete_lines, json_line, read_json
 from gptjax.sharding import make_mesh
 from gptjax.training.guard import BadSteps
-from gptjax.training.resuming import restore
-from gptjax.training.run import resolve
-from gptjax.training.starting import initial_state
-from gptjax.training.steps import Steps
+from gptjax.training.run import Steps, resolve
+from gptjax.training.starting import initial_state, restore
 
 CLOCK = ('tokens_per_second', 'mfu', 'data_wait')
 """Fields of metrics.jsonl that depend on the clock."""
@@ -43,17 +42,10 @@ class Replayed:
     return max(self.differences.values())
 
 
-def replay(workdir: Path, step: int, cache_dir: Path, begin: Callable[[str], None] = lambda words: None) -> Iterator[Replayed]:
-  """Repeats the steps from the newest checkpoint before a step up to it, and yields those that were logged.
+def replay(workdir: Path, step: int, cache_dir: Path) -> Iterator[Replayed]:
+  """Repeats the steps of a run from the newest checkpoint before a step up to it, and yields those that were logged.
 
-  Args:
-    workdir: of the run; nothing is written there.
-    step: the last step; it must have been logged.
-    cache_dir: for the prepared data of the run.
-    begin: gets a description of the starting point.
-
-  Raises:
-    UserError: the step was not logged, or the data of the run has changed.
+  Nothing is written in the workdir. Raises a UserError if the step was not logged, or the data of the run has changed.
   """
   logged = _logged(workdir / 'metrics.jsonl')
   if step not in logged:
@@ -65,17 +57,16 @@ def replay(workdir: Path, step: int, cache_dir: Path, begin: Callable[[str], Non
   if before is None and config.init_from:
     raise UserError('--step', step, 'a step after a checkpoint: the one of the start, with the weights of init_from, is gone')
   data = prepare(config.data, cache_dir)
-  if (was := json.loads((workdir / 'data' / 'identity.json').read_text())['fingerprint']) != data.fingerprint:
+  if (was := read_json(workdir / 'data' / 'identity.json').get('fingerprint')) != data.fingerprint:
     raise UserError('data', data.fingerprint, f'{was}, the fingerprint of the documents, split and tokenizer of the run')
   mesh = make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     run = resolve(config, data, mesh)
-    if before is not None:
-      state, progress = restore(checkpoints, before, run)
+    if before is None:
+      state, progress, words = initial_state(run, data.tokenizer)[0], Progress(), 'the start: no checkpoint before it is left'
     else:
-      state, progress = initial_state(run, data.tokenizer)[0], Progress()
-    words = 'the start: no checkpoint before it is left' if before is None else f'checkpoint {before}'
-    begin(f'from {words}, {step - progress.step} steps')
+      state, progress, words = *restore(checkpoints, before, run), f'checkpoint {before}'
+    announce(f'from {words}, {step - progress.step} steps')
     steps, tokens = Steps(run, run.batches, BadSteps(config.faults, workdir, writes=True), state, progress), progress.tokens
     del state  # the first step reuses its memory
     with contextlib.closing(steps):
@@ -89,8 +80,8 @@ def replay(workdir: Path, step: int, cache_dir: Path, begin: Callable[[str], Non
 
 
 def _config_at(workdir: Path, checkpoints: Checkpoints, step: int) -> Config:
-  """The config with which a step was done, that of the first checkpoint from it on; mesh and data as they are in the workdir's today."""
-  now, folders = read_config(workdir), [workdir / 'checkpoints' / str(one) for one in checkpoints.steps() if one >= step]
+  """The config of a step, which is that of the first checkpoint at or after it, but with the mesh and data of the workdir."""
+  now, folders = read_config(workdir), [checkpoints.folder(one) for one in checkpoints.steps() if one >= step]
   then = next((read_config(folder) for folder in folders if not verify(folder)), now)
   return dataclasses.replace(then, mesh=now.mesh, zero_stage=now.zero_stage, data=now.data)
 

@@ -1,12 +1,13 @@
-"""A run, resolved: everything the loop needs, built once from config, data and devices."""
+"""A run, built once from config, data and devices, and its steps: the rows that each one takes, and its dispatch."""
 
 import dataclasses
 import math
 import subprocess
+import time
 from collections.abc import Callable, Generator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,11 +15,13 @@ import optax
 from jax.sharding import Mesh
 
 from gptjax import config as configs
-from gptjax.config import INT32_MAX, Config, Duration, UserError, duration_in_steps
+from gptjax.checkpoint import Progress
+from gptjax.config import INT32_MAX, Config, UserError, duration_in_steps
 from gptjax.data import EvalRows, Prepared, TrainRows, batches, train_rows
 from gptjax.model import AbstractModel, abstract_model, attention_backend, flops_per_token, parameter_count
 from gptjax.distributed import process_group
-from gptjax.sharding import AnyMesh, check_sizes, describe, process_rows
+from gptjax.sharding import AnyMesh, check_sizes, describe, process_rows, put_rows
+from gptjax.training.guard import BadSteps
 from gptjax.training.objective import ObjectiveFunction, make_objective
 from gptjax.training.optimizer import make_optimizer, schedule
 from gptjax.training.step import TrainState, abstract, initializer, train_step
@@ -59,18 +62,18 @@ class Run:
 def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
   """Builds a Run; to be called, like all that uses it, under `jax.set_mesh(mesh)`.
 
-  Raises:
-    UserError: sizes that the mesh does not divide, a vocabulary too small for the tokenizer, durations that do not fit.
+  Raises a UserError for sizes that the mesh does not divide, a vocabulary too small for the tokenizer, or durations that do not fit.
   """
-  config = with_vocabulary(config, data.tokenizer.vocab_size)
-  data.tokenizer.encode(config.eval.prompt, 'eval.prompt')  # a prompt that cannot be sampled from is told before training
+  tokens, size = data.tokenizer.vocab_size, config.model.vocab_size
+  if 0 < size < tokens:
+    raise UserError('model.vocab_size', size, f'0, or at least the {tokens} ids of the tokenizer')
+  config = configs.override(config, {'model.vocab_size': size or tokens})
+  data.tokenizer.encode(config.eval.prompt, 'eval.prompt')  # before training: a prompt that cannot be sampled from
   check_sizes(config, mesh)
   rows = train_rows(config, data)
-  steps_of = lambda field, value: in_steps(config, rows, field, value)
-  opt = config.optimizer
-  steps = steps_of('steps', config.steps)
-  durations = {'steps': steps, 'warmup': steps_of('optimizer.warmup', opt.warmup),
-               'decay': steps_of('optimizer.decay', opt.decay)}
+  steps_of = lambda field: in_steps(config, rows, field)
+  opt, steps = config.optimizer, steps_of('steps')
+  durations = {'steps': steps, 'warmup': steps_of('optimizer.warmup'), 'decay': steps_of('optimizer.decay')}
   if steps < 1:
     raise UserError('steps', config.steps, '1 step or more')
   if durations['decay'] > steps:
@@ -90,18 +93,12 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
     step=train_step(model, objective, optimizer, schedule(opt, opt.peak_lr, **durations),
                     zero_stage=config.zero_stage, mesh=mesh, microbatches=config.microbatches, seed=config.seed, spike=config.faults.spike),
     valid={name: EvalRows(store, config.data.context, config.data.isolate_documents) for name, store in data.valid.items()},
-    eval_every=steps_of('eval.every', config.eval.every),
-    checkpoint_every=steps_of('checkpoint.every', config.checkpoint.every),
-    keep_every=steps_of('checkpoint.keep_every', config.checkpoint.keep_every),
-    compare_every=steps_of('faults.compare_every', config.faults.compare_every))
+    eval_every=steps_of('eval.every'), checkpoint_every=steps_of('checkpoint.every'), keep_every=steps_of('checkpoint.keep_every'),
+    compare_every=steps_of('faults.compare_every'))
 
 
 def frozen_names(model: AbstractModel, config: Config) -> frozenset[str]:
-  """Names of the parameters that config.frozen keeps from being trained.
-
-  Raises:
-    UserError: a pattern that fits no parameter, or patterns that fit all.
-  """
+  """Names of the parameters that match config.frozen; raises a UserError if a pattern matches none, or the patterns match all."""
   names = model.matching('frozen', config.frozen)
   if len(names) == len(model.shapes):
     raise UserError('frozen', list(config.frozen), 'patterns that leave parameters to train')
@@ -113,14 +110,10 @@ def every(count: int, step: int) -> bool:
   return bool(count) and step % count == 0
 
 
-def in_steps(config: Config, rows: TrainRows, field: str, value: Duration) -> int:
-  """A duration of a config in steps.
-
-  Raises:
-    UserError: more of them than a device counts.
-  """
-  found = duration_in_steps(
-    field, value, batch_size=config.batch_size, context=config.data.context, rows_per_epoch=rows.rows_per_epoch)
+def in_steps(config: Config, rows: TrainRows, field: str) -> int:
+  """A field's duration in steps; raises a UserError if they are more than a device can count."""
+  value, context = configs.flatten(config)[field], config.data.context
+  found = duration_in_steps(field, value, batch_size=config.batch_size, context=context, rows_per_epoch=rows.rows_per_epoch)
   if found > INT32_MAX:
     raise UserError(field, value, f'at most {INT32_MAX:,} steps, and it is {found:.3g}')
   return found
@@ -134,19 +127,10 @@ def check_unsharded(model: AbstractModel, config: Config, mesh: AnyMesh) -> None
                     f'parameters that stays unsharded, or sizes that divide ({"; ".join(reasons)})')
 
 
-def with_vocabulary(config: Config, tokens: int) -> Config:
-  """The config with model.vocab_size filled in from a tokenizer of so many ids."""
-  if config.model.vocab_size and config.model.vocab_size < tokens:
-    raise UserError('model.vocab_size', config.model.vocab_size, f'0, or at least the {tokens} ids of the tokenizer')
-  return configs.override(config, {'model.vocab_size': config.model.vocab_size or tokens})
-
-
 def header(run: Run, data: Prepared, begun: str, peak: tuple[float, str]) -> dict[str, Any]:
-  """The facts of a run that its figures depend on; `begun`: in words, what its state was at first."""
+  """The facts of a run that its figures depend on; `begun` describes the initial state, and `peak` is from `peak_flops`."""
   config, mesh = run.config, run.mesh
-  devices = mesh.devices.flatten()
-  tokens = config.batch_size * config.data.context
-  model = config.model
+  devices, model = mesh.devices.flatten(), config.model
   fraction, reasons = run.model.unsharded(config.zero_stage, mesh)
   return {
     'device': f'{len(devices)} of {jax.device_count()} {devices[0].device_kind}',
@@ -156,9 +140,9 @@ def header(run: Run, data: Prepared, begun: str, peak: tuple[float, str]) -> dic
     'data': data.description,
     'parameters': parameter_count(model, config.data.context),
     **({'frozen': f'{frozen:,} of the parameters'} if (frozen := sum(x.size for x in run.abstract_state.frozen.values())) else {}),
-    'tokens a step': tokens,
+    'tokens per step': config.batch_size * config.data.context,
     'steps': f'{run.steps:,}, {run.steps * config.batch_size / run.rows.rows_per_epoch:.2f} epochs',
-    'FLOPs a token': flops_per_token(model, config.data.context),
+    'FLOPs per token': flops_per_token(model, config.data.context),
     'peak FLOP/s': f'{peak[0]:.3g}, {peak[1]}',
     'attention': attention_backend(model, config.compute, config.data.context),
     'precision': f'{config.compute.dtype} compute, float32 parameters',
@@ -174,4 +158,49 @@ def _commit() -> str:
   try:
     return git('rev-parse', '--short', 'HEAD') + (' with changes' if git('status', '--porcelain') else '')
   except (OSError, subprocess.CalledProcessError):
-    return 'unknown: git does not tell'
+    return 'unknown'
+
+
+Source = Callable[[int], Generator[dict[str, np.ndarray], None, None]]
+"""(row) -> the batches from that row on, each with the rows of this process; `Run.batches` is one."""
+
+
+class Dispatched(NamedTuple):
+  """A step that the devices may still be computing."""
+
+  step: int
+  rows: tuple[int, int]
+  """its first row and the one after its last"""
+  skipped: int
+  """number of rows before them that are left out because they were bad in an earlier attempt"""
+  metrics: dict[str, jax.Array]
+
+
+class Steps:
+  """Dispatches the steps of a run on batches of `source`, from a state and its progress on, without the rows of `bad_steps`."""
+
+  def __init__(self, run: Run, source: Source, bad_steps: BadSteps, state: TrainState, progress: Progress):
+    self._run, self._source, self._bad_steps = run, source, bad_steps
+    self.state, self.step, self.row = state, progress.step, progress.rows
+    self.waited = 0.0
+    """seconds of waiting for batches"""
+    self._batches = source(self.row)
+
+  def dispatch(self) -> Dispatched:
+    """Dispatches the next step without waiting for it, and donates the state before it. The first call compiles the step."""
+    size = self._run.config.batch_size
+    row = self._bad_steps.next_row(self.row, size)
+    skipped = row - self.row
+    if skipped:
+      self._batches.close()
+      self._batches = self._source(row)
+    start = time.perf_counter()
+    batch = next(self._batches)
+    self.waited += time.perf_counter() - start
+    self.state, metrics = self._run.step(self.state, put_rows(self._run.mesh, batch, size))
+    self.step, self.row = self.step + 1, row + size
+    return Dispatched(self.step, (row, self.row), skipped, metrics)
+
+  def close(self) -> None:
+    """Ends the threads that load batches."""
+    self._batches.close()

@@ -1,106 +1,204 @@
-"""Where a run begins: fresh parameters, or another run's, whole or in part. Optimizer state, step and data are its own."""
+"""How a run starts: its workdir is locked and its config compared with the one that the workdir was started with; its state is restored
+from a checkpoint, made from the parameters of another run, or fresh."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
 from jax.sharding import PartitionSpec
 
-from gptjax.checkpoint import Checkpoints
+from gptjax import config as configs
+from gptjax.checkpoint import Checkpoints, Progress, by_name
 from gptjax.checkpoint.manifest import MANIFEST
-from gptjax.config import UserError, read_config
-from gptjax.data import Tokenizer, load_tokenizer
-from gptjax.files import expanded
+from gptjax.config import Config, UserError, in_unit_of_steps, read_config
+from gptjax.data import Prepared, Tokenizer, export, load_tokenizer
+from gptjax.distributed import broadcast
+from gptjax.files import expanded, write_atomic
 from gptjax.model import AbstractModel, abstract_model, stack_layers, unstack_layers
-from gptjax.sharding import Axis
-from gptjax.training.run import Run
-from gptjax.training.step import TrainState
+from gptjax.training.run import Run, frozen_names, in_steps
+from gptjax.training.step import TrainState, abstract, initializer
 
+FREE = ('batch_size', 'microbatches', 'zero_stage', 'mesh.', 'compute.', 'eval.', 'checkpoint.', 'faults.', 'data.source.path',
+        'data.source.skip', 'data.tokenizer.path', 'data.prefetch', 'data.workers')
+"""Fields that a resumed run may change: they affect neither the results, up to rounding, nor the order of the rows."""
+_PRECISION = 'compute.dtype'
+"""Changes the rounding, so a change takes --accept_changes."""
+_STRUCTURE = ('model.', 'optimizer.name', 'frozen')
+"""Fields that decide which arrays a checkpoint has; a run cannot change them, except for dropout."""
 _RESIZED = ('vocab', 'positions', 'layers')
-"""Logical axes of which a part can be taken: the first rows of a table, the first layers of a stack."""
+"""Logical axes of which init_partial takes a part: the first rows of a table, the first layers of a stack."""
+
+
+@contextlib.contextmanager
+def lock(workdir: Path) -> Iterator[None]:
+  """Creates a workdir and locks it, or raises a UserError if another run holds the lock. The system releases it with this process."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  with (workdir / 'lock').open('a+') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      file.seek(0)
+      raise UserError('--workdir', str(workdir), f'a folder that no other run uses; this one is locked by {file.read().strip()}') from None
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on {socket.gethostname()} since {time.strftime("%Y-%m-%d %H:%M:%S")}\n')
+    file.flush()
+    try:
+      yield
+    finally:
+      if not (workdir / 'config.json').exists():  # a mistake ended the run before it started
+        (workdir / 'lock').unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+          workdir.rmdir()
+
+
+def open_workdir(workdir: Path, run: Run, data: Prepared, done: Progress | None, accept: bool) -> list[str]:
+  """Checks that a workdir belongs to this run, stores config and data description in it, and returns descriptions of what changed.
+
+  Raises a UserError that lists all changes if one is not allowed; `accept` allows changes that affect the results. `done` is the progress
+  of the workdir's checkpoint; if there is none, any run may start.
+  """
+  config = run.config
+  old = read_config(workdir / 'checkpoints' / str(done.step)) if done else config
+  different = configs.differences(old, config)
+  vocabulary = different.pop('model.vocab_size', None)  # reported last: it follows from tokenizer and text
+  _ignore_moved_stores(different)
+  if 'batch_size' in different and any(in_unit_of_steps(phase.start) for phase in config.data.phases):
+    raise UserError('batch_size', config.batch_size, f'{old.batch_size}, with which this workdir was started, where data.phases start at '
+                    "steps; phases that start at '1e9 tokens' do not depend on it")
+  bound = {name: change for name, change in different.items() if not name.startswith(FREE) or name in (_PRECISION, *_STRUCTURE)}
+  if done and _open_ended(old, run, done):
+    bound.pop('steps', None)
+  opt = config.optimizer
+  if 'batch_size' in different and not all(in_unit_of_steps(value) for value in (config.steps, opt.warmup, opt.decay) if value):
+    bound['batch_size'] = different['batch_size']  # the same epochs or tokens are another number of steps
+  never = {name: change for name, change in bound.items() if name.startswith(_STRUCTURE) and name != 'model.dropout'}
+  if never or (bound and not accept):
+    raise _another_run(never or bound, bound, accepted=not never)
+  export(data, workdir / 'data', replace=(accept and not vocabulary) or not done)
+  if vocabulary:
+    raise _another_run({'model.vocab_size': vocabulary}, {}, accepted=False)
+  write_atomic(workdir / 'config.json', configs.to_json(config))
+  return [f'{name} {was} -> {now}' for name, (was, now) in different.items()]
+
+
+def wait_until_visible(workdir: Path) -> None:
+  """Waits until this process sees the workdir that process 0 has written."""
+  broadcast('workdir')
+  deadline = time.monotonic() + 60  # network file systems may cache for so long that a file did not exist
+  while not (workdir / 'config.json').exists():
+    if time.monotonic() > deadline:
+      raise UserError('--workdir', str(workdir), 'a folder that all processes share; config.json of process 0 is not visible here')
+    time.sleep(0.1)
+
+
+def _open_ended(old: Config, run: Run, done: Progress) -> bool:
+  """Whether the learning rate so far is the same with the new number of steps."""
+  opt = run.config.optimizer
+  if opt.schedule == 'constant':
+    return True
+  if opt.schedule != 'wsd' or old.optimizer.schedule != 'wsd':
+    return False
+  begins = lambda config: in_steps(config, run.rows, 'steps') - in_steps(config, run.rows, 'optimizer.decay')
+  return done.step <= min(begins(old), begins(run.config))
+
+
+def _ignore_moved_stores(different: dict[str, tuple]) -> None:
+  """Removes changes of a store's location; its content is part of the data's fingerprint."""
+  for name in ('data.train', 'data.valid'):
+    was, now = different.get(name, ((), ()))
+    if name in different and [dataclasses.replace(one, store='') for one in was] == [dataclasses.replace(one, store='') for one in now]:
+      del different[name]
+
+
+def _another_run(worst: dict[str, tuple], changes: dict[str, tuple], *, accepted: bool) -> UserError:
+  name, (was, now) = next(iter(worst.items()))
+  every = '; '.join(f'{name} {was!r} -> {now!r}' for name, (was, now) in changes.items())
+  ways = 'another --workdir for another run' + (', or --accept_changes to resume anyway' if accepted else ', which may be initialized '
+                                                'with the weights of this one (init_from)')
+  more = f'; all changes: {every}' if len(changes) > 1 else ''
+  return UserError(name, now, f'{was!r}, with which this workdir was started; {ways}{more}')
+
+
+def restore(checkpoints: Checkpoints, step: int, run: Run) -> tuple[TrainState, Progress]:
+  """The state of a checkpoint, with layers stacked or not as `compute.scan` is now; a UserError if it is damaged, or of another model."""
+  scan = read_config(checkpoints.folder(step)).compute.scan
+  if scan == run.config.compute.scan:
+    return checkpoints.restore(step, run.abstract_state)
+  before = dataclasses.replace(run.config, compute=dataclasses.replace(run.config.compute, scan=scan))
+  model = abstract_model(before.model, before.compute, before.data.context)
+  stored, progress = checkpoints.restore(step, abstract(
+    initializer(model, run.optimizer, before.zero_stage, run.mesh, before.seed, frozen_names(model, before)), run.mesh))
+  wanted, layout = run.abstract_state, unstack_layers if scan else stack_layers
+
+  def convert(state: TrainState) -> TrainState:
+    arrays = layout(by_name(state, lambda x: x))
+    return jax.tree.unflatten(jax.tree.structure(wanted), [arrays[name] for name in by_name(wanted, lambda x: x)])
+
+  return jax.jit(convert, donate_argnums=0, out_shardings=jax.tree.map(lambda x: x.sharding, wanted))(stored), progress
 
 
 def initial_state(run: Run, tokenizer: Tokenizer) -> tuple[TrainState, str]:
-  """The state of step 0, and in words what its parameters are.
+  """The state of step 0, and a description of its parameters.
 
-  Args:
-    run: `init_from` of its config names a workdir, whose newest checkpoint is taken, or the folder of one checkpoint.
-    tokenizer: of the run.
-
-  Raises:
-    UserError: no such checkpoint, or one that fits only in part where `init_partial` gives no leave for that.
+  They are fresh, or those of `init_from`: a workdir, of which the newest checkpoint is taken, or the folder of one checkpoint. Raises a
+  UserError if there is no such checkpoint, or if it fits only in part and the config does not allow that by `init_partial`.
   """
   path = run.config.init_from
   if not path:
     return run.initialize(), 'nothing, fresh parameters'
-  source = _open(expanded(path))
-  plan = run.model
-  in_layout = stack_layers if plan.compute.scan else unstack_layers
-  shapes = in_layout(source.plan.shapes)
-  differences = _differences(plan, shapes)
-  if source.tokenizer.sha256 != tokenizer.sha256:
-    differences = [f'another tokenizer, of {source.tokenizer.vocab_size:,} ids', *differences]
+  checkpoints, step, folder, tokenizer_folder = _open(expanded(path))
+  config, source_tokenizer = read_config(folder), load_tokenizer(tokenizer_folder)
+  source = abstract_model(config.model, config.compute, config.data.context)
+  in_layout = stack_layers if run.model.compute.scan else unstack_layers
+  differences = _differences(run.model, in_layout(source.shapes))
+  if source_tokenizer.sha256 != tokenizer.sha256:
+    differences = [f'another tokenizer, of {source_tokenizer.vocab_size:,} ids', *differences]
   if differences and not run.config.init_partial:
-    raise UserError('init_from', path, 'a run with the same parameters and tokenizer, or --config.init_partial for what there is: '
+    raise UserError('init_from', path, 'a run with the same parameters and tokenizer, or --config.init_partial for the parts that fit: '
                     f'{_listed(differences)}')
-  state = run.initialize()
-  shardings = source.plan.shardings(3, run.mesh)
-  found = source.checkpoints.restore_parameters(source.step, {
-    name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shardings[name]) for name, shape in source.plan.shapes.items()})
-  found = in_layout(found)
-  take = lambda parameters: {name: _taken(fresh, found.pop(name, None)) for name, fresh in parameters.items()}
-  words = f'nothing, parameters of {path}, step {source.step}' + (f', in part: {_listed(differences)}' if differences else '')
+  state, shardings = run.initialize(), source.shardings(3, run.mesh)
+  found = in_layout(checkpoints.restore_parameters(step, {
+    name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shardings[name]) for name, shape in source.shapes.items()}))
+  take = lambda parameters: {name: _combined(fresh, found.pop(name, None)) for name, fresh in parameters.items()}
+  words = f'nothing, parameters of {path}, step {step}' + (f', in part: {_listed(differences)}' if differences else '')
   return state._replace(trained=take(state.trained), frozen=take(state.frozen)), words
 
 
-@dataclasses.dataclass(frozen=True)
-class _Source:
-  checkpoints: Checkpoints
-  step: int
-  plan: AbstractModel
-  tokenizer: Tokenizer
-
-
-def _open(path: Path) -> _Source:
-  """A checkpoint of its own, or a workdir's newest."""
+def _open(path: Path) -> tuple[Checkpoints, int, Path, Path]:
+  """The checkpoints, step, folder of the config and folder of the tokenizer of one checkpoint, or of a workdir's newest."""
   if (path / MANIFEST).exists() and path.name.isdecimal():
-    checkpoints, step, home, tokenizer = Checkpoints(path.parent), int(path.name), path, path / 'tokenizer'
-  else:
-    if not (path / 'config.json').exists():
-      raise UserError('init_from', str(path), 'a folder that gptjax.train or tools.import_hf made, or one of its checkpoints/STEP')
-    checkpoints, home, tokenizer = Checkpoints(path / 'checkpoints'), path, path / 'data' / 'tokenizer'
-    newest = checkpoints.newest()
-    if newest is None:
-      raise UserError('init_from', str(path), 'a run that has a checkpoint')
-    step = newest
-  config = read_config(home)
-  return _Source(checkpoints, step, abstract_model(config.model, config.compute, config.data.context), load_tokenizer(tokenizer))
+    return Checkpoints(path.parent), int(path.name), path, path / 'tokenizer'
+  if not (path / 'config.json').exists():
+    raise UserError('init_from', str(path), 'a folder that gptjax.train or tools.import_hf made, or one of its checkpoints/STEP')
+  checkpoints = Checkpoints(path / 'checkpoints')
+  newest = checkpoints.newest()
+  if newest is None:
+    raise UserError('init_from', str(path), 'a run that has a checkpoint')
+  return checkpoints, newest, path, path / 'data' / 'tokenizer'
 
 
-def _differences(plan: AbstractModel, found: Mapping[str, jax.ShapeDtypeStruct]) -> list[str]:
-  """What a plan has that was not found, what was found that it has not, and what is of another size, each in words.
-
-  Raises:
-    UserError: another size of what has no part that could be taken.
-  """
+def _differences(model: AbstractModel, found: Mapping[str, jax.ShapeDtypeStruct]) -> list[str]:
+  """Descriptions of parameters that are missing, superfluous or of another size; a UserError if a part cannot be taken."""
   words = []
-  for name, shape in plan.shapes.items():
+  for name, shape in model.shapes.items():
     if name in found and found[name].shape != shape.shape:
       words.append(f'{name} {list(found[name].shape)} for {list(shape.shape)}')
       if found[name].ndim != shape.ndim or any(
-          ours != theirs and not _resized(axis) for ours, theirs, axis in zip(shape.shape, found[name].shape, plan.axes[name])):
+          ours != theirs and (axis[0] if isinstance(axis, tuple) else axis) not in _RESIZED
+          for ours, theirs, axis in zip(shape.shape, found[name].shape, model.axes[name])):
         raise UserError('init_from', words[-1], 'the same sizes but for vocabulary, positions and number of layers')
-  words += [f'no {name}' for name in plan.shapes if name not in found]
-  return words + [f'{name} left out' for name in found if name not in plan.shapes]
+  words += [f'no {name}' for name in model.shapes if name not in found]
+  return words + [f'{name} left out' for name in found if name not in model.shapes]
 
 
-def _resized(axis: Axis) -> bool:
-  return (axis[0] if isinstance(axis, tuple) else axis) in _RESIZED
-
-
-def _taken(fresh: jax.Array, found: jax.Array | None) -> jax.Array:
-  """A parameter with what was found of it."""
+def _combined(fresh: jax.Array, found: jax.Array | None) -> jax.Array:
+  """A fresh parameter with the found values in place of its first ones."""
   if found is None:
     return fresh
   if found.shape == fresh.shape:
@@ -109,8 +207,8 @@ def _taken(fresh: jax.Array, found: jax.Array | None) -> jax.Array:
 
   @jax.jit
   def combine(fresh, found):
-    whole, other = (jax.reshard(x, PartitionSpec()) for x in (fresh, found))  # parts of a split axis would have to move
-    return jax.reshard(whole.at[part].set(other[part]), jax.typeof(fresh).sharding.spec)
+    complete, other = (jax.reshard(x, PartitionSpec()) for x in (fresh, found))  # parts of a split axis would have to move
+    return jax.reshard(complete.at[part].set(other[part]), jax.typeof(fresh).sharding.spec)
 
   return combine(fresh, found)
 

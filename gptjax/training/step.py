@@ -23,7 +23,7 @@ from gptjax.training.optimizer import update
 
 
 class TrainState(NamedTuple):
-  """All that changes from step to step on the devices."""
+  """The state of the devices, which changes from step to step."""
 
   step: jax.Array
   """updates done, int32"""
@@ -33,11 +33,11 @@ class TrainState(NamedTuple):
   optimizer: Any
   """for the trained ones alone"""
   statistics: LossStatistics
-  """of loss and gradient norm, by which a bad step is known"""
+  """of loss and gradient norm, for the detection of bad steps"""
 
   @property
   def parameters(self) -> dict[str, Any]:
-    """All that the model reads; abstract or on the host where the state is."""
+    """All parameters of the model, as abstract or local as the state."""
     return {**self.trained, **self.frozen}
 
 
@@ -57,7 +57,7 @@ def initializer(model: AbstractModel, optimizer: optax.GradientTransformation, z
 
 
 def abstract(initialize: Callable[[], TrainState], mesh: AnyMesh) -> TrainState:
-  """Shapes, dtypes and shardings of the state, with nothing allocated; what a checkpoint is restored into."""
+  """Shapes, dtypes and shardings of the state, with nothing allocated: the target of a restored checkpoint."""
   def describe(x):
     # eval_shape gives scalars no sharding of the mesh: they are replicated.
     sharding = x.sharding if isinstance(x.sharding, NamedSharding) and x.ndim else NamedSharding(mesh, PartitionSpec())

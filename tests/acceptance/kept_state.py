@@ -21,7 +21,7 @@ from tools.row_digests import digests
 
 def main(config: configs.Config) -> int:
   from gptjax.checkpoint import Checkpoints
-  from gptjax.training import steps
+  from gptjax.training import run
   save, restore = Checkpoints.save, Checkpoints.restore
 
   def keep_and_save(self, progress, state, *more, **named):
@@ -33,7 +33,7 @@ def main(config: configs.Config) -> int:
     _keep(f'restored-{step}', state)
     return state, progress
 
-  batches, place = itertools.count(), steps.put_rows
+  batches, place = itertools.count(), run.put_rows
 
   def place_and_tell(mesh, batch, size):
     placed, number = place(mesh, batch, size), next(batches)
@@ -42,7 +42,7 @@ def main(config: configs.Config) -> int:
     return placed
 
   Checkpoints.save, Checkpoints.restore = keep_and_save, restore_and_keep
-  steps.put_rows = place_and_tell
+  run.put_rows = place_and_tell
   return train.main(config)
 
 

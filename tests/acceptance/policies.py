@@ -94,13 +94,13 @@ def run(config: Config, workdir: Path, cache: Path) -> Trained:
 
 def disturbance(where: str, config: Config, cache: Path):
   """A context in which something is not finite once."""
-  from gptjax.training import loop, steps
+  from gptjax.training import loop
   from gptjax.training import run as resolving
   if where == 'one device':
     return mock.patch.object(loop._Loop, '_after_step', _erring(loop._Loop._after_step))
   tokens = _batch(config, cache)
   if where == 'batch':
-    place = steps.put_rows
+    place = resolving.put_rows
 
     def spoiled(mesh, batch, size):
       if (batch['tokens'] == tokens).all():
@@ -109,7 +109,7 @@ def disturbance(where: str, config: Config, cache: Path):
         batch = batch | {'mask': mask}
       return place(mesh, batch, size)
 
-    return mock.patch.object(steps, 'put_rows', spoiled)
+    return mock.patch.object(resolving, 'put_rows', spoiled)
   return mock.patch.object(resolving, 'make_objective', lambda config: _with_bad_gradient(int(tokens.sum())))
 
 
@@ -199,7 +199,7 @@ def judged(where: str, policy: str, run: Trained, straight: Trained) -> list[str
     checks['the others are good'] = not run.ended and [line['step'] for line in lines if None in line.values()] == [_BAD]
   else:
     checks['back to the last checkpoint, past the rows'] = not run.ended and 'back to step 6' in said and (
-      'rows 112 to 127 are passed over' in said)
+      'rows 112 to 127 are skipped' in said)
     checks['undisturbed before'] = same(run, straight, _BAD - 1)
     checks['the others are good'] = not any(None in line.values() for line in lines) and [line['step'] for line in lines][:_STEPS] == [
       *range(1, _STEPS + 1)]

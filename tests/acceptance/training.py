@@ -71,7 +71,7 @@ def shakespeare_char_modern(folder: Path) -> Result:
   seconds = time.monotonic() - start
   loss = evaluate(folder / 'run')['loss']
   facts = json.loads((folder / 'run/run.json').read_text())
-  tokens = facts['tokens a step'] * 2000
+  tokens = facts['tokens per step'] * 2000
   config = configs.from_json((folder / 'run/config.json').read_text())
   return Result('the modern recipe: at most 1.60 with 804,096 parameters, 1,536,000 tokens and 180 s',
                 f'{loss:.4f}; {facts["parameters"]:,} parameters, {tokens:,} tokens, {seconds:.0f} s',

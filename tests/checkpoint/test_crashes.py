@@ -37,7 +37,7 @@ def assert_good(checkpoints, step):
 
 
 def save_on_and_on(folder, committed):
-  """What a run does: goes on from the latest checkpoint, and saves; tells of each step that is on disk."""
+  """Resumes from the latest checkpoint and saves, as a run does; prints each step that is on disk."""
   jax.config.update('jax_platforms', 'cpu')
   checkpoints = Checkpoints(folder, Retention(latest=2))
   step = max(checkpoints.steps(), default=0)

@@ -72,7 +72,7 @@ def test_damage_of_any_file_is_found(how, workdir, capsys):
   for path in files(folder):
     if not path.stat().st_size and how != 'remove':
       continue  # an empty file has nothing to lose
-    whole, inside = path.read_bytes(), path.relative_to(folder)
+    intact, inside = path.read_bytes(), path.relative_to(folder)
     damage(path, how, dice)
     checkpoints = Checkpoints(workdir / 'checkpoints')
     assert checkpoints.resolve('latest') == 10
@@ -81,7 +81,7 @@ def test_damage_of_any_file_is_found(how, workdir, capsys):
       checkpoints.restore(20, ABSTRACT)
     with pytest.raises(UserError, match=f'^checkpoint: .*/20.*{inside}'):
       checkpoints.restore_parameters(20, ABSTRACT)
-    path.write_bytes(whole)
+    path.write_bytes(intact)
   assert Checkpoints(workdir / 'checkpoints').newest() == 20
 
 
@@ -154,12 +154,12 @@ def test_an_unreadable_checkpoint_does_not_prevent_saves(workdir, monkeypatch):
 
 def test_a_checkpoint_removed_meanwhile_is_not_treated_as_damaged(workdir, monkeypatch, capsys):
   reader = Checkpoints(workdir / 'checkpoints')
-  whole = reader._wrong
+  intact = reader._wrong
 
   def removed(step):
     if step == 20:
       (workdir / 'checkpoints' / '20').rename(workdir / 'checkpoints' / '30')
-    return whole(step)
+    return intact(step)
 
   monkeypatch.setattr(reader, '_wrong', removed)
   assert reader.newest() == 30 and not capsys.readouterr().err

@@ -15,9 +15,9 @@ from gptjax.checkpoint.staging import HostStaging
 
 def state(mesh, seed):
   draw = np.random.default_rng(seed).standard_normal
-  lie = lambda value, *spec: jax.device_put(value, NamedSharding(mesh, PartitionSpec(*spec)))
-  return {'split': lie(draw((8, 64), np.float32), 'data', 'model'), 'whole': lie(draw(33).astype(ml_dtypes.bfloat16)),
-          'scalar': lie(np.int32(seed)), 'host': draw(3)}
+  put = lambda value, *spec: jax.device_put(value, NamedSharding(mesh, PartitionSpec(*spec)))
+  return {'split': put(draw((8, 64), np.float32), 'data', 'model'), 'replicated': put(draw(33).astype(ml_dtypes.bfloat16)),
+          'scalar': put(np.int32(seed)), 'host': draw(3)}
 
 
 @pytest.mark.parametrize('mesh', ['1x1', '4x2'], indirect=True)
@@ -43,7 +43,7 @@ def test_a_copy_is_independent_of_its_state_and_reuses_its_memory(mesh):
                    for shard in copied[name].addressable_shards])
     assert not set(places[-1]) & set(addresses)
   assert places[0] == places[1] == places[2]
-  assert jnp.issubdtype(copied['whole'].dtype, jnp.bfloat16)
+  assert jnp.issubdtype(copied['replicated'].dtype, jnp.bfloat16)
 
 
 def test_a_save_waits_for_the_allocation_of_its_memory(tmp_path, monkeypatch):

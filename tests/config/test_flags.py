@@ -497,9 +497,9 @@ def process(tmp_path, *args, main='print(config.model.layers)'):
   """Runs a program made with run()."""
   program = tmp_path / 'program.py'
   program.write_text(
-      'from absl import flags\nfrom gptjax import config as room\n'
+      'from absl import flags\nfrom gptjax import config as configs\n'
       "flags.DEFINE_string('workdir', None, 'the folder of the run', required=True)\n"
-      f"def main(config):\n  {main}\nif __name__ == '__main__':\n  room.run(main)\n")
+      f"def main(config):\n  {main}\nif __name__ == '__main__':\n  configs.run(main)\n")
   (tmp_path / 'tiny.py').write_text('from gptjax.config import *\ndef get_config():\n  return Config()\n')
   return subprocess.run([sys.executable, program, *args], cwd=tmp_path, capture_output=True, text=True, check=False,
                         env={'PYTHONPATH': str(ROOT)})

@@ -7,7 +7,7 @@ import pytest
 from gptjax.config import (
     CheckpointConfig, Config, DataConfig, EvalConfig, MeshConfig, ModelConfig, OptimizerConfig, RopeConfig, TokenizerConfig,
     UserError, duration_in_steps)
-from gptjax.config.help import docstrings
+from gptjax.config.flags import docstrings
 
 GROUPS = [
     Config, ModelConfig, RopeConfig, DataConfig, TokenizerConfig, OptimizerConfig, MeshConfig, EvalConfig, CheckpointConfig]

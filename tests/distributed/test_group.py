@@ -61,8 +61,8 @@ def test_no_process_ends_before_all_are_done(run):
 @pytest.mark.parametrize('culprit', [0, 1])
 def test_an_error_in_one_process_ends_all_with_one_line_each(culprit, run):
   done, seconds = run(f'if index == {culprit}: raise config.UserError("data", "x", "y")\nbroadcast("never")')
-  told = f"error: process {culprit}: data: 'x', expected: y\n"
-  assert done == [(2, '', "error: data: 'x', expected: y\n" if index == culprit else told) for index in range(3)] and seconds < 10
+  line = f"error: process {culprit}: data: 'x', expected: y\n"
+  assert done == [(2, '', "error: data: 'x', expected: y\n" if index == culprit else line) for index in range(3)] and seconds < 10
 
 
 def test_the_same_error_in_all_is_reported_by_each_as_its_own(run):

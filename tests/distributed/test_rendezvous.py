@@ -23,7 +23,7 @@ def port():
 
 
 @pytest.fixture
-def come(port):
+def join(port):
   """Starts `meet` for some processes, each given as index or (index, facts, processes); returns their outcomes in order."""
   opened = []
 
@@ -44,38 +44,38 @@ def come(port):
     peer.socket.close()
 
 
-def test_all_meet_and_stay_connected(come):
-  outcomes = come(2, 0, 1)
+def test_all_meet_and_stay_connected(join):
+  outcomes = join(2, 0, 1)
   assert [[peer.index for peer in outcome] for outcome in outcomes] == [[0], [1, 2], [0]]
   outcomes[1][1].send(word='hello')
   assert outcomes[0][0].receive() == [{'word': 'hello'}]
 
 
-def test_the_port_is_free_for_jax_when_all_have_met(come, port):
-  outcomes = come(0, 1, 2)
+def test_the_port_is_free_for_jax_when_all_have_met(join, port):
+  outcomes = join(0, 1, 2)
   assert [[peer.index for peer in outcome] for outcome in outcomes] == [[1, 2], [0], [0]]  # and their connections are still open
   with socket.create_server(('localhost', port)) as server, socket.create_connection(('localhost', port), timeout=5):
     assert server.accept()[0].getsockname()[1] == port
 
 
-def test_missing_processes_are_reported_to_all_in_time(come):
+def test_missing_processes_are_reported_to_all_in_time(join):
   start = time.monotonic()
-  first, other = come(0, 2, processes=4, timeout=1.0)
+  first, other = join(0, 2, processes=4, timeout=1.0)
   assert 1 <= time.monotonic() - start < 2 and first == other
   host = socket.gethostname()
   assert first == ('peers: 2 of 4 joined within 1 s, missing: process 1, process 3, expected: all 4 within --rendezvous_timeout; '
                    f'joined: process 0 on {host}, process 2 on {host}')
 
 
-def test_a_process_that_cannot_reach_process_0_ends_in_time(come, port):
+def test_a_process_that_cannot_reach_process_0_ends_in_time(join, port):
   start = time.monotonic()
-  (line,) = come(1, timeout=1.0)
+  (line,) = join(1, timeout=1.0)
   assert 1 <= time.monotonic() - start < 2
   assert line == (f"--coordinator: 'localhost:{port}', expected: the address of process 0; process 1 did not reach it there within 1 s: "
                   'Connection refused')
 
 
-def test_another_program_at_the_address_is_not_process_0(come, port):
+def test_another_program_at_the_address_is_not_process_0(join, port):
   with socket.create_server(('localhost', port)) as server:
     def answer():
       for _ in range(2):
@@ -84,11 +84,11 @@ def test_another_program_at_the_address_is_not_process_0(come, port):
         client.close()
     thread = threading.Thread(target=answer)
     thread.start()
-    (line,) = come(1, timeout=0.6)
+    (line,) = join(1, timeout=0.6)
     thread.join()
   assert line.startswith('--coordinator: ') and 'within 0.6 s: ' in line
   with socket.create_server(('localhost', port)):
-    (line,) = come(0, timeout=1.0)
+    (line,) = join(0, timeout=1.0)
   assert line.startswith(f"--coordinator: 'localhost:{port}', expected: a port that is free on this host; ")
 
 
@@ -99,14 +99,14 @@ def test_another_program_at_the_address_is_not_process_0(come, port):
   ((2, {**FACTS, '--config.seed': '1'}), "--config.seed: '1', expected: '0', as process 0 on "),
   ((2, {'jax': '1'}), "--config.seed: None, expected: '0', as process 0 on "),
 ])
-def test_a_process_of_another_run_is_reported_to_all(other, field, come):
+def test_a_process_of_another_run_is_reported_to_all(other, field, join):
   start = time.monotonic()
-  outcomes = come(0, 1, other)
+  outcomes = join(0, 1, other)
   assert time.monotonic() - start < 2
   assert outcomes[0].startswith(field) and {*outcomes} == {outcomes[0]}
 
 
-def test_connections_of_other_programs_are_ignored(come, port):
+def test_connections_of_other_programs_are_ignored(join, port):
   opened = []
 
   def intrude():
@@ -125,16 +125,16 @@ def test_connections_of_other_programs_are_ignored(come, port):
       except OSError:
         pass
     opened[3].close()
-    meeting.submit(come, 1, 2)
+    meeting.submit(join, 1, 2)
 
   with concurrent.futures.ThreadPoolExecutor() as meeting:
-    (first,) = come(0, before=intrude)
+    (first,) = join(0, before=intrude)
   assert [peer.index for peer in first] == [1, 2]
   for stranger in opened:
     stranger.close()
 
 
-def test_a_process_that_joined_and_died_may_join_again(come, port):
+def test_a_process_that_joined_and_died_may_join_again(join, port):
   def die():
     while True:
       try:
@@ -146,8 +146,8 @@ def test_a_process_that_joined_and_died_may_join_again(come, port):
     assert b'wait' in dying.recv(1000)
     dying.close()
     time.sleep(0.2)
-    meeting.submit(come, 1, 2)
+    meeting.submit(join, 1, 2)
 
   with concurrent.futures.ThreadPoolExecutor() as meeting:
-    (first,) = come(0, before=die)
+    (first,) = join(0, before=die)
   assert [peer.index for peer in first] == [1, 2]

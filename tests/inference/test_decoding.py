@@ -12,7 +12,7 @@ from gptjax.config import ComputeConfig, MeshConfig
 from gptjax.inference import Decoder, Sampling
 from gptjax.model import abstract_model
 from gptjax.sharding import make_mesh
-from gptjax.training.hardware import CompileCounter
+from gptjax.training.loop import CompileCounter
 
 GREEDY = Sampling(temperature=0.0)
 

@@ -44,9 +44,9 @@ def test_flops_are_those_of_the_traced_program(style, causal, monkeypatch, matri
   monkeypatch.setattr('gptjax.model.attention.BLOCK', 1)
   monkeypatch.setattr('gptjax.model.attention.PARTS', 12)
   context = 12
-  plan = abstract_model(style, ComputeConfig(attention='blocks' if causal else 'xla'), context)
-  loss = lambda parameters, tokens: plan.merge(parameters)(tokens).sum()
-  traced = jax.make_jaxpr(jax.grad(loss))(plan.shapes, jax.ShapeDtypeStruct((3, context), jnp.int32))
+  described = abstract_model(style, ComputeConfig(attention='blocks' if causal else 'xla'), context)
+  loss = lambda parameters, tokens: described.merge(parameters)(tokens).sum()
+  traced = jax.make_jaxpr(jax.grad(loss))(described.shapes, jax.ShapeDtypeStruct((3, context), jnp.int32))
   total = sum(map(flops, matrix_products(traced.jaxpr)))
   assert total == flops_per_token(style, context, causal=causal) * 3 * context
 

@@ -166,8 +166,8 @@ def test_rotary_scores_depend_on_the_distance_alone():
 
 
 def test_moving_a_text_changes_logits_with_learned_positions_alone(style, random_parameters):
-  plan = abstract_model(style, ComputeConfig(), 32)
-  logits = jax.jit(plan.merge(random_parameters(plan)).__call__)
+  described = abstract_model(style, ComputeConfig(), 32)
+  logits = jax.jit(described.merge(random_parameters(described)).__call__)
   tokens = jnp.asarray(np.random.default_rng(9).integers(0, 50, (1, 16)))
   here, moved = logits(tokens, Positions(jnp.arange(16)[None])), logits(tokens, Positions(jnp.arange(16)[None] + 16))
   difference = np.abs(here - moved).max()
@@ -177,7 +177,7 @@ def test_moving_a_text_changes_logits_with_learned_positions_alone(style, random
 def test_dropped_attention_weights_differ_by_row_head_and_block_and_average_out():
   length, heads, rows, rate = 72, 4, 24, 0.5
   shape = (2, length, heads, length)
-  values = np.broadcast_to(np.eye(length, dtype=np.float32)[None, :, None], shape)  # what comes out are the weights
+  values = np.broadcast_to(np.eye(length, dtype=np.float32)[None, :, None], shape)  # so that the outputs are the weights
   zeros, values = as_heads(np.zeros(shape, np.float32), values)
   run = jax.jit(lambda key: causal_attention(PLAIN, zeros, zeros, values, None, rate, jax.random.split(key, 2), rows))
   weights = np.asarray(run(jax.random.key(0)))

@@ -65,8 +65,8 @@ def test_linear_and_embedding_equal_their_formulas():
 @pytest.mark.parametrize('style', [full('modern'), 'gpt2'], indirect=True)
 def test_fresh_parameters_have_gpt2s_spread(style, one_device):
   # Radford et al. 2019, section 2.3: 0.02, and on the residual stream 0.02 / sqrt(additions to it, two a layer).
-  plan = abstract_model(dataclasses.replace(style, width=64, layers=8), ComputeConfig(scan=True), 64)
-  fresh = jax.jit(lambda key: plan.initialize(key, plan.shardings(0, one_device)))(jax.random.key(0))
+  described = abstract_model(dataclasses.replace(style, width=64, layers=8), ComputeConfig(scan=True), 64)
+  fresh = jax.jit(lambda key: described.initialize(key, described.shardings(0, one_device)))(jax.random.key(0))
   for name, value in fresh.items():
     if name.endswith(('kernel', 'table')):
       expected = 0.02 / 4 if '/out/' in name or '/down/' in name else 0.02
@@ -96,18 +96,18 @@ def test_no_key_or_no_rate_drops_nothing():
 
 @pytest.mark.usefixtures('one_device')
 @pytest.mark.parametrize('scan', [False, True])
-def test_every_place_of_every_layer_has_a_mask_of_its_own(scan):
+def test_every_position_of_every_layer_has_its_own_mask(scan):
   # All parameters are zero but one that adds 1 everywhere: a feature is zero at the end just where it was dropped.
   config = ModelConfig(layers=3, width=32, heads=4, vocab_size=8, norm='rmsnorm', dropout=0.5)
-  plan = abstract_model(config, ComputeConfig(scan=scan), 64)
-  zeros = {name: np.full(s.shape, name == 'norm/gain', np.float32) for name, s in plan.shapes.items()}
+  described = abstract_model(config, ComputeConfig(scan=scan), 64)
+  zeros = {name: np.full(s.shape, name == 'norm/gain', np.float32) for name, s in described.shapes.items()}
   places = [('tokens/table', None)]
   for part in ('attention/out/bias', 'mlp/down/bias'):
     places += [(f'blocks/{part}', i) if scan else (f'blocks/{i}/{part}', None) for i in range(3)]
 
   @jax.jit
   def kept(parameters, keys):
-    return plan.merge(parameters).hidden(jnp.zeros((2, 64), jnp.int32), keys=keys)[0] != 0
+    return described.merge(parameters).hidden(jnp.zeros((2, 64), jnp.int32), keys=keys)[0] != 0
 
   def masks(keys):
     for name, layer in places:

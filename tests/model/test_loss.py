@@ -1,4 +1,4 @@
-"""The loss of the head and its gradients are what numpy says, in chunks or not, on every mesh; no device has logits of all ids."""
+"""The loss of the head and its gradients are those of numpy, in chunks or not, on every mesh; no device has logits of all ids."""
 
 import jax
 import jax.numpy as jnp
@@ -135,7 +135,7 @@ def test_large_and_small_logits_lose_nothing(scale, mesh):
   np.testing.assert_allclose(got[2], want[2], rtol=1e-4, atol=1e-4)
 
 
-def test_targets_that_do_not_count_have_no_say(one_device):
+def test_masked_targets_have_no_effect(one_device):
   hidden, weight, targets, mask = examples()
   other = np.where(mask == 0, 5, targets).astype(np.int32)
   for a, b in zip(run((hidden, weight, targets, mask), one_device), run((hidden, weight, other, mask), one_device), strict=True):
@@ -167,7 +167,7 @@ def test_logits_of_a_large_vocabulary_take_little_memory(transposed, one_device)
   assert share < 0.1
 
 
-def test_the_parts_of_the_vocabulary_are_never_joined():
+def test_the_parts_of_the_vocabulary_are_never_gathered():
   with jax.set_mesh(mesh := make_mesh(MeshConfig(1, 8))):
     values = examples(table=64 * 8, tokens=512)
     hidden, weight, targets, mask = values

@@ -26,7 +26,7 @@ def reference():
 
 def run(config, compute, mesh, zero_stage, random_parameters):
   """Logits without dropout, gradients with it, and the sums beside them."""
-  plan = abstract_model(config, compute, 16)
+  described = abstract_model(config, compute, 16)
   rng = np.random.default_rng(1)
   text = rng.integers(0, 50, (8, 17), np.int32)
   segments = np.sort(rng.integers(1, 4, (8, 16)), 1).astype(np.int32)
@@ -35,19 +35,19 @@ def run(config, compute, mesh, zero_stage, random_parameters):
       'tokens': text[:, :-1], 'targets': text[:, 1:], 'segments': segments,
       'positions': np.arange(16, dtype=np.int32) - starts,
       'mask': rng.integers(0, 2, (8, 16)).astype(np.float32)}, 8)
-  zero = plan.zero(zero_stage, mesh)
+  zero = described.zero(zero_stage, mesh)
 
   def local_logits(entered, batch):
-    module = plan.merge(zero.weights(entered, differentiated=False))
+    module = described.merge(zero.weights(entered, differentiated=False))
     return jax.reshard(module(batch['tokens'], Positions(batch['positions'], batch['segments'])), jax.P(None, None, None))
 
   @jax.jit
   def everything(parameters, batch, key):
-    gradients, sums = summed_gradients(plan, next_token(z_loss=1e-3), zero_stage, mesh, 1)(parameters, {}, batch, key)
+    gradients, sums = summed_gradients(described, next_token(z_loss=1e-3), zero_stage, mesh, 1)(parameters, {}, batch, key)
     return local_rows(local_logits, (zero.in_specs, ROWS), ROWS)(zero.enter(parameters), batch), sums, gradients
 
-  logits, sums, gradients = everything(random_parameters(plan, zero_stage), batch, jax.random.key(2))
-  for name, specs in plan.specs(zero_stage, mesh).items():
+  logits, sums, gradients = everything(random_parameters(described, zero_stage), batch, jax.random.key(2))
+  for name, specs in described.specs(zero_stage, mesh).items():
     assert gradients[name].sharding.is_equivalent_to(NamedSharding(mesh, specs.optimizer), gradients[name].ndim)
   return jax.tree.map(np.asarray, (logits, sums, gradients))
 
@@ -73,13 +73,13 @@ def test_logits_loss_and_gradients_are_those_of_one_device(style, zero_stage, me
 @pytest.mark.parametrize('mesh', ['4x2'], indirect=True)
 @pytest.mark.parametrize('vocab_size', [64, 50])
 def test_no_device_holds_logits_of_all_ids(style, vocab_size, mesh, random_parameters):
-  plan = abstract_model(dataclasses.replace(style, vocab_size=vocab_size), ComputeConfig(), 16)
+  described = abstract_model(dataclasses.replace(style, vocab_size=vocab_size), ComputeConfig(), 16)
 
   def logits(parameters, tokens):
-    model = plan.merge(parameters)
+    model = described.merge(parameters)
     return model.head.logits(model.hidden(tokens)[0])
 
-  assert jax.eval_shape(logits, random_parameters(plan), jnp.zeros((8, 16), jnp.int32)).sharding.spec == jax.P(None, 'model')
+  assert jax.eval_shape(logits, random_parameters(described), jnp.zeros((8, 16), jnp.int32)).sharding.spec == jax.P(None, 'model')
 
 
 def on_every_mesh(make):
@@ -91,10 +91,10 @@ def on_every_mesh(make):
 
 @pytest.mark.parametrize('style', ['modern'], indirect=True)
 def test_fresh_parameters_are_the_same_on_every_mesh(style):
-  plan = abstract_model(dataclasses.replace(style, layers=1), ComputeConfig(), 16)
+  described = abstract_model(dataclasses.replace(style, layers=1), ComputeConfig(), 16)
 
   def fresh(mesh):
-    return jax.jit(lambda key: plan.initialize(key, plan.shardings(3, mesh)))(jax.random.key(5))
+    return jax.jit(lambda key: described.initialize(key, described.shardings(3, mesh)))(jax.random.key(5))
 
   first, *others = on_every_mesh(fresh)
   for parameters in others:
@@ -120,15 +120,16 @@ def test_a_dropout_mask_is_the_same_on_every_mesh_and_each_device_draws_its_rows
 @pytest.mark.parametrize('style', ['modern', full('gpt2')], indirect=True)
 @pytest.mark.parametrize('mesh', ['8x1'], indirect=True)
 def test_under_stage_3_devices_exchange_parameters_and_gradients_never_activations(style, mesh, random_parameters):
-  plan = abstract_model(dataclasses.replace(style, mlp_width=80), ComputeConfig(), 28)
+  described = abstract_model(dataclasses.replace(style, mlp_width=80), ComputeConfig(), 28)
   rows = put_rows(mesh, {'tokens': np.zeros((16, 28), np.int32), 'targets': np.zeros((16, 28), np.int32),
                          'mask': np.ones((16, 28), np.float32)}, 16)
-  step = jax.jit(summed_gradients(plan, next_token(), 3, mesh, 1))
-  program = step.lower(random_parameters(plan, zero_stage=3), {}, rows, jax.random.key(0)).compile().as_text()
+  step = jax.jit(summed_gradients(described, next_token(), 3, mesh, 1))
+  program = step.lower(random_parameters(described, zero_stage=3), {}, rows, jax.random.key(0)).compile().as_text()
   results = ' '.join(match[1] for match in COLLECTIVE.finditer(program))
   exchanged = {tuple(map(int, sizes.split(','))) for sizes in re.findall(r'\w\[([\d,]+)\]', results)}
-  stored = plan.shardings(3, mesh)
-  shapes = {shape.shape for shape in plan.shapes.values()} | {stored[name].shard_shape(shape.shape) for name, shape in plan.shapes.items()}
+  stored = described.shardings(3, mesh)
+  shapes = {shape.shape for shape in described.shapes.values()}
+  shapes |= {stored[name].shard_shape(shape.shape) for name, shape in described.shapes.items()}
   tiles = {(shape[0] // 8, 8, *shape[1:]) for shape in shapes if len(shape) == 2}  # gradients are scattered as tiles of 8 rows
   assert exchanged and exchanged <= shapes | {shape[::-1] for shape in shapes} | tiles
 

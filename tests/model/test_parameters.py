@@ -16,9 +16,9 @@ from gptjax.model import abstract_model, stack_layers
 @pytest.mark.parametrize('scan', [False, True])
 @pytest.mark.usefixtures('one_device')
 def test_a_module_has_the_values_that_are_merged_under_their_names(style, scan, random_parameters):
-  plan = abstract_model(style, ComputeConfig(scan=scan), 16)
-  parameters = random_parameters(plan)
-  state = nnx.to_flat_state(nnx.split(plan.merge(parameters))[1])
+  described = abstract_model(style, ComputeConfig(scan=scan), 16)
+  parameters = random_parameters(described)
+  state = nnx.to_flat_state(nnx.split(described.merge(parameters))[1])
   merged = {'/'.join(map(str, path)): variable[...] for path, variable in state}
   assert merged.keys() == parameters.keys()
   assert all((merged[name] == parameters[name]).all() for name in parameters)
@@ -26,14 +26,14 @@ def test_a_module_has_the_values_that_are_merged_under_their_names(style, scan, 
 
 @pytest.mark.parametrize('scan', [False, True])
 def test_an_abstract_model_knows_the_axes_of_every_parameter_without_a_mesh(style, scan):
-  plan = abstract_model(style, ComputeConfig(scan=scan), 16)
-  assert {shape.dtype for shape in plan.shapes.values()} == {jnp.dtype('float32')}
+  described = abstract_model(style, ComputeConfig(scan=scan), 16)
+  assert {shape.dtype for shape in described.shapes.values()} == {jnp.dtype('float32')}
   sizes = {'layers': 2, 'embed': 32, 'positions': 16, 'head_width': 8, ('vocab', 64): 64, ('mlp', style.hidden_width): style.hidden_width,
            ('heads', 4): 32, ('kv_heads', style.key_heads): 8 * style.key_heads}
-  for name, axes in plan.axes.items():
+  for name, axes in described.axes.items():
     expected = tuple(sizes[axis] for axis in axes)
     assert (('kv_heads', style.key_heads) in axes) == ('/k/' in name or '/v/' in name)
-    assert plan.shapes[name].shape == expected, name
+    assert described.shapes[name].shape == expected, name
     assert ('layers' in axes) == (scan and name.startswith('blocks/'))
 
 
@@ -53,8 +53,8 @@ def test_a_style_has_the_parameters_of_its_parts_and_no_others(style):
 
 @pytest.mark.parametrize('style', ['modern', full('gpt2')], indirect=True)
 def test_the_same_seed_gives_the_same_parameters_and_another_gives_others(style, one_device):
-  plan = abstract_model(dataclasses.replace(style, layers=1), ComputeConfig(), 4)
-  draw = jax.jit(lambda seed: plan.initialize(jax.random.key(seed), plan.shardings(0, one_device)))
+  described = abstract_model(dataclasses.replace(style, layers=1), ComputeConfig(), 4)
+  draw = jax.jit(lambda seed: described.initialize(jax.random.key(seed), described.shardings(0, one_device)))
   one, again, other = draw(0), draw(0), draw(1)
   for name in one:
     np.testing.assert_array_equal(one[name], again[name])
@@ -64,8 +64,8 @@ def test_the_same_seed_gives_the_same_parameters_and_another_gives_others(style,
 @pytest.mark.parametrize('style', ['modern', full('gpt2')], indirect=True)
 def test_initial_values_depend_on_names_and_not_on_what_else_the_model_has(style, one_device):
   def draw(model, **compute):
-    plan = abstract_model(model, ComputeConfig(**compute), 4)
-    return jax.jit(lambda: plan.initialize(jax.random.key(0), plan.shardings(0, one_device)))()
+    described = abstract_model(model, ComputeConfig(**compute), 4)
+    return jax.jit(lambda: described.initialize(jax.random.key(0), described.shardings(0, one_device)))()
   one = draw(style)
   scanned, untied = draw(style, scan=True), draw(dataclasses.replace(style, tied=False, layers=3))
   for name, value in stack_layers(one).items():

@@ -19,7 +19,7 @@ def ids(seed, *shape):
   return np.random.default_rng(seed).integers(0, 50, shape, np.int32)
 
 
-def loss_and_gradients(plan, parameters, tokens, key=None):
+def loss_and_gradients(described, parameters, tokens, key=None):
   """Of the mean next-token loss, as numpy."""
   batch = {'tokens': jnp.asarray(tokens[:, :-1]), 'targets': jnp.asarray(tokens[:, 1:])}
   batch['mask'] = jnp.ones(batch['targets'].shape)
@@ -27,7 +27,7 @@ def loss_and_gradients(plan, parameters, tokens, key=None):
   @jax.jit
   @jax.value_and_grad
   def loss(parameters, batch, keys):
-    model = plan.merge(parameters)
+    model = described.merge(parameters)
     found = next_token()(model.head, model.hidden(batch['tokens'], keys=keys)[0], batch)
     return found.loss / found.targets
 
@@ -44,19 +44,19 @@ def assert_close(a, b, rtol=1e-5, atol=1e-6):
 def test_a_position_depends_on_itself_and_the_past_alone(style, attention, random_parameters):
   # The gradient of each position's logits by each position's input vector: exactly zero where the input is later.
   length = 70  # more than one block of queries
-  plan = abstract_model(dataclasses.replace(style, vocab_size=length), ComputeConfig(attention=attention), length)
-  parameters = random_parameters(plan)
+  described = abstract_model(dataclasses.replace(style, vocab_size=length), ComputeConfig(attention=attention), length)
+  parameters = random_parameters(described)
   # Every input vector is a row of its own: of the positions' table, or of the tokens' where each token occurs once.
   table = 'positions/table' if style.positions == 'learned' else 'tokens/table'
   tokens = np.random.default_rng(1).permutation(length).astype(np.int32)
   rows = np.arange(length) if style.positions == 'learned' else tokens
 
-  direction = np.random.default_rng(2).standard_normal(plan.config.table_rows, np.float32)
+  direction = np.random.default_rng(2).standard_normal(described.config.table_rows, np.float32)
   direction[length:] = 0  # padded ids
 
   @jax.jit
   def gradient(parameters, tokens, at):
-    dot = lambda vectors: jnp.sum(plan.merge(parameters | {table: vectors})(tokens[None]) * at[:, None] * direction)
+    dot = lambda vectors: jnp.sum(described.merge(parameters | {table: vectors})(tokens[None]) * at[:, None] * direction)
     return jnp.abs(jax.grad(dot)(parameters[table])).max(-1)
 
   seen = np.stack([np.asarray(gradient(parameters, tokens, at))[rows] for at in np.eye(length, dtype=np.float32)])
@@ -66,9 +66,9 @@ def test_a_position_depends_on_itself_and_the_past_alone(style, attention, rando
 @pytest.mark.parametrize('style', [full('modern'), 'gpt2'], indirect=True)
 def test_a_document_gets_the_logits_it_gets_alone(style, random_parameters):
   first, second = 50, 40
-  plan = abstract_model(style, ComputeConfig(), first + second)
-  parameters = random_parameters(plan)
-  logits = jax.jit(lambda parameters, tokens, place: plan.merge(parameters)(tokens, place))
+  described = abstract_model(style, ComputeConfig(), first + second)
+  parameters = random_parameters(described)
+  logits = jax.jit(lambda parameters, tokens, place: described.merge(parameters)(tokens, place))
   positions = jnp.concatenate([jnp.arange(first), jnp.arange(second)])[None]
   segments = jnp.repeat(jnp.array([1, 2]), jnp.array([first, second]), total_repeat_length=first + second)[None]
   place = Positions(positions, segments)
@@ -85,33 +85,33 @@ def test_a_document_gets_the_logits_it_gets_alone(style, random_parameters):
 
 
 def test_without_segments_the_earlier_document_is_seen(style, random_parameters):
-  plan = abstract_model(style, ComputeConfig(), 8)
-  parameters = random_parameters(plan)
-  logits = jax.jit(lambda parameters, tokens: plan.merge(parameters)(tokens))
+  described = abstract_model(style, ComputeConfig(), 8)
+  parameters = random_parameters(described)
+  logits = jax.jit(lambda parameters, tokens: described.merge(parameters)(tokens))
   tokens = ids(4, 1, 8)
   assert np.abs(logits(parameters, tokens) - logits(parameters, np.roll(tokens, 1)))[0, -1].max() > 1e-2
 
 
 def test_attention_in_blocks_gives_the_logits_of_the_full_square(style, random_parameters):
   def run(attention):
-    plan = abstract_model(style, ComputeConfig(attention=attention), 70)
-    return jax.jit(plan.merge(random_parameters(plan)).__call__)(ids(5, 2, 70))
+    described = abstract_model(style, ComputeConfig(attention=attention), 70)
+    return jax.jit(described.merge(random_parameters(described)).__call__)(ids(5, 2, 70))
   np.testing.assert_allclose(run('blocks'), run('xla'), 1e-5, 1e-5)
 
 
 @pytest.mark.parametrize('changes', [
   {}, full({'window': 5}), {'window': 5, 'global_every': 2},
   full({'window': 16, 'attention_cap': 2.0})], ids=str)
-def test_reading_with_a_cache_gives_the_logits_of_the_whole(style, changes, random_parameters):
+def test_reading_with_a_cache_gives_the_logits_of_the_complete_text(style, changes, random_parameters):
   prompt, batch, length = 12, 2, 26
   config = dataclasses.replace(style, **changes)
-  plan = abstract_model(config, ComputeConfig(), length)
-  parameters = random_parameters(plan)
+  described = abstract_model(config, ComputeConfig(), length)
+  parameters = random_parameters(described)
   tokens = ids(6, batch, length)
 
   @jax.jit
   def read(parameters, tokens, start, cached, cache):
-    model = plan.merge(parameters)
+    model = described.merge(parameters)
     positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
     hidden, cache, _ = model.hidden(tokens, Positions(positions, cached=cached), cache)
     return model.head.logits(hidden).reshape(*tokens.shape, -1), cache
@@ -123,8 +123,8 @@ def test_reading_with_a_cache_gives_the_logits_of_the_whole(style, changes, rand
   for filled in range(prompt, length):
     logits, cache = read(parameters, tokens[:, filled:filled + 1], filled, jnp.int32(filled), cache)
     pieces.append(logits)
-  whole = jax.jit(lambda parameters, tokens: plan.merge(parameters)(tokens))(parameters, tokens)
-  np.testing.assert_allclose(np.concatenate(pieces, 1), whole, 1e-5, 1e-5)
+  complete = jax.jit(lambda parameters, tokens: described.merge(parameters)(tokens))(parameters, tokens)
+  np.testing.assert_allclose(np.concatenate(pieces, 1), complete, 1e-5, 1e-5)
 
 
 @pytest.mark.parametrize('style, dropout', [full('gpt2', 0.0), ('modern', 0.2)], indirect=['style'])
@@ -140,10 +140,10 @@ def test_a_scan_equals_unrolled_layers_dropout_included(style, dropout, random_p
 
 @pytest.mark.parametrize('style', ['gpt2'], indirect=True)
 @pytest.mark.parametrize('scan', [full(False), True])
-def test_what_is_recomputed_changes_no_gradient(style, scan, random_parameters):
+def test_recomputation_changes_no_gradient(style, scan, random_parameters):
   def run(remat):
-    plan = abstract_model(style, ComputeConfig(remat=remat, scan=scan), 16)
-    return loss_and_gradients(plan, random_parameters(plan), ids(7, 2, 17))
+    described = abstract_model(style, ComputeConfig(remat=remat, scan=scan), 16)
+    return loss_and_gradients(described, random_parameters(described), ids(7, 2, 17))
   none = run('none')
   assert_close(run('dots'), none)
   assert_close(run('full'), none)
@@ -167,13 +167,13 @@ def test_shared_key_heads_equal_repeated_ones(style, random_parameters):
 
 
 def test_padded_ids_are_never_predicted_and_never_learned(style, random_parameters):
-  plan = abstract_model(style, ComputeConfig(), 16)
-  parameters = random_parameters(plan)
+  described = abstract_model(style, ComputeConfig(), 16)
+  parameters = random_parameters(described)
   assert parameters['tokens/table'].shape[0] == 64 > style.vocab_size
-  probabilities = jax.nn.softmax(jax.jit(plan.merge(parameters).__call__)(ids(10, 2, 16)))
+  probabilities = jax.nn.softmax(jax.jit(described.merge(parameters).__call__)(ids(10, 2, 16)))
   assert (probabilities[..., style.vocab_size:] == 0).all()
   np.testing.assert_allclose(probabilities[..., :style.vocab_size].sum(-1), 1, 1e-5)
-  gradients = loss_and_gradients(plan, parameters, ids(7, 2, 17))[1]
+  gradients = loss_and_gradients(described, parameters, ids(7, 2, 17))[1]
   head = gradients['tokens/table'] if style.tied else gradients['lm_head/kernel'].T
   assert (head[style.vocab_size:] == 0).all() and (head[:style.vocab_size] != 0).any(1).all()
 
@@ -181,13 +181,13 @@ def test_padded_ids_are_never_predicted_and_never_learned(style, random_paramete
 @pytest.mark.parametrize('style', ['modern', full('gpt2')], indirect=True)
 def test_bfloat16_computes_close_to_float32_and_keeps_float32_parameters(style, random_parameters, matrix_products):
   def run(dtype):
-    plan = abstract_model(style, ComputeConfig(dtype=dtype), 16)
-    parameters = random_parameters(plan)
+    described = abstract_model(style, ComputeConfig(dtype=dtype), 16)
+    parameters = random_parameters(described)
     tokens = jnp.asarray(ids(7, 2, 17))
-    traced = jax.make_jaxpr(lambda parameters: plan.merge(parameters)(tokens))(parameters)
+    traced = jax.make_jaxpr(lambda parameters: described.merge(parameters)(tokens))(parameters)
     operands = {operand.aval.dtype for product in matrix_products(traced.jaxpr) for operand in product.invars}
     assert operands == {jnp.dtype(dtype)} and traced.out_avals[0].dtype == jnp.float32
-    return parameters, loss_and_gradients(plan, parameters, tokens)
+    return parameters, loss_and_gradients(described, parameters, tokens)
 
   _, (full, full_gradients) = run('float32')
   parameters, (half, half_gradients) = run('bfloat16')

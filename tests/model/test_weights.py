@@ -70,12 +70,12 @@ def test_rows_of_a_table_are_looked_up_and_their_gradients_summed_in_float32(row
 def lowered(style, sizes, stage, microbatches, **compute):
   """The program of a gradient before the compiler has seen it, and the bytes of all parameters."""
   with jax.set_mesh(mesh := make_mesh(MeshConfig(*sizes))):
-    plan = abstract_model(style, ComputeConfig(**compute), 16)
-    shardings, rows = plan.shardings(stage, mesh), batch(8 * microbatches)
-    parameters = {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=shardings[name]) for name, s in plan.shapes.items()}
+    described = abstract_model(style, ComputeConfig(**compute), 16)
+    shardings, rows = described.shardings(stage, mesh), batch(8 * microbatches)
+    parameters = {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=shardings[name]) for name, s in described.shapes.items()}
     placed = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, ROWS)) for name, x in rows.items()}
-    run = jax.jit(summed_gradients(plan, next_token(), stage, mesh, microbatches))
-    return run.lower(parameters, {}, placed, jax.random.key(0)), sum(4 * s.size for s in plan.shapes.values())
+    run = jax.jit(summed_gradients(described, next_token(), stage, mesh, microbatches))
+    return run.lower(parameters, {}, placed, jax.random.key(0)), sum(4 * s.size for s in described.shapes.values())
 
 
 def exchanges(style, sizes, stage, microbatches, **compute):
@@ -124,7 +124,7 @@ def test_stage_3_gathers_a_scanned_matrix_for_each_pass_and_keeps_none(style):
 @pytest.mark.parametrize('style', ['gpt2'], indirect=True)
 @pytest.mark.parametrize('remat', ['none', full('full')])
 def test_stage_3_gathers_matrices_of_single_layers_behind_a_barrier_again(style, remat):
-  # Of the program before compilation: XLA for CPUs drops barriers, and then keeps what a barrier tells it to gather again.
+  # Of the program before compilation: XLA for CPUs drops barriers, and then keeps what it should gather again behind a barrier.
   program, _ = lowered(dataclasses.replace(style, layers=2, mlp_width=80), (8, 1), 3, 1, remat=remat)
   gathered = re.findall(r'all_gather.*-> tensor<32x80xf32>', program.as_text())
   assert len(gathered) >= 2 * 2 and 'optimization_barrier' in program.as_text()

@@ -1,4 +1,4 @@
-"""The mesh takes the devices there are, or says which sizes they allow."""
+"""The mesh takes the available devices, or an error names the sizes that they allow."""
 
 import dataclasses
 
@@ -42,7 +42,7 @@ def test_several_processes_leave_no_device_out(monkeypatch):
   assert make_mesh(MeshConfig(4, 2)).size == 8
 
 
-def test_replicas_are_whole_slices(monkeypatch):
+def test_replicas_are_complete_slices(monkeypatch):
   pytest.importorskip('libtpu', reason='pip install -r requirements-tpu.txt')
   for name, value in (('ALLOW_MULTIPLE_LIBTPU_LOAD', '1'), ('TPU_WORKER_HOSTNAMES', 'localhost'), ('TPU_WORKER_ID', '0'),
                       ('TPU_ACCELERATOR_TYPE', 'v5p-8')):
@@ -98,11 +98,11 @@ class FakeDevice:
 
 
 @pytest.mark.parametrize('slices, sizes', [
-  (2, (2, 4, 1)), (2, (2, 2, 2)),  # a group a slice
-  (2, (4, 2, 1)), (2, (8, 1, 1)),  # several groups a slice
-  (4, (2, 2, 2)), (4, (2, 4, 1)), (4, (1, 4, 2)), (2, (1, 8, 1)),  # several slices a group
+  (2, (2, 4, 1)), (2, (2, 2, 2)),  # a group per slice
+  (2, (4, 2, 1)), (2, (8, 1, 1)),  # several groups per slice
+  (4, (2, 2, 2)), (4, (2, 4, 1)), (4, (1, 4, 2)), (2, (1, 8, 1)),  # several slices per group
 ])
-def test_replica_goes_over_slices_first_and_model_stays_within_one(slices, sizes):
+def test_replica_is_laid_over_slices_first_and_model_stays_within_one(slices, sizes):
   devices = [FakeDevice(index, index % slices) for index in range(8)]  # not in the order of their slices
   arranged = mesh._arranged(dict(zip(AXIS_NAMES, sizes)), devices)
   assert arranged.shape == sizes and {device.id for device in arranged.flat} == {*range(8)}
@@ -124,7 +124,7 @@ def test_replicas_that_slices_do_not_allow_are_refused(slices, sizes, message):
   assert str(caught.value) == message
 
 
-def test_replicas_are_of_whole_processes():
+def test_replicas_are_of_complete_processes():
   devices = [FakeDevice(index, 0, process_index=index // 2) for index in range(12)]
   with pytest.raises(UserError, match=r'^mesh\.replica: 4, expected: .* of the 6 processes of the 12 devices: 1, 2, 3, 6, 12, '):
     mesh._arranged(dict(zip(AXIS_NAMES, (4, 3, 1))), devices)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from gptjax.config import ComputeConfig, MeshConfig, ModelConfig, OptimizerConfig
 from gptjax.model import abstract_model
 from gptjax.sharding import RULES, make_mesh, parameter_specs, put_rows, spec, unsharded_axes
-from gptjax.training import make_optimizer, state_bytes
+from gptjax.training import abstract, initializer, make_optimizer
 
 
 @pytest.mark.parametrize('axes, expected', [
@@ -97,12 +97,17 @@ def test_each_row_is_put_on_its_device(mesh):
 @pytest.mark.parametrize('data', [2, 4, 8])
 @pytest.mark.parametrize('scan', [False, True])
 def test_bytes_of_a_device_are_the_papers(scan, data):
-  """Parameters, gradients and Adam's moments in float32 (arXiv:1910.02054, figure 1, with 4 + 4 + 8 bytes a parameter)."""
+  """Parameters, gradients and Adam's moments in float32 (arXiv:1910.02054, figure 1, with 4 + 4 + 8 bytes per parameter)."""
   model = ModelConfig(layers=2, width=64, heads=8, vocab_size=256)
   mesh = make_mesh(MeshConfig(data, 1))
+  parts = lambda sharding, shape: math.prod(sharding.shard_shape(shape))
   with jax.set_mesh(mesh):
-    plan = abstract_model(model, ComputeConfig(scan=scan), 64)
-    count = sum(math.prod(shape.shape) for shape in plan.shapes.values())
+    described = abstract_model(model, ComputeConfig(scan=scan), 64)
+    count = sum(math.prod(shape.shape) for shape in described.shapes.values())
     for stage, expected in enumerate((16, 8 + 8 / data, 4 + 12 / data, 16 / data)):
-      held = state_bytes(plan, make_optimizer(OptimizerConfig(), steps=1, warmup=0, decay=0), stage, mesh)
-      assert sum(held.values()) / count == pytest.approx(expected, rel=0.01), (stage, held)
+      optimizer = make_optimizer(OptimizerConfig(), steps=1, warmup=0, decay=0)
+      state = abstract(initializer(described, optimizer, stage, mesh, 0), mesh)
+      held = 4 * sum(parts(x.sharding, x.shape) for x in jax.tree.leaves((state.trained, state.optimizer)))
+      held += 4 * sum(parts(jax.NamedSharding(mesh, spec.gradient), described.shapes[name].shape)
+                      for name, spec in described.specs(stage, mesh).items())
+      assert held / count == pytest.approx(expected, rel=0.01), stage

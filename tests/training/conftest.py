@@ -1,4 +1,4 @@
-"""What tests of whole runs share: a cache, and no measuring of the machine, which takes a second a run."""
+"""Fixtures of tests of complete runs: a cache, and a known speed of the machine, whose measurement takes a second per run."""
 
 import pytest
 

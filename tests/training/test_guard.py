@@ -18,9 +18,9 @@ from gptjax import config as configs
 from gptjax.checkpoint import Checkpoints, Progress
 from gptjax.config import Fault, FaultsConfig, ModelConfig, UserError
 from gptjax.data import prepare, train_rows
-from gptjax.training import loop, steps, train
-from gptjax.training.replicas import replica_check
-from gptjax.training.guard import WARMUP, BadSteps, Rollback, initial_statistics, is_good_step
+from gptjax.training import loop, train
+from gptjax.training import run as resolving
+from gptjax.training.guard import WARMUP, BadSteps, Rollback, initial_statistics, is_good_step, replica_check
 from gptjax.training.run import Run
 
 MODEL = ModelConfig(layers=1, width=16, heads=2, vocab_size=50)
@@ -57,7 +57,7 @@ def test_an_update_that_is_not_finite_is_not_applied(mesh, zero_stage, microbatc
   assert after.step == before.step + 1
   for one, other in zip(jax.tree.leaves(after[1:]), jax.tree.leaves(before[1:]), strict=True):
     assert one.tobytes() == other.tobytes()
-  if where == 'loss':  # and training goes on
+  if where == 'loss':  # and training continues
     state, metrics = step(state, good)
     assert not metrics['bad'] and np.isfinite(metrics['loss'])
 
@@ -90,7 +90,7 @@ def test_a_spike_is_distinguished_from_usual_values():
 @pytest.fixture
 def spoil(settings, cache, monkeypatch):
   """A function (step): makes the batch of a step of the undisturbed run not finite."""
-  rows, place = train_rows(settings, prepare(settings.data, cache)), steps.put_rows
+  rows, place = train_rows(settings, prepare(settings.data, cache)), resolving.put_rows
 
   def spoil(step):
     bad = rows.batch(4 * (step - 1) + np.arange(4))['tokens']
@@ -100,7 +100,7 @@ def spoil(settings, cache, monkeypatch):
         batch = batch | {'mask': np.where(batch['mask'] > 0, np.nan, batch['mask']).astype(np.float32)}
       return place(mesh, batch, size)
 
-    monkeypatch.setattr(steps, 'put_rows', spoiled)
+    monkeypatch.setattr(resolving, 'put_rows', spoiled)
 
   return spoil
 
@@ -128,7 +128,7 @@ def test_skip_discards_the_update_and_continues(settings, cache, tmp_path, spoil
   assert [bad['step'] for bad in bad_steps(tmp_path / 'run')] == [8]
   assert 'step 8 is bad' in capsys.readouterr().err
   (tmp_path / 'other').mkdir()
-  again = run(settings, tmp_path / 'other', cache, stop_at=9)  # stopped and gone on, it does the same
+  again = run(settings, tmp_path / 'other', cache, stop_at=9)  # a run that is stopped and resumed does the same
   assert run(settings, tmp_path / 'other', cache) == lines and again == [line for line in lines if line['step'] <= 9]
   assert [bad['step'] for bad in bad_steps(tmp_path / 'other')] == [8]
 
@@ -138,13 +138,13 @@ def test_rollback_restores_a_checkpoint_and_skips_the_batch(settings, cache, tmp
   spoil(8)
   settings = configs.override(settings, {'faults.bad_step': 'rollback'})
   lines = run(settings, tmp_path / 'run', cache)
-  said = capsys.readouterr().err
-  assert 'back to step 6' in said and 'step 8: rows 28 to 31 are passed over' in said
+  printed = capsys.readouterr().err
+  assert 'back to step 6' in printed and 'step 8: rows 28 to 31 are skipped' in printed
   assert lines[:7] == straight[:7]  # steps 7 again, bit by bit
   assert [line['step'] for line in lines] == [*range(1, 11), 10]
   assert lines[7]['loss'] != straight[7]['loss'] and all(line['loss'] for line in lines[:10])
   checkpoints = Checkpoints(tmp_path / 'run' / 'checkpoints')
-  assert checkpoints.progress(10).rows == 44  # ten batches, and the one passed over
+  assert checkpoints.progress(10).rows == 44  # ten batches, and the one that is skipped
   # One that is killed after that knows it from its folder.
   again = run(settings, tmp_path / 'other', cache, stop_at=9)
   assert run(settings, tmp_path / 'other', cache) == lines and len(again) == 9
@@ -180,7 +180,7 @@ def test_skipped_rows_reduce_the_available_rows(tmp_path):
     bad.add(8, (28, 32), math.nan, 1.0)
   loop._check_rows(of_rows(44), Progress(6, 24), 10, bad)
   loop._check_rows(of_rows(None), Progress(6, 24), 10, bad)
-  with pytest.raises(UserError, match=r'^steps: 10, expected: at most 9, or --stop_at=9: .* 40 rows .*, and 28 are taken or passed over'):
+  with pytest.raises(UserError, match=r'^steps: 10, expected: at most 9, or --stop_at=9: .* 40 rows .*, and 28 are read or skipped'):
     loop._check_rows(of_rows(40), Progress(6, 24), 10, bad)
 
 

@@ -23,7 +23,7 @@ from gptjax.sharding import make_mesh
 from gptjax.training import loop, train
 from gptjax.training.interruptions import REQUEUE_EXIT_CODE, Interruptions, StopRequest, _Consensus
 from gptjax.training.logbook import Logbook
-from gptjax.training.resuming import lock
+from gptjax.training.starting import lock
 
 TESTS = pathlib.Path(__file__).parents[1]
 
@@ -70,12 +70,12 @@ STUCK = """
 import sys, time, types, conftest
 conftest._set_up_jax()
 from tiny import config, options
-from gptjax.training import loop, train, watchdog
+from gptjax.training import interruptions, loop, train
 loop.peak_flops = lambda devices, dtype: (1e12, 'assumed')
 after = loop._Loop._after_step
 # The watchdog's clock stands still until the hang: the step may compile for any time, as it does on a busy machine.
 clock = types.SimpleNamespace(now=0.0)
-watchdog.time = types.SimpleNamespace(monotonic=lambda: clock.now)
+interruptions.time = types.SimpleNamespace(monotonic=lambda: clock.now)
 
 def stuck(self, last):
   if self.steps.step == 3:
@@ -99,14 +99,14 @@ def stuck(settings, workdir, cache, seconds):
 def test_a_hang_ends_with_every_stack_and_a_second_signal_at_once(settings, cache, tmp_path):
   process, other = stuck(settings, tmp_path / 'run', cache, 4), stuck(settings, tmp_path / 'other', cache, 0)
   assert other.stdout.readline() == 'stuck\n'
-  for _ in range(2):  # the first is heard by a loop that does not come to the end of its step
+  for _ in range(2):  # the first reaches a loop that does not finish its step
     other.send_signal(signal.SIGTERM)
     time.sleep(0.5)
-  said = other.communicate(timeout=60)[1]
-  assert other.returncode == -signal.SIGTERM and 'a second signal ends at once' in said
-  said = process.communicate(timeout=300)[1]
+  printed = other.communicate(timeout=60)[1]
+  assert other.returncode == -signal.SIGTERM and 'a second signal ends at once' in printed
+  printed = process.communicate(timeout=300)[1]
   assert process.returncode == 1
-  assert 'error: hang: no step, batch or save was completed in 4 s' in said and 'in stuck' in said
+  assert 'error: hang: no step, batch or save was completed in 4 s' in printed and 'in stuck' in printed
   assert 'in stuck' in (tmp_path / 'run' / 'stacks-0.txt').read_text()
 
 
@@ -177,15 +177,15 @@ def cloud(monkeypatch):
     server.shutdown()
 
 
-@pytest.mark.parametrize('last, said', [
+@pytest.mark.parametrize('last, printed', [
   ({'preempted': 'TRUE'}, 'preempts the machine'), ({'maintenanceEvent': 'TERMINATE_ON_HOST_MAINTENANCE'}, 'for maintenance')])
-def test_google_announces_the_end_of_a_machine(last, said, cloud):
+def test_google_announces_the_end_of_a_machine(last, printed, cloud):
   host, answers, asked = cloud
   answers['GET', '/computeMetadata/v1/instance/'] = [
     (200, json.dumps(one)) for one in ({'preempted': 'FALSE', 'maintenanceEvent': 'NONE'}, {'preempted': 'FALSE'}, last)]
-  heard, told = threading.Event(), []
-  assert watch_notices(lambda text: (told.append(text), heard.set()), {'GCE_METADATA_HOST': host})
-  assert heard.wait(10) and said in told[0]
+  noticed, notices = threading.Event(), []
+  assert watch_notices(lambda text: (notices.append(text), noticed.set()), {'GCE_METADATA_HOST': host})
+  assert noticed.wait(10) and printed in notices[0]
   assert all(headers['Metadata-Flavor'] == 'Google' and 'wait_for_change=true' in path for _, path, headers in asked)
   assert 'last_etag=0' in asked[0][1] and 'last_etag=seen' in asked[1][1]
 
@@ -197,9 +197,9 @@ def test_ec2_announces_the_end_of_a_machine(cloud, monkeypatch):
   answers['PUT', '/latest/api/token'] = [(200, 'secret')]
   answers['GET', '/latest/meta-data/spot/instance-action'] = [
     (404, ''), (500, ''), (200, 'no JSON'), (200, json.dumps({'action': 'terminate', 'time': '2030-01-01T00:00:00Z'}))]
-  heard, told = threading.Event(), []
-  assert watch_notices(lambda text: (told.append(text), heard.set()), {'AWS_EC2_METADATA_SERVICE_ENDPOINT': f'http://{host}/'})
-  assert heard.wait(10) and told == ['EC2 will terminate the machine at 2030-01-01T00:00:00Z']
+  noticed, notices = threading.Event(), []
+  assert watch_notices(lambda text: (notices.append(text), noticed.set()), {'AWS_EC2_METADATA_SERVICE_ENDPOINT': f'http://{host}/'})
+  assert noticed.wait(10) and notices == ['EC2 will terminate the machine at 2030-01-01T00:00:00Z']
   assert {headers.get('X-Aws-Ec2-Metadata-Token') for method, _, headers in asked if method == 'GET'} == {'secret'}
 
 

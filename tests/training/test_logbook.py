@@ -17,7 +17,7 @@ METRICS = {'loss': 2.5, 'tokens_per_second': 1e4, 'mfu': 0.25}
 
 @pytest.fixture
 def open_book(tmp_path):
-  """A function (step): the logbook of a run of 10 steps that goes on after `step`."""
+  """A function (step): the logbook of a run of 10 steps that continues after `step`."""
   return lambda step=0: Logbook(tmp_path, step, 10)
 
 
@@ -55,10 +55,10 @@ def test_records_of_later_steps_are_removed(tmp_path, open_book):
 
 @pytest.mark.parametrize('rest', ['{"step": 3, "lo', '{', '{"step": 3}'])
 def test_an_unfinished_last_line_is_dropped(rest, tmp_path, open_book):
-  whole = '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": null}\n'
-  (tmp_path / 'metrics.jsonl').write_text(whole + rest)
+  complete = '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": null}\n'
+  (tmp_path / 'metrics.jsonl').write_text(complete + rest)
   open_book(3).step(4, METRICS)
-  assert (tmp_path / 'metrics.jsonl').read_text().startswith(whole + '{"step": 4, ')
+  assert (tmp_path / 'metrics.jsonl').read_text().startswith(complete + '{"step": 4, ')
 
 
 def test_a_new_run_starts_with_empty_records(tmp_path, open_book):
@@ -141,7 +141,7 @@ def test_a_run_continues_after_its_terminal_is_gone(tmp_path, open_book):
 
   book = open_book()
   book.console.file = Broken()
-  book.say('to nobody')
+  book.say('to no reader')
   book.step(1, METRICS)
   book.close()
   assert [line['step'] for line in lines(tmp_path)] == [1]

@@ -14,6 +14,7 @@ from gptjax.config import UserError
 from gptjax.data import train_rows, prepare
 from gptjax.training import loop, train
 from gptjax.training.logbook import Logbook
+from gptjax.training.loop import CompileCounter
 
 
 @pytest.fixture(scope='module')
@@ -43,7 +44,7 @@ def test_a_run_compiles_its_step_once_and_nothing_later(tmp_path, text, cache, c
   assert [name for _, name in compiled].count('jit(step)') == 1  # an equal run of the same process compiles nothing again
 
 
-def test_a_run_writes_all_it_promises(tmp_path, text, cache, capsys):
+def test_a_run_writes_all_its_records(tmp_path, text, cache, capsys):
   settings = config(text, mesh__data=2, steps=10, eval__every=4, eval__sample_tokens=6, eval__prompt='the',
                     checkpoint__every=3)
   lines = run(settings, tmp_path, cache, log_every=3)
@@ -87,14 +88,14 @@ def test_a_run_that_is_done_does_nothing(tmp_path, text, cache, capsys):
 def test_a_trace_ends_with_the_run_at_the_latest(tmp_path, text, cache):
   run(config(text, steps=4), tmp_path, cache, profile_steps=(3, 99))
   assert any(path.endswith('.xplane.pb') for path in files_below(tmp_path))
-  jax.profiler.start_trace(tmp_path / 'other')  # which would fail if one were still going on
+  jax.profiler.start_trace(tmp_path / 'other')  # which would fail during another trace
   jax.profiler.stop_trace()
   with pytest.raises(UserError, match=r"^--profile_steps: '7:8', expected: a first step of at most 6"):
     run(config(text, steps=6), tmp_path, cache, profile_steps=(7, 8), accept_changes=True)
   run(config(text, steps=6), tmp_path, cache, profile_steps=(3, 4), accept_changes=True)  # which the process before traced
 
 
-def test_a_run_that_diverges_says_so_and_keeps_the_best(tmp_path, text, cache):
+def test_a_run_that_diverges_is_logged_and_keeps_the_best_checkpoint(tmp_path, text, cache):
   # At such a rate the second validation is of parameters that give no number.
   settings = config(text, steps=6, eval__every=2, eval__rows=0, checkpoint__every=2, checkpoint__keep=1,
                     checkpoint__keep_best=True, faults__bad_step='skip')
@@ -122,7 +123,7 @@ def test_a_mistake_leaves_no_workdir(values, message, tmp_path, text, cache):
   assert str(caught.value).startswith(message) and not (tmp_path / 'run').exists()
 
 
-def test_a_run_on_a_full_disk_goes_on_and_saves_when_there_is_space(tmp_path, text, cache, monkeypatch, capsys):
+def test_a_run_on_a_full_disk_continues_and_saves_when_there_is_space(tmp_path, text, cache, monkeypatch, capsys):
   monkeypatch.setattr(loop, 'RETRY', 0.01)
   settings = config(text, steps=12, eval__every=0, checkpoint__every=2)
   straight = run(settings, tmp_path / 'straight', cache)
@@ -156,3 +157,18 @@ def test_a_run_whose_disk_stays_full_ends_with_one_line_and_keeps_what_it_had(tm
       run(settings, disk / 'run', cache)
     checkpoints = Checkpoints(disk / 'run' / 'checkpoints')
     assert checkpoints.steps() == [2, 4] and checkpoints.newest() == 4
+
+
+def test_every_compiled_program_is_counted_once():
+  counter, other = CompileCounter(), CompileCounter()
+  double, triple = jax.jit(lambda x: 2 * x), jax.jit(lambda x: 3 * x)
+  x = np.ones(3, np.float32)
+  double(x), double(x), double(x + 1)
+  assert counter.count == 1
+  triple(x)
+  double(np.ones(4, np.float32))  # another shape is another program
+  assert counter.count == other.count == 3
+  counter.close()
+  triple(np.ones(5, np.float32))
+  assert (counter.count, other.count) == (3, 4)
+  other.close()

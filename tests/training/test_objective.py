@@ -1,4 +1,4 @@
-"""The objective counts the targets of the whole batch, and its loss is that of the model's logits."""
+"""The objective counts the targets of the complete batch, and its loss is that of the model's logits."""
 
 import dataclasses
 
@@ -15,18 +15,18 @@ from gptjax.training import next_token
 
 @pytest.mark.parametrize('mesh', ['1x1', '4x2'], indirect=True)
 @pytest.mark.parametrize('z_loss', [0.0, 0.01])
-def test_the_loss_is_of_the_models_logits_over_the_targets_that_count(z_loss, style, mesh, random_parameters):
-  plan = abstract_model(dataclasses.replace(style, layers=1), ComputeConfig(), 16)
+def test_the_loss_is_that_of_the_models_logits_over_unmasked_targets(z_loss, style, mesh, random_parameters):
+  described = abstract_model(dataclasses.replace(style, layers=1), ComputeConfig(), 16)
   rows = batch()
-  zero = plan.zero(0, mesh)
+  zero = described.zero(0, mesh)
 
   def local(entered, rows):
-    model, positions = plan.merge(zero.weights(entered)), Positions(rows['positions'], rows['segments'])
+    model, positions = described.merge(zero.weights(entered)), Positions(rows['positions'], rows['segments'])
     found = next_token(z_loss)(model.head, model.hidden(rows['tokens'], positions)[0], rows)
     return sum_over_rows(found), jax.reshard(model(rows['tokens'], positions), jax.P(None, None, None))
 
   run = jax.jit(local_rows(local, (zero.in_specs, ROWS), (jax.P(), ROWS)))
-  (total, count, metrics), logits = run(random_parameters(plan), put(rows))
+  (total, count, metrics), logits = run(random_parameters(described), put(rows))
   logits = np.asarray(logits, np.float64)[..., :50]
   normalizer = np.log(np.exp(logits).sum(-1))
   losses = normalizer - np.take_along_axis(logits, rows['targets'][..., None], -1)[..., 0]

@@ -70,14 +70,14 @@ STYLES = [
 
 
 @pytest.mark.parametrize('values, scan', STYLES)
-def test_roles_follow_from_what_a_parameter_is(values, scan):
-  plan = abstract_model(ModelConfig(**values), ComputeConfig(scan=scan), 8)
-  for name, axes in plan.axes.items():
+def test_roles_follow_from_the_names_of_parameters(values, scan):
+  described = abstract_model(ModelConfig(**values), ComputeConfig(scan=scan), 8)
+  for name, axes in described.axes.items():
     matrix = len(set(axes) - {'layers'}) == 2
     assert decays(name) == matrix, name
     inside = name.split('/')[0] == 'blocks'
     assert orthogonalized(name) == (matrix and inside), name
-  assert {decays(name) for name in plan.axes} == {True, False}
+  assert {decays(name) for name in described.axes} == {True, False}
 
 
 SHAPES = {

@@ -18,7 +18,7 @@ from tests.acceptance.kept_state import kept, same
 ROOT = pathlib.Path(__file__).parents[2]
 
 CACHE = ROOT / '.jax_cache' / 'processes'
-"""Compiled programs are found again only where the cache lies in the same place."""
+"""Compiled programs are found again only if the path of the cache is the same."""
 
 RECIPE = """
 from gptjax.config import *
@@ -104,14 +104,14 @@ def test_two_processes_score_and_sample_as_one_does(home, one, two):
 
 
 @pytest.mark.full
-def test_a_mistake_that_process_0_finds_ends_both_with_one_line_each(home, two):
+def test_an_error_of_process_0_ends_both_with_one_line_each(home, two):
   workdir, _ = two
   done = train(home, 'two', 2, '--config.seed=1', check=False)
   line = ('seed: 1, expected: 0, with which this workdir was started; another --workdir for another run, or --accept_changes to resume '
           'anyway')
   assert done.returncode == 2
-  told = [text for text in done.stderr.splitlines() if 'error' in text]
-  assert sorted(told) == [f'[1] error: process 0: {line}', f'error: {line}'] and 'Traceback' not in done.stderr
+  errors = [text for text in done.stderr.splitlines() if 'error' in text]
+  assert sorted(errors) == [f'[1] error: process 0: {line}', f'error: {line}'] and 'Traceback' not in done.stderr
 
 
 @pytest.mark.full

@@ -1,4 +1,4 @@
-"""Any logged step can be done again, and comes to the same bits; a checkpoint can be looked at and compared without its run."""
+"""Any logged step can be repeated bit by bit; a checkpoint can be inspected and compared without its run."""
 
 import json
 import shutil
@@ -9,8 +9,7 @@ from commands import run_module
 from tiny import config, run, write_text
 
 from gptjax import config as configs
-from gptjax.checkpoint import Checkpoints
-from gptjax.checkpoint.contents import Contents
+from gptjax.checkpoint import Checkpoints, Contents
 from gptjax.config import UserError
 from gptjax.training.replaying import replay
 
@@ -23,7 +22,7 @@ def trained(cache):
 
 
 @pytest.mark.parametrize('step, first', [(8, 7), (6, 1)])
-def test_steps_come_to_the_same_bits(step, first, trained, cache):
+def test_repeated_steps_have_the_same_bits(step, first, trained, cache):
   shutil.rmtree(cache / 'copy', ignore_errors=True)
   copy = shutil.copytree(trained, cache / 'copy')
   before = {path: path.read_bytes() for path in copy.rglob('*') if path.is_file()}
@@ -33,7 +32,7 @@ def test_steps_come_to_the_same_bits(step, first, trained, cache):
   assert {path: path.read_bytes() for path in copy.rglob('*') if path.is_file()} == before
 
 
-def test_what_was_logged_otherwise_is_found(trained, cache, tmp_path):
+def test_a_different_logged_value_is_found(trained, cache, tmp_path):
   copy = shutil.copytree(trained, tmp_path / 'run')
   lines = [json.loads(line) for line in (copy / 'metrics.jsonl').read_text().splitlines()]
   line = next(line for line in lines if line['step'] == 7)
@@ -44,21 +43,21 @@ def test_what_was_logged_otherwise_is_found(trained, cache, tmp_path):
     list(replay(copy, 99, cache))
 
 
-def test_elsewhere_it_comes_close(trained, cache, tmp_path):
+def test_steps_repeated_on_another_mesh_are_close(trained, cache, tmp_path):
   copy = shutil.copytree(trained, tmp_path / 'run')
   settings = configs.override(configs.read_config(copy), {'mesh.data': 1, 'zero_stage': 0})
   (copy / 'config.json').write_text(configs.to_json(settings))
   assert 0 < max(one.difference for one in replay(copy, 8, cache)) < 1e-5
 
 
-def test_a_step_is_done_with_the_config_it_was_done_with(trained, cache, tmp_path):
+def test_a_step_is_repeated_with_its_own_config(trained, cache, tmp_path):
   copy = shutil.copytree(trained, tmp_path / 'run')
   settings = configs.override(configs.read_config(copy), {'batch_size': 8, 'optimizer.b1': 0.5})
   (copy / 'config.json').write_text(configs.to_json(settings))  # as it was resumed after step 8
   assert [one.difference for one in replay(copy, 8, cache)] == [0.0, 0.0]
 
 
-def test_a_step_is_done_again_where_the_data_has_moved(trained, cache, tmp_path):
+def test_a_step_is_repeated_although_its_data_has_moved(trained, cache, tmp_path):
   copy, text = shutil.copytree(trained, tmp_path / 'run'), cache / 'text.txt'
   moved = text.rename(tmp_path / 'elsewhere.txt')
   try:
@@ -81,7 +80,7 @@ def test_a_checkpoint_is_read_tensor_by_tensor(trained):
   assert all((found[f'trained/{name}'] == np.asarray(value)).all() for name, value in parameters.items())
 
 
-def test_the_tools_say_it(trained, tmp_path):
+def test_inspect_checkpoint_describes_and_compares(trained, tmp_path):
   done = run_module('tools.inspect_checkpoint', f'--workdir={trained}')
   assert done.returncode == 0 and done.stdout.count('intact') == 2
   done = run_module('tools.inspect_checkpoint', f'--workdir={trained}', '--step=8', '--against=6', '--match=trained/')

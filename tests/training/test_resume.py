@@ -1,4 +1,4 @@
-"""A run that was stopped or killed goes on as if nothing had been; one that is not the same run does not go on."""
+"""A run that was stopped or killed resumes as if it had not been; with the config of another run it does not resume."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def assert_same_run(workdir, straight):
   assert all((ours[name] == theirs[name]).all() for name in ours)
 
 
-def test_a_stopped_run_goes_on_bit_by_bit(settings, stopped, straight, cache):
+def test_a_stopped_run_resumes_bit_by_bit(settings, stopped, straight, cache):
   lines = records(straight)
   assert len(lines) == 8 + 4
   assert records(stopped) == [line for line in lines if line['step'] <= 4]
@@ -143,7 +143,7 @@ run(config(sys.argv[1], **json.loads(sys.argv[4])), workdir, sys.argv[3])
 
 
 @pytest.mark.full
-def test_a_killed_run_goes_on_bit_by_bit(settings, straight, tmp_path, cache, pytestconfig):
+def test_a_killed_run_resumes_bit_by_bit(settings, straight, tmp_path, cache, pytestconfig):
   # Killed in the middle of a line of step 6; the last checkpoint is of step 3.
   workdir = tmp_path / 'run'
   # The same settings of JAX: with other checks of types the program, and so the last bit, would be another.
@@ -157,7 +157,7 @@ def test_a_killed_run_goes_on_bit_by_bit(settings, straight, tmp_path, cache, py
   assert_same_run(workdir, straight)
 
 
-def test_what_does_not_make_another_run_may_change(settings, stopped, tmp_path, cache, capsys):
+def test_fields_that_keep_the_run_the_same_may_change(settings, stopped, tmp_path, cache, capsys):
   other = tmp_path / 'elsewhere' / 'text.txt'
   other.parent.mkdir()
   other.write_bytes(pathlib.Path(settings.data.source.path).read_bytes())
@@ -182,7 +182,7 @@ def test_what_does_not_make_another_run_may_change(settings, stopped, tmp_path, 
   assert [line['step'] for line in lines[len(before):]] == [5, 5, 6, 6, 7, 8, 8, 9, 9]
   tokens = [line['tokens'] for line in lines if 'tokens' in line]
   rows = train_rows(changed, prepare(changed.data, cache))
-  assert tokens[4] - tokens[3] == rows.batch(4 * 4 + np.arange(8))['mask'].sum()  # the rows go on where they were
+  assert tokens[4] - tokens[3] == rows.batch(4 * 4 + np.arange(8))['mask'].sum()  # the rows continue
   kept = configs.from_json((stopped / 'config.json').read_text())
   assert {name for name, _ in configs.differences(kept, changed).items()} == {'model.vocab_size'}
   announced, = (line for line in capsys.readouterr().err.splitlines() if ' changed  ' in line)
@@ -207,7 +207,7 @@ def test_another_run_needs_another_workdir(values, field, settings, halfway, cac
   assert contents() == before
 
 
-def test_each_checkpoint_tells_of_which_run_it_is(settings, stopped, cache):
+def test_each_checkpoint_identifies_its_run(settings, stopped, cache):
   (stopped / 'config.json').unlink()
   with pytest.raises(UserError, match='^seed: 1, expected: 0, with which this workdir was started'):
     train(configs.override(settings, {'seed': 1}), options(stopped, cache))
@@ -232,7 +232,7 @@ def test_changed_data_is_an_error(end, settings, halfway, tmp_path, cache):
 
 
 @pytest.mark.parametrize('values', [full({'mesh.data': 1, 'zero_stage': 0}), {'mesh.model': 2}])
-def test_a_run_goes_on_elsewhere(values, settings, stopped, straight, cache):
+def test_a_run_resumes_on_another_mesh(values, settings, stopped, straight, cache):
   lines = run(configs.override(settings, values), stopped, cache)
   for ours, theirs in zip(lines, records(straight), strict=True):
     np.testing.assert_allclose([*ours.values()], [*theirs.values()], rtol=1e-4, err_msg=f'{ours}\n{theirs}')
@@ -244,7 +244,7 @@ def test_another_batch_size_needs_durations_in_steps(settings, stopped, cache):
     train(changed, options(stopped, cache))
 
 
-def test_a_run_without_a_checkpoint_may_still_be_any(settings, tmp_path, cache):
+def test_a_workdir_without_a_checkpoint_may_start_any_run(settings, tmp_path, cache):
   with pytest.raises(UserError, match='^init_from: '):
     train(configs.override(settings, {'init_from': str(tmp_path / 'mistyped'), 'seed': 3}), options(tmp_path / 'run', cache))
   assert not (tmp_path / 'run').exists()

@@ -1,4 +1,4 @@
-"""A run may begin with another's weights: all of them, or in part what fits; everything else is its own."""
+"""A run may start with another's weights: all of them, or the parts that fit; everything else is its own."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def source(settings, cache):
 
 
 def begun(settings, cache, mesh=MeshConfig(1, 1)):
-  """The state that a run begins with, on the host, and its words."""
+  """The state that a run begins with, on the host, and its description."""
   mesh = make_mesh(mesh)
   with jax.set_mesh(mesh):
     data = prepare(settings.data, cache)
@@ -43,7 +43,7 @@ def weights(settings, source, cache):
   return begun(configs.override(settings, {'init_from': str(source)}), cache)[0].trained
 
 
-def test_all_weights_come_and_nothing_else(settings, source, cache, weights, tmp_path, capsys):
+def test_all_weights_are_taken_and_nothing_else(settings, source, cache, weights, tmp_path, capsys):
   fresh, words = begun(settings, cache)
   assert words == 'nothing, fresh parameters'
   state, words = begun(configs.override(settings, {'init_from': str(source / 'checkpoints' / '3')}), cache)
@@ -59,7 +59,7 @@ def test_all_weights_come_and_nothing_else(settings, source, cache, weights, tmp
 
 
 @pytest.mark.parametrize('mesh, zero_stage', [full(MeshConfig(1, 1), 0), (MeshConfig(4, 2), 3)])
-def test_layers_may_be_stacked_or_not_and_lie_anywhere(mesh, zero_stage, settings, source, cache, weights):
+def test_layers_may_be_stacked_or_not_and_on_any_mesh(mesh, zero_stage, settings, source, cache, weights):
   changed = configs.override(settings, {'init_from': str(source), 'compute.scan': True, 'zero_stage': zero_stage, 'batch_size': 8,
                                         'mesh.max_unsharded': 1.0})
   state, _ = begun(changed, cache, mesh)
@@ -69,10 +69,10 @@ def test_layers_may_be_stacked_or_not_and_lie_anywhere(mesh, zero_stage, setting
 
 
 @pytest.mark.parametrize('mesh, scan', [full(MeshConfig(1, 1), False), (MeshConfig(4, 2), True)])
-def test_what_fits_comes_and_the_rest_is_fresh(mesh, scan, settings, source, cache, weights):
+def test_parts_that_fit_are_taken_and_the_rest_is_fresh(mesh, scan, settings, source, cache, weights):
   values = {'model.layers': 2, 'model.vocab_size': 49, 'data.context': 32, 'compute.scan': scan, 'mesh.max_unsharded': 1.0, 'batch_size': 8}
   changed = configs.override(settings, values | {'init_from': str(source)})
-  with pytest.raises(UserError, match='^init_from: .*init_partial for what there is: (.*tokens/table|blocks)'):
+  with pytest.raises(UserError, match='^init_from: .*init_partial for the parts that fit: (.*tokens/table|blocks)'):
     begun(changed, cache, mesh)
   fresh = begun(configs.override(settings, values), cache, mesh)[0].trained
   state, words = begun(configs.override(changed, {'init_partial': True}), cache, mesh)
@@ -85,26 +85,26 @@ def test_what_fits_comes_and_the_rest_is_fresh(mesh, scan, settings, source, cac
   assert (up[1] == weights['blocks/1/mlp/up/kernel'] if scan else up == weights['blocks/1/mlp/up/kernel']).all()
 
 
-def test_another_width_is_no_part(settings, source, cache):
+def test_another_width_is_an_error(settings, source, cache):
   changed = configs.override(settings, {'model.width': 32, 'init_from': str(source), 'init_partial': True})
   with pytest.raises(UserError, match=r"^init_from: .*expected: the same sizes but for vocabulary, positions and number of layers$"):
     begun(changed, cache)
 
 
-def test_another_tokenizer_is_told(settings, source, cache):
+def test_another_tokenizer_is_an_error(settings, source, cache):
   changed = configs.override(settings, {'data.tokenizer.kind': 'bytes', 'model.vocab_size': 512, 'init_from': str(source)})
   with pytest.raises(UserError, match='^init_from: .*another tokenizer, of 32 ids'):
     begun(changed, cache)
 
 
 @pytest.mark.parametrize('path', ['nowhere', 'empty'])
-def test_no_run_is_told(path, settings, cache, tmp_path):
+def test_a_folder_without_a_run_is_an_error(path, settings, cache, tmp_path):
   (tmp_path / 'empty').mkdir()
   with pytest.raises(UserError, match='^init_from: '):
     begun(configs.override(settings, {'init_from': str(tmp_path / path)}), cache)
 
 
-def test_a_damaged_checkpoint_is_told(settings, source, cache, tmp_path):
+def test_a_damaged_checkpoint_is_an_error(settings, source, cache, tmp_path):
   import shutil
   copy = shutil.copytree(source, tmp_path / 'copy')
   (copy / 'checkpoints' / '3' / 'config.json').write_text('{}')

@@ -14,7 +14,7 @@ from gptjax.config import ComputeConfig, ModelConfig, OptimizerConfig
 from gptjax.model import Positions, abstract_model
 
 # Loss and gradient norm of the first three steps. A change of the initialization, the model, the loss or the optimizer
-# moves them. Where that is what you wanted, paste the figures that the failing test prints, and say so in the commit.
+# moves them. If that is intended, paste the figures that the failing test prints, and mention it in the commit.
 GOLDEN = {
   'learned adamw': [(3.910707, 1.414665), (3.9159, 1.296376), (3.898998, 1.107457)],
   'learned muon': [(3.910707, 1.414665), (3.921469, 1.367026), (3.894189, 1.272552)],
@@ -81,7 +81,7 @@ def test_microbatches_change_nothing(shallow, mesh):
 
 @pytest.mark.parametrize('zero_stage', [full(0), full(1), full(2), 3])
 @pytest.mark.parametrize('mesh', ['4x2'], indirect=True)
-def test_frozen_parameters_stay_and_the_others_learn_as_they_would_beside_constants(zero_stage, shallow, mesh):
+def test_frozen_parameters_stay_and_the_others_learn_as_beside_constants(zero_stage, shallow, mesh):
   results = []
   for frozen in ((), ('tokens/*', 'blocks/0/mlp/*')):
     state, step = trainer(shallow, optax.sgd(1.0, momentum=0.9), zero_stage=zero_stage, microbatches=2, frozen=frozen)
@@ -98,7 +98,7 @@ def test_frozen_parameters_stay_and_the_others_learn_as_they_would_beside_consta
 
 @pytest.mark.parametrize('optimizer', [full('adamw'), 'muon'])
 @pytest.mark.parametrize('mesh', ['4x2'], indirect=True)
-def test_the_old_state_is_given_up_and_the_new_lies_as_it_did(optimizer, shallow, mesh):
+def test_the_old_state_is_donated_and_the_new_is_sharded_alike(optimizer, shallow, mesh):
   state, step = trainer(shallow, OptimizerConfig(name=optimizer), zero_stage=3)
   for _ in range(2):
     old = state
@@ -118,7 +118,7 @@ def losses(model, steps=2, **values):
   return found
 
 
-def test_dropout_is_drawn_anew_by_seed_and_step(shallow, one_device):
+def test_dropout_depends_on_seed_and_step(shallow, one_device):
   dropped = losses(with_dropout(shallow), seed=1)
   assert losses(with_dropout(shallow), seed=1) == dropped
   other = losses(with_dropout(shallow), seed=2)
@@ -127,7 +127,7 @@ def test_dropout_is_drawn_anew_by_seed_and_step(shallow, one_device):
   assert plain[0] == plain[1] not in dropped
 
 
-def test_each_row_has_a_dropout_of_its_own_whatever_the_microbatches(one_device):
+def test_each_row_has_its_own_dropout_for_any_number_of_microbatches(one_device):
   model = ModelConfig(layers=1, width=16, heads=2, vocab_size=50, dropout=0.3)
   rows = batch(2)
   twice = {name: np.concatenate([values, values]) for name, values in rows.items()}
@@ -152,11 +152,11 @@ def test_the_first_steps_have_the_known_figures(optimizer, style, one_device):
   np.testing.assert_allclose(found, GOLDEN.get(name, 0), rtol=2e-5, err_msg=message)
 
 
-def test_one_batch_is_learned_by_heart(shallow, one_device):
+def test_one_batch_is_memorized(shallow, one_device):
   rows = batch(4)
   state, step = trainer(shallow, ONE_RATE)
   rows['mask'][:] = 1
-  rows['tokens'][:, 0] = 4 + np.arange(4)  # or two rows with one beginning would have two right answers
+  rows['tokens'][:, 0] = 4 + np.arange(4)  # or two rows with the same start would have two right answers
   first = None
   for _ in range(60):
     state, metrics = step(state, put(rows))
