@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, use_abstr
 from jaxtyping import Array, Int
 
 from gptjax.config import MATRIX_AXIS, ROW_AXES
+from gptjax.sharding.mesh import AnyMesh, row_groups
 
 ROWS = PartitionSpec(ROW_AXES)
 """Of an array whose first dimension is the rows of a batch."""
