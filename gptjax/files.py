@@ -80,14 +80,20 @@ def json_line(record: dict[str, Any]) -> str:
 def read_json(path: Path) -> dict[str, Any]:
   """Returns the object in a JSON file; raises a UserError if the file is missing or has other content."""
   try:
-    values = json.loads(path.read_text())
+    return json_object(str(path), path.read_bytes())
   except FileNotFoundError:
     raise UserError(str(path), None, 'a JSON file; there is none') from None
-  except (ValueError, RecursionError) as error:  # RecursionError: deeply nested brackets
-    raise UserError(str(path), str(error), 'a complete JSON file') from None
-  if not isinstance(values, dict):
-    raise UserError(str(path), values, 'a JSON object')
-  return values
+
+
+def json_object(location: str, data: bytes | str) -> dict[str, Any]:
+  """Parses a JSON object; raises a UserError that names `location` if the data is something else."""
+  try:
+    found = json.loads(data)
+  except (ValueError, RecursionError) as error:  # not JSON, numbers too long for Python, or brackets too deep
+    raise UserError(location, data[:40], f'JSON ({error})') from None
+  if not isinstance(found, dict):
+    raise UserError(location, data[:40], 'a JSON object')
+  return found
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -2,5 +2,3 @@
 
 from gptjax.checkpoint.checkpoints import DAMAGED, Checkpoints, Progress, Retention, by_name
 from gptjax.checkpoint.trained import Contents, Restorer, Trained, load_trained
-
-__all__ = ['DAMAGED', 'Checkpoints', 'Contents', 'Progress', 'Restorer', 'Retention', 'Trained', 'by_name', 'load_trained']

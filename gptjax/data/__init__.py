@@ -13,9 +13,3 @@ from gptjax.data.sources import Document, Source, open_source, split_source
 from gptjax.data.store import TokenStore
 from gptjax.data.tokenizers import TextStream, Tokenizer, load_tokenizer, train_tokenizer
 from gptjax.data.tokenizing import Recipe, cores, write_store
-
-__all__ = [
-    'Batch', 'Contamination', 'Document', 'EvalRows', 'Filters', 'HeldOut', 'Mixture', 'Packed', 'Prepared', 'ProgressBar', 'Recipe',
-    'Source', 'TextStream', 'TokenStore', 'Tokenizer', 'TrainRows', 'Windows', 'batches', 'compression_yardsticks', 'cores', 'export',
-    'load_tokenizer', 'open_held_out', 'open_source', 'prepare', 'split_source', 'train_rows', 'train_tokenizer', 'write_store',
-]

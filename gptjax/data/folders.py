@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import hashlib
-import json
 import mmap
 import os
 import resource
@@ -154,14 +153,3 @@ def storage_errors(field: str, path: str, expected: str = 'a readable file, fold
 def damaged(file: str, found: object, expected: str) -> UserError:
   """The error for a file that is not as it was written."""
   return UserError(file, found, f'{expected} as written; restore it, or prepare the store again')
-
-
-def json_object(location: str, data: bytes | str) -> dict[str, Any]:
-  """Parses a JSON object; raises a UserError that names `location` if the data is something else."""
-  try:
-    found = json.loads(data)
-  except (ValueError, RecursionError) as error:  # not JSON, numbers too long for Python, or brackets too deep
-    raise UserError(location, data[:40], f'JSON ({error})') from None
-  if not isinstance(found, dict):
-    raise UserError(location, data[:40], 'a JSON object')
-  return found

@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptjax.config import UserError
-from gptjax.data.folders import LocalFolder, damaged, json_object, open_folder
+from gptjax.data.folders import LocalFolder, damaged, open_folder
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
-from gptjax.files import sync, write_json
+from gptjax.files import json_object, sync, write_json
 
 VERSION = 2  # to be incremented when older stores become unreadable
 BLOCK = 2**14  # bytes per checksum: a row of 1,024 ids spans one or two blocks

@@ -8,6 +8,3 @@ from gptjax.distributed.cloud import watch_notices
 from gptjax.distributed.discovery import CLUSTERS, GroupSpec, discover, visible_gpus
 from gptjax.distributed.group import ProcessGroup, all_gather, broadcast, is_primary, join, process_group
 from gptjax.distributed.rendezvous import address, bind_address
-
-__all__ = ['CLUSTERS', 'GroupSpec', 'ProcessGroup', 'address', 'all_gather', 'bind_address', 'broadcast', 'discover', 'is_primary', 'join',
-           'process_group', 'visible_gpus', 'watch_notices']

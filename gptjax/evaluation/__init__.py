@@ -7,5 +7,3 @@ from gptjax.evaluation.likelihood import LikelihoodScorer, Request
 from gptjax.evaluation.results import draw, record, table
 from gptjax.evaluation.score import Score, Scorer, Scores, pooled
 from gptjax.evaluation.sets import choose_sets
-
-__all__ = ['LikelihoodScorer', 'Request', 'Score', 'Scorer', 'Scores', 'choose_sets', 'draw', 'pooled', 'record', 'table']

@@ -3,5 +3,3 @@
 from gptjax.inference.decoding import Decoder
 from gptjax.inference.generator import Generator, read_prompts
 from gptjax.inference.sampling import Sampling, never_drawn, sample
-
-__all__ = ['Decoder', 'Generator', 'Sampling', 'never_drawn', 'read_prompts', 'sample']

@@ -8,5 +8,3 @@ from gptjax.interop.comparison import Check
 from gptjax.interop.exporting import export_run
 from gptjax.interop.families import FAMILIES, Fields, parse_config
 from gptjax.interop.importing import import_folder
-
-__all__ = ['FAMILIES', 'Check', 'Fields', 'export_run', 'import_folder', 'parse_config']

@@ -10,8 +10,3 @@ from gptjax.model.kernels import attention_backend
 from gptjax.model.parameters import (
   AbstractModel, Parameters, abstract_model, flops_per_token, parameter_count, stack_layers, stacked_name, unstack_layers)
 from gptjax.model.transformer import Block, Sums, Transformer, empty_cache
-
-__all__ = [
-  'AbstractModel', 'Block', 'Cache', 'Caches', 'Head', 'Parameters', 'Positions', 'Sums', 'Transformer', 'abstract_model',
-  'attention_backend', 'empty_cache', 'flops_per_token', 'left_padded', 'parameter_count', 'stack_layers', 'stacked_name', 'unstack_layers',
-]

@@ -12,7 +12,3 @@ from gptjax.planning.roofline import roofline
 from gptjax.planning.search import search
 from gptjax.planning.topology import parse
 from gptjax.planning.volumes import theoretical
-
-__all__ = [
-  'analytic_memory', 'as_json', 'collectives', 'describe', 'draw', 'estimate', 'parse', 'ranking', 'roofline', 'search', 'theoretical',
-]

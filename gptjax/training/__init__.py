@@ -5,8 +5,3 @@ from gptjax.training.objective import Batch, Objective, ObjectiveFunction, make_
 from gptjax.training.optimizer import make_optimizer, schedule
 from gptjax.training.run import Run, check_unsharded, frozen_names, resolve
 from gptjax.training.step import TrainState, abstract, initializer, state_bytes, train_step
-
-__all__ = [
-  'Batch', 'Objective', 'ObjectiveFunction', 'Options', 'Run', 'TrainState', 'abstract', 'check_unsharded', 'frozen_names', 'initializer',
-  'make_objective', 'make_optimizer', 'next_token', 'resolve', 'schedule', 'state_bytes', 'train', 'train_step',
-]

@@ -7,6 +7,3 @@ only by the sources that use them.
 from gptjax.data.sources.opening import open_source
 from gptjax.data.sources.selection import is_held_out, sample, split_source
 from gptjax.data.sources.source import Document, Malformed, Part, Record, Source, documents, malformed_error
-
-__all__ = ['Document', 'Malformed', 'Part', 'Record', 'Source', 'documents', 'is_held_out', 'malformed_error', 'open_source',
-           'sample', 'split_source']

@@ -3,8 +3,3 @@
 from gptjax.data.tokenizers.published import HuggingFaceTokenizer, SentencePieceModel
 from gptjax.data.tokenizers.subwords import Gpt2Tokenizer, SentencePieceTokenizer, Words, load_tokenizer, train_tokenizer
 from gptjax.data.tokenizers.tokenizer import ByteTokenizer, CharTokenizer, TextStream, Tokenizer
-
-__all__ = [
-    'ByteTokenizer', 'CharTokenizer', 'Gpt2Tokenizer', 'HuggingFaceTokenizer', 'SentencePieceModel', 'SentencePieceTokenizer',
-    'TextStream', 'Tokenizer', 'Words', 'load_tokenizer', 'train_tokenizer',
-]

@@ -15,8 +15,9 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
 from gptjax.config import UserError
-from gptjax.data.folders import json_object, library_errors
+from gptjax.data.folders import library_errors
 from gptjax.data.tokenizers.tokenizer import ALPHABET, FILE, Tokenizer, from_alphabet, utf8
+from gptjax.files import json_object
 
 DESCRIPTION, MODEL, CONFIG, TEMPLATE = 'tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'chat_template.jinja'
 _SPECIAL_MAP, _ADDED = 'special_tokens_map.json', 'added_tokens.json'

@@ -12,14 +12,14 @@ import numpy as np
 import sentencepiece
 
 from gptjax.config import TokenizerConfig, UserError
-from gptjax.data.folders import json_object, library_errors
+from gptjax.data.folders import library_errors
 from gptjax.data.progress import announce
 from gptjax.data.sources.source import Document
 from gptjax.data.tokenizers import export
 from gptjax.data.tokenizers.published import DESCRIPTION, MODEL, HuggingFaceTokenizer, Published, SentencePieceModel, any_of
 from gptjax.data.tokenizers.tokenizer import (
   ALPHABET, FILE, SPECIALS, ByteTokenizer, CharTokenizer, Tokenizer, from_alphabet, to_alphabet, utf8)
-from gptjax.files import expanded
+from gptjax.files import expanded, json_object
 
 OPENAI_FILES = ('encoder.json', 'vocab.bpe')
 """Ids by token, and, after a line `#version: 0.2`, one merge per line in order, as two tokens."""
