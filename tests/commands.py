@@ -52,6 +52,12 @@ def _server():
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
+def end_server():
+  """Waits for the process that forks, so that its time counts as that of the tests."""
+  if _server.cache_info().currsize:
+    _server().communicate()
+
+
 def run_module(module, *arguments, folder=ROOT, environment=None, given='', only_parse=False):
   """What `python -m module arguments` returns and prints, as of subprocess.run; `given` is what it reads from standard input.
 

@@ -13,7 +13,7 @@ from importlib import metadata
 
 import numpy as np
 import pytest
-from commands import cpu_seconds
+from commands import cpu_seconds, end_server
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -67,6 +67,10 @@ def pytest_collection_finish():
 def _cpu_seconds():
   """User and system time of this process and of those that it started."""
   return sum(os.times()[:4]) + sum(cpu_seconds)
+
+
+def pytest_sessionfinish():
+  end_server()
 
 
 _counted = 0.0

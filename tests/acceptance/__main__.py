@@ -31,7 +31,7 @@ _ONLY = flags.DEFINE_list('only', [], 'bars to run; empty: all')
 def main(_) -> int:
   for name in _ONLY.value:
     if name not in BARS:
-      raise configs.UserError('--only', name, ', '.join(BARS), BARS)
+      raise configs.UserError('--only', name, ', '.join(BARS), list(BARS))
   missed = 0
   for name in _ONLY.value or BARS:
     print(f'== {name}', file=sys.stderr)

@@ -63,7 +63,7 @@ page faults. The ratio is the faster rival's CPU time to {OURS}'s. A training st
 def main(_) -> None:
   for name in _ONLY.value:
     if name not in CONTESTS:
-      raise configs.UserError('--only', name, ', '.join(CONTESTS), CONTESTS)
+      raise configs.UserError('--only', name, ', '.join(CONTESTS), list(CONTESTS))
   if _WORKER.value:
     serve(CONTESTS[_ONLY.value[0]][1], _WORKER.value)
     return
