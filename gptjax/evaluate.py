@@ -75,7 +75,7 @@ def _documents(restorer, sets, tags) -> Callable[[Any], Any]:
   from gptjax import data, evaluation, training
   config = restorer.config
   rows = {name: data.EvalRows(store, config.data.context, config.data.isolate_documents) for name, store in sets.items()}
-  scorer = evaluation.Scorer(restorer.model, training.next_token(), restorer.mesh, _BATCH.value or config.microbatch_size)
+  scorer = evaluation.Scorer(restorer.model, training.make_objective(config), restorer.mesh, _BATCH.value or config.microbatch_size)
 
   def score(parameters):
     with data.ProgressBar('documents', sum(one.count for one in rows.values()), 'rows', shown=distributed.is_primary()) as work:

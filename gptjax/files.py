@@ -160,7 +160,7 @@ def locked(path: Path) -> Iterator[None]:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      print(f'waiting for another process that prepares the same ({path})', file=sys.stderr, flush=True)
+      print(f'waiting for another process that prepares the same data ({path})', file=sys.stderr, flush=True)
       fcntl.flock(file, fcntl.LOCK_EX)
     # The previous owner removes its file at the end: the lock is only valid on the file that exists now.
     with contextlib.suppress(FileNotFoundError):

@@ -21,19 +21,19 @@ class MeshAxis:
   rows: bool = False
   """whether it divides the batch: devices along it process different rows"""
   state: bool = False
-  """whether ZeRO shards parameters, gradients and optimizer state along it"""
+  """whether ZeRO shards parameters, gradients and optimizer state along it; exactly one axis does"""
   matrices: bool = False
-  """whether it splits matrix products (tensor parallelism)"""
-  leaves_slices: bool = False
+  """whether it splits matrix products (tensor parallelism); exactly one axis does"""
+  crosses_slices: bool = False
   """whether it may cross the network between TPU slices, or between nodes; others do only if no axis that may is left"""
 
 
 AXES = (
-  MeshAxis('replica', 1, 'groups of devices that each hold the complete state and process different rows of the batch, over the slower '
-           'network (between TPU slices)', rows=True, leaves_slices=True),
-  MeshAxis('data', REST, 'devices of a group that process different rows of the batch; zero_stage shards state over them; -1: all that '
-           'the other axes leave', rows=True, state=True),
-  MeshAxis('model', 1, 'devices that split each matrix (tensor parallelism)', matrices=True),
+  MeshAxis('replica', 1, 'number of groups of devices; each holds the complete state and processes different rows of the batch, and only '
+           'gradients cross the slower network between them (between TPU slices)', rows=True, crosses_slices=True),
+  MeshAxis('data', REST, 'number of devices per group that process different rows of the batch; zero_stage shards state over them; -1: all '
+           'that the other axes leave', rows=True, state=True),
+  MeshAxis('model', 1, 'number of devices over which each matrix is split (tensor parallelism)', matrices=True),
 )
 """From the slowest network to the fastest."""
 
@@ -42,14 +42,14 @@ ROW_AXES = tuple(axis.name for axis in AXES if axis.rows)
 """Axes that divide the rows of a batch. The train step is manual over them."""
 (STATE_AXIS,) = (axis.name for axis in AXES if axis.state)
 (REST_AXIS,) = (axis.name for axis in AXES if axis.default == REST)
-SLICE_AXES = tuple(axis.name for axis in AXES if axis.leaves_slices)
+SLICE_AXES = tuple(axis.name for axis in AXES if axis.crosses_slices)
 """Axes that may cross the network between slices."""
 (MATRIX_AXIS,) = (axis.name for axis in AXES if axis.matrices)
 
 _Size = Annotated[int, Limit(lambda size: size == REST or size >= 1, '1 or more; -1 for one axis')]
 _Sizes: Any = dataclasses.make_dataclass('_Sizes', [
   (axis.name, _Size, dataclasses.field(default=axis.default, metadata={'help': axis.help}))
-  for axis in sorted(AXES, key=lambda axis: axis.leaves_slices)], frozen=True)  # the axes that are set most often come first
+  for axis in sorted(AXES, key=lambda axis: axis.crosses_slices)], frozen=True)  # the axes that are set most often come first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class MeshConfig(_Sizes, Group, prefix='mesh.'):
   """How devices are arranged."""
 
   max_unsharded: Fraction = 0.02
-  """largest fraction of the parameters' bytes that may stay unsharded although a mesh axis should split them"""
+  """largest fraction of the parameters' bytes that may stay unsharded because a mesh axis does not divide their sizes; more is an error"""
 
   def __post_init__(self):
     super().__post_init__()

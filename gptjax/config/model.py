@@ -61,11 +61,11 @@ class ModelConfig(Group, prefix='model.'):
   rope: RopeConfig = RopeConfig()
   """rotary positions"""
   norm: Literal['layernorm', 'rmsnorm', 'rmsnorm1p'] = 'layernorm'
-  """layernorm (arXiv:1607.06450), rmsnorm (arXiv:1910.07467), or rmsnorm1p, whose gains are stored less 1 (Gemma)"""
+  """layernorm (arXiv:1607.06450), rmsnorm (arXiv:1910.07467), or rmsnorm1p, whose gains are stored minus 1 (Gemma)"""
   norm_at: Literal['pre', 'post', 'sandwich'] = 'pre'
   """where a block normalizes: the inputs of attention and feed-forward layer (pre), their outputs (post, OLMo 2) or both (Gemma 2)"""
   norm_eps: NonNegativeFloat = 1e-5
-  """added to the mean square"""
+  """added to the variance or mean square before the root"""
   mlp: Literal['gelu', 'swiglu', 'geglu'] = 'gelu'
   """gelu: two matrices, tanh approximation (GPT-2); swiglu, geglu: three, gated by silu or that gelu (arXiv:2002.05202)"""
   qk_norm: Literal['none', 'head', 'width'] = 'none'
@@ -81,13 +81,13 @@ class ModelConfig(Group, prefix='model.'):
   window: NonNegative = 0
   """tokens that a token attends to, itself included (sliding window, arXiv:2004.05150); 0: all before it"""
   global_every: NonNegative = 0
-  """number of consecutive layers of which the last has no window; 0: all have it"""
+  """every n-th layer attends globally, without a window; 0: no layer does"""
   query_scale: NonNegativeFloat = 0.0
-  """scores are divided by the root of it; 0: the features per head (arXiv:1706.03762)"""
+  """attention scores are divided by its square root; 0: the head size (arXiv:1706.03762)"""
   attention_cap: NonNegativeFloat = 0.0
   """scores s become cap * tanh(s / cap) (Gemma 2, arXiv:2408.00118); 0: unchanged"""
   logit_cap: NonNegativeFloat = 0.0
-  """the same for logits"""
+  """the same cap for the output logits; 0: unchanged"""
   dropout: FractionBelow1 = 0.0
   """probability that a feature is dropped after embeddings, attention weights, attention and feed-forward"""
 
@@ -139,18 +139,18 @@ class ComputeConfig:
   """How the transformer is computed; does not change the function, up to rounding, nor the meaning of a checkpoint or an export."""
 
   scan: bool = False
-  """run the layers as one scan over stacked parameters: compile time does not grow with them; slower on CPU"""
+  """run the layers as one scan over stacked parameters: compile time does not grow with their number; slower on CPU"""
   remat: Literal['none', 'dots', 'full', 'names'] = 'none'
   """what the backward pass recomputes of a block: nothing, all but products with weights (dots), all (full), or all but the \
-activations that saved and offloaded name (names)"""
+activations listed in compute.saved and compute.offloaded (names)"""
   saved: tuple[Activation, ...] = ()
   """activations kept under remat 'names'; JSON on a command line: '["attention", "hidden"]'"""
   offloaded: tuple[Activation, ...] = ()
   """activations kept in the host's memory under remat 'names'; for devices with a memory of their own"""
   sequence_parallel: bool = False
-  """split the activations between products by token, over the devices that split matrices (arXiv:2205.05198)"""
+  """between matrix products, split activations by token over mesh.model (arXiv:2205.05198)"""
   attention: Literal['auto', 'blocks', 'xla', 'splash', 'cudnn'] = 'auto'
-  """blocks: causal blocks, on any device; xla: the full square; splash: TPU kernels; cudnn: NVIDIA's; auto: the device's own \
+  """blocks: causal blocks, on any device; xla: the full T x T score matrix; splash: TPU kernels; cudnn: NVIDIA's; auto: the device's own \
 if it supports the model, else blocks"""
   dtype: Literal['float32', 'bfloat16'] = 'float32'
   """precision of matrix products and activations; parameters, norms, softmax and loss stay float32"""
@@ -158,7 +158,7 @@ if it supports the model, else blocks"""
   def __post_init__(self):
     if self.remat != 'names' and (self.saved or self.offloaded):
       field = 'saved' if self.saved else 'offloaded'
-      raise UserError(f'compute.{field}', list(getattr(self, field)), f"none unless compute.remat is 'names', and it is '{self.remat}'")
+      raise UserError(f'compute.{field}', list(getattr(self, field)), f"none unless compute.remat is 'names' (it is '{self.remat}')")
     if twice := set(self.saved) & set(self.offloaded):
       raise UserError('compute.offloaded', sorted(twice)[0], 'activations that are not in compute.saved')
 

@@ -43,7 +43,7 @@ _Duration = Annotated[Duration, Limit(lambda value: math.isfinite(_amount_and_un
 
 
 @dataclasses.dataclass(frozen=True)
-class SourceConfig(Group, prefix='source.'):
+class SourceConfig(Group, prefix='data.source.'):
   """Source of the documents."""
 
   path: str = ''
@@ -78,9 +78,9 @@ class Component(Group, prefix='data.train: '):
   store: str
   """folder or URL of a token store that tools.prepare_data made"""
   weight: NonNegativeFloat = 0.0
-  """fraction of the rows, relative to the other weights; 0 in all components: in proportion to their rows"""
+  """share of the rows, relative to the other weights; 0 in all components: proportional to their sizes"""
   epochs: NonNegativeFloat = 0.0
-  """maximum number of passes, after which the other components fill its fraction; 0: unlimited"""
+  """maximum number of passes, after which the other components take over its share; 0: unlimited"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,9 +181,9 @@ class OptimizerConfig(Group, prefix='optimizer.'):
   peak_lr: NonNegativeFloat = 1e-3
   """peak learning rate of adamw"""
   muon_lr: NonNegativeFloat = 0.02
-  """peak learning rate of muon, times max(1, output/input)^0.5 per matrix; with the same schedule"""
+  """peak learning rate of muon, scaled per matrix by max(1, outputs/inputs)^0.5; same schedule as peak_lr"""
   schedule: Literal['cosine', 'linear', 'wsd', 'constant'] = 'cosine'
-  """decay of the rate after warmup; wsd stays at the peak, then decays linearly over the last `decay`"""
+  """decay of the rate after warmup; wsd (warmup, stable, decay) stays at the peak, then decays linearly over the last `decay`"""
   warmup: _Duration = 100
   """duration of the linear warmup"""
   decay: _Duration = 0
@@ -225,7 +225,7 @@ class CheckpointConfig(Group, prefix='checkpoint.'):
   every: _Duration = 1000
   """duration between checkpoints; 0: only at the end"""
   minutes: NonNegativeFloat = 0.0
-  """minutes of wall-clock time after which to save in any case; 0: off"""
+  """also save after this many minutes of wall-clock time; 0: off"""
   keep: Positive = 2
   """number of latest checkpoints to keep; 1 leaves none to fall back to if it is damaged"""
   keep_every: _Duration = 0
@@ -270,11 +270,11 @@ class Config(Group):
   steps: _Duration = 1000
   """duration of training"""
   batch_size: Positive = 16
-  """sequences per step, over all devices"""
+  """rows (sequences) per step, over all devices"""
   microbatches: Positive = 1
   """number of microbatches per batch (gradient accumulation), which saves memory"""
-  objective: Literal['next_token'] = 'next_token'
-  """training objective; see gptjax/training/objective.py"""
+  objective: str = 'next_token'
+  """training objective, by its name in OBJECTIVES of gptjax/training/objective.py"""
   z_loss: NonNegativeFloat = 0.0
   """weight of the squared log-normalizer in the training loss (arXiv:2204.02311, section 5)"""
   zero_stage: Annotated[int, Limit(lambda stage: stage in range(4), '0, 1, 2 or 3')] = 0
@@ -282,9 +282,9 @@ class Config(Group):
   init_from: str = ''
   """workdir, or one checkpoint in it, to initialize the parameters of a new run from; optimizer, step and data start fresh"""
   init_partial: bool = False
-  """load from init_from the parts that fit: common names, first rows of tables, first layers; the rest starts fresh"""
+  """load the parameters of init_from that match by name (tables: first rows; stacks: first layers); initialize the others"""
   frozen: tuple[str, ...] = ()
-  """patterns of names of parameters that are not trained, such as 'tokens/*' or 'blocks/0/*'"""
+  """patterns of names of parameters that are not trained; JSON on a command line: '["tokens/*", "blocks/0/*"]'"""
   seed: Annotated[int, at_least(0), Limit(lambda seed: seed < 2**32, 'below 2**32')] = 0
   """seed of initialization, data order and dropout"""
 
@@ -300,7 +300,7 @@ class Config(Group):
       raise UserError('microbatches', self.microbatches, expected)
     optimizer = self.optimizer
     if (optimizer.schedule == 'wsd') != bool(optimizer.decay):
-      expected = f"0 unless optimizer.schedule is 'wsd', and it is '{optimizer.schedule}'" if optimizer.decay else (
+      expected = f"0 unless optimizer.schedule is 'wsd' (it is '{optimizer.schedule}')" if optimizer.decay else (
         "a duration above 0 when optimizer.schedule is 'wsd'")
       raise UserError('optimizer.decay', optimizer.decay, expected)
     if self.checkpoint.keep_best and self.eval.rows:

@@ -49,7 +49,7 @@ class Mixture:
     phases = [(row, later) for row, later in phases if row < _UNREACHABLE]
     ends = [row for row, _ in phases]
     if ends != sorted(set(ends)) or any(row < 1 for row in ends):
-      raise UserError('data.phases: start', ends, 'rows after the first, each later than the one before')
+      raise UserError('data.phases: start', ends, 'phase starts above 0, in increasing order')
     limits = list(limits) or [0] * len(counts)
     self.rows: int | None = None
     """number of rows; None: endless"""

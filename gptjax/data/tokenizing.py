@@ -324,5 +324,5 @@ def _count(state: BuildState, source: Source, parts: list[Part], encoded: Encode
 
 def _check_malformed(state: BuildState, skip: float) -> None:
   if state.malformed > skip * state.records:
-    raise UserError('source.skip', skip, f'a fraction above the {state.malformed:,} malformed of {state.records:,} records, '
+    raise UserError('data.source.skip', skip, f'a fraction above the {state.malformed:,} malformed of {state.records:,} records, '
                     'or a source without them')

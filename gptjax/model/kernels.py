@@ -32,12 +32,12 @@ def attention_backend(config: ModelConfig, compute: ComputeConfig, context: int,
   can: dict[str, str] = {'blocks': '', 'xla': ''}  # why not
   no_dropout = '' if not config.dropout else f'no dropout, and model.dropout is {config.dropout}'
   if platform == 'tpu':
-    can['splash'] = no_dropout or ('' if context % LANES == 0 else f'a context of a multiple of {LANES}, and it is {context}')
+    can['splash'] = no_dropout or ('' if context % LANES == 0 else f'a context of a multiple of {LANES} (it is {context})')
   if platform == 'gpu':
     half = '' if compute.dtype == 'bfloat16' else f"bfloat16, and compute.dtype is '{compute.dtype}'"
     width = '' if config.head_width % 8 == 0 and config.head_width <= 128 else (
       f'heads of a multiple of 8 features, 128 at most, and they have {config.head_width}')
-    even = '' if context % 2 == 0 else f'an even context, and it is {context}'
+    even = '' if context % 2 == 0 else f'an even context (it is {context})'
     plain = '' if not config.attention_cap else f'scores without a cap, and model.attention_cap is {config.attention_cap}'
     can['cudnn'] = no_dropout or half or width or even or plain
   if compute.attention == 'auto':

@@ -62,7 +62,7 @@ def _arranged(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
   count = len({getattr(device, f'{kind}_index') for device in devices})
   for axis in AXES:
     size = sizes[axis.name]
-    if axis.leaves_slices and size % count and count % size and (kind == 'slice' or size > 1):
+    if axis.crosses_slices and size % count and count % size and (kind == 'slice' or size > 1):
       raise UserError(f'mesh.{axis.name}', size, f'a divisor or a multiple of the {count} {"slices" if kind == "slice" else "processes"} '
                       f'of the {len(devices)} devices: {divisors(count)}, {2 * count}, ...')
   if kind == 'process':  # devices are in the order of their processes, which is that of the axes

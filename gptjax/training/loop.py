@@ -78,7 +78,7 @@ def train(config: Config, options: Options) -> int:
     changed = open_workdir(folder, run, data, None if newest is None else progress, options.accept_changes) if is_primary() else []
     wait_until_visible(folder)
     if newest is not None:
-      state, begun = restore(checkpoints, newest, run)[0], f'step {progress.step}, {progress.tokens:,} tokens'
+      state, begun = restore(checkpoints, newest, run)[0], f'checkpoint of step {progress.step}, {progress.tokens:,} tokens'
     elif config.init_from:  # a run that resumes does not read the other run again
       checkpoints.save(progress, state, None, waits=True)
     peak = peak_flops(list(mesh.devices.flatten()), run.config.compute.dtype)
@@ -195,7 +195,7 @@ class _Loop:
     self.book.advance(step)
     if bad:
       self._compare()  # the reason may be a device instead of the batch
-      self.book.say(f'{self.bad_steps.add(step, rows, float(metrics["loss"]), float(metrics["grad_norm"]))}: left out')
+      self.book.say(f'{self.bad_steps.add(step, rows, float(metrics["loss"]), float(metrics["grad_norm"]))}: update not applied')
     if step % self.options.log_every and step not in (1, self.run.steps):
       return
     values = {name: float(value) for name, value in jax.device_get(metrics).items() if name not in ('targets', 'bad')}
@@ -273,7 +273,7 @@ class _Loop:
       if final:
         raise
       self.interruptions.save_in(RETRY)
-      self.book.say(f'not saved: {error}; tried again in {RETRY:g} s')
+      self.book.say(f'not saved: {error}; trying again in {RETRY:g} s')
       return True
     return False
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gptjax.config import Config
+from gptjax.config import Config, UserError
 from gptjax.model import Head, Sums
 
 Batch = dict[str, Array]
@@ -51,5 +51,7 @@ OBJECTIVES: dict[str, Callable[[Config], ObjectiveFunction]] = {
 
 
 def make_objective(config: Config) -> ObjectiveFunction:
-  """The objective of a config."""
+  """The objective of a config; raises a UserError if it has no such name."""
+  if config.objective not in OBJECTIVES:
+    raise UserError('objective', config.objective, ', '.join(OBJECTIVES), list(OBJECTIVES))
   return OBJECTIVES[config.objective](config)

@@ -50,12 +50,12 @@ def replay(workdir: Path, step: int, cache_dir: Path) -> Iterator[Replayed]:
   logged = _logged(workdir / 'metrics.jsonl')
   if step not in logged:
     nearest = sorted(sorted(logged, key=lambda one: abs(one - step))[:5])
-    raise UserError('--step', step, f'a step that was logged, such as {", ".join(map(str, nearest)) or "none: no step was"}')
+    raise UserError('--step', step, f'a logged step: {", ".join(map(str, nearest)) or "none was logged"}')
   checkpoints = Checkpoints(workdir / 'checkpoints')
   before = checkpoints.newest(below=step)
   config = _config_at(workdir, checkpoints, step)
   if before is None and config.init_from:
-    raise UserError('--step', step, 'a step after a checkpoint: the one of the start, with the weights of init_from, is gone')
+    raise UserError('--step', step, 'a step after the oldest checkpoint: the first, with the weights of init_from, was removed')
   data = prepare(config.data, cache_dir)
   if (was := read_json(workdir / 'data' / 'identity.json').get('fingerprint')) != data.fingerprint:
     raise UserError('data', data.fingerprint, f'{was}, the fingerprint of the documents, split and tokenizer of the run')

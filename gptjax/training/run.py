@@ -115,7 +115,7 @@ def in_steps(config: Config, rows: TrainRows, field: str) -> int:
   value, context = configs.flatten(config)[field], config.data.context
   found = duration_in_steps(field, value, batch_size=config.batch_size, context=context, rows_per_epoch=rows.rows_per_epoch)
   if found > INT32_MAX:
-    raise UserError(field, value, f'at most {INT32_MAX:,} steps, and it is {found:.3g}')
+    raise UserError(field, value, f'at most {INT32_MAX:,} steps (it is {found:.3g})')
   return found
 
 
@@ -148,7 +148,7 @@ def header(run: Run, data: Prepared, begun: str, peak: tuple[float, str]) -> dic
     'precision': f'{config.compute.dtype} compute, float32 parameters',
     'versions': ', '.join(f'{name} {metadata.version(name)}' for name in ('jax', 'flax', 'optax', 'orbax-checkpoint')),
     'commit': _commit(),
-    'restored': begun,
+    'initial state': begun,
   }
 
 

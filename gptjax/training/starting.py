@@ -151,7 +151,7 @@ def initial_state(run: Run, tokenizer: Tokenizer) -> tuple[TrainState, str]:
   """
   path = run.config.init_from
   if not path:
-    return run.initialize(), 'nothing, fresh parameters'
+    return run.initialize(), 'fresh parameters'
   checkpoints, step, folder, tokenizer_folder = _open(expanded(path))
   config, source_tokenizer = read_config(folder), load_tokenizer(tokenizer_folder)
   source = abstract_model(config.model, config.compute, config.data.context)
@@ -166,7 +166,7 @@ def initial_state(run: Run, tokenizer: Tokenizer) -> tuple[TrainState, str]:
   found = in_layout(checkpoints.restore_parameters(step, {
     name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shardings[name]) for name, shape in source.shapes.items()}))
   take = lambda parameters: {name: _combined(fresh, found.pop(name, None)) for name, fresh in parameters.items()}
-  words = f'nothing, parameters of {path}, step {step}' + (f', in part: {_listed(differences)}' if differences else '')
+  words = f'parameters of {path}, step {step}' + (f', in part: {_listed(differences)}' if differences else '')
   return state._replace(trained=take(state.trained), frozen=take(state.frozen)), words
 
 

@@ -91,7 +91,7 @@ def lost(workdir: Path, seen: list[int]) -> list[int]:
 
 def resumed_from(log: Path) -> int | None:
   """The step that a start says it goes on from, 0 with nothing; None: it did not come to say it."""
-  match = re.search(r'restored  (?:step (\d+),|nothing)', log.read_text())
+  match = re.search(r'initial state  (?:checkpoint of step (\d+),|fresh)', log.read_text())
   return match and int(match[1] or 0)
 
 

@@ -58,7 +58,7 @@ def main(config: Config) -> None:
       if disturbed.ended:  # the same command again, with nothing in its way
         again = run(settings, folder / 'run', cache)
         wrong += [] if same(again, straight) else ['the same command again does not come to the undisturbed end']
-      words = disturbed.ended or f'goes on to its end; {[line for line in disturbed.said if "back to" in line or "left out" in line]}'
+      words = disturbed.ended or f'goes on to its end; {[line for line in disturbed.said if "back to" in line or "not applied" in line]}'
       found.append({'mesh': name, 'where': where, 'policy': policy, 'words': words, 'wrong': wrong})
       print(json.dumps(found[-1]), file=sys.stderr, flush=True)
       shutil.rmtree(folder / 'run')

@@ -237,7 +237,7 @@ def test_malformed_records_below_a_fraction_are_skipped_and_counted(tmp_path, ca
     assert store.manifest['malformed_first'][1].startswith('memory, record 6: ')
     assert 'skipped: memory, record 6: ' in capsys.readouterr().err
   else:
-    with pytest.raises(UserError, match=r'^source.skip: 0.1, expected: a fraction above the 20 malformed of 100 records'):
+    with pytest.raises(UserError, match=r'^data.source.skip: 0.1, expected: a fraction above the 20 malformed of 100 records'):
       make()
     assert not list(tmp_path.iterdir())
 

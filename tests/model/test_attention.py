@@ -130,7 +130,7 @@ def test_auto_is_the_devices_own_kernel_where_it_can_be(platform, model, compute
 @pytest.mark.parametrize('platform, compute, context, expected', [
     ('cpu', {'attention': 'splash'}, 256, 'auto, blocks, xla on a cpu'),
     ('gpu', {'attention': 'splash'}, 256, 'auto, blocks, xla, cudnn on a gpu'),
-    ('tpu', {'attention': 'splash'}, 200, 'auto, blocks or xla: it needs a context of a multiple of 128, and it is 200'),
+    ('tpu', {'attention': 'splash'}, 200, 'auto, blocks or xla: it needs a context of a multiple of 128 (it is 200)'),
     ('gpu', {'attention': 'cudnn'}, 256, "auto, blocks or xla: it needs bfloat16, and compute.dtype is 'float32'"),
 ])
 def test_a_kernel_that_cannot_run_is_refused(platform, compute, context, expected):

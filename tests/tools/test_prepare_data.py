@@ -69,7 +69,7 @@ def test_evaluation_sets_are_sources_or_stores(home, tmp_path):
   (['--source={home}/qa.jsonl', '--min_chars=-1'], '--min_chars: -1, expected: 0 or more characters'),
   (['--source={home}/qa.jsonl', '--source={home}/binary.txt'], "--source: '{home}/binary.txt', expected: one source"),
   (['--source={home}/qa.jsonl', '--out={home}/store'], "--out: '{home}/store', expected: another folder"),
-  (['--source={home}/store'], "data.source.path: '{home}/store', expected: documents; this is a token store"),
+  (['--source={home}/store'], "data.source.path: '{home}/store', expected: documents; this folder is a token store"),
   (['--source={home}/qa.jsonl', '--out={home}'], "--out: '{home}', expected: a new folder"),
   (['--source={home}/qa.jsonl', '--valid_fraction=0.1'], "--side: 'all', expected: train or valid"),
   (['--source={home}/qa.jsonl', '--out=s3://bucket/x'], "--out: 's3://bucket/x', expected: a folder on this machine"),

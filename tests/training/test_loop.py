@@ -115,6 +115,7 @@ def test_a_run_that_diverges_is_logged_and_keeps_the_best_checkpoint(tmp_path, t
   ({'mesh__data': -1, 'mesh__model': 4}, 'mesh.model: 4, expected: '),
   ({'model__vocab_size': 5}, 'model.vocab_size: 5, expected: '),
   ({'data__source__path': 'nowhere.txt'}, "data.source.path: 'nowhere.txt', expected: "),
+  ({'objective': 'next_tokn'}, "objective: 'next_tokn', expected: next_token; did you mean next_token?"),
   ({'eval__prompt': 'Ä'}, "eval.prompt, character 0: 'Ä', expected: "),
 ])
 def test_a_mistake_leaves_no_workdir(values, message, tmp_path, text, cache):
@@ -143,7 +144,7 @@ def test_a_run_on_a_full_disk_continues_and_saves_when_there_is_space(tmp_path, 
     used = shutil.disk_usage(disk)
     filler.write_bytes(b'x' * (used.free - 20_000))
     assert run(settings, disk / 'run', cache) == straight
-    assert capsys.readouterr().err.count('a disk with space left; tried again') >= 3
+    assert capsys.readouterr().err.count('a disk with space left; trying again') >= 3
     assert Checkpoints(disk / 'run' / 'checkpoints').newest() == 12
 
 

@@ -45,9 +45,9 @@ def weights(settings, source, cache):
 
 def test_all_weights_are_taken_and_nothing_else(settings, source, cache, weights, tmp_path, capsys):
   fresh, words = begun(settings, cache)
-  assert words == 'nothing, fresh parameters'
+  assert words == 'fresh parameters'
   state, words = begun(configs.override(settings, {'init_from': str(source / 'checkpoints' / '3')}), cache)
-  assert words == f'nothing, parameters of {source}/checkpoints/3, step 3'
+  assert words == f'parameters of {source}/checkpoints/3, step 3'
   assert state.step == 0 and all((state.trained[name] == weights[name]).all() for name in fresh.trained)
   assert any((state.trained[name] != fresh.trained[name]).any() for name in fresh.trained)
   assert all((a == b).all() for a, b in zip(jax.tree.leaves(state.optimizer), jax.tree.leaves(fresh.optimizer)))

@@ -50,7 +50,7 @@ def open_source(config: SourceConfig, cache_dir: Path | None = None) -> Source:
   if config.path.startswith('hf:'):
     return HuggingFace(config)
   if '://' not in config.path and (expanded(config.path) / 'index.bin').exists():
-    raise UserError('data.source.path', config.path, 'documents; this is a token store, which data.train takes')
+    raise UserError('data.source.path', config.path, 'documents; this folder is a token store: put it in data.train')
   plain = tuple(suffix for _, suffixes in _FORMATS.values() for suffix in suffixes)
   files = find(config.path, (*plain, *(suffix + packed for suffix in plain if suffix != '.parquet' for packed in SUFFIXES)))
   by_kind: dict[str, list[File]] = {}
@@ -59,7 +59,8 @@ def open_source(config: SourceConfig, cache_dir: Path | None = None) -> Source:
   counts = {kind: f'{len(found):,} {kind} file{"s" * (len(found) != 1)}' for kind, found in by_kind.items()}
   kind, *conflicts = next(present for kinds in _PRIORITIES if (present := [kind for kind in kinds if kind in by_kind]))
   if conflicts:
-    raise UserError('data.source.path', config.path, f'files of one format, as by a glob; there are {", ".join(counts.values())}')
+    raise UserError('data.source.path', config.path, f'files of one format; a glob such as DIR/*.jsonl selects them; there are '
+                    f'{", ".join(counts.values())}')
   if config.separator and kind != 'text':
     raise UserError('data.source.separator', config.separator, f'none for {kind} files: a record is a document')
   description = title(config.path)
