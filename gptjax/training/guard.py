@@ -136,8 +136,8 @@ class BadSteps:
       raise Fault(f'{bad}; it is bad step {self._in_a_row} in a row, expected: good steps in between')
     if bad.action == 'stop':
       raise UserError('loss' if not np.isfinite(loss) else 'gradient', loss if not np.isfinite(loss) else grad_norm,
-                      f'a finite value without a spike; --config.faults.bad_step=skip or rollback continues after it; {bad}; its update was '
-                      'not applied')
+                      f'a finite value without a spike; --config.faults.bad_step=skip or rollback continues after it; {bad}; its update '
+                      'was not applied')
     if bad.action == 'rollback':
       self._skipped = sorted([*self._skipped, rows])
       raise Rollback(str(bad))
