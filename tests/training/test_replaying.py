@@ -39,7 +39,7 @@ def test_a_different_logged_value_is_found(trained, cache, tmp_path):
   line['loss'] = float(np.nextafter(np.float32(line['loss']), np.float32(9)))
   (copy / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
   assert [one.difference > 0 for one in replay(copy, 8, cache)] == [True, False]
-  with pytest.raises(UserError, match=r'^--step: 99, expected: a step that was logged, such as 4, 5, 6, 7, 8$'):
+  with pytest.raises(UserError, match=r'^--step: 99, expected: a logged step: 4, 5, 6, 7, 8$'):
     list(replay(copy, 99, cache))
 
 
