@@ -140,7 +140,7 @@ def restore(checkpoints: Checkpoints, step: int, run: Run) -> tuple[TrainState, 
     arrays = layout(by_name(state, lambda x: x))
     return jax.tree.unflatten(jax.tree.structure(wanted), [arrays[name] for name in by_name(wanted, lambda x: x)])
 
-  return jax.jit(convert, donate_argnums=0, out_shardings=jax.tree.map(lambda x: x.sharding, wanted))(stored), progress
+  return jax.jit(convert, out_shardings=jax.tree.map(lambda x: x.sharding, wanted))(stored), progress
 
 
 def initial_state(run: Run, tokenizer: Tokenizer) -> tuple[TrainState, str]:

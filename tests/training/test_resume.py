@@ -82,15 +82,16 @@ def test_a_stopped_run_resumes_bit_by_bit(settings, stopped, straight, cache):
 
 
 @pytest.mark.parametrize('scan', [True, full(False)])
-def test_layers_may_be_stacked_or_not_on_resume(scan, settings, straight, stopped, tmp_path, cache):
-  workdir = stopped
-  if not scan:
-    workdir = tmp_path / 'scanned'
+def test_layers_may_be_stacked_or_unstacked_on_resume(scan, settings, straight, stopped, tmp_path, cache):
+  workdir, expected = stopped, straight
+  if not scan:  # two layers, whose order counts
+    settings = configs.override(settings, {'model.layers': 2})
+    workdir, expected = tmp_path / 'scanned', tmp_path / 'straight'
+    run(settings, expected, cache)
     run(configs.override(settings, {'compute.scan': True}), workdir, cache, stop_at=4)
   changed = run(configs.override(settings, {'compute.scan': scan}), workdir, cache)
-  for got, want in zip(changed, records(straight), strict=True):
-    assert got.keys() == want.keys()
-    assert all(got[name] == pytest.approx(value, rel=1e-4) for name, value in want.items() if name != 'grad_norm'), (got, want)
+  for got, want in zip(changed, records(expected), strict=True):
+    assert got == pytest.approx(want, rel=1e-4), (got, want)
 
 
 def test_a_checkpoint_of_another_version_is_refused(settings, stopped, cache):
@@ -112,9 +113,10 @@ def test_frozen_parameters_are_saved_and_resumed_and_may_not_change(settings, tm
   first, last = (arrays(tmp_path / 'run', step) for step in (6, 8))
   frozen = [name for name in last if 'frozen' in name]
   assert len(frozen) == 9 and all((first[name] == last[name]).all() for name in frozen)
-  parameters = load_trained(tmp_path / 'run').parameters
-  assert {f"['{part}']['{name}']" for name in parameters for part in ('trained', 'frozen')} > {name for name in last if 'blocks' in name
-                                                                                            and 'optimizer' not in name}
+  loaded = load_trained(tmp_path / 'run').parameters
+  saved = {name: value for name, value in last.items() if name.startswith(("['trained']", "['frozen']"))}
+  assert len(loaded) == len(saved)
+  assert all((np.asarray(loaded[name.split("'")[3]]) == value).all() for name, value in saved.items())
   with pytest.raises(UserError, match='frozen'):
     train(configs.override(settings, {'frozen': (), 'steps': 9}), options(tmp_path / 'run', cache, accept_changes=True))
 
