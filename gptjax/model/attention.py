@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from gptjax.config import ComputeConfig, ModelConfig, RopeConfig
 from gptjax.model.kernels import KERNELS, ScoreConfig, attention_backend
-from gptjax.model.layers import Linear, Norm, capped, dropout, fold
+from gptjax.model.layers import Linear, Norm, capped, drop, fold, keep_mask
 from gptjax.model.weights import Rows, Stack
 from gptjax.sharding import spec
 
@@ -76,16 +76,46 @@ def rotate(x: Float[Array, 'B T H C'], positions: Int[Array, 'B T'], frequency: 
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
-def attend(score: ScoreConfig, q: Float[Array, 'B T H C'], k: Float[Array, 'B S K C'], v: Float[Array, 'B S K C'],
-           mask: Bool[Array, '#B T S'], rate: float, dropout_keys: Key[Array, 'B'] | None) -> Float[Array, 'B T H C']:
-  """softmax(scale q k) v, in float32, over keys in `mask` (arXiv:1706.03762, equation 1), with H/K queries per key (arXiv:2305.13245)."""
-  b, t, h, c = q.shape
-  groups = (b, t, k.shape[2], h // k.shape[2], c)
-  q = jax.lax.reshape(q * score.scale, groups, out_sharding=spec(None, None, ('heads', h), None, None))
-  scores = capped(jnp.einsum('btkgc,bskc->bkgts', q, k, preferred_element_type=jnp.float32), score.cap)
-  weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e30), -1).astype(v.dtype)
-  mixed = jnp.einsum('bkgts,bskc->btkgc', dropout(weights, rate, dropout_keys), v)
-  return jax.lax.reshape(mixed, (b, t, h, c), out_sharding=spec(None, None, ('heads', h), None))
+def attend(score: ScoreConfig, q: Float[Array, 'B K G T C'], k: Float[Array, 'B K S C'], v: Float[Array, 'B K S C'],
+           mask: Bool[Array, '#B T S'], rate: float, dropout_keys: Key[Array, 'B'] | None) -> Float[Array, 'B K G T C']:
+  """softmax(scale q k) v, in float32, over keys in `mask` (arXiv:1706.03762, equation 1), with G queries per key (arXiv:2305.13245)."""
+  # Keys come before queries, because then most products of the two passes read their operands as they lie in memory.
+  scores = capped(jnp.einsum('bksc,bkgtc->bksgt', k, q * score.scale, preferred_element_type=jnp.float32), score.cap)
+  return _average(scores, v, jnp.swapaxes(mask, 1, 2)[:, None, :, None], keep_mask(scores, rate, dropout_keys), rate)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _average(scores: Float[Array, 'B K S G T'], v: Float[Array, 'B K S C'], mask: Bool[Array, '#B 1 S 1 T'],
+             kept: Bool[Array, 'B K S G T'] | None, rate: float) -> Float[Array, 'B K G T C']:
+  """softmax(scores) v over keys in `mask`, with weights dropped that are not `kept`. Each query must have a key in its mask.
+
+  Two things spare passes over arrays of the size of the scores. Not the weights are divided by their sum, but their products with v. And
+  in the backward pass the sum of weights times their gradients is that of outputs times theirs (arXiv:2205.14135, appendix B.2).
+  """
+  return _average_forward(scores, v, mask, kept, rate)[0]
+
+
+def _average_forward(scores, v, mask, kept, rate):
+  scores = jnp.where(mask, scores, -1e30)
+  weights = jnp.exp(scores - scores.max(2, keepdims=True))
+  inverse = 1 / weights.sum(2)[..., None]
+  weights = weights.astype(v.dtype)
+  mixed = jnp.einsum('bksgt,bksc->bkgtc', drop(weights, kept, rate), v, preferred_element_type=jnp.float32)
+  mixed = (mixed * inverse).astype(v.dtype)
+  return mixed, (weights, inverse, v, kept, mixed)
+
+
+def _average_backward(rate, saved, gradient):
+  weights, inverse, v, kept, mixed = saved
+  gradient = gradient * inverse
+  total = (gradient * mixed).sum(-1)[:, :, None]
+  gradient = gradient.astype(v.dtype)
+  of_weights = drop(jnp.einsum('bksc,bkgtc->bksgt', v, gradient, preferred_element_type=jnp.float32), kept, rate)
+  of_values = jnp.einsum('bksgt,bkgtc->bksc', drop(weights, kept, rate), gradient)
+  return weights * (of_weights - total), of_values, None, None
+
+
+_average.defvjp(_average_forward, _average_backward)
 
 
 def causal_attention(score: ScoreConfig, q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'], v: Float[Array, 'B T K C'],
@@ -101,18 +131,19 @@ def causal_attention(score: ScoreConfig, q: Float[Array, 'B T H C'], k: Float[Ar
   step = -(-length // (rows * PARTS)) * rows
   sliding = 0 < score.window <= step  # one part, then, with keys that move along
   step = length if sliding else step
+  q, k, v = _grouped(q, k.shape[2]), _heads_first(k), _heads_first(v)
 
   def block(start, low, end, q, own_segments):
     """Rows from `start` on against the keys from `low` (if it is traced: as many as they see) to `end`."""
-    seen = (lambda x: x[:, low:end]) if isinstance(low, int) else (
-      lambda x: jax.lax.dynamic_slice_in_dim(x, low, rows + score.window - 1, 1))
-    keys, values = seen(k), seen(v)
-    distance = (start + jnp.arange(q.shape[1]))[:, None] - (low + jnp.arange(keys.shape[1]))
+    seen = (lambda x, axis: jax.lax.slice_in_dim(x, low, end, axis=axis)) if isinstance(low, int) else (
+      lambda x, axis: jax.lax.dynamic_slice_in_dim(x, low, rows + score.window - 1, axis))
+    keys, values = seen(k, 2), seen(v, 2)
+    distance = (start + jnp.arange(q.shape[3]))[:, None] - (low + jnp.arange(keys.shape[2]))
     mask = (distance >= 0)[None]
     if score.window:
       mask = mask & (distance < score.window)
     if segments is not None:
-      mask = mask & (own_segments[:, :, None] == seen(segments)[:, None])
+      mask = mask & (own_segments[:, :, None] == seen(segments, 1)[:, None])
     return attend(score, q, keys, values, mask, rate, fold(dropout_keys, start))
 
   def lowest(start):
@@ -125,18 +156,38 @@ def causal_attention(score: ScoreConfig, q: Float[Array, 'B T H C'], k: Float[Ar
     middle = start
     if count > 1:
       middle = start + count * rows
-      # [B, count * rows, ...] as [count, B, rows, ...]
-      cut = lambda x: jnp.swapaxes(x[:, start:middle].reshape(x.shape[0], count, rows, *x.shape[2:]), 0, 1)
+
+      def cut(x, axis):
+        """The blocks of rows of x along an axis, as the elements of a leading one."""
+        x = jax.lax.slice_in_dim(x, start, middle, axis=axis)
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], count, rows, *x.shape[axis + 1:]), axis, 0)
+
       starts = start + rows * jnp.arange(count)
-      inputs = (starts, cut(q), None if segments is None else cut(segments))
+      inputs = (starts, cut(q, 3), None if segments is None else cut(segments, 1))
       span = rows + score.window - 1
       low = (lambda at: jnp.clip(at + rows - span, 0, length - span)) if sliding and span < length else lambda at: lowest(start)
       again = jax.checkpoint(lambda _, part: (None, block(part[0], low(part[0]), end, *part[1:])), prevent_cse=False)
-      mixed = jnp.swapaxes(jax.lax.scan(again, None, inputs)[1], 0, 1)
-      out.append(mixed.reshape(mixed.shape[0], count * rows, *mixed.shape[3:]))
+      mixed = jnp.moveaxis(jax.lax.scan(again, None, inputs)[1], 0, 3)
+      out.append(mixed.reshape(*mixed.shape[:3], count * rows, mixed.shape[5]))
     if middle < end:
-      out.append(block(middle, lowest(middle), end, q[:, middle:end], None if segments is None else segments[:, middle:end]))
-  return jnp.concatenate(out, 1)
+      out.append(block(middle, lowest(middle), end, q[:, :, :, middle:end], None if segments is None else segments[:, middle:end]))
+  return _ungrouped(jnp.concatenate(out, 3))
+
+
+def _heads_first(x: Float[Array, 'B T K C']) -> Float[Array, 'B K T C']:
+  return jnp.swapaxes(x, 1, 2)
+
+
+def _grouped(q: Float[Array, 'B T H C'], key_heads: int) -> Float[Array, 'B K G T C']:
+  """Queries by the head of the keys that they attend to."""
+  b, t, h, c = q.shape
+  q = jax.lax.reshape(q, (b, t, key_heads, h // key_heads, c), out_sharding=spec(None, None, ('heads', h), None, None))
+  return jnp.transpose(q, (0, 2, 3, 1, 4))
+
+
+def _ungrouped(x: Float[Array, 'B K G T C']) -> Float[Array, 'B T H C']:
+  b, k, g, t, c = x.shape
+  return jax.lax.reshape(jnp.transpose(x, (0, 3, 1, 2, 4)), (b, t, k * g, c), out_sharding=spec(None, None, ('heads', k * g), None))
 
 
 class Attention(nnx.Module):
@@ -201,7 +252,7 @@ def attention(config: ModelConfig, compute: ComputeConfig, score: ScoreConfig, q
 
 def _prefilled(cache: Float[Array, 'B K S C'], x: Float[Array, 'B T K C']) -> Float[Array, 'B K S C']:
   """A fresh cache with the last tokens that it can keep."""
-  size, length, x = cache.shape[2], x.shape[1], jnp.swapaxes(x, 1, 2)
+  size, length, x = cache.shape[2], x.shape[1], _heads_first(x)
   if length <= size:
     return jax.lax.dynamic_update_slice(cache, x, (0, 0, 0, 0))
   return jnp.roll(x[:, :, length - size:], length % size, 2)
@@ -213,12 +264,12 @@ def _decode(score: ScoreConfig, q: Float[Array, 'B 1 H C'], k: Float[Array, 'B 1
   assert positions.cached is not None
   size = cache.keys.shape[2]
   start = (0, 0, positions.cached % size, 0)
-  swapped = lambda x: jnp.swapaxes(x, 1, 2)
-  cache = Cache(*(jax.lax.dynamic_update_slice(old, swapped(new), start) for old, new in zip(cache, (k, v))))
+  cache = Cache(*(jax.lax.dynamic_update_slice(old, _heads_first(new), start) for old, new in zip(cache, (k, v))))
   token = positions.cached - (positions.cached - jnp.arange(size)) % size  # the token in each place; below 0: none yet
   padding = jnp.zeros(q.shape[0], jnp.int32) if positions.padding is None else positions.padding
-  keys, values = _for_heads(q, swapped(cache.keys), swapped(cache.values))
-  return attend(score, q, keys, values, (token >= padding[:, None])[:, None], 0.0, None), cache
+  keys, values = _for_heads(q, _heads_first(cache.keys), _heads_first(cache.values))
+  mask = (token >= padding[:, None])[:, None]
+  return _ungrouped(attend(score, _grouped(q, keys.shape[2]), _heads_first(keys), _heads_first(values), mask, 0.0, None)), cache
 
 
 def _for_heads(q, *keys_and_values):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from gptjax.config import ComputeConfig, ModelConfig
 from gptjax.model.weights import Rows, Stack, gathered, lookup, parameter, product
@@ -73,10 +73,20 @@ def fold(keys: Key[Array, 'B'] | None, data: int | Int[Array, '']) -> Key[Array,
 
 def dropout(x: Float[Array, 'N *S'], rate: float, keys: Key[Array, 'B'] | None) -> Float[Array, 'N *S']:
   """Zeroes a fraction `rate` of x, N = B or B * T, and scales up the rest (arXiv:1207.0580); keys: one per row, or None to return x."""
+  return drop(x, keep_mask(x, rate, keys), rate)
+
+
+def keep_mask(x: Float[Array, 'N *S'], rate: float, keys: Key[Array, 'B'] | None) -> Bool[Array, 'N *S'] | None:
+  """Which elements of x dropout keeps, sharded as x is; None: all."""
   if keys is None or not rate:
-    return x
+    return None
   split = jax.typeof(x).sharding.spec
   shape = (x.shape[0] // keys.shape[0], *x.shape[1:])
   draw = lambda key: jax.random.bernoulli(key, 1 - rate, shape, out_sharding=PartitionSpec(None, *split[1:]))
   keep = jax.lax.reshape(jax.vmap(draw)(keys), x.shape, out_sharding=PartitionSpec(None, *split[1:]))
-  return jnp.where(jax.reshard(keep, split), x / (1 - rate), 0)
+  return jax.reshard(keep, split)
+
+
+def drop(x: Float[Array, 'N *S'], kept: Bool[Array, 'N *S'] | None, rate: float) -> Float[Array, 'N *S']:
+  """x with what is not `kept` set to zero and the rest scaled up."""
+  return x if kept is None else jnp.where(kept, x / (1 - rate), 0)

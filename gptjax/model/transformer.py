@@ -27,7 +27,8 @@ class MLP(nnx.Module):
     wide, axes = (config.width, config.hidden_width), ('embed', ('mlp', config.hidden_width))
     self.up = Linear(wide, axes, 0.02, compute, stack, config.bias)
     self.gate = Linear(wide, axes, 0.02, compute, stack, config.bias) if config.gated else None
-    self.activation = jax.nn.silu if config.mlp == 'swiglu' else jax.nn.gelu  # gelu's tanh approximation is jax's default
+    # Computed again in the backward pass: JAX would keep a second array of this width. gelu's tanh approximation is jax's default.
+    self.activation = jax.checkpoint(jax.nn.silu if config.mlp == 'swiglu' else jax.nn.gelu)
     self.down = Linear(wide[::-1], axes[::-1], 0.02 / math.sqrt(2 * config.layers), compute, stack, config.bias)
 
   def __call__(self, x: Float[Array, 'N D'], rows: Rows) -> Float[Array, 'N D']:
