@@ -63,7 +63,7 @@ class MeshConfig(_Sizes, Group, prefix='mesh.'):
     super().__post_init__()
     rest = [name for name, size in self.sizes.items() if size == REST]
     if len(rest) > 1:
-      raise UserError(f'mesh.{rest[1]}', REST, f'a size, since mesh.{rest[0]} is -1 already')
+      raise UserError(f'mesh.{rest[1]}', REST, f'a size: only one axis may be -1, and mesh.{rest[0]} is')
 
   @property
   def sizes(self) -> dict[str, int]:

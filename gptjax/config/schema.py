@@ -165,7 +165,7 @@ class DataConfig(Group, prefix='data.'):
     if len(self.valid) > 1 and 'valid' in [one.name for one in self.valid]:
       raise UserError('data.valid: name', 'valid', 'another name: this one is reserved for all sets together')
     if self.valid and not self.train:
-      raise UserError('data.valid', [one.name for one in self.valid], 'none without data.train: valid_fraction of a source is held out')
+      raise UserError('data.valid', [one.name for one in self.valid], 'none without data.train; with data.source, data.valid_fraction is held out')
     if self.train and not self.valid:
       raise UserError('data.valid', [], 'at least one validation set with data.train')
     if self.train and self.source != SourceConfig():

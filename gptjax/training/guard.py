@@ -133,7 +133,7 @@ class BadSteps:
     self._in_a_row = self._in_a_row + 1 if step == self._last + 1 else 1
     self._last = step
     if self._in_a_row >= MAX_CONSECUTIVE:
-      raise Fault(f'{bad}; it is bad step {self._in_a_row} in a row, expected: good steps in between')
+      raise Fault(f'{bad}; it is the last of {self._in_a_row} consecutive bad steps')
     if bad.action == 'stop':
       raise UserError('loss' if not np.isfinite(loss) else 'gradient', loss if not np.isfinite(loss) else grad_norm,
                       f'a finite value without a spike; --config.faults.bad_step=skip or rollback continues after it; {bad}; its update '

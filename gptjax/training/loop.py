@@ -117,8 +117,8 @@ def _check_rows(run: Run, done: Progress, last: int, bad_steps: BadSteps) -> Non
   taken = done.rows + bad_steps.excluded_after(done.rows)
   if taken + (last - done.step) * size > rows:
     most = done.step + max(rows - taken, 0) // size
-    raise UserError('steps', last, f'at most {most}, or --stop_at={most}: data.train has {rows:,} rows within the epochs of its '
-                    f'components, and {taken:,} are read or skipped')
+    raise UserError('steps', last, f'at most {most}, or --stop_at={most}: data.train has {rows:,} rows by the epochs of its '
+                    f'components, of which {taken:,} are used')
 
 
 Action = tuple[Callable[[int], bool], Callable[[int, TrainState], float | None]]
@@ -258,7 +258,7 @@ class _Loop:
     """Why process 0 cannot save."""
     try:
       if not (self.options.workdir / 'config.json').exists():
-        raise UserError('--workdir', str(self.options.workdir), 'the folder of the run, which is gone')
+        raise UserError('--workdir', str(self.options.workdir), 'the workdir of this run, which was deleted or moved while it trained')
       self.book.flush()  # the records of a checkpoint's steps are on the disk before it is
       self.bad_steps.flush()
     except (UserError, OSError) as error:
@@ -281,14 +281,14 @@ class _Loop:
     """Returns to the newest checkpoint, or to the start if there is none."""
     self.rollbacks += 1
     if self.rollbacks > MAX_ROLLBACKS:
-      raise Fault(f'{reason}; the run went back {MAX_ROLLBACKS} times since its last checkpoint, expected: good steps in between')
+      raise Fault(f'{reason}; the run was rolled back {MAX_ROLLBACKS} times without reaching a new checkpoint')
     self._attempt(self.checkpoints.wait)
     self.steps.close()
     newest = self.checkpoints.newest()
     del self.steps.state
     state, progress = (self.fresh(), Progress()) if newest is None else restore(self.checkpoints, newest, self.run)
     self.book.rewind(progress.step)
-    self.book.say(f'{reason}: back to step {progress.step}')
+    self.book.say(f'{reason}: rolling back to step {progress.step}')
     self._begin(state, progress)
     _check_rows(self.run, progress, last, self.bad_steps)
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,15 @@ from gptjax.config import MATRIX_AXIS, STATE_AXIS, OptimizerConfig
 from gptjax.training.guard import select
 
 
+SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
+  'constant': jnp.ones_like,
+  'cosine': lambda done: 0.5 * (1 + jnp.cos(jnp.pi * done)),
+  'linear': lambda done: 1 - done,
+  'wsd': lambda done: 1 - done,
+}
+"""From 1 to 0 as the fraction of the decay that is done rises from 0 to 1, by name in config.schedule."""
+
+
 @functools.lru_cache(maxsize=16)
 def schedule(config: OptimizerConfig, peak: float, *, steps: int, warmup: int, decay: int) -> optax.Schedule:
   """The learning rate of each update, a function of the updates done before it.
@@ -21,48 +31,55 @@ def schedule(config: OptimizerConfig, peak: float, *, steps: int, warmup: int, d
   It rises linearly over `warmup` updates, reaches `peak` at the next, and falls by config.schedule towards
   peak * final_fraction at `steps`; wsd (arXiv:2405.18392) only over the last `decay` updates.
   """
-  low = config.final_fraction
+  shape, low = SCHEDULES[config.schedule], config.final_fraction
 
   def rate(count):
     count = jnp.asarray(count, jnp.float32)
     start = steps - decay if config.schedule == 'wsd' else warmup
     done = jnp.clip((count - start) / max(steps - start, 1), 0, 1)
-    fall = {'constant': 1.0, 'cosine': low + (1 - low) * 0.5 * (1 + jnp.cos(jnp.pi * done))}.get(
-      config.schedule, 1 - (1 - low) * done)
-    return peak * jnp.minimum((count + 1) / (warmup + 1), 1) * fall
+    return peak * jnp.minimum((count + 1) / (warmup + 1), 1) * (low + (1 - low) * shape(done))
 
   return rate
 
 
-def decays(name: str) -> bool:
+def has_weight_decay(name: str) -> bool:
   """Whether weight decay applies: to matrices and embedding tables, never to biases and gains."""
   return name.endswith(('kernel', 'table'))
 
 
-def orthogonalized(name: str) -> bool:
+def uses_muon(name: str) -> bool:
   """Whether Muon handles a parameter: the matrices inside blocks; embeddings, head, biases and gains stay with AdamW."""
   return name.startswith('blocks/') and name.endswith('kernel')
 
 
 @functools.lru_cache(maxsize=16)
 def make_optimizer(config: OptimizerConfig, **durations: int) -> optax.GradientTransformation:
-  """Clipping by global norm (arXiv:1211.5063), then AdamW or Muon; `durations` are those of `schedule`."""
-  # Links have names, because those of a checkpoint's arrays consist of them.
-  adamw = optax.named_chain(
-    ('adam', _scale_by_adam(config.b1, config.b2, config.eps)),
-    ('decay', optax.add_decayed_weights(config.weight_decay, _by_name(decays))),
-    ('rate', optax.scale_by_learning_rate(schedule(config, config.peak_lr, **durations))))
-  if config.name == 'adamw':
-    rest = adamw
-  else:
-    muon = optax.named_chain(
-      ('muon', _complete_matrices(contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=_matrix_axes))),
-      ('shape', optax.stateless(_scale_by_shape)),
-      ('decay', optax.add_decayed_weights(config.weight_decay)),
-      ('rate', optax.scale_by_learning_rate(schedule(config, config.muon_lr, **durations))))
-    rest = optax.partition({'muon': muon, 'adamw': adamw}, _by_name(lambda name: 'muon' if orthogonalized(name) else 'adamw'))
+  """Clipping by global norm (arXiv:1211.5063), then the optimizer of the config; `durations` are those of `schedule`."""
   clip = _clip_by_global_norm(config.clip) if config.clip else optax.identity()  # a resumed run may switch it
-  return optax.named_chain(('clip', clip), ('update', rest))
+  return optax.named_chain(('clip', clip), ('update', OPTIMIZERS[config.name](config, **durations)))
+
+
+def _adamw(config: OptimizerConfig, **durations: int) -> optax.GradientTransformation:
+  # Names of links become parts of the names of a checkpoint's arrays.
+  return optax.named_chain(
+    ('adam', _scale_by_adam(config.b1, config.b2, config.eps)),
+    ('decay', optax.add_decayed_weights(config.weight_decay, _by_name(has_weight_decay))),
+    ('rate', optax.scale_by_learning_rate(schedule(config, config.peak_lr, **durations))))
+
+
+def _muon(config: OptimizerConfig, **durations: int) -> optax.GradientTransformation:
+  """Muon for the matrices inside blocks, AdamW for all other parameters."""
+  muon = optax.named_chain(
+    ('muon', _complete_matrices(contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=_matrix_axes))),
+    ('shape', optax.stateless(_scale_by_shape)),
+    ('decay', optax.add_decayed_weights(config.weight_decay)),
+    ('rate', optax.scale_by_learning_rate(schedule(config, config.muon_lr, **durations))))
+  return optax.partition({'muon': muon, 'adamw': _adamw(config, **durations)},
+                         _by_name(lambda name: 'muon' if uses_muon(name) else 'adamw'))
+
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {'adamw': _adamw, 'muon': _muon}
+"""By name in config.name."""
 
 
 def update(optimizer: optax.GradientTransformation, gradient: Any, norm: jax.Array, good: jax.Array, state: Any,

@@ -192,7 +192,7 @@ def _differences(model: AbstractModel, found: Mapping[str, jax.ShapeDtypeStruct]
       if found[name].ndim != shape.ndim or any(
           ours != theirs and (axis[0] if isinstance(axis, tuple) else axis) not in _RESIZED
           for ours, theirs, axis in zip(shape.shape, found[name].shape, model.axes[name])):
-        raise UserError('init_from', words[-1], 'the same sizes but for vocabulary, positions and number of layers')
+        raise UserError('init_from', words[-1], 'the same sizes; only vocabulary, positions and the number of layers may differ')
   words += [f'no {name}' for name in model.shapes if name not in found]
   return words + [f'{name} left out' for name in found if name not in model.shapes]
 

@@ -102,7 +102,7 @@ def coverage(folder: Path) -> Result:
            'pack': all(_covers(packed[store.location]) for store in (paragraphs, gsm8k))}
   split = sum(_split_documents(store, packed[store.location]) for store in (paragraphs, gsm8k))
   padding = {store.location: packed[store.location].padding for store in (gsm8k, paragraphs)}
-  return Result('each token a target (concat: books) and an input (pack: gsm8k, paragraphs) exactly once an epoch; no document '
+  return Result('each token a target (concat: books) and an input (pack: gsm8k, paragraphs) exactly once per epoch; no document '
                 'that fits is split; padding below 1.5 % on gsm8k and 0.1 % on paragraphs of books at 1,024',
                 f'concat {exact["concat"]}, pack {exact["pack"]}, {split} split; padding {padding[gsm8k.location]:.2%} and '
                 f'{padding[paragraphs.location]:.3%}', all(exact.values()) and not split and padding[gsm8k.location] < 0.015
@@ -225,7 +225,7 @@ def memory(folder: Path) -> Result:
           'print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)')
   loading = int(subprocess.run([sys.executable, '-c', code], check=True, stdout=subprocess.PIPE, text=True).stdout)
   corpus.unlink()
-  return Result('a synthetic corpus of 5 GB: preparing (deduplicated, filtered) and loading an epoch packed stay under 1.5 GB a process',
+  return Result('a synthetic corpus of 5 GB: preparing (deduplicated, filtered) and loading an epoch packed stay under 1.5 GB per process',
                 f'preparing {preparing / 1e9:.2f} GB at most ({seconds:.0f} s, {store.tokens:,} tokens), loading {loading / 1e9:.2f} GB',
                 max(preparing, loading) < 1.5e9, 'python -m tools.prepare_data --source=corpus.jsonl --deduplicate ...')
 

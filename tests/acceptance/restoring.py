@@ -164,9 +164,9 @@ def disk_full(folder: Path) -> Result:
         python('gptjax.train', *flags, f'--workdir={disk}/run')
       if text := same_run(folder / 'straight', disk / 'run', flags, 40):
         wrong.append(text)
-  return Result('a disk of 2 GB filled to the brim while a checkpoint is written: where space is made later the run goes on to its end, '
+  return Result('a disk of 2 GB filled up while a checkpoint is written: where space is made later the run goes on to its end, '
                 'where not it ends with one error line and status 2, and with space the same command goes on; all committed checkpoints '
-                'are whole; metrics and train state bitwise those of a run that nothing disturbed',
+                'are intact; metrics and train state bitwise those of a run that nothing disturbed',
                 f'checkpoints of {size / 1e6:.0f} MB; {"; ".join(said)}; ' + ('all equal' if not wrong else '; '.join(wrong)), not wrong,
                 'python -m gptjax.train --config=RECIPE --workdir=SMALL_DISK/run')
 
@@ -229,7 +229,7 @@ def save_cost(folder: Path) -> Result:
   beside = [(max(one['memory'][which] for one in found['with']) - unsaved['without'][0]['memory'][which]) / state for which in (0, 1)]
   alone = [(after - before) / state for before, after in zip(found['before'], found['alone'])]
   told = lambda times: ', '.join(f'{one:.1f}' for one in times)
-  return Result('99M parameters, 128 tokens a step, a save every 50: it costs below 3 % of the run, by stretches with one and without, '
+  return Result('99M parameters, 128 tokens per step, a save every 50: it costs below 3 % of the run, by stretches with one and without, '
                 'and by the steps beside which it is written and others; memory of this process added by the writer alone at most 0.3 '
                 'times the state, with training going on 1.2',
                 f'{cost:+.1%} of the time by stretches ({told(seconds["with"])} s with, {told(seconds["without"])} s without), '

@@ -50,7 +50,7 @@ def zero_bytes(folder: Path) -> Result:
   off = [abs((row['parameters'] + row['gradients'] + row['optimizer']) / row['paper'] - 1) for row in table]
   held = '; '.join(f'stage {stage}: ' + ', '.join(f'{row["parameters"] + row["gradients"] + row["optimizer"]:.2f}' for row in table
                                                   if row['stage'] == stage) for stage in range(4))
-  return Result('bytes a parameter on a device, float32 and Adam: 16, 8+8/d, 4+12/d, 16/d at d = 2, 4, 8 within 1 %',
+  return Result('bytes per parameter on a device, float32 and Adam: 16, 8+8/d, 4+12/d, 16/d at d = 2, 4, 8 within 1 %',
                 f'{held}; off by {max(off):.2%} at most', max(off) <= 0.01 and len(table) == 12 and (folder / 'figure.png').exists(),
                 'python -m tools.zero_bytes --cpu_devices=8 --picture=FILE.png')
 
@@ -188,13 +188,13 @@ def bad_mesh(folder: Path) -> Result:
     'batch': (train + ['--config.batch_size=12'], 'batch_size: 12, expected: a multiple of mesh.data=8: 8 or 16'),
     'microbatches': (train + ['--config.batch_size=24', '--config.microbatches=2'],
                      'batch_size: 24, expected: a multiple of mesh.data=8 * microbatches=2: 16 or 32'),
-    'too much whole': (train + ['--config.model.mlp_width=511', '--config.mesh.model=2', '--config.batch_size=16'],
+    'too much unsharded': (train + ['--config.model.mlp_width=511', '--config.mesh.model=2', '--config.batch_size=16'],
                        'mesh.max_unsharded: 0.02, expected: at least 0.6'),
     'stage': (train + ['--config.zero_stage=4'], 'zero_stage: 4, expected: 0, 1, 2 or 3'),
     'kernel': (train + ['--config.compute.attention=splash', '--config.batch_size=16'],
                "compute.attention: 'splash', expected: auto, blocks, xla on a cpu"),
     'topology': (plan + ['--topology=v5q:4x4'], "--topology: 'v5q:4x4', expected:"),
-    'topology and mesh': (plan + ['--topology=v5e:4x4'], 'mesh.data: 256, expected: -1 or 16'),
+    'topology and mesh': (plan + ['--topology=v5e:4x4'], 'mesh.data: 256, expected: -1 or at most 16 with 16 devices'),
     'stray process': (train + ['--processes=2', '--process=2', '--coordinator=localhost:51790'], '--process: 2, expected:'),
   }
   wrong = []

@@ -180,7 +180,7 @@ def test_skipped_rows_reduce_the_available_rows(tmp_path):
     bad.add(8, (28, 32), math.nan, 1.0)
   loop._check_rows(of_rows(44), Progress(6, 24), 10, bad)
   loop._check_rows(of_rows(None), Progress(6, 24), 10, bad)
-  with pytest.raises(UserError, match=r'^steps: 10, expected: at most 9, or --stop_at=9: .* 40 rows .*, and 28 are read or skipped'):
+  with pytest.raises(UserError, match=r'^steps: 10, expected: at most 9, or --stop_at=9: .* 40 rows .*, of which 28 are used'):
     loop._check_rows(of_rows(40), Progress(6, 24), 10, bad)
 
 
@@ -202,12 +202,12 @@ def test_bad_steps_in_a_row_end_a_run_that_skips(tmp_path):
   bad = BadSteps(FaultsConfig(bad_step='skip'), tmp_path, writes=True)
   for step in [*range(1, 99), *range(100, 199)]:
     bad.add(step, (step, step + 1), math.nan, 1.0)
-  with pytest.raises(Fault, match='step 199 is bad.*bad step 100 in a row'):
+  with pytest.raises(Fault, match='step 199 is bad.*last of 100 consecutive bad steps'):
     bad.add(199, (199, 200), math.nan, 1.0)
   again = BadSteps(FaultsConfig(bad_step='skip'), tmp_path, writes=True)  # started again from a checkpoint among them
   again.resume_from(197)
   again.add(198, (198, 199), math.nan, 1.0)
-  with pytest.raises(Fault, match='step 199 is bad.*bad step 100 in a row'):
+  with pytest.raises(Fault, match='step 199 is bad.*last of 100 consecutive bad steps'):
     again.add(199, (199, 200), math.nan, 1.0)
 
 

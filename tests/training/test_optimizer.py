@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from gptjax.config import ComputeConfig, ModelConfig, OptimizerConfig
 from gptjax.model import abstract_model
 from gptjax.training import make_optimizer, schedule
-from gptjax.training.optimizer import decays, orthogonalized, update
+from gptjax.training.optimizer import has_weight_decay, update, uses_muon
 
 STEPS, WARMUP, DECAY, PEAK, LOW = 50, 7, 20, 6e-4, 0.1
 CONSTANT = {'schedule': 'constant', 'clip': 0.0}
@@ -74,10 +74,10 @@ def test_roles_follow_from_the_names_of_parameters(values, scan):
   described = abstract_model(ModelConfig(**values), ComputeConfig(scan=scan), 8)
   for name, axes in described.axes.items():
     matrix = len(set(axes) - {'layers'}) == 2
-    assert decays(name) == matrix, name
+    assert has_weight_decay(name) == matrix, name
     inside = name.split('/')[0] == 'blocks'
-    assert orthogonalized(name) == (matrix and inside), name
-  assert {decays(name) for name in described.axes} == {True, False}
+    assert uses_muon(name) == (matrix and inside), name
+  assert {has_weight_decay(name) for name in described.axes} == {True, False}
 
 
 SHAPES = {
@@ -105,8 +105,8 @@ def test_only_matrices_and_embeddings_decay(optimizer, one_device):
   parameters = some(0)
   updates, _ = first_update(config, jax.tree.map(jnp.zeros_like, parameters), parameters)
   for name, change in updates.items():
-    rate = 0.25 if optimizer == 'muon' and orthogonalized(name) else 0.5
-    share = rate * 0.1 if decays(name) else 0.0
+    rate = 0.25 if optimizer == 'muon' and uses_muon(name) else 0.5
+    share = rate * 0.1 if has_weight_decay(name) else 0.0
     np.testing.assert_allclose(change, -share * parameters[name], rtol=1e-6, atol=1e-9, err_msg=name)
 
 
@@ -114,7 +114,7 @@ def test_each_learning_rate_moves_its_own_parameters(one_device):
   for rate, in_blocks in (('muon_lr', False), ('peak_lr', True)):
     updates, _ = first_update(OptimizerConfig(**CONSTANT, name='muon', **{rate: 0.0}), some(1), some(0))
     for name, change in updates.items():
-      assert np.any(change) == (orthogonalized(name) == in_blocks), name
+      assert np.any(change) == (uses_muon(name) == in_blocks), name
 
 
 def newton_schulz(x):
@@ -186,7 +186,7 @@ def test_adamw_is_that_of_optax(clip, mesh):
   config = OptimizerConfig(clip=clip, peak_lr=0.1, schedule='linear', weight_decay=0.3)
   rate = schedule(config, 0.1, **NOW)
   theirs = optax.chain(optax.clip_by_global_norm(clip) if clip else optax.identity(), optax.adamw(
-    rate, config.b1, config.b2, config.eps, weight_decay=0.3, mask=lambda tree: {name: decays(name) for name in tree}))
+    rate, config.b1, config.b2, config.eps, weight_decay=0.3, mask=lambda tree: {name: has_weight_decay(name) for name in tree}))
   ours = make_optimizer(config, **NOW)
   expected = parameters = sharded(some(0))
   state, theirs_state = jax.jit(ours.init)(parameters), theirs.init(expected)

@@ -10,6 +10,7 @@ import platform
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from gptjax.config import SourceConfig, UserError
 from gptjax.data.sources.files import SUFFIXES, File, find, title
@@ -18,16 +19,20 @@ from gptjax.data.sources.tables import HuggingFace, Parquet
 from gptjax.data.sources.text import JsonLines, TextFiles
 from gptjax.files import expanded, locked
 
-_FORMATS: dict[str, tuple[Callable[[Sequence[File], str, SourceConfig], Source], tuple[str, ...]]] = {
-  'JSON lines': (JsonLines, ('.jsonl', '.ndjson')),
-  'Parquet': (Parquet, ('.parquet',)),
-  'text': (TextFiles, ('.txt', '.text', '.md', '.rst', '.tex', '.py')),
-  'JSON': (JsonLines, ('.json',)),
+class _Format(NamedTuple):
+  open: Callable[[Sequence[File], str, SourceConfig], Source]
+  suffixes: tuple[str, ...]
+  rank: int
+  """Files of a higher rank are ignored beside files of a lower one."""
+
+
+_FORMATS = {
+  'JSON lines': _Format(JsonLines, ('.jsonl', '.ndjson'), 0),
+  'Parquet': _Format(Parquet, ('.parquet',), 0),
+  'text': _Format(TextFiles, ('.txt', '.text', '.md', '.rst', '.tex', '.py'), 1),  # beside data: their README or LICENSE
+  'JSON': _Format(JsonLines, ('.json',), 2),  # beside others: metadata
 }
 """Files read in a folder; JSON and text may be compressed. A path or glob may name text files with any other suffix."""
-
-_PRIORITIES = (('JSON lines', 'Parquet'), ('text',), ('JSON',))
-"""Beside data files, text is their README or LICENSE and .json files are metadata; beside text, .json files are metadata."""
 
 _EXCLUDED = ('__pycache__', 'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'encodings', 'pydoc_data',
              'config-*', 'lib-dynload', '_sysconfigdata*.py', 'entities.py')
@@ -51,13 +56,14 @@ def open_source(config: SourceConfig, cache_dir: Path | None = None) -> Source:
     return HuggingFace(config)
   if '://' not in config.path and (expanded(config.path) / 'index.bin').exists():
     raise UserError('data.source.path', config.path, 'documents; this folder is a token store: put it in data.train')
-  plain = tuple(suffix for _, suffixes in _FORMATS.values() for suffix in suffixes)
+  plain = tuple(suffix for format in _FORMATS.values() for suffix in format.suffixes)
   files = find(config.path, (*plain, *(suffix + packed for suffix in plain if suffix != '.parquet' for packed in SUFFIXES)))
   by_kind: dict[str, list[File]] = {}
   for file in files:
     by_kind.setdefault(_kind(file.name), []).append(file)
   counts = {kind: f'{len(found):,} {kind} file{"s" * (len(found) != 1)}' for kind, found in by_kind.items()}
-  kind, *conflicts = next(present for kinds in _PRIORITIES if (present := [kind for kind in kinds if kind in by_kind]))
+  rank = min(_FORMATS[kind].rank for kind in by_kind)
+  kind, *conflicts = [kind for kind, format in _FORMATS.items() if kind in by_kind and format.rank == rank]
   if conflicts:
     raise UserError('data.source.path', config.path, f'files of one format; a glob such as DIR/*.jsonl selects them; there are '
                     f'{", ".join(counts.values())}')
@@ -66,13 +72,13 @@ def open_source(config: SourceConfig, cache_dir: Path | None = None) -> Source:
   description = title(config.path)
   if len(files) > 1:
     description += f' ({"; ".join([counts.pop(kind), *(f"{count} ignored" for count in counts.values())])})'
-  return _FORMATS[kind][0](by_kind[kind], description, config)
+  return _FORMATS[kind].open(by_kind[kind], description, config)
 
 
 def _kind(name: str) -> str:
   uncompressed = name.removesuffix('.gz').removesuffix('.zst')
-  return next((kind for kind, (_, suffixes) in _FORMATS.items()
-               if (name if kind == 'Parquet' else uncompressed).lower().endswith(suffixes)), 'text')
+  return next((kind for kind, format in _FORMATS.items()
+               if (name if kind == 'Parquet' else uncompressed).lower().endswith(format.suffixes)), 'text')
 
 
 def stdlib_modules(folder: Path) -> list[Document]:
