@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import platform
 import sys
 from glob import glob
 from pathlib import Path
@@ -34,7 +35,7 @@ def keep_freed_memory() -> bool:
   first steps of up to three more, because posix_memalign leaves holes until each thread's cache of small blocks is full. Must be called
   before JAX is imported, while there are no threads.
   """
-  if 'jax' in sys.modules or not _has_glibc():
+  if 'jax' in sys.modules or platform.libc_ver()[0] != 'glibc':
     return False
   libc = ctypes.CDLL(None)
   libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
@@ -50,12 +51,6 @@ def keep_freed_memory() -> bool:
     libc.madvise(first, (start + size - first) // _HUGE_PAGE * _HUGE_PAGE, _MADV_HUGEPAGE)
     libc.free(start)
   return bool(kept)
-
-
-def _has_glibc() -> bool:
-  with contextlib.suppress(AttributeError, ValueError, OSError):  # musl, macOS and Windows do not know the name
-    return os.confstr('CS_GNU_LIBC_VERSION') is not None
-  return False
 
 
 def _available_memory() -> int:

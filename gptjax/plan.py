@@ -1,6 +1,5 @@
 """Does it fit, how fast is it, what does it cost: python -m gptjax.plan --config=configs/NAME.py --topology=v5p:4x4x4"""
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,7 +21,7 @@ def main(config: configs.Config) -> None:
   from rich.console import Console
 
   from gptjax import planning
-  from gptjax.files import write_atomic
+  from gptjax.files import write_json
 
   topology = planning.parse(_TOPOLOGY.value)
   compiles = topology.chip.is_tpu and _COMPILE.value
@@ -50,7 +49,7 @@ def main(config: configs.Config) -> None:
     print('libtpu is not installed: pip install -r requirements-tpu.txt to compile the program too')
   if _JSON.value:
     found = {'plan': planning.as_json(chosen), 'candidates': [planning.as_json(one) for one in candidates] if _SEARCH.value else []}
-    write_atomic(Path(_JSON.value), json.dumps(found, indent=1) + '\n')
+    write_json(Path(_JSON.value), found)
   if _PICTURE.value:
     planning.draw(candidates, Path(_PICTURE.value))
 

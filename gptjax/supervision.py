@@ -1,7 +1,6 @@
 """Supervision: runs training as a child process, and restarts it after a crash as long as it makes progress."""
 
 import contextlib
-import itertools
 import os
 import signal
 import subprocess
@@ -23,8 +22,9 @@ def supervise(command: Sequence[str], workdir: Path, restarts: int, final: Seque
   SIGTERM, SIGINT and SIGHUP are forwarded to the command; during a pause they end this function with os.EX_TEMPFAIL.
   """
   with _Signals() as signals:
-    idle, newest = 0, _newest(workdir)
-    for restart in itertools.count(1):
+    restart, idle, newest = 0, 0, _newest(workdir)
+    while True:
+      restart += 1
       status = signals.run(command)
       if status in final or signals.received:
         return status
@@ -38,7 +38,6 @@ def supervise(command: Sequence[str], workdir: Path, restarts: int, final: Seque
       _say(f'{words}: restarted in {_PAUSES[idle - 1]} s, restart {restart} of {restarts}')
       if signals.wait(_PAUSES[idle - 1]):
         return os.EX_TEMPFAIL
-  raise AssertionError('the loop ends with a return')
 
 
 class _Signals:
@@ -75,7 +74,6 @@ class _Signals:
     return self.received
 
   def _handle(self, number: int, frame: object) -> None:
-    del frame
     self.received = True
     self._pending.append(number)
     self._forward()

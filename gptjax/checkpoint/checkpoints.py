@@ -41,7 +41,7 @@ class Progress:
   """How far a run is; stored in a checkpoint with the arrays."""
 
   step: int = 0
-  """number of updates"""
+  """steps taken, skipped ones included"""
   rows: int = 0
   """number of rows read; this is the complete state of the data"""
   tokens: int = 0

@@ -1,4 +1,4 @@
-"""The exceptions that end a binary with one line, and the valid values of a config's field, as a part of its type."""
+"""The exceptions that end a program with one line, and the valid values of a config's field, as a part of its type."""
 
 import difflib
 import math
@@ -10,7 +10,7 @@ from typing import Annotated, Any, NamedTuple
 INT32_MAX = 2**31 - 1
 """Devices count steps, ids and positions in int32."""
 _MAX_CHARACTERS = 200
-"""Of a value in an error."""
+"""Maximum length of a value in an error."""
 
 
 def _shown(value: object) -> str:
@@ -22,11 +22,12 @@ def _shown(value: object) -> str:
 
 
 class Fault(Exception):
-  """A failure of the machine rather than a mistake of its user; binaries print it as one `error:` line and exit with 1."""
+  """A failure of the machine rather than a mistake of its user; programs print it as one `error:` line and exit with 1."""
 
 
 class UserError(ValueError):
-  """A mistake in a config, a flag or an input file; binaries print it as one `error:` line and exit with 2.
+  """A condition that the user can mend: a mistake in a config, flag or input file, a full disk, a damaged checkpoint, or a loss that is
+  not finite. Programs print it as one `error:` line and exit with 2.
 
   Args:
     field: a config field ('model.heads'), a flag ('--workdir') or a file, optionally with a line.
@@ -50,9 +51,7 @@ class UserError(ValueError):
   @classmethod
   def from_text(cls, text: str) -> 'UserError':
     """Recreates an error of another process from its text."""
-    error = cls.__new__(cls)
-    error.args = (text,)
-    return error
+    return cls.__new__(cls, text)
 
 
 class Limit(NamedTuple):

@@ -82,10 +82,8 @@ def _checked_object(hint: Any, value: Any, name: str) -> Any:
 
 
 def _rebuild(group: Any, values: Mapping[str, object], prefix: str = '') -> Any:
-  new = {}
-  for field in dataclasses.fields(group):
-    name, old = prefix + field.name, getattr(group, field.name)
-    new[field.name] = _rebuild(old, values, f'{name}.') if dataclasses.is_dataclass(old) else values.get(name, old)
+  new = {name: _rebuild(old, values, f'{prefix}{name}.') if dataclasses.is_dataclass(old) else values.get(prefix + name, old)
+         for name, old in vars(group).items()}
   return dataclasses.replace(group, **new)
 
 

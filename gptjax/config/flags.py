@@ -1,4 +1,4 @@
-"""Command lines: recipes, `--config.FIELD=VALUE` overrides, `--help`, and how a binary ends with an error."""
+"""Command lines: recipes, `--config.FIELD=VALUE` overrides, `--help`, and how a program ends with an error."""
 
 import ast
 import collections
@@ -25,7 +25,7 @@ from gptjax.config.fields import BOOLEANS, FIELDS, choices, differences, flatten
 from gptjax.config.schema import Config
 
 exit_stack = contextlib.ExitStack()
-"""Contexts that a binary enters here are left when its `main` ends, with the exception that ended it."""
+"""Contexts that a program enters here are left when its `main` ends, with the exception that ended it."""
 
 _CONFIG_FLAG = re.compile(r'--?config(?:\.([^=]*))?(?:=(.*))?', re.DOTALL)
 _HELP_FLAGS = {'--help', '-help', '-h', '-?', '--helpshort'}
@@ -66,7 +66,7 @@ def run(main: Callable[[Any], int | None], *, needs_config: bool | None = True) 
   """Parses the command line, calls main(config) and exits with the status it returns (None: 0).
 
   Other flags are absl's. A UserError, here or in main, and any mistake in a flag prints one line `error: ...` on stderr and exits with 2.
-  `needs_config`: whether the binary requires `--config=RECIPE` and takes `--config.FIELD=VALUE`; None: both are optional. Without a recipe
+  `needs_config`: whether the program requires `--config=RECIPE` and takes `--config.FIELD=VALUE`; None: both are optional. Without a recipe
   main gets None.
   """
   try:
@@ -204,7 +204,7 @@ def docstrings(group: type) -> dict[str, str]:
 
 
 def own_flags() -> list[flags.Flag]:
-  """Returns the flags that the running binary and gptjax define, without those of absl and other libraries."""
+  """Returns the flags that the running program and gptjax define, without those of absl and other libraries."""
   modules = flags.FLAGS.flags_by_module_dict().items()
   own = [found for module, found in modules if module == sys.argv[0] or module.partition('.')[0] in ('gptjax', 'tools')]
   return [flag for found in own for flag in found]

@@ -13,22 +13,22 @@ the output projection, the normalized input of the feed-forward layer, its two p
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig(Group, prefix='model.rope.'):
-  """Rotary positions (arXiv:2104.09864), and how they are stretched beyond the context they were trained for."""
+  """Rotary position embeddings (RoPE, arXiv:2104.09864), and their scaling to contexts longer than those of their training."""
 
   theta: PositiveFloat = 10000.0
   """base of the wavelengths"""
   local_theta: NonNegativeFloat = 0.0
-  """base in layers with a window, which are never stretched (Gemma 3); 0: as in the others"""
+  """RoPE base of sliding-window layers, never scaled (Gemma 3); 0: theta, scaled as in the other layers"""
   scaling: Literal['none', 'linear', 'llama3'] = 'none'
   """linear: all wavelengths times factor (arXiv:2306.15595); llama3: only long ones (arXiv:2407.21783)"""
   factor: PositiveFloat = 1.0
   """factor by which the wavelengths grow"""
   low: float = 1.0
-  """llama3: wavelengths with fewer periods than this in original_context are stretched by the full factor"""
+  """llama3: wavelengths with fewer periods than this in original_context are scaled by the full factor"""
   high: float = 4.0
-  """llama3: wavelengths with more periods than this are not stretched; those in between are stretched in part"""
+  """llama3: wavelengths with more periods than this are not scaled; those in between are scaled in part"""
   original_context: Positive = 8192
-  """llama3: tokens per row before stretching"""
+  """llama3: context length, in tokens, before scaling"""
 
   def __post_init__(self):
     super().__post_init__()
@@ -114,11 +114,6 @@ class ModelConfig(Group, prefix='model.'):
     """Key/value heads, with 0 resolved."""
     return self.kv_heads or self.heads
 
-  @property
-  def gated(self) -> bool:
-    """Whether the feed-forward layer has a gate."""
-    return self.mlp != 'gelu'
-
   def sees_all(self, layer: int) -> bool:
     """Whether a layer, counted from 0, has no window."""
     return not self.window or (self.global_every > 0 and (layer + 1) % self.global_every == 0)
@@ -141,8 +136,8 @@ class ComputeConfig:
   scan: bool = False
   """run the layers as one scan over stacked parameters: compile time does not grow with their number; slower on CPU"""
   remat: Literal['none', 'dots', 'full', 'names'] = 'none'
-  """what the backward pass recomputes of a block: nothing, all but products with weights (dots), all (full), or all but the \
-activations listed in compute.saved and compute.offloaded (names)"""
+  """activations of a block that the backward pass recomputes: none, all but products with weights (dots), all (full), or all but \
+those listed in compute.saved and compute.offloaded (names)"""
   saved: tuple[Activation, ...] = ()
   """activations kept under remat 'names'; JSON on a command line: '["attention", "hidden"]'"""
   offloaded: tuple[Activation, ...] = ()
@@ -150,8 +145,8 @@ activations listed in compute.saved and compute.offloaded (names)"""
   sequence_parallel: bool = False
   """between matrix products, split activations by token over mesh.model (arXiv:2205.05198)"""
   attention: Literal['auto', 'blocks', 'xla', 'splash', 'cudnn'] = 'auto'
-  """blocks: causal blocks, on any device; xla: the full T x T score matrix; splash: TPU kernels; cudnn: NVIDIA's; auto: the device's own \
-if it supports the model, else blocks"""
+  """blocks: blockwise attention in JAX, on any device; xla: the full T x T score matrix; splash: fused kernels for TPUs; cudnn: \
+NVIDIA's; auto: the fused kernel of the device if it supports the model, else blocks"""
   dtype: Literal['float32', 'bfloat16'] = 'float32'
   """precision of matrix products and activations; parameters, norms, softmax and loss stay float32"""
 
@@ -164,5 +159,5 @@ if it supports the model, else blocks"""
 
   @property
   def plain(self) -> 'ComputeConfig':
-    """In the same dtype, for inference: layers one by one, nothing recomputed, attention by the device's backend."""
+    """The config for inference in the same dtype: layers one by one, nothing recomputed, attention by the device's backend."""
     return ComputeConfig(dtype=self.dtype)

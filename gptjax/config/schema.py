@@ -148,9 +148,6 @@ class DataConfig(Group, prefix='data.'):
     super().__post_init__()
     if self.workers and not self.prefetch:
       raise UserError('data.prefetch', 0, '1 or more with data.workers')
-    self._check_mixture()
-
-  def _check_mixture(self) -> None:
     unweighted = [component.store for component in self.train if not component.weight]
     if 0 < len(unweighted) < len(self.train):
       raise UserError('data.train: weight', 0.0, f'a weight above 0 for {unweighted[0]} too, or 0 for all components')
@@ -165,7 +162,8 @@ class DataConfig(Group, prefix='data.'):
     if len(self.valid) > 1 and 'valid' in [one.name for one in self.valid]:
       raise UserError('data.valid: name', 'valid', 'another name: this one is reserved for all sets together')
     if self.valid and not self.train:
-      raise UserError('data.valid', [one.name for one in self.valid], 'none without data.train; with data.source, data.valid_fraction is held out')
+      raise UserError('data.valid', [one.name for one in self.valid],
+                      'none without data.train; with data.source, data.valid_fraction is held out')
     if self.train and not self.valid:
       raise UserError('data.valid', [], 'at least one validation set with data.train')
     if self.train and self.source != SourceConfig():
@@ -242,7 +240,7 @@ class FaultsConfig(Group, prefix='faults.'):
   """reaction to a step whose loss or gradient is not finite or spikes, and whose update is never applied: stop the run, skip to the
   next batch, or roll back to the last checkpoint and skip the batch"""
   spike: NonNegativeFloat = 0.0
-  """number of running standard deviations above the running mean at which a loss or gradient norm is a spike; 0: off"""
+  """a loss or gradient norm more than this many running standard deviations above its running mean is a spike; 0: none is"""
   compare_every: _Duration = 0
   """duration between comparisons of replicated arrays across devices; 0: only before each checkpoint"""
 
@@ -280,9 +278,9 @@ class Config(Group):
   zero_stage: Annotated[int, Limit(lambda stage: stage in range(4), '0, 1, 2 or 3')] = 0
   """sharded along mesh.data (arXiv:1910.02054): 0 nothing, 1 the optimizer state, 2 also gradients, 3 also parameters"""
   init_from: str = ''
-  """workdir, or one checkpoint in it, to initialize the parameters of a new run from; optimizer, step and data start fresh"""
+  """workdir, or one checkpoint in it, whose parameters a new run starts from; optimizer, step and data start fresh"""
   init_partial: bool = False
-  """load the parameters of init_from that match by name (tables: first rows; stacks: first layers); initialize the others"""
+  """load what fits of init_from by name (larger or smaller tables: first rows; deeper models: first layers); initialize the rest"""
   frozen: tuple[str, ...] = ()
   """patterns of names of parameters that are not trained; JSON on a command line: '["tokens/*", "blocks/0/*"]'"""
   seed: Annotated[int, at_least(0), Limit(lambda seed: seed < 2**32, 'below 2**32')] = 0

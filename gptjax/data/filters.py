@@ -5,32 +5,31 @@ import functools
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
+from typing import Annotated
 
 import numpy as np
 
-from gptjax.config import UserError
+from gptjax.config.checks import Fraction, Group, Limit, UserError
 from gptjax.data.sources.source import Document
+
+_Characters = Annotated[int, Limit(lambda count: count >= 0, '0 or more characters')]
 
 
 @dataclasses.dataclass(frozen=True)
-class Filters:
+class Filters(Group, prefix='--'):
   """Limits on a document's text; by default every document passes."""
 
-  min_chars: int = 0
+  min_chars: _Characters = 0
   """minimum number of characters"""
-  max_chars: int = 0
+  max_chars: _Characters = 0
   """maximum number of characters; 0: no limit"""
-  min_letters: float = 0.0
+  min_letters: Fraction = 0.0
   """minimum fraction of letters and digits among characters other than white space"""
-  max_repeated_lines: float = 1.0
+  max_repeated_lines: Fraction = 1.0
   """maximum fraction of characters in lines that repeat an earlier line, e.g. 0.2 (Gopher, arXiv:2112.11446 table A1)"""
 
   def __post_init__(self):
-    for name, value in dataclasses.asdict(self).items():
-      if name.endswith('chars') and value < 0:
-        raise UserError(f'--{name}', value, '0 or more characters')
-      if not name.endswith('chars') and not 0 <= value <= 1:
-        raise UserError(f'--{name}', value, '0 to 1')
+    super().__post_init__()
     if 0 < self.max_chars < self.min_chars:
       raise UserError('--max_chars', self.max_chars, f'0 (no limit), or at least --min_chars={self.min_chars}')
 

@@ -89,6 +89,9 @@ class LocalFolder(Folder):
     self._maps: dict[str, tuple[mmap.mmap, np.ndarray]] = {}
     self._touched = 0
 
+  def __reduce__(self):
+    return LocalFolder, (self._root,)  # without memory maps
+
   def local(self, name: str) -> Path:
     return Path(self._root, name)
 

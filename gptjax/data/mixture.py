@@ -1,6 +1,5 @@
 """Mixtures: which component each row comes from, and which of the component's rows it is."""
 
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -90,10 +89,8 @@ def _quotas(weights: Sequence[float]) -> np.ndarray:
   cycle = CYCLE if np.count_nonzero(share) > 1 else 1
   exact = share * cycle
   quotas = np.maximum(np.floor(exact), share > 0).astype(np.int64)
-  missing = cycle - int(quotas.sum())
   order = np.argsort(quotas - exact, kind='stable')  # largest remainder first
-  for k in itertools.islice(itertools.cycle(order[share[order] > 0].tolist()), max(missing, 0)):
-    quotas[k] += 1
+  quotas[order[share[order] > 0][:max(cycle - quotas.sum(), 0)]] += 1
   while quotas.sum() > cycle:  # many tiny weights were rounded up
     quotas[quotas.argmax()] -= 1
   return quotas

@@ -19,7 +19,7 @@ from gptjax.data.folders import open_folder
 from gptjax.data.mixture import Mixture
 from gptjax.data.progress import counted
 from gptjax.data.rows import Layout, Packed, TrainRows, Windows
-from gptjax.data.sources import Source, documents, open_source, sample, split_source
+from gptjax.data.sources import documents, open_source, sample, split_source
 from gptjax.data.store import TokenStore
 from gptjax.data.tokenizing import Recipe, write_store
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
@@ -95,22 +95,19 @@ def train_rows(config: Config, data: Prepared) -> TrainRows:
 
 def _make_stores(config: DataConfig, cache_dir: Path, processes: int) -> tuple[dict[str, TokenStore], dict[str, TokenStore]]:
   source = open_source(config.source, cache_dir)
-  tokenizer = load_tokenizer(config.tokenizer.path).sha256 if config.tokenizer.path else dataclasses.asdict(config.tokenizer)
-  parts = [_FORMAT, source.fingerprint(), source.skip, config.valid_fraction, tokenizer]
+  tokenizer = load_tokenizer(config.tokenizer.path) if config.tokenizer.path else None
+  parts = [_FORMAT, source.fingerprint(), source.skip, config.valid_fraction,
+           tokenizer.sha256 if tokenizer else dataclasses.asdict(config.tokenizer)]
   directory = cache_dir / 'data' / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
   with atomic_directory(directory) as folder:
     if folder:
-      _build(folder, config, source, processes)
+      train, valid = split_source(source, config.valid_fraction)
+      # 'chars' needs every document that will be encoded, validation included.
+      texts = documents(source) if config.tokenizer.kind == 'chars' else sample(train)
+      tokenizer = tokenizer or train_tokenizer(config.tokenizer, texts)
+      for name, side, use in (('valid', valid, 'validation'), ('train', train, 'training')):
+        write_store(folder / name, Recipe(side, tokenizer), processes=processes, title=f'tokenizing for {use}')
   return {source.description: TokenStore.open(directory / 'train')}, {'valid': TokenStore.open(directory / 'valid')}
-
-
-def _build(folder: Path, config: DataConfig, source: Source, processes: int) -> None:
-  train, valid = split_source(source, config.valid_fraction)
-  # 'chars' needs every document that will be encoded, validation included.
-  texts = documents(source) if config.tokenizer.kind == 'chars' else sample(train)
-  tokenizer = load_tokenizer(config.tokenizer.path) if config.tokenizer.path else train_tokenizer(config.tokenizer, texts)
-  for name, side, use in (('valid', valid, 'validation'), ('train', train, 'training')):
-    write_store(folder / name, Recipe(side, tokenizer), processes=processes, title=f'tokenizing for {use}')
 
 
 def _description(config: DataConfig, tokenizer: Tokenizer, layouts: dict[str, Layout], valid: dict[str, TokenStore]) -> str:

@@ -51,7 +51,6 @@ class Packed:
 
   def __init__(self, store: TokenStore, context: int, kind: str, cache_dir: Path):
     self.store = store
-    self._arguments = store, context, kind, cache_dir
     directory = cache_dir / 'plans' / f'{store.sha256[:16]}-{kind}-{context}'
     with atomic_directory(directory) as folder:
       if folder:
@@ -60,9 +59,6 @@ class Packed:
     self.count: int = json.loads(self._folder.read('plan.json'))['rows']
     self.padding = 1 - store.tokens / (self.count * context)
     """fraction of positions that are padding"""
-
-  def __reduce__(self):
-    return Packed, self._arguments  # without memory maps
 
   def pieces(self, rows: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """See Layout."""

@@ -204,9 +204,8 @@ class TokenStore:
   def _shard(self, number: int) -> Shard:
     if number not in self._shards:
       tokens, documents, _ = self.index[number - 1].item() if number else (0, 0, b'')
-      record = self.index[number]
-      self._shards[number] = Shard(shard_name(number), tokens, documents, int(record['tokens']) - tokens,
-                                   int(record['documents']) - documents, self.dtype.itemsize)
+      end, last, _ = self.index[number].item()
+      self._shards[number] = Shard(shard_name(number), tokens, documents, end - tokens, last - documents, self.dtype.itemsize)
     return self._shards[number]
 
   def _bytes(self, wanted: Sequence[tuple[Shard, int, int]]) -> Iterator[np.ndarray]:

@@ -211,7 +211,7 @@ def _remove_unfinished(folder: Path, journal: 'Journal', itemsize: int) -> None:
 
 @dataclasses.dataclass
 class BuildState:
-  """What is needed to resume after a finished shard."""
+  """State needed to resume after a finished shard."""
 
   tasks: int = 0
   source_bytes: int = 0

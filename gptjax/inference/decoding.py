@@ -112,8 +112,8 @@ def _programs(model: AbstractModel, mesh: Mesh, forbidden: tuple[int, ...], zero
   """The jitted functions `prepare`, `prefill` and `decode`. The latter two return a _State, and ids and log-probabilities in full."""
   banned = np.zeros(model.config.table_rows, bool)
   banned[list(forbidden)] = True
-  one, rows_first = PartitionSpec(), ROWS
-  specs: Any = _State(rows_first, one, rows_first, one, rows_first, rows_first, rows_first)  # type: ignore[arg-type]
+  one = PartitionSpec()
+  specs: Any = _State(ROWS, one, ROWS, one, ROWS, ROWS, ROWS)  # type: ignore[arg-type]
 
   def run(function, in_specs, parameters, *inputs):
     state, drawn = forward(model, mesh, zero_stage, function, in_specs, (specs, ROWS))(parameters, *inputs)

@@ -2,37 +2,31 @@
 
 import dataclasses
 import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from gptjax.config import ModelConfig, UserError
+from gptjax.config import ModelConfig
+from gptjax.config.checks import Fraction, Group, Limit, at_least
 from gptjax.data import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class Sampling(Group, prefix='--'):
   """The distribution of the next token: the model's, modified by repetition penalty, temperature, top_k, top_p and min_p, in this order."""
 
-  temperature: float = 0.8
+  temperature: Annotated[float, Limit(lambda value: 0 <= value < math.inf, 'a number of at least 0')] = 0.8
   """logits are divided by it; 0: always the most likely token"""
-  top_k: int = 0
+  top_k: Annotated[int, at_least(0)] = 0
   """only the k most likely tokens, and those as likely as the k-th; 0: all"""
-  top_p: float = 1.0
+  top_p: Annotated[float, Limit(lambda value: 0 < value <= 1, 'above 0 and at most 1')] = 1.0
   """only the most likely tokens that together have this probability (arXiv:1904.09751); 1: all"""
-  min_p: float = 0.0
+  min_p: Fraction = 0.0
   """only tokens with at least this fraction of the highest probability (arXiv:2407.01082); 0: all"""
-  repetition_penalty: float = 1.0
+  repetition_penalty: Annotated[float, Limit(lambda value: 0 < value < math.inf, 'a number above 0')] = 1.0
   """positive logits of tokens that the text contains are divided by it, negative ones multiplied (arXiv:1909.05858); 1: no penalty"""
-
-  def __post_init__(self):
-    for field, valid, expected in (
-        ('temperature', 0 <= self.temperature < math.inf, 'a number of at least 0'), ('top_k', self.top_k >= 0, '0 or more'),
-        ('top_p', 0 < self.top_p <= 1, 'above 0 and at most 1'), ('min_p', 0 <= self.min_p <= 1, '0 to 1'),
-        ('repetition_penalty', 0 < self.repetition_penalty < math.inf, 'a number above 0')):
-      if not valid:
-        raise UserError(f'--{field}', getattr(self, field), expected)
 
 
 def penalized(logits: Float[Array, 'B V'], seen: Bool[Array, 'B V'], sampling: Sampling) -> Float[Array, 'B V']:

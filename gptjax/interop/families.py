@@ -70,7 +70,7 @@ class Family:
   read_more: Callable[['Fields', int], Json] = lambda fields, context: {'rope': fields.rope(context)}
   """fields of a ModelConfig that depend on several fields of config.json; the int is the model's context length"""
   write_more: Callable[[ModelConfig, int], Json] = _write_rope
-  """the inverse"""
+  """the inverse of read_more"""
   ignored: str = '$^'
   """pattern of tensors that hold no parameter"""
   prefix: str = ''
@@ -88,7 +88,7 @@ class Family:
     return _resolved(ModelConfig(**self.settings | found | self.read_more(fields, context))), context
 
   def write(self, config: ModelConfig, context: int) -> Json:
-    """The inverse; it omits settings that this family does not have."""
+    """The config.json of a model, the inverse of `read`; it omits settings that this family does not have."""
     ours = {**vars(_resolved(config)), 'context': context}
     columns = {name: None if column.nullable and not ours[column.ours] else ours[column.ours] for name, column in self.columns.items()}
     return {name: values[0] for name, values in self.required.items()} | columns | self.write_more(config, context)
@@ -231,14 +231,13 @@ def _write_gemma3(config: ModelConfig, context: int) -> Json:
   return values | {'rope_parameters': {'full_attention': values['rope_parameters'], 'sliding_attention': local}}
 
 
+_GPT2_LAYER = {'attention_norm': 'ln_1', 'attention/q': 'attn.c_attn', 'attention/k': 'attn.c_attn', 'attention/v': 'attn.c_attn',
+               'attention/out': 'attn.c_proj', 'mlp_norm': 'ln_2', 'mlp/up': 'mlp.c_fc', 'mlp/down': 'mlp.c_proj'}
 _GPT2 = {
   'tokens/table': 'transformer.wte.weight', 'positions/table': 'transformer.wpe.weight',
   'norm/gain': 'transformer.ln_f.weight', 'norm/bias': 'transformer.ln_f.bias', 'lm_head/kernel': 'lm_head.weight',
-  **{f'blocks/#/{ours}/{part}': f'transformer.h.#.{theirs}.{"bias" if part == "bias" else "weight"}' for ours, theirs, parts in (
-    ('attention_norm', 'ln_1', ('gain', 'bias')), ('attention/q', 'attn.c_attn', ('kernel', 'bias')),
-    ('attention/k', 'attn.c_attn', ('kernel', 'bias')), ('attention/v', 'attn.c_attn', ('kernel', 'bias')),
-    ('attention/out', 'attn.c_proj', ('kernel', 'bias')), ('mlp_norm', 'ln_2', ('gain', 'bias')),
-    ('mlp/up', 'mlp.c_fc', ('kernel', 'bias')), ('mlp/down', 'mlp.c_proj', ('kernel', 'bias'))) for part in parts},
+  **{f'blocks/#/{ours}/{part}': f'transformer.h.#.{theirs}.{"bias" if part == "bias" else "weight"}'
+     for ours, theirs in _GPT2_LAYER.items() for part in ('gain' if ours.endswith('norm') else 'kernel', 'bias')},
 }
 
 
@@ -304,4 +303,4 @@ FAMILIES = {one.model_type: one for one in (
   Family('olmo2', 'Olmo2ForCausalLM', _llama_names(_POST, qk_norm=True), {**_SILU, **_NO_BIAS},
          _LLAMA_COLUMNS | {'rms_norm_eps': Column('norm_eps', 1e-5)}, _LLAMA | {'norm_at': 'post', 'qk_norm': 'width'}),
 )}
-"""By model_type; an exported model becomes the first family that can describe it, so the simplest come first."""
+"""Families by model_type; an exported model becomes the first family that can describe it, so the simplest come first."""

@@ -11,8 +11,8 @@ from safetensors.numpy import save_file
 
 from gptjax import config as configs
 from gptjax.checkpoint import Checkpoints, Progress, Retention
-from gptjax.config import ComputeConfig, Config, DataConfig, MeshConfig, ModelConfig, UserError
-from gptjax.data import Prepared, Tokenizer, export, load_tokenizer
+from gptjax.config import ComputeConfig, Config, DataConfig, MeshConfig, UserError
+from gptjax.data import Prepared, export, load_tokenizer
 from gptjax.data.progress import ProgressBar
 from gptjax.files import atomic_directory, read_json, write_json
 from gptjax.interop.comparison import Check, compare_logits, compare_tensors, our_logits, their_logits
@@ -64,7 +64,11 @@ def import_folder(folder: Path, workdir: Path, *, context: int = 0, scan: bool =
   entries = read_tensors(folder)
   matched = match(family, abstract_model(model, config.compute, context), positions, entries)
   buffers = check_tensors(matched, family, str(folder), entries)
-  loaded = _tokenizer(folder, tokenizer, model)
+  if tokenizer is None and not _matching(folder, _VOCABULARY):
+    raise UserError('--tokenizer', None, f"a tokenizer's folder: {folder} has no tokenizer")
+  loaded = load_tokenizer(tokenizer or folder)
+  if loaded.vocab_size > model.vocab_size:
+    raise UserError('--tokenizer', f'{loaded.vocab_size:,} ids in {tokenizer or folder}', f'at most the {model.vocab_size:,} of the model')
   chosen = check.resolved()
   tokens = chosen.tokens(loaded, matched.model)
   devices = make_mesh(mesh)
@@ -73,7 +77,13 @@ def import_folder(folder: Path, workdir: Path, *, context: int = 0, scan: bool =
     assert out, 'the workdir did not exist'
     (out / 'config.json').write_text(configs.to_json(config))
     export(Prepared(loaded, {}, {}, (), loaded.sha256, 'none: imported'), out / 'data')
-    _keep(folder, out / KEPT, matched, entries, buffers, own_tokenizer=tokenizer is None)
+    kept = out / KEPT
+    kept.mkdir()
+    copy_text_files(folder, kept, tokenizer=tokenizer is None)
+    dtypes = {tensor.name: entries[tensor.name].dtype for tensor in matched.tensors}
+    write_json(kept / RECORD, {'dtypes': dtypes, 'tokenizer': tokenizer is None})
+    if buffers:
+      save_file({name: entries[name].view() for name in buffers}, kept / BUFFERS)
     parameters = load(matched, devices, entries)
     ours = our_logits(matched.model, parameters, devices, tokens) if chosen.kind == 'transformers' else None
     summary = [f'{family.architecture}, {sum(value.size for value in parameters.values()):,} parameters, context {context:,}']
@@ -99,25 +109,6 @@ def load(matched: Match, mesh: Mesh, entries: Mapping[str, Entry]) -> Parameters
         shapes[name].shape, shardings[name], lambda index: matched.read(entries, name, index or ())))
       work.advance(4 * shapes[name].size)
   return {name: parameters[name] for name in shapes}
-
-
-def _tokenizer(folder: Path, other: Path | None, model: ModelConfig) -> Tokenizer:
-  if other is None and not _matching(folder, _VOCABULARY):
-    raise UserError('--tokenizer', None, f"a tokenizer's folder: {folder} has no tokenizer")
-  tokenizer = load_tokenizer(other or folder)
-  if tokenizer.vocab_size > model.vocab_size:
-    raise UserError('--tokenizer', f'{tokenizer.vocab_size:,} ids in {other or folder}', f'at most the {model.vocab_size:,} of the model')
-  return tokenizer
-
-
-def _keep(folder: Path, kept: Path, matched: Match, entries: Mapping[str, Entry], buffers: list[str], own_tokenizer: bool) -> None:
-  """Keeps what an export needs besides config and checkpoint: text files, the tensors' dtypes, and tensors that hold no parameter."""
-  kept.mkdir()
-  copy_text_files(folder, kept, tokenizer=own_tokenizer)
-  dtypes = {tensor.name: entries[tensor.name].dtype for tensor in matched.tensors}
-  write_json(kept / RECORD, {'dtypes': dtypes, 'tokenizer': own_tokenizer})
-  if buffers:
-    save_file({name: entries[name].view() for name in buffers}, kept / BUFFERS)
 
 
 def copy_text_files(source: Path, target: Path, tokenizer: bool = True) -> None:

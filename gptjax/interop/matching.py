@@ -18,7 +18,7 @@ PARAMETER_DTYPES = ('F32', 'BF16', 'F16')
 """Dtypes of tensors that hold parameters: float32 represents all their values exactly."""
 
 _MAX_GROUP_BYTES = 2**28
-"""Of parameters that are restored at once."""
+"""Maximum bytes of the parameters that are restored at once."""
 
 
 @dataclasses.dataclass(frozen=True)

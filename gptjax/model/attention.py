@@ -55,7 +55,7 @@ def left_padded(length: int, padding: Int[Array, 'B']) -> Positions:
 
 
 def frequencies(rope: RopeConfig, half: int, local: bool) -> np.ndarray:
-  """Radians per position of each pair of features, in a layer with a window (`local`) or without: theta^(-i/half), then stretched."""
+  """Radians per position of each pair of features, in a layer with a window (`local`) or without: theta^(-i/half), then scaled."""
   theta = rope.local_theta if local and rope.local_theta else rope.theta
   turn = theta ** (-np.arange(half) / half)
   if rope.scaling == 'none' or (local and rope.local_theta):
@@ -67,10 +67,10 @@ def frequencies(rope: RopeConfig, half: int, local: bool) -> np.ndarray:
   return (turn * (kept + (1 - kept) / rope.factor)).astype(np.float32)
 
 
-def rotate(x: Float[Array, 'B T H C'], positions: Int[Array, 'B T'], frequency: Float[np.ndarray, 'half']) -> Float[Array, 'B T H C']:
+def rotate(x: Float[Array, 'B H T C'], positions: Int[Array, 'B T'], frequency: Float[np.ndarray, 'half']) -> Float[Array, 'B H T C']:
   """Rotary position embedding (arXiv:2104.09864, equation 34): halves of each head turned by position * frequency."""
   half = x.shape[-1] // 2
-  angle = positions[:, :, None, None].astype(jnp.float32) * frequency
+  angle = positions[:, None, :, None].astype(jnp.float32) * frequency
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
@@ -118,20 +118,20 @@ def _average_backward(rate, saved, gradient):
 _average.defvjp(_average_forward, _average_backward)
 
 
-def causal_attention(score: ScoreConfig, q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'], v: Float[Array, 'B T K C'],
+def causal_attention(score: ScoreConfig, q: Float[Array, 'B H T C'], k: Float[Array, 'B K T C'], v: Float[Array, 'B K T C'],
                      segments: Int[Array, 'B T'] | None, rate: float, dropout_keys: Key[Array, 'B'] | None,
-                     rows: int) -> Float[Array, 'B T H C']:
+                     rows: int) -> Float[Array, 'B H T C']:
   """Attention of each token to itself and those before it in its segment and window, `rows` query rows at a time.
 
   A block of rows reads only the keys up to its own end, or in rows of more than PARTS blocks up to the end of its part: nearly half of the
   square is never computed. With a short window it reads only the keys that its rows attend to. The blocks of a part run one after the
   other and are computed again in the backward pass, so that memory grows with the context and not with its square.
   """
-  length = q.shape[1]
+  length = q.shape[2]
   step = -(-length // (rows * PARTS)) * rows
   sliding = 0 < score.window <= step  # one part, then, with keys that move along
   step = length if sliding else step
-  q, k, v = _grouped(q, k.shape[2]), _heads_first(k), _heads_first(v)
+  q = _grouped(q, k)
 
   def block(start, low, end, q, own_segments):
     """Rows from `start` on against the keys from `low` (if it is traced: as many as they see) to `end`."""
@@ -174,20 +174,15 @@ def causal_attention(score: ScoreConfig, q: Float[Array, 'B T H C'], k: Float[Ar
   return _ungrouped(jnp.concatenate(out, 3))
 
 
-def _heads_first(x: Float[Array, 'B T K C']) -> Float[Array, 'B K T C']:
-  return jnp.swapaxes(x, 1, 2)
-
-
-def _grouped(q: Float[Array, 'B T H C'], key_heads: int) -> Float[Array, 'B K G T C']:
+def _grouped(q: Float[Array, 'B H T C'], keys: Float[Array, 'B K S C']) -> Float[Array, 'B K G T C']:
   """Queries by the head of the keys that they attend to."""
-  b, t, h, c = q.shape
-  q = jax.lax.reshape(q, (b, t, key_heads, h // key_heads, c), out_sharding=spec(None, None, ('heads', h), None, None))
-  return jnp.transpose(q, (0, 2, 3, 1, 4))
+  (b, h, t, c), kv_heads = q.shape, keys.shape[1]
+  return jax.lax.reshape(q, (b, kv_heads, h // kv_heads, t, c), out_sharding=spec(None, ('heads', h), None, None, None))
 
 
-def _ungrouped(x: Float[Array, 'B K G T C']) -> Float[Array, 'B T H C']:
+def _ungrouped(x: Float[Array, 'B K G T C']) -> Float[Array, 'B H T C']:
   b, k, g, t, c = x.shape
-  return jax.lax.reshape(jnp.transpose(x, (0, 3, 1, 2, 4)), (b, t, k * g, c), out_sharding=spec(None, None, ('heads', k * g), None))
+  return jax.lax.reshape(x, (b, k * g, t, c), out_sharding=spec(None, ('heads', k * g), None, None))
 
 
 class Attention(nnx.Module):
@@ -214,8 +209,9 @@ class Attention(nnx.Module):
 
     def project(name, linear, norm, count, axis):
       y = checkpoint_name(linear(x), name)
-      split = lambda y: jax.lax.reshape(y, (b, t, count, config.head_width), out_sharding=spec(None, None, (axis, count), None))
-      return split(y) if norm is None else norm(split(y)) if config.qk_norm == 'head' else split(norm(y))
+      y = norm(y) if norm is not None and config.qk_norm != 'head' else y
+      y = jax.lax.reshape(y, (b, t, count, config.head_width), out_sharding=spec(None, None, (axis, count), None))
+      return jnp.swapaxes(norm(y) if norm is not None and config.qk_norm == 'head' else y, 1, 2)
 
     q = project('q', self.q, self.q_norm, config.heads, 'heads')
     k = project('k', self.k, self.k_norm, config.key_heads, 'kv_heads')
@@ -235,45 +231,43 @@ class Attention(nnx.Module):
       y, cache = jax.lax.cond((layer + 1) % config.global_every == 0, functools.partial(mix, True), functools.partial(mix, False), q, k, v)
     else:
       y, cache = mix(config.sees_all(layer if isinstance(layer, int) else 0), q, k, v)
-    y = checkpoint_name(jax.lax.reshape(y, (b * t, config.heads * config.head_width), out_sharding=spec(None, ('heads', config.heads))),
-                        'attention')
-    return self.out(y, rows), cache
+    y = jax.lax.reshape(jnp.swapaxes(y, 1, 2), (b * t, config.heads * config.head_width), out_sharding=spec(None, ('heads', config.heads)))
+    return self.out(checkpoint_name(y, 'attention'), rows), cache
 
 
-def attention(config: ModelConfig, compute: ComputeConfig, score: ScoreConfig, q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'],
-              v: Float[Array, 'B T K C'], segments: Int[Array, 'B T'] | None, keys: Key[Array, 'B'] | None) -> Float[Array, 'B T H C']:
+def attention(config: ModelConfig, compute: ComputeConfig, score: ScoreConfig, q: Float[Array, 'B H T C'], k: Float[Array, 'B K T C'],
+              v: Float[Array, 'B K T C'], segments: Int[Array, 'B T'] | None, keys: Key[Array, 'B'] | None) -> Float[Array, 'B H T C']:
   """Causal attention by the implementation that the config and the device choose."""
   # One that is named was checked before, for the device that the program is for, which may be another than this process's.
-  backend = attention_backend(config, compute, q.shape[1]) if compute.attention == 'auto' else compute.attention
+  backend = attention_backend(config, compute, q.shape[2]) if compute.attention == 'auto' else compute.attention
   if backend in KERNELS:
     return KERNELS[backend](score, q, k, v, segments)
-  return causal_attention(score, q, k, v, segments, config.dropout, keys, BLOCK if backend == 'blocks' else q.shape[1])
+  return causal_attention(score, q, k, v, segments, config.dropout, keys, BLOCK if backend == 'blocks' else q.shape[2])
 
 
-def _prefilled(cache: Float[Array, 'B K S C'], x: Float[Array, 'B T K C']) -> Float[Array, 'B K S C']:
+def _prefilled(cache: Float[Array, 'B K S C'], x: Float[Array, 'B K T C']) -> Float[Array, 'B K S C']:
   """A fresh cache with the last tokens that it can keep."""
-  size, length, x = cache.shape[2], x.shape[1], _heads_first(x)
+  size, length = cache.shape[2], x.shape[2]
   if length <= size:
     return jax.lax.dynamic_update_slice(cache, x, (0, 0, 0, 0))
   return jnp.roll(x[:, :, length - size:], length % size, 2)
 
 
-def _decode(score: ScoreConfig, q: Float[Array, 'B 1 H C'], k: Float[Array, 'B 1 K C'], v: Float[Array, 'B 1 K C'],
-            positions: Positions, cache: Cache) -> tuple[Float[Array, 'B 1 H C'], Cache]:
+def _decode(score: ScoreConfig, q: Float[Array, 'B H 1 C'], k: Float[Array, 'B K 1 C'], v: Float[Array, 'B K 1 C'],
+            positions: Positions, cache: Cache) -> tuple[Float[Array, 'B H 1 C'], Cache]:
   """Attention of one more token per row, which replaces the oldest one in a full cache."""
   assert positions.cached is not None
   size = cache.keys.shape[2]
   start = (0, 0, positions.cached % size, 0)
-  cache = Cache(*(jax.lax.dynamic_update_slice(old, _heads_first(new), start) for old, new in zip(cache, (k, v))))
+  cache = Cache(*(jax.lax.dynamic_update_slice(old, new, start) for old, new in zip(cache, (k, v))))
   token = positions.cached - (positions.cached - jnp.arange(size)) % size  # the token in each place; below 0: none yet
   padding = jnp.zeros(q.shape[0], jnp.int32) if positions.padding is None else positions.padding
-  keys, values = _for_heads(q, _heads_first(cache.keys), _heads_first(cache.values))
-  mask = (token >= padding[:, None])[:, None]
-  return _ungrouped(attend(score, _grouped(q, keys.shape[2]), _heads_first(keys), _heads_first(values), mask, 0.0, None)), cache
+  keys, values = _for_heads(q, *cache)
+  return _ungrouped(attend(score, _grouped(q, keys), keys, values, (token >= padding[:, None])[:, None], 0.0, None)), cache
 
 
 def _for_heads(q, *keys_and_values):
   """Keys and values with heads that `model` does not split, repeated to as many heads as there are queries, which it does split."""
   split = jax.typeof(q).sharding.spec
-  return tuple(x if jax.typeof(x).sharding.spec == split else jnp.repeat(x, q.shape[2] // x.shape[2], 2, out_sharding=split)
+  return tuple(x if jax.typeof(x).sharding.spec == split else jnp.repeat(x, q.shape[1] // x.shape[1], 1, out_sharding=split)
                for x in keys_and_values)

@@ -6,6 +6,7 @@ section 3); maxima and sums over ids cross the mesh axis that splits matrices. R
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gptjax.model.layers import capped
 from gptjax.model.weights import all_rows, layer_axes, product, sum_over_matrices
-from gptjax.sharding import Weight, as_weight, local_matrices, spec
+from gptjax.sharding import as_weight, local_matrices, spec
 
 CHUNK_BYTES = 2**27
 """Size of a chunk's float32 logits on a device."""
@@ -48,16 +49,12 @@ class Head:
     The z-loss is that of arXiv:2204.02311, section 5. Gradients flow through the first sum, and are computed together with it, so that
     no product is computed twice.
     """
-    total, loss = _cross_entropy(hidden, self._weight, targets, mask, self._static, z_loss)
+    total, loss = _cross_entropy(hidden, as_weight(self.param.get_value()), targets, mask, self._static, z_loss)
     return total, jax.lax.stop_gradient(loss)
 
   def log_probabilities(self, hidden: Float[Array, 'N D'], targets: Int[Array, 'N']) -> tuple[Float[Array, 'N'], Bool[Array, 'N']]:
     """log softmax(hidden W)[target] of each token, in nats, and whether its target is the most likely id (of equal ones the lowest)."""
-    return _log_probabilities(hidden, self._weight, targets, self._static)
-
-  @property
-  def _weight(self) -> Weight:
-    return as_weight(self.param.get_value())
+    return _log_probabilities(hidden, as_weight(self.param.get_value()), targets, self._static)
 
   @property
   def _static(self) -> '_Static':
@@ -79,21 +76,21 @@ class _Static:
     """The mesh axis that splits the ids, if one does."""
     return self.split[0 if self.transposed else 1]
 
-  def ids(self, w: Float[Array, 'V D']) -> Int[Array, 'V']:
-    """Ids of this device's rows of W."""
-    return (0 if self.axis is None else jax.lax.axis_index(self.axis) * w.shape[0]) + jnp.arange(w.shape[0])
+  def rows(self, w: Array) -> tuple[Float[Array, 'V D'], Int[Array, 'V']]:
+    """This device's part of W^T, or of the table, and the ids of its rows."""
+    w = w if self.transposed else w.T
+    return w, (0 if self.axis is None else jax.lax.axis_index(self.axis) * w.shape[0]) + jnp.arange(w.shape[0])
 
-  def sum(self, x: Array) -> Array:
-    """Over the devices that split the ids."""
-    return x if self.axis is None else jax.lax.psum(x, self.axis)
+  def over_ids(self, x: Array, reduce: Callable = jax.lax.psum) -> Array:
+    """The sum, or another reduction, over the devices that split the ids."""
+    return x if self.axis is None else reduce(x, self.axis)
 
   def logits(self, h, w, ids):
-    """Of this device's ids: logits [n, v] with their cap, those with -1e30 for ids that pad the table, the highest [n] on any device,
+    """For this device's ids: logits [n, v] with their cap, the same with -1e30 for ids that pad the table, the highest [n] on any device,
     and exponentials [n, v] of the distance to it."""
     soft = capped(jnp.matmul(h, w.T, preferred_element_type=jnp.float32), self.cap)
     logits = jnp.where(ids < self.vocab_size, soft, -1e30)
-    highest = logits.max(-1)
-    highest = highest if self.axis is None else jax.lax.pmax(highest, self.axis)
+    highest = self.over_ids(logits.max(-1), jax.lax.pmax)
     return soft, logits, highest, jnp.exp(logits - highest[:, None])
 
 
@@ -119,16 +116,14 @@ _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _log_probabilities(hidden, weight, targets, static):
   def local(h, w, targets):
-    w = w if static.transposed else w.T  # [V, D]
-    ids = static.ids(w)
+    w, ids = static.rows(w)
 
     def chunk(_, part):
       h, targets = part
       _, logits, highest, exponentials = static.logits(h, w, ids)
-      own = static.sum(jnp.where(ids == targets[:, None], logits, 0).sum(-1))
-      most_likely = jnp.where(logits == highest[:, None], ids, static.vocab_size).min(-1)
-      most_likely = most_likely if static.axis is None else jax.lax.pmin(most_likely, static.axis)
-      return None, (own - highest - jnp.log(static.sum(exponentials.sum(-1))), most_likely == targets)
+      own = static.over_ids(jnp.where(ids == targets[:, None], logits, 0).sum(-1))
+      most_likely = static.over_ids(jnp.where(logits == highest[:, None], ids, static.vocab_size).min(-1), jax.lax.pmin)
+      return None, (own - highest - jnp.log(static.over_ids(exponentials.sum(-1))), most_likely == targets)
 
     return _in_chunks(chunk, None, (h, targets), 4 * w.shape[0])[1]
 
@@ -152,16 +147,15 @@ def _sums(hidden, weight, targets, mask, static, z_loss, *, gradients):
   rows = jax.typeof(hidden).sharding.spec[0]  # split over `model` under sequence parallelism
 
   def local(h, w, targets, mask):
-    w = w if static.transposed else w.T  # [V, D]
-    ids = static.ids(w)
+    w, ids = static.rows(w)
 
     def chunk(sums, part):
       h, targets, mask = part
       soft, logits, highest, exponentials = static.logits(h, w, ids)
-      total = static.sum(exponentials.sum(-1))
+      total = static.over_ids(exponentials.sum(-1))
       hit = ids == targets[:, None]
       normalizer = highest + jnp.log(total)
-      losses = mask * (normalizer - static.sum(jnp.where(hit, logits, 0).sum(-1)))
+      losses = mask * (normalizer - static.over_ids(jnp.where(hit, logits, 0).sum(-1)))
       loss, extra = sums[0] + losses.sum(), sums[1] + (mask * z_loss * jnp.square(normalizer)).sum()
       if not gradients:
         return (loss, extra), None

@@ -49,19 +49,19 @@ def attention_backend(config: ModelConfig, compute: ComputeConfig, context: int,
   return compute.attention
 
 
-def _per_device(kernel: Callable, q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'], v: Float[Array, 'B T K C'],
-                segments: Int[Array, 'B T'] | None) -> Float[Array, 'B T H C']:
+def _per_device(kernel: Callable, q: Float[Array, 'B H T C'], k: Float[Array, 'B K T C'], v: Float[Array, 'B K T C'],
+                segments: Int[Array, 'B T'] | None) -> Float[Array, 'B H T C']:
   heads = jax.typeof(q).sharding.spec
   run = local_matrices(kernel, (heads, heads, heads, None if segments is None else PartitionSpec(None, None)), heads)
   return run(q, k, v, segments)
 
 
-def splash(score: ScoreConfig, q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'], v: Float[Array, 'B T K C'],
-           segments: Int[Array, 'B T'] | None, interpret: bool = False) -> Float[Array, 'B T H C']:
+def splash(score: ScoreConfig, q: Float[Array, 'B H T C'], k: Float[Array, 'B K T C'], v: Float[Array, 'B K T C'],
+           segments: Int[Array, 'B T'] | None, interpret: bool = False) -> Float[Array, 'B H T C']:
   """Causal attention by Pallas kernels for TPUs that never hold the square of scores; `interpret`: run them on a CPU."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-  length = q.shape[1]
+  length = q.shape[2]
   block = next(size for size in (1024, 512, 256, LANES) if length % size == 0)
   part = min(block, 512)  # keys at a time, so that a block's scores fit a core's memory
   sizes = kernels.BlockSizes(block_q=block, block_kv=block, block_kv_compute=part, block_q_dkv=block, block_kv_dkv=block,
@@ -69,24 +69,23 @@ def splash(score: ScoreConfig, q: Float[Array, 'B T H C'], k: Float[Array, 'B T 
 
   def local(q, k, v, segments):
     seen = masks.LocalMask((length, length), (score.window - 1, 0), 0) if score.window else masks.CausalMask((length, length))
-    run = kernels.make_splash_mha(masks.MultiHeadMask([seen] * q.shape[2]), block_sizes=sizes, head_shards=1, q_seq_shards=1,
+    run = kernels.make_splash_mha(masks.MultiHeadMask([seen] * q.shape[1]), block_sizes=sizes, head_shards=1, q_seq_shards=1,
                                   attn_logits_soft_cap=score.cap or None, interpret=interpret)
     ids = None if segments is None else kernels.SegmentIds(segments, segments)
-    heads_first = lambda x: jnp.swapaxes(x, 1, 2)
-    out = jax.vmap(run)(heads_first(q) * score.scale, heads_first(k), heads_first(v), ids)
-    return heads_first(out).astype(v.dtype)
+    return jax.vmap(run)(q * score.scale, k, v, ids).astype(v.dtype)
 
   return _per_device(local, q, k, v, segments)
 
 
-def cudnn(score: ScoreConfig, q: Float[Array, 'B T H C'], k: Float[Array, 'B T K C'], v: Float[Array, 'B T K C'],
-          segments: Int[Array, 'B T'] | None) -> Float[Array, 'B T H C']:
+def cudnn(score: ScoreConfig, q: Float[Array, 'B H T C'], k: Float[Array, 'B K T C'], v: Float[Array, 'B K T C'],
+          segments: Int[Array, 'B T'] | None) -> Float[Array, 'B H T C']:
   """Causal attention by NVIDIA's cuDNN, in bfloat16. Segments cost a mask of 2 bytes per pair of tokens, which all heads share."""
   def local(q, k, v, segments):
     mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
     window = (score.window - 1, 0) if score.window else None
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, scale=score.scale, local_window_size=window,
-                                        implementation='cudnn')
+    out = jax.nn.dot_product_attention(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), mask=mask, is_causal=True, scale=score.scale,
+                                       local_window_size=window, implementation='cudnn')
+    return jnp.swapaxes(out, 1, 2)
 
   return _per_device(local, q, k, v, segments)
 

@@ -6,7 +6,6 @@ Layers have one of two layouts: an array per layer (`blocks/3/mlp/up/kernel`), o
 
 import dataclasses
 import functools
-import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -67,7 +66,7 @@ class AbstractModel:
 
   def unsharded(self, zero_stage: int, mesh: AnyMesh) -> tuple[float, list[str]]:
     """The fraction of the parameters' bytes that stays unsharded although an axis should split them, and the reasons in words."""
-    sizes = {name: math.prod(shape.shape) for name, shape in self.shapes.items()}
+    sizes = {name: shape.size for name, shape in self.shapes.items()}
     found = {name: unsharded_axes(self.axes[name], shape.shape, zero_stage, mesh) for name, shape in self.shapes.items()}
     reasons: dict[str, dict[str, None]] = {}
     for name, axes in found.items():
@@ -98,14 +97,13 @@ class AbstractModel:
     return frozenset(found)
 
   def _unstacked_names(self, name: str) -> list[str]:
-    layers = range(self.config.layers) if 'layers' in self.axes[name] else [None]
-    return [name if layer is None else name.replace('blocks/', f'blocks/{layer}/', 1) for layer in layers]
+    if 'layers' not in self.variables[name][1].get_metadata('axes'):
+      return [name]
+    return [name.replace('blocks/', f'blocks/{layer}/', 1) for layer in range(self.config.layers)]
 
   def initialize(self, key: jax.Array, shardings: dict[str, NamedSharding]) -> Parameters:
     """Fresh parameters with these shardings, equal on every mesh, scanned or not; to be traced under jit."""
-    def draw(key):
-      layers = lambda v: range(self.config.layers) if 'layers' in v.get_metadata('axes') else None
-      return {name: initial_value(name, v, key, layers(v)) for name, (_, v) in self.variables.items()}
+    draw = lambda key: {name: initial_value(self._unstacked_names(name), v, key) for name, (_, v) in self.variables.items()}
     # Explicit axes would draw complete parameters and cut them afterwards; with Auto axes each device draws its own part.
     return jax.sharding.auto_axes(draw, out_sharding=shardings)(key)
 
@@ -140,7 +138,7 @@ def abstract_model(config: ModelConfig, compute: ComputeConfig, context: int) ->
 @functools.cache  # the search for a layout calls both many times
 def parameter_count(config: ModelConfig, context: int) -> int:
   """Elements of all parameters; learned positions count, a tied head counts once."""
-  return sum(math.prod(s.shape) for s in abstract_model(config, ComputeConfig(), context).shapes.values())
+  return sum(shape.size for shape in abstract_model(config, ComputeConfig(), context).shapes.values())
 
 
 @functools.cache
@@ -153,7 +151,7 @@ def flops_per_token(config: ModelConfig, context: int, *, causal: bool = True) -
   PaLM (arXiv:2204.02311, appendix B) and nanoGPT do.
   """
   shapes = abstract_model(config, ComputeConfig(), context).shapes
-  weights = sum(math.prod(s.shape) for name, s in shapes.items() if name.endswith('kernel') or (config.tied and name == 'tokens/table'))
+  weights = sum(shape.size for name, shape in shapes.items() if name.endswith('kernel') or (config.tied and name == 'tokens/table'))
   def keys(layer):
     seen = context if config.sees_all(layer) else min(context, config.window)
     return (seen * (seen + 1) / 2 + (context - seen) * seen) / context if causal else context

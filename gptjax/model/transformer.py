@@ -1,6 +1,5 @@
 """The decoder-only transformer: GPT-2's style and the modern one are configs of one class."""
 
-import functools
 import math
 
 import jax
@@ -26,7 +25,7 @@ class MLP(nnx.Module):
   def __init__(self, config: ModelConfig, compute: ComputeConfig, stack: Stack = ()):
     wide, axes = (config.width, config.hidden_width), ('embed', ('mlp', config.hidden_width))
     self.up = Linear(wide, axes, 0.02, compute, stack, config.bias)
-    self.gate = Linear(wide, axes, 0.02, compute, stack, config.bias) if config.gated else None
+    self.gate = Linear(wide, axes, 0.02, compute, stack, config.bias) if config.mlp != 'gelu' else None
     # Computed again in the backward pass: JAX would keep a second array of this width. gelu's tanh approximation is jax's default.
     self.activation = jax.checkpoint(jax.nn.silu if config.mlp == 'swiglu' else jax.nn.gelu)
     self.down = Linear(wide[::-1], axes[::-1], 0.02 / math.sqrt(2 * config.layers), compute, stack, config.bias)
@@ -74,11 +73,8 @@ class Transformer(nnx.Module):
     vocab = ('vocab', config.table_rows)
     self.tokens = Embedding(config.table_rows, config.width, vocab, compute, config.scaled_embedding)
     self.positions = Embedding(context, config.width, 'positions', compute) if config.positions == 'learned' else None
-    self.blocks: Block | nnx.List
-    if compute.scan:
-      self.blocks = Block(config, compute, stack=(config.layers,))
-    else:
-      self.blocks = nnx.List([Block(config, compute) for _ in range(config.layers)])
+    block = lambda stack=(): Block(config, compute, stack)
+    self.blocks = block((config.layers,)) if compute.scan else nnx.List(block() for _ in range(config.layers))
     self.norm = Norm(config.width, 'embed', config, compute)
     self.lm_head = None if config.tied else Linear((config.width, config.table_rows), ('embed', vocab), 0.02, compute)
 
@@ -111,20 +107,17 @@ class Transformer(nnx.Module):
     def layer(index, x, state, cache):
       return nnx.merge(graph, state)(x, index, positions, cache, fold(keys, index), rows)
 
-    def recomputed(index, function):
-      # The number of a layer that is not scanned is known when it is traced, and must stay so.
-      function = functools.partial(function, index) if not scan else function
-      return function if self.compute.remat == 'none' else jax.checkpoint(function, policy=_kept(self.compute), prevent_cse=not scan)
-
+    if self.compute.remat != 'none':  # the number of a layer that is not scanned is known when it is traced, and must stay so
+      layer = jax.checkpoint(layer, policy=_kept(self.compute), prevent_cse=not scan, static_argnums=() if scan else (0,))
     if scan:
       def one(x, inputs):
-        x, _, sums = recomputed(None, layer)(inputs[0], x, inputs[1], None)
+        x, _, sums = layer(inputs[0], x, inputs[1], None)
         return x, sums
       x, sums = jax.lax.scan(one, x, (jnp.arange(self.config.layers), state))
       return x, None, jax.tree.map(lambda values: values.sum(0), sums)
     caches, sums = [], []
     for index, block in enumerate(self.blocks):
-      x, kept, added = recomputed(index, layer)(x, nnx.split(block)[1], None if cache is None else cache[index])
+      x, kept, added = layer(index, x, nnx.split(block)[1], None if cache is None else cache[index])
       caches.append(kept)
       sums.append(added)
     return x, None if cache is None else tuple(caches), jax.tree.map(lambda *values: sum(values), *sums)
@@ -135,10 +128,9 @@ class Transformer(nnx.Module):
     param = self.tokens.table if self.lm_head is None else self.lm_head.kernel
     return Head(param, self.lm_head is None, self.config.vocab_size, self.config.logit_cap)
 
-  def __call__(self, tokens: Int[Array, 'B T'], positions: Positions | None = None,
-               keys: Key[Array, 'B'] | None = None) -> Float[Array, 'B T V']:
+  def __call__(self, tokens: Int[Array, 'B T'], positions: Positions | None = None) -> Float[Array, 'B T V']:
     """Logits of the next token at every position."""
-    logits = self.head.logits(self.hidden(tokens, positions, keys=keys)[0])
+    logits = self.head.logits(self.hidden(tokens, positions)[0])
     return jax.lax.reshape(logits, (*tokens.shape, logits.shape[-1]), out_sharding=spec(None, None, ('vocab', self.config.table_rows)))
 
 

@@ -6,6 +6,7 @@ Rows of activations are those of one device; `model` may split matrices, and und
 
 import functools
 import hashlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,8 @@ Stack = tuple[int, ...]
 """Leading dimensions of a module's parameters: () for one layer, (L,) for L layers that a scan runs through."""
 
 Rows = str | None
-"""The mesh axis that splits the rows of activations between blocks: None, or under sequence parallelism that of the matrices."""
+"""Mesh axis over which the rows of activations, one per token, are split between matrix products: `model` under sequence parallelism;
+None: a device has all rows of its part of the batch."""
 
 
 def parameter(init: Initializer, shape: tuple[int, ...], axes: tuple[Axis, ...], stack: Stack, dtype: str = 'float32') -> nnx.Param:
@@ -30,20 +32,16 @@ def parameter(init: Initializer, shape: tuple[int, ...], axes: tuple[Axis, ...],
   return nnx.Param(value, init=init, axes=('layers',) * len(stack) + axes, size=shape[0], dtype=dtype)
 
 
-def initial_value(name: str, param: nnx.Param, key: jax.Array, layers: range | None = None) -> Array:
+def initial_value(names: Sequence[str], param: nnx.Param, key: jax.Array) -> Array:
   """The value of a `parameter` at step 0: a function of the key and of its name alone, such as 'blocks/3/mlp/up/kernel'.
 
-  The `layers` of a stacked parameter, whose name has no number, are drawn as if each had a name of its own.
+  A stacked parameter has a name per layer, and its layers are drawn like parameters with these names.
   """
   init, shape = param.get_metadata('init'), param.get_value().shape
-  if layers is None:
-    return init(_named(key, name), shape, jnp.float32)
-  keys = jnp.stack([_named(key, name.replace('blocks/', f'blocks/{layer}/', 1)) for layer in layers])
-  return jax.vmap(lambda key: init(key, shape[1:], jnp.float32))(keys)
-
-
-def _named(key: jax.Array, name: str) -> jax.Array:
-  return jax.random.fold_in(key, int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], 'big'))
+  keys = [jax.random.fold_in(key, int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], 'big')) for name in names]
+  if 'layers' not in param.get_metadata('axes'):
+    return init(keys[0], shape, jnp.float32)
+  return jax.vmap(lambda key: init(key, shape[1:], jnp.float32))(jnp.stack(keys))
 
 
 def layer_axes(param: nnx.Param) -> tuple[Axis, ...]:

@@ -32,7 +32,7 @@ PADDED = 'all-gather of shards padded with zeros'
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """One collective operation, of the compiled program or of theory."""
+  """One collective operation, of the compiled program or of the analytic model."""
 
   kind: str
   """all-reduce, all-gather, reduce-scatter, all-to-all, collective-permute"""

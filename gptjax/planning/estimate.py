@@ -16,7 +16,7 @@ from gptjax.training import check_unsharded
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """A config on a machine, by theory and, after `compile`, by the compiled program."""
+  """A config on a machine, by the analytic model and, after `compile`, by the compiled program."""
 
   config: Config
   topology: Topology
@@ -26,7 +26,7 @@ class Estimate:
   steps: int
   """of the run"""
   memory: Memory
-  theory: list[Collective]
+  analytic: list[Collective]
   bounds: Roofline
   compiled: Compiled | None = None
   refusal: str = ''
@@ -36,7 +36,7 @@ class Estimate:
 
   @property
   def needed(self) -> float:
-    """Bytes per device, as counted by the compiler, or by theory if nothing was compiled."""
+    """Bytes per device, as counted by the compiler, or by the analytic model if nothing was compiled."""
     return self.compiled.total if self.compiled else self.memory.total
 
   @property
@@ -65,8 +65,8 @@ class Estimate:
     except TooLarge as error:
       return dataclasses.replace(self, refusal=str(error))
     found = collectives(compiled.text, self.topology.one_slice(self.sizes))
-    if self.topology.slices > 1:  # only one slice was compiled: traffic between slices is theory's
-      found += [one for one in self.theory if {*one.axes} & {*SLICE_AXES}]
+    if self.topology.slices > 1:  # only one slice was compiled: traffic between slices is analytic
+      found += [one for one in self.analytic if {*one.axes} & {*SLICE_AXES}]
     bounds = roofline(self.config, self.topology, self.sizes, found, self.memory)
     return dataclasses.replace(self, compiled=compiled, found=found, bounds=bounds)
 
@@ -80,6 +80,6 @@ def estimate(config: Config, topology: Topology) -> Estimate:
   mesh, context = abstract_mesh(sizes), config.data.context
   check_sizes(config, mesh)
   check_unsharded(abstract_model(config.model, config.compute, context), config, mesh)
-  memory, theory = analytic_memory(config, sizes), theoretical(config, sizes)
-  return Estimate(config, topology, sizes, parameter_count(config.model, context), durations(config)['steps'], memory, theory,
-                  roofline(config, topology, sizes, theory, memory))
+  memory, analytic = analytic_memory(config, sizes), theoretical(config, sizes)
+  return Estimate(config, topology, sizes, parameter_count(config.model, context), durations(config)['steps'], memory, analytic,
+                  roofline(config, topology, sizes, analytic, memory))

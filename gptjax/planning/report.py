@@ -38,38 +38,38 @@ def _head(one: Estimate) -> str:
 
 
 def _memory(one: Estimate) -> str:
-  theory, compiled, chip = one.memory, one.compiled, one.topology.chip
+  analytic, compiled, chip = one.memory, one.compiled, one.topology.chip
   gib = lambda count: f'{count / GIB:.2f}'
   both = [] if compiled is None else [
-    ('state and batch (arguments)', gib(theory.state), gib(compiled.arguments)),
-    ('temporaries and results', gib(theory.total - theory.state), gib(compiled.temporaries + compiled.outputs)),
+    ('state and batch (arguments)', gib(analytic.state), gib(compiled.arguments)),
+    ('temporaries and results', gib(analytic.total - analytic.state), gib(compiled.temporaries + compiled.outputs)),
     ('code', gib(0), gib(compiled.code))]
-  total = [('total', gib(theory.total), gib(compiled.total) if compiled else ''),
-           ('of the memory', f'{theory.total / chip.memory:.1%}', f'{compiled.total / chip.memory:.1%}' if compiled else '')]
-  return _table(('bytes per device', 'theory GiB', 'compiled GiB'),
-                [(name, gib(count), '') for name, count in dataclasses.asdict(theory).items()], both, total)
+  total = [('total', gib(analytic.total), gib(compiled.total) if compiled else ''),
+           ('of the memory', f'{analytic.total / chip.memory:.1%}', f'{compiled.total / chip.memory:.1%}' if compiled else '')]
+  return _table(('bytes per device', 'analytic GiB', 'compiled GiB'),
+                [(name, gib(count), '') for name, count in dataclasses.asdict(analytic).items()], both, total)
 
 
 def _volumes(one: Estimate) -> str:
-  theory, found = totals(one.theory), totals(one.found)
-  if not theory and not found:
+  analytic, found = totals(one.analytic), totals(one.found)
+  if not analytic and not found:
     return 'Nothing is sent between devices.'
-  larger = {key: max(theory.get(key, 0.0), found.get(key, 0.0)) for key in {*theory, *found}}
+  larger = {key: max(analytic.get(key, 0.0), found.get(key, 0.0)) for key in {*analytic, *found}}
   gigabytes = lambda sums, key: f'{sums[key] / 1e9:.3f}' if key in sums else ''
-  rows = [(kind, ', '.join(axes), dtype, gigabytes(theory, (axes, kind, dtype)), gigabytes(found, (axes, kind, dtype)))
+  rows = [(kind, ', '.join(axes), dtype, gigabytes(analytic, (axes, kind, dtype)), gigabytes(found, (axes, kind, dtype)))
           for axes, kind, dtype in sorted(larger, key=lambda key: (key[0], -larger[key]))
           if larger[axes, kind, dtype] >= SMALLEST_SHOWN * max(larger.values())]
-  ours, theirs = by_axis(one.theory), by_axis(one.found)
+  ours, theirs = by_axis(one.analytic), by_axis(one.found)
   sums = [('total', axis, '', gigabytes(ours, axis), gigabytes(theirs, axis)) for axis in sorted({*ours, *theirs})]
   padded = sum(collective.total for collective in one.found if collective.why == PADDED)
   note = f'\nOf the all-reduces {padded / 1e9:.1f} GB gather shards that do not fill tiles: twice the bytes of an all-gather.'
-  return (_table(('sent by a device per step', 'axes', 'dtype', 'theory GB', 'compiled GB'), rows, sums)
+  return (_table(('sent by a device per step', 'axes', 'dtype', 'analytic GB', 'compiled GB'), rows, sums)
           + (note if padded > 0.05 * sum(theirs.values()) else ''))
 
 
 def _bounds(one: Estimate) -> str:
   bounds = one.bounds
-  both = (('all at once (max)', bounds.overlapped), ('one after another (sum)', bounds.sequential))
+  both = (('perfect overlap (max)', bounds.overlapped), ('no overlap (sum)', bounds.sequential))
   return _table(('at best, per step', 'ms', 'MFU'), [(name, f'{seconds * 1e3:.1f}', '') for name, seconds in bounds.seconds.items()],
                 [(name, f'{seconds * 1e3:.1f}', f'{bounds.mfu(seconds):.1%}') for name, seconds in both])
 
@@ -77,7 +77,7 @@ def _bounds(one: Estimate) -> str:
 def _verdict(one: Estimate) -> str:
   bounds, chips = one.bounds, one.topology.chips
   fits = (f'does not fit: {one.refusal}' if one.refusal else
-          f'{"fits" if one.fits else "does not fit"}, {"compiled" if one.compiled else "by theory"}: {one.needed / GIB:.1f} of the '
+          f'{"fits" if one.fits else "does not fit"}, {"compiled" if one.compiled else "analytic"}: {one.needed / GIB:.1f} of the '
           f'{one.available / GIB:.1f} GiB that a program may use')
   per_day = one.tokens / one.steps / bounds.overlapped * DAY
   days = one.days(bounds.overlapped)
@@ -107,7 +107,7 @@ def as_json(one: Estimate) -> dict[str, Any]:
     'topology': one.topology.name, 'devices': one.topology.devices, 'chips': one.topology.chips, 'settings': settings(one),
     'parameters': one.parameters, 'steps': one.steps, 'tokens': one.tokens, 'fits': one.fits, 'refusal': one.refusal,
     'available': one.available, 'memory': dataclasses.asdict(one.memory) | {'total': one.memory.total}, 'compiled': program,
-    'collectives': {'theory': rows(one.theory), 'compiled': rows(one.found)},
+    'collectives': {'analytic': rows(one.analytic), 'compiled': rows(one.found)},
     'flops': bounds.flops, 'executed_flops': bounds.executed, 'seconds': bounds.seconds, 'binds': bounds.binds,
     'bounds': {name: {'seconds': seconds, 'mfu': bounds.mfu(seconds), 'days': one.days(seconds),
                       'chip_hours': one.days(seconds) * 24 * one.topology.chips}
@@ -116,7 +116,7 @@ def as_json(one: Estimate) -> dict[str, Any]:
 
 
 def draw(plans: Sequence[Estimate], path: Path) -> None:
-  """Writes a PNG: one bar per plan with its parts by theory, a mark at the compiled total, and a line at the chip's memory."""
+  """Writes a PNG: one bar per plan with its analytic parts, a mark at the compiled total, and a line at the chip's memory."""
   from matplotlib import colormaps
   from matplotlib.figure import Figure
 

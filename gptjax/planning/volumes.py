@@ -1,4 +1,4 @@
-"""The bytes that a step must send by theory: those of ZeRO for data parallelism, those of Megatron for tensor parallelism.
+"""The analytic model of the bytes that a step must send: those of ZeRO for data parallelism, those of Megatron for tensor parallelism.
 
 arXiv:1910.02054, section 7, counts the traffic of ZeRO, arXiv:1909.08053, section 3, the all-reduces of a layer split over
 `model`, and arXiv:2205.05198, section 4, the pairs of collectives that replace them if activations are split along the sequence too.

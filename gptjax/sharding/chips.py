@@ -1,7 +1,7 @@
 """The speed and memory of each accelerator, from the vendors' data sheets: the one table for MFU and for the plan of a run."""
 
 import dataclasses
-import time
+import timeit
 
 import jax
 import jax.numpy as jnp
@@ -72,15 +72,12 @@ def peak_flops(devices: list[jax.Device], dtype: str) -> tuple[float, str]:
   if known:
     name, flops = max(known, key=lambda pair: len(pair[0]))
     return flops * len(devices), f'{name} bfloat16 data sheet'
-  size, times = 2048, []
+  size = 2048
   mine = [device for device in devices if device.process_index == jax.process_index()]
   with jax.set_mesh(jax.make_mesh((1,), ('device',), devices=mine[:1])):  # the mesh of the run has the devices of all processes
     x = jnp.ones((size, size), dtype)
     product = jax.jit(jnp.matmul)
     product(x, x).block_until_ready()
-    for _ in range(5):
-      start = time.perf_counter()
-      product(x, x).block_until_ready()
-      times.append(time.perf_counter() - start)
+    seconds = min(timeit.repeat(lambda: product(x, x).block_until_ready(), number=1, repeat=5))
   count = 1 if devices[0].platform == 'cpu' else len(devices)
-  return 2 * size**3 / min(times) * count, f'measured {size} x {size} {dtype} matrix product'
+  return 2 * size**3 / seconds * count, f'measured {size} x {size} {dtype} matrix product'

@@ -18,11 +18,12 @@ ROWS = PartitionSpec(ROW_AXES)
 
 
 def local_rows(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
-  """Runs a function on each device's own rows: it is manual over the axes that divide rows and explicit over the one that splits matrices.
+  """A shard_map of a function over each device's own rows: the mesh axes that divide rows are manual, the one of matrices is explicit.
 
-  Inside, arrays have the shapes of one device's rows, and only the function itself exchanges anything. The check of replication is off,
-  because arrays' types drop mesh axes of size 1 while the axis names of a `psum` do not. The specs describe rows; matrices that are split
-  stay so. At the border of the region JAX would gather them along an explicit axis, so that this axis is automatic there.
+  Inside, arrays have the shapes of one device's rows, and data crosses manual axes only by the function's own collectives. The specs
+  name manual axes only; arrays that the explicit axis splits stay split along it. At the border of a shard_map JAX would gather them along
+  an explicit axis, so that this axis is automatic there. The check of replication (check_vma) is off, because arrays' types drop mesh axes
+  of size 1 while the axis names of a `psum` do not.
   """
   def run(*args):
     split: list[Any] = []
@@ -41,7 +42,7 @@ def local_rows(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
 
 
 def local_matrices(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
-  """Runs a function on each device's own part of matrices, inside `local_rows` or where rows are not divided."""
+  """A shard_map that is manual over the axis of matrices, inside `local_rows`, where all axes are manual then, or outside."""
   return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names={MATRIX_AXIS}, check_vma=False)
 
 
@@ -77,10 +78,7 @@ def full_groups(mesh: AnyMesh, rows: int) -> int:
 
 def row_numbers(count: int) -> Int[Array, 'B']:
   """Inside `local_rows`: the places in the batch of this device's `count` rows."""
-  group = jnp.int32(0)
-  for name in ROW_AXES:
-    group = group * jax.lax.axis_size(name) + jax.lax.axis_index(name)
-  return group * count + jnp.arange(count)
+  return jax.lax.axis_index(ROW_AXES) * count + jnp.arange(count)
 
 
 def sum_over_rows(tree: Any, axes: tuple[str, ...] = ROW_AXES) -> Any:
@@ -100,13 +98,7 @@ def put_rows(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> dict[
   sharding = NamedSharding(mesh, ROWS)
   if sharding.is_fully_addressable:
     return jax.device_put(batch, sharding)
-  mine = process_rows(mesh, batch_size)
-
-  def put(values: np.ndarray) -> jax.Array:
-    def part(index):
-      first, stop, _ = index[0].indices(batch_size)
-      at = int(np.searchsorted(mine, first))
-      return values[at:at + stop - first]
-    return jax.make_array_from_callback((batch_size, *values.shape[1:]), sharding, part)
-
-  return jax.tree.map(put, batch)
+  rows, mine = np.arange(batch_size), process_rows(mesh, batch_size)
+  places = lambda index: np.searchsorted(mine, rows[index[0]])  # of a device's rows among those of this process
+  return {name: jax.make_array_from_callback((batch_size, *values.shape[1:]), sharding, lambda index: values[places(index)])
+          for name, values in batch.items()}

@@ -64,10 +64,10 @@ class ParameterSpecs:
 
 
 def parameter_specs(axes: tuple[Axis, ...], shape: tuple[int, ...], stage: int, converted: bool, mesh: AnyMesh) -> ParameterSpecs:
-  """What a stage of ZeRO (arXiv:1910.02054, section 5) shards: 0 nothing, 1 the optimizer state, 2 gradients too, 3 parameters too.
+  """PartitionSpecs of a parameter at a ZeRO stage: 0 shards nothing, 1 the optimizer state, 2 gradients too, 3 parameters too.
 
-  `converted`: whether matrix products read the parameter in another dtype than float32. Then, as in the paper's mixed precision, the
-  float32 original belongs to the optimizer state, and stages 1 and 2 gather a converted copy of it once per step.
+  `converted`: whether matrix products read the parameter in another dtype than float32. Then the float32 original belongs to
+  the optimizer state (arXiv:1910.02054, section 5), and stages 1 and 2 gather a converted copy of it once per step.
   """
   unsharded, shard = spec(*axes, mesh=mesh), _shard(axes, shape, mesh) if stage else None
   if shard is None:
@@ -80,7 +80,7 @@ def parameter_specs(axes: tuple[Axis, ...], shape: tuple[int, ...], stage: int, 
 
 
 def _shard(axes: tuple[Axis, ...], shape: tuple[int, ...], mesh: AnyMesh) -> Shard | None:
-  """Cuts the first dimension that ZeRO's axis divides, so that shards are contiguous; of the last one TPUs pad them to 128 lanes.
+  """Cuts the first dimension that ZeRO's axis divides, so that shards are contiguous. TPUs would pad shards of the last one to 128 lanes.
 
   The layers of a stacked parameter are not cut, since each step of the scan needs a full layer.
   """

@@ -27,12 +27,12 @@ shards of tiles, and viewing an array as tiles moves nothing."""
 @functools.partial(jax.tree_util.register_dataclass, data_fields=('value', 'accumulator'), meta_fields=('shard',))
 @dataclasses.dataclass(frozen=True)
 class Weight:
-  """A parameter as a device has it in the step: complete, or a shard of it."""
+  """A parameter inside the train step: complete, or a shard of it."""
 
   value: Any  # an array; transformations of trees put other things in its place
   accumulator: Any = None
-  """zeros, float32, of which only type and shape count: the gradient is taken with respect to them, because a gradient has the shape
-  and dtype of its variable; None: it is taken with respect to `value`"""
+  """zeros whose cotangent is the float32 gradient: the gradient is taken with respect to them, because a cotangent has the shape and
+  dtype of its variable, and `value` may have others; None: it is taken with respect to `value`"""
   shard: Shard | None = None
   """how the variable of the gradient is cut; None: it is complete"""
 
@@ -51,7 +51,7 @@ class Weight:
     return gather(value, self.shard) if self.shard and self.accumulator is None else value
 
   def barrier(self) -> 'Weight':
-    """The same weight, from which the compiler may reuse nothing that it has read before."""
+    """The same weight behind an optimization barrier, so that the compiler does not keep an earlier gather."""
     return dataclasses.replace(self, value=jax.lax.optimization_barrier(self.value))
 
   def cotangent(self, gradient: Float[Array, '...']) -> 'Weight':
@@ -79,22 +79,22 @@ shared.defvjp(lambda weight, dtype: (shared(weight, dtype), weight),
 
 
 def gather(x: Array, shard: Shard) -> Array:
-  """All shards of a weight, one after the other."""
+  """All-gathers the shards into the complete weight."""
   split, dim = jax.typeof(x).sharding.spec, x.ndim + shard.dim
 
-  def local(x):
+  def on_device(x):
     x = x if shard.parts == 1 else x.squeeze(dim - 1)  # compilers exchange arrays best whose first dimension is cut
     return jax.lax.all_gather(x, STATE_AXIS, axis=x.ndim + shard.dim, tiled=True)
 
   # Inside, the array's matrix axis is manual, too: JAX would gather the array along that one as well.
-  return local_matrices(local, split, split if shard.parts == 1 else PartitionSpec(*split[:dim], *split[dim + 1:]))(x)
+  return local_matrices(on_device, split, split if shard.parts == 1 else PartitionSpec(*split[:dim], *split[dim + 1:]))(x)
 
 
 def scatter(x: Array, shard: Shard) -> Array:
   """This device's shard of the sum of all devices' gradients: the transpose of `gather`."""
   split, dim = jax.typeof(x).sharding.spec, x.ndim + shard.dim
 
-  def local(x):
+  def on_device(x):
     rows = x.shape[dim] // jax.lax.axis_size(STATE_AXIS)
     tiled = dim == 0 and x.ndim > 1 and rows % _TILE == 0
     own = jax.lax.psum_scatter(x.reshape(-1, _TILE, *x.shape[1:]) if tiled else x, STATE_AXIS, scatter_dimension=dim, tiled=True)
@@ -102,12 +102,12 @@ def scatter(x: Array, shard: Shard) -> Array:
     return own if shard.parts == 1 else jnp.expand_dims(own, dim)
 
   # JAX cannot lower a reduce-scatter of an array that an explicit axis splits.
-  return local_matrices(local, split, split if shard.parts == 1 else PartitionSpec(*split[:dim + 1], None, *split[dim + 1:]))(x)
+  return local_matrices(on_device, split, split if shard.parts == 1 else PartitionSpec(*split[:dim + 1], None, *split[dim + 1:]))(x)
 
 
-def _cut(x: Array, shard: Shard) -> Array:
+def _cut(x: Array, shard: Shard | None) -> Array:
   """A dimension n that tensor parallelism splits first is viewed as (parts, n / parts), so that ZeRO cuts each part."""
-  if shard.parts == 1:
+  if shard is None or shard.parts == 1:
     return x
   dim, split = x.ndim + shard.dim, jax.typeof(x).sharding.spec
   names = split[dim] if isinstance(split[dim], tuple) else (split[dim], None)
@@ -115,9 +115,9 @@ def _cut(x: Array, shard: Shard) -> Array:
   return jax.lax.reshape(x, shape, out_sharding=PartitionSpec(*split[:dim], *names, *split[dim + 1:]))
 
 
-def _joined(x: Array, shard: Shard) -> Array:
+def _joined(x: Array, shard: Shard | None) -> Array:
   """The reverse of `_cut`."""
-  if shard.parts == 1:
+  if shard is None or shard.parts == 1:
     return x
   dim, split = x.ndim + shard.dim, jax.typeof(x).sharding.spec
   names = split[dim - 1] if split[dim] is None else (split[dim - 1], split[dim])
@@ -138,12 +138,11 @@ class Zero:
     """The arrays that the region takes in place of parameters; stages 1 and 2 gather them here, once per step."""
     if self.stage in (1, 2):
       return {name: jax.reshard(p.astype(self.dtypes[name]), self.specs[name].compute) for name, p in parameters.items()}
-    shards = {name: specs.shard if self.stage == 3 else None for name, specs in self.specs.items()}
-    return {name: _cut(p, shard) if (shard := shards[name]) else p for name, p in parameters.items()}
+    return {name: _cut(p, self.specs[name].shard) for name, p in parameters.items()}
 
   @property
   def in_specs(self) -> dict[str, PartitionSpec]:
-    """Their specs."""
+    """in_specs of the shard_map for the arrays that `enter` returns."""
     return {name: self._local(name, specs.stored if self.stage == 3 else specs.compute) for name, specs in self.specs.items()}
 
   def weights(self, entered: Mapping[str, Array], differentiated: bool = True) -> dict[str, Weight]:
@@ -158,7 +157,7 @@ class Zero:
     return {name: weight(name, value) for name, value in entered.items()}
 
   def reduce(self, gradients: Mapping[str, Float[Array, '...']]) -> dict[str, Array]:
-    """Inside the region, once per step: the sums over all devices, of which each keeps the part of its optimizer state."""
+    """Inside the region, once per step: the sums over all devices; each device keeps the shard that matches its optimizer state."""
     def reduced(name, gradient):
       shard = self.specs[name].shard
       if shard is None:
@@ -173,7 +172,7 @@ class Zero:
 
   def leave(self, gradients: Mapping[str, Float[Array, '...']]) -> dict[str, Array]:
     """Gradients with the shapes of the parameters, sharded as the optimizer state is."""
-    return {name: _joined(g, shard) if (shard := self.specs[name].shard) else g for name, g in gradients.items()}
+    return {name: _joined(g, self.specs[name].shard) for name, g in gradients.items()}
 
   def _local(self, name: str, spec: PartitionSpec) -> PartitionSpec:
     shard = self.specs[name].shard

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
@@ -52,12 +53,7 @@ def is_good_step(statistics: LossStatistics, loss: Float[Array, ''], grad_norm: 
   # The first steps have equal weights, as in a plain mean.
   weight = jnp.maximum(1 - DECAY, 1 / (statistics.steps + 1))
   new = LossStatistics(statistics.steps + 1, statistics.mean + weight * away, (1 - weight) * (statistics.variance + weight * away**2))
-  return good, select(good, new, statistics)
-
-
-def select(good: Bool[Array, ''], new: Any, old: Any) -> Any:
-  """Selects one of two trees of arrays."""
-  return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
+  return good, optax.tree.where(good, new, statistics)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,9 +211,8 @@ def _deviating(digests: np.ndarray, spec: PartitionSpec, mesh: Mesh) -> str:
   wrong = []
   for values, devices in zip(grouped(digests), grouped(mesh.devices)):
     different, counts = np.unique(values, return_counts=True)
-    if len(different) > 1:
-      usual = different[counts.argmax()] if 2 * counts.max() > len(values) else None  # with two replicas either may be wrong
-      wrong += [device for value, device in zip(values, devices) if value != usual]
+    usual = different[counts.argmax()] if 2 * counts.max() > len(values) else None  # with two replicas either may be wrong
+    wrong += [device for value, device in zip(values, devices) if value != usual]
   return _named(wrong)
 
 

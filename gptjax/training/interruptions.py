@@ -58,7 +58,6 @@ class Interruptions:
       signal.signal(number, handler)
 
   def _signalled(self, number: int, frame: object) -> None:
-    del frame
     for one in self._before:
       signal.signal(one, signal.SIG_DFL)
     self._request_stop(signal.Signals(number).name)

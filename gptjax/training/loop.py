@@ -29,9 +29,9 @@ from gptjax.training.step import TrainState
 RETRY = 30.0
 """Seconds after which a save that failed is tried again."""
 MAX_RETRIES = 10
-"""Of the last save, which the run waits for."""
+"""Maximum number of attempts of the last save, which the run waits for."""
 MAX_ROLLBACKS = 10
-"""In a row, without a new checkpoint."""
+"""Maximum number of consecutive rollbacks without a new checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def train(config: Config, options: Options) -> int:
                       f'a first step of at most {last}, the last of this process')
     bad_steps = BadSteps(config.faults, folder, writes=is_primary())
     _check_rows(run, progress, last, bad_steps)
-    if newest is None:  # before the workdir is made, since init_from may be wrong
+    if newest is None:  # before config.json is written, since init_from may be wrong
       state, begun = initial_state(run, data.tokenizer)
     changed = open_workdir(folder, run, data, None if newest is None else progress, options.accept_changes) if is_primary() else []
     wait_until_visible(folder)
@@ -126,7 +126,10 @@ Action = tuple[Callable[[int], bool], Callable[[int, TrainState], float | None]]
 
 
 class _Loop:
-  """One process's part of a run, with batches from `source`, and `actions` after steps; `peak` is in FLOP/s of all devices."""
+  """One process's part of a run, with batches from `source`, and `actions` after steps.
+
+  `fresh` makes the state of step 0; `peak` is in FLOP/s of all devices.
+  """
 
   def __init__(self, run: Run, source: Source, actions: Sequence[Action], fresh: Callable[[], TrainState], options: Options,
                checkpoints: Checkpoints, book: Logbook, peak: float, watchdog: Watchdog, interruptions: Interruptions, bad_steps: BadSteps):

@@ -18,7 +18,7 @@ Batch = dict[str, Array]
 """tokens, targets, mask [B, T]; positions and segments too where documents are isolated."""
 
 
-class Objective(NamedTuple):
+class ObjectiveSums(NamedTuple):
   """Sums over the tokens of some rows."""
 
   loss: Float[Array, '']
@@ -29,17 +29,17 @@ class Objective(NamedTuple):
   """reported per target; 'loss' is required, in nats, comparable between training and validation"""
 
 
-ObjectiveFunction = Callable[[Head, Float[Array, 'N D'], Batch], Objective]
+ObjectiveFunction = Callable[[Head, Float[Array, 'N D'], Batch], ObjectiveSums]
 
 
 @functools.cache
 def next_token(z_loss: float = 0.0) -> ObjectiveFunction:
   """Cross-entropy of each target token, plus z_loss * log(Z)^2 (arXiv:2204.02311, section 5)."""
 
-  def objective(head: Head, hidden: Float[Array, 'N D'], batch: Batch) -> Objective:
+  def objective(head: Head, hidden: Float[Array, 'N D'], batch: Batch) -> ObjectiveSums:
     mask = batch['mask'].reshape(-1)
     total, loss = head.cross_entropy(hidden, batch['targets'].reshape(-1), mask, z_loss)
-    return Objective(total, jnp.sum(mask), {'loss': loss})
+    return ObjectiveSums(total, jnp.sum(mask), {'loss': loss})
 
   return objective
 

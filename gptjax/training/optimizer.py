@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,6 @@ from jax.sharding import PartitionSpec
 from optax import contrib
 
 from gptjax.config import MATRIX_AXIS, STATE_AXIS, OptimizerConfig
-from gptjax.training.guard import select
-
 
 SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
   'constant': jnp.ones_like,
@@ -69,9 +67,12 @@ def _adamw(config: OptimizerConfig, **durations: int) -> optax.GradientTransform
 
 def _muon(config: OptimizerConfig, **durations: int) -> optax.GradientTransformation:
   """Muon for the matrices inside blocks, AdamW for all other parameters."""
+  matrix_axes = lambda tree: jax.tree.map(lambda x: contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), tree)  # the last two
+  # An orthogonal matrix maps to vectors of equal length; this keeps the change of each output the same for every shape.
+  scale_by_shape = lambda updates, _: jax.tree.map(lambda x: x * max(1, x.shape[-1] / x.shape[-2]) ** 0.5, updates)
   muon = optax.named_chain(
-    ('muon', _complete_matrices(contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=_matrix_axes))),
-    ('shape', optax.stateless(_scale_by_shape)),
+    ('muon', _complete_matrices(contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=matrix_axes))),
+    ('shape', optax.stateless(scale_by_shape)),
     ('decay', optax.add_decayed_weights(config.weight_decay)),
     ('rate', optax.scale_by_learning_rate(schedule(config, config.muon_lr, **durations))))
   return optax.partition({'muon': muon, 'adamw': _adamw(config, **durations)},
@@ -86,22 +87,13 @@ def update(optimizer: optax.GradientTransformation, gradient: Any, norm: jax.Arr
            parameters: Any) -> tuple[Any, Any]:
   """Parameters and optimizer state after a step with this gradient of global norm `norm`; a bad step leaves both bitwise unchanged."""
   updates, new = optax.with_extra_args_support(optimizer).update(gradient, state, parameters, norm=norm, good=good)
-  selected = lambda node: isinstance(node, Moments)
-  state = jax.tree.map(lambda new, old: new if selected(new) else select(good, new, old), new, state, is_leaf=selected)
-  return select(good, optax.apply_updates(parameters, updates), parameters), state
-
-
-class Moments(NamedTuple):
-  """State of `_scale_by_adam`, with the fields of optax.ScaleByAdamState."""
-
-  count: jax.Array  # type: ignore[assignment]  # tuple.count, as in optax's
-  """good steps, int32"""
-  mu: Any
-  nu: Any
+  selected = lambda node: isinstance(node, optax.ScaleByAdamState)  # by `_scale_by_adam`
+  state = jax.tree.map(lambda new, old: new if selected(new) else optax.tree.where(good, new, old), new, state, is_leaf=selected)
+  return optax.tree.where(good, optax.apply_updates(parameters, updates), parameters), state
 
 
 def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
-  """optax.scale_by_adam (arXiv:1412.6980) that leaves its moments as they were if not `good`, and can update them in place.
+  """optax.scale_by_adam (arXiv:1412.6980) that leaves moments and count as they were if not `good`, and can update them in place.
 
   The new parameters are computed from the selected moments. If old and new moments were selected later, XLA would compute the new ones a
   second time for the parameters, and keep a copy of the old ones: a twentieth of a step on a CPU.
@@ -109,19 +101,17 @@ def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransforma
   adam = optax.scale_by_adam(b1, b2, eps)
 
   def update(updates, state, parameters=None, *, good=True, **_):
-    del parameters
-    _, new = adam.update(updates, optax.ScaleByAdamState(*state))
-    new = select(jnp.asarray(good), Moments(*new), state)
+    _, new = adam.update(updates, state)
+    new = optax.tree.where(good, new, state)
     mean, square = (optax.tree.bias_correction(moment, decay, new.count) for moment, decay in ((new.mu, b1), (new.nu, b2)))
     return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square), new
 
-  return optax.GradientTransformationExtraArgs(lambda parameters: Moments(*adam.init(parameters)), update)
+  return optax.GradientTransformationExtraArgs(adam.init, update)
 
 
 def _clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
   """optax.clip_by_global_norm as a product, which XLA fuses into the readers of the gradient, while it writes a quotient to memory."""
   def update(updates, state, parameters=None, *, norm=None, **_):
-    del parameters
     norm = optax.tree.norm(updates) if norm is None else norm
     factor = jnp.where(norm < limit, 1.0, limit / norm)
     return jax.tree.map(lambda g: g * factor, updates), state
@@ -133,16 +123,6 @@ def _by_name(role):
   return lambda parameters: {name: role(name) for name in parameters}
 
 
-def _matrix_axes(parameters):
-  return jax.tree.map(lambda x: contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), parameters)  # of [L, in, out] the last two
-
-
-def _scale_by_shape(updates, parameters=None):
-  # An orthogonal matrix maps to vectors of equal length; this keeps the change of each output the same for every shape.
-  del parameters
-  return jax.tree.map(lambda x: x * max(1, x.shape[-1] / x.shape[-2]) ** 0.5, updates)
-
-
 def _complete_matrices(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
   """Runs a transformation on complete matrices, and shards its results as the inputs were.
 
@@ -152,8 +132,7 @@ def _complete_matrices(transformation: optax.GradientTransformation) -> optax.Gr
   gather = lambda tree: jax.tree.map(lambda x: jax.reshard(x, _distributed(x.shape)), tree)
   back = lambda tree, like: jax.tree.map(lambda x, old: jax.reshard(x, jax.typeof(old).sharding.spec), tree, like)
 
-  def update(updates, state, parameters=None):
-    del parameters  # Muon's direction depends on gradients alone
+  def update(updates, state, parameters=None):  # Muon's direction depends on gradients alone
     new, new_state = transformation.update(gather(updates), gather(state))
     return back(new, updates), back(new_state, state)
 

@@ -29,7 +29,7 @@ from gptjax.training.step import TrainState, abstract, initializer, train_step
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """What training does, with every duration in steps."""
+  """A resolved run; all durations are in steps."""
 
   config: Config
   """with the vocabulary's size filled in"""
@@ -68,7 +68,7 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
   if 0 < size < tokens:
     raise UserError('model.vocab_size', size, f'0, or at least the {tokens} ids of the tokenizer')
   config = configs.override(config, {'model.vocab_size': size or tokens})
-  data.tokenizer.encode(config.eval.prompt, 'eval.prompt')  # before training: a prompt that cannot be sampled from
+  data.tokenizer.encode(config.eval.prompt, 'eval.prompt')  # before training starts, reports a prompt that cannot be encoded
   check_sizes(config, mesh)
   rows = train_rows(config, data)
   steps_of = lambda field: in_steps(config, rows, field)
@@ -81,7 +81,7 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
   model = abstract_model(config.model, config.compute, config.data.context)
   frozen = frozen_names(model, config)
   check_unsharded(model, config, mesh)
-  attention_backend(config.model, config.compute, config.data.context)  # one that cannot run is reported now
+  attention_backend(config.model, config.compute, config.data.context)  # before training starts, reports a kernel that cannot run
   memories = [memory.kind for memory in jax.local_devices()[0].addressable_memories()]
   if config.compute.offloaded and 'pinned_host' not in memories:
     raise UserError('compute.offloaded', list(config.compute.offloaded), f'none: the device reaches no memory of the host, only {memories}')

@@ -1,8 +1,8 @@
 """The train state and the one train step.
 
-The flow of a step: `Zero.enter` hands the parameters to a region in which each device has its own rows; there, for each microbatch,
-the model's trunk turns tokens into hidden states, the objective turns them into sums, and gradients of the summed loss add up;
-`Zero.reduce` exchanges them once; outside, the optimizer updates each device's part of the state.
+The flow of a step: `Zero.enter` hands the parameters to the region, a shard_map (`local_rows`) in which each device has its own rows;
+there, for each microbatch, the model turns tokens into hidden states, the objective turns these into sums, and gradients of the summed
+loss add up; `Zero.reduce` exchanges them once; outside the region the optimizer updates each device's part of the state.
 """
 
 import functools
@@ -23,10 +23,10 @@ from gptjax.training.optimizer import update
 
 
 class TrainState(NamedTuple):
-  """The state of the devices, which changes from step to step."""
+  """Training state: parameters, optimizer state and statistics for the detection of bad steps."""
 
   step: jax.Array
-  """updates done, int32"""
+  """steps taken, skipped ones included, int32"""
   trained: Parameters
   frozen: Parameters
   """parameters that the model reads and no step changes"""
@@ -37,11 +37,11 @@ class TrainState(NamedTuple):
 
   @property
   def parameters(self) -> dict[str, Any]:
-    """All parameters of the model, as abstract or local as the state."""
+    """All parameters of the model, abstract or device-local if the state is."""
     return {**self.trained, **self.frozen}
 
 
-@functools.lru_cache(maxsize=16)  # an equal run in the same process traces and compiles nothing again
+@functools.lru_cache(maxsize=16)  # cached, so that a second identical run in this process does not compile again
 def initializer(model: AbstractModel, optimizer: optax.GradientTransformation, zero_stage: int, mesh: AnyMesh,
                 seed: int, frozen: frozenset[str] = frozenset()) -> Callable[[], TrainState]:
   """A jitted function that makes the state of step 0, each part created where it belongs; `frozen`: names of parameters."""
@@ -115,8 +115,8 @@ def train_step(model: AbstractModel, objective: ObjectiveFunction, optimizer: op
                *, zero_stage: int, mesh: AnyMesh, microbatches: int, seed: int, spike: float = 0.0) -> Callable[[TrainState, Batch], tuple]:
   """The jitted step: (state, batch) -> (state, metrics), with the old state's memory reused.
 
-  The gradient is that of the summed loss over the count of targets of the complete batch, regardless of microbatches and devices. A bad
-  step, by `is_good_step`, leaves parameters and optimizer state as they were, bit by bit.
+  The gradient is that of the summed loss, divided by the number of target tokens of the complete batch, regardless of microbatches and
+  devices. A bad step, by `is_good_step`, leaves parameters and optimizer state as they were, bit by bit.
   """
   specs = model.specs(zero_stage, mesh)
   gradients = summed_gradients(model, objective, zero_stage, mesh, microbatches)
@@ -153,6 +153,6 @@ def state_bytes(model: AbstractModel, optimizer: optax.GradientTransformation, z
     'gradients': held(at(name, spec.gradient, 'float32') for name, spec in specs.items() if name not in frozen),
     'optimizer': held(jax.tree.leaves(state.optimizer)),
   }
-  if zero_stage in (1, 2):  # what is gathered for a step, unless it is stored so
+  if zero_stage in (1, 2):  # parameters that are stored sharded and gathered for the step
     found['gathered'] = held(at(name, spec.compute, dtypes[name]) for name, spec in specs.items() if spec.stored != spec.compute)
   return found

@@ -39,9 +39,9 @@ def cache(tmp_path):
 
 @pytest.fixture
 def built_once(monkeypatch):
-  """A list of the folders that are built."""
-  built, build = [], module._build
-  monkeypatch.setattr(module, '_build', lambda folder, *rest: (built.append(folder), build(folder, *rest)))
+  """A list of the sources from which stores are built."""
+  built, split = [], module.split_source
+  monkeypatch.setattr(module, 'split_source', lambda source, fraction: (built.append(source), split(source, fraction))[1])
   return built
 
 

@@ -20,8 +20,8 @@ def draw(seed, *shape):
 
 
 def as_heads(*arrays):
-  """Arrays [B, T, H, C] with the sharding that they have in a model."""
-  return tuple(jax.device_put(array, jax.P(None, None, 'model', None)) for array in arrays)
+  """Arrays [B, H, T, C] with the sharding that they have in a model."""
+  return tuple(jax.device_put(array, jax.P(None, 'model', None, None)) for array in arrays)
 
 
 PLAIN = ScoreConfig(8 ** -0.5)
@@ -31,14 +31,14 @@ def plain_attention(score, q, k, v, segments):
   """One head, one query after the other, in float64."""
   q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
   out = np.zeros_like(q)
-  group = q.shape[2] // k.shape[2]
-  for b, t, h in np.ndindex(q.shape[:3]):
+  group = q.shape[1] // k.shape[1]
+  for b, h, t in np.ndindex(q.shape[:3]):
     oldest = max(0, t + 1 - score.window) if score.window else 0
     seen = [s for s in range(oldest, t + 1) if segments[b, s] == segments[b, t]]
-    scores = k[b, seen, h // group] @ q[b, t, h] * score.scale
+    scores = k[b, h // group, seen] @ q[b, h, t] * score.scale
     scores = score.cap * np.tanh(scores / score.cap) if score.cap else scores
     weights = np.exp(scores - scores.max())
-    out[b, t, h] = weights @ v[b, seen, h // group] / weights.sum()
+    out[b, h, t] = weights @ v[b, h // group, seen] / weights.sum()
   return out
 
 
@@ -50,7 +50,7 @@ def plain_attention(score, q, k, v, segments):
     (5 * BLOCK, 2, ScoreConfig(0.5, window=3 * BLOCK)), (PARTS * BLOCK + 3, 2, ScoreConfig(0.5, window=2 * BLOCK + 5)),
     (2 * BLOCK, 2, ScoreConfig(0.5, window=3 * BLOCK))])
 def test_blocks_equal_the_square_and_the_formula(length, key_heads, score):
-  q, k, v = draw(0, 2, length, 4, 8), draw(1, 2, length, key_heads, 8), draw(2, 2, length, key_heads, 8)
+  q, k, v = draw(0, 2, 4, length, 8), draw(1, 2, key_heads, length, 8), draw(2, 2, key_heads, length, 8)
   segments = np.sort(np.random.default_rng(3).integers(0, 3, (2, length)), 1)
   weights = draw(4, *q.shape)
 
@@ -75,7 +75,7 @@ def test_memory_grows_with_the_context_and_not_with_its_square(length, expected)
   """Temporaries of the gradient, over those of a context of 1,024."""
   def temporaries(length):
     total = lambda q, k, v: jnp.sum(causal_attention(PLAIN, q, k, v, None, 0.0, None, BLOCK))
-    arrays = as_heads(*(np.zeros((1, length, 2, 8), np.float32) for _ in range(3)))
+    arrays = as_heads(*(np.zeros((1, 2, length, 8), np.float32) for _ in range(3)))
     return jax.jit(jax.grad(total, (0, 1, 2))).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
   assert temporaries(length) < max(expected * 1.3 * temporaries(1024), 1024 * 1024 * 2 * 4)
 
@@ -86,7 +86,7 @@ def test_memory_grows_with_the_context_and_not_with_its_square(length, expected)
     (4, ScoreConfig(0.3, 2.0, LANES + 5))])
 def test_splash_kernels_equal_the_square(key_heads, score, segmented):
   length = 2 * LANES
-  q, k, v = (draw(seed, 2, length, heads, 32) for seed, heads in enumerate((4, key_heads, key_heads)))
+  q, k, v = (draw(seed, 2, heads, length, 32) for seed, heads in enumerate((4, key_heads, key_heads)))
   segments = np.sort(np.random.default_rng(3).integers(0, 3, (2, length)), 1).astype(np.int32)
   segments = jnp.asarray(segments) if segmented else None
   weights = draw(4, *q.shape)
@@ -108,7 +108,7 @@ def test_splash_kernels_equal_the_square(key_heads, score, segmented):
 @pytest.mark.parametrize('segmented', [False, True])
 @pytest.mark.parametrize('score', [PLAIN, ScoreConfig(0.1, window=60)], ids=str)
 def test_cudnn_equals_the_square(score, segmented):
-  q, k, v = (jnp.asarray(draw(seed, 2, 256, heads, 64), jnp.bfloat16) for seed, heads in enumerate((4, 2, 2)))
+  q, k, v = (jnp.asarray(draw(seed, 2, heads, 256, 64), jnp.bfloat16) for seed, heads in enumerate((4, 2, 2)))
   segments = jnp.asarray(np.sort(np.random.default_rng(3).integers(0, 3, (2, 256)), 1), jnp.int32) if segmented else None
   exact = causal_attention(score, *(x.astype(jnp.float32) for x in (q, k, v)), segments, 0.0, None, 256)
   np.testing.assert_allclose(cudnn(score, q, k, v, segments).astype(jnp.float32), exact, 3e-2, 3e-2)
@@ -145,9 +145,9 @@ def test_a_kernel_without_dropout_is_refused_with_dropout():
 
 
 def test_rotary_turns_pairs_of_features_by_position_times_frequency():
-  x, positions, theta = draw(5, 2, 7, 3, 8), np.random.default_rng(6).integers(0, 50, (2, 7)), 100.0
+  x, positions, theta = draw(5, 2, 3, 7, 8), np.random.default_rng(6).integers(0, 50, (2, 7)), 100.0
   frequency = theta ** -(np.arange(4) / 4)
-  turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * positions[:, :, None, None] * frequency)
+  turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * positions[:, None, :, None] * frequency)
   expected = np.concatenate([turned.real, turned.imag], -1)
   np.testing.assert_allclose(rotate(jnp.asarray(x), jnp.asarray(positions), frequencies(RopeConfig(theta), 4, False)), expected, 1e-4, 1e-5)
 
@@ -176,17 +176,17 @@ def test_moving_a_text_changes_logits_with_learned_positions_alone(style, random
 
 def test_dropped_attention_weights_differ_by_row_head_and_block_and_average_out():
   length, heads, rows, rate = 72, 4, 24, 0.5
-  shape = (2, length, heads, length)
-  values = np.broadcast_to(np.eye(length, dtype=np.float32)[None, :, None], shape)  # so that the outputs are the weights
+  shape = (2, heads, length, length)
+  values = np.broadcast_to(np.eye(length, dtype=np.float32), shape)  # so that the outputs are the weights
   zeros, values = as_heads(np.zeros(shape, np.float32), values)
   run = jax.jit(lambda key: causal_attention(PLAIN, zeros, zeros, values, None, rate, jax.random.split(key, 2), rows))
   weights = np.asarray(run(jax.random.key(0)))
-  uniform = (np.tri(length) / np.arange(1, length + 1)[:, None])[None, :, None]
+  uniform = np.tri(length) / np.arange(1, length + 1)[:, None]
   np.testing.assert_allclose(weights, np.where(weights > 0, uniform / (1 - rate), 0), 1e-5)
-  kept = (weights > 0)[:, rows:, :, :rows]  # what the later blocks keep of keys that all of them see
+  kept = (weights > 0)[:, :, rows:, :rows]  # what the later blocks keep of keys that all of them see
   assert abs(kept.mean() - (1 - rate)) < 0.02
   assert len({row.tobytes() for row in np.concatenate(np.concatenate(kept))}) == 2 * (length - rows) * heads
   np.testing.assert_array_equal(run(jax.random.key(0)), weights)
   assert (np.asarray(run(jax.random.key(1))) != weights).any()
   mean = np.mean([run(jax.random.key(seed)) for seed in range(100)], 0)
-  np.testing.assert_allclose(mean.sum(-1).mean((0, 2)), 1, atol=0.15)
+  np.testing.assert_allclose(mean.sum(-1).mean((0, 1)), 1, atol=0.15)

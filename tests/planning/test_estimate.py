@@ -84,7 +84,7 @@ def test_a_batch_that_nothing_divides_is_an_error(tiny):
 def test_a_plan_in_words_and_as_json_and_as_a_picture(ranked, tmp_path):
   one = ranked[0]
   text = describe(one)
-  for word in ('fits, by theory', 'tokens per day', 'chip-hours', one.bounds.binds, 'gradients', 'of the memory'):
+  for word in ('fits, analytic', 'tokens per day', 'chip-hours', one.bounds.binds, 'gradients', 'of the memory'):
     assert word in text
   assert ranking(ranked).count('\n') == 12 and f'{len(ranked)} layouts' in ranking(ranked)
   data = json.loads(json.dumps(as_json(one)))

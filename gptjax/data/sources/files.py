@@ -88,7 +88,7 @@ def opened(path: str, readahead: int = 0) -> Iterator[BinaryIO]:
 
 
 def _siblings(pattern: str) -> list[str]:
-  """What a path may be a misspelling of."""
+  """Existing paths of which this one may be a misspelling."""
   folder = posixpath.dirname(pattern)
   with contextlib.suppress(OSError):
     system, location = file_system(folder or '.')

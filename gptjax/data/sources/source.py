@@ -37,7 +37,7 @@ class Malformed:
 
 
 Record = Document | Malformed | None
-"""What reading a record yields; None for one without text, such as a blank line."""
+"""Result of reading a record; None for one without text, such as a blank line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Source(abc.ABC):
   part_bytes: int = 8 * 2**20
   """approximate bytes of text per part"""
   numbering: str = ', record '
-  """what separates a file and the number of a record in errors"""
+  """text between a file and the number of a record in errors"""
 
   @abc.abstractmethod
   def parts(self) -> Iterator[Part]:
@@ -84,7 +84,7 @@ class Source(abc.ABC):
 
   @abc.abstractmethod
   def fingerprint(self) -> str:
-    """Hex digest of what is known without reading (names, sizes, modification times) and of the reading options."""
+    """Hex digest of all that is known without reading (names, sizes, modification times) and of the reading options."""
 
   def __iter__(self) -> Iterator[Document | Malformed]:
     for part in self.parts():

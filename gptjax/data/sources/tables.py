@@ -25,6 +25,11 @@ class TableSource(Source):
   length: int
   """rows of the split"""
   split: str
+  version: str
+  """changes with the rows"""
+
+  def fingerprint(self) -> str:
+    return hashlib.sha256(f'{self.description} {self.version} {self.fields.text}'.encode()).hexdigest()
 
   def parts(self) -> Iterator[Part]:
     return self.ranges(self.description, self.split, self.length, self.size)
@@ -128,13 +133,10 @@ class HuggingFace(TableSource):
         dataset = datasets.load_dataset(repository, configuration or None, split=config.split)
     self.description = f'hf:{name}, split {config.split}'
     self.fields.check(dataset.column_names, config.path)
-    self._dataset_fingerprint = dataset._fingerprint
+    self.version = dataset._fingerprint
     columns = dict.fromkeys(field.partition('.')[0] for field in self.fields.names)
     self._rows = dataset.select_columns(list(columns)).with_format('arrow')
     self.length, self.size = len(self._rows), self._rows.data.nbytes
-
-  def fingerprint(self) -> str:
-    return hashlib.sha256(f'{self.description} {self._dataset_fingerprint} {self.fields.text}'.encode()).hexdigest()
 
   def rows(self, part: Part) -> Sequence[Mapping[str, Any]]:
     return table_rows(self._rows[part.start:part.stop])

@@ -87,8 +87,7 @@ def _tokenizer(model: models.Model, pre_tokenizer: pre_tokenizers.PreTokenizer |
                symbols: Sequence[str] = ()) -> tokenizers.Tokenizer:
   """A tokenizer with our special ids, which puts the separator before a text, as training does."""
   tokenizer = tokenizers.Tokenizer(model)
-  if pre_tokenizer:
-    tokenizer.pre_tokenizer = pre_tokenizer
+  tokenizer.pre_tokenizer = pre_tokenizer
   tokenizer.decoder = decoder
   tokenizer.post_processor = processors.TemplateProcessing(single='<s> $A', pair='$A $B', special_tokens=[('<s>', 1)])
   tokenizer.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in _NAMES])

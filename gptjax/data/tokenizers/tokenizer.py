@@ -65,7 +65,7 @@ class Tokenizer(abc.ABC):
     return digest.hexdigest()
 
   def _rules(self) -> list[str]:
-    """What ids depend on besides kind and pieces."""
+    """Descriptions of everything else that ids depend on, besides kind and pieces."""
     return []
 
   @abc.abstractmethod
@@ -163,13 +163,12 @@ _PRINTABLE = {*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), 
 _OTHERS = itertools.count(256)
 ALPHABET = ''.join(chr(byte if byte in _PRINTABLE else next(_OTHERS)) for byte in range(256))
 """GPT-2's printable character for each byte: the byte's own, or the next one from U+0100 if that is not printable."""
-_TO_ALPHABET = dict(enumerate(ALPHABET))
 _TO_BYTE = {character: byte for byte, character in enumerate(ALPHABET)}
 
 
 def to_alphabet(data: bytes) -> str:
   """Represents each byte by its character of the alphabet."""
-  return data.decode('latin-1').translate(_TO_ALPHABET)
+  return data.decode('latin-1').translate(ALPHABET)
 
 
 def from_alphabet(characters: str) -> bytes:
