@@ -82,7 +82,7 @@ class ModelConfig(Group, prefix='model.'):
   """tokens that a token attends to, itself included (sliding window, arXiv:2004.05150); 0: all before it"""
   global_every: NonNegative = 0
   """every n-th layer attends globally, without a window; 0: no layer does"""
-  query_scale: NonNegativeFloat = 0.0
+  query_pre_attn_scalar: NonNegativeFloat = 0.0
   """attention scores are divided by its square root; 0: the head size (arXiv:1706.03762)"""
   attention_cap: NonNegativeFloat = 0.0
   """scores s become cap * tanh(s / cap) (Gemma 2, arXiv:2408.00118); 0: unchanged"""

@@ -190,7 +190,7 @@ def comparable(config: ModelConfig) -> Json:
   values = {name: value for name, value in vars(_resolved(config)).items() if name not in ('vocab_multiple', 'dropout')}
   if config.positions != 'rope':
     del values['rope']
-  return values | {'query_scale': config.query_scale or config.head_width, 'qkv_bias': config.qkv_bias or config.bias}
+  return values | {'query_pre_attn_scalar': config.query_pre_attn_scalar or config.head_width, 'qkv_bias': config.qkv_bias or config.bias}
 
 
 def _resolved(config: ModelConfig) -> ModelConfig:
@@ -222,7 +222,7 @@ def _read_gemma3(fields: Fields, context: int) -> Json:
 def _write_gemma(config: ModelConfig, context: int) -> Json:
   return _write_rope(config, context) | {
     'sliding_window': config.window or context, 'layer_types': _layer_types(config.layers, config.global_every),
-    'query_pre_attn_scalar': int(config.query_scale or config.head_width)}  # its class requires an integer
+    'query_pre_attn_scalar': int(config.query_pre_attn_scalar or config.head_width)}  # its class requires an integer
 
 
 def _write_gemma3(config: ModelConfig, context: int) -> Json:
@@ -271,7 +271,7 @@ _LLAMA_COLUMNS = {
   'tie_word_embeddings': Column('tied', False)}
 _GEMMA_COLUMNS = _LLAMA_COLUMNS | {
   'tie_word_embeddings': Column('tied', True), 'sliding_window': Column('window', 4096),
-  'query_pre_attn_scalar': Column('query_scale', 256.0),
+  'query_pre_attn_scalar': Column('query_pre_attn_scalar', 256.0),
   'attn_logit_softcapping': Column('attention_cap', 0.0, True), 'final_logit_softcapping': Column('logit_cap', 0.0, True)}
 _GEMMA2_COLUMNS = _GEMMA_COLUMNS | {
   'attn_logit_softcapping': Column('attention_cap', 50.0, True), 'final_logit_softcapping': Column('logit_cap', 30.0, True)}
