@@ -221,7 +221,8 @@ class Attention(nnx.Module):
       if config.positions == 'rope':
         frequency = frequencies(config.rope, config.head_width // 2, not sees_all)
         q, k = rotate(q, positions.values, frequency), rotate(k, positions.values, frequency)
-      score = ScoreConfig((config.query_pre_attn_scalar or config.head_width) ** -0.5, config.attention_cap, 0 if sees_all else config.window)
+      scale = (config.query_pre_attn_scalar or config.head_width) ** -0.5
+      score = ScoreConfig(scale, config.attention_cap, 0 if sees_all else config.window)
       if positions.cached is None:
         y = attention(config, self.compute, score, q, *_for_heads(q, k, v), positions.segments, keys)
         return y, None if cache is None else Cache(_prefilled(cache.keys, k), _prefilled(cache.values, v))
