@@ -28,9 +28,12 @@ _MAY_DIFFER = {'cpu_devices', 'cache_dir', 'cluster', 'coordinator', 'processes'
 """Flags that may differ between the processes of a run."""
 
 
-def start(config: Config | None = None) -> Path:
-  """Meets the other processes of the run, if any, whose configs must be equal, and sets up JAX; returns the cache folder."""
-  if CPU_DEVICES.value or heap.runs_on_cpu():
+def start(config: Config | None = None, keeps_memory: bool = True) -> Path:
+  """Meets the other processes of the run, if any, whose configs must be equal, and sets up JAX; returns the cache folder.
+
+  `keeps_memory` is for programs that run a step many times; one that builds large arrays once would only need more memory by it.
+  """
+  if keeps_memory and (CPU_DEVICES.value or heap.runs_on_cpu()):
     heap.keep_freed_memory()  # first, because a thread that is already running may have an arena of its own
   logging.set_verbosity(logging.FATAL)  # failures are raised as well
   sys.unraisablehook = _report_unraisable

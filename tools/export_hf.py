@@ -23,7 +23,7 @@ _SHARD_GB = flags.DEFINE_float('shard_gb', 5.0, 'maximum size of a tensor file i
 
 def main(_: None) -> None:
   """Exports --workdir."""
-  start()
+  start(keeps_memory=False)
   from gptjax import interop
   if process_group().count > 1:
     raise UserError('--processes', process_group().count, '1: an export runs in a single process')

@@ -25,7 +25,7 @@ _TOKENIZER = flags.DEFINE_string('tokenizer', None, "folder of a tokenizer that 
 
 def main(_: None) -> None:
   """Imports --folder."""
-  start()
+  start(keeps_memory=False)
   from gptjax import interop
   if process_group().count > 1:
     raise UserError('--processes', process_group().count, '1: an import runs in a single process, on all its devices')
