@@ -33,7 +33,7 @@ _DECONTAMINATE = flags.DEFINE_multi_string(
   'common with one of these evaluation documents')
 _SHARD = flags.DEFINE_integer('shard_tokens', 2**28, 'tokens per shard, approximately', lower_bound=1)
 for _field in dataclasses.fields(Filters):
-  _define = flags.DEFINE_integer if _field.type is int else flags.DEFINE_float
+  _define = flags.DEFINE_integer if isinstance(_field.default, int) else flags.DEFINE_float
   _define(_field.name, _field.default, configs.docstrings(Filters)[_field.name])
 
 
