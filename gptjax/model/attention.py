@@ -81,7 +81,10 @@ def attend(score: ScoreConfig, q: Float[Array, 'B K G T C'], k: Float[Array, 'B 
   """softmax(scale q k) v, in float32, over keys in `mask` (arXiv:1706.03762, equation 1), with G queries per key (arXiv:2305.13245)."""
   # Keys come before queries, because then most products of the two passes read their operands as they lie in memory.
   scores = capped(jnp.einsum('bksc,bkgtc->bksgt', k, q * score.scale, preferred_element_type=jnp.float32), score.cap)
-  return _average(scores, v, jnp.swapaxes(mask, 1, 2)[:, None, :, None], keep_mask(scores, rate, dropout_keys), rate)
+  # Drawn head by head, so that the masks are the same where keys are repeated for heads that `model` splits.
+  kept = keep_mask(jnp.swapaxes(scores, 2, 3), rate, dropout_keys)
+  kept = None if kept is None else jnp.swapaxes(kept, 2, 3)
+  return _average(scores, v, jnp.swapaxes(mask, 1, 2)[:, None, :, None], kept, rate)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

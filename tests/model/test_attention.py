@@ -190,3 +190,10 @@ def test_dropped_attention_weights_differ_by_row_head_and_block_and_average_out(
   assert (np.asarray(run(jax.random.key(1))) != weights).any()
   mean = np.mean([run(jax.random.key(seed)) for seed in range(100)], 0)
   np.testing.assert_allclose(mean.sum(-1).mean((0, 1)), 1, atol=0.15)
+
+
+def test_dropped_weights_are_the_same_where_keys_are_repeated_for_each_head():
+  q, k, v = as_heads(draw(0, 2, 4, 72, 8), draw(1, 2, 2, 72, 8), draw(2, 2, 2, 72, 8))
+  run = jax.jit(lambda k, v: causal_attention(PLAIN, q, k, v, None, 0.5, jax.random.split(jax.random.key(0), 2), 24))
+  repeated = as_heads(*(np.repeat(np.asarray(x), 2, 1) for x in (k, v)))
+  np.testing.assert_allclose(run(k, v), run(*repeated), 1e-5, 1e-6)
