@@ -31,7 +31,8 @@ _MAY_DIFFER = {'cpu_devices', 'cache_dir', 'cluster', 'coordinator', 'processes'
 def start(config: Config | None = None, keeps_memory: bool = True) -> Path:
   """Meets the other processes of the run, if any, whose configs must be equal, and sets up JAX; returns the cache folder.
 
-  `keeps_memory` is for programs that run a step many times; one that builds large arrays once would only need more memory by it.
+  `keeps_memory`: whether freed memory is reused instead of returned to the system, which is faster if a program runs one step many times,
+  and needs more memory if it builds large arrays once.
   """
   if keeps_memory and (CPU_DEVICES.value or heap.runs_on_cpu()):
     heap.keep_freed_memory()  # first, because a thread that is already running may have an arena of its own

@@ -66,3 +66,21 @@ def test_a_container_limits_the_memory(tmp_path, monkeypatch):
   machine = heap._available_memory()
   limit.write_text('1048576\n')
   assert heap._available_memory() == 1048576 < machine
+
+
+PROGRAM = """
+import runpy, sys
+from gptjax import heap
+heap.keep_freed_memory = lambda: sys.exit('memory is kept')
+sys.argv = ['-m', '--workdir=/none/run', *{flags}]
+runpy.run_module('{program}', run_name='__main__', alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize('program, flags, expected', [
+  ('gptjax.evaluate', [], 'memory is kept'), ('tools.import_hf', ['--folder=/none'], "error: --folder: '/none'"),
+  pytest.param('tools.export_hf', ['--out=/none/out'], 'error: ', marks=pytest.mark.full)])
+def test_programs_that_convert_models_do_not_keep_memory(program, flags, expected):
+  done = subprocess.run([sys.executable, '-c', PROGRAM.format(program=program, flags=flags)], capture_output=True, text=True,
+                        env=os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': os.getcwd()})
+  assert done.returncode and done.stderr.startswith(expected), done.stderr

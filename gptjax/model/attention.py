@@ -84,41 +84,42 @@ def attend(score: ScoreConfig, q: Float[Array, 'B K G T C'], k: Float[Array, 'B 
   # Drawn head by head, so that the masks are the same where keys are repeated for heads that `model` splits.
   kept = keep_mask(jnp.swapaxes(scores, 2, 3), rate, dropout_keys)
   kept = None if kept is None else jnp.swapaxes(kept, 2, 3)
-  return _average(scores, v, jnp.swapaxes(mask, 1, 2)[:, None, :, None], kept, rate)
+  return _softmax_average(scores, v, jnp.swapaxes(mask, 1, 2)[:, None, :, None], kept, rate)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _average(scores: Float[Array, 'B K S G T'], v: Float[Array, 'B K S C'], mask: Bool[Array, '#B 1 S 1 T'],
-             kept: Bool[Array, 'B K S G T'] | None, rate: float) -> Float[Array, 'B K G T C']:
-  """softmax(scores) v over keys in `mask`, with weights dropped that are not `kept`. Each query must have a key in its mask.
+def _softmax_average(scores: Float[Array, 'B K S G T'], v: Float[Array, 'B K S C'], mask: Bool[Array, '#B 1 S 1 T'],
+                     kept: Bool[Array, 'B K S G T'] | None, rate: float) -> Float[Array, 'B K G T C']:
+  """softmax(scores) v over the keys in `mask`; weights that are not `kept` are dropped. Each query needs at least one key in its mask.
 
-  Two things spare passes over arrays of the size of the scores. Not the weights are divided by their sum, but their products with v. And
-  in the backward pass the sum of weights times their gradients is that of outputs times theirs (arXiv:2205.14135, appendix B.2).
+  Two identities avoid passes over arrays as large as the scores. Products with v are divided by the sum of the weights, instead of the
+  weights themselves. In the backward pass, the sum over keys of weight times its gradient equals the sum over features of output times
+  its gradient (arXiv:2205.14135, appendix B.2).
   """
-  return _average_forward(scores, v, mask, kept, rate)[0]
+  return _softmax_average_forward(scores, v, mask, kept, rate)[0]
 
 
-def _average_forward(scores, v, mask, kept, rate):
+def _softmax_average_forward(scores, v, mask, kept, rate):
   scores = jnp.where(mask, scores, -1e30)
   weights = jnp.exp(scores - scores.max(2, keepdims=True))
   inverse = 1 / weights.sum(2)[..., None]
   weights = weights.astype(v.dtype)
-  mixed = jnp.einsum('bksgt,bksc->bkgtc', drop(weights, kept, rate), v, preferred_element_type=jnp.float32)
-  mixed = (mixed * inverse).astype(v.dtype)
-  return mixed, (weights, inverse, v, kept, mixed)
+  output = jnp.einsum('bksgt,bksc->bkgtc', drop(weights, kept, rate), v, preferred_element_type=jnp.float32)
+  output = (output * inverse).astype(v.dtype)
+  return output, (weights, inverse, v, kept, output)
 
 
-def _average_backward(rate, saved, gradient):
-  weights, inverse, v, kept, mixed = saved
+def _softmax_average_backward(rate, saved, gradient):
+  weights, inverse, v, kept, output = saved
   gradient = gradient * inverse
-  total = (gradient * mixed).sum(-1)[:, :, None]
+  total = (gradient * output).sum(-1)[:, :, None]
   gradient = gradient.astype(v.dtype)
-  of_weights = drop(jnp.einsum('bksc,bkgtc->bksgt', v, gradient, preferred_element_type=jnp.float32), kept, rate)
-  of_values = jnp.einsum('bksgt,bkgtc->bksc', drop(weights, kept, rate), gradient)
-  return weights * (of_weights - total), of_values, None, None
+  weight_gradient = drop(jnp.einsum('bksc,bkgtc->bksgt', v, gradient, preferred_element_type=jnp.float32), kept, rate)
+  value_gradient = jnp.einsum('bksgt,bkgtc->bksc', drop(weights, kept, rate), gradient)
+  return weights * (weight_gradient - total), value_gradient, None, None
 
 
-_average.defvjp(_average_forward, _average_backward)
+_softmax_average.defvjp(_softmax_average_forward, _softmax_average_backward)
 
 
 def causal_attention(score: ScoreConfig, q: Float[Array, 'B H T C'], k: Float[Array, 'B K T C'], v: Float[Array, 'B K T C'],

@@ -42,7 +42,7 @@ def local_rows(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
 
 
 def local_matrices(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
-  """A shard_map that is manual over the axis of matrices, inside `local_rows`, where all axes are manual then, or outside."""
+  """A shard_map that is manual over the axis of matrices. Within `local_rows`, all axes are manual then."""
   return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names={MATRIX_AXIS}, check_vma=False)
 
 

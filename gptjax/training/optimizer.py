@@ -19,7 +19,7 @@ SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
   'linear': lambda done: 1 - done,
   'wsd': lambda done: 1 - done,
 }
-"""From 1 to 0 as the fraction of the decay that is done rises from 0 to 1, by name in config.schedule."""
+"""Learning rate between its final value (0) and its peak (1), by the fraction of the decay that is done; by name in config.schedule."""
 
 
 @functools.lru_cache(maxsize=16)
@@ -80,7 +80,7 @@ def _muon(config: OptimizerConfig, **durations: int) -> optax.GradientTransforma
 
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {'adamw': _adamw, 'muon': _muon}
-"""By name in config.name."""
+"""Functions that make an optimizer from a config and the durations of `schedule`, by config.name."""
 
 
 def update(optimizer: optax.GradientTransformation, gradient: Any, norm: jax.Array, good: jax.Array, state: Any,

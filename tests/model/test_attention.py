@@ -8,7 +8,7 @@ from tiers import full
 
 from gptjax.config import ComputeConfig, ModelConfig, RopeConfig, UserError
 from gptjax.model import Positions, abstract_model, attention_backend
-from gptjax.model.attention import BLOCK, PARTS, causal_attention, frequencies, rotate
+from gptjax.model.attention import BLOCK, PARTS, attend, causal_attention, frequencies, rotate
 from gptjax.model.kernels import LANES, ScoreConfig, cudnn, splash
 from gptjax.sharding import local_rows
 
@@ -197,3 +197,21 @@ def test_dropped_weights_are_the_same_where_keys_are_repeated_for_each_head():
   run = jax.jit(lambda k, v: causal_attention(PLAIN, q, k, v, None, 0.5, jax.random.split(jax.random.key(0), 2), 24))
   repeated = as_heads(*(np.repeat(np.asarray(x), 2, 1) for x in (k, v)))
   np.testing.assert_allclose(run(k, v), run(*repeated), 1e-5, 1e-6)
+
+
+def test_gradients_with_dropped_weights_are_those_of_the_formula():
+  (queries, keys), rate = (5, 7), 0.4
+  q, k, v = draw(0, 2, 2, 3, queries, 8), draw(1, 2, 2, keys, 8), draw(2, 2, 2, keys, 6)
+  mask, weights = np.tri(queries, keys, 2, bool)[None], draw(3, 2, 2, 3, queries, 6)
+  run = lambda q, k, v: attend(PLAIN, q, k, v, mask, rate, jax.random.split(jax.random.key(0), 2))
+  identity = np.broadcast_to(np.eye(keys, dtype=np.float32), (2, 2, keys, keys))  # so that the outputs are the weights
+  kept = run(q, k, identity) > 0
+
+  def formula(q, k, v):
+    scores = jnp.where(mask[:, None, None], jnp.einsum('bkgtc,bksc->bkgts', q, k) * PLAIN.scale, -jnp.inf)
+    return jnp.einsum('bkgts,bksc->bkgtc', jnp.where(kept, jax.nn.softmax(scores) / (1 - rate), 0), v)
+
+  assert 0.2 < kept[..., mask[0]].mean() < 0.9
+  gradients = [jax.jit(jax.grad(lambda *inputs: jnp.sum(function(*inputs) * weights), (0, 1, 2)))(q, k, v) for function in (run, formula)]
+  for gradient, expected in zip(*gradients, strict=True):
+    np.testing.assert_allclose(gradient, expected, 1e-4, 1e-5)

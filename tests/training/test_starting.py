@@ -87,7 +87,8 @@ def test_parts_that_fit_are_taken_and_the_rest_is_fresh(mesh, scan, settings, so
 
 def test_another_width_is_an_error(settings, source, cache):
   changed = configs.override(settings, {'model.width': 32, 'init_from': str(source), 'init_partial': True})
-  with pytest.raises(UserError, match="^init_from: .*expected: the same sizes; only vocabulary, positions and the number of layers may"):
+  with pytest.raises(UserError, match='^init_from: .*expected: the same sizes; only vocabulary, positions and the number of layers may '
+                     'differ$'):
     begun(changed, cache)
 
 
