@@ -201,11 +201,12 @@ def test_dropped_weights_are_the_same_where_keys_are_repeated_for_each_head():
 
 def test_gradients_with_dropped_weights_are_those_of_the_formula():
   (queries, keys), rate = (5, 7), 0.4
-  q, k, v = draw(0, 2, 2, 3, queries, 8), draw(1, 2, 2, keys, 8), draw(2, 2, 2, keys, 6)
-  mask, weights = np.tri(queries, keys, 2, bool)[None], draw(3, 2, 2, 3, queries, 6)
+  shapes = (3, queries, 8), (keys, 8), (keys, 8), (3, queries, 8)
+  q, k, v, weights = (jnp.asarray(draw(seed, 2, 2, *shape)) for seed, shape in enumerate(shapes))
+  mask = jnp.tri(queries, keys, 2, bool)[None]
   run = lambda q, k, v: attend(PLAIN, q, k, v, mask, rate, jax.random.split(jax.random.key(0), 2))
-  identity = np.broadcast_to(np.eye(keys, dtype=np.float32), (2, 2, keys, keys))  # so that the outputs are the weights
-  kept = run(q, k, identity) > 0
+  identity = jnp.broadcast_to(jnp.eye(keys, 8), (2, 2, keys, 8))  # so that the outputs are the weights
+  kept = run(q, k, identity)[..., :keys] > 0
 
   def formula(q, k, v):
     scores = jnp.where(mask[:, None, None], jnp.einsum('bkgtc,bksc->bkgts', q, k) * PLAIN.scale, -jnp.inf)
