@@ -10,7 +10,6 @@ import subprocess
 
 import jax
 import numpy as np
-import optax
 import pytest
 
 from gptjax import config as configs
@@ -18,7 +17,7 @@ from gptjax.config import ComputeConfig, Config, DataConfig, EvalConfig, ModelCo
 from gptjax.model import abstract_model
 from gptjax.sharding import put_rows
 from gptjax.training.replaying import CLOCK
-from gptjax.training import Options, initializer, make_optimizer, next_token, schedule, train, train_step
+from gptjax.training import Options, initializer, learning_rates, make_optimizer, next_token, train, train_step
 
 DURATIONS = {'steps': 100, 'warmup': 2, 'decay': 0}
 WALL_CLOCK = CLOCK
@@ -55,13 +54,12 @@ def trainer(model, optimizer=None, *, compute=ComputeConfig(), context=16, zero_
   """
   if optimizer is None or isinstance(optimizer, OptimizerConfig):
     settings = optimizer or OptimizerConfig()
-    optimizer = make_optimizer(settings, **DURATIONS)
-    rate = schedule(settings, settings.peak_lr, **DURATIONS)
+    optimizer, rates = make_optimizer(settings), learning_rates(settings, **DURATIONS)
   else:
-    rate = optax.constant_schedule(0.0)
+    rates = lambda count: {}  # it has its own
   described = abstract_model(model, compute, context)
   state = initializer(described, optimizer, zero_stage, jax.sharding.get_mesh(), 0, described.matching('frozen', frozen))()
-  return state, train_step(described, next_token(z_loss), optimizer, rate, zero_stage=zero_stage, mesh=jax.sharding.get_mesh(),
+  return state, train_step(described, next_token(z_loss), optimizer, rates, zero_stage=zero_stage, mesh=jax.sharding.get_mesh(),
                            microbatches=microbatches, seed=seed)
 
 

@@ -36,7 +36,7 @@ def held(stage: int, data: int) -> dict[str, float]:
   mesh = make_mesh(MeshConfig(data=data))
   with jax.set_mesh(mesh):
     model = abstract_model(MODEL, ComputeConfig(scan=True), 256)
-    state = initializer(model, make_optimizer(OptimizerConfig(), steps=1, warmup=0, decay=0), stage, mesh, 0)()
+    state = initializer(model, make_optimizer(OptimizerConfig()), stage, mesh, 0)()
     # Gradients exist only inside the step; arrays of zeros with their shardings stand for them.
     zeros = lambda name: jax.numpy.zeros(model.shapes[name].shape, out_sharding=model.specs(stage, mesh)[name].gradient)
     trees = (state.parameters, {name: zeros(name) for name in model.shapes}, state.optimizer)

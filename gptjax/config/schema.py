@@ -179,7 +179,7 @@ class OptimizerConfig(Group, prefix='optimizer.'):
   peak_lr: NonNegativeFloat = 1e-3
   """peak learning rate of adamw"""
   muon_lr: NonNegativeFloat = 0.02
-  """peak learning rate of muon, scaled per matrix by max(1, outputs/inputs)^0.5; same schedule as peak_lr"""
+  """peak learning rate of muon, scaled per matrix by max(1, outputs/inputs)^0.5; same schedule as peak_lr; logged as muon_learning_rate"""
   schedule: Literal['cosine', 'linear', 'wsd', 'constant'] = 'cosine'
   """decay of the rate after warmup; wsd (warmup, stable, decay) stays at the peak, then decays linearly over the last `decay`"""
   warmup: _Duration = 100

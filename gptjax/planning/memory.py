@@ -76,9 +76,9 @@ def analytic_memory(config: Config, sizes: dict[str, int]) -> Memory:
 def _state_bytes(model: ModelConfig, compute: ComputeConfig, context: int, optimizer: OptimizerConfig, frozen: tuple[str, ...],
                  stage: int, sizes: tuple[tuple[str, int], ...]) -> dict[str, int]:
   mesh = abstract_mesh(dict(sizes))
-  with jax.set_mesh(None), use_abstract_mesh(mesh):  # the durations do not change the shapes
+  with jax.set_mesh(None), use_abstract_mesh(mesh):
     described = abstract_model(model, compute, context)
-    transformation = make_optimizer(optimizer, steps=2, warmup=1, decay=1)
+    transformation = make_optimizer(optimizer)
     return state_bytes(described, transformation, stage, mesh, described.matching('frozen', frozen))
 
 

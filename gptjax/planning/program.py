@@ -15,7 +15,7 @@ from gptjax.config import Config, UserError, duration_in_steps
 from gptjax.model import abstract_model, attention_backend
 from gptjax.planning.topology import Topology
 from gptjax.sharding import ROWS, make_mesh
-from gptjax.training import abstract, frozen_names, initializer, make_objective, make_optimizer, schedule, train_step
+from gptjax.training import abstract, frozen_names, initializer, learning_rates, make_objective, make_optimizer, train_step
 
 
 class TooLarge(Exception):
@@ -100,9 +100,9 @@ def compile_on(mesh: Mesh, config: Config, options: dict[str, str | bool] | None
   steps = durations(config)
   with jax.set_mesh(mesh):
     model = abstract_model(config.model, config.compute, config.data.context)
-    optimizer = make_optimizer(config.optimizer, **steps)
+    optimizer = make_optimizer(config.optimizer)
     state = abstract(initializer(model, optimizer, config.zero_stage, mesh, config.seed, frozen_names(model, config)), mesh)
-    step: Any = train_step(model, make_objective(config), optimizer, schedule(config.optimizer, config.optimizer.peak_lr, **steps),
+    step: Any = train_step(model, make_objective(config), optimizer, learning_rates(config.optimizer, **steps),
                            zero_stage=config.zero_stage, mesh=mesh, microbatches=config.microbatches, seed=config.seed)
     isolated = ['positions', 'segments'] if config.data.isolate_documents else []
     array = lambda dtype: jax.ShapeDtypeStruct((config.batch_size, config.data.context), dtype, sharding=NamedSharding(mesh, ROWS))

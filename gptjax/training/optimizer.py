@@ -22,12 +22,23 @@ SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
 """Learning rate between its final value (0) and its peak (1), by the fraction of the decay that is done; by name in config.schedule."""
 
 
-@functools.lru_cache(maxsize=16)
-def schedule(config: OptimizerConfig, peak: float, *, steps: int, warmup: int, decay: int) -> optax.Schedule:
-  """The learning rate of each update, a function of the updates done before it.
+Rates = dict[str, jax.Array]
+"""Learning rates of one step by name: learning_rate is adamw's, muon_learning_rate muon's."""
 
-  It rises linearly over `warmup` updates, reaches `peak` at the next, and falls by config.schedule towards
-  peak * final_fraction at `steps`; wsd (arXiv:2405.18392) only over the last `decay` updates.
+
+@functools.lru_cache(maxsize=16)
+def learning_rates(config: OptimizerConfig, **durations: int) -> Callable[[jax.Array], Rates]:
+  """The learning rates of each step, which it applies and reports; a function of the steps taken before it, bad ones included."""
+  peaks = {'learning_rate': config.peak_lr} | ({'muon_learning_rate': config.muon_lr} if config.name == 'muon' else {})
+  rates = {name: schedule(config, peak, **durations) for name, peak in peaks.items()}
+  return lambda count: {name: rate(count) for name, rate in rates.items()}
+
+
+def schedule(config: OptimizerConfig, peak: float, *, steps: int, warmup: int, decay: int) -> optax.Schedule:
+  """The learning rate of each step, a function of the steps taken before it.
+
+  It rises linearly over `warmup` steps, reaches `peak` at the next, and falls by config.schedule towards
+  peak * final_fraction at `steps`; wsd (arXiv:2405.18392) only over the last `decay` steps.
   """
   shape, low = SCHEDULES[config.schedule], config.final_fraction
 
@@ -51,21 +62,21 @@ def uses_muon(name: str) -> bool:
 
 
 @functools.lru_cache(maxsize=16)
-def make_optimizer(config: OptimizerConfig, **durations: int) -> optax.GradientTransformation:
-  """Clipping by global norm (arXiv:1211.5063), then the optimizer of the config; `durations` are those of `schedule`."""
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+  """Clipping by global norm (arXiv:1211.5063), then the optimizer of the config, for `update`."""
   clip = _clip_by_global_norm(config.clip) if config.clip else optax.identity()  # a resumed run may switch it
-  return optax.named_chain(('clip', clip), ('update', OPTIMIZERS[config.name](config, **durations)))
+  return optax.named_chain(('clip', clip), ('update', OPTIMIZERS[config.name](config)))
 
 
-def _adamw(config: OptimizerConfig, **durations: int) -> optax.GradientTransformation:
+def _adamw(config: OptimizerConfig) -> optax.GradientTransformation:
   # Names of links become parts of the names of a checkpoint's arrays.
   return optax.named_chain(
     ('adam', _scale_by_adam(config.b1, config.b2, config.eps)),
     ('decay', optax.add_decayed_weights(config.weight_decay, _by_name(has_weight_decay))),
-    ('rate', optax.scale_by_learning_rate(schedule(config, config.peak_lr, **durations))))
+    ('rate', _scale_by_rate('learning_rate')))
 
 
-def _muon(config: OptimizerConfig, **durations: int) -> optax.GradientTransformation:
+def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
   """Muon for the matrices inside blocks, AdamW for all other parameters."""
   matrix_axes = lambda tree: jax.tree.map(lambda x: contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), tree)  # the last two
   # An orthogonal matrix maps to vectors of equal length; this keeps the change of each output the same for every shape.
@@ -74,19 +85,22 @@ def _muon(config: OptimizerConfig, **durations: int) -> optax.GradientTransforma
     ('muon', _complete_matrices(contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=matrix_axes))),
     ('shape', optax.stateless(scale_by_shape)),
     ('decay', optax.add_decayed_weights(config.weight_decay)),
-    ('rate', optax.scale_by_learning_rate(schedule(config, config.muon_lr, **durations))))
-  return optax.partition({'muon': muon, 'adamw': _adamw(config, **durations)},
+    ('rate', _scale_by_rate('muon_learning_rate')))
+  return optax.partition({'muon': muon, 'adamw': _adamw(config)},
                          _by_name(lambda name: 'muon' if uses_muon(name) else 'adamw'))
 
 
-OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {'adamw': _adamw, 'muon': _muon}
-"""Functions that make an optimizer from a config and the durations of `schedule`, by config.name."""
+OPTIMIZERS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {'adamw': _adamw, 'muon': _muon}
+"""Functions that make an optimizer from a config, by config.name."""
 
 
-def update(optimizer: optax.GradientTransformation, gradient: Any, norm: jax.Array, good: jax.Array, state: Any,
+def update(optimizer: optax.GradientTransformation, gradient: Any, norm: jax.Array, good: jax.Array, rates: Rates, state: Any,
            parameters: Any) -> tuple[Any, Any]:
-  """Parameters and optimizer state after a step with this gradient of global norm `norm`; a bad step leaves both bitwise unchanged."""
-  updates, new = optax.with_extra_args_support(optimizer).update(gradient, state, parameters, norm=norm, good=good)
+  """Parameters and optimizer state after a step with this gradient of global norm `norm`, at these rates.
+
+  A step that is not `good` leaves both bitwise unchanged.
+  """
+  updates, new = optax.with_extra_args_support(optimizer).update(gradient, state, parameters, norm=norm, good=good, rates=rates)
   selected = lambda node: isinstance(node, optax.ScaleByAdamState)  # by `_scale_by_adam`
   state = jax.tree.map(lambda new, old: new if selected(new) else optax.tree.where(good, new, old), new, state, is_leaf=selected)
   return optax.tree.where(good, optax.apply_updates(parameters, updates), parameters), state
@@ -107,6 +121,14 @@ def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransforma
     return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square), new
 
   return optax.GradientTransformationExtraArgs(adam.init, update)
+
+
+def _scale_by_rate(name: str) -> optax.GradientTransformationExtraArgs:
+  """Descends at the rate that the step hands over. A count of its own would stand still at bad steps, and the schedule would not end."""
+  def update(updates, state, parameters=None, *, rates, **_):
+    return jax.tree.map(lambda update: -rates[name] * update, updates), state
+
+  return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def _clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:

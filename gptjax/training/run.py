@@ -23,7 +23,7 @@ from gptjax.distributed import process_group
 from gptjax.sharding import AnyMesh, check_sizes, describe, process_rows, put_rows
 from gptjax.training.guard import BadSteps
 from gptjax.training.objective import ObjectiveFunction, make_objective
-from gptjax.training.optimizer import make_optimizer, schedule
+from gptjax.training.optimizer import learning_rates, make_optimizer
 from gptjax.training.step import TrainState, abstract, initializer, train_step
 
 
@@ -85,12 +85,12 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
   memories = [memory.kind for memory in jax.local_devices()[0].addressable_memories()]
   if config.compute.offloaded and 'pinned_host' not in memories:
     raise UserError('compute.offloaded', list(config.compute.offloaded), f'none: the device reaches no memory of the host, only {memories}')
-  optimizer = make_optimizer(opt, **durations)
+  optimizer = make_optimizer(opt)
   objective = make_objective(config)
   return Run(
     config=config, mesh=mesh, model=model, objective=objective, optimizer=optimizer, rows=rows, steps=steps,
     initialize=initializer(model, optimizer, config.zero_stage, mesh, config.seed, frozen),
-    step=train_step(model, objective, optimizer, schedule(opt, opt.peak_lr, **durations),
+    step=train_step(model, objective, optimizer, learning_rates(opt, **durations),
                     zero_stage=config.zero_stage, mesh=mesh, microbatches=config.microbatches, seed=config.seed, spike=config.faults.spike),
     valid={name: EvalRows(store, config.data.context, config.data.isolate_documents) for name, store in data.valid.items()},
     eval_every=steps_of('eval.every'), checkpoint_every=steps_of('checkpoint.every'), keep_every=steps_of('checkpoint.keep_every'),

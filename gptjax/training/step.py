@@ -19,7 +19,7 @@ from gptjax.model import AbstractModel, Parameters, Positions
 from gptjax.sharding import ROWS, AnyMesh, ParameterSpecs, local_rows, row_numbers, sum_over_rows
 from gptjax.training.guard import LossStatistics, initial_statistics, is_good_step
 from gptjax.training.objective import Batch, ObjectiveFunction
-from gptjax.training.optimizer import update
+from gptjax.training.optimizer import Rates, update
 
 
 class TrainState(NamedTuple):
@@ -111,7 +111,8 @@ def summed_gradients(model: AbstractModel, objective: ObjectiveFunction, zero_st
 
 
 @functools.lru_cache(maxsize=16)
-def train_step(model: AbstractModel, objective: ObjectiveFunction, optimizer: optax.GradientTransformation, rate: optax.Schedule,
+def train_step(model: AbstractModel, objective: ObjectiveFunction, optimizer: optax.GradientTransformation,
+               rates: Callable[[jax.Array], Rates],
                *, zero_stage: int, mesh: AnyMesh, microbatches: int, seed: int, spike: float = 0.0) -> Callable[[TrainState, Batch], tuple]:
   """The jitted step: (state, batch) -> (state, metrics), with the old state's memory reused.
 
@@ -129,9 +130,9 @@ def train_step(model: AbstractModel, objective: ObjectiveFunction, optimizer: op
     gradient = {name: g * (1 / targets) for name, g in gradient.items()}  # XLA would write g / targets to memory
     parameters = _put(state.trained, specs, 'optimizer')
     metrics = {name: value / targets for name, value in sums.items()}
-    metrics |= {'grad_norm': norm, 'learning_rate': rate(state.step), 'targets': targets}
+    metrics |= {'grad_norm': norm, **(now := rates(state.step)), 'targets': targets}
     good, statistics = is_good_step(state.statistics, metrics['loss'], norm, spike)
-    parameters, moments = update(optimizer, gradient, norm, good, state.optimizer, parameters)
+    parameters, moments = update(optimizer, gradient, norm, good, now, state.optimizer, parameters)
     return TrainState(state.step + 1, _put(parameters, specs, 'stored'), state.frozen, moments, statistics), metrics | {'bad': ~good}
 
   return jax.jit(step, donate_argnums=0)

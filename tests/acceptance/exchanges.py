@@ -28,13 +28,13 @@ def sent(stage: int, microbatches: int) -> dict[str, float]:
   from gptjax.model import abstract_model
   from gptjax.planning import collectives
   from gptjax.sharding import make_mesh, put_rows
-  from gptjax.training import abstract, initializer, make_optimizer, next_token, schedule, train_step
+  from gptjax.training import abstract, initializer, learning_rates, make_optimizer, next_token, train_step
 
   settings, durations = OptimizerConfig(clip=1.0), {'steps': 100, 'warmup': 0, 'decay': 0}
   with jax.set_mesh(mesh := make_mesh(MeshConfig(data=8))):
-    model, optimizer = abstract_model(MODEL, ComputeConfig(scan=True), CONTEXT), make_optimizer(settings, **durations)
+    model, optimizer = abstract_model(MODEL, ComputeConfig(scan=True), CONTEXT), make_optimizer(settings)
     state = abstract(initializer(model, optimizer, stage, mesh, 0), mesh)
-    step = train_step(model, next_token(), optimizer, schedule(settings, 1e-3, **durations), zero_stage=stage, mesh=mesh,
+    step = train_step(model, next_token(), optimizer, learning_rates(settings, **durations), zero_stage=stage, mesh=mesh,
                       microbatches=microbatches, seed=0)
     rows = {name: np.zeros((BATCH, CONTEXT), dtype) for name, dtype in (('tokens', 'int32'), ('targets', 'int32'), ('mask', 'float32'))}
     text = step.lower(state, put_rows(mesh, rows, BATCH)).compile().as_text()

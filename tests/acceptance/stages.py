@@ -33,16 +33,16 @@ def follow(case: str, mesh: MeshConfig, stage: int, microbatches: int, scan: boo
 
   from gptjax.model import abstract_model
   from gptjax.sharding import make_mesh, put_rows
-  from gptjax.training import initializer, make_optimizer, next_token, schedule, train_step
+  from gptjax.training import initializer, learning_rates, make_optimizer, next_token, train_step
 
   model = ModelConfig(layers=2, width=64, heads=8, kv_heads=2, mlp_width=171, vocab_size=VOCABULARY, vocab_multiple=1,
                       positions='rope', norm='rmsnorm', mlp='swiglu', dropout=0.0 if case == 'adamw' else 0.1)
   settings = OptimizerConfig(name='muon' if case == 'muon' else 'adamw', peak_lr=1e-3, warmup=2)
   durations = {'steps': 100, 'warmup': 2, 'decay': 0}
   with jax.set_mesh(devices := make_mesh(mesh)):
-    described, optimizer = abstract_model(model, ComputeConfig(scan=scan), CONTEXT), make_optimizer(settings, **durations)
+    described, optimizer = abstract_model(model, ComputeConfig(scan=scan), CONTEXT), make_optimizer(settings)
     state = initializer(described, optimizer, stage, devices, 0)()
-    step = train_step(described, next_token(), optimizer, schedule(settings, settings.peak_lr, **durations), zero_stage=stage,
+    step = train_step(described, next_token(), optimizer, learning_rates(settings, **durations), zero_stage=stage,
                       mesh=devices, microbatches=microbatches, seed=0)
     figures = []
     for number in range(_STEPS.value):

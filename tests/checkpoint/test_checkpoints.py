@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 from tiers import full
-from tiny import DURATIONS
 
 from gptjax.checkpoint import Checkpoints, Progress, Retention
 from gptjax.config import ComputeConfig, MeshConfig, ModelConfig, OptimizerConfig, UserError
@@ -30,7 +29,7 @@ def description(model=MODEL, optimizer='muon', devices=(1, 1), zero_stage=0, com
   """The abstract train state of a run."""
   mesh = make_mesh(MeshConfig(*devices))
   with jax.set_mesh(mesh):
-    tools = make_optimizer(OptimizerConfig(name=optimizer), **DURATIONS)
+    tools = make_optimizer(OptimizerConfig(name=optimizer))
     return abstract(initializer(abstract_model(model, compute, 16), tools, zero_stage, mesh, 0), mesh)
 
 

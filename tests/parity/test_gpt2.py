@@ -8,7 +8,7 @@ import pytest
 from gptjax.config import ComputeConfig, ModelConfig, OptimizerConfig
 from gptjax.model import abstract_model
 from gptjax.sharding import put_rows
-from gptjax.training import TrainState, make_optimizer, next_token, schedule, train_step
+from gptjax.training import TrainState, learning_rates, make_optimizer, next_token, train_step
 from gptjax.training.guard import initial_statistics
 
 torch = transformers = None
@@ -116,8 +116,8 @@ def test_steps_of_adamw_are_those_of_pytorch(mesh, zero_stage, microbatches, cli
   adamw = torch.optim.AdamW(groups, lr=config.peak_lr, betas=(config.b1, config.b2), eps=config.eps)
 
   described = abstract_model(CONFIG, ComputeConfig(), CONTEXT)
-  optimizer = make_optimizer(config, **durations)
-  step = train_step(described, next_token(), optimizer, schedule(config, config.peak_lr, **durations),
+  optimizer = make_optimizer(config)
+  step = train_step(described, next_token(), optimizer, learning_rates(config, **durations),
                     zero_stage=zero_stage, mesh=mesh, microbatches=microbatches, seed=0)
   parameters = on_mesh(weights(model), described, zero_stage, mesh)
   start = weights(model)

@@ -14,7 +14,7 @@ from gptjax.training import abstract, initializer, make_optimizer
 @pytest.mark.parametrize('mesh, scan', [full('8x1', False), full('8x1', True), ('4x2', True)], indirect=['mesh'])
 def test_no_complete_state_is_made_under_stage_3(mesh, scan):
   described = abstract_model(ModelConfig(layers=2, width=128, heads=4, vocab_size=4096), ComputeConfig(scan=scan), 128)
-  optimizer = make_optimizer(OptimizerConfig(), steps=10, warmup=0, decay=0)
+  optimizer = make_optimizer(OptimizerConfig())
   initialize = initializer(described, optimizer, 3, mesh, seed=0)
   memory = initialize.lower().compile().memory_analysis()  # of one device
   model = sum(4 * math.prod(shape.shape) for shape in described.shapes.values())
@@ -28,7 +28,7 @@ def test_no_complete_state_is_made_under_stage_3(mesh, scan):
 @pytest.mark.parametrize('mesh', ['4x2'], indirect=True)
 def test_the_abstract_state_is_that_of_the_state_that_is_made(style, mesh):
   described = abstract_model(style, ComputeConfig(), 16)
-  initialize = initializer(described, make_optimizer(OptimizerConfig(), steps=10, warmup=0, decay=0), 3, mesh, seed=0)
+  initialize = initializer(described, make_optimizer(OptimizerConfig()), 3, mesh, seed=0)
   state, made = abstract(initialize, mesh), initialize()
   assert jax.tree.structure(state) == jax.tree.structure(made)
   for expected, value in zip(jax.tree.leaves(state), jax.tree.leaves(made), strict=True):

@@ -1,5 +1,6 @@
 """Learning rates follow their formulas; decay, Muon and clipping touch the parameters meant, as published."""
 
+import functools
 import math
 
 import jax
@@ -11,8 +12,8 @@ from jax.sharding import PartitionSpec
 
 from gptjax.config import ComputeConfig, ModelConfig, OptimizerConfig
 from gptjax.model import abstract_model
-from gptjax.training import make_optimizer, schedule
-from gptjax.training.optimizer import has_weight_decay, update, uses_muon
+from gptjax.training import learning_rates, make_optimizer
+from gptjax.training.optimizer import has_weight_decay, schedule, update, uses_muon
 
 STEPS, WARMUP, DECAY, PEAK, LOW = 50, 7, 20, 6e-4, 0.1
 CONSTANT = {'schedule': 'constant', 'clip': 0.0}
@@ -93,10 +94,15 @@ def some(seed, shapes=SHAPES):
   return {name: jnp.asarray(rng.standard_normal(shape, np.float32)) for name, shape in shapes.items()}
 
 
+def rates_of(config):
+  """The learning rates by the number of steps taken."""
+  return learning_rates(config, **NOW)
+
+
 def first_update(config, gradients, parameters):
   """The updates and the state after the first of the optimizer's steps."""
-  transformation = make_optimizer(config, **NOW)
-  return jax.jit(transformation.update)(gradients, transformation.init(parameters), parameters)
+  transformation = make_optimizer(config)
+  return jax.jit(transformation.update)(gradients, transformation.init(parameters), parameters, rates=rates_of(config)(0))
 
 
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
@@ -141,8 +147,8 @@ def muon(gradients, parameter, *, beta, rate, decay):
 @pytest.mark.parametrize('shape', [(16, 40), (40, 16), (16, 16), (3, 16, 40)])
 def test_muon_is_newton_schulz_of_the_momentum_of_each_matrix(shape, one_device):
   config = OptimizerConfig(**CONSTANT, name='muon', muon_lr=0.03, weight_decay=0.2, momentum=0.9)
-  transformation = make_optimizer(config, **NOW)
-  update = jax.jit(transformation.update)
+  transformation = make_optimizer(config)
+  update = jax.jit(functools.partial(transformation.update, rates=rates_of(config)(0)))
   name = 'blocks/mlp/up/kernel'
   before, *gradients = (some(seed, {name: shape}) for seed in range(4))
   parameters, state, changes = before, transformation.init(before), []
@@ -170,7 +176,7 @@ def test_the_gradient_is_clipped_to_a_global_norm(clip, length, one_device):
 
 def test_clipping_on_and_off_keep_the_same_state(one_device):
   # A resumed run may switch it.
-  on, off = (make_optimizer(OptimizerConfig(clip=clip), **NOW).init(some(0)) for clip in (1.0, 0.0))
+  on, off = (make_optimizer(OptimizerConfig(clip=clip)).init(some(0)) for clip in (1.0, 0.0))
   assert jax.tree.structure(on) == jax.tree.structure(off)
 
 
@@ -187,14 +193,16 @@ def test_adamw_is_that_of_optax(clip, mesh):
   rate = schedule(config, 0.1, **NOW)
   theirs = optax.chain(optax.clip_by_global_norm(clip) if clip else optax.identity(), optax.adamw(
     rate, config.b1, config.b2, config.eps, weight_decay=0.3, mask=lambda tree: {name: has_weight_decay(name) for name in tree}))
-  ours = make_optimizer(config, **NOW)
+  ours, rates = make_optimizer(config), rates_of(config)
   expected = parameters = sharded(some(0))
   state, theirs_state = jax.jit(ours.init)(parameters), theirs.init(expected)
-  step = jax.jit(lambda gradient, good, state, parameters: update(ours, gradient, optax.tree.norm(gradient), good, state, parameters))
+  step = jax.jit(lambda gradient, good, count, state, parameters: update(
+    ours, gradient, optax.tree.norm(gradient), good, rates(count), state, parameters))
   for seed in range(1, 4):
     gradient = sharded(some(seed))
-    parameters, state = step(sharded(some(9)) | {'norm/gain': gradient['norm/gain'] * jnp.nan}, False, state, parameters)  # a bad step
-    parameters, state = step(gradient, True, state, parameters)
+    bad = sharded(some(9)) | {'norm/gain': gradient['norm/gain'] * jnp.nan}
+    parameters, state = step(bad, False, seed, state, parameters)
+    parameters, state = step(gradient, True, seed - 1, state, parameters)
     updates, theirs_state = jax.jit(theirs.update)(gradient, theirs_state, expected)
     expected = optax.apply_updates(expected, updates)
   for name in parameters:
@@ -204,10 +212,11 @@ def test_adamw_is_that_of_optax(clip, mesh):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-9, err_msg=moment), got, want)
 
 
-@pytest.mark.parametrize('transformation', [make_optimizer(OptimizerConfig(), **NOW), make_optimizer(OptimizerConfig(name='muon'), **NOW),
+@pytest.mark.parametrize('transformation', [make_optimizer(OptimizerConfig()), make_optimizer(OptimizerConfig(name='muon')),
                                             optax.sgd(0.1, momentum=0.9)], ids=['adamw', 'muon', 'of optax'])
 def test_a_bad_step_changes_no_bit(transformation, one_device):
-  step = jax.jit(lambda *args: update(transformation, *args))
+  rates = rates_of(OptimizerConfig(name='muon'))(0)
+  step = jax.jit(lambda gradient, norm, good, *args: update(transformation, gradient, norm, good, rates, *args))
   before = step(some(1), jnp.float32(3), True, transformation.init(some(0)), some(0))
   after = step(some(2) | {'norm/gain': jnp.full(16, jnp.inf)}, jnp.float32(jnp.inf), False, before[1], before[0])
   for one, other in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True):
@@ -216,13 +225,13 @@ def test_a_bad_step_changes_no_bit(transformation, one_device):
 
 def test_an_update_makes_no_temporary_of_the_size_of_a_parameter(one_device):
   """The compiled update of a matrix has no array of its size but the gradient, and what it puts in place of moments and parameter."""
-  transformation, shape = make_optimizer(OptimizerConfig(), **NOW), (64, 96)
+  transformation, shape = make_optimizer(OptimizerConfig()), (64, 96)
   parameters = some(0, {'head/kernel': shape})
 
   def step(gradient, targets, state):
     norm = optax.tree.norm(gradient) / targets
     gradient = jax.tree.map(lambda g: g * (1 / targets), gradient)
-    return update(transformation, gradient, norm, norm < 1e6, *reversed(state))
+    return update(transformation, gradient, norm, norm < 1e6, rates_of(OptimizerConfig())(0), *reversed(state))
 
   state = parameters, transformation.init(parameters)  # donated arrays are reused in the order of the results
   compiled = jax.jit(step, donate_argnums=2).lower(parameters, jnp.float32(7), state).compile()

@@ -12,6 +12,7 @@ from tiny import batch, put, trainer
 
 from gptjax.config import ComputeConfig, ModelConfig, OptimizerConfig
 from gptjax.model import Positions, abstract_model
+from gptjax.training.optimizer import uses_muon
 
 # Loss and gradient norm of the first three steps. A change of the initialization, the model, the loss or the optimizer
 # moves them. If that is intended, paste the figures that the failing test prints, and mention it in the commit.
@@ -106,6 +107,26 @@ def test_the_old_state_is_donated_and_the_new_is_sharded_alike(optimizer, shallo
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
     for (path, was), now in zip(jax.tree.leaves_with_path(old), jax.tree.leaves(state), strict=True):
       assert was.sharding.is_equivalent_to(now.sharding, now.ndim), path
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_the_reported_rates_are_applied_after_bad_steps_too(optimizer, shallow, one_device):
+  state, step = trainer(shallow, OptimizerConfig(name=optimizer, schedule='linear', final_fraction=0.0))
+  bad = batch()
+  bad['mask'][0, 0] = np.nan
+  for _ in range(2):
+    state, metrics = step(state, put(bad))
+  assert metrics['bad'] and state.step == 2
+  before, changes, rates = host(state.trained), [], []
+  for count in (2, 40):  # the same update at two places of the schedule differs by the rate alone
+    after, metrics = step(jax.tree.map(jnp.copy, state)._replace(step=jnp.int32(count)), put(batch()))
+    changes.append({name: after.trained[name] - value for name, value in before.items()})
+    rates.append({name: float(value) for name, value in metrics.items() if name.endswith('learning_rate')})
+  assert rates[0]['learning_rate'] == pytest.approx(1e-3) and rates[1]['learning_rate'] == pytest.approx(1e-3 * 60 / 98)
+  for name, change in changes[0].items():
+    rate = 'muon_learning_rate' if optimizer == 'muon' and uses_muon(name) else 'learning_rate'
+    np.testing.assert_allclose(changes[1][name], change * (rates[1][rate] / rates[0][rate]), rtol=1e-2, atol=1e-6, err_msg=name)
+    assert np.abs(change).max() > 1e-4 or name.endswith('k/bias'), name  # which changes no attention
 
 
 def losses(model, steps=2, **values):

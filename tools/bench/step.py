@@ -55,9 +55,9 @@ def our_step(shape: Shape) -> Callable[[np.ndarray], float]:
   described = model.abstract_model(config, configs.ComputeConfig(), shape.context)
   optimizer_config = configs.OptimizerConfig(peak_lr=1e-4, schedule='constant', warmup=0)
   durations = {'steps': 1000, 'warmup': 0, 'decay': 0}
-  optimizer = training.make_optimizer(optimizer_config, **durations)
+  optimizer = training.make_optimizer(optimizer_config)
   step = training.train_step(described, training.next_token(), optimizer,
-                             training.schedule(optimizer_config, 1e-4, **durations), zero_stage=0, mesh=mesh, microbatches=1, seed=0)
+                             training.learning_rates(optimizer_config, **durations), zero_stage=0, mesh=mesh, microbatches=1, seed=0)
   state = training.initializer(described, optimizer, 0, mesh, 0)()
   mask = np.ones((shape.batch, shape.context), np.float32)
 
