@@ -24,7 +24,8 @@ DECAY = 0.99
 WARMUP = 50
 """Good steps before spikes are detected."""
 MAX_CONSECUTIVE = 100
-"""Bad steps that are skipped; the statistics stay the same meanwhile, so later steps would be bad too."""
+"""Bad steps that are skipped; the statistics stay the same meanwhile, so later steps would be bad too. Also steps without any target from
+the start of a run on."""
 _FINITE = ('trained/', 'frozen/', 'optimizer/')
 """Arrays that must be finite; the running variance of the loss may overflow."""
 

@@ -19,7 +19,7 @@ from gptjax.files import write_json
 from gptjax.model import flops_per_token
 from gptjax.sharding import make_mesh
 from gptjax.sharding.chips import peak_flops
-from gptjax.training.guard import BadSteps, Rollback, replica_check
+from gptjax.training.guard import MAX_CONSECUTIVE, BadSteps, Rollback, replica_check
 from gptjax.training.interruptions import REQUEUE_EXIT_CODE, Interruptions, StopRequest, Watchdog
 from gptjax.training.logbook import Logbook, NullLogbook
 from gptjax.training.run import Dispatched, Run, Source, Steps, every, header, resolve
@@ -142,7 +142,7 @@ class _Loop:
     self.compiles = 0
     self.rollbacks = 0  # since the last checkpoint
     self.tracing = False
-    self.clock = (0.0, 0)  # seconds and tokens at the last logged step
+    self.empty = 0  # steps of this process whose batch had no targets
 
   def go(self, state: TrainState, progress: Progress, last: int) -> int:
     """Runs to step `last`; returns the exit status."""
@@ -194,11 +194,15 @@ class _Loop:
     (step, rows, _, metrics), self.pending = self.pending, None
     # This waits for the step, so that never more than one is ahead. Tokens are counted on the host, since they may exceed an int32.
     bad = bool(metrics['bad'])
-    self.tokens += 0 if bad else int(metrics['targets'])
+    targets = 0 if bad else int(metrics['targets'])
+    self.tokens += targets
     self.book.advance(step)
     if bad:
       self._compare()  # the reason may be a device instead of the batch
       self.book.say(f'{self.bad_steps.add(step, rows, float(metrics["loss"]), float(metrics["grad_norm"]))}: update not applied')
+    elif not targets:
+      self._report_empty(step, rows)
+      return  # it has no loss
     if step % self.options.log_every and step not in (1, self.run.steps):
       return
     values = {name: float(value) for name, value in jax.device_get(metrics).items() if name not in ('targets', 'bad')}
@@ -207,6 +211,14 @@ class _Loop:
     self.book.step(step, values | {'tokens': self.tokens, 'tokens_per_second': speed, 'mfu': speed * self.flops / self.peak,
                                    'data_wait': self.steps.waited / seconds})
     self._restart_clock()
+
+  def _report_empty(self, step: int, rows: tuple[int, int]) -> None:
+    """Reports a step whose batch has no targets, and so no update; raises a UserError if the run has found none at all for too long."""
+    self.empty += 1
+    if not self.tokens and (step == self.run.steps or self.empty == MAX_CONSECUTIVE):
+      raise UserError('data', f'{self.empty} batches without targets', 'rows with targets: tokens that the objective predicts and the mask '
+                      'does not exclude')
+    self.book.say(f'step {step}: rows {rows[0]:,} to {rows[1] - 1:,} have no targets: no update; {self.empty} such steps so far')
 
   def _restart_clock(self) -> None:
     self.clock, self.steps.waited = (time.perf_counter(), self.tokens), 0.0

@@ -117,7 +117,7 @@ def train_step(model: AbstractModel, objective: ObjectiveFunction, optimizer: op
   """The jitted step: (state, batch) -> (state, metrics), with the old state's memory reused.
 
   The gradient is that of the summed loss, divided by the number of target tokens of the complete batch, regardless of microbatches and
-  devices. A bad step, by `is_good_step`, leaves parameters and optimizer state as they were, bit by bit.
+  devices. A bad step, by `is_good_step`, or one without targets leaves parameters and optimizer state as they were, bit by bit.
   """
   specs = model.specs(zero_stage, mesh)
   gradients = summed_gradients(model, objective, zero_stage, mesh, microbatches)
@@ -126,14 +126,18 @@ def train_step(model: AbstractModel, objective: ObjectiveFunction, optimizer: op
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     gradient, sums = gradients(state.trained, state.frozen, batch, key)
     targets = sums.pop('targets')
-    norm = optax.tree.norm(gradient) / targets
-    gradient = {name: g * (1 / targets) for name, g in gradient.items()}  # XLA would write g / targets to memory
+    empty = targets == 0
+    divisor = jnp.where(empty, 1, targets)
+    norm = optax.tree.norm(gradient) / divisor
+    gradient = {name: g * (1 / divisor) for name, g in gradient.items()}  # XLA would write g / divisor to memory
     parameters = _put(state.trained, specs, 'optimizer')
-    metrics = {name: value / targets for name, value in sums.items()}
+    metrics = {name: value / divisor for name, value in sums.items()}
     metrics |= {'grad_norm': norm, **(now := rates(state.step)), 'targets': targets}
     good, statistics = is_good_step(state.statistics, metrics['loss'], norm, spike)
-    parameters, moments = update(optimizer, gradient, norm, good, now, state.optimizer, parameters)
-    return TrainState(state.step + 1, _put(parameters, specs, 'stored'), state.frozen, moments, statistics), metrics | {'bad': ~good}
+    statistics = optax.tree.where(empty, state.statistics, statistics)
+    parameters, moments = update(optimizer, gradient, norm, good & ~empty, now, state.optimizer, parameters)
+    new = TrainState(state.step + 1, _put(parameters, specs, 'stored'), state.frozen, moments, statistics)
+    return new, metrics | {'bad': ~(good | empty)}
 
   return jax.jit(step, donate_argnums=0)
 

@@ -89,15 +89,15 @@ def test_a_spike_is_distinguished_from_usual_values():
 
 @pytest.fixture
 def spoil(settings, cache, monkeypatch):
-  """A function (step): makes the batch of a step of the undisturbed run not finite."""
+  """A function (step, value=NaN): replaces the ones in the mask of a step of the undisturbed run; of all steps if it is None."""
   rows, place = train_rows(settings, prepare(settings.data, cache)), resolving.put_rows
 
-  def spoil(step):
-    bad = rows.batch(4 * (step - 1) + np.arange(4))['tokens']
+  def spoil(step, value=np.nan):
+    bad = rows.batch(4 * ((step or 1) - 1) + np.arange(4))['tokens']
 
     def spoiled(mesh, batch, size):
-      if (batch['tokens'] == bad).all():
-        batch = batch | {'mask': np.where(batch['mask'] > 0, np.nan, batch['mask']).astype(np.float32)}
+      if step is None or (batch['tokens'] == bad).all():
+        batch = batch | {'mask': np.where(batch['mask'] > 0, value, batch['mask']).astype(np.float32)}
       return place(mesh, batch, size)
 
     monkeypatch.setattr(resolving, 'put_rows', spoiled)
@@ -131,6 +131,21 @@ def test_skip_discards_the_update_and_continues(settings, cache, tmp_path, spoil
   again = run(settings, tmp_path / 'other', cache, stop_at=9)  # a run that is stopped and resumed does the same
   assert run(settings, tmp_path / 'other', cache) == lines and again == [line for line in lines if line['step'] <= 9]
   assert [bad['step'] for bad in bad_steps(tmp_path / 'other')] == [8]
+
+
+def test_a_batch_without_targets_is_passed_over_and_reported(settings, cache, tmp_path, spoil, capsys):
+  spoil(8, 0)
+  lines = run(settings, tmp_path / 'run', cache)
+  assert [line['step'] for line in lines] == [*range(1, 8), 9, 10, 10]  # step 8 has no loss
+  assert lines[7]['tokens'] - lines[6]['tokens'] == lines[6]['tokens'] - lines[5]['tokens'] == 64
+  assert 'step 8: rows 28 to 31 have no targets: no update; 1 such steps so far' in capsys.readouterr().err
+  assert not (tmp_path / 'run' / 'bad_steps.jsonl').exists()
+
+
+def test_a_run_that_never_finds_a_target_is_an_error(settings, cache, tmp_path, spoil):
+  spoil(None, 0)
+  with pytest.raises(UserError, match=r"^data: '10 batches without targets', expected: rows with targets"):
+    train(settings, options(tmp_path / 'run', cache))
 
 
 def test_rollback_restores_a_checkpoint_and_skips_the_batch(settings, cache, tmp_path, spoil, capsys):

@@ -129,6 +129,18 @@ def test_the_reported_rates_are_applied_after_bad_steps_too(optimizer, shallow, 
     assert np.abs(change).max() > 1e-4 or name.endswith('k/bias'), name  # which changes no attention
 
 
+@pytest.mark.parametrize('mesh, microbatches', [('1x1', 1), full('4x2', 2)], indirect=['mesh'])
+def test_a_batch_without_targets_changes_nothing_and_is_not_bad(mesh, microbatches, shallow):
+  state, step = trainer(shallow, z_loss=1e-3, microbatches=microbatches, zero_stage=3 if mesh.size > 1 else 0)
+  state, _ = step(state, put(batch()))
+  before = host(state)
+  after, metrics = step(state, put(batch() | {'mask': np.zeros((8, 16), np.float32)}))
+  assert metrics['targets'] == 0 and not metrics['bad'] and metrics['loss'] == metrics['grad_norm'] == 0  # no 0/0
+  assert after.step == before.step + 1
+  for one, other in zip(jax.tree.leaves(host(after)[1:]), jax.tree.leaves(before[1:]), strict=True):
+    assert one.tobytes() == other.tobytes()
+
+
 def losses(model, steps=2, **values):
   """Losses of steps that change no parameter."""
   state, step = trainer(model, optax.sgd(0.0), **values)
