@@ -11,8 +11,6 @@ import errno
 import math
 import os
 import shutil
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -76,7 +74,7 @@ class Checkpoints:
     self._pending: Future | None = None
     self._verified: set[int] = set()
     self._staging = HostStaging()
-    self._background = ThreadPoolExecutor(1, 'checkpoints', _lower_priority)
+    self._background = ThreadPoolExecutor(1, 'checkpoints')  # of normal priority: the next save and the end of the run wait for it
     if retention and is_primary() and directory.exists():
       for path in directory.iterdir():
         if '.saving' in path.name or '.dropped' in path.name:
@@ -156,15 +154,11 @@ class Checkpoints:
     facts = {'version': VERSION, 'progress': dataclasses.asdict(progress),
              'loss': loss if loss is not None and math.isfinite(loss) else None,
              'saved': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}
-    with self._user_errors():
-      written = self._background.submit(self._begin, saving, state if waits else self._staging.copy(state)).result()
+    with self._user_errors(), _context():
+      written = ocp.save_async(saving, state if waits else self._staging.copy(state), overwrite=True).result
     self._pending = self._background.submit(self._finish, written, saving, progress.step, facts)
     if waits:
       self.wait()
-
-  def _begin(self, saving: Path, state: Any) -> Callable[[], None]:
-    with _context():
-      return ocp.save_async(saving, state, overwrite=True).result
 
   def _finish(self, written: Callable[[], None], saving: Path, step: int, facts: dict[str, Any]) -> None:
     try:
@@ -310,12 +304,6 @@ class Checkpoints:
 def by_name(tree: Any, function: Callable[[Any], Any]) -> dict[str, Any]:
   """A function's values on the leaves of a tree, or of Orbax's metadata of one, by names such as 'trained/NAME'."""
   return {jax.tree_util.keystr(path, simple=True, separator='/'): function(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
-
-
-def _lower_priority() -> None:
-  """Lets this thread, and those that it starts, use only the processor time that training leaves."""
-  if sys.platform == 'linux':  # elsewhere this would affect the complete process
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _best(losses: Mapping[int, float]) -> int:

@@ -127,7 +127,7 @@ def streaming_checksums(saving: Path, process: int) -> Iterator[dict[int, tuple[
             files[inode] = _File(path)
           files[inode].follow()
 
-  thread = threading.Thread(target=follow, name='checksums')  # inherits the priority of the thread that creates it
+  thread = threading.Thread(target=follow, name='checksums')
   thread.start()
   try:
     yield found

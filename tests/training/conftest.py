@@ -2,7 +2,6 @@
 
 import pytest
 
-from gptjax.checkpoint import checkpoints
 from gptjax.training import loop
 
 
@@ -14,8 +13,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope='module')
 def undisturbed():
-  """Runs take the machine's speed as known, and save although other tests keep all cores busy."""
+  """Runs take the machine's speed as known."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(loop, 'peak_flops', lambda devices, dtype: (1e12, 'assumed'))
-    patch.setattr(checkpoints, '_lower_priority', lambda: None)
     yield
