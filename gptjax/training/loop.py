@@ -179,7 +179,8 @@ class _Loop:
     before = self.counter.count
     dispatched = self.steps.dispatch()
     self.compiles += self.counter.count - before
-    assert self.compiles <= 1, f'the step was compiled {self.compiles} times'
+    if self.counter.count > before and self.compiles > 1:  # slow, but no reason to end a run
+      self.book.say(f'step {dispatched.step}: compiled again, {self.compiles} times so far; a run should compile its step once')
     if dispatched.skipped:
       first = dispatched.rows[0]
       self.book.say(f'step {dispatched.step}: rows {first - dispatched.skipped:,} to {first - 1:,} are skipped')

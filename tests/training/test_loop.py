@@ -15,6 +15,7 @@ from gptjax.data import train_rows, prepare
 from gptjax.training import loop, train
 from gptjax.training.logbook import Logbook
 from gptjax.training.loop import CompileCounter
+from gptjax.training.run import Steps
 
 
 @pytest.fixture(scope='module')
@@ -42,6 +43,14 @@ def test_a_run_compiles_its_step_once_and_nothing_later(tmp_path, text, cache, c
   assert not [name for step, name in compiled if step > 3]  # by then all has been done once
   run(settings, tmp_path / 'again', cache)
   assert [name for _, name in compiled].count('jit(step)') == 1  # an equal run of the same process compiles nothing again
+
+
+def test_a_step_that_is_compiled_again_is_reported_and_the_run_continues(tmp_path, text, cache, monkeypatch, capsys):
+  dispatch = Steps.dispatch
+  monkeypatch.setattr(Steps, 'dispatch', lambda self: (self.step == 5 and self._run.step.clear_cache(), dispatch(self))[1])
+  lines = run(config(text, seed=3), tmp_path, cache)
+  assert [line['step'] for line in lines if 'loss' in line] == [*range(1, 9)]
+  assert capsys.readouterr().err.count('step 6: compiled again, 2 times so far') == 1
 
 
 def test_a_run_writes_all_its_records(tmp_path, text, cache, capsys):
