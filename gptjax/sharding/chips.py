@@ -1,10 +1,8 @@
 """The speed and memory of each accelerator, from the vendors' data sheets: the one table for MFU and for the plan of a run."""
 
 import dataclasses
-import timeit
 
 import jax
-import jax.numpy as jnp
 
 GIB = 2.0**30
 
@@ -61,23 +59,14 @@ CHIPS = {
 }
 
 
-def peak_flops(devices: list[jax.Device], dtype: str) -> tuple[float, str]:
-  """The total FLOP/s of all devices, the denominator of MFU, and the source of the figure.
+def peak_flops(devices: list[jax.Device]) -> tuple[float, str] | None:
+  """The total bfloat16 FLOP/s of all devices by the table, the denominator of MFU, and the source of the figure.
 
-  For devices in the table it is the data sheet's, in bfloat16 regardless of `dtype`; for others a square matrix product is timed (once for
-  all virtual CPU devices, which share one machine).
+  None for devices that are not in the table, such as CPUs: what a timed matrix product reaches depends on what else the machine does.
   """
   kind = devices[0].device_kind
   known = [(name, chip.flops) for chip in CHIPS.values() for name in chip.kinds if kind.startswith(name)]
-  if known:
-    name, flops = max(known, key=lambda pair: len(pair[0]))
-    return flops * len(devices), f'{name} bfloat16 data sheet'
-  size = 2048
-  mine = [device for device in devices if device.process_index == jax.process_index()]
-  with jax.set_mesh(jax.make_mesh((1,), ('device',), devices=mine[:1])):  # the mesh of the run has the devices of all processes
-    x = jnp.ones((size, size), dtype)
-    product = jax.jit(jnp.matmul)
-    product(x, x).block_until_ready()
-    seconds = min(timeit.repeat(lambda: product(x, x).block_until_ready(), number=1, repeat=5))
-  count = 1 if devices[0].platform == 'cpu' else len(devices)
-  return 2 * size**3 / seconds * count, f'measured {size} x {size} {dtype} matrix product'
+  if not known:
+    return None
+  name, flops = max(known, key=lambda pair: len(pair[0]))
+  return flops * len(devices), f'{name} bfloat16 data sheet'

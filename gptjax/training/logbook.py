@@ -24,6 +24,10 @@ for _name in _unneeded:
   del sys.modules[_name]
 
 
+_FIGURES = {'loss': 'loss {:.4f}', 'tokens_per_second': '{:,.0f} tokens/s', 'mfu': 'MFU {:.1%}'}
+"""The metrics that a step's line on the terminal has, where they are known."""
+
+
 class _Console(Console):
   """Training continues if the reader of the output, such as a terminal or tee, is gone."""
 
@@ -40,11 +44,10 @@ class Logbook:
     self._files = {name: Lines(_cut(workdir / name, step)) for name in ('metrics.jsonl', 'samples.jsonl')}
     self._board = _Board(workdir / 'tensorboard', step + 1)
     self._steps = steps
-    self._bar = Progress(
-      TextColumn('[bold]step'), MofNCompleteColumn(), BarColumn(), TextColumn('{task.fields[figures]}'), TimeRemainingColumn(),
-      console=self.console, disable=not self.console.is_terminal)
-    self._task = self._bar.add_task('train', total=steps, completed=step, figures='')
-    self._started, self._first = time.monotonic(), step
+    self._bar = Progress(TextColumn('[bold]step'), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), console=self.console,
+                         disable=not self.console.is_terminal)
+    self._task = self._bar.add_task('train', total=steps, completed=step)
+    self._first: tuple[float, int] | None = None  # seconds and step of the first logged step, from which the time left is estimated
     self._bar.start()
 
   def header(self, facts: dict[str, Any]) -> None:
@@ -57,11 +60,12 @@ class Logbook:
     """Records the metrics of a training step."""
     self._write('metrics.jsonl', {'step': step, **metrics})
     self._board.scalars(step, {f'train/{name}': value for name, value in metrics.items()})
-    figures = f'loss {metrics["loss"]:.4f}  {metrics["tokens_per_second"]:,.0f} tokens/s  MFU {metrics["mfu"]:.1%}'
-    self._bar.update(self._task, figures=figures)
-    if not self.console.is_terminal:
-      left = (self._steps - step) * (time.monotonic() - self._started) / max(step - self._first, 1)
-      self.say(f'step {step}/{self._steps}  {figures}  {datetime.timedelta(seconds=int(left))} left')
+    words = [f'step {step}/{self._steps}', *(form.format(metrics[name]) for name, form in _FIGURES.items() if name in metrics)]
+    seconds, first = self._first = self._first or (time.monotonic(), step)
+    if step > first:
+      left = (self._steps - step) * (time.monotonic() - seconds) / (step - first)
+      words.append(f'{datetime.timedelta(seconds=int(left))} left')
+    self.say('  '.join(words))
 
   def rewind(self, step: int) -> None:
     """Removes the records after a step, from which the run continues."""
@@ -69,6 +73,7 @@ class Logbook:
     for name in self._files:
       self._files[name] = Lines(_cut(self._workdir / name, step))
     self._board = _Board(self._workdir / 'tensorboard', step + 1)
+    self._first = None
     self.advance(step)
 
   def flush(self) -> None:

@@ -6,6 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
@@ -81,7 +82,7 @@ def train(config: Config, options: Options) -> int:
       state, begun = restore(checkpoints, newest, run)[0], f'checkpoint of step {progress.step}, {progress.tokens:,} tokens'
     elif config.init_from:  # a run that resumes does not read the other run again
       checkpoints.save(progress, state, None, waits=True)
-    peak = peak_flops(list(mesh.devices.flatten()), run.config.compute.dtype)
+    peak = peak_flops(list(mesh.devices.flatten()))
     book = stack.enter_context(contextlib.closing(Logbook(folder, progress.step, run.steps) if is_primary() else NullLogbook()))
     facts = header(run, data, begun, peak)
     book.header(facts | ({'changed': '; '.join(changed)} if changed else {}))
@@ -96,7 +97,7 @@ def train(config: Config, options: Options) -> int:
     interruptions = stack.enter_context(Interruptions(mesh, run.config.checkpoint.minutes))
     validation = _Validation(run, data, book, watchdog.progress)
     loop = _Loop(run, run.batches, [(validation.due, validation)], lambda: initial_state(run, data.tokenizer)[0], options, checkpoints,
-                 book, peak[0], watchdog, interruptions, bad_steps)
+                 book, peak and peak[0], watchdog, interruptions, bad_steps)
     return loop.go(state, progress, last)
 
 
@@ -125,14 +126,25 @@ Action = tuple[Callable[[int], bool], Callable[[int, TrainState], float | None]]
 """(step) -> whether it is due; (step, state) -> the loss by which checkpoints are compared, if the action finds one."""
 
 
+class _Moment(NamedTuple):
+  """A moment at which a step was over, for the speed."""
+
+  seconds: float
+  waited: float
+  """seconds of waiting for batches up to it"""
+  tokens: int
+  """targets seen up to it"""
+
+
 class _Loop:
   """One process's part of a run, with batches from `source`, and `actions` after steps.
 
-  `fresh` makes the state of step 0; `peak` is in FLOP/s of all devices.
+  `fresh` makes the state of step 0; `peak` is in FLOP/s of all devices, None if unknown.
   """
 
   def __init__(self, run: Run, source: Source, actions: Sequence[Action], fresh: Callable[[], TrainState], options: Options,
-               checkpoints: Checkpoints, book: Logbook, peak: float, watchdog: Watchdog, interruptions: Interruptions, bad_steps: BadSteps):
+               checkpoints: Checkpoints, book: Logbook, peak: float | None, watchdog: Watchdog, interruptions: Interruptions,
+               bad_steps: BadSteps):
     self.run, self.source, self.actions, self.fresh, self.options = run, source, actions, fresh, options
     self.checkpoints, self.book, self.peak = checkpoints, book, peak
     self.watchdog, self.interruptions, self.bad_steps = watchdog, interruptions, bad_steps
@@ -148,6 +160,7 @@ class _Loop:
     """Runs to step `last`; returns the exit status."""
     self._begin(state, progress)
     del state  # the first step reuses its memory
+    self.book.say('compiling the step')
     try:
       while self.steps.step < last:
         try:
@@ -173,10 +186,11 @@ class _Loop:
     self.steps = Steps(self.run, self.source, self.bad_steps, state, progress)
     self.pending: Dispatched | None = None
     self.tokens = progress.tokens
-    self._restart_clock()
+    self.clock: _Moment | None = None  # up to which the speed is logged; the first step is not measured, since it is compiled
 
   def _step(self) -> None:
     before = self.counter.count
+    over = self._now() if self.pending and self.pending.metrics['bad'].is_ready() else None
     dispatched = self.steps.dispatch()
     self.compiles += self.counter.count - before
     if self.counter.count > before and self.compiles > 1:  # slow, but no reason to end a run
@@ -184,18 +198,19 @@ class _Loop:
     if dispatched.skipped:
       first = dispatched.rows[0]
       self.book.say(f'step {dispatched.step}: rows {first - dispatched.skipped:,} to {first - 1:,} are skipped')
-    self._read_pending()
+    self._read_pending(over)
     self.pending = dispatched
     self.watchdog.progress()
 
-  def _read_pending(self) -> None:
-    """Waits for the step before the one just dispatched, and logs it if that is due."""
+  def _read_pending(self, over: _Moment | None = None) -> None:
+    """Waits for the pending step, and logs it if that is due; `over`: a moment at which it had ended, before the next was dispatched."""
     if self.pending is None:
       return
     (step, rows, _, metrics), self.pending = self.pending, None
     # This waits for the step, so that never more than one is ahead. Tokens are counted on the host, since they may exceed an int32.
     bad = bool(metrics['bad'])
     targets = 0 if bad else int(metrics['targets'])
+    now = over or self._now()  # before anything is written, since the next step runs meanwhile
     self.tokens += targets
     self.book.advance(step)
     if bad:
@@ -203,15 +218,24 @@ class _Loop:
       self.book.say(f'{self.bad_steps.add(step, rows, float(metrics["loss"]), float(metrics["grad_norm"]))}: update not applied')
     elif not targets:
       self._report_empty(step, rows)
-      return  # it has no loss
-    if step % self.options.log_every and step not in (1, self.run.steps):
-      return
-    values = {name: float(value) for name, value in jax.device_get(metrics).items() if name not in ('targets', 'bad')}
-    seconds = time.perf_counter() - self.clock[0]
-    speed = (self.tokens - self.clock[1]) / seconds
-    self.book.step(step, values | {'tokens': self.tokens, 'tokens_per_second': speed, 'mfu': speed * self.flops / self.peak,
-                                   'data_wait': self.steps.waited / seconds})
-    self._restart_clock()
+    due = (bad or targets) and (step % self.options.log_every == 0 or step in (1, self.run.steps))
+    if due:
+      values = {name: float(value) for name, value in jax.device_get(metrics).items() if name not in ('targets', 'bad')}
+      self.book.step(step, values | {'tokens': self.tokens} | self._speed(now))
+    if due or self.clock is None:
+      self.clock = now._replace(tokens=self.tokens)
+
+  def _speed(self, now: _Moment) -> dict[str, float]:
+    """Figures of the time since the clock was set, if it was, and if there were tokens; MFU only where the devices' peak is known."""
+    if self.clock is None or self.tokens == self.clock.tokens:
+      return {}
+    seconds, waited = now.seconds - self.clock.seconds, now.waited - self.clock.waited
+    speed = (self.tokens - self.clock.tokens) / seconds
+    mfu = {'mfu': speed * self.flops / self.peak} if self.peak else {}
+    return {'tokens_per_second': speed, **mfu, 'data_wait': waited / seconds}
+
+  def _now(self) -> _Moment:
+    return _Moment(time.perf_counter(), self.steps.waited, self.tokens)
 
   def _report_empty(self, step: int, rows: tuple[int, int]) -> None:
     """Reports a step whose batch has no targets, and so no update; raises a UserError if the run has found none at all for too long."""
@@ -220,9 +244,6 @@ class _Loop:
       raise UserError('data', f'{self.empty} batches without targets', 'rows with targets: tokens that the objective predicts and the mask '
                       'does not exclude')
     self.book.say(f'step {step}: rows {rows[0]:,} to {rows[1] - 1:,} have no targets: no update; {self.empty} such steps so far')
-
-  def _restart_clock(self) -> None:
-    self.clock, self.steps.waited = (time.perf_counter(), self.tokens), 0.0
 
   def _after_step(self, last: int) -> StopRequest:
     """Compares replicas, acts and saves if that is due; returns the request that was acted on."""
@@ -240,7 +261,7 @@ class _Loop:
     elif not self.checkpoints.saving:
       self._attempt(self.checkpoints.wait)
     if due or save:
-      self._restart_clock()
+      self.clock = self._now()
     return request if step < last else StopRequest.NONE
 
   def _compare(self) -> None:
@@ -320,7 +341,7 @@ class _Loop:
       jax.profiler.stop_trace()
       self.tracing = False
       self.book.say(f'trace up to step {self.steps.step} in {self.options.workdir / "profile"}')
-      self._restart_clock()
+      self.clock = self._now()
 
 
 class _Validation:

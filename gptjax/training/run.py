@@ -127,7 +127,7 @@ def check_unsharded(model: AbstractModel, config: Config, mesh: AnyMesh) -> None
                     f'parameters that stays unsharded, or sizes that divide ({"; ".join(reasons)})')
 
 
-def header(run: Run, data: Prepared, begun: str, peak: tuple[float, str]) -> dict[str, Any]:
+def header(run: Run, data: Prepared, begun: str, peak: tuple[float, str] | None) -> dict[str, Any]:
   """The facts of a run that its figures depend on; `begun` describes the initial state, and `peak` is from `peak_flops`."""
   config, mesh = run.config, run.mesh
   devices, model = mesh.devices.flatten(), config.model
@@ -143,7 +143,7 @@ def header(run: Run, data: Prepared, begun: str, peak: tuple[float, str]) -> dic
     'tokens per step': config.batch_size * config.data.context,
     'steps': f'{run.steps:,}, {run.steps * config.batch_size / run.rows.rows_per_epoch:.2f} epochs',
     'FLOPs per token': flops_per_token(model, config.data.context),
-    'peak FLOP/s': f'{peak[0]:.3g}, {peak[1]}',
+    'peak FLOP/s': f'{peak[0]:.3g}, {peak[1]}' if peak else 'unknown for this device, so no MFU',
     'attention': attention_backend(model, config.compute, config.data.context),
     'precision': f'{config.compute.dtype} compute, float32 parameters',
     'versions': ', '.join(f'{name} {metadata.version(name)}' for name in ('jax', 'flax', 'optax', 'orbax-checkpoint')),

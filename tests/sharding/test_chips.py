@@ -5,7 +5,6 @@ from unittest import mock
 import jax
 import pytest
 
-from gptjax.sharding import chips
 from gptjax.sharding.chips import peak_flops
 
 
@@ -20,13 +19,9 @@ def devices(kind, count):
   ('NVIDIA H100 80GB HBM3', 'NVIDIA H100', 989e12), ('NVIDIA H200', 'NVIDIA H200', 989e12),
 ])
 def test_known_devices_have_the_flops_of_their_data_sheet(kind, name, each):
-  assert peak_flops(devices(kind, 4), 'float32') == (4 * each, f'{name} bfloat16 data sheet')
+  assert peak_flops(devices(kind, 4)) == (4 * each, f'{name} bfloat16 data sheet')
 
 
-@pytest.mark.parametrize('mesh', ['4x2'], indirect=True)  # a run's mesh must not be in the way
-def test_other_devices_are_measured(mesh, monkeypatch):
-  peak, source = peak_flops(jax.devices()[:1], 'bfloat16')
-  assert 1e8 < peak < 1e15 and source == 'measured 2048 x 2048 bfloat16 matrix product'
-  # A product takes half a second; virtual CPU devices count as one machine.
-  monkeypatch.setattr(chips.timeit, 'repeat', lambda run, number, repeat: [0.5] * repeat)
-  assert peak_flops(jax.devices(), 'float32') == (2 * 2048**3 / 0.5, 'measured 2048 x 2048 float32 matrix product')
+def test_a_device_without_a_data_sheet_has_no_known_peak():
+  assert peak_flops(jax.devices()) is None  # CPUs
+  assert peak_flops(devices('NVIDIA GeForce RTX 4090', 1)) is None

@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import sys
 
 import pytest
 from tensorboardX.proto import event_pb2
@@ -125,13 +127,28 @@ def test_lines_wait_in_memory_for_a_full_disk(tmp_path, capsys):
 def test_stderr_gets_one_line_per_step(open_book, capsys):
   book = open_book()
   book.header({'mesh': 'data 1 x model 1', 'steps': 10})
-  book.step(5, METRICS)
+  book.step(1, METRICS)
+  book.step(5, {'loss': 2.25})
   book.say('[bold] is no markup')
   captured = capsys.readouterr()
   assert captured.out == ''
-  start = ' mesh  data 1 x model 1\nsteps  10\nstep 5/10  loss 2.5000  10,000 tokens/s  MFU 25.0%  0:00:0'
+  start = ' mesh  data 1 x model 1\nsteps  10\nstep 1/10  loss 2.5000  10,000 tokens/s  MFU 25.0%\nstep 5/10  loss 2.2500  0:00:0'
   assert captured.err.startswith(start)
   assert captured.err.endswith('[bold] is no markup\n')
+
+
+def test_a_terminal_keeps_a_line_of_each_logged_step(open_book, monkeypatch):
+  terminal = io.StringIO()
+  monkeypatch.setattr(terminal, 'isatty', lambda: True)
+  monkeypatch.setattr(sys, 'stderr', terminal)
+  monkeypatch.setenv('TERM', 'xterm')
+  book = open_book()
+  for step in (1, 2, 3):
+    book.step(step, METRICS | {'loss': 3 - step / 4})
+  book.close()
+  assert book.console.is_terminal
+  kept = re.findall(r'(step \d/10  loss [\d.]+)  10,000 tokens/s.*\n', terminal.getvalue())
+  assert kept == ['step 1/10  loss 2.7500', 'step 2/10  loss 2.5000', 'step 3/10  loss 2.2500']
 
 
 def test_a_run_continues_after_its_terminal_is_gone(tmp_path, open_book):

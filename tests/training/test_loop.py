@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -67,9 +68,6 @@ def test_a_run_writes_all_its_records(tmp_path, text, cache, capsys):
   assert {*steps[0]} == {'step', 'loss', 'grad_norm', 'learning_rate', 'tokens'}
   assert {*lines[-1]} == {'step', 'eval/valid/loss', 'eval/valid/perplexity', 'eval/valid/bits_per_byte'}
   assert steps[-1]['loss'] < steps[0]['loss'] and lines[-1]['eval/valid/loss'] < lines[2]['eval/valid/loss']
-  raw = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
-  assert all(line['tokens_per_second'] > 0 and line['mfu'] > 0 for line in raw if 'loss' in line)
-
   samples = records(tmp_path, 'samples.jsonl')
   assert [(line['step'], line['prompt']) for line in samples] == [(4, 'the'), (8, 'the'), (10, 'the')]
   assert all(0 < len(line['text']) <= 6 and {*line['text']} <= {*text.read_text()} for line in samples)
@@ -79,9 +77,29 @@ def test_a_run_writes_all_its_records(tmp_path, text, cache, capsys):
   header = json.loads((tmp_path / 'run.json').read_text())
   assert header['mesh'] == 'data 2 x model 1, ZeRO stage 0' and header['device'].startswith('2 of 8 cpu')
   captured = capsys.readouterr()
+  assert captured.err.index('compiling the step') < captured.err.index('step 1/10')
   assert captured.out == '' and all(f'{name}  {value}' in captured.err for name, value in header.items())
   assert {path.split('/')[0] for path in files_below(tmp_path)} == {
     'checkpoints', 'config.json', 'data', 'lock', 'metrics.jsonl', 'run.json', 'samples.jsonl', 'tensorboard'}
+
+
+@pytest.mark.parametrize('peak', [None, (1e12, 'assumed')])
+def test_the_speed_is_over_the_time_between_two_steps(peak, tmp_path, text, cache, monkeypatch):
+  """The clock goes on by 1 s while a step is dispatched and by 5 s while it is logged, beside which the next one may run."""
+  now, dispatch, log = [0.0], Steps.dispatch, Logbook.step
+  monkeypatch.setattr(loop, 'time', SimpleNamespace(perf_counter=lambda: now[0]))
+  monkeypatch.setattr(loop, 'peak_flops', lambda devices: peak)
+  monkeypatch.setattr(Steps, 'dispatch', lambda self: (now.__setitem__(0, now[0] + 1), dispatch(self))[1])
+  monkeypatch.setattr(Logbook, 'step', lambda self, *args: (now.__setitem__(0, now[0] + 5), log(self, *args))[1])
+  for last in (3, 0):  # a second process continues
+    run(config(text, eval__every=6), tmp_path, cache, stop_at=last)
+  raw = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+  speeds = {line['step']: line for line in raw if 'loss' in line}
+  assert [step for step, line in speeds.items() if 'tokens_per_second' not in line] == [1, 4]  # the first steps of the two compile
+  for step in (2, 3, 5, 6, 8):
+    assert 64 / 7 <= speeds[step]['tokens_per_second'] <= 64 / 5 and speeds[step].get('mfu', 0) < 1
+    assert ('mfu' in speeds[step]) == (peak is not None)
+  assert 64 / 2 <= speeds[7]['tokens_per_second'] <= 64  # after a validation nothing runs
 
 
 def test_a_run_that_is_done_does_nothing(tmp_path, text, cache, capsys):
