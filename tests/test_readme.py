@@ -1,5 +1,6 @@
 """Every command of the README does what it says, in their order."""
 
+import json
 import shlex
 import subprocess
 
@@ -21,5 +22,8 @@ def test_commands_of_the_readme_run_as_written(tmp_path):
   assert len(commands) >= 9
   printed = run(commands, tmp_path)
   assert (tmp_path / 'runs/first/report.html').stat().st_size > 10_000
+  steps = [json.loads(line) for line in (tmp_path / 'runs/first/metrics.jsonl').read_text().splitlines()]
+  rates = [step['learning_rate'] for step in steps if 'loss' in step]
+  assert 0 < rates[-1] < max(rates) and steps[-1]['eval/valid/loss'] < 2.4  # beyond warmup, and words: 4.4 nats for random characters
   assert any('model.layers = 12' in text for text in printed.values()) and (tmp_path / 'runs/mesh/metrics.jsonl').exists()
   assert (tmp_path / 'stores/first/manifest.json').exists()

@@ -202,6 +202,17 @@ class OptimizerConfig(Group, prefix='optimizer.'):
   """global gradient norm to clip to; 0: no clipping"""
 
 
+def check_schedule(config: OptimizerConfig, *, steps: int, warmup: int, decay: int) -> None:
+  """Raises a UserError if a run of so many steps does not reach the peak of its learning rate, or leaves it before its warmup is over."""
+  if steps < 1:
+    raise UserError('steps', steps, '1 step or more')
+  if warmup >= steps:
+    raise UserError('optimizer.warmup', config.warmup, f'fewer than the {steps:,} steps of the run (it is {warmup:,}), or the rate does '
+                    'not reach its peak')
+  if warmup + decay > steps:
+    raise UserError('optimizer.decay', config.decay, f'at most the {steps - warmup:,} steps after optimizer.warmup (it is {decay:,} steps)')
+
+
 @dataclasses.dataclass(frozen=True)
 class EvalConfig(Group, prefix='eval.'):
   """Validation and samples during training."""
@@ -301,5 +312,8 @@ class Config(Group):
       expected = f"0 unless optimizer.schedule is 'wsd' (it is '{optimizer.schedule}')" if optimizer.decay else (
         "a duration above 0 when optimizer.schedule is 'wsd'")
       raise UserError('optimizer.decay', optimizer.decay, expected)
-    if self.checkpoint.keep_best and self.eval.rows:
+    checkpoint = self.checkpoint
+    if checkpoint.keep_every and not (checkpoint.every or checkpoint.minutes):
+      raise UserError('checkpoint.keep_every', checkpoint.keep_every, '0 unless checkpoint.every or checkpoint.minutes is above 0')
+    if checkpoint.keep_best and self.eval.rows:
       raise UserError('eval.rows', self.eval.rows, '0 with checkpoint.keep_best: scores of different rows are not comparable')

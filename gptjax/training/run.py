@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from gptjax import config as configs
 from gptjax.checkpoint import Progress
-from gptjax.config import INT32_MAX, Config, UserError, duration_in_steps
+from gptjax.config import INT32_MAX, Config, UserError, check_schedule, duration_in_steps
 from gptjax.data import EvalRows, Prepared, TrainRows, batches, train_rows
 from gptjax.model import AbstractModel, abstract_model, attention_backend, flops_per_token, parameter_count
 from gptjax.distributed import process_group
@@ -71,13 +71,12 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
   data.tokenizer.encode(config.eval.prompt, 'eval.prompt')  # before training starts, reports a prompt that cannot be encoded
   check_sizes(config, mesh)
   rows = train_rows(config, data)
+  if config.data.context > (longest := max(layout.store.tokens for layout in rows.layouts)):
+    raise UserError('data.context', config.data.context, f'at most {longest:,}, the tokens of the training data or its largest store')
   steps_of = lambda field: in_steps(config, rows, field)
   opt, steps = config.optimizer, steps_of('steps')
   durations = {'steps': steps, 'warmup': steps_of('optimizer.warmup'), 'decay': steps_of('optimizer.decay')}
-  if steps < 1:
-    raise UserError('steps', config.steps, '1 step or more')
-  if durations['decay'] > steps:
-    raise UserError('optimizer.decay', opt.decay, f'at most the {steps} steps of the run')
+  check_schedule(opt, **durations)
   model = abstract_model(config.model, config.compute, config.data.context)
   frozen = frozen_names(model, config)
   check_unsharded(model, config, mesh)

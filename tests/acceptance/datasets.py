@@ -372,7 +372,8 @@ def _mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
         manifest = folder / name / 'manifest.json'
         manifest.write_text(manifest.read_text().replace('"bytes": ', '"bytes": 1'))
   run = lambda train, valid='store', *flags: [
-    'gptjax.train', '--config=configs/default.py', f'--workdir={folder}/run', '--config.steps=3', '--config.model.layers=1',
+    'gptjax.train', '--config=configs/default.py', f'--workdir={folder}/run', '--config.steps=3',
+    '--config.optimizer.warmup=1', '--config.model.layers=1',
     f'--config.data.train=[{{"store": "{folder}/{train}"}}]',
     f'--config.data.valid=[{{"name": "v", "store": "{folder}/{valid}"}}]', f'--cache_dir={folder}/cache', *flags]
   bytes_of = lambda name, *flags: [*base, f'--source={folder}/{name}', '--tokenizer=bytes', *flags]

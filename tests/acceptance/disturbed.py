@@ -22,8 +22,8 @@ KEEP = 2
 def recipe(folder: Path, *flags: str, steps: int = STEPS) -> list[str]:
   """Flags of nanoGPT's CPU recipe for some steps with a save every 10, validations and dropout, all steps logged."""
   return ['--config=configs/shakespeare_char_cpu.py', shakespeare(), f'--cache_dir={folder}/cache', f'--config.steps={steps}',
-          '--config.checkpoint.every=10', f'--config.checkpoint.keep={KEEP}', '--config.eval.every=60', '--config.eval.rows=24',
-          '--config.eval.sample_tokens=0', '--config.model.dropout=0.1', '--log_every=1', *flags]
+          '--config.optimizer.warmup=20', '--config.checkpoint.every=10', f'--config.checkpoint.keep={KEEP}', '--config.eval.every=60',
+          '--config.eval.rows=24', '--config.eval.sample_tokens=0', '--config.model.dropout=0.1', '--log_every=1', *flags]
 
 
 def start(workdir: Path, flags: Sequence[str], log: Path, module: str = 'gptjax.train') -> subprocess.Popen:

@@ -36,7 +36,7 @@ def get_config():
   config = Config(
     model=ModelConfig(layers=1, heads=2, width=16),
     data=DataConfig(source=SourceConfig('text.txt'), context=16, tokenizer=TokenizerConfig(kind='chars')),
-    optimizer=OptimizerConfig(warmup=2), mesh=MeshConfig(data=1), eval=EvalConfig(every=1, rows=4, sample_tokens=0), steps=2, batch_size=4)
+    optimizer=OptimizerConfig(warmup=1), mesh=MeshConfig(data=1), eval=EvalConfig(every=1, rows=4, sample_tokens=0), steps=2, batch_size=4)
 '''
 _WORDS = 'a lazy dog and the quick brown fox jump over old warm stoves while small cats sleep'.split()
 

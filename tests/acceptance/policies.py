@@ -44,7 +44,7 @@ class Trained:
 def main(config: Config) -> None:
   cache, folder = start(config), Path(flags.FLAGS.workdir)
   config = configs.override(config, {'checkpoint.every': 3, 'checkpoint.keep': 5, 'faults.compare_every': 2, 'eval.every': 0,
-                                     'batch_size': 16, 'steps': _STEPS})
+                                     'batch_size': 16, 'steps': _STEPS, 'optimizer.warmup': 2})
   found = []
   for name, (replica, data, stage) in _MESHES.items():
     settings = configs.override(config, {'mesh.replica': replica, 'mesh.data': data, 'zero_stage': stage})

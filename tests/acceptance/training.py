@@ -115,7 +115,8 @@ def counters(folder: Path) -> Result:
 
 @bar
 def resume(folder: Path) -> Result:
-  args = (shakespeare(), '--config.steps=60', '--config.eval.every=20', '--config.model.dropout=0.1', '--log_every=1')
+  args = (shakespeare(), '--config.steps=60', '--config.optimizer.warmup=20', '--config.eval.every=20', '--config.model.dropout=0.1',
+          '--log_every=1')
   straight = train('shakespeare_char_cpu', folder / 'straight', *args)
   train('shakespeare_char_cpu', folder / 'resumed', *args, '--stop_at=30')
   resumed = train('shakespeare_char_cpu', folder / 'resumed', *args)

@@ -6,7 +6,7 @@ import pytest
 
 from gptjax.config import (
     CheckpointConfig, Config, DataConfig, EvalConfig, MeshConfig, ModelConfig, OptimizerConfig, RopeConfig, TokenizerConfig,
-    UserError, duration_in_steps)
+    UserError, check_schedule, duration_in_steps)
 from gptjax.config.flags import docstrings
 
 GROUPS = [
@@ -61,11 +61,27 @@ def test_an_invalid_duration_is_an_error_that_names_its_field(value):
     (Config, {'steps': 'soon'}, "steps: 'soon', expected: a count of steps"),
     (EvalConfig, {'every': 'often'}, "eval.every: 'often', expected: a count of steps"),
     (Config, {'optimizer': OptimizerConfig(decay=10)}, 'optimizer.decay: 10, expected: 0 unless '),
+    (Config, {'checkpoint': CheckpointConfig(every=0, keep_every=10)}, 'checkpoint.keep_every: 10, expected: 0 unless '),
 ])
 def test_invalid_values_are_errors(group, values, message):
   with pytest.raises(UserError) as caught:
     group(**values)
   assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize('warmup, decay, message', [
+    (99, 0, ''), (0, 100, ''), (60, 40, ''),
+    (100, 0, 'optimizer.warmup: 100, expected: fewer than the 100 steps of the run'),
+    (60, 41, 'optimizer.decay: 41, expected: at most the 40 steps after optimizer.warmup'),
+])
+def test_a_schedule_that_a_run_cannot_follow_is_an_error(warmup, decay, message):
+  config = OptimizerConfig(schedule='wsd' if decay else 'cosine', warmup=warmup, decay=decay)
+  try:
+    check_schedule(config, steps=100, warmup=warmup, decay=decay)
+    found = ''
+  except UserError as error:
+    found = str(error)
+  assert bool(found) == bool(message) and found.startswith(message)
 
 
 def test_zero_sizes_are_resolved():

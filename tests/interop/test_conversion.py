@@ -218,7 +218,8 @@ def test_a_folder_without_a_tokenizer_needs_another_one(tmp_path):
   full({}), {'compute__scan': True, 'model__positions': 'rope', 'model__norm': 'rmsnorm', 'model__mlp': 'swiglu', 'model__bias': False,
        'model__tied': False, 'model__kv_heads': 1}])
 def test_a_run_trained_here_becomes_a_folder_of_its_family(tmp_path, model):
-  run(tiny_config(write_text(tmp_path / 'text.txt'), steps=2, eval__every=0, **model), tmp_path / 'run', tmp_path / 'cache')
+  settings = tiny_config(write_text(tmp_path / 'text.txt'), steps=2, optimizer__warmup=1, eval__every=0, **model)
+  run(settings, tmp_path / 'run', tmp_path / 'cache')
   export_run(tmp_path / 'run', tmp_path / 'out', check=ROUNDTRIP)
   values = json.loads((tmp_path / 'out' / 'config.json').read_text())
   assert values['architectures'] == [FAMILIES['llama' if model else 'gpt2'].architecture]
@@ -234,7 +235,7 @@ def test_a_run_trained_here_becomes_a_folder_of_its_family(tmp_path, model):
 
 
 def test_a_model_that_no_family_can_describe_is_an_error(tmp_path):
-  run(tiny_config(write_text(tmp_path / 'text.txt'), steps=1, eval__every=0, model__mlp='geglu'), tmp_path / 'run', tmp_path / 'cache')
+  run(tiny_config(write_text(tmp_path / 'text.txt'), steps=3, eval__every=0, model__mlp='geglu'), tmp_path / 'run', tmp_path / 'cache')
   with pytest.raises(UserError, match='model: .*mlp=geglu'):
     export_run(tmp_path / 'run', tmp_path / 'out', check=ROUNDTRIP)
   assert not [name for name in files_below(tmp_path) if name.startswith('out')]

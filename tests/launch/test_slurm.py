@@ -202,7 +202,7 @@ def test_training_meets_over_the_nodes(cluster, tmp_path):
   text.write_text('a lazy dog and the quick brown fox jump over old warm stoves while small cats sleep.\n' * 100)
   flags = [f'--config.{name}={value}' for name, value in {
     'data.source.path': text, 'data.tokenizer.kind': 'chars', 'data.context': 16, 'model.layers': 1, 'model.heads': 2, 'model.width': 16,
-    'eval.rows': 4, 'eval.sample_tokens': 0, 'steps': 4, 'batch_size': 4, 'mesh.data': 2, 'zero_stage': 3}.items()]
+    'eval.rows': 4, 'eval.sample_tokens': 0, 'steps': 4, 'optimizer.warmup': 1, 'batch_size': 4, 'mesh.data': 2, 'zero_stage': 3}.items()]
   command = (sys.executable, '-m', 'gptjax.train', '--config=configs/default.py', '--cpu_devices=1', f'--cache_dir={tmp_path}/cache')
   number = cluster.submit(workdir, *command, *flags, http_proxy='http://127.0.0.1:9')
   state = cluster.wait_for(number, 'COMPLETED', 'FAILED', seconds=240)

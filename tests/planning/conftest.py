@@ -21,7 +21,7 @@ def large():
 def tiny():
   """A model for four devices, data 2 x model 2, ZeRO stage 3."""
   model = ModelConfig(layers=3, width=256, heads=2, mlp_width=512, vocab_size=512, **LLAMA)
-  return Config(model=model, compute=COMPUTE, data=DataConfig(context=128), mesh=MeshConfig(data=2, model=2), steps=100, batch_size=8,
+  return Config(model=model, compute=COMPUTE, data=DataConfig(context=128), mesh=MeshConfig(data=2, model=2), steps=200, batch_size=8,
                 zero_stage=3)
 
 
