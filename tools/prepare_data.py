@@ -48,6 +48,7 @@ def main(_) -> None:
     if not (out / MANIFEST).exists():
       raise UserError('--out', str(out), 'a new folder, or the store of the same command; this one has other contents')
     announce(f'{out} exists already')
+  announce(f'reading {recipe.source.description}')
   processes = _PROCESSES.value or cores()
   try:
     store = write_store(out, recipe, processes=processes)

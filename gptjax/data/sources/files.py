@@ -18,7 +18,7 @@ from gptjax.data.folders import file_system, storage_errors
 from gptjax.data.sources.source import Source
 from gptjax.files import expanded
 
-SUFFIXES = ('.gz', '.zst')  # of compressed files
+_PACKINGS = ('.gz', '.zst')
 _CHUNK = 2**16  # compressed bytes per read: few, since their decompressed size has no bound
 
 
@@ -36,22 +36,24 @@ class File:
   """changes with the file: its modification time or hash"""
 
 
-def find(pattern: str, suffixes: tuple[str, ...]) -> list[File]:
+def packing(name: str) -> str:
+  """The ending of a compressed file's name, in lower case; '' for other files."""
+  return next((ending for ending in _PACKINGS if name.lower().endswith(ending)), '')
+
+
+def find(pattern: str) -> tuple[list[File], bool]:
   """Lists the file at a path or URL, the files in a folder at any depth, or the files that match a glob, sorted by name.
 
-  Hidden and empty files are omitted, and in a folder those without one of the suffixes. Raises a UserError if nothing is found.
+  Also returns whether it is a folder. Hidden and empty files are omitted. Raises a UserError if nothing is found.
   """
   with storage_errors('data.source.path', pattern):
-    found, is_folder = (_remote if '://' in pattern else _local)(pattern, suffixes)
-    if is_folder and not found:
-      raise UserError('data.source.path', pattern, f"a folder with files of a supported type ({' '.join(suffixes)}); for others, a glob "
-                      f"such as '{posixpath.join(pattern, '**', '*.c')}'")
-    if not found:
+    found, is_folder = (_remote if '://' in pattern else _local)(pattern)
+    if not found and not is_folder:
       raise UserError('data.source.path', pattern, 'a file, a folder or a glob that matches files', names=_siblings(pattern))
   files = {file.name: file for file in found if file.size}
   if not files:
     raise UserError('data.source.path', pattern, 'files that are not empty')
-  return [files[name] for name in sorted(files)]
+  return [files[name] for name in sorted(files)], is_folder
 
 
 def title(pattern: str) -> str:
@@ -104,7 +106,7 @@ def _fixed_part(pattern: str) -> str:
   return folder
 
 
-def _local(pattern: str, suffixes: tuple[str, ...]) -> tuple[list[File], bool]:
+def _local(pattern: str) -> tuple[list[File], bool]:
   """The files, and whether they are in a folder."""
   path = expanded(pattern)
   root, found = path.parent, [str(path)]
@@ -112,12 +114,12 @@ def _local(pattern: str, suffixes: tuple[str, ...]) -> tuple[list[File], bool]:
     root, found = path, glob.glob(os.path.join(glob.escape(str(path)), '**', '*'), recursive=True)
   elif not path.is_file():
     root, found = Path(_fixed_part(str(path))), glob.glob(str(path), recursive=True)
-  paths = [Path(name) for name in found if os.path.isfile(name) and (not is_folder or name.endswith(suffixes))]
+  paths = [Path(name) for name in found if os.path.isfile(name)]
   stats = ((file, file.stat()) for file in paths)
   return [File(str(file), file.relative_to(root).as_posix(), stat.st_size, str(stat.st_mtime_ns)) for file, stat in stats], is_folder
 
 
-def _remote(pattern: str, suffixes: tuple[str, ...]) -> tuple[list[File], bool]:
+def _remote(pattern: str) -> tuple[list[File], bool]:
   system, location = file_system(pattern)
   system.invalidate_cache()
   is_folder = False
@@ -130,8 +132,7 @@ def _remote(pattern: str, suffixes: tuple[str, ...]) -> tuple[list[File], bool]:
     is_folder = info['type'] == 'directory'
     root = location if is_folder else posixpath.dirname(location)
     found = system.find(location, detail=True) if is_folder else {location: info}
-  names = {path: path[len(root):].lstrip('/') for path, info in found.items()
-           if info['type'] == 'file' and (not is_folder or path.endswith(suffixes))}
+  names = {path: path[len(root):].lstrip('/') for path, info in found.items() if info['type'] == 'file'}
   # Each file system has its own key for a version.
   version = lambda info: next((info[key] for key in ('ETag', 'etag', 'LastModified', 'updated', 'mtime', 'created') if key in info), '')
   return [File(system.unstrip_protocol(path), name, found[path]['size'] or 0, str(version(found[path]))) for path, name in names.items()
@@ -168,7 +169,7 @@ class Stream:
 def _decompressed(raw: BinaryIO, path: str) -> Iterator[bytes]:
   new_decoder: Any = functools.partial(zlib.decompressobj, wbits=31)
   decoding_error: type[Exception] = zlib.error
-  if path.endswith('.zst'):
+  if packing(path) == '.zst':
     import zstandard
     # For files made with --long: by default zstandard refuses windows above 128 MB.
     new_decoder, decoding_error = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj, zstandard.ZstdError
@@ -179,7 +180,7 @@ def _decompressed(raw: BinaryIO, path: str) -> Iterator[bytes]:
       try:
         yield decoder.decompress(chunk)
       except decoding_error as error:
-        raise UserError('data.source.path', path, f'an undamaged file (broken {path[path.rfind("."):]} data: {error})') from None
+        raise UserError('data.source.path', path, f'an undamaged file (broken {packing(path)} data: {error})') from None
       chunk, decoder = (decoder.unused_data, None) if decoder.eof else (b'', decoder)
   if decoder:
     raise UserError('data.source.path', path, 'an undamaged file (it ends early)')

@@ -7,13 +7,14 @@ import hashlib
 import json
 import os
 import platform
+import posixpath
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from gptjax.config import SourceConfig, UserError
-from gptjax.data.sources.files import SUFFIXES, File, find, title
+from gptjax.data.sources.files import File, find, packing, title
 from gptjax.data.sources.source import Document, Part, Source
 from gptjax.data.sources.tables import HuggingFace, Parquet
 from gptjax.data.sources.text import JsonLines, TextFiles
@@ -32,7 +33,7 @@ _FORMATS = {
   'text': _Format(TextFiles, ('.txt', '.text', '.md', '.rst', '.tex', '.py'), 1),  # beside data: their README or LICENSE
   'JSON': _Format(JsonLines, ('.json',), 2),  # beside others: metadata
 }
-"""Files read in a folder; JSON and text may be compressed. A path or glob may name text files with any other suffix."""
+"""By the ending of a file's name, in any case; JSON and text may be compressed. A path or glob may name text files with other endings."""
 
 _EXCLUDED = ('__pycache__', 'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'encodings', 'pydoc_data',
              'config-*', 'lib-dynload', '_sysconfigdata*.py', 'entities.py')
@@ -56,13 +57,16 @@ def open_source(config: SourceConfig, cache_dir: Path | None = None) -> Source:
     return HuggingFace(config)
   if '://' not in config.path and (expanded(config.path) / 'index.bin').exists():
     raise UserError('data.source.path', config.path, 'documents; this folder is a token store: put it in data.train')
-  plain = tuple(suffix for format in _FORMATS.values() for suffix in format.suffixes)
-  files = find(config.path, (*plain, *(suffix + packed for suffix in plain if suffix != '.parquet' for packed in SUFFIXES)))
+  files, is_folder = find(config.path)
   by_kind: dict[str, list[File]] = {}
   for file in files:
-    by_kind.setdefault(_kind(file.name), []).append(file)
+    by_kind.setdefault(_kind(file.name) or ('other' if is_folder else 'text'), []).append(file)
+  if [*by_kind] == ['other']:
+    endings = ' '.join(suffix for format in _FORMATS.values() for suffix in format.suffixes)
+    raise UserError('data.source.path', config.path, f"a folder with files of a supported type ({endings}; text and JSON also with .gz "
+                    f"or .zst); for others, a glob such as '{posixpath.join(config.path, '**', '*.c')}'")
   counts = {kind: f'{len(found):,} {kind} file{"s" * (len(found) != 1)}' for kind, found in by_kind.items()}
-  rank = min(_FORMATS[kind].rank for kind in by_kind)
+  rank = min(format.rank for kind, format in _FORMATS.items() if kind in by_kind)
   kind, *conflicts = [kind for kind, format in _FORMATS.items() if kind in by_kind and format.rank == rank]
   if conflicts:
     raise UserError('data.source.path', config.path, f'files of one format; a glob such as DIR/*.jsonl selects them; there are '
@@ -76,9 +80,10 @@ def open_source(config: SourceConfig, cache_dir: Path | None = None) -> Source:
 
 
 def _kind(name: str) -> str:
-  uncompressed = name.removesuffix('.gz').removesuffix('.zst')
+  """The format that the ending of a file's name stands for; '' if it stands for none."""
+  stem = name.lower().removesuffix(packing(name))
   return next((kind for kind, format in _FORMATS.items()
-               if (name if kind == 'Parquet' else uncompressed).lower().endswith(format.suffixes)), 'text')
+               if (name.lower() if kind == 'Parquet' else stem).endswith(format.suffixes)), '')
 
 
 def stdlib_modules(folder: Path) -> list[Document]:

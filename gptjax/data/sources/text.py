@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 
 from gptjax.config import SourceConfig
-from gptjax.data.sources.files import SUFFIXES, File, FileSource, Stream, opened
+from gptjax.data.sources.files import File, FileSource, Stream, opened, packing
 from gptjax.data.sources.source import Document, Fields, Malformed, Part, Record, truncated, unescaped
 
 _READAHEAD = 2**23
@@ -78,7 +78,7 @@ class RecordFiles(FileSource):
 
   def parts(self) -> Iterator[Part]:
     for file in self.files:
-      if file.path.endswith(SUFFIXES):
+      if packing(file.path):
         yield from self._compressed(file)
       else:
         for start in range(0, file.size, self.step):
@@ -131,7 +131,7 @@ class TextFiles(RecordFiles):
     self._separator = separator = unescaped(config.separator)
     super().__init__(files, description, config.skip, 'text', separator)
     self.boundary, self.step = Boundary(separator), self.part_bytes if separator else self.max_document_bytes
-    may_cut = any(file.size > self.max_document_bytes or file.path.endswith(SUFFIXES) for file in files)
+    may_cut = any(file.size > self.max_document_bytes or packing(file.path) for file in files)
     if separator:
       self.description += f', split at {separator!r}'
     elif may_cut:

@@ -229,3 +229,22 @@ def test_one_format_is_read_and_the_description_names_the_others(tmp_path):
   (tmp_path / 'b.parquet').write_text('x')
   with pytest.raises(UserError, match=r'^data.source.path: .*one format.*1 JSON lines file.*1 Parquet file'):
     open_text(tmp_path)
+
+
+@pytest.mark.parametrize('scheme', ['', 'file://'])
+def test_endings_count_in_any_case_and_the_description_counts_what_is_ignored(tmp_path, scheme):
+  def written(folder, *names):
+    (tmp_path / folder).mkdir()
+    for name in names:
+      data = b'{"text": "x"}\n' if 'json' in name.lower() or 'nd' in name.lower() else b'x'
+      packer = next((pack for ending, pack in PACKERS.items() if ending and name.lower().endswith(ending)), bytes)
+      (tmp_path / folder / name).write_bytes(packer(data))
+    source = open_text(f'{scheme}{tmp_path}/{folder}')
+    return [(document.name.partition('#')[0], document.text) for document in source], source.description.partition(', ')[0]
+
+  texts = ['A.TXT', 'B.Md.GZ', 'c.txt.Zst']
+  assert written('texts', *texts, 'd.c', 'E.PNG') == ([(name, 'x') for name in texts], 'texts (3 text files; 2 other files ignored)')
+  lines = ['P.JSONL', 'Q.NDJSON.GZ', 'r.Jsonl.ZST']
+  assert written('lines', *lines, 's.TXT', 't.JSON') == (
+    [(name, 'x') for name in lines], 'lines (3 JSON lines files; 1 text file ignored; 1 JSON file ignored)')
+  assert [document.text for document in open_text(f'{scheme}{tmp_path}/lines/*.GZ')] == ['x']
