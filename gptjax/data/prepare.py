@@ -25,7 +25,7 @@ from gptjax.data.tokenizing import Recipe, write_store
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 from gptjax.files import atomic_directory, read_json
 
-_FORMAT = 3  # To be incremented when the cached data or its meaning changes.
+_FORMAT = 4  # To be incremented when the cached data or its meaning changes.
 _MAX_COMPRESSED = 2**26  # bytes of text, which xz compresses in a minute
 
 

@@ -380,7 +380,7 @@ def _mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
   return {
     'empty corpus': (bytes_of('empty'), 'empty'),
     'no such corpus': (bytes_of('god.jsonl'), 'did you mean'),
-    'binary file': (bytes_of('binary.txt'), 'binary.txt, byte 128'),
+    'binary file': (bytes_of('binary.txt'), 'binary file'),
     'wrong field': (bytes_of('good.jsonl', '--text=txt'), 'did you mean text'),
     'broken UTF-8': (bytes_of('broken.jsonl'), 'broken.jsonl:701'),
     'lone surrogate': (bytes_of('surrogate.jsonl'), 'surrogate.jsonl:6'),

@@ -61,7 +61,7 @@ def test_evaluation_sets_are_sources_or_stores(home, tmp_path):
 @pytest.mark.parametrize('flags, message', [
   (['--source={home}/qa.jsonl'], "{home}/qa.jsonl:1: 'text', expected: a field that the record has: question, answer"),
   (['--source={home}/broken.jsonl', '--text=question'], '{home}/broken.jsonl:8: '),
-  (['--source={home}/binary.txt'], '{home}/binary.txt, byte 128: '),
+  (['--source={home}/binary.txt'], r"{home}/binary.txt: b'\x00\x01\x02\x03\x04\x05\x06\x07', expected: UTF-8 text; this is a binary file"),
   (['--source={home}/empty.txt'], "data.source.path: '{home}/empty.txt', expected: files that are not empty"),
   (['--source={home}/qa.jsonl', '--text=question', '--decontaminate=a={home}/qa.jsonl'], "{home}/qa.jsonl:1: 'text', expected: a field"),
   (['--source={home}/qa.jsonl', '--text=question', '--decontaminate=a'], "--decontaminate: 'a', expected: NAME=SOURCE"),

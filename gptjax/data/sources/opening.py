@@ -20,6 +20,12 @@ from gptjax.data.sources.tables import HuggingFace, Parquet
 from gptjax.data.sources.text import JsonLines, TextFiles
 from gptjax.files import expanded, locked
 
+
+def _refuse(_files: Sequence[File], _description: str, config: SourceConfig) -> Source:
+  raise UserError('data.source.path', config.path, "text, JSON lines or Parquet, and no CSV; pandas.read_csv(FILE).to_json('FILE.jsonl', "
+                  "orient='records', lines=True) converts it; to train on the file as it is, rename it to .txt")
+
+
 class _Format(NamedTuple):
   open: Callable[[Sequence[File], str, SourceConfig], Source]
   suffixes: tuple[str, ...]
@@ -32,6 +38,7 @@ _FORMATS = {
   'Parquet': _Format(Parquet, ('.parquet',), 0),
   'text': _Format(TextFiles, ('.txt', '.text', '.md', '.rst', '.tex', '.py'), 1),  # beside data: their README or LICENSE
   'JSON': _Format(JsonLines, ('.json',), 2),  # beside others: metadata
+  'CSV': _Format(_refuse, ('.csv', '.tsv'), 3),
 }
 """By the ending of a file's name, in any case; JSON and text may be compressed. A path or glob may name text files with other endings."""
 
@@ -48,8 +55,11 @@ def open_source(config: SourceConfig, cache_dir: Path | None = None) -> Source:
   Raises a UserError if the source does not exist, or the config does not fit it.
   """
   if not config.path:
+    _check_unused(config, 'the built-in corpus', 'text', 'split', 'separator')
     assert cache_dir is not None
     return Stdlib(cache_dir)
+  if config.path.startswith(('tfds:', 'hf:')):
+    _check_unused(config, 'datasets', 'separator')
   if config.path.startswith('tfds:'):
     from gptjax.data.sources.tfds_source import TfdsRecords  # takes half a second to import
     return TfdsRecords(config)
@@ -62,7 +72,7 @@ def open_source(config: SourceConfig, cache_dir: Path | None = None) -> Source:
   for file in files:
     by_kind.setdefault(_kind(file.name) or ('other' if is_folder else 'text'), []).append(file)
   if [*by_kind] == ['other']:
-    endings = ' '.join(suffix for format in _FORMATS.values() for suffix in format.suffixes)
+    endings = ' '.join(suffix for format in _FORMATS.values() if format.open != _refuse for suffix in format.suffixes)
     raise UserError('data.source.path', config.path, f"a folder with files of a supported type ({endings}; text and JSON also with .gz "
                     f"or .zst); for others, a glob such as '{posixpath.join(config.path, '**', '*.c')}'")
   counts = {kind: f'{len(found):,} {kind} file{"s" * (len(found) != 1)}' for kind, found in by_kind.items()}
@@ -71,12 +81,21 @@ def open_source(config: SourceConfig, cache_dir: Path | None = None) -> Source:
   if conflicts:
     raise UserError('data.source.path', config.path, f'files of one format; a glob such as DIR/*.jsonl selects them; there are '
                     f'{", ".join(counts.values())}')
-  if config.separator and kind != 'text':
-    raise UserError('data.source.separator', config.separator, f'none for {kind} files: a record is a document')
+  _check_unused(config, f'{kind} files', 'split', 'text' if kind == 'text' else 'separator')
   description = title(config.path)
   if len(files) > 1:
     description += f' ({"; ".join([counts.pop(kind), *(f"{count} ignored" for count in counts.values())])})'
   return _FORMATS[kind].open(by_kind[kind], description, config)
+
+
+_UNUSED = {'text': 'they have no records', 'split': 'only tfds: and hf: datasets have splits', 'separator': 'a record is a document'}
+
+
+def _check_unused(config: SourceConfig, kind: str, *options: str) -> None:
+  """Raises a UserError if an option is set that sources of a kind do not have."""
+  for option in options:
+    if (value := getattr(config, option)) != getattr(SourceConfig, option):
+      raise UserError(f'data.source.{option}', value, f'none for {kind}: {_UNUSED[option]}')
 
 
 def _kind(name: str) -> str:

@@ -106,4 +106,4 @@ def sample(source: Source, characters: int = TRAINING_CHARACTERS) -> Iterator[Do
                 if _hash(f'{index} {number} {start} {name}') / 2**64 < share)
   if len(malformed) > source.skip * records:
     part, record = malformed[0]
-    raise UserError(f'{part.file}, record {record.record + 1} from {part.start:,} on', record.value, record.expected)
+    raise UserError(record.place or f'{part.file}, record {record.record + 1} from {part.start:,} on', record.value, record.expected)

@@ -116,6 +116,7 @@ def malformed_error(source: Source, part: Part, malformed: Malformed, before: in
   return UserError(place, malformed.value, malformed.expected, names=malformed.names)
 
 
+_MISSING = object()
 _FIELD = re.compile(r'[^.\[\]{}]+(\.[^.\[\]{}]+)*')
 
 
@@ -124,10 +125,15 @@ def unescaped(text: str) -> str:
   return text.replace('\\n', '\n').replace('\\t', '\t')
 
 
+def unmarked(text: str) -> str:
+  """The text without byte order marks, which mean nothing in UTF-8: editors start files with them, and concatenated files keep them."""
+  return text.replace('\ufeff', '')
+
+
 class Fields:
   """Extracts text from records: a field, or a template such as '{question}\\n{answer}', with '{{' and '}}' for braces.
 
-  'a.b' is field b of the object in field a. Raises a UserError if the template is invalid.
+  'a.b' is the field of that name or else field b of the object in field a. Raises a UserError if the template is invalid.
   """
 
   def __init__(self, text: str):
@@ -154,24 +160,40 @@ class Fields:
     return Document(name, text) if text.strip() else None
 
   def _value(self, record: Mapping[str, Any], field: str, index: int) -> str | Malformed:
-    value, parent = record, ''
-    for key in field.split('.'):
-      if not isinstance(value, Mapping) or key not in value:
-        names = tuple(f'{parent}{name}' for name in value) if isinstance(value, Mapping) else ()
-        return Malformed(field, f'a field that the record has: {", ".join(names) or "none"}', index, names=names)
-      value, parent = value[key], f'{parent}{key}.'
+    value = next(_values(record, field), _MISSING)
+    if value is _MISSING:
+      names = tuple(_full_names(record))
+      return Malformed(field, f'a field that the record has: {", ".join(names) or "none"}', index, names=names)
     expected = f'text{" or a number" * self._template} in the field {field}'
     try:
       if isinstance(value, bytes):
-        return value.decode()
+        return unmarked(value.decode())
       if isinstance(value, str):
         value.encode()  # JSON can contain lone surrogates, which UTF-8 cannot represent
-        return value
+        return unmarked(value)
     except (UnicodeEncodeError, UnicodeDecodeError) as error:
       return Malformed(error.object[error.start:error.start + 4], f'UTF-8 {expected}', index)
     if self._template and isinstance(value, Number) and not isinstance(value, bool):
       return str(value)
     return Malformed(truncated(str(value)), expected, index)
+
+
+def _values(record: Any, field: str) -> Iterator[Any]:
+  """The values that a name such as 'a.b.c' may mean: that of field 'a.b.c', of c in the object 'a.b', and of 'b.c' or c of b in a."""
+  if isinstance(record, Mapping):
+    if field in record:
+      yield record[field]
+    for dot in reversed([at for at, char in enumerate(field) if char == '.']):
+      yield from _values(record.get(field[:dot]), field[dot + 1:])
+
+
+def _full_names(value: Any, prefix: str = '') -> Iterator[str]:
+  """The names of all fields, as 'a.b' for field b of the object in field a; those with invisible characters are quoted."""
+  if isinstance(value, Mapping) and value:
+    for name, one in value.items():
+      yield from _full_names(one, f'{prefix}{name}.')
+  elif prefix:
+    yield prefix[:-1] if prefix.isprintable() else repr(prefix[:-1])
 
 
 def truncated(text: str) -> str:

@@ -134,8 +134,8 @@ class HuggingFace(TableSource):
     self.description = f'hf:{name}, split {config.split}'
     self.fields.check(dataset.column_names, config.path)
     self.version = dataset._fingerprint
-    columns = dict.fromkeys(field.partition('.')[0] for field in self.fields.names)
-    self._rows = dataset.select_columns(list(columns)).with_format('arrow')
+    columns = [name for name in dataset.column_names if any(f'{field}.'.startswith(f'{name}.') for field in self.fields.names)]
+    self._rows = dataset.select_columns(columns).with_format('arrow')
     self.length, self.size = len(self._rows), self._rows.data.nbytes
 
   def rows(self, part: Part) -> Sequence[Mapping[str, Any]]:

@@ -1,19 +1,22 @@
 """Text files and JSON lines, cut into parts at the boundaries of records."""
 
 import abc
+import codecs
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 
 from gptjax.config import SourceConfig
 from gptjax.data.sources.files import File, FileSource, Stream, opened, packing
-from gptjax.data.sources.source import Document, Fields, Malformed, Part, Record, truncated, unescaped
+from gptjax.data.sources.source import Document, Fields, Malformed, Part, Record, truncated, unescaped, unmarked
 
 _READAHEAD = 2**23
 _WINDOW, _MAX_WINDOW = 2**16, 2**22  # bytes searched for a boundary at once
 _SPACES = b'|'.join(re.escape(char.encode()) for char in map(chr, range(0x3001)) if char.isspace())
 _LINE_END = rb'\n(?!' + _SPACES + rb')(?=.)'
 _LONGEST_SPACE = 3  # bytes
+_OTHER_UNICODE = (('UTF-32', (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)), ('UTF-16', (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)))
+_SNIFFED = 8000  # bytes at the start of a file; if one of them is 0, Git too calls it binary
 
 
 class Boundary:
@@ -106,9 +109,12 @@ class RecordFiles(FileSource):
           return file.read(stop - start)
         begin = self.boundary.after(read, begin)
         data = read(begin, self.boundary.after(read, part.stop))
+    if not part.start and (found := _other_content(data[:_SNIFFED])):
+      yield Malformed(data[:8], f'UTF-8 text; this is {found}', 0, part.file)
+      return
     for index, (offset, record) in enumerate(self.boundary.split(data, begin)):
       try:
-        yield self.record(part, index, offset, record.decode())
+        yield self.record(part, index, offset, unmarked(record.decode()))
       except UnicodeDecodeError as error:
         place = '' if self.numbering == ':' else f'{part.file}, byte {offset + error.start}'
         yield Malformed(record[error.start:error.start + 4], 'UTF-8 text', index, place)
@@ -116,6 +122,14 @@ class RecordFiles(FileSource):
   @abc.abstractmethod
   def record(self, part: Part, index: int, offset: int, text: str) -> Record:
     """Parses a record; `index` is its number in the part, `offset` its position in the file."""
+
+
+def _other_content(data: bytes) -> str:
+  """Describes a file that is not text in UTF-8 by its first bytes; '' if nothing shows that."""
+  encoding = next((name for name, marks in _OTHER_UNICODE if data.startswith(marks)), '')
+  if encoding:
+    return f'{encoding}: convert it, for example with iconv'
+  return 'a binary file' if b'\0' in data or data.startswith(b'%PDF-') else ''
 
 
 class TextFiles(RecordFiles):
@@ -142,7 +156,7 @@ class TextFiles(RecordFiles):
   def record(self, part: Part, index: int, offset: int, text: str) -> Record:
     if self._separator:
       return Document(f'{part.name}#{offset}', text) if text.strip() else None
-    return Document(f'{part.name}#{offset}' if offset else part.name, text)
+    return Document(f'{part.name}#{offset}' if offset else part.name, text) if text else None
 
 
 _DECODER = json.JSONDecoder(parse_constant=int)  # JSON has no NaN: int('NaN') is a ValueError

@@ -63,6 +63,8 @@ def test_lines_in_parts_are_the_lines_of_the_file(tmp_path_factory, lines, step,
     (b'[' * 100_000, f":5: '{'[' * 59}…', expected: a JSON object on a line of its own"),
     (b'"text"', """:5: '"text"', expected: a JSON object on a line of its own"""),
     (b'{"txet": "a", "id": 1}', ":5: 'text', expected: a field that the record has: txet, id; did you mean txet?"),
+    (b'{"a.b": "a", "c": {"d": {"e": 1}}}', ":5: 'text', expected: a field that the record has: a.b, c.d.e"),
+    (br'{"\ufefftext": "a"}', r":5: 'text', expected: a field that the record has: '\ufefftext'; did you mean '\ufefftext'?"),
     (b'{}', ":5: 'text', expected: a field that the record has: none"),
     (b'{"text": null}', ":5: 'None', expected: text in the field text"),
     (b'{"text": 3}', ":5: '3', expected: text in the field text"),
@@ -77,6 +79,8 @@ def test_the_error_for_a_malformed_line_has_its_number(tmp_path, line, error):
 @pytest.mark.parametrize(('template', 'line', 'text'), [
     ('body', '{"body": "a"}', 'a'), ('a.b', '{"a": {"b": "c"}}', 'c'), ('{a.b}!', '{"a": {"b": "c"}}', 'c!'),
     (r'{q}\n\t{a}', '{"q": "Q", "a": "A"}', 'Q\n\tA'), ('{{{q}}}', '{"q": "Q"}', '{Q}'), ('{n} {x}', '{"n": 3, "x": 0.5}', '3 0.5'),
+    ('a.b', '{"a.b": "c", "a": {"b": "d"}}', 'c'), ('{a.b.c}{x.y}', '{"a": {"b.c": "d"}, "a.b": {"c": "e"}, "x": {"y": "f"}}', 'ef'),
+    ('a.b', '{"a": {"b": "c"}, "a.c": 1}', 'c'), ('text', '{"text": "\ufeffa\ufeffb"}', 'ab'), ('text', r'{"text": "\ufeffa"}', 'a'),
     ('{my field}', '{"my field": "a"}', 'a'), ('text', r'{"text": "\ud83d\ude00"}', '😀'),
 ])
 def test_text_is_a_field_or_a_template(tmp_path, template, line, text):
@@ -88,7 +92,7 @@ def test_text_is_a_field_or_a_template(tmp_path, template, line, text):
     ('{q}', '{"q": true}', "'True', expected: text or a number in the field q"),
     ('{q}', '{"q": {}}', "'{}', expected: text or a number in the field q"),
     ('{q.x}', '{"q": {"y": 1}}', "'q.x', expected: a field that the record has: q.y; did you mean q.y?"),
-    ('{q.x}', '{"q": 1}', "'q.x', expected: a field that the record has: none"),
+    ('{q.x}', '{"q": 1}', "'q.x', expected: a field that the record has: q; did you mean q?"),
 ])
 def test_values_that_a_template_cannot_use_are_malformed(tmp_path, template, line, error):
   assert read_line(tmp_path, line.encode(), template) == f':5: {error}'

@@ -50,6 +50,16 @@ def test_fields_of_several_columns_and_of_objects(tmp_path):
   assert texts(open_table(tmp_path, text='{id}: {meta.title}')) == [f'{i}: T{i}' for i in range(1000)]
 
 
+def test_a_column_may_have_a_dot_in_its_name(tmp_path, saved):
+  import datasets
+  table = pa.table({'a.b': ['x', 'y'], 'a': [{'c': 'z', 'b.c': 'u'}] * 2})
+  pq.write_table(table, tmp_path / 'a.parquet')
+  datasets.Dataset(table).save_to_disk(tmp_path / 'saved')
+  for path in (tmp_path / 'a.parquet', f'hf:{tmp_path}/saved'):
+    assert texts(open_table(path, text='a.b')) == ['x', 'y']
+    assert texts(open_table(path, text='{a.b}{a.c}{a.b.c}')) == ['xzu', 'yzu']
+
+
 def test_only_the_needed_columns_are_read(tmp_path, monkeypatch):
   data = os.urandom(3_000_000).hex()
   pq.write_table(pa.table({'text': ['x'] * 10, 'other': [data[i::10] for i in range(10)]}), tmp_path / 'a.parquet')

@@ -1,6 +1,7 @@
 """Text files are read unchanged, and cutting them into parts never loses, splits or repeats a document."""
 
 import gzip
+import re
 import sys
 
 import pytest
@@ -8,11 +9,15 @@ import zstandard
 from hypothesis import given, settings, strategies as st
 
 from gptjax.config import SourceConfig, UserError
-from gptjax.data.sources import Document, Malformed, open_source, malformed_error
+from gptjax.data.sources import Document, Malformed, documents, open_source, malformed_error
 from gptjax.data.sources.files import Stream
 from gptjax.data.sources.text import RecordFiles, TextFiles
 
 PACKERS = {'': bytes, '.gz': gzip.compress, '.zst': zstandard.ZstdCompressor().compress}
+
+
+PNG = b'\x89PNG\r\n\x1a\n\0\0\0\rIHDR'
+PACKERS_OF_FILES = {f'{name}{ending}': pack for name in ('a.txt', 'a.jsonl') for ending, pack in PACKERS.items()}
 
 
 def open_text(path, **config):
@@ -53,7 +58,7 @@ def test_names_with_wildcards_are_names_first(tmp_path):
 
 
 def test_bytes_become_text_one_to_one(tmp_path):
-  raw = '\ufeffa\r\nb\rc\n\0\x1c\u2028é'.encode()
+  raw = 'a\r\nb\rc\n\x1c\u2028é\u200b'.encode()
   (tmp_path / 'a.txt').write_bytes(raw)
   assert next(iter(open_text(tmp_path / 'a.txt'))).text.encode() == raw
 
@@ -103,12 +108,12 @@ def test_the_error_for_invalid_utf8_has_file_and_byte(tmp_path, separator):
 
 def naive(name, text, separator):
   """The documents from splitting the complete text at once."""
-  offset, documents = 0, []
+  offset, found = 0, []
   for piece in text.split(separator):
     if piece.strip():
-      documents.append(Document(f'{name}#{offset}', piece))
+      found.append(Document(f'{name}#{offset}', piece))
     offset += len(f'{piece}{separator}'.encode())
-  return documents
+  return found
 
 
 def parts_apart(source):
@@ -153,11 +158,11 @@ def test_a_large_file_is_cut_at_line_ends_that_no_white_space_follows(tmp_path_f
       path = tmp_path_factory.getbasetemp() / f'complete.txt{ending}'
       path.write_bytes(pack(text.encode()))
       source = open_text(path)
-      documents = parts_apart(source)
-      assert documents == list(source)
-      assert ''.join(document.text for document in documents) == text
-      assert len({document.name for document in documents}) == len(documents)
-      assert [document.text for document in documents] == naive_lines(text, step)
+      found = parts_apart(source)
+      assert found == list(source)
+      assert ''.join(document.text for document in found) == text
+      assert len({document.name for document in found}) == len(found)
+      assert [document.text for document in found] == naive_lines(text, step)
 
 
 def test_the_description_says_that_large_files_are_cut(tmp_path, monkeypatch):
@@ -248,3 +253,41 @@ def test_endings_count_in_any_case_and_the_description_counts_what_is_ignored(tm
   assert written('lines', *lines, 's.TXT', 't.JSON') == (
     [(name, 'x') for name in lines], 'lines (3 JSON lines files; 1 text file ignored; 1 JSON file ignored)')
   assert [document.text for document in open_text(f'{scheme}{tmp_path}/lines/*.GZ')] == ['x']
+
+
+@pytest.mark.parametrize('name', PACKERS_OF_FILES)
+def test_byte_order_marks_of_files_and_of_files_inside_of_files_are_no_text(tmp_path, name):
+  line = '{"text": "zwölf"}\n' if 'json' in name else 'zwölf\n'
+  (tmp_path / name).write_bytes(PACKERS_OF_FILES[name](f'\ufeff{line}\ufeff{line}{line}\ufeff'.encode()))
+  options = {} if 'json' in name else {'separator': '\n'}
+  assert [record.text for record in open_text(tmp_path / name, **options)] == ['zwölf'] * 3
+  if not options:
+    return
+  (document,) = open_text(tmp_path / name)
+  assert document.text == line * 3
+  (tmp_path / name).write_bytes(PACKERS_OF_FILES[name]('\ufeff'.encode()))
+  assert list(open_text(tmp_path / name)) == []
+
+
+@pytest.mark.parametrize('name', PACKERS_OF_FILES)
+@pytest.mark.parametrize(('data', 'expected'), [
+    ('\ufeffhällo'.encode('utf-16-le'), 'UTF-16: convert it'), ('\ufeffhällo'.encode('utf-16-be'), 'UTF-16: convert it'),
+    ('\ufeffhällo'.encode('utf-32-le'), 'UTF-32: convert it'), (PNG, 'a binary file'), (b'%PDF-1.7\n%\xe2', 'a binary file'),
+], ids=['UTF-16 LE', 'UTF-16 BE', 'UTF-32', 'PNG', 'PDF'])
+def test_a_file_that_is_no_utf8_text_is_named_as_what_it_is(tmp_path, name, data, expected):
+  (tmp_path / name).write_bytes(PACKERS_OF_FILES[name](data))
+  with pytest.raises(UserError, match=rf'a\.(txt|jsonl).*: {re.escape(repr(data[:8]))}, expected: UTF-8 text; this is {expected}'):
+    list(documents(open_text(tmp_path / name)))
+
+
+@pytest.mark.parametrize(('name', 'options', 'error'), [
+    ('a.csv', {}, r"^data.source.path: '.*a\.csv', expected: text, JSON lines or Parquet, and no CSV; .*converts it"),
+    ('A.TSV.GZ', {}, 'and no CSV'), ('', {}, 'and no CSV'), ('*.csv', {'text': 'b'}, 'and no CSV'),
+    ('a.c', {'text': 'b'}, r"^data.source.text: 'b', expected: none for text files"),
+    ('a.c', {'split': 'test'}, r"^data.source.split: 'test', expected: none for text files: only tfds: and hf:"),
+])
+def test_what_cannot_be_meant_is_refused(tmp_path, name, options, error):
+  for file in ('a.csv', 'A.TSV.GZ', 'a.c'):
+    (tmp_path / file).write_text('a,b\n1,2\n')
+  with pytest.raises(UserError, match=error):
+    open_text(tmp_path / name, **options)
