@@ -26,7 +26,7 @@ _TOKENIZER = flags.DEFINE_string(
 _OUT = flags.DEFINE_string('out', None, 'folder of the store; it appears when the store is complete', required=True)
 _PROCESSES = flags.DEFINE_integer('processes', 0, 'processes that tokenize; 0: one per core', lower_bound=0)
 _SIDE = flags.DEFINE_enum('side', 'all', ['all', 'train', 'valid'], 'documents to use: all, or one side of a split by --valid_fraction')
-_FRACTION = flags.DEFINE_float('valid_fraction', 0.01, 'fraction of the documents on the side of validation')
+_FRACTION = flags.DEFINE_float('valid_fraction', 0.01, 'fraction of the text on the side of validation')
 _DEDUPLICATE = flags.DEFINE_bool('deduplicate', False, 'drop documents whose text occurred before')
 _DECONTAMINATE = flags.DEFINE_multi_string(
   'decontaminate', [], 'NAME=SOURCE, a path or JSON as in --source, or NAME=STORE: drop documents that have 13 consecutive words in '
@@ -58,6 +58,8 @@ def main(_) -> None:
   manifest = store.manifest
   print(f'{out}: {counted(store.documents)}, {store.tokens:,} tokens, {store.bytes:,} bytes, '
         f'{store.bytes / store.tokens:.3f} bytes per token')
+  if manifest['held_out']:
+    print(f'held out for validation: {manifest["held_out"]}')
   none_found = {f'decontamination, {name}': 0 for name in manifest['decontaminated']}
   for reason, count in (none_found | manifest['dropped']).items():
     print(f'dropped by {reason}: {counted(count)}')

@@ -124,7 +124,7 @@ class DataConfig(Group, prefix='data.'):
   source: SourceConfig = SourceConfig()
   """documents to train on"""
   valid_fraction: Annotated[float, Limit(lambda value: 0 < value < 1, 'above 0 and below 1')] = 0.1
-  """fraction of the source that is held out for validation: complete documents, or the end of a single file"""
+  """fraction of the source's text that is held out for validation: complete documents and, if they are few, the end of one"""
   tokenizer: TokenizerConfig = TokenizerConfig()
   """the source's tokenizer"""
   train: tuple[Component, ...] = ()

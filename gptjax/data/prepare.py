@@ -114,7 +114,8 @@ def _description(config: DataConfig, tokenizer: Tokenizer, layouts: dict[str, La
   amounts = lambda store: f'{counted(store.documents)}, {store.tokens:,} tokens, {store.bytes:,} bytes'
   sets = [f'train {name}: {amounts(layout.store)}' + (f', {layout.padding:.2%} padding' if isinstance(layout, Packed) else '')
           for name, layout in layouts.items()]
-  sets += [f'{name}: {amounts(store)}' for name, store in valid.items()]
+  sets += [f'{name}: {amounts(store)}' + (f' (held out: {words})' if (words := store.manifest.get('held_out')) else '')
+           for name, store in valid.items()]
   bytes_per_token = sum(store.bytes for store in valid.values()) / sum(store.tokens for store in valid.values())
   return (f'{"; ".join(sets)}; rows {config.rows}; tokenizer {tokenizer.kind}, {tokenizer.vocab_size:,} ids, '
           f'{bytes_per_token:.3f} bytes per token on valid')

@@ -183,10 +183,11 @@ def _build(folder: Path, recipe: Recipe, processes: int, title: str) -> None:
         with contextlib.closing(encode_tasks(tasks, recipe, processes)) as results:
           _write_shards(folder, recipe, journal, results, progress)
       if not state.shards:
+        held_out = f'; data.valid_fraction holds out {recipe.source.held_out}' if recipe.source.held_out else ''
         raise UserError('source', recipe.source.description, f'documents; none of its {state.records:,} records is left, dropped were '
-                        f'{state.dropped}')
+                        f'{state.dropped}{held_out}')
     finish_store(folder, recipe.tokenizer, state.shards, {
-      'source': recipe.source.description, 'records': state.records, 'malformed': state.malformed,
+      'source': recipe.source.description, 'held_out': recipe.source.held_out, 'records': state.records, 'malformed': state.malformed,
       'malformed_first': state.malformed_first, 'dropped': state.dropped, 'filters': dataclasses.asdict(recipe.filters),
       'deduplicated': recipe.deduplicate, 'decontaminated': recipe.contamination.names if recipe.contamination else [],
       'fingerprint': recipe.fingerprint()})

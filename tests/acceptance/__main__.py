@@ -17,6 +17,7 @@ from tests.acceptance import (  # noqa: F401  (they register their bars)
   faults,
   fuzz,
   generation,
+  held_out,
   interop,
   processes,
   restoring,

@@ -54,6 +54,8 @@ def test_all_documents_are_in_one_of_the_stores(config, cache, tokenizer):
   assert sorted(train + valid) == sorted(everything) and train and valid
   assert prepared.valid['valid'].bytes == len(''.join(valid).encode())
   assert f'{len(train)} documents, {prepared.layouts[0].store.tokens:,} tokens' in prepared.description
+  share = prepared.valid['valid'].bytes / len(''.join(everything).encode())
+  assert f' bytes (held out: {100 * share:.3g}% of the text: {len(valid)} of 12 documents); rows' in prepared.description
   assert '\n' not in prepared.description
 
 

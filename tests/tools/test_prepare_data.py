@@ -46,6 +46,15 @@ def test_the_same_command_leaves_the_store_unchanged(home):
   assert done.returncode == 0 and 'exists already' in done.stderr and files_below(home) == before
 
 
+def test_the_sides_of_ten_records_are_told(home, tmp_path):
+  (tmp_path / 'ten.jsonl').write_text(''.join((home / 'qa.jsonl').read_text().splitlines(keepends=True)[:10]))
+  for side, counted in (('train', '9 documents'), ('valid', '1 document')):
+    done = tool('prepare_data', f'--source={tmp_path}/ten.jsonl', '--text=question', '--tokenizer=bytes', f'--side={side}',
+                '--valid_fraction=0.1', f'--out={tmp_path}/{side}')
+    assert done.stdout.startswith(f'{tmp_path}/{side}: {counted}, ')
+    assert done.stdout.splitlines()[1:] == ['held out for validation: 10% of the text: 1 of 10 documents']
+
+
 def test_evaluation_sets_are_sources_or_stores(home, tmp_path):
   text = tmp_path / 'text.txt'
   text.write_text('A quiet evening.\n\nwhat is 41 and 41? It is 82, they say.\n\nAnother one.')

@@ -126,8 +126,8 @@ class Stdlib(Source):
   def __init__(self, cache_dir: Path, folder: Path | None = None):
     self._folder = Path(folder or sysconfig.get_path('stdlib'))
     documents = stdlib_modules(self._folder)
-    self.names = [document.name for document in documents]
-    self.size = sum(len(document.text.encode()) for document in documents)
+    self.document_bytes = {document.name: len(document.text.encode()) for document in documents}
+    self.size = sum(self.document_bytes.values())
     self.skip = 0.0
     self.description = f'standard library of Python {platform.python_version()}'
     self._digest = hashlib.sha256(json.dumps(list(map(dataclasses.astuple, documents))).encode()).hexdigest()
@@ -137,7 +137,7 @@ class Stdlib(Source):
     return self._digest
 
   def parts(self) -> Iterator[Part]:
-    yield Part(self.description, '', 0, len(self.names), self.size)
+    yield Part(self.description, '', 0, len(self.document_bytes), self.size)
 
   def read(self, part: Part) -> Iterator[Document]:
     # TFDS takes half a second to import, and only the first run with this corpus needs it.

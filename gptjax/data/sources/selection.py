@@ -1,44 +1,48 @@
 """Selection of documents: the training and validation sides of a source, and samples of it."""
 
-import bisect
+import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 
 from gptjax.config import UserError
-from gptjax.data.sources.source import Document, Malformed, Part, Record, Source
+from gptjax.data.progress import counted
+from gptjax.data.sources.source import Document, Malformed, Part, Record, Source, documents
 
 TRAINING_CHARACTERS = 50_000_000  # default amount of text to train a tokenizer on; reading and counting it takes some 10 seconds
+_MEASURED_BYTES = 2**26  # sources up to this size are read before they are split, which takes about a second
+_LEAST_HELD_OUT = 32  # documents that a larger source holds out at least, so that their amount is off by a sixth (standard deviation)
 _CHUNK = 2**16
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio
 
 
 def split_source(source: Source, fraction: float) -> tuple[Source, Source]:
-  """Splits a source into (training, validation). Both have the source's parts; each yields None for the other's documents.
+  """Splits a source into (training, validation). Both have the source's parts; each yields its part of every document, or None.
 
-  A document is held out if the hash of its name is among the lowest `fraction` of all hashes; other documents do not matter, except
-  that, of known names, the lowest hash is always held out and the highest never. A single document is read, and its last `fraction`
-  of characters is held out. Malformed records are for training. Raises a UserError if a single document is too short to split.
+  Documents are held out in the order of a hash of their names. If their amounts of text are known, or the source is small enough to
+  read them first, `fraction` of the text is held out up to a quarter: documents that fit, or if too few do also the end of one that
+  does not; of a single document exactly its end. A larger source is split document by document: those with a hash among the lowest
+  `fraction` of all hashes, and the end of each one that is a notable part of what is held out. Malformed records are for training.
+  Raises a UserError if a side would be empty, or a source that is read first has too many malformed records.
   """
-  offsets: dict[int, int] = {}
-  length = 0
-  if len(source.names) == 1:
-    for part in source.parts():
-      offsets[part.start] = length
-      length += sum(len(record.text) for record in source.read(part) if isinstance(record, Document))
-    # Exact arithmetic on the decimal as written: in floats 1 - 0.9 is not 0.1.
-    cut = int(length * (1 - Fraction(str(fraction))))
-    if not 0 < cut < length:
-      raise UserError('data.valid_fraction', fraction, 'a fraction that leaves text for both training and validation of '
-                      f'the {length} characters of {source.names[0]}')
+  share = Fraction(str(fraction))  # the decimal as written: in floats 1 - 0.9 is not 0.1
+  amounts = source.document_bytes
+  rule: _Rule | None
+  if not amounts and source.size > _MEASURED_BYTES:
+    rule = _by_hash(source, share)
   else:
-    limit: float = fraction * 2**64
-    if source.names:
-      hashes = sorted(map(_hash, source.names))
-      limit = hashes[min(max(bisect.bisect_left(hashes, limit), 1), len(hashes) - 1)]
-    cut = math.ceil(limit)  # hashes are integers
-  return _Side(source, False, cut, offsets), _Side(source, True, cut, offsets)
+    if len(amounts) < 2:
+      amounts = {document.name: len(document.text) for document in documents(source)}
+    place = next((part.file for part in source.parts()), source.description)
+    if not amounts:
+      raise UserError('data.source.path', place, 'documents with text')
+    rule = _end(amounts, share) if 1 in (len(amounts), len(source.document_bytes)) else _by_amount(amounts, share)
+    if not rule:
+      raise UserError('data.valid_fraction', fraction, 'a fraction that leaves text for both training and validation of the '
+                      f'{sum(amounts.values()):,} characters of {place}')
+  return _Side(source, False, rule), _Side(source, True, rule)
 
 
 def is_held_out(name: str, fraction: float) -> bool:
@@ -51,33 +55,96 @@ def _hash(name: str) -> int:
   return int.from_bytes(hashlib.sha256(name.encode(errors='surrogateescape')).digest()[:8])
 
 
-class _Side(Source):
-  """One side of a split: documents with a hash below `cut` are held out; of a single document, the characters from `cut` on."""
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+  """What is held out: documents with a hash below `limit`, and the end of others."""
 
-  def __init__(self, source: Source, held_out: bool, cut: int, offsets: dict[int, int]):
-    self.source, self.held_out, self.cut = source, held_out, cut
-    self.offsets = offsets  # of a single document's pieces in characters, by the start of their part
-    self.description = f'{source.description}, {"validation" if held_out else "training"} side'
+  limit: int
+  shares: dict[int, Fraction]
+  """exceptions by the hash of a document: the fraction of its characters that is held out"""
+  words: str
+  """description"""
+  longest: int = sys.maxsize
+  """characters of the longest document that is on one side"""
+  share: Fraction = Fraction(0)
+  """held-out fraction of the characters of longer documents"""
+
+  def cut(self, document: Document) -> int:
+    """The character from which on a document is held out."""
+    number, length = _hash(document.name), len(document.text)
+    share = self.shares.get(number, self.share if length > self.longest else int(number < self.limit))
+    return int(length * (1 - share))
+
+
+def _end(amounts: Mapping[str, int], fraction: Fraction) -> _Rule | None:
+  """Holds out the end of one document, which may be in pieces; None if the document is too short."""
+  total = sum(amounts.values())
+  cut, offset, shares = int(total * (1 - fraction)), 0, {}
+  for name, amount in amounts.items():
+    shares[_hash(name)] = Fraction(min(max(offset + amount - cut, 0), amount), amount)
+    offset += amount
+  words = f'{_percent((total - cut) / total)} of the text: the end of {next(iter(amounts))}'
+  return _Rule(0, shares, words) if 0 < cut < total else None
+
+
+def _by_amount(amounts: Mapping[str, int], fraction: Fraction) -> _Rule | None:
+  """Holds out a fraction of the amount of text, up to a quarter of the smaller side; None if a side would be empty."""
+  total = sum(amounts.values())
+  wanted = total * fraction
+  slack = min(wanted, total - wanted) / 4
+  least, most, threshold = math.ceil(wanted - slack), math.floor(wanted + slack), math.ceil(fraction * 2**64)
+  limit, shares, held, count, words = 2**64, dict[int, Fraction](), 0, 0, ''
+  ordered = sorted((_hash(name), amount, name) for name, amount in amounts.items())
+  for number, amount, _ in ordered:
+    # Within the slack the hash alone decides, so that few documents change sides when others are added.
+    if held >= least and number >= threshold:
+      limit = number
+      break
+    if held + amount <= most:
+      held, count = held + amount, count + 1
+    else:
+      shares[number] = Fraction(0)
+  if held < least and shares:
+    number, amount, name = next(one for one in ordered if one[0] in shares)
+    end = max(min(round(wanted - held), amount - 1), int(not held))
+    shares[number] = Fraction(end, amount)
+    held, words = held + end, f'the end of {name}'
+  words = ' and '.join(filter(None, [f'{count:,} of {counted(len(amounts))}' if count else '', words]))
+  return _Rule(limit, shares, f'{_percent(held / total)} of the text: {words}') if 0 < held < total else None
+
+
+def _by_hash(source: Source, fraction: Fraction) -> _Rule:
+  longest = int(source.size * fraction / _LEAST_HELD_OUT)
+  return _Rule(math.ceil(fraction * 2**64), {}, f'about {_percent(fraction)} of the text: documents by a hash of their names, and the end '
+               f'of each one above {longest:,} characters', longest, fraction)
+
+
+def _percent(fraction: float | Fraction) -> str:
+  return f'{100 * float(fraction):.3g}%'
+
+
+class _Side(Source):
+  """One side of a split."""
+
+  def __init__(self, source: Source, validates: bool, rule: _Rule):
+    self.source, self.validates, self.rule, self.held_out = source, validates, rule, rule.words
+    self.description = f'{source.description}, {"validation" if validates else "training"} side'
     self.size, self.skip, self.numbering = source.size, source.skip, source.numbering
 
   def parts(self) -> Iterator[Part]:
     return self.source.parts()
 
   def read(self, part: Part) -> Iterator[Record]:
-    offset = self.offsets.get(part.start, 0)
     for record in self.source.read(part):
-      if not isinstance(record, Document):
-        yield None if self.held_out else record
-      elif not self.offsets:
-        yield record if (_hash(record.name) < self.cut) == self.held_out else None
-      else:
-        cut = max(0, self.cut - offset)
-        offset += len(record.text)
-        text = record.text[cut:] if self.held_out else record.text[:cut]
+      if isinstance(record, Document):
+        cut = self.rule.cut(record)
+        text = record.text[cut:] if self.validates else record.text[:cut]
         yield Document(record.name, text) if text else None
+      else:
+        yield None if self.validates else record
 
   def fingerprint(self) -> str:
-    return hashlib.sha256(f'{self.source.fingerprint()} {self.held_out} {self.cut}'.encode()).hexdigest()
+    return hashlib.sha256(f'{self.source.fingerprint()} {self.validates} {self.rule}'.encode()).hexdigest()
 
 
 def sample(source: Source, characters: int = TRAINING_CHARACTERS) -> Iterator[Document]:
@@ -95,8 +162,8 @@ def sample(source: Source, characters: int = TRAINING_CHARACTERS) -> Iterator[Do
     found = list(source.read(part))
     records += len(found)
     malformed += [(part, record) for record in found if isinstance(record, Malformed)]
-    documents = [record for record in found if isinstance(record, Document)]
-    chunks = [(number, start, document.name, document.text[start:start + _CHUNK]) for number, document in enumerate(documents)
+    texts = [record for record in found if isinstance(record, Document)]
+    chunks = [(number, start, document.name, document.text[start:start + _CHUNK]) for number, document in enumerate(texts)
               for start in range(0, len(document.text), _CHUNK)]
     # A part's size is in bytes as stored, possibly compressed or including fields without text, and not in characters.
     budget = characters * part.size / max(source.size, 1) / fraction

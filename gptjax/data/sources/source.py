@@ -5,7 +5,8 @@ import collections
 import dataclasses
 import re
 import string
-from collections.abc import Iterator, Mapping, Sequence
+import types
+from collections.abc import Iterator, Mapping
 from numbers import Number
 from typing import Any
 
@@ -67,8 +68,10 @@ class Source(abc.ABC):
   """bytes of all parts"""
   skip: float
   """largest fraction of malformed records that may be skipped"""
-  names: Sequence[str] = ()
-  """of all documents, if known without reading; a single name: the source is one document, possibly in pieces"""
+  document_bytes: Mapping[str, int] = types.MappingProxyType({})
+  """bytes of text of all documents by name, if known without reading; of a single one: the source is one document, possibly in pieces"""
+  held_out: str = ''
+  """description of what a split has held out"""
   part_bytes: int = 8 * 2**20
   """approximate bytes of text per part"""
   numbering: str = ', record '

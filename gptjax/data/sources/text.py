@@ -151,7 +151,7 @@ class TextFiles(RecordFiles):
     elif may_cut:
       self.description += f', files above {self.max_document_bytes / 2**20:.0f} MB cut at line ends'
     if not separator and (not may_cut or len(files) == 1):
-      self.names = [file.name for file in files]
+      self.document_bytes = {file.name: file.size for file in files}
 
   def record(self, part: Part, index: int, offset: int, text: str) -> Record:
     if self._separator:

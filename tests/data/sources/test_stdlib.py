@@ -40,10 +40,10 @@ def test_only_modules_written_by_people_are_included(library):
 
 def test_the_running_library_is_a_corpus(tmp_path):
   source = open_source(SourceConfig(), tmp_path)
-  assert len(source.names) > 300
-  assert {'argparse.py', 'json/decoder.py'} <= set(source.names)
+  assert len(source.document_bytes) > 300
+  assert {'argparse.py', 'json/decoder.py'} <= set(source.document_bytes)
   assert source.size > 5e6
-  assert not any('test' in Path(name).parts for name in source.names)
+  assert not any('test' in Path(name).parts for name in source.document_bytes)
   assert not list(tmp_path.iterdir())
   assert source.fingerprint() == open_source(SourceConfig(), tmp_path).fingerprint()
 
@@ -57,7 +57,7 @@ def test_the_dataset_gives_the_sources_back(library, tmp_path, capfd):
   source = pickle.loads(pickle.dumps(Stdlib(tmp_path, library)))
   documents = list(source)
   assert documents == stdlib_modules(library)
-  assert [document.name for document in documents] == source.names
+  assert [document.name for document in documents] == list(source.document_bytes)
   assert 'tensorflow' not in sys.modules
   out, err = capfd.readouterr()
   assert out == ''

@@ -42,7 +42,7 @@ def folder(tmp_path):
 def test_a_path_a_folder_or_a_glob(folder, pattern, names, monkeypatch):
   for source in (open_text(folder / pattern), open_text(f'file://{folder}/{pattern}')):
     assert [document.name for document in source] == names
-    assert source.names == names
+    assert list(source.document_bytes) == names
     assert source.size == sum(part.size for part in source.parts()) == len(names)
   monkeypatch.chdir(folder)
   assert [document.name for document in open_text(pattern or '.')] == names
