@@ -10,7 +10,7 @@ import json
 import lzma
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ def prepare(config: DataConfig, cache_dir: Path, processes: int = 1) -> Prepared
   """Opens the stores of a config, or makes them from its source and caches them.
 
   Stores made from a source are in `cache_dir/data`, packing plans in `cache_dir/plans`. Other processes that prepare the same wait.
-  Raises a UserError if a source cannot be read or split, or stores are damaged or have different tokenizers.
+  Raises a UserError if a source cannot be read or split, stores are damaged or have different tokenizers, or a side has less text than
+  one row.
   """
   train, valid = _make_stores(config, cache_dir, processes) if not config.train else (
     {component.store: TokenStore.open(component.store) for component in config.train},
@@ -68,6 +69,7 @@ def prepare(config: DataConfig, cache_dir: Path, processes: int = 1) -> Prepared
                       f'{first.tokenizer_sha256[:12]}, and not {store.tokenizer_sha256[:12]}')
   for store in stores:
     store.check()
+  _check_context(config, train.values(), valid.values())
   tokenizer = first.tokenizer()
   tags = {tag: [one.name for one in config.valid if tag in one.tags] for each in config.valid for tag in each.tags}
   layouts = [Windows(store, config.context) if config.rows == 'concat' else
@@ -108,6 +110,13 @@ def _make_stores(config: DataConfig, cache_dir: Path, processes: int) -> tuple[d
       for name, side, use in (('valid', valid, 'validation'), ('train', train, 'training')):
         write_store(folder / name, Recipe(side, tokenizer), processes=processes, title=f'tokenizing for {use}')
   return {source.description: TokenStore.open(directory / 'train')}, {'valid': TokenStore.open(directory / 'valid')}
+
+
+def _check_context(config: DataConfig, train: Iterable[TokenStore], valid: Iterable[TokenStore]) -> None:
+  train_tokens, valid_tokens = (sum(store.tokens for store in stores) for stores in (train, valid))
+  if config.context > min(train_tokens, valid_tokens):
+    raise UserError('data.context', config.context, f'{min(train_tokens, valid_tokens):,} or less: there are {train_tokens:,} tokens to '
+                    f'train on and {valid_tokens:,} to validate on; or more text')
 
 
 def _description(config: DataConfig, tokenizer: Tokenizer, layouts: dict[str, Layout], valid: dict[str, TokenStore]) -> str:

@@ -185,6 +185,19 @@ def test_a_damaged_store_is_refused_before_training(stores, cache, tmp_path):
     prepare(mixture(stores), cache)
 
 
+def test_a_context_longer_than_a_side_is_an_error_with_the_tokens_of_both(config, stores, cache):
+  prepared = prepare(config, cache)
+  train, valid = prepared.layouts[0].store.tokens, prepared.valid['valid'].tokens
+  prepare(dataclasses.replace(config, context=valid), cache)
+  for context in (valid + 1, train + 1):
+    with pytest.raises(UserError, match=f'^data.context: {context}, expected: {valid:,} or less: there are {train:,} tokens to train '
+                       f'on and {valid:,} to validate on; or more text$'):
+      prepare(dataclasses.replace(config, context=context), cache)
+  prepare(dataclasses.replace(mixture(stores), context=150), cache)  # no store alone has as many tokens to validate on
+  with pytest.raises(UserError, match='^data.context: 151, expected: 150 or less: there are 300 tokens to train on and 150 to'):
+    prepare(dataclasses.replace(mixture(stores), context=151), cache)
+
+
 def test_yardsticks_are_the_sizes_of_compressed_text(config, cache):
   prepared = prepare(dataclasses.replace(config, source=SourceConfig(argparse.__file__)), cache)
   text, = texts(prepared.valid['valid'])
