@@ -158,6 +158,11 @@ NVIDIA's; auto: the fused kernel of the device if it supports the model, else bl
       raise UserError('compute.offloaded', sorted(twice)[0], 'activations that are not in compute.saved')
 
   @property
+  def kept(self) -> tuple[str, ...]:
+    """The activations of a block that remat 'dots', 'full' or 'names' keeps besides its input, in either memory."""
+    return ('q', 'k', 'v', 'attention_out', 'gate', 'up') if self.remat == 'dots' else (*self.saved, *self.offloaded)
+
+  @property
   def plain(self) -> 'ComputeConfig':
     """The config for inference in the same dtype: layers one by one, nothing recomputed, attention by the device's backend."""
     return ComputeConfig(dtype=self.dtype)

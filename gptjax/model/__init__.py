@@ -8,5 +8,6 @@ from gptjax.model.attention import Cache, Caches, Positions, left_padded
 from gptjax.model.head import Head
 from gptjax.model.kernels import attention_backend
 from gptjax.model.parameters import (
-  AbstractModel, Parameters, abstract_model, flops_per_token, parameter_count, stack_layers, stacked_name, unstack_layers)
+  AbstractModel, Parameters, abstract_model, attention_flops, flops_per_token, parameter_count, repeated_products, repeated_weights,
+  stack_layers, stacked_name, unstack_layers)
 from gptjax.model.transformer import Block, Sums, Transformer, empty_cache

@@ -146,16 +146,39 @@ def flops_per_token(config: ModelConfig, context: int, *, causal: bool = True) -
   """FLOPs of a forward and backward pass per token of rows of `context` tokens.
 
   A multiply and an add are two FLOPs; the backward pass costs twice the forward; only matrix products count: 6 per weight of every
-  matrix that the token passes (embedding lookups pass none), and 12 * width * keys per layer for the scores and the mixing of attention.
-  `causal` counts the keys that a token can see, (context + 1) / 2 on average or fewer with a window; otherwise the full square, as
-  PaLM (arXiv:2204.02311, appendix B) and nanoGPT do.
+  matrix that the token passes (embedding lookups pass none), and 3 times the `attention_flops`.
   """
   shapes = abstract_model(config, ComputeConfig(), context).shapes
   weights = sum(shape.size for name, shape in shapes.items() if name.endswith('kernel') or (config.tied and name == 'tokens/table'))
+  return 6 * weights + 3 * attention_flops(config, context, causal=causal)
+
+
+def attention_flops(config: ModelConfig, context: int, *, causal: bool = True) -> int | float:
+  """FLOPs per token of the scores and the mixing of all layers in the forward pass: 4 * heads * head width * keys per layer.
+
+  `causal` counts the keys that a token can see, (context + 1) / 2 on average or fewer with a window; otherwise the full square, as
+  PaLM (arXiv:2204.02311, appendix B) and nanoGPT do.
+  """
   def keys(layer):
     seen = context if config.sees_all(layer) else min(context, config.window)
     return (seen * (seen + 1) / 2 + (context - seen) * seen) / context if causal else context
-  return 6 * weights + 12 * config.heads * config.head_width * sum(map(keys, range(config.layers)))
+  return 4 * config.heads * config.head_width * sum(map(keys, range(config.layers)))
+
+
+def repeated_products(config: ModelConfig, compute: ComputeConfig) -> set[str]:
+  """The matrices of a block whose products the backward pass repeats, because remat does not keep their results."""
+  if compute.remat == 'none':
+    return set()
+  results = {'q': 'q', 'k': 'k', 'v': 'v', 'out': 'attention_out', 'gate': 'gate', 'up': 'up'}
+  last = set() if config.norm_at == 'pre' else {'down'}  # whose result only a norm after it reads
+  return {matrix for matrix, result in results.items() if result not in compute.kept} | last
+
+
+@functools.cache
+def repeated_weights(config: ModelConfig, compute: ComputeConfig) -> int:
+  """Elements of the `repeated_products` of all layers."""
+  repeated, shapes = repeated_products(config, compute), abstract_model(config, ComputeConfig(), 1).shapes
+  return sum(shape.size for name, shape in shapes.items() if name.endswith('kernel') and name.split('/')[-2] in repeated)
 
 
 def stacked_name(name: str) -> tuple[str, int | None]:

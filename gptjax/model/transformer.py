@@ -138,7 +138,7 @@ def _kept(compute: ComputeConfig):
   """The policy for the activations of a block that the backward pass keeps; None: only its input."""
   policies = jax.checkpoint_policies
   if compute.remat == 'dots':
-    return policies.save_only_these_names('q', 'k', 'v', 'attention_out', 'gate', 'up')
+    return policies.save_only_these_names(*compute.kept)
   if compute.remat == 'names':
     return policies.save_and_offload_only_these_names(
       names_which_can_be_saved=compute.saved, names_which_can_be_offloaded=compute.offloaded, offload_src='device',

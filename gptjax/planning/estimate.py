@@ -6,7 +6,7 @@ from gptjax.config import SLICE_AXES, Config, UserError
 from gptjax.model import abstract_model, parameter_count
 from gptjax.planning.collectives import Collective, collectives
 from gptjax.planning.memory import Memory, analytic_memory
-from gptjax.planning.program import Compiled, TooLarge, compile_step, durations
+from gptjax.planning.program import Compiled, TooLarge, compile_step, durations, for_platform
 from gptjax.planning.roofline import DAY, Roofline, roofline
 from gptjax.planning.topology import Topology
 from gptjax.planning.volumes import theoretical
@@ -73,13 +73,14 @@ class Estimate:
 
 def estimate(config: Config, topology: Topology) -> Estimate:
   """The analytic part of a plan; takes about a second. Raises a UserError for a missing vocabulary size, a mesh that does not match the
-  devices, sizes that it does not divide, or a duration in epochs."""
+  devices, sizes that it does not divide, attention that the devices cannot run, or a duration in epochs."""
   if not config.model.vocab_size:
     raise UserError('model.vocab_size', 0, 'the number of token ids: a plan reads no tokenizer')
   sizes = topology.mesh_sizes(config)
   mesh, context = abstract_mesh(sizes), config.data.context
   check_sizes(config, mesh)
   check_unsharded(abstract_model(config.model, config.compute, context), config, mesh)
-  memory, analytic = analytic_memory(config, sizes), theoretical(config, sizes)
+  memory = analytic_memory(for_platform(config, 'tpu' if topology.chip.is_tpu else 'gpu'), sizes)
+  analytic = theoretical(config, sizes)
   return Estimate(config, topology, sizes, parameter_count(config.model, context), durations(config)['steps'], memory, analytic,
                   roofline(config, topology, sizes, analytic, memory))

@@ -50,8 +50,9 @@ class Memory:
 
 def analytic_memory(config: Config, sizes: dict[str, int]) -> Memory:
   """Estimates the memory of a step on a mesh of these sizes. Compilers reuse and pad memory: a compiled program's count is exact."""
-  # Every kernel keeps the same activations as splash attention, which can be traced without an accelerator.
-  config = for_platform(configs.override(config, {'compute.attention': 'auto'}), 'tpu')
+  if config.compute.attention not in ('blocks', 'xla'):
+    # Every kernel keeps the same activations as splash attention, which can be traced without an accelerator.
+    config = for_platform(configs.override(config, {'compute.attention': 'auto'}), 'tpu')
   stage, context, item = config.zero_stage, config.data.context, COMPUTE[config.compute.dtype][1]
   compute = ComputeConfig(scan=config.compute.scan, dtype=config.compute.dtype)  # other settings do not change the state
   state = _state_bytes(config.model, compute, context, config.optimizer, config.frozen, stage, tuple(sizes.items()))
@@ -68,7 +69,7 @@ def analytic_memory(config: Config, sizes: dict[str, int]) -> Memory:
   return Memory(
     parameters=state['parameters'], optimizer=state['optimizer'], gathered=gathered,
     gradients=state['gradients'] * (2 if config.microbatches > 1 else 1),
-    activations=rows * row_bytes(config.model, config.compute, context, sizes[MATRIX_AXIS]),
+    activations=rows * row_bytes(config.model, dataclasses.replace(config.compute, offloaded=()), context, sizes[MATRIX_AXIS]),
     temporaries=rows * row_bytes(one_layer, kept, context, sizes[MATRIX_AXIS]) + logits)
 
 

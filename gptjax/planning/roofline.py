@@ -3,7 +3,7 @@
 import dataclasses
 
 from gptjax.config import Config
-from gptjax.model import flops_per_token
+from gptjax.model import attention_flops, flops_per_token, parameter_count, repeated_weights
 from gptjax.planning.collectives import Collective
 from gptjax.planning.memory import Memory
 from gptjax.planning.topology import Topology
@@ -49,7 +49,7 @@ def roofline(config: Config, topology: Topology, sizes: dict[str, int], moved: l
   """Bounds of a step whose collectives are `moved`."""
   chip, tokens = topology.chip, config.batch_size * config.data.context / topology.devices
   flops = flops_per_token(config.model, config.data.context)
-  needed, executed = tokens * flops, tokens * (flops + _recomputed(config, flops))
+  needed, executed = tokens * flops, tokens * (flops + _recomputed(config))
   seconds = {'compute': executed / chip.flops, 'memory': _touched(config, sizes, memory) / chip.hbm}
   links = topology.links(sizes)
   for one in moved:
@@ -59,24 +59,21 @@ def roofline(config: Config, topology: Topology, sizes: dict[str, int], moved: l
   return Roofline(needed, executed, seconds, chip.flops)
 
 
-def _recomputed(config: Config, flops: float) -> float:
-  """FLOPs per token that the backward pass repeats: the products of attention (dots), or the forward pass, a third of all, without the
-  output head (full)."""
+def _recomputed(config: Config) -> float:
+  """FLOPs per token that the backward pass repeats: attention, which every policy but 'none' repeats, and products with weights."""
   if config.compute.remat == 'none':
     return 0.0
-  if config.compute.remat == 'full':
-    return flops / 3 - 2 * config.model.width * config.model.table_rows
-  return 4 * config.model.layers * config.model.width * (config.data.context + 1) / 2
+  return attention_flops(config.model, config.data.context) + 2 * repeated_weights(config.model, config.compute)
 
 
 def _touched(config: Config, sizes: dict[str, int], memory: Memory) -> float:
   """Bytes that must pass through a device's memory in a step; a lower bound, since products also spill activations.
 
-  Each microbatch reads the parameters in the compute dtype twice (three times if the forward pass is repeated), writes gradients, and
+  Each microbatch reads the parameters in the compute dtype twice (three times where a product is repeated), writes gradients, and
   writes and reads activations; the update reads parameters, moments and gradients and writes parameters and moments.
   """
   local = sum(elements(config, sizes))
   item = COMPUTE[config.compute.dtype][1]
-  passes = 3 if config.compute.remat == 'full' else 2
+  passes = 2 + repeated_weights(config.model, config.compute) / parameter_count(config.model, config.data.context)
   each = passes * item * local + 4 * local + 2 * memory.activations
   return config.microbatches * each + 2 * memory.state + memory.parameters

@@ -10,7 +10,7 @@ import math
 from typing import NamedTuple
 
 from gptjax.config import MATRIX_AXIS, ROW_AXES, STATE_AXIS, ComputeConfig, Config, ModelConfig
-from gptjax.model import abstract_model
+from gptjax.model import abstract_model, repeated_products
 from gptjax.planning.collectives import Collective, totals
 from gptjax.sharding import abstract_mesh
 
@@ -85,7 +85,7 @@ def _tensor_parallel(config: Config, sizes: dict[str, int]) -> list[Collective]:
   tokens = config.microbatch_size * config.data.context / math.prod(sizes[name] for name in ROW_AXES)
   stream = item * tokens * config.model.width
   model = lambda kind, dtype, payload, trips, why: Collective(kind, dtype, payload, p, (MATRIX_AXIS,), trips * parts, why)
-  sums = 5 if config.compute.remat == 'full' else 4  # the backward pass repeats attention's sum; it does not need the feed-forward's
+  sums = 4 + len({'out', 'down'} & repeated_products(config.model, config.compute))
   found = [model('all-reduce', 'f32', 4 * tokens, 3, 'largest logit, normalizer and target of the loss')]
   if config.compute.sequence_parallel:
     # Inputs are kept in parts, so they are gathered again for the gradients of the weights.

@@ -6,9 +6,10 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+from tiers import full
 
 from gptjax.config import ComputeConfig, ModelConfig
-from gptjax.model import abstract_model, flops_per_token, parameter_count
+from gptjax.model import abstract_model, attention_flops, flops_per_token, parameter_count, repeated_weights
 
 SMALL = ModelConfig(layers=12, width=768, heads=12, vocab_size=50257, vocab_multiple=1)
 """GPT-2 small."""
@@ -49,6 +50,34 @@ def test_flops_are_those_of_the_traced_program(style, causal, monkeypatch, matri
   traced = jax.make_jaxpr(jax.grad(loss))(described.shapes, jax.ShapeDtypeStruct((3, context), jnp.int32))
   total = sum(map(flops, matrix_products(traced.jaxpr)))
   assert total == flops_per_token(style, context, causal=causal) * 3 * context
+
+
+@pytest.mark.parametrize('window, global_every, keys', [
+  (0, 0, 4 * (1 + 2 + 3 + 4 + 5 + 6)), (2, 0, 4 * (1 + 5 * 2)), (2, 3, 3 * (1 + 5 * 2) + 21), (3, 2, 2 * (1 + 2 + 4 * 3) + 2 * 21),
+  (9, 2, 4 * 21)])
+def test_attention_counts_the_keys_in_the_window_of_each_layer(window, global_every, keys):
+  # Six tokens, four layers, of which every third or second is global; heads that are wider together than the model.
+  config = ModelConfig(layers=4, width=8, heads=2, head_size=6, vocab_size=8, window=window, global_every=global_every)
+  assert attention_flops(config, 6) * 6 == keys * 2 * (2 * 6 + 2 * 6)
+  weights = 4 * (4 * 8 * 12 + 2 * 8 * 32) + 8 * 8
+  assert flops_per_token(config, 6) == 6 * weights + 3 * attention_flops(config, 6)
+
+
+@pytest.mark.usefixtures('one_device')
+@pytest.mark.parametrize('remat, saved', [('dots', ()), ('full', ()), full('names', ()), full('names', ('q', 'up', 'attention')),
+                                          ('names', ('attention_out', 'mlp_norm'))])
+@pytest.mark.parametrize('style, norm_at', [('modern', 'pre'), ('modern', 'post'), full('gpt2', 'sandwich')], indirect=['style'])
+def test_recomputed_flops_are_those_of_the_traced_program(style, norm_at, remat, saved, matrix_products):
+  config, context = dataclasses.replace(style, norm_at=norm_at, head_size=10), 12
+
+  def traced(**compute):
+    described = abstract_model(config, ComputeConfig(attention='xla', **compute), context)
+    loss = lambda parameters, tokens: described.merge(parameters)(tokens).sum()
+    program = jax.make_jaxpr(jax.grad(loss))(described.shapes, jax.ShapeDtypeStruct((1, context), jnp.int32))
+    return sum(map(flops, matrix_products(program.jaxpr))) / context
+
+  weights = repeated_weights(config, ComputeConfig(remat=remat, saved=saved))
+  assert traced(remat=remat, saved=saved) - traced() == 2 * weights + attention_flops(config, context, causal=False)
 
 
 def test_causal_flops_count_each_key_a_token_sees(style):

@@ -37,6 +37,26 @@ def test_remat_is_paid_for_in_compute(large, at_stage):
   assert none.executed == none.flops == dots.flops == full.flops < dots.executed < full.executed < 4 / 3 * full.flops
 
 
+@pytest.mark.parametrize('global_every, keys', [(0, 32 * 3840.0625), (4, 24 * 3840.0625 + 8 * 16384.5)])
+def test_recomputed_attention_is_that_of_each_layers_window(global_every, keys):
+  # Mistral 7B at 32k tokens: the first 4096 see 2048.5 on average, the others 4096.
+  model = configs.ModelConfig(layers=32, width=4096, heads=32, kv_heads=8, mlp_width=14336, vocab_size=32000, window=4096,
+                              global_every=global_every, positions='rope', norm='rmsnorm', mlp='swiglu', bias=False, tied=False)
+  config = configs.Config(model=model, compute=configs.ComputeConfig(scan=True, remat='dots', attention='blocks'), batch_size=64,
+                          data=configs.DataConfig(context=32768), zero_stage=3)
+  bounds = estimate(config, parse('v5p:4x4x4')).bounds
+  assert (bounds.executed - bounds.flops) / 32768 == pytest.approx(4 * 4096 * keys, rel=1e-6)
+
+
+def test_memory_is_that_of_the_chosen_attention(large, at_stage):
+  def temporaries(topology, **compute):
+    return estimate(at_stage(large, 3, **compute), parse(topology)).memory.temporaries
+  assert temporaries('h100:8x8', attention='xla') > 2 * temporaries('h100:8x8', attention='blocks')  # the full square of scores
+  assert temporaries('h100:8x8', attention='auto', dtype='float32') == temporaries('v5p:4x4x4', attention='blocks', dtype='float32')
+  with pytest.raises(UserError, match='compute.attention'):
+    estimate(at_stage(large, 3, attention='splash'), parse('h100:8x8'))
+
+
 def test_days_and_tokens(large):
   one = estimate(large, parse('v5p:4x4x4'))
   assert one.tokens == pytest.approx(1e12, rel=1e-6) and one.steps == 953_675

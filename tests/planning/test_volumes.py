@@ -58,9 +58,11 @@ def test_frozen_parameters_have_neither_gradients_nor_optimizer_state(large):
   assert {kind for kind in every if every[kind] != some[kind]} == {data}
 
 
-@pytest.mark.parametrize('remat, sums', [('none', 4), ('dots', 4), ('full', 5)])
-def test_tensor_parallelism_is_megatrons(large, at_stage, remat, sums):
-  found = totals(theoretical(at_stage(large, 3, remat=remat), SIZES))
+@pytest.mark.parametrize('remat, norm_at, sums', [
+  ('none', 'pre', 4), ('dots', 'pre', 4), ('full', 'pre', 5), ('none', 'post', 4), ('dots', 'post', 5), ('full', 'sandwich', 6)])
+def test_tensor_parallelism_is_megatrons(large, at_stage, remat, norm_at, sums):
+  model = dataclasses.replace(large.model, norm_at=norm_at)
+  found = totals(theoretical(at_stage(dataclasses.replace(large, model=model), 3, remat=remat), SIZES))
   stream = 256 / 16 * 4096 * 5120 * 2
   assert found[('model',), 'all-reduce', 'bf16'] == pytest.approx((40 * sums + 2) * 2 * stream * 3 / 4)
 
@@ -80,6 +82,8 @@ def test_activations_are_shared_out(large, at_stage):
   assert kept(data=32, model=1) == pytest.approx(kept(data=16, model=1) / 2)
   residual = 256 / 16 * 4096 * 5120 * 2 * 40  # full remat keeps each layer's input, complete on each device of `model`
   assert kept(data=16, model=4) == pytest.approx(residual, rel=0.15)
+  named = lambda **names: analytic_memory(at_stage(large, 3, remat='names', **names), {'replica': 1, 'data': 16, 'model': 1}).activations
+  assert named(offloaded=('q', 'up')) == named() == kept(data=16, model=1) < named(saved=('q', 'up'))
   dots = at_stage(large, 3, remat='dots')
   more, split = (analytic_memory(dots, SIZES | {'model': n}).activations for n in (1, 4))
   assert kept(data=16, model=1) < more and split < 0.5 * more
