@@ -15,7 +15,7 @@ from gptjax.config import ComputeConfig, ModelConfig, RopeConfig
 from gptjax.model.kernels import KERNELS, ScoreConfig, attention_backend
 from gptjax.model.layers import Linear, Norm, capped, drop, fold, keep_mask
 from gptjax.model.weights import Rows, Stack
-from gptjax.sharding import spec
+from gptjax.sharding import divisible, spec
 
 BLOCK = 64
 """Query rows per block: at 64 the skipped half of the square outweighs the smaller products on a CPU."""
@@ -227,8 +227,9 @@ class Attention(nnx.Module):
         q, k = rotate(q, positions.values, frequency), rotate(k, positions.values, frequency)
       scale = (config.query_pre_attn_scalar or config.head_width) ** -0.5
       score = ScoreConfig(scale, config.attention_cap, 0 if sees_all else config.window)
+      k, v = _for_queries(k), _for_queries(v)
       if positions.cached is None:
-        y = attention(config, self.compute, score, q, *_for_heads(q, k, v), positions.segments, keys)
+        y = attention(config, self.compute, score, q, k, v, positions.segments, keys)
         return y, None if cache is None else Cache(_prefilled(cache.keys, k), _prefilled(cache.values, v))
       return _decode(score, q, k, v, positions, cache)
 
@@ -261,18 +262,22 @@ def _prefilled(cache: Float[Array, 'B K S C'], x: Float[Array, 'B K T C']) -> Fl
 def _decode(score: ScoreConfig, q: Float[Array, 'B H 1 C'], k: Float[Array, 'B K 1 C'], v: Float[Array, 'B K 1 C'],
             positions: Positions, cache: Cache) -> tuple[Float[Array, 'B H 1 C'], Cache]:
   """Attention of one more token per row, which replaces the oldest one in a full cache."""
-  assert positions.cached is not None
-  size = cache.keys.shape[2]
-  start = (0, 0, positions.cached % size, 0)
-  cache = Cache(*(jax.lax.dynamic_update_slice(old, new, start) for old, new in zip(cache, (k, v))))
-  token = positions.cached - (positions.cached - jnp.arange(size)) % size  # the token in each place; below 0: none yet
+  cached, size = positions.cached, cache.keys.shape[2]
+  assert cached is not None
+
+  def write(cache):
+    return Cache(*(jax.lax.dynamic_update_slice(old, new, (0, 0, cached % size, 0)) for old, new in zip(cache, (k, v))))
+
+  # Of a single row or key head XLA for CPUs would make two updated caches, for the products and for the next step, both of them copies. It
+  # does not look into a condition, though this one always holds.
+  cache = jax.lax.platform_dependent(
+    cache, cpu=lambda cache: jax.lax.cond(cached >= 0, write, lambda cache: cache, cache), default=write)
+  token = cached - (cached - jnp.arange(size)) % size  # the token in each place; below 0: none yet
   padding = jnp.zeros(q.shape[0], jnp.int32) if positions.padding is None else positions.padding
-  keys, values = _for_heads(q, *cache)
-  return _ungrouped(attend(score, _grouped(q, keys), keys, values, (token >= padding[:, None])[:, None], 0.0, None)), cache
+  return _ungrouped(attend(score, _grouped(q, cache.keys), *cache, (token >= padding[:, None])[:, None], 0.0, None)), cache
 
 
-def _for_heads(q, *keys_and_values):
-  """Keys and values with heads that `model` does not split, repeated to as many heads as there are queries, which it does split."""
-  split = jax.typeof(q).sharding.spec
-  return tuple(x if jax.typeof(x).sharding.spec == split else jnp.repeat(x, q.shape[1] // x.shape[1], 1, out_sharding=split)
-               for x in keys_and_values)
+def _for_queries(x: Float[Array, 'B K T C']) -> Float[Array, 'B L T C']:
+  """Keys or values with each head repeated until `model` divides their number, so that each device holds those that its queries read."""
+  heads = divisible('kv_heads', x.shape[1])
+  return jnp.repeat(x, heads // x.shape[1], 1, out_sharding=spec(None, ('kv_heads', heads), None, None))

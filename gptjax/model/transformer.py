@@ -13,7 +13,7 @@ from gptjax.model.attention import Attention, Cache, Caches, Positions
 from gptjax.model.head import Head
 from gptjax.model.layers import Embedding, Linear, Norm, dropout, fold
 from gptjax.model.weights import Rows, Stack
-from gptjax.sharding import spec
+from gptjax.sharding import divisible, spec
 
 Sums = dict[str, Array]
 """Scalars by name, each the sum over the tokens of a device's rows; 'loss' adds to the loss, others are reported."""
@@ -147,9 +147,10 @@ def _kept(compute: ComputeConfig):
 
 
 def empty_cache(config: ModelConfig, compute: ComputeConfig, batch: int, size: int) -> Caches:
-  """A cache for `size` tokens of `batch` sequences, in the compute dtype; layers with a window keep no more than that."""
+  """A cache for `size` tokens of `batch` sequences, in the compute dtype; layers with a window keep no more than that. Each device
+  holds the key heads that its queries read."""
+  heads = divisible('kv_heads', config.key_heads)
   def layer(index):
     kept = size if config.sees_all(index) else min(size, config.window)
-    return jnp.zeros((batch, config.key_heads, kept, config.head_width), compute.dtype,
-                     out_sharding=spec(None, ('kv_heads', config.key_heads), None, None))
+    return jnp.zeros((batch, heads, kept, config.head_width), compute.dtype, out_sharding=spec(None, ('kv_heads', heads), None, None))
   return tuple(Cache(layer(index), layer(index)) for index in range(config.layers))

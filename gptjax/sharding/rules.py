@@ -1,6 +1,7 @@
 """The one table from logical axes to mesh axes, and where ZeRO stores each parameter, its gradient and its optimizer state."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -36,6 +37,11 @@ def spec(*axes: Axis, mesh: AnyMesh | None = None) -> PartitionSpec:
     size = 1 if rule is None else (mesh or jax.sharding.get_abstract_mesh()).shape.get(rule, 1)
     return None if size == 1 or parts % size else rule
   return PartitionSpec(*map(mesh_axis, axes))
+
+
+def divisible(axis: str, parts: int) -> int:
+  """The smallest multiple of `parts` that the mesh axis which splits a logical axis divides, in the mesh in force."""
+  return math.lcm(parts, jax.sharding.get_abstract_mesh().shape.get(RULES[axis], 1))
 
 
 class Shard(NamedTuple):

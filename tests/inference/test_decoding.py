@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import re
 
 import jax
 import numpy as np
@@ -11,6 +13,7 @@ from tiers import full
 from gptjax.config import ComputeConfig, MeshConfig
 from gptjax.inference import Decoder, Sampling
 from gptjax.model import abstract_model
+from gptjax.planning import collectives
 from gptjax.sharding import make_mesh
 from gptjax.training.loop import CompileCounter
 
@@ -121,6 +124,39 @@ def test_text_is_the_same_on_one_device_and_spread_over_eight(style, zero_stage,
       decoder = Decoder(model, mesh, zero_stage=zero_stage)
       texts.append(draw(decoder, parameters, prompts_of(3, 9, 1), 16, Sampling(temperature=1.0))[0].tolist())
   assert all(text == texts[0] for text in texts)
+
+
+@of_one_style
+@pytest.mark.parametrize('heads, kv_heads, mesh, rows', [
+  (8, 2, '1x1', 1), (8, 2, '1x8', 2), full(8, 1, '2x4', 2), (12, 6, '2x4', 4), full(8, 2, '4x2', 4)], indirect=['mesh'])
+def test_a_step_copies_no_cache_and_devices_hold_the_keys_of_their_queries(style, heads, kv_heads, mesh, rows, random_parameters):
+  model = abstract_model(dataclasses.replace(style, heads=heads, head_size=16, kv_heads=kv_heads), ComputeConfig(), 512)
+  decoder = Decoder(model, mesh)
+  parameters = decoder.prepare(random_parameters(model))
+  batch = decoder._batch(prompts_of(*[3] * rows), [[1]] * rows, range(rows), GREEDY)
+  state = jax.eval_shape(functools.partial(decoder._prefill, space=496, sampling=GREEDY), parameters, batch, np.int32(0))[0]
+  keys = state.cache[0].keys
+  data, split = (mesh.shape[axis] for axis in ('data', 'model'))
+  held = keys.sharding.shard_shape(keys.shape)
+  assert held == (rows // data, kv_heads // math.gcd(kv_heads, split), 512, 16)
+  compiled = decoder._decode.lower(parameters, state, sampling=GREEDY).compile()
+  size = math.prod(held)
+  assert compiled.memory_analysis().temp_size_in_bytes < 4 * size
+  assert all(one.payload < 4 * size for one in collectives(compiled.as_text(), mesh.shape))
+  copied = re.findall(r' = f32\[([\d,]+)\]\S* (?:copy|copy-start|broadcast|all-gather)\(', compiled.as_text())
+  assert all(math.prod(map(int, shape.split(','))) < size for shape in copied)
+
+
+@pytest.mark.parametrize('style', ['modern'], indirect=True)
+@pytest.mark.parametrize('heads, kv_heads, sizes', [(12, 6, (2, 4)), full(8, 2, (1, 8)), full(8, 1, (2, 4)), full(4, 2, (4, 2))])
+def test_text_is_the_same_where_model_does_not_divide_the_key_heads(style, heads, kv_heads, sizes, random_parameters):
+  model = abstract_model(dataclasses.replace(style, heads=heads, head_size=8, kv_heads=kv_heads, window=6, global_every=2),
+                         ComputeConfig(), 64)
+  texts = []
+  for shape in ((1, 1), sizes):
+    with jax.set_mesh(mesh := make_mesh(MeshConfig(*shape))):
+      texts.append(draw(Decoder(model, mesh), random_parameters(model), prompts_of(3, 9, 1), 16, Sampling(temperature=1.0))[0].tolist())
+  assert texts[0] == texts[1]
 
 
 @of_one_style

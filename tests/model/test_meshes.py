@@ -53,7 +53,7 @@ def run(config, compute, mesh, zero_stage, random_parameters):
 
 
 @pytest.mark.parametrize('style', ['modern', full('gpt2')], indirect=True)
-@pytest.mark.parametrize('mesh, zero_stage', [full('8x1', 3), full('4x2', 0), ('4x2', 3)], indirect=['mesh'])
+@pytest.mark.parametrize('mesh, zero_stage', [full('8x1', 3), full('4x2', 0), full('2x4', 3), ('4x2', 3)], indirect=['mesh'])
 def test_logits_loss_and_gradients_are_those_of_one_device(style, zero_stage, mesh, random_parameters, reference):
   # The modern style also runs as a scan with blocks recomputed, so that stacked parameters are covered.
   compute = ComputeConfig(scan=True, remat='full') if style.positions == 'rope' else ComputeConfig()
