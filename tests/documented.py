@@ -30,6 +30,8 @@ def resolve(commands):
   for command in commands:
     for part in command.split(' -- '):  # a launcher, and the command that it starts
       _, _, module, *arguments = shlex.split(part)
+      arguments = ['--config=configs/default.py' if one.startswith(tuple(f'--config={path}' for path in written)) else one
+                   for one in arguments]  # the config.json of a run that is not there
       done = run_module(module, *arguments, only_parse=True)
       assert done.returncode == 0, f'{command}\n{done.stderr}'
       flags = dict(argument.lstrip('-').partition('=')[::2] for argument in arguments)

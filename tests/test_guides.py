@@ -66,8 +66,10 @@ def test_commands_of_the_guide_to_clusters_run_as_written(tmp_path):
 @pytest.mark.full
 def test_commands_of_the_guide_to_models_run_as_written(tmp_path):
   printed = list(run(commands_of('docs/models.md'), tmp_path).values())
-  assert len(printed) == 5 and all('roundtrip: all 24 tensors have the same bits' in words for words in printed[1:3])
+  assert len(printed) == 7 and all('roundtrip: all 24 tensors have the same bits' in words for words in printed[1:3])
   assert printed[3].startswith('Permission')
+  models = [json.loads((tmp_path / f'runs/{name}/config.json').read_text())['model'] for name in ('again', 'tuned', 'tuned_too')]
+  assert models[1] == models[0] | {'dropout': 0.1} and models[2] == models[0]
   assert len((tmp_path / 'samples.jsonl').read_text().splitlines()) == 3
   notebook = '\n'.join(commands_of('docs/models.md', 'python'))
   done = subprocess.run([sys.executable, '-c', notebook], cwd=tmp_path, capture_output=True, text=True)

@@ -174,10 +174,15 @@ def from_json(text: str, file: str = 'config.json') -> Config:
 
 def read_config(folder: pathlib.Path) -> Config:
   """Returns the config of a run or checkpoint from its folder; raises a UserError if there is no config.json, or it is damaged."""
-  file = folder / 'config.json'
   try:
-    return from_json(file.read_text(encoding='utf-8'), str(file))
+    return read_json(folder / 'config.json')
   except FileNotFoundError:
     raise UserError('--workdir', str(folder), 'a folder that gptjax.train made, with its config.json') from None
+
+
+def read_json(file: pathlib.Path) -> Config:
+  """Returns the config in a file that `to_json` wrote; raises a UserError if it is damaged."""
+  try:
+    return from_json(file.read_text(encoding='utf-8'), str(file))
   except UnicodeDecodeError as error:
     raise UserError(str(file), str(error), 'JSON of a config, in UTF-8') from None

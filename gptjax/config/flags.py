@@ -15,26 +15,31 @@ import shutil
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import app, flags
 
 from gptjax.config.checks import Fault, UserError
-from gptjax.config.fields import BOOLEANS, FIELDS, choices, differences, flatten, override, parse, suggestions
+from gptjax.config.fields import BOOLEANS, FIELDS, choices, differences, flatten, override, parse, read_config, read_json, suggestions
 from gptjax.config.schema import Config
 
 exit_stack = contextlib.ExitStack()
 """Contexts that a program enters here are left when its `main` ends, with the exception that ended it."""
 
 _CONFIG_FLAG = re.compile(r'--?config(?:\.([^=]*))?(?:=(.*))?', re.DOTALL)
+_ADAPTED = ('model.dropout', 'model.rope.', 'model.window', 'model.global_every')
+"""Fields of a model that may change while its parameters keep their meaning."""
 _HELP_FLAGS = {'--help', '-help', '-h', '-?', '--helpshort'}
 
 
 def load(path: str) -> Config:
-  """Runs a recipe, a Python file with `get_config() -> Config`, and returns its config; a UserError, with the line, if that fails."""
+  """The config of a recipe, a Python file with `get_config() -> Config`, or of a run's config.json; a UserError, with the line, if that
+  fails."""
   if not pathlib.Path(path).is_file():
     raise _no_recipe(path)
+  if path.endswith('.json'):
+    return read_json(pathlib.Path(path))
   # Compiled rather than imported: an import would write a __pycache__ next to the recipes, and trust it.
   recipe: dict[str, Any] = {'__name__': 'recipe', '__file__': path}
   try:
@@ -58,6 +63,8 @@ def load(path: str) -> Config:
 def _no_recipe(path: str) -> UserError:
   folders = dict.fromkeys([*([pathlib.Path(path).parent] if path else []), pathlib.Path('configs')])
   there = {file.stem: str(file) for folder in folders for file in sorted(folder.glob('*.py'))}
+  if path and (run := pathlib.Path(path) / 'config.json').is_file():
+    there = {pathlib.Path(path).stem: str(run)}
   expected = ', '.join(there.values()) or 'a recipe, a Python file with get_config() -> Config'
   return UserError('--config', path, expected, there, pathlib.Path(path).stem)
 
@@ -124,7 +131,28 @@ def _parse_command_line(argv: Sequence[str], *, needs_config: bool | None) -> Co
       raise _no_recipe('')
     return None
   values = {name: parse(FIELDS.get(name), text) for name, text in texts.items()}
-  return override(load(recipe), values, where='--config.')
+  base = load(recipe)
+  if not values.get('init_partial', base.init_partial):
+    base = _with_architecture(base, str(values.get('init_from') or base.init_from), values)
+  return override(base, values, where='--config.')
+
+
+def _with_architecture(config: Config, init_from: str, given: Mapping[str, object]) -> Config:
+  """A config with the model of the run in `init_from` if there is one, but with its own dropout.
+
+  Raises a UserError for a `given` value that contradicts that model, unless it only adapts it.
+  """
+  workdir = str(getattr(flags.FLAGS, 'workdir', None) or '')
+  if workdir and any(pathlib.Path(os.path.expanduser(workdir), 'checkpoints').glob('*/config.json')):
+    init_from = workdir if init_from else ''  # a run that resumes does not read the other one
+  folder = pathlib.Path(os.path.expanduser(init_from))
+  if not init_from or not (folder / 'config.json').is_file():  # a run that starts reports it
+    return config
+  model = {f'model.{name}': value for name, value in flatten(read_config(folder).model).items()}
+  for name, value in given.items():
+    if name in model and value != model[name] and not name.startswith(_ADAPTED):
+      raise UserError(f'--config.{name}', value, f'{shown(model[name])}, as in {folder}, whose parameters the run starts from')
+  return override(config, {name: value for name, value in model.items() if name != 'model.dropout'})
 
 
 def _split(args: Sequence[str]) -> tuple[str | None, dict[str, str | None], list[str]]:
@@ -233,7 +261,7 @@ def help_text(config: Config | None) -> str:
   usage = f'usage: python {program} [--FLAG=VALUE ...]'
   if config is not None:
     usage = f'usage: python {program} --config=configs/NAME.py [--config.FIELD=VALUE ...] [--FLAG=VALUE ...]'
-    recipe = ('--config', 'recipe, a Python file with get_config() -> Config; its values are shown below')
+    recipe = ('--config', "recipe, a Python file with get_config() -> Config, or a run's config.json; its values are shown below")
     sections = {'flags': [recipe, *sections['flags']]} | _help_sections(config)
   width = min(shutil.get_terminal_size((100, 24)).columns, 120)
   column = min(max(len(left) for rows in sections.values() for left, _ in rows) + 4, 44, width // 2)

@@ -66,7 +66,9 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
   """
   tokens, size = data.tokenizer.vocab_size, config.model.vocab_size
   if 0 < size < tokens:
-    raise UserError('model.vocab_size', size, f'0, or at least the {tokens} ids of the tokenizer')
+    raise UserError('model.vocab_size', size, (
+      f'at least the {tokens} ids of the tokenizer, or in data.tokenizer.path the tokenizer of init_from' if config.init_from else
+      f'0, or at least the {tokens} ids of the tokenizer'))
   config = configs.override(config, {'model.vocab_size': size or tokens})
   data.tokenizer.encode(config.eval.prompt, 'eval.prompt')  # before training starts, reports a prompt that cannot be encoded
   check_sizes(config, mesh)

@@ -158,7 +158,7 @@ def initial_state(run: Run, tokenizer: Tokenizer) -> tuple[TrainState, str]:
   in_layout = stack_layers if run.model.compute.scan else unstack_layers
   differences = _differences(run.model, in_layout(source.shapes))
   if source_tokenizer.sha256 != tokenizer.sha256:
-    differences = [f'another tokenizer, of {source_tokenizer.vocab_size:,} ids', *differences]
+    differences = [f'another tokenizer, of {source_tokenizer.vocab_size:,} ids (data.tokenizer.path={tokenizer_folder})', *differences]
   if differences and not run.config.init_partial:
     raise UserError('init_from', path, 'a run with the same parameters and tokenizer, or --config.init_partial for the parts that fit: '
                     f'{_listed(differences)}')

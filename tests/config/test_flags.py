@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax.config import (
-    Component, Config, Duration, ModelConfig, Phase, UserError, ValidationSet, describe, differences, flatten, from_json, load,
+    Component, Config, Duration, ModelConfig, Phase, RopeConfig, UserError, ValidationSet, describe, differences, flatten, from_json, load,
     override, read_config, run, to_json)
 from gptjax.config.fields import FIELDS, item_type
 
@@ -232,6 +232,50 @@ def test_a_missing_recipe_is_an_error(command, path, error):
 
 def test_the_recipe_is_required(command):
   assert command('--config.seed=3').error == "--config: '', expected: configs/base.py, configs/wide.py"
+
+
+def test_the_config_of_a_run_is_a_recipe(command):
+  pathlib.Path('run').mkdir()
+  file = pathlib.Path('run/config.json')
+  file.write_text(to_json(override(Config(), {'model.width': 96, 'model.heads': 3, 'steps': '3 epochs'})))
+  seen = command('--config=run/config.json', '--config.model.layers=7')
+  assert differences(Config(), seen.config) == {'model.layers': (4, 7), 'model.width': (128, 96), 'model.heads': (4, 3),
+                                                'steps': (1000, '3 epochs')}
+  assert command('--config=run').error.endswith('did you mean run/config.json?')
+  text = file.read_text()
+  file.write_text(text.replace('"layers"', '"n_layers"'))
+  assert command('--config=run/config.json').error.startswith('run/config.json: model.n_layers: 4, expected: layers, ')
+  file.write_text(text.replace('"seed": 0', '"zero_stage": 0'))
+  assert command('--config=run/config.json').error == 'run/config.json: seed: None, expected: an integer; the field is missing'
+
+
+def a_run(folder, **values):
+  """Writes the config.json of a folder."""
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True)
+  (folder / 'config.json').write_text(to_json(override(Config(), {f'model.{name}': value for name, value in values.items()})))
+
+
+def test_the_architecture_is_that_of_the_run_whose_parameters_are_taken(command):
+  a_run('other', width=96, heads=3, mlp='swiglu', window=8)
+  base = ('--config=configs/wide.py', '--config.init_from=other')
+  model = ModelConfig(width=96, heads=3, mlp='swiglu', window=8)
+  assert command(*base).config.model == model
+  assert command(*base, '--config.model.width=96', '--workdir=new').config.model == model  # given, and the same
+  adapted = command(*base, '--config.model.window=16', '--config.model.dropout=0.1', '--config.model.rope.theta=2e4').config.model
+  assert adapted == dataclasses.replace(model, window=16, dropout=0.1, rope=RopeConfig(theta=2e4))
+  for name, value, theirs in (('width', '192', '96'), ('heads', '6', '3'), ('mlp', 'geglu', 'swiglu'), ('layers', '2', '4')):
+    assert f', expected: {theirs}, as in other' in command(*base, f'--config.model.{name}={value}').error
+  assert command(*base, '--config.init_partial').config.model == ModelConfig(width=512)
+  assert command('--config=configs/wide.py', '--config.init_from=nowhere').config.model == ModelConfig(width=512)  # told by the run
+
+
+def test_a_run_that_resumes_keeps_its_architecture_without_the_other(command):
+  a_run('new/checkpoints/3', width=96, heads=3)
+  a_run('other', width=64)
+  pathlib.Path('new/config.json').write_text(pathlib.Path('new/checkpoints/3/config.json').read_text())
+  assert command('--config=configs/wide.py', '--config.init_from=other', '--workdir=new').config.model.width == 96
+  assert command('--config=configs/wide.py', '--config.init_from=gone', '--workdir=new').config.model.width == 96
 
 
 @pytest.mark.parametrize('text, error', [

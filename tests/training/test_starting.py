@@ -94,7 +94,7 @@ def test_another_width_is_an_error(settings, source, cache):
 
 def test_another_tokenizer_is_an_error(settings, source, cache):
   changed = configs.override(settings, {'data.tokenizer.kind': 'bytes', 'model.vocab_size': 512, 'init_from': str(source)})
-  with pytest.raises(UserError, match='^init_from: .*another tokenizer, of 32 ids'):
+  with pytest.raises(UserError, match='^init_from: .*another tokenizer, of 32 ids .data.tokenizer.path=.*source.data.tokenizer'):
     begun(changed, cache)
 
 
