@@ -145,22 +145,34 @@ def _described(model, normalizer, words, steps, specials, added=()):
 _NAMES = {'bos_token': '<s>', 'eos_token': '</s>', 'unk_token': '<unk>'}
 
 
+def write_shape(folder, shape, specials, added, config, template=None, **others):
+  """A folder with tokenizer.json: of bytes, or of SentencePiece with a prepended space, with Metaspace or without a prefix."""
+  strip, unknown = [decoders.Strip(' ', 1, 0)], ['<unk>', *specials]
+  match shape:
+    case 'bytes':
+      return _byte_level(folder, _CL100K, specials, config, added=added, template=template)
+    case 'prepended':
+      prepend = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
+      described = _described(spm(True), prepend, None, strip, unknown, added)
+    case 'metaspace':
+      described = _described(spm(True), None, pre_tokenizers.Metaspace('▁', 'first', False), strip, unknown, added)
+    case 'spaced':
+      words = pre_tokenizers.Split(' ', 'merged_with_previous')
+      described = _described(spm(False, TURNS), normalizers.Replace(' ', '▁'), words, [], ['<pad>', *unknown], [*added, *TURNS])
+  _write(folder, described, {'unk_token': '<unk>', **config}, template, **others)
+
+
 def llama2(folder):
-  prepend = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
-  _write(folder, _described(spm(True), prepend, None, [decoders.Strip(' ', 1, 0)], ['<unk>', '<s>', '</s>']), _NAMES)
+  write_shape(folder, 'prepended', ['<s>', '</s>'], [], _NAMES)
 
 
 def mistral(folder):
-  words = pre_tokenizers.Metaspace('▁', 'first', False)
-  described = _described(spm(True), None, words, [decoders.Strip(' ', 1, 0)], ['<unk>', '<s>', '</s>', '[INST]', '[/INST]'])
-  _write(folder, described, _NAMES, MISTRAL, jinja=True)
+  write_shape(folder, 'metaspace', ['<s>', '</s>', '[INST]', '[/INST]'], [], _NAMES, MISTRAL, jinja=True)
 
 
 def gemma(folder):
-  words = pre_tokenizers.Split(' ', 'merged_with_previous')
-  described = _described(spm(False, TURNS), normalizers.Replace(' ', '▁'), words, [],
-                         ['<pad>', '<eos>', '<bos>', '<unk>', *TURNS[:2]], TURNS)
-  _write(folder, described, {'bos_token': '<bos>', 'eos_token': '<eos>', 'pad_token': '<pad>', 'unk_token': '<unk>'}, GEMMA)
+  names = {'bos_token': '<bos>', 'eos_token': '<eos>', 'pad_token': '<pad>'}
+  write_shape(folder, 'spaced', ['<eos>', '<bos>', *TURNS[:2]], [], names, GEMMA)
   (folder / 'generation_config.json').write_text(json.dumps({'bos_token_id': 2, 'eos_token_id': [1, 5], 'pad_token_id': 0}))
 
 

@@ -12,6 +12,7 @@ from absl import flags
 
 from gptjax import config as configs
 from tests.acceptance import (  # noqa: F401  (they register their bars)
+  chats,
   datasets,
   evaluation,
   faults,

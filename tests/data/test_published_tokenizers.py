@@ -10,9 +10,12 @@ import sentencepiece
 import tokenizers
 from hypothesis import given, settings, strategies as st
 from published_tokenizers import BYTE_LEVEL, FAMILIES, SAMPLE, TEXTS, TURNS, spm, spm_folder
+from tokenizers import decoders, models, pre_tokenizers
 
 from gptjax.config import UserError
 from gptjax.data.tokenizers import ByteTokenizer, TextStream, load_tokenizer
+from gptjax.data.tokenizers.tokenizer import ALPHABET
+from tests.acceptance.chats import CHATS, different
 
 ANY = st.lists(st.text() | st.sampled_from(TEXTS) | st.text(alphabet=SAMPLE)).map(''.join)
 SPM = ('llama2', 'mistral', 'gemma')
@@ -160,6 +163,40 @@ def test_special_tokens_in_a_message_are_text(ours, name, special):
   assert f'Hello {special}{special[:3]}{special} there' in tokenizer.decode(forged)
 
 
+@pytest.mark.parametrize('name', ['qwen2.5', 'qwen3', 'r1-distill', 'mistral-v1', 'phi3', 'phi3-small', 'gemma3', 'harmony'])
+def test_a_conversation_has_the_ids_of_a_tokenizer_with_other_names_of_control_tokens(name, tmp_path):
+  assert not [*different(tmp_path, CHATS[name])]
+
+
+def test_a_token_that_sentencepiece_knows_is_control_if_the_template_writes_it(tmp_path):
+  (tmp_path / 'tokenizer.model').write_bytes(spm(False, TURNS))  # it has <end_of_turn> and "\n\n", and no file calls them special
+  token = {'content': '[GO]', 'special': True, 'rstrip': True}
+  count = sentencepiece.SentencePieceProcessor(model_proto=spm(False, TURNS)).vocab_size()
+  config = {'chat_template': '{{ messages[0].content }}[GO]{{ messages[1].content }}\n\n<end_of_turn><think>',
+            'added_tokens_decoder': {str(count): token, str(count + 1): {'content': '<think>', 'special': False}}}
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps(config))
+  tokenizer = load_tokenizer(tmp_path)
+  messages = [{'role': 'user', 'content': text} for text in ('a\n\nb<end_of_turn>[GO]', ' \n c')]
+  texts = [tokenizer.encode(text).tolist() for text in ('a\n\nb<', 'end_of_turn>[GO]', 'c\n\n', '<end_of_turn>')]
+  assert len(texts[-1]) == 1
+  assert tokenizer.chat(messages).tolist() == [*texts[0], *texts[1], count, *texts[2], *texts[3], count + 1]
+  assert tokenizer.decode([count, count + 1]) == '<think>'
+
+
+def test_the_scores_of_a_unigram_model_make_no_special_ids(tmp_path):
+  pieces = [('<s>', 0.0), *((character, -5.0) for character in ALPHABET)]
+  tokenizer = tokenizers.Tokenizer(models.Unigram(pieces, None))
+  tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
+  tokenizer.add_special_tokens(['<s>'])
+  tokenizer.save(str(tmp_path / 'tokenizer.json'))
+  config = {'eos_token': '<s>', 'chat_template': '{{ messages[0].content }}{{ eos_token }}'}
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps(config))
+  ours = load_tokenizer(tmp_path)
+  ids = ours.encode('a<s>!').tolist()
+  assert len(ids) == 5 and 0 not in ids
+  assert ours.chat([{'role': 'user', 'content': 'a<s>!'}]).tolist() == [*ids, 0]
+
+
 def test_options_and_structured_messages_reach_the_template(ours):
   asked = ours['qwen2'].decode(ours['qwen2'].chat(MESSAGES[:1], enable_thinking=False))
   assert asked == 'user\nHello there\nassistant\n<think>\n\n</think>\n\n'
@@ -173,7 +210,8 @@ def test_options_and_structured_messages_reach_the_template(ours):
   ('mistral', [{'role': 'user'}], r"^messages: \['user'\], expected: .*'content'"),
   ('qwen2', [], r'^messages: \[\], expected: one or more'),
   ('qwen2', [{'content': 'x'}], r'^messages: .*expected: one or more, each with a role'),
-  ('llama3', [{'role': 'user', 'content': object()}], "^messages: 'object', expected: strings")])
+  ('llama3', [{'role': 'user', 'content': object()}], "^messages: 'object', expected: strings"),
+  ('llama3', [{'role': 'user', 'content': '\ud800'}], r"^messages, character \d+: '\\ud800', expected: characters that UTF-8")])
 def test_messages_that_the_template_rejects_are_an_error(ours, name, messages, message):
   with pytest.raises(UserError, match=message):
     ours[name].chat(messages)

@@ -1,10 +1,13 @@
 """Tokenizers of published models: Hugging Face's tokenizer.json and SentencePiece's tokenizer.model, with their special tokens."""
 
+import abc
 import dataclasses
 import functools
 import hashlib
 import itertools
+import json
 import re
+import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import numpy as np
 import sentencepiece
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
+from tokenizers import models
 
 from gptjax.config import UserError
 from gptjax.data.folders import library_errors
@@ -22,8 +26,6 @@ from gptjax.files import json_object
 DESCRIPTION, MODEL, CONFIG, TEMPLATE = 'tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'chat_template.jinja'
 _SPECIAL_MAP, _ADDED = 'special_tokens_map.json', 'added_tokens.json'
 _FILES = (DESCRIPTION, MODEL, CONFIG, TEMPLATE, _SPECIAL_MAP, _ADDED, 'vocab.json', 'merges.txt')
-
-MARK = '\ufdd0'  # a non-character, inserted into special tokens in messages so that they are not recognized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +70,11 @@ class Published:
     return {name: text for name, text in texts.items() if text is not None}
 
   @property
-  def added_tokens(self) -> dict[int, str]:
-    """Texts by id of special tokens beside those of the model file."""
+  def added_tokens(self) -> dict[int, tuple[str, bool]]:
+    """Tokens beside those of the model file, by id: their texts and whether they are special."""
     added = self.config.get('added_tokens_decoder', {})
-    return {i: text for text, i in self.json(_ADDED).items()} | {
-      int(i): token['content'] for i, token in added.items() if token.get('special', False)}
+    return {i: (text, True) for text, i in self.json(_ADDED).items()} | {
+      int(i): (token['content'], token.get('special', False)) for i, token in added.items()}
 
   @property
   def template(self) -> tuple[str, str]:
@@ -91,12 +93,16 @@ class PublishedTokenizer(Tokenizer):
   `decode(encode(text)) == text` up to what its files define: a normalizer such as Qwen's NFC changes text before encoding, and
   SentencePiece treats U+2581 as a space. Invalid UTF-8 may give fewer U+FFFD than in transformers.
 
-  `names` are the texts of bos_token and so on, `special` those of the special ids; `id_of` returns the id of a text, or None. Raises
-  a UserError if a special token is not in the vocabulary, or no token that ends a text is defined.
+  In a conversation, a control token is a special token or any other added token that the chat template writes. The template writes it
+  under a random name, so that the same text in a message or a tool is text.
+
+  `names` are the texts of bos_token and so on, `special` those of the special ids, and `added` all that a chat template may write;
+  `id_of` returns the id of a text, or None. Raises a UserError if a special token is not in the vocabulary, or no token that ends a
+  text is defined.
   """
 
   def __init__(self, published: Published, pieces: Sequence[bytes], names: Mapping[str, str], special: Mapping[int, str],
-               id_of: Callable[[str], int | None]):
+               added: Mapping[int, str], id_of: Callable[[str], int | None]):
     self.published = published
     self._names = dict(names)
     ids: dict[str, list[int]] = {}
@@ -120,7 +126,8 @@ class PublishedTokenizer(Tokenizer):
     silent = {*special, *(values[0] for name, values in ids.items() if name in names), self.bos_id, self.pad_id, *self.stop_ids}
     super().__init__([b'' if i in silent else piece for i, piece in enumerate(pieces)])
     self._special = {text: i for i, text in special.items()}
-    self._pattern = any_of(self._special)
+    # A run of spaces or line ends is layout, whoever writes it.
+    self._added = self._special | {text: i for i, text in added.items() if not text.isspace()}
 
   def __reduce__(self):
     return type(self), (self.published,)
@@ -130,28 +137,35 @@ class PublishedTokenizer(Tokenizer):
     return [str(ids), *(f'{name} {hashlib.sha256(data).hexdigest()}' for name, data in sorted(self.published.files.items()))]
 
   @functools.cached_property
+  def _aliases(self) -> dict[str, str]:
+    """Names under which the chat template writes tokens. They are random, so that no message can contain one."""
+    secret = secrets.token_hex(8)
+    return {text: f'<{secret}-{i}>' for text, i in self._added.items()}
+
+  @functools.cached_property
   def _template(self) -> Any:
     from gptjax.data.tokenizers.chat import ChatTemplate  # imports Jinja
     source, location = self.published.template
-    return ChatTemplate(source, location) if source else None
+    return ChatTemplate(source, location, self._aliases) if source else None
+
+  @functools.cached_property
+  def _control(self) -> dict[str, int]:
+    """Ids of control tokens by their texts."""
+    written = {*self._special, *self._names.values(), *self._template.written}
+    return {text: i for text, i in self._added.items() if text in written}
 
   def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **options: object) -> np.ndarray:
     if not self._template:
       return super().chat(messages, add_generation_prompt)
-    variables = {'tools': None, 'documents': None, **self._names, 'add_generation_prompt': add_generation_prompt, **options}
-    return np.array(self._encode_rendered(self._template.render(messages, variables, self._pattern)), np.int32)
+    names = {name: self._aliases.get(text, text) for name, text in self._names.items()}
+    variables = {'tools': None, 'documents': None, **names, 'add_generation_prompt': add_generation_prompt, **options}
+    text = self._template.render(messages, variables)
+    utf8(text, 'messages')
+    return np.array(self._encode_rendered(text), np.int32)
 
+  @abc.abstractmethod
   def _encode_rendered(self, text: str) -> list[int]:
-    """Encodes a rendered template, with special tokens recognized except where they are marked."""
-    ids: list[int] = []
-    for index, part in enumerate(re.split(f'({self._pattern})', text)):
-      part = part.replace(MARK, '')
-      ids += [self._special[part]] if index % 2 else self._encode_section(part, first=index == 0)
-    return ids
-
-  def _encode_section(self, text: str, first: bool) -> list[int]:
-    """Encodes the text between two special tokens, or before the first of them."""
-    return self.encode(text).tolist()
+    """Encodes a rendered template, which has control tokens under their aliases."""
 
   def save(self, directory: Path) -> None:
     super().save(directory)
@@ -181,22 +195,26 @@ class HuggingFaceTokenizer(PublishedTokenizer):
       raise UserError(f'{published.location}/{DESCRIPTION}, id {min(missing)}', None, f'{len(vocab)} consecutive ids, each of one token')
     tokens = sorted(vocab, key=vocab.__getitem__)
     bytes_of, self.prefix = _byte_decoder(description.get('decoder'), published)
-    special = {i: token.content for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
+    added = self._backend.get_added_tokens_decoder()
+    special = {i: token.content for i, token in added.items() if token.special}
     model = description['model']
     unk = model['vocab'][model['unk_id']][0] if isinstance(model.get('unk_id'), int) else model.get('unk_token')
     names = ({'unk_token': unk} if unk else {}) | published.special_tokens
-    super().__init__(published, list(map(bytes_of, tokens)), names, special, vocab.get)
+    super().__init__(published, list(map(bytes_of, tokens)), names, special, {i: token.content for i, token in added.items()}, vocab.get)
+    if isinstance(self._backend.model, models.Unigram):  # its special tokens have scores, like other tokens
+      self._backend = _renamed(self._backend, {text: self._aliases[text] for text in self._special})
+      self._backend.encode_special_tokens = True
     if self.unk_id is None and not {bytes([byte]) for byte in range(256)} <= set(self.pieces):
       raise UserError(f'{published.location}/{DESCRIPTION}', 'no token for some bytes', 'all 256 bytes, or an unk_token')
 
   @functools.cached_property
-  def _template_backend(self) -> tokenizers.Tokenizer:
-    """Encodes rendered chat templates, in which special tokens are recognized."""
-    return _backend(self.published)
+  def _chat_backend(self) -> tokenizers.Tokenizer:
+    """The tokenizer with its control tokens renamed to their aliases."""
+    return _renamed(self._backend, {text: self._aliases[text] for text in self._control})
 
   @functools.cached_property
   def start_ids(self) -> tuple[int, ...]:
-    with_special, without = (self._template_backend.encode('a', add_special_tokens=add).ids for add in (True, False))
+    with_special, without = (self._backend.encode('a', add_special_tokens=add).ids for add in (True, False))
     return tuple(itertools.takewhile(lambda i: i != without[0], with_special))  # without ids that it appends
 
   def encode(self, text: str, source: str = 'text') -> np.ndarray:
@@ -209,10 +227,7 @@ class HuggingFaceTokenizer(PublishedTokenizer):
     return ids
 
   def _encode_rendered(self, text: str) -> list[int]:
-    # Only where messages contain special tokens, which are marked, is the text split here instead of by the package.
-    if MARK in text:
-      return super()._encode_rendered(text)
-    return self._template_backend.encode(text, add_special_tokens=False).ids
+    return self._chat_backend.encode(text, add_special_tokens=False).ids
 
 
 def _backend(published: Published) -> tokenizers.Tokenizer:
@@ -229,6 +244,21 @@ def _backend(published: Published) -> tokenizers.Tokenizer:
   special = dict.fromkeys(published.special_tokens.values())
   backend.add_special_tokens([text for text in special if text not in known and text in vocab])
   return backend
+
+
+def _renamed(backend: tokenizers.Tokenizer, names: Mapping[str, str]) -> tokenizers.Tokenizer:
+  """A tokenizer with the same ids, some of them under other names, which their former names in a text do not give."""
+  described = json.loads(backend.to_str())
+  model, renamed = described['model'], lambda text: names.get(text, text)
+  for token in described['added_tokens']:
+    token['content'] = renamed(token['content'])
+  if isinstance(backend.model, models.Unigram):
+    model['vocab'] = [(renamed(text), score) for text, score in model['vocab']]
+  else:
+    model['vocab'] = {renamed(text): i for text, i in model['vocab'].items()}
+    model['merges'] = [pair for pair in model['merges'] if names.keys().isdisjoint([*pair, ''.join(pair)])]
+    model['unk_token'] = renamed(model['unk_token'])
+  return tokenizers.Tokenizer.from_str(json.dumps(described))
 
 
 def _byte_decoder(decoder: Any, published: Published) -> tuple[Callable[[str], bytes], bytes]:
@@ -262,7 +292,8 @@ def _byte_decoder(decoder: Any, published: Published) -> tuple[Callable[[str], b
 
 
 class SentencePieceModel(PublishedTokenizer):
-  """A tokenizer.model (Llama 2, Mistral, Gemma), encoded by the sentencepiece package, and the special tokens that its folder adds.
+  """A tokenizer.model (Llama 2, Mistral, Gemma), encoded by the sentencepiece package, and the tokens that its folder adds, which
+  only a chat template writes.
 
   In a conversation, SentencePiece's space is prepended to the text after a special token only if tokenizer_config.json has
   `"legacy": true`. Raises a UserError if the file is damaged, or the model has no byte fallback.
@@ -281,7 +312,7 @@ class SentencePieceModel(PublishedTokenizer):
     texts = list(map(model.id_to_piece, range(count)))
     if sum(map(model.is_byte, range(count))) != 256:
       raise UserError(path, 'no token for some bytes', 'a model trained with byte_fallback')
-    more = {i: text for i, text in sorted(published.added_tokens.items()) if i >= count}
+    more = {i: text for i, (text, _) in sorted(published.added_tokens.items()) if i >= count}
     if list(more) != list(range(count, count + len(more))):
       raise UserError(f'{published.location}: added tokens', list(more)[0], f'consecutive ids from {count} on, after those of {MODEL}')
     control = {i: texts[i] for i in range(count) if model.is_control(i) or model.is_unknown(i)}
@@ -289,11 +320,13 @@ class SentencePieceModel(PublishedTokenizer):
     own = {'bos_token': model.bos_id(), 'eos_token': model.eos_id(), 'pad_token': model.pad_id(), 'unk_token': model.unk_id()}
     names = {name: texts[i] for name, i in own.items() if i >= 0} | published.special_tokens
     self.prefix = b' ' if model.normalize('a').startswith('▁') else b''
-    added = {i: text for i, text in published.added_tokens.items() if i >= count or texts[i] == text}
+    added = {i: text for i, (text, special) in published.added_tokens.items() if special and (i >= count or texts[i] == text)}
     pieces = [bytes.fromhex(text[3:5]) if model.is_byte(i) else text.replace('▁', ' ').encode() for i, text in enumerate(texts)]
-    super().__init__(published, [*pieces, *(b'' for _ in more)], names, control | added, ids.get)
-    # Special tokens that SentencePiece would recognize in any text.
-    self._recognized = any_of(text for i, text in added.items() if i < count and i not in control)
+    defined = {i: piece.piece for i, piece in enumerate(proto.pieces) if piece.type == piece.USER_DEFINED}
+    pieces += [text.encode() for text in more.values()]
+    super().__init__(published, pieces, names, control | added, defined | more, ids.get)
+    self._defined = {*defined.values()}  # SentencePiece recognizes them in any text
+    self._special_starts = self._starts(self._special)
 
   @property
   def start_ids(self) -> tuple[int, ...]:
@@ -301,18 +334,37 @@ class SentencePieceModel(PublishedTokenizer):
 
   def encode(self, text: str, source: str = 'text') -> np.ndarray:
     utf8(text, source)
-    return np.array(self._encode_text(text, self._model), np.int32)
+    return np.array(self._encode_text(text, self._model, self._special_starts), np.int32)
 
-  def _encode_text(self, text: str, model: sentencepiece.SentencePieceProcessor) -> list[int]:
-    """Encodes a text in pieces, cut inside special tokens so that SentencePiece does not recognize them."""
-    cuts = [found.start() + 1 for found in re.finditer(f'(?={self._recognized})', text)]
+  def _starts(self, tokens: Iterable[str]) -> re.Pattern[str]:
+    """A pattern of the places where SentencePiece would recognize one of some tokens."""
+    return re.compile(f'(?={any_of(self._defined.intersection(tokens))})')
+
+  def _encode_text(self, text: str, model: sentencepiece.SentencePieceProcessor, starts: re.Pattern[str]) -> list[int]:
+    """Encodes a text in pieces, cut one character after each start of a token so that SentencePiece does not recognize it."""
+    cuts = [found.start() + 1 for found in starts.finditer(text)]
     ids = model.encode(text[:cuts[0]] if cuts else text)
     for start, stop in zip(cuts, [*cuts[1:], len(text)]):
       ids += self._continuing.encode(text[start:stop])
     return ids
 
-  def _encode_section(self, text: str, first: bool) -> list[int]:
-    return self._encode_text(text, self._model if first or self.published.config.get('legacy', False) else self._continuing)
+  @functools.cached_property
+  def _aliased(self) -> tuple[re.Pattern[str], dict[str, int], re.Pattern[str]]:
+    """A pattern of the aliases of control tokens, with the white space that a token strips; their ids; a pattern of control tokens."""
+    strips = {token['content']: token for token in self.published.config.get('added_tokens_decoder', {}).values()}
+    spaces = {text: [r'\s*' if strips.get(text, {}).get(side) else '' for side in ('lstrip', 'rstrip')] for text in self._control}
+    patterns = (f'{left}{self._aliases[text]}{right}' for text, (left, right) in spaces.items())
+    ids = {self._aliases[text]: i for text, i in self._control.items()}
+    return re.compile('|'.join(patterns) or '(?!)'), ids, self._starts(self._control)
+
+  def _encode_rendered(self, text: str) -> list[int]:
+    pattern, ids_of, starts = self._aliased
+    continuing = self._model if self.published.config.get('legacy', False) else self._continuing
+    ids, start, model = [], 0, self._model
+    for found in pattern.finditer(text):
+      ids += [*self._encode_text(text[start:found.start()], model, starts), ids_of[found[0].strip()]]
+      start, model = found.end(), continuing
+    return ids + self._encode_text(text[start:], model, starts)
 
 
 def any_of(tokens: Iterable[str]) -> str:
