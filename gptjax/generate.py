@@ -63,13 +63,15 @@ def main(_) -> None:
   with jax.set_mesh(trained.mesh):
     generator = inference.Generator(trained.model, trained.mesh, tokenizer)
 
+    generator.ends(_STOP_IDS.value)
+
     def read(prompt, source):
       ids = generator.prompt(prompt, source)
       if len(ids) > context and distributed.is_primary():
         print(f'{source}: {len(ids)} tokens, truncated to the last {context}', file=sys.stderr)
       return ids
 
-    # All prompts are read, and mistakes in them reported, before anything is printed.
+    # Stop ids are checked and all prompts read, and mistakes in them reported, before anything is printed.
     rows = [row for source, prompt in prompts for row in [(prompt, read(prompt, source))] * _SAMPLES.value]
     if distributed.is_primary():
       print(trained.description, file=sys.stderr)

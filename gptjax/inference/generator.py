@@ -48,6 +48,7 @@ class Generator:
 
   def __init__(self, model: AbstractModel, mesh: Mesh, tokenizer: Tokenizer, zero_stage: int = 0):
     self.tokenizer = tokenizer
+    self._vocab_size = model.config.vocab_size
     self._decoder = Decoder(model, mesh, never_drawn(tokenizer, model.config), zero_stage)
 
   def prepare(self, parameters: Parameters) -> Parameters:
@@ -60,6 +61,14 @@ class Generator:
     if not isinstance(prompt, str):
       return self.tokenizer.chat(prompt).tolist()
     return [*self.tokenizer.start_ids, *self.tokenizer.encode(prompt, source).tolist()] or [self.tokenizer.bos_id]
+
+  def ends(self, stop_ids: Sequence[int] | None) -> set[int]:
+    """Ids that end a text: the tokenizer's by default. Raises a UserError for one that the tokenizer or the model does not have."""
+    count = min(self.tokenizer.vocab_size, self._vocab_size)
+    for one in stop_ids or ():
+      if not 0 <= one < count:
+        raise UserError('--stop_ids', one, f'ids of the model, 0 to {count - 1:,}')
+    return set(self.tokenizer.stop_ids if stop_ids is None else stop_ids)
 
   def __call__(self, parameters: Parameters, prompts: Sequence[Sequence[int]], **settings) -> list[Continuation]:
     """The continuation of each prompt, with the settings of `stream`."""
@@ -83,8 +92,10 @@ class Generator:
       seeds: random seed of each row; default: 0, 1, 2 and so on.
       stop: strings that end a text.
       stop_ids: ids that end a text; default: the tokenizer's end-of-text and end-of-turn ids.
+
+    Raises a UserError for a stop id that the model cannot generate.
     """
-    ends = set(self.tokenizer.stop_ids if stop_ids is None else stop_ids)
+    ends = self.ends(stop_ids)
     continues = [any(self.tokenizer.pieces[i] for i in prompt) for prompt in prompts]
     rows = [_Row(TextStream(self.tokenizer, one), tuple(stop), ends) for one in continues]
     steps = self._decoder(parameters, prompts, sampling, range(len(rows)) if seeds is None else seeds, max_tokens)

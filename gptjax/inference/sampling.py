@@ -58,4 +58,4 @@ def sample(logits: Float[Array, 'B V'], sampling: Sampling, keys: Key[Array, 'B'
 def never_drawn(tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, ...]:
   """Ids that are never generated: bos, padding and unknown, and ids that the model has beyond the tokenizer's."""
   special = {tokenizer.bos_id, tokenizer.pad_id, tokenizer.unk_id} - {*tokenizer.stop_ids, None}
-  return (*special, *range(tokenizer.vocab_size, config.table_rows))
+  return tuple(i for i in (*special, *range(tokenizer.vocab_size, config.table_rows)) if i < config.table_rows)

@@ -67,8 +67,9 @@ def import_folder(folder: Path, workdir: Path, *, context: int = 0, scan: bool =
   if tokenizer is None and not _matching(folder, _VOCABULARY):
     raise UserError('--tokenizer', None, f"a tokenizer's folder: {folder} has no tokenizer")
   loaded = load_tokenizer(tokenizer or folder)
-  if loaded.vocab_size > model.vocab_size:
-    raise UserError('--tokenizer', f'{loaded.vocab_size:,} ids in {tokenizer or folder}', f'at most the {model.vocab_size:,} of the model')
+  if loaded.vocab_size > model.vocab_size <= loaded.largest_id:
+    raise UserError(f'{tokenizer or folder}: largest token id of a text', loaded.largest_id,
+                    f'below {model.vocab_size:,}, the vocab_size in {folder / CONFIG}')
   chosen = check.resolved()
   tokens = chosen.tokens(loaded, matched.model)
   devices = make_mesh(mesh)

@@ -14,6 +14,7 @@ from gptjax.checkpoint.staging import HostStaging
 from gptjax.config import ComputeConfig, MeshConfig, UserError, exit_status
 from gptjax.data import open_held_out
 from gptjax.data.tokenizers import ByteTokenizer
+from gptjax.inference import Generator
 from gptjax.interop import FAMILIES, Check, Fields, export_run, import_folder, parse_config
 from gptjax.interop.comparison import compare_logits
 from gptjax.interop.importing import load
@@ -189,7 +190,7 @@ MISTAKES = {
   'context': (None, {}, {'context': 17}, '--context: 17, expected: 1 to 16'),
   'architecture': (None, {'model_type': 'mamba'}, {}, 'model_type'),
   'no name': (None, {'model_type': ['llama']}, {}, 'a config.json whose fields have the types of its family'),
-  'vocabulary': (None, {'vocab_size': 258}, {}, '--tokenizer: .*259 ids'),
+  'vocabulary': (None, {'vocab_size': 258}, {}, 'in: largest token id of a text: 258, expected: below 258, the vocab_size in '),
 }
 
 
@@ -202,6 +203,25 @@ def test_a_folder_that_does_not_fit_is_an_error(tmp_path, mistake):
   with pytest.raises(UserError, match=message):
     import_folder(source, tmp_path / 'run', check=ROUNDTRIP, **options)
   assert [path.name for path in tmp_path.iterdir()] == ['in']
+
+
+def test_the_tokenizer_may_have_more_special_ids_than_the_model(tmp_path):
+  """As Gemma 3's has for images, which a text model does not read."""
+  source = make_folder(tmp_path / 'in', 'llama', DECODER | {'vocab_size': 259})
+  described = json.loads((source / 'tokenizer.json').read_text())
+  image = {**described['added_tokens'][0], 'id': 259, 'content': '<image>'}
+  (source / 'tokenizer.json').write_text(json.dumps(described | {'added_tokens': [*described['added_tokens'], image]}))
+  import_folder(source, tmp_path / 'run', check=ROUNDTRIP)
+  trained, tokenizer = load_trained(tmp_path / 'run'), open_held_out(tmp_path / 'run' / 'data').tokenizer
+  assert trained.config.model.vocab_size == 259 and tokenizer.vocab_size == 260
+  generator = Generator(trained.model, trained.mesh, tokenizer)
+  with pytest.raises(UserError, match='^--stop_ids: 259, expected: ids of the model, 0 to 258'):
+    generator.ends([1, 259])
+  export_run(tmp_path / 'run', tmp_path / 'out', check=ROUNDTRIP)
+  assert_same_folders(source, tmp_path / 'out')
+  (source / 'chat_template.jinja').write_text('{{ messages[0].content }}<image>')  # so that a conversation has it
+  with pytest.raises(UserError, match='in: largest token id of a text: 259, expected: below 259, the vocab_size in '):
+    import_folder(source, tmp_path / 'other', check=ROUNDTRIP)
 
 
 def test_a_folder_without_a_tokenizer_needs_another_one(tmp_path):

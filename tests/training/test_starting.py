@@ -112,3 +112,13 @@ def test_a_damaged_checkpoint_is_an_error(settings, source, cache, tmp_path):
   with pytest.raises(UserError, match='config.json'):
     begun(configs.override(settings, {'init_from': str(copy / 'checkpoints' / '3')}), cache)
   assert Checkpoints(source / 'checkpoints').newest() == 3
+
+
+def test_a_model_may_lack_special_ids_that_no_text_has(settings, cache):
+  with jax.set_mesh(mesh := make_mesh(MeshConfig(1, 1))):
+    data = prepare(settings.data, cache)
+    size = data.tokenizer.vocab_size
+    data.tokenizer.pieces += (b'',)
+    assert resolve(configs.override(settings, {'model.vocab_size': size}), data, mesh).model.config.vocab_size == size
+    with pytest.raises(UserError, match=f'^model.vocab_size: {size - 1}, expected: 0, or at least {size} for the ids of the tokenizer'):
+      resolve(configs.override(settings, {'model.vocab_size': size - 1}), data, mesh)

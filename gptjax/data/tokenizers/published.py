@@ -154,6 +154,10 @@ class PublishedTokenizer(Tokenizer):
     written = {*self._special, *self._names.values(), *self._template.written}
     return {text: i for text, i in self._added.items() if text in written}
 
+  @property
+  def template_ids(self) -> Iterable[int]:
+    return [self._special[text] for text in self._special if self._template and text in self._template.written]
+
   def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **options: object) -> np.ndarray:
     if not self._template:
       return super().chat(messages, add_generation_prompt)

@@ -57,6 +57,17 @@ class Tokenizer(abc.ABC):
     return (self.eos_id,)
 
   @functools.cached_property
+  def largest_id(self) -> int:
+    """The largest id that a text, the ends of a document or a conversation has; a model may lack the special ids after it."""
+    ends = {self.bos_id, *self.start_ids, *self.stop_ids, *self.template_ids}
+    return max(i for i, piece in enumerate(self.pieces) if piece or i in ends)
+
+  @property
+  def template_ids(self) -> Iterable[int]:
+    """Special ids that the chat template writes."""
+    return ()
+
+  @functools.cached_property
   def sha256(self) -> str:
     """Hex digest of everything that ids depend on; saving and loading preserves it."""
     digest = hashlib.sha256(json.dumps([self.kind, self._rules()]).encode())
