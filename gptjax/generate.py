@@ -14,7 +14,7 @@ from absl import flags
 
 from gptjax import config as configs
 from gptjax import distributed
-from gptjax.config import UserError
+from gptjax.config import UserError, unescaped
 from gptjax.files import expanded
 from gptjax.start import start
 
@@ -22,7 +22,8 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a run', required=True
 _STEP = flags.DEFINE_string('step', 'latest', 'checkpoint to use: latest, best (lowest validation loss), or a step')
 _MODEL_AXIS = flags.DEFINE_integer(
   'model_axis', 0, 'tensor parallel devices; 0: as in training if the devices allow it', lower_bound=0)
-_PROMPT = flags.DEFINE_string('prompt', '', 'text to continue')
+_PROMPT = flags.DEFINE_string(
+  'prompt', '', r'text to continue; in it, as in --stop and --system, \n is a line end, \t a tab and \\ a backslash')
 _PROMPTS = flags.DEFINE_string('prompts', None, 'file of prompts instead of --prompt: one text per line, or (.jsonl) objects with a '
                               'text "prompt" or a conversation "messages", [{"role": "user", "content": ...}]')
 _OUT = flags.DEFINE_string('out', None, 'file for JSON lines of prompt, text, ids, logprobs (nats) and ended; default: text on stdout')
@@ -50,8 +51,8 @@ def main(_) -> None:
 
   sampling = inference.Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _MIN_P.value, _PENALTY.value)
   _check_flags()
-  system = [{'role': 'system', 'content': _SYSTEM.value}] if _SYSTEM.value else []
-  prompts: list[tuple[str, Any]] = [('--prompt', _PROMPT.value)]
+  system = [{'role': 'system', 'content': unescaped(_SYSTEM.value)}] if _SYSTEM.value else []
+  prompts: list[tuple[str, Any]] = [('--prompt', unescaped(_PROMPT.value))]
   if _CHAT.value:
     prompts = [('--system', [*system, {'role': 'user', 'content': 'Hello'}])]  # checks that the template supports it
   elif _PROMPTS.value:
@@ -78,7 +79,8 @@ def main(_) -> None:
     weights = generator.prepare(trained.parameters)
     del trained  # frees the restored parameters
 
-    settings: dict[str, Any] = {'max_tokens': _MAX_TOKENS.value, 'sampling': sampling, 'stop': _STOP.value, 'stop_ids': _STOP_IDS.value}
+    settings: dict[str, Any] = {'max_tokens': _MAX_TOKENS.value, 'sampling': sampling, 'stop_ids': _STOP_IDS.value,
+                                'stop': list(map(unescaped, _STOP.value))}
     seeds = lambda first, count=1: [(_SEED.value + first + index) % 2**32 for index in range(count)]
     if _CHAT.value:
       _chat(system, read, lambda ids, turn: generator.stream(weights, [ids], seeds=seeds(turn), **settings))
@@ -90,6 +92,8 @@ def main(_) -> None:
 
 
 def _check_flags() -> None:
+  if '' in _STOP.value:
+    raise UserError('--stop', '', 'a text of one or more characters')
   if _PROMPTS.value and _PROMPT.value:
     raise UserError('--prompt', _PROMPT.value, 'no --prompt together with --prompts')
   if _CHAT.value:

@@ -129,7 +129,7 @@ def test_a_mistake_in_training_is_one_line_and_leaves_nothing(flags, message, ho
   ('evaluate', ['--workdir={home}/nothing'], "--workdir: '{home}/nothing', expected: "),
   ('evaluate', ['--workdir={home}/run', '--step=99'], "--step: '99', expected: latest, best, 6"),
   ('evaluate', ['--workdir={home}/run', '--sets=others'], "--sets: 'others', expected: valid; or NAME=STORE"),
-  ('generate', ['--workdir={home}/run', '--prompt=the Ä'], "--prompt, character 4: 'Ä', expected: "),
+  ('generate', ['--workdir={home}/run', r'--prompt=the\nÄ'], "--prompt, character 4: 'Ä', expected: "),
 ])
 def test_a_mistake_with_a_trained_model_is_one_line(name, flags, message, trained, home):
   before = files_below(home)

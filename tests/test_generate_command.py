@@ -40,7 +40,7 @@ def test_a_file_of_prompts_becomes_a_file_of_continuations(run, tmp_path):
 
 
 def test_a_conversation_is_read_from_the_keyboard_and_discarded_at_new(run):
-  done = call('generate', f'--workdir={run}', '--chat', '--system=Be kind.', '--temperature=0', '--stop=\n', *SHORT,
+  done = call('generate', f'--workdir={run}', '--chat', '--system=Be kind.', '--temperature=0', r'--stop=\n', *SHORT,
               given='Hello\nand\n/new\nHello\n')
   assert done.returncode == 0 and 'Traceback' not in done.stderr
   one, two, three, rest = done.stdout.split('\n')
@@ -52,6 +52,8 @@ def test_a_conversation_is_read_from_the_keyboard_and_discarded_at_new(run):
   (['--prompts={home}/none.txt'], "--prompts: '{home}/none.txt', expected: a file of UTF-8 text (No such file or directory)"),
   (['--prompts={home}/bad.jsonl'], "{home}/bad.jsonl:2: '{{\"prompt\": 3}}', expected: a JSON object with a text"),
   (['--prompts={home}/roles.jsonl'], 'messages: '),
+  (['--stop='], "--stop: '', expected: a text of one or more characters"),
+  (['--stop_ids=9999'], '--stop_ids: 9999, expected: ids of the model, 0 to '),
   (['--chat', '--prompt=a'], "--prompt: 'a', expected: none together with --chat"),
   (['--out={home}/no/out.jsonl'], "--out: '{home}/no/out.jsonl', expected: a file in an existing folder"),
   (['--min_p=2'], '--min_p: 2.0, expected: 0 to 1'),

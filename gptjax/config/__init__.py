@@ -1,10 +1,10 @@
 """Configs of runs as typed, frozen dataclasses, their command-line flags, and the errors that users see."""
 
 from gptjax.config.checks import INT32_MAX, Fault, UserError, divisors
-from gptjax.config.fields import checked, differences, flatten, from_json, override, read_config, to_json
+from gptjax.config.fields import checked, differences, flatten, from_json, override, read_config, to_json, unescaped
 from gptjax.config.flags import describe, docstrings, exit_stack, exit_status, load, own_flags, run
 from gptjax.config.mesh import AXES, AXIS_NAMES, MATRIX_AXIS, REST_AXIS, ROW_AXES, SLICE_AXES, STATE_AXIS, MeshAxis, MeshConfig
 from gptjax.config.model import ComputeConfig, ModelConfig, RopeConfig
 from gptjax.config.schema import (
-  CheckpointConfig, Component, Config, DataConfig, Duration, EvalConfig, FaultsConfig, OptimizerConfig, Phase, SourceConfig,
-  TokenizerConfig, ValidationSet, check_schedule, duration_in_steps, in_unit_of_steps)
+  LEAST_VOCABULARY, CheckpointConfig, Component, Config, DataConfig, Duration, EvalConfig, FaultsConfig, OptimizerConfig, Phase,
+  SourceConfig, TokenizerConfig, ValidationSet, check_schedule, duration_in_steps, in_unit_of_steps)

@@ -35,6 +35,11 @@ FIELDS = flatten(_hints(Config))
 """Dotted name -> type, in the order of the schema."""
 
 
+def unescaped(text: str) -> str:
+  """A text of a command line, in which `\\n`, `\\t` and `\\\\` stand for a line end, a tab and a backslash."""
+  return re.sub(r'\\([nt\\])', lambda found: {'n': '\n', 't': '\t', '\\': '\\'}[found[1]], text)
+
+
 def differences(a: Config, b: Config) -> dict[str, tuple[Value, Value]]:
   """Returns {dotted name: (value in a, value in b)} of the fields that differ."""
   ours, theirs = flatten(a), flatten(b)

@@ -15,6 +15,8 @@ Duration = int | str
 DURATIONS = "a count of steps (2000), or one with its unit: '1.5e6 tokens', '3 epochs'"
 """Description of valid durations, for an error."""
 
+LEAST_VOCABULARY = 300
+"""Smallest vocab_size of a tokenizer that is trained."""
 _DURATION = re.compile(r'\s*([0-9]+(?:_[0-9]+)*\.?[0-9]*(?:e[+]?[0-9]+)?)\s*(?:(step|token|epoch)s?)?\s*', re.IGNORECASE)
 
 
@@ -65,7 +67,7 @@ class TokenizerConfig(Group, prefix='data.tokenizer.'):
 
   kind: Literal['bpe', 'unigram', 'chars', 'bytes'] = 'bpe'
   """bpe, unigram: SentencePiece trained on the training documents; chars: one id per character; bytes: one id per byte"""
-  vocab_size: Annotated[int, at_least(300), at_most(2**24)] = 4096
+  vocab_size: Annotated[int, at_least(LEAST_VOCABULARY), at_most(2**24)] = 4096
   """number of ids of a SentencePiece tokenizer, including 3 special ids and 256 bytes; ignored by chars and bytes"""
   path: str = ''
   """folder of an existing tokenizer, from tools.train_tokenizer or a published model; empty: train one"""
@@ -224,7 +226,7 @@ class EvalConfig(Group, prefix='eval.'):
   sample_tokens: NonNegative = 200
   """length in tokens of the sample printed with each validation; 0: no sample"""
   prompt: str = ''
-  """prompt of the sample"""
+  """prompt of the sample; '\\n', '\\t' and '\\\\' are a line end, a tab and a backslash"""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import jax
 
 from gptjax import inference
 from gptjax.checkpoint import Checkpoints, Progress, Retention
-from gptjax.config import Config, Fault, UserError
+from gptjax.config import Config, Fault, UserError, unescaped
 from gptjax.data import Prepared, cores, prepare
 from gptjax.distributed import all_gather, broadcast, is_primary, process_group
 from gptjax.evaluation import Scorer
@@ -364,9 +364,10 @@ class _Validation:
     self._book.validation(step, scores.named())
     if settings.sample_tokens:
       weights = self._generator.prepare(state.parameters)
-      sample, = self._generator(weights, [self._generator.prompt(settings.prompt, 'eval.prompt')], max_tokens=settings.sample_tokens,
+      prompt = unescaped(settings.prompt)
+      sample, = self._generator(weights, [self._generator.prompt(prompt, 'eval.prompt')], max_tokens=settings.sample_tokens,
                                 seeds=[run.config.seed])
-      self._book.sample(step, settings.prompt, sample.text)
+      self._book.sample(step, prompt, sample.text)
     return scores.overall.loss
 
   @functools.cached_property

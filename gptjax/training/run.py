@@ -70,7 +70,8 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
     raise UserError('model.vocab_size', size,
                     f'{needed}, or in data.tokenizer.path the tokenizer of init_from' if config.init_from else f'0, or {needed}')
   config = configs.override(config, {'model.vocab_size': size or tokens})
-  data.tokenizer.encode(config.eval.prompt, 'eval.prompt')  # before training starts, reports a prompt that cannot be encoded
+  # Before training starts, this reports a prompt that cannot be encoded.
+  data.tokenizer.encode(configs.unescaped(config.eval.prompt), 'eval.prompt')
   check_sizes(config, mesh)
   rows = train_rows(config, data)
   if config.data.context > (longest := max(layout.store.tokens for layout in rows.layouts)):

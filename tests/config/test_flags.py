@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from gptjax.config import (
     Component, Config, Duration, ModelConfig, Phase, RopeConfig, UserError, ValidationSet, describe, differences, flatten, from_json, load,
-    override, read_config, run, to_json)
+    override, read_config, run, to_json, unescaped)
 from gptjax.config.fields import FIELDS, item_type
 
 TEXTS = [name for name, hint in FIELDS.items() if hint is str]
@@ -564,6 +564,11 @@ def test_a_process_runs_with_absl_flags_and_without_jax(tmp_path):
   done = process(tmp_path, '--config=tiny.py', '--workdir=w', '--config.model.layers=7', '--verbosity=1',
                  main='import sys; print(config.model.layers, "jax" in sys.modules, flags.FLAGS.verbosity)')
   assert (done.returncode, done.stdout, done.stderr) == (0, '7 False 1\n', '')
+
+
+def test_escapes_in_a_text_are_one_character_each():
+  assert unescaped(r'a\nb\tc') == 'a\nb\tc'
+  assert unescaped(r'print("\\n") \d \\\n' + '\n\\') == r'print("\n") \d ' + '\\\n\n\\'
 
 
 def test_help_does_not_need_required_flags(tmp_path):

@@ -55,7 +55,7 @@ def test_a_step_that_is_compiled_again_is_reported_and_the_run_continues(tmp_pat
 
 
 def test_a_run_writes_all_its_records(tmp_path, text, cache, capsys):
-  settings = config(text, mesh__data=2, steps=10, eval__every=4, eval__sample_tokens=6, eval__prompt='the',
+  settings = config(text, mesh__data=2, steps=10, eval__every=4, eval__sample_tokens=6, eval__prompt=r'the\n',
                     checkpoint__every=3)
   lines = run(settings, tmp_path, cache, log_every=3)
   assert [(line['step'], 'loss' in line) for line in lines] == [
@@ -69,7 +69,7 @@ def test_a_run_writes_all_its_records(tmp_path, text, cache, capsys):
   assert {*lines[-1]} == {'step', 'eval/valid/loss', 'eval/valid/perplexity', 'eval/valid/bits_per_byte'}
   assert steps[-1]['loss'] < steps[0]['loss'] and lines[-1]['eval/valid/loss'] < lines[2]['eval/valid/loss']
   samples = records(tmp_path, 'samples.jsonl')
-  assert [(line['step'], line['prompt']) for line in samples] == [(4, 'the'), (8, 'the'), (10, 'the')]
+  assert [(line['step'], line['prompt']) for line in samples] == [(step, 'the\n') for step in (4, 8, 10)]
   assert all(0 < len(line['text']) <= 6 and {*line['text']} <= {*text.read_text()} for line in samples)
   assert Checkpoints(tmp_path / 'checkpoints').steps() == [9, 10]
   kept = configs.from_json((tmp_path / 'config.json').read_text())

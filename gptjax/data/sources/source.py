@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from numbers import Number
 from typing import Any
 
-from gptjax.config import UserError
+from gptjax.config import UserError, unescaped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,11 +121,6 @@ def malformed_error(source: Source, part: Part, malformed: Malformed, before: in
 
 _MISSING = object()
 _FIELD = re.compile(r'[^.\[\]{}]+(\.[^.\[\]{}]+)*')
-
-
-def unescaped(text: str) -> str:
-  """Text of a flag, in which `\\n` and `\\t` may be two characters each."""
-  return text.replace('\\n', '\n').replace('\\t', '\t')
 
 
 def unmarked(text: str) -> str:

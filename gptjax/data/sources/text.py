@@ -6,9 +6,9 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 
-from gptjax.config import SourceConfig
+from gptjax.config import SourceConfig, unescaped
 from gptjax.data.sources.files import File, FileSource, Stream, opened, packing
-from gptjax.data.sources.source import Document, Fields, Malformed, Part, Record, truncated, unescaped, unmarked
+from gptjax.data.sources.source import Document, Fields, Malformed, Part, Record, truncated, unmarked
 
 _READAHEAD = 2**23
 _WINDOW, _MAX_WINDOW = 2**16, 2**22  # bytes searched for a boundary at once
