@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from absl import flags
 
 from gptjax.cache import cache_dir
-from gptjax.config import TokenizerConfig, UserError, run
+from gptjax.config import LEAST_VOCABULARY, TokenizerConfig, UserError, run, unescaped
 from gptjax.data.progress import announce
 from gptjax.data.sources import Document, Source, is_held_out, open_source, sample
 from gptjax.data.sources.selection import TRAINING_CHARACTERS
-from gptjax.data.tokenizers import Gpt2Tokenizer, Tokenizer, load_tokenizer, train_tokenizer
+from gptjax.data.tokenizers import Gpt2Tokenizer, Tokenizer, VocabularyError, load_tokenizer, train_tokenizer
 from gptjax.data.tokenizers.tokenizer import utf8
 from gptjax.files import atomic_directory, expanded
 from tools import source_flags
@@ -120,7 +120,10 @@ def main(_: None) -> None:
   existing = _existing(out)
   gpt2 = {f'gpt2 ({values.gpt2_bpe})': Gpt2Tokenizer(expanded(values.gpt2_bpe))} if values.gpt2_bpe else {}
   corpus = Corpus([open_source(source, cache_dir()) for source in chosen], characters, values.held_out)
-  tokenizer = train_tokenizer(config, corpus, digits=values.digits, symbols=values.symbol)
+  try:
+    tokenizer = train_tokenizer(config, corpus, digits=values.digits, symbols=[*map(unescaped, values.symbol)])
+  except VocabularyError as error:
+    raise VocabularyError(vocab_size, error.least, error.most, values.multiple, otherwise='') from None
   _save(tokenizer, out, existing)
   description, texts = corpus.scored()
   print(description)
@@ -132,10 +135,10 @@ if __name__ == '__main__':
   flags.DEFINE_list('weights', [], 'relative weight of each source; equal by default')
   flags.DEFINE_string('out', None, 'folder to write', required=True)
   flags.DEFINE_enum('kind', 'bpe', ['bpe', 'unigram'], 'model that SentencePiece learns; with both, every byte is a piece')
-  flags.DEFINE_integer('vocab_size', 32_000, 'number of ids, including 3 special ids and 256 bytes', lower_bound=300)
+  flags.DEFINE_integer('vocab_size', 32_000, 'number of ids, including 3 special ids and 256 bytes', lower_bound=LEAST_VOCABULARY)
   flags.DEFINE_integer('multiple', 64, 'vocab_size is rounded up to a multiple of it', lower_bound=1)
   flags.DEFINE_integer('digits', 1, 'maximum number of digits in a piece; 1: single digits', lower_bound=1)
-  flags.DEFINE_multi_string('symbol', [], "text that is always one id, e.g. '<|user|>'; may be repeated")
+  flags.DEFINE_multi_string('symbol', [], r"text that is always one id, such as '<|user|>' or '\n\n'; may be repeated")
   flags.DEFINE_integer('characters', TRAINING_CHARACTERS, 'approximate number of characters to learn from', lower_bound=1)
   flags.DEFINE_string('gpt2_bpe', '', "folder of GPT-2's encoder.json and vocab.bpe, for comparison")
   flags.DEFINE_float('held_out', 0.01, 'fraction of documents that are held out for scoring', 0, 0.9)

@@ -13,7 +13,8 @@ from hypothesis import given, settings, strategies as st
 
 from gptjax.config import TokenizerConfig, UserError
 from gptjax.data.sources.source import Document
-from gptjax.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, TextStream, load_tokenizer, subwords, train_tokenizer
+from gptjax.data.tokenizers import (
+  ByteTokenizer, SentencePieceTokenizer, TextStream, VocabularyError, load_tokenizer, subwords, train_tokenizer)
 
 FILE = 'gptjax_tokenizer.json'
 ODD = [
@@ -246,6 +247,15 @@ def test_more_ids_than_the_documents_have_is_an_error_that_says_how_many(kind):
     train_tokenizer(TokenizerConfig(kind=kind), documents)
   limit = int(str(error.value).split('at most ')[1].split()[0])
   assert _train(kind, limit, documents).vocab_size == limit
+  # No config allows fewer than 300 ids.
+  assert (', below the minimum of 300: more text, or' in str(error.value)) == (limit < 300)
+
+
+@pytest.mark.parametrize(('most', 'advice'), [
+  (1000, 'at most 960 for these documents'), (310, 'at most 310 for these documents, with --multiple=1'),
+  (268, 'at most 268 for these documents, below the minimum of 300: more text')])
+def test_a_size_is_advised_that_is_possible_in_multiples(most, advice):
+  assert str(VocabularyError(4096, 300, most, 64, '')) == f'data.tokenizer.vocab_size: 4096, expected: {advice}'
 
 
 def _train(kind, vocab_size, documents):

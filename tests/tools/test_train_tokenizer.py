@@ -45,7 +45,7 @@ def tool(*arguments):
 def test_a_tokenizer_is_trained_scored_and_found(tmp_path):
   out = tmp_path / 'new/tok'
   done = tool('--source=a', '--source={"path": "b", "text": "body"}', '--weights=2,1', f'--out={out}', '--vocab_size=321',
-              '--multiple=8', '--digits=2', '--symbol=<|user|>', '--symbol=. ', '--held_out=0.1')
+              '--multiple=8', '--digits=2', '--symbol=<|user|>', r'--symbol=.\n', '--held_out=0.1')
   assert done.returncode == 0, done.stderr
   words, head, row, last = done.stdout.splitlines()
   assert re.fullmatch(r'[\d,]+ bytes of held-out documents', words)
@@ -55,7 +55,7 @@ def test_a_tokenizer_is_trained_scored_and_found(tmp_path):
   assert 'reading memory: all of it' in done.stderr
   tokenizer = load_tokenizer(out)
   assert tokenizer.vocab_size == 328
-  assert tokenizer.pieces[3:5] == (b'<|user|>', b'. ')
+  assert tokenizer.pieces[3:5] == (b'<|user|>', b'.\n')
   assert max(len(piece) for piece in tokenizer.pieces if piece.isdigit()) == 2
   assert [path.name for path in out.parent.iterdir()] == ['tok']
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from gptjax.config import TokenizerConfig, UserError
+from gptjax.config import LEAST_VOCABULARY, TokenizerConfig, UserError
 from gptjax.data.folders import library_errors
 from gptjax.data.progress import announce
 from gptjax.data.sources.source import Document
@@ -199,14 +199,31 @@ class SentencePieceTokenizer(Tokenizer):
     export.write_tokenizer(directory, export.subword_tokenizer(self.kind, scores, self.words.pattern, self.words.symbols))
 
 
+class VocabularyError(UserError):
+  """A vocabulary of `size` ids where the documents allow `most`, and the tokenizer needs `least`.
+
+  The error advises a multiple of `multiple` that is possible, and `otherwise`.
+  """
+
+  def __init__(self, size: int, least: int, most: int, multiple: int = 1, otherwise: str = ", or data.tokenizer.kind 'chars' or 'bytes'"):
+    self.least, self.most = least, most
+    fits = most // multiple * multiple
+    advice = f'at most {fits if fits >= least else most} for these documents'
+    if most < least:
+      advice += f', below the minimum of {least}: more text'
+    elif fits < least:
+      advice += ', with --multiple=1'
+    super().__init__('data.tokenizer.vocab_size', size, advice + otherwise)
+
+
 def train_tokenizer(
     config: TokenizerConfig, documents: Iterable[Document], *, digits: int = 1, symbols: Sequence[str] = ()) -> Tokenizer:
   """Trains a tokenizer; the same documents, which are read once, give the same one.
 
   'chars' needs every document that will be encoded, validation included; the other kinds have a piece for every byte, and learn well
   from a `sample`. Pieces of 'bpe' and 'unigram' have at most `digits` digits (GPT-4: 3), and `symbols` are texts that are always one
-  id. Raises a UserError if the vocabulary is larger than the documents allow or too small for bytes and symbols, a text is not valid
-  Unicode, or digits or symbols are invalid.
+  id. Raises a VocabularyError if the vocabulary is larger than the documents allow, and another UserError if it is too small for bytes
+  and symbols, a text is not valid Unicode, or digits or symbols are invalid.
   """
   if config.kind == 'bytes':
     return ByteTokenizer()
@@ -248,8 +265,7 @@ def _train_sentencepiece(config: TokenizerConfig, documents: Iterable[Document],
     limit = re.search(r'Vocabulary size too high .* <= (\d+)', str(error))
     if not limit:
       raise
-    raise UserError('data.tokenizer.vocab_size', config.vocab_size, f'at most {limit[1]} for these documents, or '
-                    "data.tokenizer.kind 'chars' or 'bytes'") from None
+    raise VocabularyError(config.vocab_size, max(smallest, LEAST_VOCABULARY), int(limit[1])) from None
   return SentencePieceTokenizer(config.kind, model.getvalue(), words)
 
 
