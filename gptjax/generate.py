@@ -116,7 +116,7 @@ def _chat(system: list[dict[str, str]], read: Callable, answer: Callable[[list[i
   messages, turn = [*system], 0
   while True:
     try:
-      text = input('> ' if sys.stdin.isatty() else '')
+      text = input('> ' if sys.stdin.isatty() else '').removeprefix('\ufeff')  # the byte order mark of a file of messages
     except EOFError:
       return
     if text == '/new':

@@ -41,7 +41,7 @@ def test_a_file_of_prompts_becomes_a_file_of_continuations(run, tmp_path):
 
 def test_a_conversation_is_read_from_the_keyboard_and_discarded_at_new(run):
   done = call('generate', f'--workdir={run}', '--chat', '--system=Be kind.', '--temperature=0', r'--stop=\n', *SHORT,
-              given='Hello\nand\n/new\nHello\n')
+              given='\ufeffHello\nand\n/new\nHello\n')
   assert done.returncode == 0 and 'Traceback' not in done.stderr
   one, two, three, rest = done.stdout.split('\n')
   assert one == three != two and not rest

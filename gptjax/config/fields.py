@@ -188,6 +188,6 @@ def read_config(folder: pathlib.Path) -> Config:
 def read_json(file: pathlib.Path) -> Config:
   """Returns the config in a file that `to_json` wrote; raises a UserError if it is damaged."""
   try:
-    return from_json(file.read_text(encoding='utf-8'), str(file))
+    return from_json(file.read_text(encoding='utf-8-sig'), str(file))
   except UnicodeDecodeError as error:
     raise UserError(str(file), str(error), 'JSON of a config, in UTF-8') from None

@@ -150,12 +150,13 @@ class _Row(Continuation):
 
 def read_prompts(path: Path) -> list[tuple[str, Prompt]]:
   """Returns (FILE:LINE, for errors; prompt) for each non-empty line of a file: a text, or in a .jsonl file an object with a text "prompt"
-  or a conversation "messages". Raises a UserError for a file that is empty or cannot be read, and for any other line."""
+  or a conversation "messages". A byte order mark at the start of a line is dropped. Raises a UserError for a file that is empty or
+  cannot be read, and for any other line."""
   try:
     lines = path.read_text(encoding='utf-8').split('\n')  # not splitlines(), which also splits at other Unicode line breaks
   except (OSError, UnicodeDecodeError) as error:
     raise UserError('--prompts', str(path), f'a file of UTF-8 text ({getattr(error, "strerror", None) or error})') from None
-  named = [(f'{path}:{number}', line) for number, line in enumerate(lines, 1) if line]
+  named = [(f'{path}:{number}', text) for number, line in enumerate(lines, 1) if (text := line.removeprefix('\ufeff'))]
   if not named:
     raise UserError('--prompts', str(path), 'a file with at least one prompt')
   return [(source, _parsed(source, line) if path.suffix == '.jsonl' else line) for source, line in named]

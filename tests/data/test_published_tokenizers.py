@@ -1,5 +1,6 @@
 """Published tokenizers give the ids of the packages that their files are for, and decode to the text, also as a stream."""
 
+import codecs
 import io
 import json
 import pickle
@@ -139,6 +140,17 @@ def test_a_saved_tokenizer_loads_unchanged(ours, folders, tmp_path, name):
   assert written.items() <= found.items()
   assert {*found} - {*written} <= {'config.json', 'generation_config.json'}  # those are the model's
   assert written.items() < saved.items()
+
+
+@pytest.mark.parametrize('name', ['mistral', 'qwen2', 'gemma-spm'])
+def test_files_may_begin_with_a_byte_order_mark(ours, folders, tmp_path, name):
+  for path in (folders / name).iterdir():
+    (tmp_path / path.name).write_bytes(b'' if path.suffix == '.model' else codecs.BOM_UTF8)
+    with (tmp_path / path.name).open('ab') as file:
+      file.write(path.read_bytes())
+  tokenizer = load_tokenizer(tmp_path)
+  assert tokenizer.pieces == ours[name].pieces and tokenizer.stop_ids == ours[name].stop_ids
+  assert tokenizer.chat(MESSAGES).tolist() == ours[name].chat(MESSAGES).tolist()
 
 
 def test_another_file_or_another_special_id_is_another_tokenizer(ours, folders, tmp_path):
@@ -285,7 +297,7 @@ def test_sentencepiece_without_byte_fallback_is_rejected(tmp_path):
 def test_gpt2_loads_with_the_file_names_of_hugging_face(ours, folders, tmp_path):
   model = json.loads((folders / 'gpt2/tokenizer.json').read_text('utf-8'))['model']
   # Its vocabulary is in the order of the alphabet, then of the merges; the separator is the last.
-  (tmp_path / 'vocab.json').write_text(json.dumps(model['vocab'] | {'<|endoftext|>': 400}))
+  (tmp_path / 'vocab.json').write_text(json.dumps(model['vocab'] | {'<|endoftext|>': 400}), 'utf-8-sig')
   (tmp_path / 'merges.txt').write_text('#version: 0.2\n' + ''.join(f'{left} {right}\n' for left, right in model['merges']), 'utf-8')
   tokenizer = load_tokenizer(tmp_path)
   assert tokenizer.kind == 'gpt2'

@@ -112,14 +112,15 @@ def test_a_request_that_cannot_be_scored_is_an_error(model, transformer, one_dev
 
 @pytest.fixture
 def data(tmp_path):
-  """A folder with a few passages and questions."""
+  """A folder with a few passages and questions, in files that begin with a byte order mark."""
   for name in ('lambada', 'piqa'):
     (tmp_path / name).mkdir()
-  passages = ['the cat sat on the mat', 'a dog ran to the house', 'no bird sings at night']
+  passages = ['the cat\u2028sat on the mat', 'a dog ran to the house', 'no bird sings at night']
   questions = [{'goal': f'goal {i}', 'sol1': f'do {"this " * i}now', 'sol2': 'do that'} for i in range(4)]
-  (tmp_path / 'lambada/lambada_test.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in passages))
-  (tmp_path / 'piqa/valid.jsonl').write_text(''.join(json.dumps(question) + '\n' for question in questions))
-  (tmp_path / 'piqa/valid-labels.lst').write_text('0\n1\n1\n0\n')
+  (tmp_path / 'lambada/lambada_test.jsonl').write_text(
+    ''.join(json.dumps({'text': text}, ensure_ascii=False) + '\n' for text in passages), 'utf-8-sig')
+  (tmp_path / 'piqa/valid.jsonl').write_text(''.join(json.dumps(question) + '\n' for question in questions), 'utf-8-sig')
+  (tmp_path / 'piqa/valid-labels.lst').write_text('0\n1\n1\n0\n', 'utf-8-sig')
   return tmp_path
 
 
@@ -131,7 +132,7 @@ def test_local_tasks_are_scored_by_their_answers(model, data):
   results, samples = load(data, 'lambada', 'piqa')(model, samples=True)
   assert [sample['task'] for sample in samples] == ['lambada'] * 3 + ['piqa'] * 4
   passages, questions = samples[:3], samples[3:]
-  assert passages[0]['arguments'] == [('the cat sat on the', ' mat')]
+  assert passages[0]['arguments'] == [('the cat\u2028sat on the', ' mat')]
   assert questions[1]['arguments'] == [('Question: goal 1\nAnswer:', ' do this now'), ('Question: goal 1\nAnswer:', ' do that')]
   assert results['lambada']['perplexity'] == pytest.approx(math.exp(-np.mean([one['resps'][0][0][0] for one in passages])))
   assert results['lambada']['acc'] == np.mean([one['resps'][0][0][1] for one in passages])

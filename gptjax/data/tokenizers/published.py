@@ -1,6 +1,7 @@
 """Tokenizers of published models: Hugging Face's tokenizer.json and SentencePiece's tokenizer.model, with their special tokens."""
 
 import abc
+import codecs
 import dataclasses
 import functools
 import hashlib
@@ -80,7 +81,7 @@ class Published:
   def template(self) -> tuple[str, str]:
     """The chat template, empty if there is none, and its location."""
     if TEMPLATE in self.files:
-      return self.files[TEMPLATE].decode(errors='replace'), f'{self.location}/{TEMPLATE}'
+      return self.files[TEMPLATE].decode('utf-8-sig', errors='replace'), f'{self.location}/{TEMPLATE}'
     template = self.config.get('chat_template') or ''
     if isinstance(template, list):  # several, for different uses
       template = next((one['template'] for one in template if one.get('name') == 'default'), '')
@@ -237,7 +238,7 @@ class HuggingFaceTokenizer(PublishedTokenizer):
 def _backend(published: Published) -> tokenizers.Tokenizer:
   path, data = f'{published.location}/{DESCRIPTION}', published.files[DESCRIPTION]
   with library_errors(path, f'{len(data)} bytes', 'a file that the tokenizers package can read'):
-    backend = tokenizers.Tokenizer.from_buffer(data)
+    backend = tokenizers.Tokenizer.from_buffer(data.removeprefix(codecs.BOM_UTF8))
   if (kind := type(backend.model).__name__) not in ('BPE', 'Unigram'):
     raise UserError(f'{path}: model', kind, 'BPE or Unigram')
   backend.no_truncation()

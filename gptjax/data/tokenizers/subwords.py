@@ -92,7 +92,7 @@ class Gpt2Tokenizer(Tokenizer):
 
 def _read(path: Path) -> str:
   try:
-    return path.read_bytes().decode()
+    return path.read_bytes().decode('utf-8-sig')
   except OSError as error:
     raise UserError('tokenizer', str(path), f"GPT-2's {path.name} ({error.strerror})") from None
   except UnicodeDecodeError as error:
@@ -282,7 +282,7 @@ def load_tokenizer(directory: Path | str) -> Tokenizer:
   folder = expanded(directory)
   published = [kind for name, kind in _PUBLISHED.items() if (folder / name).exists()]
   try:
-    saved = {'kind': published[0]} if published and not (folder / FILE).exists() else json.loads((folder / FILE).read_text('utf-8'))
+    saved = {'kind': published[0]} if published and not (folder / FILE).exists() else json.loads((folder / FILE).read_text('utf-8-sig'))
     match saved['kind']:
       case 'bytes':
         return ByteTokenizer()
