@@ -95,8 +95,10 @@ def _slurm(environment: Environment, metadata: Metadata) -> GroupSpec:
   if tasks := environment.get('SLURM_STEP_TASKS_PER_NODE'):  # of each node: 2(x3),1 -> [2, 2, 2, 1]
     counts = [int(count) for count, times in re.findall(r'(\d+)(?:\(x(\d+)\))?', tasks) for _ in range(int(times or 1))]
     local_count = counts[int(environment.get('SLURM_NODEID', 0))]
+  assigned = any(name in environment for name in ('SLURM_GPUS_PER_TASK', 'SLURM_TRES_PER_TASK'))  # each task sees only its own
+  gpus = None if assigned else _gpus(environment, environment.get('SLURM_LOCALID'), local_count)
   return GroupSpec(int(environment.get('SLURM_STEP_NUM_TASKS', environment['SLURM_NTASKS'])), int(environment['SLURM_PROCID']),
-                   f'{host}:{_port(job)}', f'Slurm step {job}', _gpus(environment, environment.get('SLURM_LOCALID'), local_count))
+                   f'{host}:{_port(job)}', f'Slurm step {job}', gpus)
 
 
 def _open_mpi(environment: Environment, metadata: Metadata) -> GroupSpec:
@@ -141,13 +143,14 @@ _SLURM = ('SLURM_JOB_ID', 'SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_STEP_NODELIST')
 _OPEN_MPI = ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE')
 _JOBSET = ('JOB_COMPLETION_INDEX', 'JOBSET_NAME', 'REPLICATED_JOB_NAME')
 CLUSTERS: dict[str, tuple[Callable[[Environment, Metadata], GroupSpec | None], tuple[str, ...], str]] = {
+  'openmpi': (_open_mpi, _OPEN_MPI, f'{", ".join(_OPEN_MPI)}, which mpirun sets'),
   'tpu': (_tpu, (), 'TPU_WORKER_HOSTNAMES and TPU_WORKER_ID, or worker-network-endpoints of the metadata server of a TPU VM'),
   'slurm': (_slurm, _SLURM, f'{", ".join(_SLURM)}, which srun sets'),
-  'openmpi': (_open_mpi, _OPEN_MPI, f'{", ".join(_OPEN_MPI)}, which mpirun sets'),
   'kubernetes': (_kubernetes, _JOBSET, 'JOB_COMPLETION_INDEX, which Kubernetes sets, and JOBSET_NAME and REPLICATED_JOB_NAME, which the '
                                        "JobSet's manifest must set"),
 }
-"""Name -> (detector, the variables that it requires, a description of those), in the order of detection."""
+"""Name -> (detector, the variables that it requires, a description of those), in the order of detection. A process inherits the variables
+of all that it runs within; mpirun, which may run within a Slurm step, on TPU VMs or in a pod, comes first as the innermost."""
 
 
 def _port(job: str) -> int:
@@ -163,9 +166,7 @@ def visible_gpus(environment: Environment) -> list[str]:
 
 
 def _gpus(environment: Environment, local_index: str | None, local_count: int | None) -> tuple[int, ...] | None:
-  """Indices among the visible GPUs for one of the processes on this host; None: the launcher has assigned them, or there are too few."""
-  if any(name in environment for name in ('SLURM_GPUS_PER_TASK', 'SLURM_TRES_PER_TASK')):  # each task sees only its own
-    return None
+  """Indices among the visible GPUs for one of the processes on this host; None: there are too few."""
   gpus = len(visible_gpus(environment))
   if local_index is None or not local_count or local_count == 1 or gpus < local_count:
     return None

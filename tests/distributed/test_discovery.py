@@ -40,6 +40,16 @@ def test_a_cluster_s_environment_gives_count_index_and_coordinator(environment, 
   assert (group.count, group.index, address) == (processes, process, host) and 1024 < int(port) < 2**16
 
 
+@pytest.mark.parametrize('inner, outer, source', [
+  (MPI, SLURM | {'SLURM_GPUS_PER_TASK': '4', 'SLURM_STEP_NUM_TASKS': '1', 'SLURM_PROCID': '0'}, 'Open MPI'),
+  (MPI, GKE, 'Open MPI'), (MPI, JOBSET, 'Open MPI'), (GKE, SLURM, 'TPU'), (SLURM, JOBSET, 'Slurm'), (GKE, JOBSET, 'TPU'),
+])
+def test_the_innermost_launcher_counts(inner, outer, source):
+  assert found(inner | outer) == found(inner) and found(inner).source.startswith(source)
+  gpus = lambda environment: found(environment | {'CUDA_VISIBLE_DEVICES': '0,1,2,3'}).gpus
+  assert gpus(inner | outer) == gpus(inner)
+
+
 def test_processes_of_one_job_agree_on_a_port_and_jobs_differ():
   port = lambda **more: found(SLURM | more).coordinator
   assert port() == port(SLURM_PROCID='0', SLURM_NODEID='0') != port(SLURM_JOB_ID='4712')
