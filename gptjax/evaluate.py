@@ -118,9 +118,7 @@ def _report(workdir: Path, records: list[dict[str, Any]], samples: list[dict[str
     write_atomic(file, json_line(merged) + '\n')
   else:
     write_atomic(workdir / 'evaluations.jsonl', '\n'.join(lines) + '\n')
-    partial = workdir / 'evaluation.partial.png'
-    if evaluation.draw(records, partial):
-      partial.rename(workdir / 'evaluation.png')
+    evaluation.draw(records, workdir / 'evaluation.png')
   if table := evaluation.table(records):
     print(table)
   for name, bits in yardsticks.items():

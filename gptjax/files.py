@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gptjax.config import UserError
+from gptjax.config import UserError, operation
 
 
 def expanded(path: Path | str) -> Path:
@@ -21,12 +21,34 @@ def expanded(path: Path | str) -> Path:
 
 
 def write_atomic(path: Path, text: str) -> None:
-  """Writes a file atomically, by a rename: readers never see a part of it, even after a power failure."""
+  """Writes a file of UTF-8 atomically."""
+  with atomic_file(path) as partial:
+    partial.write_text(text, encoding='utf-8')
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+  """Creates a file atomically: the body writes another one, which is then renamed, or removed after an error.
+
+  Readers never see a part of it, even after a power failure.
+  """
   partial = path.with_name(f'{path.name}.partial')
-  partial.write_text(text)
-  sync(partial)
-  partial.rename(path)
-  sync(path.parent)
+  with operation('write', path):
+    try:
+      yield partial
+      sync(partial)
+      partial.rename(path)
+    except BaseException:
+      with contextlib.suppress(OSError):
+        partial.unlink()
+      raise
+    sync(path.parent)
+
+
+def save_figure(figure: Any, path: Path, **options: Any) -> None:
+  """Writes a figure of matplotlib atomically, with options of its `savefig`; the format is that of the path's ending, or else PNG."""
+  with atomic_file(path) as partial:
+    figure.savefig(partial, format=path.suffix[1:] or 'png', **options)
 
 
 class Lines:
@@ -112,8 +134,7 @@ def atomic_directory(directory: Path, worth_keeping: Callable[[Path], bool] = la
   if directory.exists():
     yield None
     return
-  directory.parent.mkdir(parents=True, exist_ok=True)
-  with locked(directory.with_name(f'{directory.name}.lock')):
+  with operation('create', directory), locked(directory.with_name(f'{directory.name}.lock')):
     if directory.exists():  # created by another process meanwhile
       yield None
       return

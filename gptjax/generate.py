@@ -6,6 +6,7 @@
 """
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from absl import flags
 
 from gptjax import config as configs
-from gptjax import distributed
+from gptjax import distributed, ending
 from gptjax.config import UserError, unescaped
 from gptjax.files import expanded
 from gptjax.start import start
@@ -130,13 +131,18 @@ def _chat(system: list[dict[str, str]], read: Callable, answer: Callable[[list[i
 def _show(stream: Iterator[tuple[int, str]]) -> str:
   """Prints a stream of text, until Ctrl-C in a conversation; returns the text."""
   shown = ''
+  before = signal.getsignal(signal.SIGINT)
+  if _CHAT.value:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
   try:
     for _, piece in stream:
       shown += piece
       print(piece, end='', flush=True)
-  except KeyboardInterrupt:
-    if not _CHAT.value:
+  except KeyboardInterrupt as interrupt:
+    if not _CHAT.value or isinstance(interrupt, ending.Interrupted):  # by SIGTERM
       raise
+  finally:
+    signal.signal(signal.SIGINT, before)
   print(flush=True)
   return shown
 

@@ -10,7 +10,7 @@ from typing import Any
 from absl import flags, logging
 
 from gptjax import config as configs
-from gptjax import distributed, heap
+from gptjax import distributed, ending, heap
 from gptjax.cache import cache_dir
 from gptjax.config import Config
 
@@ -36,6 +36,7 @@ def start(config: Config | None = None, keeps_memory: bool = True) -> Path:
   """
   if keeps_memory and (CPU_DEVICES.value or heap.runs_on_cpu()):
     heap.keep_freed_memory()  # first, because a thread that is already running may have an arena of its own
+  ending.watch()
   logging.set_verbosity(logging.FATAL)  # failures are raised as well
   sys.unraisablehook = _report_unraisable
   cache = cache_dir()
@@ -79,7 +80,8 @@ def _keep_stdout(first: bool) -> None:
   nowhere = os.open(os.devnull, os.O_WRONLY)
   sys.stdout.flush()
   os.dup2(nowhere, 1)
-  sys.stdout = open(ours if first else nowhere, 'w', encoding=sys.stdout.encoding, buffering=1 if os.isatty(ours) else -1)
+  sys.stdout = open(ours if first else nowhere, 'w', encoding=sys.stdout.encoding, errors=sys.stdout.errors,
+                    buffering=1 if os.isatty(ours) else -1)
 
 
 def _facts(config: Config | None) -> dict[str, str]:

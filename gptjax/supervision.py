@@ -37,6 +37,7 @@ def supervise(command: Sequence[str], workdir: Path, restarts: int, final: Seque
         return status
       _say(f'{words}: restarted in {_PAUSES[idle - 1]} s, restart {restart} of {restarts}')
       if signals.wait(_PAUSES[idle - 1]):
+        _say('ended by a signal: not restarted')
         return os.EX_TEMPFAIL
 
 

@@ -50,9 +50,10 @@ def main(config: configs.Config) -> int:
                              accept_changes=_ACCEPT.value, hang_timeout=_HANG.value)
   try:
     return training.train(config, options)
-  except OSError as error:  # a failure of the machine, after which a restart may succeed
-    place = error.filename or 'system'
-    raise configs.Fault(f'{place}: {error.strerror or error}, expected: a file or folder that can be read and written') from error
+  except OSError as error:
+    if mistake := configs.os_mistake(error):  # of the machine: a restart may succeed
+      raise configs.Fault(str(mistake)) from error
+    raise
 
 
 if __name__ == '__main__':

@@ -11,6 +11,7 @@ from absl import flags
 
 from gptjax import config as configs
 from gptjax.distributed import process_group
+from gptjax.files import atomic_file
 from gptjax.start import start
 from tools.row_digests import digests
 
@@ -28,7 +29,7 @@ def main(config: configs.Config) -> None:
   feed = batches(rows, _FIRST.value, size, process_rows(mesh, size), prefetch=config.data.prefetch, workers=config.data.workers)
   group = process_group()
   out = Path(f'{_OUT.value}.{group.index}' if group.count > 1 else _OUT.value)
-  with out.open('w') as file:
+  with atomic_file(out) as partial, partial.open('w') as file:
     for step in range(_STEPS.value):
       batch = put_rows(mesh, next(feed), size)
       for row, digest in digests(batch):

@@ -24,7 +24,7 @@ from gptjax.cache import cache_dir
 from gptjax.config import Config, UserError
 from gptjax.data import Batch, Tokenizer, TokenStore, TrainRows, cores, prepare, train_rows
 from gptjax.data.progress import counted
-from gptjax.files import expanded
+from gptjax.files import expanded, save_figure
 
 _STORE = flags.DEFINE_string('store', None, 'folder or URL of a token store')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a run whose config to use')
@@ -205,7 +205,7 @@ def _plot(stores: dict[str, TokenStore], batch: Batch | None, shares: dict[str, 
       mixed.plot(np.linspace(0, _STEPS.value, len(share.actual) + 1)[1:], share.actual, label=f'{name}, {share.passes:.2f} passes')
     mixed.set(xlabel='step', ylabel='fraction of all rows so far', title='Mixture', ylim=(0, 1.02))
     mixed.legend(loc='best', fontsize='small')
-  figure.savefig(_PLOT.value, dpi=120)
+  save_figure(figure, expanded(_PLOT.value), dpi=120)
   plt.close(figure)
   print(f'plot: {_PLOT.value}', file=sys.stderr)
 

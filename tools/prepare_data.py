@@ -52,8 +52,8 @@ def main(_) -> None:
   processes = _PROCESSES.value or cores()
   try:
     store = write_store(out, recipe, processes=processes)
-  except KeyboardInterrupt:
-    announce(f'stopped; the same command resumes after the finished shards in {out}.building')
+  except KeyboardInterrupt as interrupt:
+    interrupt.args = (f'{interrupt}; the same command resumes after the finished shards in {out}.building',)
     raise
   manifest = store.manifest
   print(f'{out}: {counted(store.documents)}, {store.tokens:,} tokens, {store.bytes:,} bytes, '

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from absl import flags
 
+from gptjax import ending
 from gptjax.cache import cache_dir
 from gptjax.config import LEAST_VOCABULARY, TokenizerConfig, UserError, run, unescaped
 from gptjax.data.progress import announce
@@ -111,6 +112,7 @@ def _save(tokenizer: Tokenizer, out: pathlib.Path, existing: Tokenizer | None) -
 
 def main(_: None) -> None:
   """Trains a tokenizer on --source and writes it to --out."""
+  ending.watch()
   values = flags.FLAGS
   out = expanded(values.out)
   vocab_size = -(-values.vocab_size // values.multiple) * values.multiple

@@ -4,7 +4,6 @@ Creates the train state of a model in float32 with Adam on 2, 4 and 8 devices, a
 parameter next to those of the paper (arXiv:1910.02054, figure 1, with 4 + 4 + 8 bytes): 16, 8 + 8/d, 4 + 12/d, 16/d.
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from absl import flags
 
 from gptjax import config as configs
 from gptjax.config import ComputeConfig, MeshConfig, ModelConfig, OptimizerConfig
+from gptjax.files import save_figure, write_json
 from gptjax.start import start
 
 _PICTURE = flags.DEFINE_string('picture', None, 'PNG file for a plot of the table')
@@ -58,7 +58,7 @@ def main(_) -> None:
     print(f'{row["stage"]:>5} {row["data"]:>5} ' + ' '.join(f'{row[part]:>11.3f}' for part in PARTS)
           + f' {sum(row[part] for part in PARTS):>8.3f} {row["paper"]:>8.3f}')
   if _JSON.value:
-    Path(_JSON.value).write_text(json.dumps(table, indent=1) + '\n')
+    write_json(Path(_JSON.value), table)
   if _PICTURE.value:
     draw(table, Path(_PICTURE.value))
 
@@ -82,7 +82,7 @@ def draw(table: list[dict], path: Path) -> None:
     axis.set(title=f'{data} devices', xlabel='ZeRO stage', xticks=range(4), ylim=(0, 18.5))
   axes[0].set_ylabel('bytes per parameter on a device')
   axes[-1].legend(loc='upper right', fontsize='small')
-  figure.savefig(path, dpi=120)
+  save_figure(figure, path, dpi=120)
 
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
 """Configs of runs as typed, frozen dataclasses, their command-line flags, and the errors that users see."""
 
-from gptjax.config.checks import INT32_MAX, Fault, UserError, divisors
+from gptjax.config.checks import INT32_MAX, Fault, UserError, divisors, operation, os_mistake
 from gptjax.config.fields import checked, differences, flatten, from_json, override, read_config, to_json, unescaped
 from gptjax.config.flags import describe, docstrings, exit_stack, exit_status, load, own_flags, run
 from gptjax.config.mesh import AXES, AXIS_NAMES, MATRIX_AXIS, REST_AXIS, ROW_AXES, SLICE_AXES, STATE_AXIS, MeshAxis, MeshConfig

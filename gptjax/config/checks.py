@@ -1,10 +1,14 @@
 """The exceptions that end a program with one line, and the valid values of a config's field, as a part of its type."""
 
+import contextlib
 import difflib
+import errno
 import math
+import os
 import sys
+import traceback
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, NamedTuple
 
 INT32_MAX = 2**31 - 1
@@ -52,6 +56,41 @@ class UserError(ValueError):
   def from_text(cls, text: str) -> 'UserError':
     """Recreates an error of another process from its text."""
     return cls.__new__(cls, text)
+
+
+_ALLOWED, _SPACE = 'a path that this user may read and write', 'a disk with space left'
+_MISTAKES = {
+  errno.ENOENT: 'an existing file or folder', errno.EEXIST: 'a path that does not exist yet', errno.ENOTEMPTY: 'an empty folder',
+  errno.EISDIR: 'a file, not a folder', errno.ENOTDIR: 'a folder, not a file', errno.EACCES: _ALLOWED, errno.EPERM: _ALLOWED,
+  errno.EROFS: _ALLOWED, errno.ENOSPC: _SPACE, errno.EDQUOT: _SPACE, errno.EFBIG: 'a file system that stores files of this size',
+  errno.ENAMETOOLONG: 'a shorter path', errno.ELOOP: 'a link that does not lead to itself', errno.ENXIO: 'a file',
+  errno.EIO: 'a disk that works', errno.ESTALE: 'a network disk that works', errno.EMFILE: 'a higher limit of open files: ulimit -n',
+  errno.ENFILE: 'a higher limit of open files'}
+"""What is expected instead of each error of the system whose cause is a path or the machine; the others are bugs."""
+
+
+def os_mistake(error: OSError) -> UserError | None:
+  """Returns the error to show for one of the system whose cause is a path or the machine; None for any other, which is a bug.
+
+  It names the `operation` and its path, or else the function of gptjax that failed and the path that the error names.
+  """
+  if error.errno not in _MISTAKES:
+    return None
+  calls = [frame.f_globals['__name__'] + '.' + frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+  call = next((call for call in reversed(calls) if call.startswith(('gptjax.', 'tools.', '__main__.'))), 'system')
+  path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ''
+  name = getattr(error, '__notes__', [f'{call} {path}'.rstrip()])[0]  # of several, the innermost
+  return UserError(name, error.strerror, _MISTAKES[error.errno])
+
+
+@contextlib.contextmanager
+def operation(name: str, path: object) -> Iterator[None]:
+  """Adds to an OSError what was done, 'write' for example, and to which path; of errors in writing, the system itself names no path."""
+  try:
+    yield
+  except OSError as error:
+    error.add_note(f'{name} {path}')
+    raise
 
 
 class Limit(NamedTuple):

@@ -6,21 +6,25 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import io
 import json
 import os
 import pathlib
 import re
+import select
 import shlex
 import shutil
 import sys
 import textwrap
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import app, flags
 
-from gptjax.config.checks import Fault, UserError
+from gptjax import ending
+from gptjax.config.checks import Fault, UserError, os_mistake
 from gptjax.config.fields import BOOLEANS, FIELDS, choices, differences, flatten, override, parse, read_config, read_json, suggestions
 from gptjax.config.schema import Config
 
@@ -76,20 +80,27 @@ def run(main: Callable[[Any], int | None], *, needs_config: bool | None = True) 
   `needs_config`: whether the program requires `--config=RECIPE` and takes `--config.FIELD=VALUE`; None: both are optional. Without a recipe
   main gets None.
   """
+  for stream in (sys.stdout, sys.stderr):  # a character that the terminal lacks is no reason to end
+    if isinstance(stream, io.TextIOWrapper) and stream.errors == 'strict':
+      stream.reconfigure(errors='backslashreplace')
   try:
-    with exit_stack:
+    with ending.unwinding(), exit_stack:
       app.run(main, flags_parser=functools.partial(_parse_command_line, needs_config=needs_config))
   except (UserError, Fault, OSError, KeyboardInterrupt) as error:
-    if isinstance(error, BrokenPipeError):
-      # Otherwise Python would fail to flush the rest at exit.
-      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     status, line = exit_status(error)
+    if line is None:
+      raise
+    if status == 0:  # otherwise Python would fail to flush the rest at exit
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, ending.Interrupted):
+      with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+      ending.end(error.number, line)
     if line:
       print(line, file=sys.stderr, flush=True)
-      if sys.__stderr__ and sys.stderr is sys.__stderr__:
-        # Threads of libraries that are still running would print tracebacks of the same error. The descriptor itself is redirected,
-        # since Python restores sys.stderr before it unloads modules.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stderr__.fileno())
+      # Threads of libraries that are still running would print tracebacks of the same error.
+      nothing: Callable[[Any], None] = lambda _: None
+      sys.unraisablehook, threading.excepthook = nothing, nothing
     sys.exit(status)
 
 
@@ -100,13 +111,21 @@ def exit_status(error: BaseException) -> tuple[int, str | None]:
       return 2, f'error: {error}'
     case Fault():
       return 1, f'error: {error}'
-    case BrokenPipeError():  # the reader of our output, such as head, has ended
+    case BrokenPipeError() if _has_no_reader(sys.stdout):
       return 0, ''
-    case OSError():
-      return 2, f'error: {error.filename or "system"}: {error.strerror or error}, expected: a file or folder that can be read and written'
+    case OSError() if mistake := os_mistake(error):
+      return 2, f'error: {mistake}'
     case KeyboardInterrupt():
-      return 130, ''  # 128 + SIGINT, as a shell reports it
+      return 130, str(error)  # 128 + SIGINT, as a shell reports it
   return 1, None
+
+
+def _has_no_reader(stream: Any) -> bool:
+  """Whether the program that reads a stream, such as head, has ended."""
+  poll = select.poll()
+  with contextlib.suppress(ValueError):  # a stream without a descriptor
+    poll.register(stream, 0)
+  return bool(poll.poll(0))
 
 
 def _parse_command_line(argv: Sequence[str], *, needs_config: bool | None) -> Config | None:

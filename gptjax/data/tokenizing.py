@@ -159,12 +159,12 @@ def write_store(directory: Path, recipe: Recipe, *, processes: int = 1, title: s
   Memory does not depend on the size of the source. Raises a UserError if too many records are malformed, a text cannot be encoded, no
   documents remain, or the folder has a store of another recipe, even an unfinished one. Finished shards are kept for a later call.
   """
-  with atomic_directory(directory, lambda folder: any(folder.glob('*.shard'))) as folder:
-    if folder:
-      try:
+  try:
+    with atomic_directory(directory, lambda folder: any(folder.glob('*.shard'))) as folder:
+      if folder:
         _build(folder, recipe, processes, title)
-      except sqlite3.Error as error:  # for example, a full disk
-        raise OSError(0, str(error), str(folder / _JOURNAL)) from None
+  except sqlite3.OperationalError as error:  # for example, a full disk
+    raise UserError(f'write {directory}', str(error), f'a disk with space left, on which SQLite can write {_JOURNAL}') from None
   store = TokenStore.open(directory)
   if store.manifest.get('fingerprint') != recipe.fingerprint():
     raise UserError('--out', str(directory), 'another folder: this one has a store of another source, tokenizer or filter')

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.evaluation.score import Scores
+from gptjax.files import save_figure
 
 Record = dict[str, Any]
 """`step`; for documents, the fields of Score over all sets together, and `sets` and `tags` with those of each set and tag; for tasks,
@@ -78,7 +79,7 @@ def draw(records: Sequence[Record], path: Path) -> bool:
       axis.set_yscale('log')
     axis.legend(fontsize='small', frameon=False)
     axis.grid(alpha=0.3)
-  figure.savefig(path, dpi=130)
+  save_figure(figure, path, dpi=130)
   return True
 
 

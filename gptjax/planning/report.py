@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gptjax.config import AXIS_NAMES
+from gptjax.files import save_figure
 from gptjax.planning.collectives import PADDED, totals
 from gptjax.planning.estimate import Estimate
 from gptjax.planning.roofline import DAY
@@ -143,7 +144,7 @@ def draw(plans: Sequence[Estimate], path: Path) -> None:
   axes.set_ylabel('GiB per device')
   axes.set_title(f'{plans[0].parameters / 1e9:.1f}B parameters on {plans[0].topology.name}', fontsize=10)
   axes.legend(fontsize=8, frameon=False, loc='upper left', bbox_to_anchor=(1, 1))
-  figure.savefig(path, dpi=150, bbox_inches='tight')
+  save_figure(figure, path, dpi=150, bbox_inches='tight')
 
 
 def _table(columns: Sequence[str], *sections: Iterable[Sequence[str]]) -> str:

@@ -14,6 +14,7 @@ from gptjax import config as configs
 from tests.acceptance import (  # noqa: F401  (they register their bars)
   chats,
   datasets,
+  early_signals,
   evaluation,
   faults,
   fuzz,

@@ -2,9 +2,12 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
+import os
 import pathlib
 import shlex
+import socket
 import subprocess
 import sys
 import typing
@@ -19,6 +22,7 @@ from gptjax.config import (
     Component, Config, Duration, ModelConfig, Phase, RopeConfig, UserError, ValidationSet, describe, differences, flatten, from_json, load,
     override, read_config, run, to_json, unescaped)
 from gptjax.config.fields import FIELDS, item_type
+from gptjax.files import atomic_directory, atomic_file, sync, write_atomic
 
 TEXTS = [name for name, hint in FIELDS.items() if hint is str]
 ROOT = pathlib.Path(__file__).parents[2]
@@ -328,13 +332,50 @@ def test_an_interrupt_exits_with_130_and_prints_nothing(command):
   assert (seen.status, seen.out, seen.err) == (130, '', '')
 
 
-def test_a_bug_keeps_its_traceback(command):
+@pytest.mark.parametrize('bug', [
+    ValueError('a defect'), TimeoutError('a defect'), ConnectionResetError(errno.ECONNRESET, 'a defect'), OSError('a defect'),
+    socket.gaierror(socket.EAI_NONAME, 'a defect'), BrokenPipeError(errno.EPIPE, 'a defect'), ChildProcessError(errno.ECHILD, 'a defect')],
+    ids=lambda bug: type(bug).__name__)
+def test_a_bug_keeps_its_traceback(command, bug):
   def breaks(config):
-    raise ValueError('a defect')
+    raise bug
 
   argv = mock.patch.object(sys, 'argv', ['train.py', '--config=configs/base.py'])
-  with a_binary(), argv, pytest.raises(ValueError, match='a defect'):
+  with a_binary(), argv, pytest.raises(type(bug), match='a defect'):
     run(breaks)
+
+
+def _full_disk(path):
+  with atomic_file(path):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as writing does, it names no file
+
+
+@pytest.mark.parametrize('fails, error', [
+    (lambda: write_atomic(pathlib.Path('no/x.json'), ''), "write no/x.json: 'No such file or directory', expected: an existing *"),
+    (lambda: write_atomic(pathlib.Path('configs/base.py/x'), ''), "write configs/base.py/x: 'Not a directory', expected: a folder, *"),
+    (lambda: write_atomic(pathlib.Path('x' * 300), ''), "write xxx*x...: 'File name too long', expected: a shorter path"),
+    (lambda: _full_disk(pathlib.Path('x')), "write x: 'No space left on device', expected: a disk with space left"),
+    (lambda: atomic_directory(pathlib.Path('configs/base.py/x/y')).__enter__(), "create configs/base.py/x/y: 'Not a directory', *"),
+    (lambda: sync(pathlib.Path('other')), "gptjax.files.sync other: 'No such file or directory', expected: an existing *"),
+])
+def test_an_error_of_the_system_names_the_operation_and_the_path(command, fails, error):
+  line = command('--config=configs/base.py', main=lambda config: fails()).err
+  start, *rest = error.split('*')
+  assert line.startswith(f'error: {start}') and all(part in line for part in rest) and line.count('\n') == 1, line
+
+
+def test_what_exit_handlers_print_is_seen_after_an_error():
+  program = 'import atexit, sys; from gptjax.config import run; atexit.register(print, "at exit", file=sys.stderr); run(None)'
+  done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 2 and [line[:7] for line in done.stderr.splitlines()] == ['error: ', 'at exit'], done.stderr
+
+
+@pytest.mark.parametrize('encoding', ['ascii', 'latin-1'])
+def test_a_terminal_without_a_character_gets_its_escape(encoding, tmp_path):
+  program = "from gptjax.config import run; run(lambda config: print('\u00e9\u4e16'), needs_config=False)"
+  done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, env={'PYTHONIOENCODING': encoding})
+  assert (done.returncode, done.stderr) == (0, b'')
+  assert done.stdout == 'é世\n'.encode(encoding, 'backslashreplace')
 
 
 def test_a_binary_without_a_recipe_takes_only_its_own_flags(command):

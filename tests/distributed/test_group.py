@@ -70,6 +70,12 @@ def test_the_same_error_in_all_is_reported_by_each_as_its_own(run):
   assert done == [(2, '', "error: data: 'x', expected: y\n")] * 3
 
 
+def test_a_signal_to_one_process_ends_all_with_its_status(run):
+  done, seconds = run('from gptjax import ending\nif index == 1: ending.end(15)\nbroadcast("never")')
+  lines = ['error: process 1: SIGTERM: ended\n', 'SIGTERM: ended\n', 'error: process 1: SIGTERM: ended\n']
+  assert done == [(143, '', line) for line in lines] and seconds < 10
+
+
 @pytest.mark.parametrize('culprit', [0, 2])
 def test_a_killed_process_ends_the_others(culprit, run):
   done, seconds = run(f'import signal\nif index == {culprit}: os.kill(os.getpid(), signal.SIGKILL)\nbroadcast("never")')
@@ -95,5 +101,6 @@ def test_a_bug_is_a_traceback_in_its_process_and_a_line_elsewhere(run):
 
 
 def test_a_broken_pipe_ends_all_processes_silently(run):
-  done, _ = run('if first: raise BrokenPipeError\nbroadcast("never")')
+  done, _ = run('if first:\n  read, write = os.pipe()\n  os.dup2(write, 1)\n  os.close(read)\n  print("lost", flush=True)\n'
+                'broadcast("never")')
   assert done == [(0, '', '')] * 3
