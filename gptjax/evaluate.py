@@ -130,5 +130,10 @@ def _report(workdir: Path, records: list[dict[str, Any]], samples: list[dict[str
     write_atomic(expanded(_SAMPLES.value), ''.join(json.dumps(one, default=plain) + '\n' for one in samples))
 
 
-if __name__ == '__main__':
+def script() -> None:
+  """The command gptjax-evaluate."""
   configs.run(main, needs_config=False)
+
+
+if __name__ == '__main__':
+  script()

@@ -167,5 +167,10 @@ def _write(rows: list[tuple[Any, list[int]]], run: Callable) -> None:
     write_atomic(expanded(_OUT.value), '\n'.join(lines) + '\n')
 
 
-if __name__ == '__main__':
+def script() -> None:
+  """The command gptjax-generate."""
   configs.run(main, needs_config=False)
+
+
+if __name__ == '__main__':
+  script()

@@ -56,5 +56,10 @@ def main(config: configs.Config) -> None:
     planning.draw(candidates, Path(_PICTURE.value))
 
 
-if __name__ == '__main__':
+def script() -> None:
+  """The command gptjax-plan."""
   configs.run(main)
+
+
+if __name__ == '__main__':
+  script()

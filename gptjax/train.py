@@ -56,5 +56,10 @@ def main(config: configs.Config) -> int:
     raise
 
 
-if __name__ == '__main__':
+def script() -> None:
+  """The command gptjax-train."""
   configs.run(main)
+
+
+if __name__ == '__main__':
+  script()

@@ -11,7 +11,7 @@ from gptjax.config import UserError
 from gptjax.files import expanded
 from gptjax.distributed import process_group
 from gptjax.start import start
-from tools import check_flags
+from . import check_flags
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a run', required=True)
 _FOLDER = flags.DEFINE_string('folder', None, 'folder to write; must not exist yet', required=True)

@@ -13,7 +13,7 @@ from gptjax import config as configs
 from gptjax.distributed import process_group
 from gptjax.files import atomic_file
 from gptjax.start import start
-from tools.row_digests import digests
+from .row_digests import digests
 
 _OUT = flags.DEFINE_string('out', None, 'file to write', required=True)
 _STEPS = flags.DEFINE_integer('steps', 200, 'steps to feed', lower_bound=1)

@@ -11,7 +11,7 @@ from gptjax.config import MeshConfig, UserError
 from gptjax.files import expanded
 from gptjax.distributed import process_group
 from gptjax.start import start
-from tools import check_flags
+from . import check_flags
 
 _FOLDER = flags.DEFINE_string('folder', None, 'folder with config.json, safetensors and tokenizer', required=True)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the new run; must not exist yet', required=True)

@@ -19,7 +19,7 @@ from gptjax.data.store import MANIFEST
 from gptjax.data.progress import announce, counted
 from gptjax.data.tokenizers import ByteTokenizer
 from gptjax.files import expanded
-from tools import source_flags
+from . import source_flags
 
 _TOKENIZER = flags.DEFINE_string(
   'tokenizer', None, "folder of a tokenizer: tools.train_tokenizer's, or a published model's; or 'bytes'", required=True)

@@ -17,7 +17,7 @@ from gptjax.data.sources.selection import TRAINING_CHARACTERS
 from gptjax.data.tokenizers import Gpt2Tokenizer, Tokenizer, VocabularyError, load_tokenizer, train_tokenizer
 from gptjax.data.tokenizers.tokenizer import utf8
 from gptjax.files import atomic_directory, expanded
-from tools import source_flags
+from . import source_flags
 
 _SCORED_BYTES = 5_000_000
 

@@ -2,7 +2,7 @@
 
 from gptjax.config.checks import INT32_MAX, Fault, UserError, divisors, operation, os_mistake
 from gptjax.config.fields import checked, differences, flatten, from_json, override, read_config, to_json, unescaped
-from gptjax.config.flags import describe, docstrings, exit_stack, exit_status, load, own_flags, run
+from gptjax.config.flags import describe, docstrings, exit_stack, exit_status, load, own_flags, run, shipped
 from gptjax.config.mesh import AXES, AXIS_NAMES, MATRIX_AXIS, REST_AXIS, ROW_AXES, SLICE_AXES, STATE_AXIS, MeshAxis, MeshConfig
 from gptjax.config.model import ComputeConfig, ModelConfig, RopeConfig
 from gptjax.config.schema import (

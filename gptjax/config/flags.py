@@ -37,17 +37,26 @@ _ADAPTED = ('model.dropout', 'model.rope.', 'model.window', 'model.global_every'
 _HELP_FLAGS = {'--help', '-help', '-h', '-?', '--helpshort'}
 
 
+def shipped(path: pathlib.Path | str) -> pathlib.Path:
+  """A path or, if nothing is there, that of a file of gptjax's own configs/: in the package of a wheel, or beside it in a checkout."""
+  path = pathlib.Path(path)
+  if path.exists() or path.parts[:1] != ('configs',):
+    return path
+  return next((folder / path for folder in pathlib.Path(__file__).parents[1:3] if (folder / path).exists()), path)
+
+
 def load(path: str) -> Config:
   """The config of a recipe, a Python file with `get_config() -> Config`, or of a run's config.json; a UserError, with the line, if that
   fails."""
-  if not pathlib.Path(path).is_file():
+  file = shipped(path)
+  if not file.is_file():
     raise _no_recipe(path)
   if path.endswith('.json'):
-    return read_json(pathlib.Path(path))
+    return read_json(file)
   # Compiled rather than imported: an import would write a __pycache__ next to the recipes, and trust it.
   recipe: dict[str, Any] = {'__name__': 'recipe', '__file__': path}
   try:
-    exec(compile(pathlib.Path(path).read_bytes(), path, 'exec'), recipe)
+    exec(compile(file.read_bytes(), path, 'exec'), recipe)
     if not callable(recipe.get('get_config')):
       raise UserError(path, 'no get_config', 'a recipe, a Python file with get_config() -> Config')
     config = recipe['get_config']()
@@ -66,7 +75,7 @@ def load(path: str) -> Config:
 
 def _no_recipe(path: str) -> UserError:
   folders = dict.fromkeys([*([pathlib.Path(path).parent] if path else []), pathlib.Path('configs')])
-  there = {file.stem: str(file) for folder in folders for file in sorted(folder.glob('*.py'))}
+  there = {file.stem: str(folder / file.name) for folder in folders for file in sorted(shipped(folder).glob('*.py'))}
   if path and (run := pathlib.Path(path) / 'config.json').is_file():
     there = {pathlib.Path(path).stem: str(run)}
   expected = ', '.join(there.values()) or 'a recipe, a Python file with get_config() -> Config'
@@ -274,12 +283,13 @@ def _help_sections(config: Any, prefix: str = '', title: str = '') -> dict[str, 
 def help_text(config: Config | None) -> str:
   """Returns the help text, with the values of a config as the defaults of its fields."""
   main = sys.modules['__main__']
-  program = f'-m {main.__spec__.name}' if main.__spec__ else sys.argv[0]
+  script = f'python {sys.argv[0]}' if sys.argv[0].endswith('.py') else os.path.basename(sys.argv[0])
+  program = f'python -m {main.__spec__.name}' if main.__spec__ else script
   own = [(f'--{flag.name}' + ('' if flag.default is None else f'={shown(flag.default)}'), flag.help or '') for flag in own_flags()]
   sections = {'flags': [*own, ('--help', 'show this help and exit')]}
-  usage = f'usage: python {program} [--FLAG=VALUE ...]'
+  usage = f'usage: {program} [--FLAG=VALUE ...]'
   if config is not None:
-    usage = f'usage: python {program} --config=configs/NAME.py [--config.FIELD=VALUE ...] [--FLAG=VALUE ...]'
+    usage = f'usage: {program} --config=configs/NAME.py [--config.FIELD=VALUE ...] [--FLAG=VALUE ...]'
     recipe = ('--config', "recipe, a Python file with get_config() -> Config, or a run's config.json; its values are shown below")
     sections = {'flags': [recipe, *sections['flags']]} | _help_sections(config)
   width = min(shutil.get_terminal_size((100, 24)).columns, 120)

@@ -9,7 +9,7 @@ from lm_eval import evaluator
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
-from gptjax.config import UserError
+from gptjax.config import UserError, shipped
 from gptjax.files import expanded
 
 _BOOTSTRAP_ITERATIONS = 100
@@ -36,10 +36,11 @@ class Tasks:
   def __init__(self, names: Sequence[str], path: str = 'configs/tasks', data: str = '', limit: int = 0, fewshot: int | None = None):
     logging.getLogger('lm_eval').setLevel(logging.ERROR)
     self._limit = limit or None
-    if not expanded(path).is_dir():
+    folder = shipped(expanded(path))
+    if not folder.is_dir():
       raise UserError('--task_path', path, 'a folder of task files (YAML)')
     # A task's data_files and custom_dataset get the folder from its metadata.
-    found = {'include_path': expanded(path), 'metadata': {'task_data': str(expanded(data))} if data else {}}
+    found = {'include_path': folder, 'metadata': {'task_data': str(expanded(data))} if data else {}}
     manager = TaskManager(include_defaults=False, **found)
     own = manager.all_tasks
     if not set(names) <= set(own):

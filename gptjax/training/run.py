@@ -158,6 +158,7 @@ def _commit() -> str:
   folder = Path(__file__).parent
   git = lambda *args: subprocess.run(['git', '-C', folder, *args], capture_output=True, text=True, check=True).stdout.strip()
   try:
+    git('ls-files', '--error-unmatch', __file__)  # an installed package may lie within another project's repository
     return git('rev-parse', '--short', 'HEAD') + (' with changes' if git('status', '--porcelain') else '')
   except (OSError, subprocess.CalledProcessError):
     return 'unknown'

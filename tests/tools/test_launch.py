@@ -81,6 +81,16 @@ def test_an_end_from_outside_ends_all(number, status, tmp_path):
   assert finish(process)[0] == status and not alive(tmp_path)
 
 
+def test_a_signal_while_processes_are_started_reaches_all(tmp_path):
+  launcher = ('import os, signal, subprocess, sys; from tools.launch import local; start, numbers = subprocess.Popen, [signal.SIGTERM]\n'
+              'def signalled(*args, **options):\n'
+              '  if numbers: os.kill(os.getpid(), numbers.pop())\n'
+              '  return start(*args, **options)\n'
+              'subprocess.Popen = signalled; sys.exit(local.launch(sys.argv[2:], 2, 1))')
+  status, out, _ = finish(launch(body='import time; time.sleep(30); print("late")', launcher=('-c', launcher)))
+  assert (status, out) == (143, '')
+
+
 def test_no_command_is_one_line():
   done = subprocess.run([sys.executable, '-m', 'tools.launch.local', '--devices=1'], cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 2 and done.stderr.startswith('error: command: None, expected: a command after --')

@@ -11,9 +11,9 @@ from pathlib import Path
 from absl import flags
 
 from gptjax import config as configs
-from tools.bench import generation, step
-from tools.bench.contest import OURS, Contest, compare, serve
-from tools.bench.machine import machine
+from . import generation, step
+from .contest import OURS, Contest, compare, serve
+from .machine import machine
 
 CONTESTS: dict[str, tuple[str, Contest]] = {
   **{name: ('training', step.contest(shape)) for name, shape in step.SHAPES.items()},

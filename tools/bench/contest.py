@@ -68,7 +68,7 @@ def serve(contest: Contest, implementation: str) -> None:
 @contextlib.contextmanager
 def _worker(name: str, implementation: str) -> Iterator[Callable[[], Cost]]:
   """A warm worker process; calling it measures a round."""
-  command = [sys.executable, '-m', 'tools.bench', f'--worker={implementation}', f'--only={name}']
+  command = [sys.executable, '-m', __package__, f'--worker={implementation}', f'--only={name}']
   # Idle torch threads spin by default and would slow down whoever is being timed.
   environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'OMP_WAIT_POLICY': 'PASSIVE', 'KMP_BLOCKTIME': '0'}
   process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,

@@ -9,7 +9,7 @@ import numpy as np
 
 from gptjax import config as configs
 from gptjax import heap
-from tools.bench.contest import OURS, Contest
+from .contest import OURS, Contest
 
 NEW = 128
 """tokens added to each prompt"""

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 from absl import flags
 
@@ -47,8 +48,7 @@ def launch(command: list[str], processes: int, devices: int = 0) -> int:
   running: list[subprocess.Popen] = []
   relays: list[threading.Thread] = []
   coordinator = f'localhost:{_free_port()}'
-  if threading.current_thread() is threading.main_thread():
-    _forward(running)
+  forward = _forward(running) if threading.current_thread() is threading.main_thread() else lambda: None
   try:
     for index in range(processes):
       more = [f'--coordinator={coordinator}', f'--processes={processes}', f'--process={index}']
@@ -58,6 +58,7 @@ def launch(command: list[str], processes: int, devices: int = 0) -> int:
       # Own process groups, so that child processes such as data workers end with them.
       process = subprocess.Popen([*command, *more], env=environment, process_group=0, **pipes)
       running.append(process)
+      forward()
       if index:
         relays.append(threading.Thread(target=_relay, args=(process, index), daemon=True))
         relays[-1].start()
@@ -113,20 +114,31 @@ def _free_port() -> int:
     return found.getsockname()[1]
 
 
-def _forward(running: list[subprocess.Popen]) -> None:
-  """Forwards the first signal to all; the second one, and SIGHUP, end them through `finally`."""
+def _forward(running: list[subprocess.Popen]) -> Callable[[], None]:
+  """Forwards the first signal to all; the second one, and SIGHUP, end them through `finally`. Returns a function that forwards an earlier
+  signal to processes that were started after it."""
+  received: list[int] = []
+  told: set[int] = set()
+
   def end(number, frame):
     sys.exit(128 + number)
 
   def forward(number, frame):
     for one in (signal.SIGTERM, signal.SIGINT):
       signal.signal(one, end)
-    for process in running:
-      process.send_signal(number)
+    received.append(number)
+    tell()
+
+  def tell():
+    for process in running if received else ():
+      if process.pid not in told:
+        told.add(process.pid)
+        process.send_signal(received[0])
 
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, forward)
   signal.signal(signal.SIGHUP, end)
+  return tell
 
 
 def main(_) -> int:
