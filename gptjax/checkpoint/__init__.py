@@ -1,4 +1,5 @@
-"""Saving, verifying and restoring checkpoints. All Orbax code is in this package."""
+"""Saving, verifying and restoring checkpoints. All Orbax code is in this package, in `arrays`."""
 
-from gptjax.checkpoint.checkpoints import DAMAGED, Checkpoints, Progress, Retention, by_name
+from gptjax.checkpoint.arrays import PARAMETERS, by_name
+from gptjax.checkpoint.checkpoints import DAMAGED, Checkpoints, Progress, Retention
 from gptjax.checkpoint.trained import Contents, Restorer, Trained, load_trained

@@ -1,7 +1,7 @@
-"""Checkpoints of a run: Orbax writes and reads the arrays; this module commits, verifies, selects and removes checkpoints.
+"""Checkpoints of a run: this module commits, verifies, selects and removes them.
 
 A checkpoint is a folder named after its step. It is written to a temporary folder that is renamed atomically once all files and a
-manifest of their checksums are on the disk, and verified before it is loaded, since Orbax does not notice a flipped bit. Orbax's own
+manifest of their checksums are on the disk. What is loaded is verified first, since Orbax does not notice a flipped bit. Orbax's own
 Checkpointer is not used: it commits before a manifest could be written, and its retention policies count damaged checkpoints.
 """
 
@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from orbax.checkpoint import v1 as ocp
+import numpy as np
 
-from gptjax.checkpoint.manifest import Damaged, read_manifest, streaming_checksums, verify, write_manifest
+from gptjax.checkpoint.arrays import FOLDERS, by_name, load, save, stored, usable
+from gptjax.checkpoint.manifest import Damaged, read_manifest, streaming_checksums, verify, write_manifest, write_part
 from gptjax.checkpoint.staging import HostStaging
 from gptjax.config import Fault, UserError
 from gptjax.data.progress import announce
@@ -28,7 +29,7 @@ from gptjax.distributed import all_gather, broadcast, is_primary, process_group
 from gptjax.files import sync
 from gptjax.model import Parameters
 
-VERSION = 1
+VERSION = 2
 """Of the names of arrays and of the facts in the manifest; a checkpoint of another version is refused."""
 DAMAGED = 'damaged'
 """Folder next to `checkpoints` to which damaged ones are moved."""
@@ -66,11 +67,12 @@ class Checkpoints:
   """The checkpoints in one folder. Saves run in the background. A context manager that waits for them.
 
   Without `retention` it only reads; otherwise the caller is the only run that writes here, and leftovers of killed runs are removed.
-  `extra_files` are files and folders to copy into each checkpoint.
+  `extra_files` are files and folders to copy into each checkpoint. `folders` are those of the arrays that are loaded, and so verified.
   """
 
-  def __init__(self, directory: Path, retention: Retention | None = None, extra_files: tuple[Path, ...] = ()):
-    self._directory, self._retention, self._extra_files = directory.absolute(), retention, extra_files
+  def __init__(self, directory: Path, retention: Retention | None = None, extra_files: tuple[Path, ...] = (),
+               folders: tuple[str, ...] = FOLDERS):
+    self._directory, self._retention, self._extra_files, self._folders = usable(directory), retention, extra_files, folders
     self._pending: Future | None = None
     self._verified: set[int] = set()
     self._staging = HostStaging()
@@ -154,31 +156,35 @@ class Checkpoints:
     facts = {'version': VERSION, 'progress': dataclasses.asdict(progress),
              'loss': loss if loss is not None and math.isfinite(loss) else None,
              'saved': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}
-    with self._user_errors(), _context():
-      written = ocp.save_async(saving, state if waits else self._staging.copy(state), overwrite=True).result
-    self._pending = self._background.submit(self._finish, written, saving, progress.step, facts)
+    with self._user_errors():
+      written = save(saving, state if waits else self._staging.copy(state))
+    self._pending = self._background.submit(self._finish, written, saving, progress.step, facts, by_name(state, np.shape))
     if waits:
       self.wait()
 
-  def _finish(self, written: Callable[[], None], saving: Path, step: int, facts: dict[str, Any]) -> None:
+  def _finish(self, written: Callable[[], None], saving: Path, step: int, facts: dict[str, Any],
+              shapes: dict[str, tuple[int, ...]]) -> None:
     try:
       with streaming_checksums(saving, process_group().index) as checksums:
         written()
+      write_part(saving, process_group().index, checksums)
       if is_primary():
-        self._commit(saving, step, facts, checksums)
+        self._commit(saving, step, facts, shapes)
     except BaseException:
       if is_primary():  # frees the space; Orbax's threads may still write, and the next start removes their files
         for path in saving.parent.glob(f'{saving.name}*'):
           shutil.rmtree(path, ignore_errors=True)
       raise
 
-  def _commit(self, saving: Path, step: int, facts: dict[str, Any], known: Mapping[int, tuple[int, str]]) -> None:
+  def _commit(self, saving: Path, step: int, facts: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+    if _shapes(saving) != shapes:
+      raise Fault(f'{saving}: Orbax cannot read back what it has written, expected: a checkpoint with all arrays of the state')
     if step in self.steps():  # committed already by a save that failed in another process, and that all have repeated
       shutil.rmtree(saving)
     else:
       for path in self._extra_files:
         shutil.copytree(path, saving / path.name) if path.is_dir() else shutil.copyfile(path, saving / path.name)
-      write_manifest(saving, facts, known)
+      write_manifest(saving, facts, process_group().count)
       saving.rename(self.folder(step))
       sync(self._directory)
     assert self._retention
@@ -203,7 +209,12 @@ class Checkpoints:
 
   def restore(self, step: int, state: Any) -> tuple[Any, Progress]:
     """Loads a checkpoint with the dtypes and shardings of an abstract tree; raises a UserError if it is damaged, or has other shapes."""
-    return self._load(step, state), self.progress(step)
+    wanted, found = by_name(state), self._stored(step)
+    self._check(step, wanted, found)
+    if more := sorted(found.keys() - wanted.keys()):
+      raise self._unfit(step, f'it also has {", ".join(more[:3])}')
+    arrays = self._load(step, wanted)
+    return jax.tree.unflatten(jax.tree.structure(state), [arrays[name] for name in wanted]), self.progress(step)
 
   def progress(self, step: int) -> Progress:
     """Returns the progress stored in a checkpoint."""
@@ -218,12 +229,12 @@ class Checkpoints:
 
   def restore_parameters(self, step: int, parameters: dict[str, jax.ShapeDtypeStruct]) -> Parameters:
     """As `restore`, but loads only the parameters of a TrainState, without allocating its optimizer state."""
-    stored = self._shapes(step)
-    parts: dict[str, dict[str, jax.ShapeDtypeStruct]] = {'trained': {}, 'frozen': {}}
-    for name, shape in parameters.items():
-      parts['frozen' if f'frozen/{name}' in stored else 'trained'][name] = shape
-    loaded = self._load(step, {part: wanted for part, wanted in parts.items() if wanted}, partial=True)
-    return {name: array for part in loaded.values() for name, array in part.items()}
+    found = self._stored(step)
+    full = {name: f'frozen/{name}' if f'frozen/{name}' in found else f'trained/{name}' for name in parameters}
+    wanted = {full[name]: leaf for name, leaf in parameters.items()}
+    self._check(step, wanted, found)
+    arrays = self._load(step, wanted)
+    return {name: arrays[full[name]] for name in parameters}
 
   def close(self) -> None:
     """Waits for the pending save."""
@@ -239,35 +250,34 @@ class Checkpoints:
     with contextlib.suppress(*[UserError] if error else []):  # report only the error that ends the run
       self.close()
 
-  def _load(self, step: int, wanted: Any, partial: bool = False) -> Any:
-    found, expected = self._shapes(step), by_name(wanted, lambda leaf: tuple(leaf.shape))
+  def _check(self, step: int, wanted: dict[str, jax.ShapeDtypeStruct], found: dict[str, tuple[int, ...]]) -> None:
+    for name, leaf in wanted.items():
+      if found.get(name) != leaf.shape:
+        raise self._unfit(
+          step, f'it has {f"{list(found[name])} instead of {list(leaf.shape)} for " if name in found else "no "}{name}')
+
+  def _load(self, step: int, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     folder = self.folder(step)
-    for name, shape in expected.items():
-      if found.get(name) != shape:
-        raise self._unfit(step, f'it has {f"{list(found[name])} instead of {list(shape)} for " if name in found else "no "}{name}')
-    if not partial and (more := sorted(found.keys() - expected.keys())):
-      raise self._unfit(step, f'it also has {", ".join(more[:3])}')
     try:
-      with _context(partial):
-        return ocp.load(folder, wanted)
+      return load(folder, wanted)
     except Exception as error:
       # Orbax wraps every failure in one about its handlers.
       words = ' '.join(str(error.__cause__ or error).split())[:300]
       raise Fault(f'{folder}: {words}, expected: a checkpoint that can be loaded') from error
 
-  def _shapes(self, step: int) -> dict[str, tuple[int, ...]]:
+  def _stored(self, step: int) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of the arrays of an intact checkpoint by name."""
     if wrong := self._wrong(step):
       raise self._unfit(step, f'it is damaged: {wrong}')
     folder = self.folder(step)
     if (version := read_manifest(folder)['facts'].get('version')) != VERSION:
       raise self._unfit(step, f'it has version {version}, and this code reads version {VERSION}')
-    return by_name(ocp.metadata(folder).metadata, lambda leaf: tuple(leaf.shape))
+    return _shapes(folder, self._folders)
 
   def _wrong(self, step: int) -> str:
     """Returns in which way a checkpoint is damaged, '' if it is intact; every process reads a part of its files."""
     group = process_group()
-    mine = '' if step in self._verified else verify(self.folder(step), group.index, group.count)
+    mine = '' if step in self._verified else verify(self.folder(step), {*FOLDERS}.difference(self._folders), group.index, group.count)
     wrong = next(filter(None, all_gather('verify', mine)), '')
     if not wrong:
       self._verified.add(step)
@@ -292,7 +302,7 @@ class Checkpoints:
       full, text = (errno.ENOSPC, errno.EDQUOT), ' '.join(str(error).split())
       if getattr(error, 'errno', None) in full or any(os.strerror(code) in text for code in full):  # TensorStore has only texts
         expected = 'a disk with space left'
-      elif 'DEADLINE_EXCEEDED' in text:
+      elif isinstance(error, TimeoutError) or 'DEADLINE_EXCEEDED' in text:
         expected = 'a save that all processes complete; another process failed'
       elif isinstance(error, OSError) or 'PERMISSION_DENIED' in text or 'NOT_FOUND' in text:
         expected = f'a writable folder; {text[:200]}'
@@ -301,19 +311,10 @@ class Checkpoints:
       raise UserError('checkpoint', str(self._directory), expected) from error
 
 
-def by_name(tree: Any, function: Callable[[Any], Any]) -> dict[str, Any]:
-  """A function's values on the leaves of a tree, or of Orbax's metadata of one, by names such as 'trained/NAME'."""
-  return {jax.tree_util.keystr(path, simple=True, separator='/'): function(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
+def _shapes(folder: Path, folders: tuple[str, ...] = FOLDERS) -> dict[str, tuple[int, ...]]:
+  return {name: tuple(found.shape) for name, found in stored(folder, folders).items()}
 
 
 def _best(losses: Mapping[int, float]) -> int:
   """Returns the step with the lowest loss; of equal ones the newest."""
   return min(losses, key=lambda step: (losses[step], -step))
-
-
-def _context(partial: bool = False) -> ocp.Context:
-  context = ocp.Context()
-  # Weights do not compress, and without compression a save needs no second copy of the state in memory.
-  context.array.saving.use_compression = False
-  context.pytree.loading.partial_load = partial
-  return context

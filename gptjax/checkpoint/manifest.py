@@ -1,5 +1,7 @@
 """The manifest of a checkpoint: its metadata and the XXH3 checksum of every file. It is written last, and verified before use.
 
+Each process writes a part with the checksums of its own arrays, and process 0 joins these, so that no process reads the files of another.
+
 128 bits detect the damage that disks and networks do, at the speed of memory. Large files are hashed while they are written, and then
 dropped from the system's page cache: on virtual machines whose host reclaims unused memory, allocating it is most of the cost of a save.
 """
@@ -9,7 +11,8 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,9 +20,13 @@ from typing import Any
 from xxhash import xxh3_128 as Digest
 
 from gptjax.data import cores
-from gptjax.files import sync
+from gptjax.files import read_json, sync, write_json
 
 MANIFEST = 'manifest.json'
+_PART = 'manifest.{}.part'
+"""Of the process with this index, while a checkpoint is being written."""
+_PATIENCE = 300.0
+"""Seconds that process 0 waits for the parts of others, which are written at the same time as its own."""
 _PAUSE = 0.01
 """Seconds between two scans of the files, in which a few _CHUNK_BYTES are written."""
 _CHUNK_BYTES = 2**20
@@ -30,16 +37,34 @@ class Damaged(Exception):
   """A checkpoint differs from what was written; the text names the file and the difference."""
 
 
-def write_manifest(folder: Path, facts: dict[str, Any], known: Mapping[int, tuple[int, str]] = {}) -> None:
-  """Writes the manifest of a folder and syncs both to disk; `known`: inode -> (size, XXH3) of files that need not be read again."""
-  files = sorted(path for path in folder.rglob('*') if path.is_file())
-  # At most half of the cores, since training continues.
-  with ThreadPoolExecutor(max(1, cores() // 2)) as pool:
-    found = dict(zip((str(path.relative_to(folder)) for path in files), pool.map(lambda path: _entry(path, known), files)))
-  content = {'facts': facts, 'files': found}
+def write_part(folder: Path, process: int, known: Mapping[int, tuple[int, str]]) -> None:
+  """Writes a process's part of the manifest: its files of arrays. `known`: inode -> (size, XXH3) of those that need not be read again."""
+  write_json(folder / _PART.format(process), _entries(folder, folder.glob(f'*/ocdbt.process_{process}/**/*'), known))
+
+
+def write_manifest(folder: Path, facts: dict[str, Any], processes: int = 0) -> None:
+  """Joins the parts of all processes with the checksums of the other files, and syncs the folder to disk.
+
+  Raises a TimeoutError if a part is missing, since its process failed.
+  """
+  parts = [_wait_for(folder / _PART.format(process)) for process in range(processes)]
+  found = {name: entry for part in parts for name, entry in read_json(part).items()}
+  for part in parts:
+    part.unlink()
+  found |= _entries(folder, (path for path in folder.rglob('*') if str(path.relative_to(folder)) not in found))
+  content = {'facts': facts, 'files': dict(sorted(found.items()))}
   (folder / MANIFEST).write_text(json.dumps({'xxh3': _self_digest(content), **content}, indent=1) + '\n')
   for path in (*folder.rglob('*'), folder):
     sync(path)
+
+
+def _wait_for(path: Path) -> Path:
+  deadline = time.monotonic() + _PATIENCE
+  while not path.exists():
+    if time.monotonic() > deadline:
+      raise TimeoutError(f'{path} is missing')
+    time.sleep(_PAUSE)
+  return path
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -58,13 +83,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
   return content
 
 
-def verify(folder: Path, part: int = 0, parts: int = 1) -> str:
-  """The first damage found in a part of a checkpoint's files, '' if there is none; raises an OSError if a file cannot be read now."""
+def verify(folder: Path, unread: Collection[str] = (), part: int = 0, parts: int = 1) -> str:
+  """The first damage found in a part of a checkpoint's files, '' if there is none; raises an OSError if a file cannot be read now.
+
+  Files below the folders `unread` are left out.
+  """
   try:
     files = read_manifest(folder)['files']
   except Damaged as damaged:
     return str(damaged)
-  mine = list(files.items())[part::parts]
+  mine = [(name, entry) for name, entry in files.items() if name.partition('/')[0] not in unread][part::parts]
   with ThreadPoolExecutor(cores()) as pool:
     return next(filter(None, pool.map(lambda item: _difference(folder, item[0], *item[1]), mine)), '')
 
@@ -90,10 +118,17 @@ def _naming(path: Path) -> Iterator[None]:
     raise OSError(error.errno, error.strerror, str(path)) from error  # OSError() returns the subclass for the number
 
 
-def _entry(path: Path, known: Mapping[int, tuple[int, str]]) -> tuple[int, str]:
-  status = path.stat()
-  size, digest = known.get(status.st_ino, (-1, ''))
-  return (size, digest) if size == status.st_size else (status.st_size, _digest(path))
+def _entries(folder: Path, paths: Iterable[Path], known: Mapping[int, tuple[int, str]] = {}) -> dict[str, tuple[int, str]]:
+  """Returns (size, XXH3) of the files among paths, by their names in a folder."""
+  def entry(path: Path) -> tuple[int, str]:
+    status = path.stat()
+    size, digest = known.get(status.st_ino, (-1, ''))
+    return (size, digest) if size == status.st_size else (status.st_size, _digest(path))
+
+  files = sorted(path for path in paths if path.is_file())
+  # At most half of the cores, since training continues.
+  with ThreadPoolExecutor(max(1, cores() // 2)) as pool:
+    return dict(zip((str(path.relative_to(folder)) for path in files), pool.map(entry, files)))
 
 
 def _digest(path: Path) -> str:

@@ -7,9 +7,9 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
-from orbax.checkpoint import v1 as ocp
 
-from gptjax.checkpoint.checkpoints import Checkpoints, by_name
+from gptjax.checkpoint.arrays import PARAMETERS, load, stored, usable
+from gptjax.checkpoint.checkpoints import Checkpoints
 from gptjax.checkpoint.manifest import verify
 from gptjax.config import MATRIX_AXIS, Config, MeshConfig, UserError, read_config
 from gptjax.model import AbstractModel, Parameters, abstract_model, attention_backend
@@ -57,7 +57,7 @@ class Restorer:
     trained_on = self.config.mesh.sizes[MATRIX_AXIS]
     self.mesh = make_mesh(MeshConfig(**{MATRIX_AXIS: model_axis or (1 if jax.device_count() % trained_on else trained_on)}))
     check_heads(self.config.model, self.mesh)
-    self.checkpoints = Checkpoints(workdir / 'checkpoints')
+    self.checkpoints = Checkpoints(workdir / 'checkpoints', folders=(PARAMETERS,))
 
   def restore(self, step: int) -> Trained:
     """Restores the parameters of a step in the dtypes that the model computes with; a UserError if they do not fit the run's config."""
@@ -71,13 +71,11 @@ class Contents:
   """Tensors of an intact checkpoint (else a UserError): 'step', 'trained/NAME', 'frozen/NAME', 'optimizer/.../NAME', 'statistics/...'."""
 
   def __init__(self, folder: Path):
+    self._folder = usable(folder)
     if wrong := verify(folder):
       raise UserError('checkpoint', str(folder), f'an intact checkpoint; {wrong}')
-    self._folder = folder.absolute()
-    metadata, sharding = ocp.metadata(self._folder).metadata, SingleDeviceSharding(jax.local_devices()[0])
-    self._tree = jax.tree.structure(metadata)
-    self.shapes: dict[str, jax.ShapeDtypeStruct] = by_name(
-      metadata, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding))
+    sharding = SingleDeviceSharding(jax.local_devices()[0])
+    self.shapes = {name: jax.ShapeDtypeStruct(found.shape, found.dtype, sharding=sharding) for name, found in stored(self._folder).items()}
 
   def read(self, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
     """Yields these tensors in order, with only some of them in memory at a time."""
@@ -90,8 +88,6 @@ class Contents:
     yield from self._load(chunk)
 
   def _load(self, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-    wanted = [shape if name in names else ocp.PLACEHOLDER for name, shape in self.shapes.items()]
-    loaded = ocp.load(self._folder, jax.tree.unflatten(self._tree, wanted))
-    leaves = dict(zip(self.shapes, jax.tree.leaves(loaded, is_leaf=lambda leaf: leaf is ocp.PLACEHOLDER)))
+    loaded = load(self._folder, {name: self.shapes[name] for name in names})
     for name in names:
-      yield name, np.asarray(leaves[name])
+      yield name, np.asarray(loaded[name])

@@ -4,7 +4,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from gptjax.checkpoint import Checkpoints
+from gptjax.checkpoint import PARAMETERS, Checkpoints
 from gptjax.config import Config, MeshConfig, UserError, read_config
 from gptjax.data import Tokenizer, load_tokenizer
 from gptjax.files import atomic_directory, read_json, write_json
@@ -45,7 +45,8 @@ def export_run(workdir: Path, folder: Path, *, step: str = 'latest', dtype: str 
   chosen = check.resolved()
   tokens = chosen.tokens(tokenizer, matched.model)
   mesh = make_mesh(MeshConfig())
-  with contextlib.closing(Checkpoints(workdir / 'checkpoints')) as checkpoints, atomic_directory(folder, resumes=False) as out:
+  reader = Checkpoints(workdir / 'checkpoints', folders=(PARAMETERS,))
+  with contextlib.closing(reader) as checkpoints, atomic_directory(folder, resumes=False) as out:
     assert out, 'the folder did not exist'
     number = checkpoints.resolve(step)
     if kept.exists():

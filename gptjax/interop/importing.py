@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 from gptjax import config as configs
-from gptjax.checkpoint import Checkpoints, Progress, Retention
+from gptjax.checkpoint import PARAMETERS, Checkpoints, Progress, Retention
 from gptjax.config import ComputeConfig, Config, DataConfig, MeshConfig, UserError
 from gptjax.data import Prepared, export, load_tokenizer
 from gptjax.data.progress import ProgressBar
@@ -92,7 +92,7 @@ def import_folder(folder: Path, workdir: Path, *, context: int = 0, scan: bool =
       checkpoints.save(Progress(), {'trained': parameters}, None, waits=True)  # which needs no second copy in memory
       del parameters
     if chosen.kind != 'none':
-      with contextlib.closing(Checkpoints(out / 'checkpoints')) as checkpoints:
+      with contextlib.closing(Checkpoints(out / 'checkpoints', folders=(PARAMETERS,))) as checkpoints:
         summary.append(compare_tensors(checkpoints, 0, matched, devices, entries))
     if ours is not None:
       summary.append(compare_logits(ours, their_logits(folder, tokens), chosen.tolerance))

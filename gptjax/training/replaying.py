@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 
 from gptjax.checkpoint import Checkpoints, Progress
+from gptjax.checkpoint.arrays import FOLDERS
 from gptjax.checkpoint.manifest import verify
 from gptjax.config import Config, UserError, read_config
 from gptjax.data import prepare
@@ -82,7 +83,7 @@ def replay(workdir: Path, step: int, cache_dir: Path) -> Iterator[Replayed]:
 def _config_at(workdir: Path, checkpoints: Checkpoints, step: int) -> Config:
   """The config of a step, which is that of the first checkpoint at or after it, but with the mesh and data of the workdir."""
   now, folders = read_config(workdir), [checkpoints.folder(one) for one in checkpoints.steps() if one >= step]
-  then = next((read_config(folder) for folder in folders if not verify(folder)), now)
+  then = next((read_config(folder) for folder in folders if not verify(folder, unread=FOLDERS)), now)
   return dataclasses.replace(then, mesh=now.mesh, zero_stage=now.zero_stage, data=now.data)
 
 

@@ -14,7 +14,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from gptjax import config as configs
-from gptjax.checkpoint import Checkpoints, Progress, by_name
+from gptjax.checkpoint import PARAMETERS, Checkpoints, Progress, by_name
 from gptjax.checkpoint.manifest import MANIFEST
 from gptjax.config import Config, UserError, in_unit_of_steps, read_config
 from gptjax.data import Prepared, Tokenizer, export, load_tokenizer
@@ -173,10 +173,10 @@ def initial_state(run: Run, tokenizer: Tokenizer) -> tuple[TrainState, str]:
 def _open(path: Path) -> tuple[Checkpoints, int, Path, Path]:
   """The checkpoints, step, folder of the config and folder of the tokenizer of one checkpoint, or of a workdir's newest."""
   if (path / MANIFEST).exists() and path.name.isdecimal():
-    return Checkpoints(path.parent), int(path.name), path, path / 'tokenizer'
+    return Checkpoints(path.parent, folders=(PARAMETERS,)), int(path.name), path, path / 'tokenizer'
   if not (path / 'config.json').exists():
     raise UserError('init_from', str(path), 'a folder that gptjax.train or tools.import_hf made, or one of its checkpoints/STEP')
-  checkpoints = Checkpoints(path / 'checkpoints')
+  checkpoints = Checkpoints(path / 'checkpoints', folders=(PARAMETERS,))
   newest = checkpoints.newest()
   if newest is None:
     raise UserError('init_from', str(path), 'a run that has a checkpoint')

@@ -3,7 +3,8 @@
   python -m tests.acceptance.kept_state --config=... --workdir=DIR
 
 writes DIR/saved-STEP.PROCESS.npz with the parts of every array that the devices of this process hold, and restored-STEP.PROCESS.npz;
-and in rows.PROCESS a line for each row that they were given: its batch, counted from the start, its place in it, and its digest.
+and in rows.PROCESS a line for each row that they were given: its batch, counted from the start, its place in it, and its digest; and in
+hashed-PROCESSES.PROCESS the files that it read to know their checksums.
 """
 
 import itertools
@@ -20,9 +21,9 @@ from tools.row_digests import digests
 
 
 def main(config: configs.Config) -> int:
-  from gptjax.checkpoint import Checkpoints
+  from gptjax.checkpoint import Checkpoints, manifest
   from gptjax.training import run
-  save, restore = Checkpoints.save, Checkpoints.restore
+  save, restore, digest = Checkpoints.save, Checkpoints.restore, manifest._digest
 
   def keep_and_save(self, progress, state, *more, **named):
     _keep(f'saved-{progress.step}', state)
@@ -41,6 +42,13 @@ def main(config: configs.Config) -> int:
       file.writelines(f'{number} {row} {digest}\n' for row, digest in digests(placed))
     return placed
 
+  def digest_and_tell(path):
+    group = process_group()
+    with Path(flags.FLAGS.workdir, f'hashed-{group.count}.{group.index}').open('a') as file:
+      print(path, path.stat().st_size, file=file)
+    return digest(path)
+
+  manifest._digest = digest_and_tell
   Checkpoints.save, Checkpoints.restore = keep_and_save, restore_and_keep
   run.put_rows = place_and_tell
   return train.main(config)

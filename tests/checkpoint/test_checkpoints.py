@@ -152,7 +152,7 @@ def test_a_checkpoint_of_another_config_is_a_one_line_error(change, tmp_path):
   assert '\n' not in str(caught.value) and len(str(caught.value)) < 600
 
 
-@pytest.mark.parametrize('lost', ['state', 'manifest.json', 'state/manifest.ocdbt', 'state/_METADATA'])
+@pytest.mark.parametrize('lost', ['training', 'manifest.json', 'training/manifest.ocdbt', 'training/_METADATA'])
 def test_a_damaged_checkpoint_is_a_one_line_error_and_others_still_load(lost, tmp_path):
   saved(tmp_path, (1, 2)).close()
   path = tmp_path / '2' / lost

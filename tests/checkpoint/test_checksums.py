@@ -20,7 +20,7 @@ SIZE = 3 * 2**20 + 5
 
 
 def folder(tmp_path: Path, process: int = 0) -> Path:
-  made = tmp_path / '7.saving.for-now' / 'state' / f'ocdbt.process_{process}' / 'd'
+  made = tmp_path / '7.saving.for-now' / 'training' / f'ocdbt.process_{process}' / 'd'
   made.mkdir(parents=True)
   return made
 
@@ -78,7 +78,8 @@ def test_a_file_that_changed_after_it_was_read_is_read_again(tmp_path):
   with streaming_checksums(tmp_path / '7.saving', 0) as followed:
     path.write_bytes(b'a part')
   path.write_bytes(b'all of it')
-  manifest.write_manifest(complete, {}, followed)
+  manifest.write_part(complete, 0, followed)
+  manifest.write_manifest(complete, {}, 1)
   assert not manifest.verify(complete)
 
 

@@ -6,6 +6,7 @@ import random
 import shutil
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,7 +16,8 @@ from jax.sharding import SingleDeviceSharding
 from tiny import small_disk
 
 from gptjax import start
-from gptjax.checkpoint import Checkpoints, Progress, Retention
+from gptjax.checkpoint import Checkpoints, Progress, Retention, manifest
+from gptjax.checkpoint import checkpoints as checkpoints_module
 from gptjax.config import UserError
 
 SIZE = 2**21  # float32 each of four arrays: a save takes long enough to be killed in
@@ -101,6 +103,34 @@ def test_a_full_disk_is_a_one_line_error_and_loses_no_earlier_checkpoint(tmp_pat
     for step in (2, 3):
       assert_good(resumed, step)
     resumed.close()
+
+
+def test_a_save_that_another_process_did_not_complete_is_no_checkpoint(tmp_path, monkeypatch):
+  join, one = manifest.write_manifest, {'x': np.arange(8.0)}
+
+  def keep_and_join(folder, *more):
+    shutil.copytree(folder, tmp_path / 'killed')  # what a kill leaves here
+    join(folder, *more)
+
+  monkeypatch.setattr(manifest, '_PATIENCE', 0.1)
+  monkeypatch.setattr(checkpoints_module, 'write_manifest', keep_and_join)
+  monkeypatch.setattr(checkpoints_module, 'process_group', lambda: SimpleNamespace(index=0, count=2))
+  folder = tmp_path / 'checkpoints'
+  checkpoints = Checkpoints(folder, Retention())
+  checkpoints.save(Progress(1), one, None)
+  with pytest.raises(UserError, match='expected: a save that all processes complete; another process failed'):
+    checkpoints.wait()
+  assert not list(folder.iterdir())
+  monkeypatch.undo()
+  for name in ('1', '1.saving'):
+    shutil.copytree(tmp_path / 'killed', folder / name)
+  with pytest.raises(UserError, match='all are damaged .1: manifest.json is missing'):
+    Checkpoints(folder).newest()
+  (folder / '1').rename(folder / '1.dropped')
+  with Checkpoints(folder, Retention()) as checkpoints:
+    checkpoints.save(Progress(1), one, None)
+  assert [path.name for path in folder.iterdir()] == ['1'] and Checkpoints(folder).newest() == 1
+  assert not list(folder.rglob('*.part'))
 
 
 def test_threads_of_a_failed_save_print_nothing(monkeypatch, capfd):

@@ -55,6 +55,15 @@ def test_a_step_is_chosen_by_name_or_number(workdir):
     load_trained(folder, '4')
 
 
+@pytest.mark.parametrize('part, step', [('training', 5), ('parameters', 3)])
+def test_only_damage_of_what_is_loaded_matters(part, step, workdir):
+  folder = workdir(1)
+  file = max((folder / 'checkpoints' / '5' / part).rglob('d/*'), key=lambda path: path.stat().st_size)
+  file.write_bytes(file.read_bytes()[:-1] + b'?')
+  assert load_trained(folder).step == step
+  assert Checkpoints(folder / 'checkpoints').newest() == 3  # which a run resumes from
+
+
 def test_a_folder_without_a_run_is_an_error_and_not_changed(workdir, tmp_path):
   with pytest.raises(UserError, match=r"^--workdir: '.*nothing', expected: a folder that gptjax.train made"):
     load_trained(tmp_path / 'nothing')

@@ -92,6 +92,16 @@ def test_one_process_restores_what_two_saved_bit_by_bit(home, two):
   assert all(len(part) > 5 for part in parts) and not {*parts[0]} & {*parts[1]}  # each had a part of its own, as of ZeRO 3
 
 
+def test_each_process_hashes_its_own_arrays(two):
+  workdir, _ = two
+  files = read_json(workdir / 'checkpoints' / '4' / 'manifest.json')['files']
+  assert all(sum(size for name, (size, _) in files.items() if f'ocdbt.process_{process}/d/' in name) > 10_000 for process in range(2))
+  for process in range(2):
+    read = [line.rpartition(' ')[::2] for line in (workdir / f'hashed-2.{process}').read_text().splitlines()]
+    assert read and not any(f'ocdbt.process_{1 - process}/' in name for name, _ in read)
+    assert sum(int(size) for name, size in read if f'/ocdbt.process_{process}/d/' in name) == 0  # hashed while they were written
+
+
 @pytest.mark.full
 def test_two_processes_score_and_sample_as_one_does(home, one, two):
   workdir, _ = two
