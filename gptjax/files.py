@@ -16,7 +16,9 @@ from gptjax.config import UserError, operation
 
 
 def expanded(path: Path | str) -> Path:
-  """Expands ~ as a shell does: unlike pathlib, it leaves the home of an unknown user as it is."""
+  """Expands ~ as a shell does: unlike pathlib, it leaves the home of an unknown user as it is. Raises a UserError for a URL."""
+  if '://' in str(path):
+    raise UserError('path', str(path), 'a path on this machine; only documents and token stores can be read from URLs')
   return Path(os.path.expanduser(path))
 
 

@@ -113,6 +113,8 @@ def test_print_config_and_help_start_nothing(home):
   (['--config.zero_stage=4'], 'zero_stage: 4, expected: 0, 1, 2 or 3'),
   (['--config.batch_size=4', '--cpu_devices=8'], 'batch_size: 4, expected: a multiple of mesh.data=8: 8'),
   (['--config.data.source.path=nowhere/text.txt'], "data.source.path: 'nowhere/text.txt', expected: "),
+  (['--workdir=gs://bucket/run'], "path: 'gs://bucket/run', expected: a path on this machine"),
+  (['--cache_dir=a**b'], "--cache_dir: 'a**b', expected: a path without '**'"),
   (['--profile_steps=3:2'], "--profile_steps: '3:2', expected: "),
   (['--stop_at=-1'], "--stop_at: '-1', expected: "),
   (['steps=3'], "argument: 'steps=3', expected: "),

@@ -29,7 +29,7 @@ def main(_) -> int:
   from gptjax.checkpoint import Checkpoints
   workdir = expanded(_WORKDIR.value)
   checkpoints = Checkpoints(workdir / 'checkpoints')
-  console = Console(highlight=False, soft_wrap=True)
+  console = Console(highlight=False, soft_wrap=True, markup=False)
   if _STEP.value is None:
     if _AGAINST.value:
       raise UserError('--step', None, 'the step to compare with --against')

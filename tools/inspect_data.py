@@ -184,6 +184,7 @@ def _show_shares(console: Console, shares: dict[str, Share], config: Config) -> 
 def _plot(stores: dict[str, TokenStore], batch: Batch | None, shares: dict[str, Share] | None) -> None:
   import matplotlib
   matplotlib.use('Agg')
+  matplotlib.rcParams['text.parse_math'] = False  # names of stores are no formulas
   import matplotlib.pyplot as plt
   panels = 1 + (2 if batch is not None else 0)
   figure, axes = plt.subplots(1, panels, figsize=(6 * panels, 4.5), constrained_layout=True, squeeze=False)

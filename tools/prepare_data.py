@@ -100,7 +100,7 @@ def _contamination() -> Contamination | None:
 
 
 def _evaluation_documents(place: str) -> Iterator[Document]:
-  if not place.startswith('{') and (expanded(place) / MANIFEST).exists():
+  if not place.startswith('{') and '://' not in place and (expanded(place) / MANIFEST).exists():
     store = TokenStore.open(place)
     tokenizer, starts = store.tokenizer(), store.starts(0, store.documents)
     return (Document(str(number), tokenizer.decode(store.read([start], [stop - start]).tolist()))

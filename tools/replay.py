@@ -33,7 +33,7 @@ def main(_) -> int:
       if away or one.step == _STEP.value:
         table.add_row(str(one.step), name, repr(one.logged[name]), repr(one.again.get(name)), f'{away:.1e}' if away else '')
   if is_primary():
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(table)
     equal = 'bitwise equal' if not worst else f'largest relative difference {worst:.1e}{_elsewhere(workdir)}'
     console.print(f'{steps} logged steps repeated: {equal}')

@@ -37,10 +37,10 @@ def save(folder: Path, state: Any) -> Callable[[], None]:
 
 
 def stored(checkpoint: Path, folders: Iterable[str] = FOLDERS) -> dict[str, Any]:
-  """Orbax's descriptions (shape, dtype) of the arrays in these folders of a checkpoint, by name."""
+  """Orbax's descriptions (shape, dtype) of the arrays in these folders of a checkpoint, by name; none of a folder that it cannot read."""
   with _context():
     return {name: found for folder in folders if (checkpoint / folder).exists()
-            for name, found in ocp.metadata(checkpoint, folder).metadata.items()}
+            for name, found in (ocp.metadata(checkpoint, folder).metadata or {}).items()}
 
 
 def load(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

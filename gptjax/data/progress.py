@@ -29,7 +29,7 @@ class ProgressBar:
     amount = ([rich.progress.DownloadColumn(), rich.progress.TransferSpeedColumn()] if unit == 'bytes' else
               [rich.progress.MofNCompleteColumn(), rich.progress.TextColumn(unit)])
     self._bar = rich.progress.Progress(
-      rich.progress.TextColumn('{task.description}'), rich.progress.BarColumn(), *amount, rich.progress.TimeRemainingColumn(),
+      rich.progress.TextColumn('{task.description}', markup=False), rich.progress.BarColumn(), *amount, rich.progress.TimeRemainingColumn(),
       console=rich.console.Console(stderr=True), transient=True, disable=not (shown and sys.stderr.isatty()))
     self._logs = shown and self._bar.disable
     self._task = self._bar.add_task(title, total=total, completed=done)

@@ -1,6 +1,7 @@
 """Checkpoints are restored bitwise on any mesh; retention keeps the right ones; a mismatch is a one-line error."""
 
 import dataclasses
+import os
 import shutil
 
 import jax
@@ -9,8 +10,8 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 from tiers import full
 
-from gptjax.checkpoint import Checkpoints, Progress, Retention
-from gptjax.config import ComputeConfig, MeshConfig, ModelConfig, OptimizerConfig, UserError
+from gptjax.checkpoint import Checkpoints, Progress, Retention, arrays
+from gptjax.config import ComputeConfig, Fault, MeshConfig, ModelConfig, OptimizerConfig, UserError
 from gptjax.model import abstract_model
 from gptjax.sharding import make_mesh
 from gptjax.training import TrainState, abstract, initializer, make_optimizer
@@ -80,6 +81,30 @@ def test_a_restored_state_can_be_donated(tmp_path):
   shardings = jax.tree.map(lambda s: s.sharding, target)
   jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0, out_shardings=shardings)(state)
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def test_paths_are_taken_literally(tmp_path):
+  for name in ('lr[1e-3]', 'a**b', 'a?', 'p%20 q#x{y}', 'é\n你', '~', 'a::b|zip:'):
+    saved(tmp_path / name).close()
+    shutil.move(tmp_path / name, tmp_path / 'moved')
+    assert Checkpoints(tmp_path / 'moved').restore(1, SMALL)[0]['x'].tolist() == [1] * 3
+    shutil.move(tmp_path / 'moved', tmp_path / name)
+    assert Checkpoints(tmp_path / name).restore(1, SMALL)[0]['x'].tolist() == [1] * 3
+  assert os.fspath(arrays._LocalPath('/gs/bucket') / 'x') == '/gs/bucket/x'
+
+
+@pytest.mark.parametrize('name', ['a\\b', 'latin1-\udce9'])
+def test_a_path_that_tensorstore_cannot_use_is_refused_at_the_start(name, tmp_path):
+  with pytest.raises(UserError, match='expected: a path in UTF-8 without backslashes'):
+    Checkpoints(tmp_path / name, Retention())
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_that_cannot_be_read_back_is_not_committed(tmp_path, monkeypatch):
+  monkeypatch.setattr(arrays._LocalPath, 'glob', lambda self, pattern: iter(()))  # so Orbax finds nothing to merge, and reports no error
+  with pytest.raises(Fault, match='cannot read back what it has written'):
+    saved(tmp_path)
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('keep_best, losses, kept', [

@@ -2,6 +2,7 @@
 
 import pickle
 
+import fsspec
 import numpy as np
 import pytest
 from object_store import s3_server
@@ -9,7 +10,7 @@ from small_stores import make_store, stream
 
 from gptjax.config import Component, DataConfig, UserError, ValidationSet
 from gptjax.data import EvalRows, TokenStore, export, open_held_out, prepare
-from gptjax.data.folders import Folder
+from gptjax.data.folders import Folder, open_folder
 
 
 @pytest.fixture(scope='module')
@@ -21,6 +22,20 @@ def stores(tmp_path_factory):
     system.mkdir('stores')
     system.put(f'{folder}/', 'stores/store/', recursive=True)
     yield str(folder), 's3://stores/store'
+
+
+def test_the_name_of_a_folder_is_no_pattern(tmp_path):
+  system = fsspec.filesystem('memory')
+  for name in ('lr[1-3]', 'lr*', 'lr1', 'é %20#'):
+    system.pipe_file(f'/names/{name}/tokenizer/sub/file', name.encode())
+    (tmp_path / name / 'tokenizer' / 'sub').mkdir(parents=True)
+    (tmp_path / name / 'tokenizer' / 'sub' / 'file').write_text(name)
+  for root in ('memory://names', str(tmp_path)):
+    for name in ('lr[1-3]', 'lr*', 'é %20#'):
+      copy = tmp_path / 'copy' / root[:3] / name
+      open_folder(f'{root}/{name}').copy(copy)
+      assert {str(path.relative_to(copy)): path.read_text() for path in copy.rglob('*') if path.is_file()} == {'tokenizer/sub/file': name}
+      assert (open_folder(f'{root}/{name}').local('tokenizer') / 'sub' / 'file').read_text() == name
 
 
 @pytest.mark.full
