@@ -14,4 +14,4 @@ def cache_dir() -> Path:
   """Returns the folder of --cache_dir; a UserError for a path that TFDS, which stores data there, cannot use."""
   if '**' in _CACHE_DIR.value:
     raise UserError('--cache_dir', _CACHE_DIR.value, "a path without '**'")
-  return expanded(_CACHE_DIR.value)
+  return expanded(_CACHE_DIR.value, '--cache_dir')

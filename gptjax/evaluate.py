@@ -16,7 +16,7 @@ from absl import flags
 from gptjax import config as configs
 from gptjax import distributed
 from gptjax.config import UserError
-from gptjax.files import expanded, json_line, read_json, write_atomic
+from gptjax.files import expanded, json_line, read_json, writable, write_atomic, write_results
 from gptjax.start import start
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a run', required=True)
@@ -44,30 +44,38 @@ def main(_) -> None:
 
   from gptjax import checkpoint, data, evaluation
 
-  workdir = expanded(_WORKDIR.value)
-  if _SAMPLES.value and not (folder := expanded(_SAMPLES.value).absolute().parent).is_dir():
-    raise UserError('--samples', _SAMPLES.value, f'a file in an existing folder; {folder} does not exist')
+  workdir = expanded(_WORKDIR.value, '--workdir')
+  if _SAMPLES.value:
+    writable(_SAMPLES.value, '--samples')
   restorer = checkpoint.Restorer(workdir, _MODEL_AXIS.value)
   steps = restorer.checkpoints.resolve_all(_STEP.value)
   held_out = data.open_held_out(workdir / 'data')
   sets, tags = evaluation.choose_sets([] if _SETS.value == ['none'] else _SETS.value, held_out, cache)
   if not sets and not _TASKS.value:
     raise UserError('--sets', _SETS.value, 'NAME=STORE or NAME=PATH, or --tasks: an imported model has no validation sets of its own')
-  with jax.set_mesh(restorer.mesh):
-    score = _documents(restorer, sets, tags) if sets else lambda parameters: None
-    answer = _tasks(restorer, held_out.tokenizer) if _TASKS.value else lambda parameters: (None, [])
-    records, samples = [], []
-    for step in steps:
-      trained = restorer.restore(step)
-      if distributed.is_primary():
-        print(trained.description, file=sys.stderr)
-      scores = score(trained.parameters)
-      results, asked = answer(trained.parameters)
-      del trained  # frees the memory before the next one is loaded
-      records.append(evaluation.record(step, scores, results))
-      samples += [{'step': step, **one} for one in asked]
-  if distributed.is_primary():
-    _report(workdir, records, samples, data.compression_yardsticks(held_out.tokenizer, sets) if sets else {})
+  file, earlier, yardsticks = workdir / ('evaluation.json' if len(steps) == 1 else 'evaluations.jsonl'), {}, {}
+  if distributed.is_primary():  # before work whose results could not be kept
+    writable(file, '--workdir')
+    earlier = read_json(file) if len(steps) == 1 and file.exists() else {}
+    yardsticks = data.compression_yardsticks(held_out.tokenizer, sets) if sets else {}
+  records, samples = {}, []
+  try:
+    with jax.set_mesh(restorer.mesh):
+      score = _documents(restorer, sets, tags) if sets else lambda parameters: None
+      answer = _tasks(restorer, held_out.tokenizer) if _TASKS.value else lambda parameters: (None, [])
+      for step in steps:
+        trained = restorer.restore(step)
+        if distributed.is_primary():
+          print(trained.description, file=sys.stderr)
+        if scores := score(trained.parameters):
+          records[step] = evaluation.record(step, scores, None)
+        results, asked = answer(trained.parameters)
+        del trained  # frees the memory before the next one is loaded
+        records[step] = evaluation.record(step, scores, results)
+        samples += [{'step': step, **one} for one in asked]
+  finally:
+    if records and distributed.is_primary():  # also if a later checkpoint or task fails
+      _report(file, earlier, [*records.values()], samples, yardsticks)
 
 
 def _documents(restorer, sets, tags) -> Callable[[Any], Any]:
@@ -106,28 +114,28 @@ def _tasks(restorer, tokenizer) -> Callable[[Any], tuple[Any, list]]:
   return answer
 
 
-def _report(workdir: Path, records: list[dict[str, Any]], samples: list[dict[str, Any]], yardsticks: dict[str, float]) -> None:
+def _report(file: Path, earlier: dict[str, Any], records: list[dict[str, Any]], samples: list[dict[str, Any]],
+            yardsticks: dict[str, float]) -> None:
   """Prints and writes the results: evaluation.json for one checkpoint, evaluations.jsonl and evaluation.png for several."""
   from gptjax import evaluation
-  lines = [json_line(record | ({'yardsticks': yardsticks} if 'sets' in record else {})) for record in records]
-  if len(records) == 1:
-    file = workdir / 'evaluation.json'
-    earlier = read_json(file) if file.exists() else {}
-    # Earlier results of the same checkpoint that this evaluation did not repeat, such as documents besides tasks, are kept.
-    merged = (earlier if earlier.get('step') == records[0]['step'] else {}) | json.loads(lines[0])
-    write_atomic(file, json_line(merged) + '\n')
-  else:
-    write_atomic(workdir / 'evaluations.jsonl', '\n'.join(lines) + '\n')
-    evaluation.draw(records, workdir / 'evaluation.png')
   if table := evaluation.table(records):
     print(table)
   for name, bits in yardsticks.items():
     print(f'{name} of the same documents: {bits:.4f} bits per byte')
   for record in records:
     print(json_line(record))
+  sys.stdout.flush()
   if _SAMPLES.value:
     plain = lambda value: value.tolist() if hasattr(value, 'tolist') else str(value)  # some metrics return numpy values
-    write_atomic(expanded(_SAMPLES.value), ''.join(json.dumps(one, default=plain) + '\n' for one in samples))
+    write_results(expanded(_SAMPLES.value), ''.join(json.dumps(one, default=plain) + '\n' for one in samples))
+  lines = [json_line(record | ({'yardsticks': yardsticks} if 'sets' in record else {})) for record in records]
+  if file.suffix == '.json':
+    # Earlier results of the same checkpoint that this evaluation did not repeat, such as documents besides tasks, are kept.
+    merged = (earlier if earlier.get('step') == records[0]['step'] else {}) | json.loads(lines[0])
+    write_atomic(file, json_line(merged) + '\n')
+  else:
+    write_atomic(file, '\n'.join(lines) + '\n')
+    evaluation.draw(records, file.with_name('evaluation.png'))
 
 
 def script() -> None:

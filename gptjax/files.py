@@ -15,11 +15,27 @@ from typing import Any
 from gptjax.config import UserError, operation
 
 
-def expanded(path: Path | str) -> Path:
+def expanded(path: Path | str, field: str = 'path') -> Path:
   """Expands ~ as a shell does: unlike pathlib, it leaves the home of an unknown user as it is. Raises a UserError for a URL."""
   if '://' in str(path):
-    raise UserError('path', str(path), 'a path on this machine; only documents and token stores can be read from URLs')
+    raise UserError(field, str(path), 'a path on this machine; only documents and token stores can be read from URLs')
   return Path(os.path.expanduser(path))
+
+
+def writable(path: Path | str, field: str) -> Path:
+  """Returns the expanded path of a file that long work is to write, or raises a UserError, before the work, if it cannot be written now."""
+  path = expanded(path, field).absolute()
+  if not path.parent.is_dir():
+    raise UserError(field, str(path), f'a file in an existing folder; {path.parent} does not exist')
+  partial = _partial(path)
+  try:
+    if path.is_dir():
+      raise IsADirectoryError(0, 'this is a folder')
+    partial.touch()
+    partial.unlink(missing_ok=True)  # another process may check the same
+  except OSError as error:
+    raise UserError(field, str(path), f'a file that can be written ({error.strerror})') from None
+  return path
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -34,7 +50,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
   Readers never see a part of it, even after a power failure.
   """
-  partial = path.with_name(f'{path.name}.partial')
+  partial = _partial(path)
   with operation('write', path):
     try:
       yield partial
@@ -51,6 +67,19 @@ def save_figure(figure: Any, path: Path, **options: Any) -> None:
   """Writes a figure of matplotlib atomically, with options of its `savefig`; the format is that of the path's ending, or else PNG."""
   with atomic_file(path) as partial:
     figure.savefig(partial, format=path.suffix[1:] or 'png', **options)
+
+
+def write_results(path: Path, text: str) -> None:
+  """Writes the results of long work atomically. If that fails, for example on a full disk, they are printed on stdout instead."""
+  try:
+    write_atomic(path, text)
+  except OSError:
+    print(text, end='', flush=True)
+    raise
+
+
+def _partial(path: Path) -> Path:
+  return path.with_name(f'{path.name}.partial')
 
 
 class Lines:

@@ -16,7 +16,7 @@ from absl import flags
 from gptjax import config as configs
 from gptjax import distributed, ending
 from gptjax.config import UserError, unescaped
-from gptjax.files import expanded
+from gptjax.files import expanded, writable, write_results
 from gptjax.start import start
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a run', required=True)
@@ -58,7 +58,7 @@ def main(_) -> None:
     prompts = [('--system', [*system, {'role': 'user', 'content': 'Hello'}])]  # checks that the template supports it
   elif _PROMPTS.value:
     prompts = inference.read_prompts(expanded(_PROMPTS.value))
-  workdir = expanded(_WORKDIR.value)
+  workdir = expanded(_WORKDIR.value, '--workdir')
   trained = checkpoint.load_trained(workdir, _STEP.value, _MODEL_AXIS.value)
   tokenizer = data.open_held_out(workdir / 'data').tokenizer
   context = trained.model.context
@@ -105,8 +105,8 @@ def _check_flags() -> None:
       raise UserError('--chat', f'{count} processes', 'a single process, which has the keyboard')
   elif _SYSTEM.value:
     raise UserError('--system', _SYSTEM.value, 'none without --chat; in --prompts, a first message with the role "system"')
-  if _OUT.value and not (folder := expanded(_OUT.value).absolute().parent).is_dir():
-    raise UserError('--out', _OUT.value, f'a file in an existing folder; {folder} does not exist')
+  if _OUT.value:
+    writable(_OUT.value, '--out')
 
 
 def _chat(system: list[dict[str, str]], read: Callable, answer: Callable[[list[int], int], Iterator[tuple[int, str]]]) -> None:
@@ -150,7 +150,6 @@ def _show(stream: Iterator[tuple[int, str]]) -> str:
 def _write(rows: list[tuple[Any, list[int]]], run: Callable) -> None:
   """Continues all rows in batches, and prints the texts or writes them to a file atomically."""
   from gptjax.data import ProgressBar
-  from gptjax.files import write_atomic
 
   lines = []
   with ProgressBar('generating', len(rows), 'texts', shown=distributed.is_primary()) as work:
@@ -164,7 +163,7 @@ def _write(rows: list[tuple[Any, list[int]]], run: Callable) -> None:
           print(f'{prompt if kind == "prompt" else ""}{found.text}\n---', flush=True)
       work.advance(len(some))
   if _OUT.value and distributed.is_primary():
-    write_atomic(expanded(_OUT.value), '\n'.join(lines) + '\n')
+    write_results(expanded(_OUT.value), '\n'.join(lines) + '\n')
 
 
 def script() -> None:

@@ -1,7 +1,6 @@
 """Does it fit, how fast is it, what does it cost: python -m gptjax.plan --config=configs/NAME.py --topology=v5p:4x4x4"""
 
 from importlib.util import find_spec
-from pathlib import Path
 
 from absl import flags, logging
 
@@ -23,9 +22,12 @@ def main(config: configs.Config) -> None:
   from rich.console import Console
 
   from gptjax import planning
-  from gptjax.files import write_json
+  from gptjax.files import writable, write_json
 
   topology = planning.parse(_TOPOLOGY.value)
+  json_file, picture = (writable(flag.value, f'--{flag.name}') if flag.value else None for flag in (_JSON, _PICTURE))
+  if picture and picture.suffix != '.png':
+    raise configs.UserError('--picture', _PICTURE.value, 'a file that ends in .png')
   compiles = topology.chip.is_tpu and _COMPILE.value
   can_compile = compiles and find_spec('libtpu') is not None
   spinner = Console(stderr=True).status
@@ -49,11 +51,11 @@ def main(config: configs.Config) -> None:
   print(planning.describe(chosen))
   if compiles and not can_compile:
     print('libtpu is not installed: pip install -r requirements-tpu.txt to compile the program too')
-  if _JSON.value:
+  if json_file:
     found = {'plan': planning.as_json(chosen), 'candidates': [planning.as_json(one) for one in candidates] if _SEARCH.value else []}
-    write_json(Path(_JSON.value), found)
-  if _PICTURE.value:
-    planning.draw(candidates, Path(_PICTURE.value))
+    write_json(json_file, found)
+  if picture:
+    planning.draw(candidates, picture)
 
 
 def script() -> None:

@@ -33,7 +33,7 @@ def main(config: configs.Config) -> int:
     return 0
   if not _WORKDIR.value:
     raise configs.UserError('--workdir', _WORKDIR.value, 'the folder of the run')
-  workdir = expanded(_WORKDIR.value)
+  workdir = expanded(_WORKDIR.value, '--workdir')
   if workdir.exists() and not workdir.is_dir():
     raise configs.UserError('--workdir', str(workdir), 'a folder, not a file')
   profile = re.fullmatch(r'(\d+):(\d+)', _PROFILE.value or '')

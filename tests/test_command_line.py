@@ -1,5 +1,6 @@
 """The commands, as a user types them: train, evaluate, generate, and what they say to a mistake."""
 
+import errno
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from commands import ROOT, run_module
 from tiny import files_below, write_text
 
 from gptjax import config as configs
+from gptjax import files
 
 CACHE = ROOT / '.jax_cache' / 'commands'
 """Compiled programs are found again only where the cache lies in the same place."""
@@ -79,6 +81,37 @@ def test_evaluate_ends_with_one_json_object(trained, home):
   assert set(files_below(workdir)) - before == {'evaluation.json'}
 
 
+def test_scores_are_not_lost_to_what_can_be_known_before(trained, tmp_path):
+  workdir = shutil.copytree(trained[0], tmp_path / 'run')
+  evaluate = lambda *flags: call('evaluate', f'--workdir={workdir}', f'--cache_dir={CACHE}', *flags)
+  (workdir / 'evaluation.json').write_text('{"step": 6, "lo')
+  done = evaluate()
+  assert done.returncode == 2 and done.stderr.startswith(f'error: {workdir}/evaluation.json: ') and done.stderr.count('\n') == 1
+  (workdir / 'evaluation.json').unlink()
+  (workdir / 'evaluation.json.partial').mkdir()
+  done = evaluate()
+  assert done.returncode == 2 and done.stderr.startswith(f"error: --workdir: '{workdir}/evaluation.json', expected: a file that can be")
+  done = call('generate', f'--workdir={workdir}', f'--out={workdir}/evaluation.json', f'--cache_dir={CACHE}')
+  assert done.returncode == 2 and done.stderr.startswith("error: --out: ") and done.stderr.count('\n') == 1
+  (workdir / 'evaluation.json.partial').rmdir()
+  damaged = shutil.copytree(workdir / 'checkpoints' / '6', workdir / 'checkpoints' / '7')
+  (damaged / 'config.json').write_text('{}')
+  done = evaluate('--step=all')  # what was scored before is printed and written
+  assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(f"error: checkpoint: '{damaged}', ")
+  scored = [json.loads(line) for line in (workdir / 'evaluations.jsonl').read_text().splitlines()]
+  assert [one['step'] for one in scored] == [6] and json.loads(done.stdout.splitlines()[-1])['loss'] == scored[0]['loss']
+
+
+def test_results_that_cannot_be_written_are_printed(tmp_path, monkeypatch, capsys):
+  def full(path, text):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(files, 'write_atomic', full)
+  with pytest.raises(OSError, match='No space left'):
+    files.write_results(tmp_path / 'out.jsonl', 'line\n')
+  assert capsys.readouterr().out == 'line\n'
+
+
 def test_generate_streams_the_same_text_for_the_same_seed(trained, home):
   workdir, _ = trained
   flags = (f'--workdir={workdir}', f'--cache_dir={CACHE}', '--prompt=the cat', '--max_tokens=300',
@@ -113,7 +146,7 @@ def test_print_config_and_help_start_nothing(home):
   (['--config.zero_stage=4'], 'zero_stage: 4, expected: 0, 1, 2 or 3'),
   (['--config.batch_size=4', '--cpu_devices=8'], 'batch_size: 4, expected: a multiple of mesh.data=8: 8'),
   (['--config.data.source.path=nowhere/text.txt'], "data.source.path: 'nowhere/text.txt', expected: "),
-  (['--workdir=gs://bucket/run'], "path: 'gs://bucket/run', expected: a path on this machine"),
+  (['--workdir=gs://bucket/run'], "--workdir: 'gs://bucket/run', expected: a path on this machine"),
   (['--cache_dir=a**b'], "--cache_dir: 'a**b', expected: a path without '**'"),
   (['--profile_steps=3:2'], "--profile_steps: '3:2', expected: "),
   (['--stop_at=-1'], "--stop_at: '-1', expected: "),

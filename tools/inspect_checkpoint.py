@@ -27,7 +27,7 @@ def main(_) -> int:
   import jax
   jax.config.update('jax_platforms', 'cpu')  # leaves the accelerators to training
   from gptjax.checkpoint import Checkpoints
-  workdir = expanded(_WORKDIR.value)
+  workdir = expanded(_WORKDIR.value, '--workdir')
   checkpoints = Checkpoints(workdir / 'checkpoints')
   console = Console(highlight=False, soft_wrap=True, markup=False)
   if _STEP.value is None:

@@ -24,7 +24,7 @@ from gptjax.cache import cache_dir
 from gptjax.config import Config, UserError
 from gptjax.data import Batch, Tokenizer, TokenStore, TrainRows, cores, prepare, train_rows
 from gptjax.data.progress import counted
-from gptjax.files import expanded, save_figure
+from gptjax.files import expanded, save_figure, writable
 
 _STORE = flags.DEFINE_string('store', None, 'folder or URL of a token store')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a run whose config to use')
@@ -43,8 +43,10 @@ _MAX_LENGTHS = 1_000_000
 
 
 def main(config: Config | None) -> None:
-  if _PLOT.value and not _PLOT.value.endswith('.png'):
-    raise UserError('--plot', _PLOT.value, 'a file that ends in .png')
+  if _PLOT.value:
+    if not _PLOT.value.endswith('.png'):
+      raise UserError('--plot', _PLOT.value, 'a file that ends in .png')
+    writable(_PLOT.value, '--plot')
   console = Console(highlight=False, soft_wrap=True)
   if _STORE.value:
     if config or _WORKDIR.value:

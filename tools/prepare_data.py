@@ -38,9 +38,9 @@ for _field in dataclasses.fields(Filters):
 
 
 def main(_) -> None:
-  out = expanded(_OUT.value)
-  if '://' in _OUT.value or out.is_file():
+  if '://' in _OUT.value or expanded(_OUT.value).is_file():
     raise UserError('--out', _OUT.value, 'a folder on this machine')
+  out = expanded(_OUT.value)
   tokenizer = ByteTokenizer() if _TOKENIZER.value == 'bytes' else load_tokenizer(expanded(_TOKENIZER.value))
   recipe = Recipe(_source(), tokenizer, Filters(**{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Filters)}),
                   _contamination(), _DEDUPLICATE.value, _SHARD.value)

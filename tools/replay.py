@@ -21,7 +21,7 @@ _TOLERANCE = flags.DEFINE_float('tolerance', 0.0, 'largest accepted relative dif
 
 
 def main(_) -> int:
-  workdir = expanded(_WORKDIR.value)
+  workdir = expanded(_WORKDIR.value, '--workdir')
   cache = start(configs.read_config(workdir))
   from gptjax.distributed import is_primary
   from gptjax.training.replaying import replay

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from matplotlib import axes, figure, ticker
 
 from gptjax.config import INT32_MAX, Config, UserError, describe, differences, from_json, run
-from gptjax.files import expanded
+from gptjax.files import expanded, writable
 
 Row = Mapping[str, Any]
 _SCORES = ('loss', 'perplexity', 'bits_per_byte', 'tokens', 'step')
@@ -312,7 +312,7 @@ def page(workdir: pathlib.Path) -> str:
 def main(_: None) -> None:
   """Writes the report of --workdir."""
   workdir = expanded(flags.FLAGS.workdir)
-  out = expanded(flags.FLAGS.out or workdir / 'report.html')
+  out = writable(flags.FLAGS.out or workdir / 'report.html', '--out' if flags.FLAGS.out else '--workdir')
   data = page(workdir).encode(errors='replace')
   try:
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:  # so that the page is written atomically

@@ -90,8 +90,6 @@ def budgets(weights: Sequence[str], sources: int, characters: int) -> list[int]:
 
 def _existing(out: pathlib.Path) -> Tokenizer | None:
   """The tokenizer in the output folder, or None; other contents are an error."""
-  if '://' in str(flags.FLAGS.out):
-    raise UserError('--out', flags.FLAGS.out, 'a folder on this machine')
   if not out.exists():
     return None
   try:
@@ -102,18 +100,12 @@ def _existing(out: pathlib.Path) -> Tokenizer | None:
     raise UserError('--out', str(out), 'a new folder, or one of the same tokenizer') from None
 
 
-def _save(tokenizer: Tokenizer, out: pathlib.Path, existing: Tokenizer | None) -> None:
-  if existing and existing.sha256 != tokenizer.sha256:
-    raise UserError('--out', str(out), 'a new folder; this one has another tokenizer')
-  with atomic_directory(out, resumes=False) as folder:
-    if folder:
-      tokenizer.save(folder)
-
-
 def main(_: None) -> None:
   """Trains a tokenizer on --source and writes it to --out."""
   ending.watch()
   values = flags.FLAGS
+  if '://' in values.out:
+    raise UserError('--out', values.out, 'a folder on this machine')
   out = expanded(values.out)
   vocab_size = -(-values.vocab_size // values.multiple) * values.multiple
   config = TokenizerConfig(kind=values.kind, vocab_size=vocab_size)
@@ -122,11 +114,15 @@ def main(_: None) -> None:
   existing = _existing(out)
   gpt2 = {f'gpt2 ({values.gpt2_bpe})': Gpt2Tokenizer(expanded(values.gpt2_bpe))} if values.gpt2_bpe else {}
   corpus = Corpus([open_source(source, cache_dir()) for source in chosen], characters, values.held_out)
-  try:
-    tokenizer = train_tokenizer(config, corpus, digits=values.digits, symbols=[*map(unescaped, values.symbol)])
-  except VocabularyError as error:
-    raise VocabularyError(vocab_size, error.least, error.most, values.multiple, otherwise='') from None
-  _save(tokenizer, out, existing)
+  with atomic_directory(out, resumes=False) as folder:  # made first: a tokenizer that cannot be written need not be trained
+    try:
+      tokenizer = train_tokenizer(config, corpus, digits=values.digits, symbols=[*map(unescaped, values.symbol)])
+    except VocabularyError as error:
+      raise VocabularyError(vocab_size, error.least, error.most, values.multiple, otherwise='') from None
+    if folder:
+      tokenizer.save(folder)
+    elif existing and existing.sha256 != tokenizer.sha256:
+      raise UserError('--out', str(out), 'a new folder; this one has another tokenizer')
   description, texts = corpus.scored()
   print(description)
   print(table({f'{tokenizer.kind} ({out})': tokenizer, **gpt2}, texts))

@@ -122,3 +122,7 @@ def test_the_command_plans_gpus(tmp_path):
   done = run_module('gptjax.plan', f'--config={recipe}', '--topology=h100:8', f'--json={tmp_path}/plan.json')
   assert done.returncode == 0 and 'chip-hours' in done.stdout and '72.0 GiB' in done.stdout, done.stderr
   assert json.loads((tmp_path / 'plan.json').read_text())['plan']['available'] == pytest.approx(0.9 * 80 * GIB)
+  for flag, expected in ((f'--json={tmp_path}/no/plan.json', 'a file in an existing folder'), (f'--json={tmp_path}', 'a file that can be'),
+                         (f'--picture={tmp_path}/plan.jpeg2', 'a file that ends in .png')):
+    done = run_module('gptjax.plan', f'--config={recipe}', '--topology=h100:8', flag)  # nothing was computed yet
+    assert (done.returncode, done.stdout) == (2, '') and f'expected: {expected}' in done.stderr and done.stderr.count('\n') == 1

@@ -239,7 +239,7 @@ def test_command_line(workdir: pathlib.Path):
 
   (workdir / 'taken').mkdir()
   before = sorted(workdir.rglob('*'))
-  refused = run_module('tools.report', f'--workdir={workdir}', f'--out={workdir / "taken"}')  # fails once all is rendered
+  refused = run_module('tools.report', f'--workdir={workdir}', f'--out={workdir / "taken"}')
   (workdir / 'evaluation.json').rename(workdir.parent / 'elsewhere.json')
   missing = run_module('tools.report', f'--workdir={workdir}')
   (workdir.parent / 'elsewhere.json').rename(workdir / 'evaluation.json')

@@ -74,6 +74,12 @@ def test_the_same_command_succeeds_again_and_another_is_rejected(tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ['tok']
 
 
+def test_what_cannot_be_written_is_not_trained(tmp_path):
+  (tmp_path / 'file').write_text('')
+  done = tool('--source=a', f'--out={tmp_path}/file/tok', '--vocab_size=100000')  # more than there is text for, as training would find out
+  assert done.returncode == 2 and 'file' in done.stderr.splitlines()[-1] and 'vocab_size' not in done.stderr
+
+
 @pytest.mark.parametrize(('arguments', 'message'), [
   (['--source=missing', '--out=DIR/x'], "error: data.source.path: 'missing', expected: a file"),
   (['--source=empty', '--out=DIR/x'], "error: --source: ['memory'], expected: sources with text to train on"),
