@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 
-from absl import flags, logging
+from absl import flags
 
 from gptjax import config as configs
 from gptjax import ending
@@ -16,7 +16,6 @@ _PICTURE = flags.DEFINE_string('picture', None, 'PNG file for a picture of the m
 
 def main(config: configs.Config) -> None:
   ending.watch()
-  logging.set_verbosity(logging.FATAL)
   import jax
   jax.config.update('jax_platforms', 'cpu')  # plans are made without the accelerators
   from rich.console import Console

@@ -7,7 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from absl import flags, logging
+from absl import flags
 
 from gptjax import config as configs
 from gptjax import distributed, ending, heap
@@ -37,7 +37,6 @@ def start(config: Config | None = None, keeps_memory: bool = True) -> Path:
   if keeps_memory and (CPU_DEVICES.value or heap.runs_on_cpu()):
     heap.keep_freed_memory()  # first, because a thread that is already running may have an arena of its own
   ending.watch()
-  logging.set_verbosity(logging.FATAL)  # failures are raised as well
   sys.unraisablehook = _report_unraisable
   cache = cache_dir()
   group = distributed.discover(_CLUSTER.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value)

@@ -15,7 +15,8 @@ def commands_of(page, language='sh'):
 
 
 WRITES = {'gptjax.train': 'workdir', 'tools.import_hf': 'workdir', 'tools.export_hf': 'folder'}
-"""The flag that names what a module writes; --out, --plot, --samples and --picture do so for all."""
+"""The flag that names what a module writes; OUTPUTS do so for all."""
+OUTPUTS = ('out', 'plot', 'samples', 'picture', 'json')
 
 
 PATHS = re.compile(r'(?<![\w:/])(?:[A-Z]+(?:\.md)?|(?:configs|docs|tools|stores|tokenizers|runs|exports)/[\w./]+)(?![\w/])')
@@ -35,7 +36,7 @@ def resolve(commands):
       done = run_module(module, *arguments, only_parse=True)
       assert done.returncode == 0, f'{command}\n{done.stderr}'
       flags = dict(argument.lstrip('-').partition('=')[::2] for argument in arguments)
-      new = tuple(flags.pop(name) for name in ('out', 'plot', 'samples', 'picture', WRITES.get(module)) if name in flags)
+      new = tuple(flags.pop(name) for name in (*OUTPUTS, WRITES.get(module)) if name in flags)
       for value in flags.values():
         for path in PATHS.findall(value):
           assert (ROOT / path).exists() or path.startswith(written), f'{command}\n{path}: no such file, and no command writes it'

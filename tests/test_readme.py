@@ -4,7 +4,8 @@ import json
 import shlex
 import subprocess
 
-from documented import ROOT, commands_of, run
+import pytest
+from documented import OUTPUTS, ROOT, WRITES, commands_of, run
 
 COMMANDS = commands_of('README.md')
 
@@ -15,6 +16,17 @@ def test_make_targets_of_the_readme_exist():
   for target in targets:
     done = subprocess.run(['make', '--dry-run', '--always-make', target], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_git_ignores_what_the_commands_of_all_pages_write():
+  if not (ROOT / '.git').exists():
+    pytest.skip('not a checkout of git')
+  lines = [line for page in [ROOT / 'README.md', *(ROOT / 'docs').glob('*.md')] for line in commands_of(page)]
+  words = [word.partition('=') for line in lines for word in shlex.split(line, comments=True)]
+  paths = sorted({value for name, _, value in words if name.strip('-') in (*OUTPUTS, *WRITES.values()) and not value.isdecimal()})
+  assert len(paths) > 15
+  ignored = subprocess.run(['git', 'check-ignore', *paths], cwd=ROOT, capture_output=True, text=True).stdout.split()
+  assert ignored == paths
 
 
 def test_commands_of_the_readme_run_as_written(tmp_path):

@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from gptjax import ending
 from gptjax.config.checks import Fault, UserError, os_mistake
@@ -148,6 +148,7 @@ def _parse_command_line(argv: Sequence[str], *, needs_config: bool | None) -> Co
       print(help_text((load(recipe) if recipe else Config()) if needs_config is not False else None))
       sys.exit(0)
     positional = flags.FLAGS([argv[0], *args])[1:]
+    logging.set_verbosity(logging.FATAL)  # of libraries, whose failures are raised as well
   except UserError:
     raise
   except (flags.Error, ValueError) as error:

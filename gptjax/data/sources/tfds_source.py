@@ -10,12 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.download import downloader
 
 from gptjax.config import SourceConfig, UserError
 from gptjax.data.folders import library_errors
 from gptjax.data.progress import ProgressBar, announce
 from gptjax.data.sources.source import Document, Fields, Part
 from gptjax.data.sources.tables import TableSource
+
+downloader.MAX_RETRIES = 3  # by default TFDS tries for minutes to reach a server, as on a machine without a network
 
 _EXPECTED = 'a dataset that is prepared as array_record, or that TFDS can prepare here'
 

@@ -35,6 +35,12 @@ class Failing(GardenPoems):
 
   def _generate_examples(self, count):
     raise RuntimeError('no ink')
+
+class Remote(GardenPoems):
+  """Comes from a server that does not answer."""
+
+  def _split_generators(self, dl_manager):
+    return {'train': self._generate_examples(dl_manager.download('http://localhost:9/poems'))}
 '''
 
 RUN = '''
@@ -106,6 +112,14 @@ def test_splits_slices_and_templates(at):
 def test_errors_name_missing_datasets_and_objects(at, path, config, error):
   with pytest.raises(UserError, match=error):
     at(path, **config)
+
+
+def test_a_server_that_cannot_be_reached_is_an_error_within_seconds(at, monkeypatch):
+  waits = []
+  monkeypatch.setattr('urllib3.util.retry.time.sleep', waits.append)  # between attempts
+  with pytest.raises(UserError, match=r'^data.source.path: .*ConnectionError: .*port=9'):
+    at('poetry.garden:Remote')
+  assert sum(waits) < 5
 
 
 def test_a_dataset_in_another_format_is_refused(at, folder, tmp_path):
