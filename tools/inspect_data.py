@@ -1,11 +1,11 @@
 """Shows a token store, or the batches of a run.
 
 A store:  python -m tools.inspect_data --store=FOLDER [--documents=3] [--verify]
-A run:    python -m tools.inspect_data --config=configs/NAME.py [--config.FIELD=VALUE ...] [--step=0]
+A run:    python -m tools.inspect_data --config=configs/NAME.py [--config.FIELD=VALUE ...] [--step=1]
           python -m tools.inspect_data --workdir=FOLDER --step=1000
 
 For a store it prints facts, documents and a histogram of their lengths; for a run, the decoded batch of a step with each segment in a
-different colour, and the actual fractions of a mixture's components.
+different colour, and the actual fractions of a mixture's components. Steps are counted from 1, as in metrics.jsonl and bad_steps.jsonl.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from rich.text import Text
 
 from gptjax import config as configs
 from gptjax.cache import cache_dir
-from gptjax.config import Config, UserError
+from gptjax.config import Config, FaultsConfig, UserError
 from gptjax.data import Batch, Tokenizer, TokenStore, TrainRows, cores, prepare, train_rows
 from gptjax.data.progress import counted
 from gptjax.files import expanded, save_figure, writable
@@ -31,9 +31,9 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a run whose config to
 _DOCUMENTS = flags.DEFINE_integer('documents', 3, "documents of a store to show, evenly spaced", lower_bound=0)
 _CHARACTERS = flags.DEFINE_integer('characters', 300, 'characters of each document to show', lower_bound=1)
 _VERIFY = flags.DEFINE_bool('verify', False, 'read all of the store and compare it with its checksums')
-_STEP = flags.DEFINE_integer('step', 0, 'step whose batch to show; the first is 0', lower_bound=0)
+_STEP = flags.DEFINE_integer('step', 1, 'step whose batch to show; the first is 1', lower_bound=1)
 _ROWS = flags.DEFINE_integer('rows', 4, 'rows of the batch to show; 0: all', lower_bound=0)
-_STEPS = flags.DEFINE_integer('steps', 1000, "steps, from 0 on, over which a mixture's rows are counted", lower_bound=1)
+_STEPS = flags.DEFINE_integer('steps', 1000, "steps, from the first on, over which a mixture's rows are counted", lower_bound=1)
 _PLOT = flags.DEFINE_string('plot', None, 'PNG file for plots of the same data')
 
 COLORS = ('cyan', 'yellow', 'green', 'magenta', 'blue', 'red')
@@ -58,7 +58,7 @@ def main(config: Config | None) -> None:
       _plot({Path(_STORE.value).name: store}, None, None)
     return
   rows, tokenizer, config = _rows(config)
-  batch = rows.batch(_STEP.value * config.batch_size + np.arange(config.batch_size))
+  batch = rows.batch(_batch_rows(config.batch_size))
   _show_batch(console, batch, tokenizer)
   shares = _shares(rows, config)
   _show_shares(console, shares, config)
@@ -75,6 +75,22 @@ def _rows(config: Config | None) -> tuple[TrainRows, Tokenizer, Config]:
   data = prepare(config.data, cache_dir(), cores())
   print(data.description, file=sys.stderr)
   return train_rows(config, data), data.tokenizer, config
+
+
+def _batch_rows(size: int) -> np.ndarray:
+  """The rows of the step: of one in bad_steps.jsonl those that it recorded, of others those that the run reads without skipped batches."""
+  first, stop = (_STEP.value - 1) * size, _STEP.value * size
+  if _WORKDIR.value:
+    from gptjax.training.guard import BadSteps  # imports JAX, which takes seconds
+    found = BadSteps(FaultsConfig(), expanded(_WORKDIR.value), writes=True).found
+    for bad in reversed(found):
+      if bad.step == _STEP.value:
+        print(bad, file=sys.stderr)
+        return np.arange(*bad.rows)
+    for begin, end in sorted({bad.rows for bad in found if bad.action == 'rollback'}):
+      if begin < stop:
+        first, stop = first + end - begin, stop + end - begin
+  return np.arange(first, stop)
 
 
 def _show_store(console: Console, store: TokenStore) -> None:
@@ -174,7 +190,7 @@ def _shares(rows: TrainRows, config: Config) -> dict[str, Share]:
 
 
 def _show_shares(console: Console, shares: dict[str, Share], config: Config) -> None:
-  table = Table(title=f'rows of steps 0 to {_STEPS.value - 1:,}, {config.batch_size} per step', title_justify='left')
+  table = Table(title=f'rows of steps 1 to {_STEPS.value:,}, {config.batch_size} per step', title_justify='left')
   for column in ('component', 'weight', 'actual', 'rows', 'passes'):
     table.add_column(column, justify='left' if column == 'component' else 'right')
   for name, share in shares.items():
