@@ -77,7 +77,8 @@ def _described(config: Config, kept: Path, tokenizer: Tokenizer, dtype: str) -> 
   context = config.data.context
   if not kept.exists():
     kind = family_for(config.model, context)
-    ids = {'bos_token_id': tokenizer.bos_id, 'eos_token_id': tokenizer.eos_id, 'pad_token_id': tokenizer.pad_id}
+    pad_id = tokenizer.pad_id if tokenizer.pad_id < config.model.vocab_size else tokenizer.eos_id  # transformers pads by a row of the table
+    ids = {'bos_token_id': tokenizer.bos_id, 'eos_token_id': tokenizer.eos_id, 'pad_token_id': pad_id}
     return kind, {'architectures': [kind.architecture], 'model_type': kind.model_type,
                   'dtype': 'float32' if dtype == 'auto' else dtype} | kind.write(config.model, context) | ids
   values = read_json(kept / CONFIG)

@@ -15,6 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from gptjax.config import UserError
 from gptjax.data.tokenizers import ByteTokenizer, TextStream, load_tokenizer
+from gptjax.data.tokenizers.chat import ChatTemplate
 from gptjax.data.tokenizers.tokenizer import ALPHABET
 from tests.acceptance.chats import CHATS, different
 
@@ -178,6 +179,19 @@ def test_special_tokens_in_a_message_are_text(ours, name, special):
 @pytest.mark.parametrize('name', ['qwen2.5', 'qwen3', 'r1-distill', 'mistral-v1', 'phi3', 'phi3-small', 'gemma3', 'harmony'])
 def test_a_conversation_has_the_ids_of_a_tokenizer_with_other_names_of_control_tokens(name, tmp_path):
   assert not [*different(tmp_path, CHATS[name])]
+
+
+@pytest.mark.parametrize(('template', 'text'), [
+  ('{{ text | replace("<a>", "!") }}{{ "x" | replace("x", "<a>") }}', '[!]@'),
+  ('{{ text.replace("<a>", "<a>") }}{{ ["<a>", "b"] | join("<a>") }}', '[@]@@b'),
+  ('{% filter replace("<a>", "") %}{{ text }}{% endfilter %}{{ {"<a>": "<a>"}.values() | first }}', '[]@'),
+  ('{% set token = "<a>" %}{{ token if "<a>" in text and text is ne("<a>") else "<a>" ~ token }}', '@'),
+  ('{% macro turn(end="<a>") %}{{ end }}<a>{{ caller() }}{% endmacro %}{% call turn() %}{{ text }}{% endcall %}', '@@[<a>]'),
+  ('{{ text.split("<a>")[0] + ("<" ~ messages[0].role ~ ">") + "<" + messages[0].content + ">" }}', '[@<a>')])
+def test_a_template_writes_tokens_under_other_names_and_looks_for_them_under_their_own(template, text):
+  chat = ChatTemplate(template, 'here', {'<a>': '@'})
+  assert chat.render([{'role': 'a', 'content': 'a'}], {'text': '[<a>]'}) == text
+  assert chat.written == {'<a>'}
 
 
 def test_a_token_that_sentencepiece_knows_is_control_if_the_template_writes_it(tmp_path):
