@@ -212,7 +212,7 @@ def check_schedule(config: OptimizerConfig, *, steps: int, warmup: int, decay: i
     raise UserError('optimizer.warmup', config.warmup, f'fewer than the {steps:,} steps of the run (it is {warmup:,}), or the rate does '
                     'not reach its peak')
   if warmup + decay > steps:
-    raise UserError('optimizer.decay', config.decay, f'at most the {steps - warmup:,} steps after optimizer.warmup (it is {decay:,} steps)')
+    raise UserError('optimizer.decay', config.decay, f'at most {steps - warmup:,}, the steps after optimizer.warmup (it is {decay:,})')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -190,7 +190,8 @@ class _Loop:
 
   def _step(self) -> None:
     before = self.counter.count
-    over = self._now() if self.pending and self.pending.metrics['bad'].is_ready() else None
+    ended = self.pending and self.pending.metrics['bad'].is_ready()  # type: ignore[attr-defined]  # jax declares it for ArrayImpl only
+    over = self._now() if ended else None
     dispatched = self.steps.dispatch()
     self.compiles += self.counter.count - before
     if self.counter.count > before and self.compiles > 1:  # slow, but no reason to end a run

@@ -72,7 +72,7 @@ def test_invalid_values_are_errors(group, values, message):
 @pytest.mark.parametrize('warmup, decay, message', [
     (99, 0, ''), (0, 100, ''), (60, 40, ''),
     (100, 0, 'optimizer.warmup: 100, expected: fewer than the 100 steps of the run'),
-    (60, 41, 'optimizer.decay: 41, expected: at most the 40 steps after optimizer.warmup'),
+    (60, 41, 'optimizer.decay: 41, expected: at most 40, the steps after optimizer.warmup'),
 ])
 def test_a_schedule_that_a_run_cannot_follow_is_an_error(warmup, decay, message):
   config = OptimizerConfig(schedule='wsd' if decay else 'cosine', warmup=warmup, decay=decay)

@@ -146,7 +146,7 @@ def test_a_run_that_diverges_is_logged_and_keeps_the_best_checkpoint(tmp_path, t
   ({'data__context': 20_000}, 'data.context: 20000, expected: at most 10,944,'),
   ({'optimizer__warmup': '2 epochs'},
    "optimizer.warmup: '2 epochs', expected: fewer than the 8 steps of the run (it is "),
-  ({'optimizer__schedule': 'wsd', 'optimizer__decay': 7}, 'optimizer.decay: 7, expected: at most the 6 steps after optimizer.warmup'),
+  ({'optimizer__schedule': 'wsd', 'optimizer__decay': 7}, 'optimizer.decay: 7, expected: at most 6, the steps after optimizer.warmup'),
   ({'eval__prompt': 'Ä'}, "eval.prompt, character 0: 'Ä', expected: "),
 ])
 def test_a_mistake_leaves_no_workdir(values, message, tmp_path, text, cache):
