@@ -42,8 +42,8 @@ def main(config: configs.Config) -> int:
     raise configs.UserError('--profile_steps', _PROFILE.value, 'FIRST:LAST with 1 <= FIRST <= LAST, as 10:13')
   if _RESTARTS.value:
     # Done, a mistake, stopped on request.
-    return supervise([sys.executable, '-m', 'gptjax.train', *sys.argv[1:], '--max_restarts=0'], workdir, _RESTARTS.value,
-                     final=(0, 2, os.EX_TEMPFAIL))
+    return supervise([sys.executable, '-m', 'gptjax.train', *_unsupervised(flags.FLAGS.read_flags_from_files(sys.argv[1:]))], workdir,
+                     _RESTARTS.value, final=(0, 2, os.EX_TEMPFAIL))
   cache = start(config)
   from gptjax import training
   options = training.Options(workdir, cache, log_every=_LOG_EVERY.value, stop_at=_STOP_AT.value, profile_steps=profile_steps,
@@ -54,6 +54,13 @@ def main(config: configs.Config) -> int:
     if mistake := configs.os_mistake(error):  # of the machine: a restart may succeed
       raise configs.Fault(str(mistake)) from error
     raise
+
+
+def _unsupervised(arguments: list[str]) -> list[str]:
+  """The arguments without --max_restarts=N, or --max_restarts N."""
+  kept = [one for one in arguments if not re.match('--?max_restarts=', one)]
+  at = next((index for index, one in enumerate(kept) if one in ('--max_restarts', '-max_restarts')), len(kept))
+  return kept[:at] + kept[at + 2:]
 
 
 def script() -> None:

@@ -78,8 +78,8 @@ _PAGE = '''<!DOCTYPE html>
 
 def _read(path: pathlib.Path) -> str:
   if not path.is_file():
-    command = 'evaluate' if path.name == 'evaluation.json' else 'train --config=configs/NAME.py'
-    raise UserError(str(path), 'no such file', f'the output of `python -m gptjax.{command} --workdir={path.parent}`')
+    command = f'python -m gptjax.train --config=configs/NAME.py --workdir={path.parent}'
+    raise UserError(str(path), 'no such file', f'the output of `{command}`')
   return path.read_text(encoding='utf-8', errors='replace')
 
 
@@ -110,8 +110,11 @@ def _check_numbers(found: Any, names: Iterable[str], place: str) -> None:
 
 
 def _evaluation(path: pathlib.Path) -> dict[str, Any]:
-  """Returns the results of gptjax.evaluate, with the displayed fields validated."""
-  [found] = _objects(path, *_SCORES)
+  """Returns the results of gptjax.evaluate, with the displayed fields validated; none if it did not score documents."""
+  [found] = _objects(path) if path.is_file() else [{}]
+  if not {*found} - {'step', 'tasks'}:
+    return {}
+  _check_numbers(found, _SCORES, f'{path}:1')
   found['yardsticks'] = found.get('yardsticks') or {}
   _check_numbers(found['yardsticks'], found['yardsticks'], f'{path}: yardsticks')
   for group in ('sets', 'tags'):
@@ -246,10 +249,12 @@ def _against(ours: float, yardstick: float) -> str:
 
 def verdict(evaluation: Row, yardsticks: Mapping[str, float], rows: Iterable[Row]) -> str:
   """Returns a one-sentence summary: the score, its comparison with the yardsticks, and any reason for doubt."""
-  score, step = evaluation['bits_per_byte'], evaluation['step']
+  score, step = evaluation.get('bits_per_byte', math.nan), evaluation.get('step', math.inf)
   text = f'Validation {score:.2f} bits per byte' if math.isfinite(score) else 'The validation loss is not finite'
   compared = [f'{words} {name}' for name, value in yardsticks.items() if (words := _against(score, value))]
   text += f' at step {_shown(step)}' + f', {" and ".join(compared)}' * bool(compared)
+  if not evaluation:
+    text = 'Not evaluated; python -m gptjax.evaluate scores the held-out documents'
   steps, losses = series(rows, 'loss')
   bad = steps[~np.isfinite(losses)]
   if not steps.size:
@@ -263,9 +268,9 @@ def verdict(evaluation: Row, yardsticks: Mapping[str, float], rows: Iterable[Row
 
 def _scores(evaluation: Row, yardsticks: Mapping[str, float], rows: Sequence[Row]) -> str:
   """Returns the final scores, and a bar chart of bits per byte and its yardsticks."""
-  score = evaluation['bits_per_byte']
+  score = evaluation.get('bits_per_byte', math.nan)
   names = ('nats per token', 'perplexity', 'bits per byte', 'tokens scored')
-  found = {name: evaluation[metric] for name, metric in zip(names, _SCORES)}
+  found = {name: evaluation[metric] for name, metric in zip(names, _SCORES) if evaluation}
   for name, metric, form in (('median tokens/s', 'tokens_per_second', '{:,.0f}'), ('median MFU', 'mfu', '{:.1%}')):
     values = series(rows, metric)[1]
     if np.isfinite(values).any():
@@ -279,7 +284,7 @@ def _scores(evaluation: Row, yardsticks: Mapping[str, float], rows: Sequence[Row
     cells = ''.join(f'<td>{cell}</td>' for cell in (html.escape(name), f'{value:.3f}', bar, words))
     bars += f'<tr class="{kind}">{cells}</tr>'
   named = [(name, *(one[metric] for metric in _SCORES[:4]))
-           for group in ('sets', 'tags') for name, one in evaluation[group].items()]
+           for group in ('sets', 'tags') for name, one in evaluation.get(group, {}).items()]
   sets = _table(named, 'set or tag', *names) if named else ''
   return f'<dl>{tiles}</dl>' + f'<table class="bars">{bars}</table>' * bool(yardsticks) + sets
 
@@ -296,7 +301,7 @@ def page(workdir: pathlib.Path) -> str:
     _check_numbers(row, row, f'{workdir / "metrics.jsonl"}:{n}')
   [header], evaluation = _objects(workdir / 'run.json'), _evaluation(workdir / 'evaluation.json')
   samples = _objects(workdir / 'samples.jsonl', 'step') if (workdir / 'samples.jsonl').is_file() else []
-  yardsticks = {name: value for name, value in evaluation['yardsticks'].items() if not math.isnan(value)}
+  yardsticks = {name: value for name, value in evaluation.get('yardsticks', {}).items() if not math.isnan(value)}
   changed = differences(Config(), config)
   fields = [(line.partition(' = ')[0] in changed, html.escape(line)) for line in describe(config).split('\n')]
   texts = [[html.escape(_shown(sample.get(name, ''))) for name in ('step', 'prompt', 'text')] for sample in samples]

@@ -147,8 +147,11 @@ def _parse_command_line(argv: Sequence[str], *, needs_config: bool | None) -> Co
     if _HELP_FLAGS.intersection(args):
       print(help_text((load(recipe) if recipe else Config()) if needs_config is not False else None))
       sys.exit(0)
+    for flag in own_flags():
+      flag.allow_overwrite = False
     positional = flags.FLAGS([argv[0], *args])[1:]
-    logging.set_verbosity(logging.FATAL)  # of libraries, whose failures are raised as well
+    if 'verbosity' not in flags.FLAGS or not flags.FLAGS['verbosity'].present:
+      logging.set_verbosity(logging.FATAL)  # of libraries, whose failures are raised as well
   except UserError:
     raise
   except (flags.Error, ValueError) as error:
@@ -198,6 +201,8 @@ def _split(args: Sequence[str]) -> tuple[str | None, dict[str, str | None], list
       text = queue.popleft() if queue and queue[0].lower() in BOOLEANS else 'true'
     elif text is None and queue and not queue[0].startswith('--'):
       text = queue.popleft()
+    if name is None and text and recipe is not None:
+      raise UserError('--config', text, f'one recipe; {recipe} was given before')
     if name is None:
       recipe = text or ''
     else:
@@ -225,6 +230,8 @@ def _as_user_error(error: Exception, needs_config: bool) -> UserError:
   flag, value = flags.FLAGS[match[1]], match[2]
   if cause is None and value == 'None':  # absl reports a missing required flag in this way
     return UserError(f'--{flag.name}', None, f'a value: {flag.help}')
+  if cause is None and match[3].startswith('already defined as '):
+    return UserError(f'--{flag.name}', value, f'one value; {shown(flag.value)} was given before')
   if cause is None:
     return UserError(f'--{flag.name}', value, match[3])
   allowed = getattr(flag.parser, 'enum_values', ())

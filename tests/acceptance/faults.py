@@ -215,7 +215,7 @@ def peers(folder: Path) -> Result:
     until(lambda: step_of(folder / f'lost-{victim}') >= 15, running[0])
     running[victim].kill()
     said.append(_ends(running, victim, folder / 'log', f'process {victim} killed', rf'process {victim}\b.* is gone', wrong))
-  running = start_group(folder / 'never', [*flags, '--rendezvous_timeout=30'], folder / 'log', 4, absent=1)
+  running = start_group(folder / 'never', [flag.replace('_timeout=60', '_timeout=30') for flag in flags], folder / 'log', 4, absent=1)
   said.append(_ends(running, 1, folder / 'log', 'process 1 never there', 'missing: process 1', wrong))
 
   ends = [process.wait() for process in start_group(folder / 'straight', flags, folder / 'log', 4).values()]

@@ -135,6 +135,21 @@ def test_config_and_other_flags_mix_in_any_order(command):
   assert (seen.given['log_every'], seen.given['print_config'], seen.given['workdir']) == (3, True, 'w')
 
 
+@pytest.mark.parametrize('args, error', [
+    (['--workdir=a', '--workdir=b'], "--workdir: 'b', expected: one value; a was given before"),
+    (['--workdir', 'a', '--workdir', 'a'], "--workdir: 'a', expected: one value; a was given before"),
+    (['--log_every=2', '-log_every', '3'], "--log_every: '3', expected: one value; 2 was given before"),
+    (['--print_config', '--noprint_config'], "--print_config: 'false', expected: one value; true was given before"),
+    (['--config=configs/wide.py'], "--config: 'configs/wide.py', expected: one recipe; configs/base.py was given before"),
+])
+def test_a_flag_that_is_given_twice_is_an_error(command, args, error):
+  assert command('--config=configs/base.py', *args).error == error
+
+
+def test_of_overrides_of_a_field_the_last_counts(command):
+  assert command('--config=configs/base.py', '--config.seed=1', '--config.seed=2').config.seed == 2
+
+
 def test_flags_may_come_from_a_file(command):
   pathlib.Path('flags.txt').write_text('--config=configs/wide.py\n--config.seed=4\n--log_every=3\n')
   seen = command('--flagfile=flags.txt', '--config.seed=5')

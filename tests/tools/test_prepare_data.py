@@ -89,7 +89,8 @@ def test_evaluation_sets_are_sources_or_stores(home, tmp_path):
 ])
 def test_an_error_is_one_line_and_leaves_no_files(home, tmp_path, flags, message):
   before = files_below(home)
-  done = tool('prepare_data', '--tokenizer=bytes', f'--out={tmp_path}/out', *(flag.replace('{home}', str(home)) for flag in flags))
+  out = [f'--out={tmp_path}/out'] * (not any(flag.startswith('--out=') for flag in flags))
+  done = tool('prepare_data', '--tokenizer=bytes', *out, *(flag.replace('{home}', str(home)) for flag in flags))
   errors = [line for line in done.stderr.splitlines() if not line.startswith(('reading ', 'tokenizing: ', f'{home}/store exists'))]
   assert len(errors) == 1 and errors[0].startswith('error: ' + message.replace('{home}', str(home))), done.stderr
   assert (done.returncode, done.stdout) == (2, '') and files_below(home) == before and not list(tmp_path.iterdir())

@@ -180,9 +180,18 @@ def test_verdict(change: dict[str, float], yardsticks: dict[str, float], rows: l
   assert verdict(SCORE | change, yardsticks, rows) == sentence
 
 
+@pytest.mark.parametrize('evaluation', [None, {'step': 200, 'tasks': {'lambada': {'acc': 0.5}}}])
+def test_a_run_whose_documents_were_not_evaluated_has_a_report(workdir: pathlib.Path, evaluation: dict | None):
+  (workdir / 'evaluation.json').unlink()
+  if evaluation:
+    (workdir / 'evaluation.json').write_text(json.dumps(evaluation))
+  found = Page(page(workdir))
+  assert 'Not evaluated; python -m gptjax.evaluate scores the held-out documents.' in found.text
+  assert '61,000' in found.text and 'sample8' in found.text and 'perplexity' not in found.text and 'nan' not in found.text
+
+
 @pytest.mark.parametrize(('name', 'command'), [
-    ('config.json', 'gptjax.train'), ('metrics.jsonl', 'gptjax.train'), ('run.json', 'gptjax.train'),
-    ('evaluation.json', 'gptjax.evaluate')])
+    ('config.json', 'gptjax.train'), ('metrics.jsonl', 'gptjax.train'), ('run.json', 'gptjax.train')])
 def test_a_missing_file_is_named_with_the_command_that_writes_it(workdir: pathlib.Path, name: str, command: str):
   (workdir / name).unlink()
   with pytest.raises(UserError, match=f'{re.escape(str(workdir / name))}.*python -m {command} .*--workdir={workdir}'):
@@ -240,10 +249,12 @@ def test_command_line(workdir: pathlib.Path):
   (workdir / 'taken').mkdir()
   before = sorted(workdir.rglob('*'))
   refused = run_module('tools.report', f'--workdir={workdir}', f'--out={workdir / "taken"}')
-  (workdir / 'evaluation.json').rename(workdir.parent / 'elsewhere.json')
+  (workdir / 'config.json').rename(workdir.parent / 'elsewhere.json')
   missing = run_module('tools.report', f'--workdir={workdir}')
-  (workdir.parent / 'elsewhere.json').rename(workdir / 'evaluation.json')
-  for done, named in ((refused, f'--out: {str(workdir / "taken")!r}'), (missing, str(workdir / 'evaluation.json'))):
+  (workdir.parent / 'elsewhere.json').rename(workdir / 'config.json')
+  two = run_module('tools.report', f'--workdir={workdir}', f'--workdir={workdir.parent}')
+  for done, named in ((refused, f'--out: {str(workdir / "taken")!r}'), (missing, str(workdir / 'config.json')),
+                      (two, f"--workdir: '{workdir.parent}', expected: one value; {workdir} was given before")):
     assert (done.returncode, done.stdout) == (2, '')
     assert done.stderr.startswith(f'error: {named}') and done.stderr.count('\n') == 1
   assert sorted(workdir.rglob('*')) == before and report.read_text(encoding='utf-8') == written
