@@ -58,7 +58,7 @@ def main(_) -> None:
   manifest = store.manifest
   print(f'{out}: {counted(store.documents)}, {store.tokens:,} tokens, {store.bytes:,} bytes, '
         f'{store.bytes / store.tokens:.3f} bytes per token')
-  if manifest['held_out']:
+  if manifest.get('held_out'):
     print(f'held out for validation: {manifest["held_out"]}')
   none_found = {f'decontamination, {name}': 0 for name in manifest['decontaminated']}
   for reason, count in (none_found | manifest['dropped']).items():
