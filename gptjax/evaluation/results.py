@@ -13,6 +13,9 @@ Record = dict[str, Any]
 """`step`; for documents, the fields of Score over all sets together, and `sets` and `tags` with those of each set and tag; for tasks,
 `tasks` with the metrics, METRIC_stderr, examples, fewshot and version of each task."""
 
+ALL_SETS = 'all sets'
+"""Name of the score of all sets together, which no set may have."""
+
 _Curve = tuple[list[int], list[float], list[float]]
 """Steps, values and standard errors (0: unknown)."""
 
@@ -24,9 +27,9 @@ def record(step: int, scores: Scores | None, tasks: Mapping[str, Mapping[str, An
 
 
 def documents(found: Record) -> dict[str, Mapping[str, float]]:
-  """The document scores of a record by metric name: NAME, tag/TAG, and, if there are several sets, `valid` for all sets together."""
+  """The document scores of a record by name: NAME, tag/TAG, and, if there are several sets, ALL_SETS."""
   named = {**found.get('sets', {}), **{f'tag/{tag}': score for tag, score in found.get('tags', {}).items()}}
-  return named | ({'valid': found} if len(found.get('sets', {})) > 1 else {})
+  return named | ({ALL_SETS: found} if len(found.get('sets', {})) > 1 else {})
 
 
 def metrics(found: Record) -> dict[tuple[str, str], tuple[float, float | None]]:
@@ -59,6 +62,7 @@ def _short(value: float) -> str:
 def draw(records: Sequence[Record], path: Path) -> bool:
   """Writes a PNG with bits per byte and loss of each set, and metrics of tasks, over steps; metrics between 0 and 1, such as accuracies,
   have their own panel. Returns False, without a file, if there is no finite number to plot."""
+  from matplotlib import rc_context
   from matplotlib.figure import Figure
 
   keys = {key for one in records for key in metrics(one)}
@@ -70,16 +74,17 @@ def draw(records: Sequence[Record], path: Path) -> bool:
   panels = [panel for panel in panels if panel[2]]
   if not panels:
     return False
-  figure = Figure(figsize=(4.6 * len(panels), 3.6), layout='constrained')
-  for axis, (title, unit, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-    for name, (steps, values, errors) in curves.items():
-      axis.errorbar(steps, values, errors if any(errors) else None, marker='o', markersize=3, linewidth=1, capsize=2, label=name)
-    axis.set(title=title, xlabel='step', ylabel=unit)
-    if min(min(values) for _, values, _ in curves.values()) > 0 and unit == 'value':
-      axis.set_yscale('log')
-    axis.legend(fontsize='small', frameon=False)
-    axis.grid(alpha=0.3)
-  save_figure(figure, path, dpi=130)
+  with rc_context({'text.parse_math': False}):  # names are no formulas
+    figure = Figure(figsize=(4.6 * len(panels), 3.6), layout='constrained')
+    for axis, (title, unit, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+      for name, (steps, values, errors) in curves.items():  # a label that begins with _ would not be shown
+        axis.errorbar(steps, values, errors if any(errors) else None, marker='o', markersize=3, linewidth=1, capsize=2, label=f' {name}')
+      axis.set(title=title, xlabel='step', ylabel=unit)
+      if min(min(values) for _, values, _ in curves.values()) > 0 and unit == 'value':
+        axis.set_yscale('log')
+      axis.legend(fontsize='small', frameon=False)
+      axis.grid(alpha=0.3)
+    save_figure(figure, path, dpi=130)
   return True
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from gptjax.config import SourceConfig, UserError
 from gptjax.data import HeldOut, Recipe, TokenStore, cores, open_source, write_store
 from gptjax.data.store import MANIFEST
+from gptjax.evaluation.results import ALL_SETS
 from gptjax.files import expanded
 from gptjax.distributed import is_primary, broadcast
 
@@ -29,6 +30,8 @@ def choose_sets(wanted: Sequence[str] | None, held_out: HeldOut, cache_dir: Path
     name, given, path = text.partition('=')
     if not name or name in chosen or (given and not path):
       raise UserError('--sets', text, 'NAME, NAME=STORE or NAME=PATH, each name once')
+    if name == ALL_SETS or name.startswith('tag/'):
+      raise UserError('--sets', text, f"another name: '{ALL_SETS}' and 'tag/TAG' are those of several sets together")
     if not given and name not in held_out.valid:
       raise UserError('--sets', name, f"{', '.join(held_out.valid) or 'no names (the run has no sets of its own)'}; or NAME=STORE, "
                       'NAME=PATH', held_out.valid)

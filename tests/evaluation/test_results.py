@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from small_stores import make_store, texts
 
@@ -34,11 +35,26 @@ def test_a_record_has_all_scores_and_nothing_else():
 
 def test_a_table_has_one_line_per_score():
   found = table([record(step, scores(step / 100), {'piqa': TASK}) for step in (100, 200)]).splitlines()
-  assert [line.split()[:2] for line in found[1:9]] == [[step, name] for step in ('100', '200') for name in ('a', 'b', 'tag/both', 'valid')]
+  assert [line.split()[:2] for line in found[1:9]] == [[step, name] for step in ('100', '200') for name in ('a', 'b', 'tag/both', 'all')]
   assert found[5].split() == ['200', 'a', '2.0000', '2.000', '1.0000', '10']
   assert [line.split()[1:] for line in found[-2:]] == [['piqa', 'acc', '0.5000', '0.1000', '7'], ['piqa', 'perplexity', '12,345.7', '7']]
   alone = Scores({'a': scores(1.0).sets['a']}, {})
   assert table([record(100, alone, None)]) == '' and len(table([record(step, alone, None) for step in (1, 2)]).splitlines()) == 3
+
+
+def test_every_set_has_its_own_score_whatever_it_is_called(monkeypatch, tmp_path):
+  one = lambda loss, tokens: Score(loss, 2.0, loss / 2, tokens, 30.0)
+  names = {'valid': one(1.0, 10), 'other': one(2.0, 10), '_a$_{$': one(4.0, 20)}
+  found = record(7, Scores(names, {}), None)
+  lines = [line.rsplit(maxsplit=4)[:2] for line in table([found]).splitlines()[1:]]
+  assert [(line.split(maxsplit=1)[1].strip(), float(loss)) for line, loss in lines] == [
+    ('valid', 1.0), ('other', 2.0), ('_a$_{$', 4.0), ('all sets', 2.75)]
+  drawn = []
+  monkeypatch.setattr('matplotlib.figure.Figure.savefig', lambda self, path, save=Figure.savefig, **named: (
+    drawn.append({handle.get_label().strip(): handle[0].get_ydata().tolist()
+                  for handle in self.axes[1].get_legend_handles_labels()[0]}), save(self, path, **named)))
+  assert draw([found, found | {'step': 8}], tmp_path / 'picture.png')
+  assert drawn == [{'valid': [1.0] * 2, 'other': [2.0] * 2, '_a$_{$': [4.0] * 2, 'all sets': [2.75] * 2}]
 
 
 def test_all_kinds_of_scores_are_plotted(tmp_path):
@@ -73,7 +89,8 @@ def test_a_mistake_in_sets_is_one_error_line(held_out, tmp_path):
   (tmp_path / 'other/manifest.json').write_text(json.dumps(manifest | {'sha256': manifest_sha256(manifest)}))
   for wanted, message in [
       (['c'], "^--sets: 'c', expected: a, b; or NAME=STORE"), (['a', 'a'], "^--sets: 'a', expected: NAME, "),
-      (['a='], "^--sets: 'a=', expected: "),
+      (['a='], "^--sets: 'a=', expected: "), ([f'all sets={tmp_path}/b'], '^--sets: .*another name'),
+      ([f'tag/both={tmp_path}/b'], '^--sets: .*another name'),
       ([f'x={tmp_path}/other'], "^--sets: 'x=.*other', expected: a store made with the run's tokenizer .*, not ffffffffffff"),
       ([f'x={tmp_path}/nothing.txt'], "nothing.txt', expected: ")]:
     with pytest.raises(UserError, match=message):
