@@ -9,12 +9,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from absl import flags
+from absl import flags, logging
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from gptjax import config as configs
 from gptjax.config import UserError
+from gptjax.data import progress
 from gptjax.files import expanded
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a run', required=True)
@@ -24,12 +25,13 @@ _MATCH = flags.DEFINE_string('match', '', 'only tensors whose name contains this
 
 
 def main(_) -> int:
+  logging.set_verbosity(logging.FATAL)  # Orbax's; failures are raised as well
   import jax
   jax.config.update('jax_platforms', 'cpu')  # leaves the accelerators to training
   from gptjax.checkpoint import Checkpoints
   workdir = expanded(_WORKDIR.value, '--workdir')
   checkpoints = Checkpoints(workdir / 'checkpoints')
-  console = Console(highlight=False, soft_wrap=True, markup=False)
+  console = progress.console()
   if _STEP.value is None:
     if _AGAINST.value:
       raise UserError('--step', None, 'the step to compare with --against')
@@ -47,7 +49,7 @@ def _list(console: Console, workdir: Path, checkpoints) -> int:
   steps = checkpoints.steps()
   if not steps:
     raise UserError('--workdir', str(workdir), 'a folder with checkpoints, written by gptjax.train')
-  table = Table('step', 'tokens', 'loss', 'MB', 'saved', 'state')
+  table = Table('step', 'tokens', 'loss', 'MB', 'saved', Column('state', overflow='fold'))
   bad = False
   for step in steps:
     folder = workdir / 'checkpoints' / str(step)
@@ -72,7 +74,7 @@ def _describe(console: Console, folder: Path) -> None:
   from gptjax.checkpoint import Contents
   contents = Contents(folder)
   names = _chosen(contents.shapes)
-  table = Table('tensor', 'shape', 'type', 'norm', 'smallest', 'largest')
+  table = Table(Column('tensor', overflow='fold'), 'shape', 'type', 'norm', 'smallest', 'largest')
   count = 0
   for name, value in contents.read(names):
     value64 = value.astype(np.float64)
@@ -87,7 +89,7 @@ def _compare(console: Console, folder: Path, other: Path) -> int:
   from gptjax.checkpoint import Contents
   one, two = Contents(folder), Contents(other)
   names = _chosen({**one.shapes, **two.shapes})
-  table = Table('tensor', 'difference', 'relative')
+  table = Table(Column('tensor', overflow='fold'), 'difference', 'relative')
   comparable = [name for name in names if name in one.shapes and name in two.shapes and one.shapes[name].shape == two.shapes[name].shape]
   different = 0
   for name in names:

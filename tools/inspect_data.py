@@ -23,6 +23,7 @@ from gptjax import config as configs
 from gptjax.cache import cache_dir
 from gptjax.config import Config, FaultsConfig, UserError
 from gptjax.data import Batch, Tokenizer, TokenStore, TrainRows, cores, prepare, train_rows
+from gptjax.data import progress
 from gptjax.data.progress import counted
 from gptjax.files import expanded, save_figure, writable
 
@@ -47,7 +48,7 @@ def main(config: Config | None) -> None:
     if not _PLOT.value.endswith('.png'):
       raise UserError('--plot', _PLOT.value, 'a file that ends in .png')
     writable(_PLOT.value, '--plot')
-  console = Console(highlight=False, soft_wrap=True)
+  console = progress.console(markup=True)
   if _STORE.value:
     if config or _WORKDIR.value:
       raise UserError('--store', _STORE.value, 'one of --store, --workdir and --config')

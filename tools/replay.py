@@ -8,10 +8,10 @@ import json
 from pathlib import Path
 
 from absl import flags
-from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from gptjax import config as configs
+from gptjax.data import progress
 from gptjax.files import expanded
 from gptjax.start import start
 
@@ -25,7 +25,7 @@ def main(_) -> int:
   cache = start(configs.read_config(workdir))
   from gptjax.distributed import is_primary
   from gptjax.training.replaying import replay
-  table = Table('step', 'field', 'logged', 'now', 'relative difference')
+  table = Table('step', Column('field', overflow='fold'), 'logged', 'now', 'relative difference')
   worst, steps = 0.0, 0
   for one in replay(workdir, _STEP.value, cache):
     worst, steps = max(worst, one.difference), steps + 1
@@ -33,7 +33,7 @@ def main(_) -> int:
       if away or one.step == _STEP.value:
         table.add_row(str(one.step), name, repr(one.logged[name]), repr(one.again.get(name)), f'{away:.1e}' if away else '')
   if is_primary():
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = progress.console()
     console.print(table)
     equal = 'bitwise equal' if not worst else f'largest relative difference {worst:.1e}{_elsewhere(workdir)}'
     console.print(f'{steps} logged steps repeated: {equal}')

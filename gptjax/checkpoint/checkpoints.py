@@ -195,12 +195,13 @@ class Checkpoints:
       self.folder(old).rename(dropped)
       shutil.rmtree(dropped, ignore_errors=True)
 
-  def wait(self) -> None:
-    """Returns when the pending save is committed, or raises a UserError as `save` does."""
+  def wait(self) -> bool:
+    """Returns when the pending save is committed, and whether there was one, or raises a UserError as `save` does."""
     pending, self._pending = self._pending, None
     if pending is not None:
       with self._user_errors():
         pending.result()
+    return pending is not None
 
   @property
   def saving(self) -> bool:

@@ -9,6 +9,11 @@ import rich.progress
 _LOG_INTERVAL = 60  # seconds
 
 
+def console(markup: bool = False) -> rich.console.Console:
+  """Prints tables on stdout, into a file or pipe without cutting them to the width of a terminal; without `markup` text as it is."""
+  return rich.console.Console(highlight=False, soft_wrap=True, markup=markup, width=None if sys.stdout.isatty() else 10_000)
+
+
 def announce(line: str) -> None:
   """Prints one line on stderr."""
   print(line, file=sys.stderr, flush=True)

@@ -1,5 +1,6 @@
 """The training loop: one compiled step, dispatched before the metrics of the step before are read."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -153,6 +154,7 @@ class _Loop:
     self.counter = CompileCounter()
     self.compiles = 0
     self.rollbacks = 0  # since the last checkpoint
+    self.failures = collections.Counter[str]()  # to save, since the last checkpoint, by reason
     self.tracing = False
     self.empty = 0  # steps of this process whose batch had no targets
 
@@ -285,12 +287,13 @@ class _Loop:
         return
       time.sleep(RETRY)
 
-  def _save_once(self, loss: float | None, waits: bool) -> None:
+  def _save_once(self, loss: float | None, waits: bool) -> bool:
     # All processes take part in a save: if process 0 cannot save, none can.
     if refusal := broadcast('save', self._refusal() if is_primary() else None):
       raise UserError.from_text(refusal)
     self.checkpoints.save(Progress(self.steps.step, self.steps.row, self.tokens), self.steps.state, loss, waits)
     self.rollbacks = 0
+    return waits
 
   def _refusal(self) -> str:
     """Why process 0 cannot save."""
@@ -303,16 +306,24 @@ class _Loop:
       return str(error)
     return ''
 
-  def _attempt(self, save: Callable[[], None], final: bool = False) -> bool:
-    """Tries to save; returns whether that failed for a reason that may pass, and training continues meanwhile."""
+  def _attempt(self, save: Callable[[], bool], final: bool = False) -> bool:
+    """Tries to save; returns whether that failed for a reason that may pass, and training continues meanwhile.
+
+    `save` returns whether a checkpoint was committed. Failures of the same reason are reported at the 1st, 2nd, 4th, 8th ... time.
+    """
     try:
-      save()
+      committed = save()
     except UserError as error:
       if final:
         raise
       self.interruptions.save_in(RETRY)
-      self.book.say(f'not saved: {error}; trying again in {RETRY:g} s')
+      self.failures[str(error)] += 1
+      if (count := self.failures[str(error)]).bit_count() == 1:
+        self.book.say(f'not saved: {error}; trying again every {RETRY:g} s' + (f', {count} times so far' if count > 1 else ''))
       return True
+    if committed and self.failures:
+      self.book.say(f'saved, after {self.failures.total()} failures')
+      self.failures.clear()
     return False
 
   def _roll_back(self, reason: Rollback, last: int) -> None:

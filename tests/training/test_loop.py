@@ -1,5 +1,6 @@
 """One run from start to end: what it writes, how often it compiles, and that mistakes leave nothing behind."""
 
+import collections
 import json
 import shutil
 from types import SimpleNamespace
@@ -177,6 +178,27 @@ def test_a_run_on_a_full_disk_continues_and_saves_when_there_is_space(tmp_path, 
     assert run(settings, disk / 'run', cache) == straight
     assert capsys.readouterr().err.count('a disk with space left; trying again') >= 3
     assert Checkpoints(disk / 'run' / 'checkpoints').newest() == 12
+
+
+def test_equal_failures_to_save_are_reported_less_and_less_often(monkeypatch):
+  said, left = [], [20]
+  monkeypatch.setattr(loop._Loop, '__init__', lambda self: None)
+  one = loop._Loop()
+  one.failures, one.interruptions = collections.Counter(), SimpleNamespace(save_in=lambda seconds: None)
+  one.book = SimpleNamespace(say=said.append)
+
+  def save():
+    left[0] -= 1
+    if left[0] >= 0:
+      raise UserError('checkpoint', 'folder', 'a disk with space left')
+    return True
+
+  assert [one._attempt(save) for _ in range(21)] == [True] * 20 + [False]
+  assert [line.rpartition('every 30 s')[2] for line in said[:-1]] == ['', *(f', {count} times so far' for count in (2, 4, 8, 16))]
+  assert said[-1] == 'saved, after 20 failures'
+  left[0] = 1
+  one._attempt(save)
+  assert said[-1].endswith('trying again every 30 s')
 
 
 def test_a_run_whose_disk_stays_full_ends_with_one_line_and_keeps_what_it_had(tmp_path, text, cache, monkeypatch):

@@ -83,6 +83,9 @@ def test_a_checkpoint_is_read_tensor_by_tensor(trained):
 def test_inspect_checkpoint_describes_and_compares(trained, tmp_path):
   done = run_module('tools.inspect_checkpoint', f'--workdir={trained}')
   assert done.returncode == 0 and done.stdout.count('intact') == 2
+  done = run_module('tools.inspect_checkpoint', f'--workdir={trained}', '--step=8')
+  assert (done.returncode, done.stderr) == (0, '') and '…' not in done.stdout
+  assert {line.split()[1] for line in done.stdout.splitlines() if line.startswith('│')} == {*Contents(trained / 'checkpoints' / '8').shapes}
   done = run_module('tools.inspect_checkpoint', f'--workdir={trained}', '--step=8', '--against=6', '--match=trained/')
   assert done.returncode == 1 and 'trained/tokens/table' in done.stdout and ' 0 of ' in done.stdout
   copy = shutil.copytree(trained, tmp_path / 'run')
