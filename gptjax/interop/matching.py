@@ -17,6 +17,9 @@ from gptjax.model import AbstractModel, stacked_name
 PARAMETER_DTYPES = ('F32', 'BF16', 'F16')
 """Dtypes of tensors that hold parameters: float32 represents all their values exactly."""
 
+_BUFFERS = re.compile(r'(.*\.)?(rotary_emb\w*\.inv_freq|attn\.(bias|masked_bias)|position_ids)')
+"""Names of tensors that hold no parameter, in folders of any family that older versions of transformers wrote."""
+
 _MAX_GROUP_BYTES = 2**28
 """Maximum bytes of the parameters that are restored at once."""
 
@@ -121,7 +124,7 @@ def check_tensors(match: Match, family: Family, folder: str, entries: Mapping[st
   if missing := [name for name in shapes if name not in entries]:
     fail(missing, None, f'a tensor of shape {list(shapes[missing[0]])}; it is missing')
   others = [name for name in entries if name not in shapes]
-  if extra := [name for name in others if not re.fullmatch(family.ignored, name)]:
+  if extra := [name for name in others if not _BUFFERS.fullmatch(name)]:
     fail(extra, list(entries[extra[0]].shape), f'only the tensors of a {family.model_type} model with the sizes in its config.json')
   for name, shape in shapes.items():
     if entries[name].shape != shape:

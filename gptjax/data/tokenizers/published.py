@@ -47,8 +47,8 @@ class Published:
     configs = [json_object(f'{directory}/{name}', (directory / name).read_bytes()) for name in names if (directory / name).exists()]
     special_ids = {}
     for name in ('bos_token_id', 'eos_token_id', 'pad_token_id'):
-      value: Any = next((config[name] for config in configs if config.get(name) is not None), [])
-      special_ids[name] = value if isinstance(value, list) else [value]
+      value: Any = next((config[name] for config in configs if config.get(name) not in (None, -1)), [])  # -1 also means none
+      special_ids[name] = [one for one in (value if isinstance(value, list) else [value]) if one != -1]
       if not all(type(one) is int for one in special_ids[name]):
         raise UserError(f'{directory}: {name}', value, 'an id, or a list of ids')
     return Published(str(directory), files, special_ids)
