@@ -1,10 +1,12 @@
 """Conversion between runs and Hugging Face folders.
 
-`families` maps the tensors of each published architecture to parameters; `importing` makes a run from a folder, and `exporting` a folder
-from a run, one tensor at a time. Only safetensors are read: a pickle can run code.
+`families` maps config.json and tensors of each published architecture to configs and parameters, and `fields` has what families share;
+`importing` makes a run from a folder, and `exporting` a folder from a run, one tensor at a time. Only safetensors are read: a pickle can
+run code.
 """
 
 from gptjax.interop.comparison import Check
 from gptjax.interop.exporting import export_run
-from gptjax.interop.families import FAMILIES, Fields, parse_config
+from gptjax.interop.families import FAMILIES, parse_config
+from gptjax.interop.fields import Fields
 from gptjax.interop.importing import import_folder

@@ -80,7 +80,7 @@ def _described(config: Config, kept: Path, tokenizer: Tokenizer, dtype: str) -> 
     pad_id = tokenizer.pad_id if tokenizer.pad_id < config.model.vocab_size else tokenizer.eos_id  # transformers pads by a row of the table
     ids = {'bos_token_id': tokenizer.bos_id, 'eos_token_id': tokenizer.eos_id, 'pad_token_id': pad_id}
     return kind, {'architectures': [kind.architecture], 'model_type': kind.model_type,
-                  'dtype': 'float32' if dtype == 'auto' else dtype} | kind.write(config.model, context) | ids
+                  'torch_dtype': 'float32' if dtype == 'auto' else dtype} | kind.write(config.model, context) | ids
   values = read_json(kept / CONFIG)
   kind, model, _ = parse_config(values, str(kept / CONFIG))
   was, now = comparable(model), comparable(config.model)
@@ -88,7 +88,7 @@ def _described(config: Config, kept: Path, tokenizer: Tokenizer, dtype: str) -> 
     if was[field] != now[field]:
       raise UserError(f'model.{field}', now[field], f'{was[field]!r}, as in the imported model ({kept / CONFIG})')
   if dtype != 'auto':
-    values['torch_dtype' if 'torch_dtype' in values else 'dtype'] = dtype
+    values |= dict.fromkeys({'dtype', 'torch_dtype'} & values.keys() or ('torch_dtype',), dtype)
   if config.model.positions == 'learned':
     values['n_positions'] = context  # the run's may be shorter than the model's
   return kind, values

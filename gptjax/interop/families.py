@@ -8,9 +8,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from gptjax.config import ModelConfig, RopeConfig, UserError
-
-Json = dict[str, Any]
+from gptjax.config import ModelConfig, UserError
+from gptjax.interop.fields import Fields, Json, layer_types, read_windows, rope_values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,23 +31,10 @@ class Column(NamedTuple):
 
   ours: str
   """its name in ModelConfig, or 'context'"""
-  missing: Any = None
-  """its value if the field is missing; None: then the config.json is invalid"""
+  missing: Any
+  """its value if the field is missing: the default of the family's class in transformers, with 0 for null"""
   nullable: bool = False
-  """whether null means 0; else null counts as missing"""
-
-
-_ROPE: dict[str, dict[str, str]] = {
-  'default': {}, 'linear': {'factor': 'factor'},
-  'llama3': {'factor': 'factor', 'low_freq_factor': 'low', 'high_freq_factor': 'high',
-             'original_max_position_embeddings': 'original_context'}}
-"""Our names of the fields that each kind of RoPE has."""
-
-
-def _write_rope(config: ModelConfig, context: int) -> Json:
-  kind = 'default' if config.rope.scaling == 'none' else config.rope.scaling
-  scaling = {theirs: getattr(config.rope, ours) for theirs, ours in _ROPE[kind].items()}
-  return {'rope_parameters': {'rope_type': kind, 'rope_theta': config.rope.theta, **scaling}}
+  """whether null means 0; else null is invalid"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,30 +48,38 @@ class Family:
   names: Mapping[str, str]
   """tensor name of each of our parameters, with # for the layer's number"""
   required: Mapping[str, tuple]
-  """fields of config.json of which we support some values only; the first is the default"""
+  """fields of config.json of which we support some values only; the first is the default of the family's class"""
   columns: Mapping[str, Column]
   """fields of config.json that set one field of a ModelConfig"""
   settings: Json
   """fields of a ModelConfig that are equal in all models of the family"""
-  read_more: Callable[['Fields', int], Json] = lambda fields, context: {'rope': fields.rope(context)}
-  """fields of a ModelConfig that depend on several fields of config.json; the int is the model's context length"""
-  write_more: Callable[[ModelConfig, int], Json] = _write_rope
+  read_more: Callable[[Fields, ModelConfig, int], Json] = lambda fields, model, context: _read_rope(fields, model, context)
+  """fields of a ModelConfig that depend on several fields of config.json, given the others and the context length"""
+  write_more: Callable[[ModelConfig, int], Json] = lambda config, context: rope_values(config)
   """the inverse of read_more"""
-  ignored: str = '$^'
-  """pattern of tensors that hold no parameter"""
   prefix: str = ''
   """start of tensor names that some folders omit"""
+  aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  """other names of some columns"""
 
-  def read(self, fields: 'Fields') -> tuple[ModelConfig, int]:
-    """The config and context length that a config.json describes. Raises a UserError for a field that is missing, has the wrong type or an
-    unsupported value."""
+  def read(self, fields: Fields) -> tuple[ModelConfig, int]:
+    """The config and context length that a config.json describes. Raises a UserError for a field that has the wrong type or an unsupported
+    value, or contradicts another."""
+    if layers := fields.get('per_layer_config'):
+      raise fields.error('per_layer_config', layers, 'the same settings for all layers')
+    for name, alias in self.aliases.items():
+      if alias in fields.values:
+        fields.values = {name: fields.get(alias)} | fields.values
+        if fields.values[name] != fields.values[alias]:
+          raise fields.error(alias, fields.values[alias], f'{fields.values[name]}, as in {name}')
     for name, values in self.required.items():
-      if (value := fields.values.get(name)) is not None and value not in values:
+      if (value := fields.get(name, values[0])) not in values:
         raise fields.error(name, value, ' or '.join(map(repr, values)))
     found = {column.ours: fields.typed(name, type(getattr(ModelConfig, column.ours, 0)), column.missing, column.nullable)
              for name, column in self.columns.items()}
     context = found.pop('context')
-    return _resolved(ModelConfig(**self.settings | found | self.read_more(fields, context))), context
+    model = ModelConfig(**self.settings | found)
+    return _resolved(dataclasses.replace(model, **self.read_more(fields, model, context))), context
 
   def write(self, config: ModelConfig, context: int) -> Json:
     """The config.json of a model, the inverse of `read`; it omits settings that this family does not have."""
@@ -108,63 +102,25 @@ class Family:
     return list(found.values())
 
 
-class Fields:
-  """The fields of a config.json, with defaults and type checks; every method raises a UserError that names the field."""
-
-  def __init__(self, values: Json, file: str = 'config.json'):
-    self.values, self.file = values, file
-
-  def typed(self, name: str, kind: type, missing: Any = None, nullable: bool = False) -> Any:
-    """A positive int, a float or a bool; see Column."""
-    value: Any = self.values.get(name)
-    if value is None and nullable and name in self.values:
-      return kind(0)
-    if value is None and missing is not None:
-      return missing
-    if type(value) not in ((int, float) if kind is float else (kind,)) or (kind is int and value < 1):
-      raise self.error(name, value, {int: 'an integer of at least 1', float: 'a number', bool: 'true or false'}[kind])
-    return kind(value)
-
-  def error(self, name: str, value: object, expected: str) -> UserError:
-    """The error for an invalid field."""
-    return UserError(f'{self.file}: {name}', value, expected)
-
-  def rope(self, context: int, theta: float = 10000.0) -> RopeConfig:
-    """RoPE settings in the fields of transformers 5 (rope_parameters) or of earlier versions (rope_theta, rope_scaling)."""
-    given = self.values.get('rope_parameters') or {
-      **(self.values.get('rope_scaling') or {}), 'rope_theta': self.typed('rope_theta', float, theta)}
-    local = 0.0
-    if 'full_attention' in given:  # settings per kind of layer
-      local = float(given['sliding_attention'].get('rope_theta', theta))
-      if given['sliding_attention'].get('rope_type', 'default') != 'default':
-        raise self.error('rope_parameters.sliding_attention', given['sliding_attention'], "rope_type 'default'")
-      given = given['full_attention']
-    elif 'rope_local_base_freq' in self.values:
-      local = self.typed('rope_local_base_freq', float)
-    kind = given.get('rope_type', given.get('type', 'default'))
-    if kind not in _ROPE:
-      raise self.error('rope_type', kind, ' or '.join(map(repr, _ROPE)))
-    if given.get('partial_rotary_factor', 1.0) != 1.0:
-      raise self.error('partial_rotary_factor', given['partial_rotary_factor'], '1.0')
-    given = {'original_max_position_embeddings': context} | given
-    scaling = {ours: type(getattr(RopeConfig, ours))(given[theirs]) for theirs, ours in _ROPE[kind].items()}
-    return RopeConfig(float(given.get('rope_theta', theta)), local, 'none' if kind == 'default' else kind, **scaling)
-
-
 def parse_config(values: Json, file: str = 'config.json') -> tuple[Family, ModelConfig, int]:
   """Family, config and context length that a config.json of any content describes. Raises a UserError for an unsupported family or setting,
   or a field of the wrong type."""
-  try:
-    names = values.get('architectures') or []
-    family = FAMILIES.get(values.get('model_type', ''))
-    if family is None or (names and family.architecture not in names and not names[0].endswith(('Model', 'LMHeadModel'))):
-      known = ', '.join(f'{one.model_type} ({one.architecture})' for one in FAMILIES.values())
-      raise UserError(f'{file}: model_type', f'{values.get("model_type")} ({", ".join(names)})', known)
-    return family, *family.read(Fields(values, file))
-  except UserError:
-    raise
-  except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-    raise UserError(file, f'{type(error).__name__}: {error}', 'a config.json whose fields have the types of its family') from None
+  names, kind = values.get('architectures') or [], values.get('model_type')
+  if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    raise UserError(f'{file}: architectures', names, 'a list of names')
+  family = FAMILIES.get(kind) if isinstance(kind, str) else None
+  if family is None or (names and family.architecture not in names and not names[0].endswith(('Model', 'LMHeadModel'))):
+    known = ', '.join(f'{one.model_type} ({one.architecture})' for one in FAMILIES.values())
+    raise UserError(f'{file}: model_type', f'{kind} ({", ".join(names)})', known)
+  return family, *family.read(Fields(values, file))
+
+
+def ignored_fields(values: Json) -> list[str]:
+  """Names of the fields of a valid config.json that neither `parse_config` nor transformers uses, but for those known to have no effect on
+  logits."""
+  fields = Fields(values)
+  FAMILIES[values['model_type']].read(fields)
+  return fields.unread()
 
 
 def family_for(config: ModelConfig, context: int) -> Family:
@@ -198,37 +154,46 @@ def _resolved(config: ModelConfig) -> ModelConfig:
   return dataclasses.replace(config, kv_heads=config.key_heads, head_size=config.head_width, mlp_width=config.hidden_width)
 
 
-def _read_pattern(fields: Fields, default: int) -> Json:
-  """global_every: from the list of layer types, or from the field that early Gemma 3 folders have instead."""
-  kinds = fields.values.get('layer_types')
-  if kinds is None:
-    return {'global_every': fields.typed('sliding_window_pattern', int, default)}
-  every = kinds.index('full_attention') + 1 if 'full_attention' in kinds else 0
-  if kinds != _layer_types(fields.typed('num_hidden_layers', int), every):
-    raise fields.error('layer_types', kinds, 'full_attention in every n-th layer and sliding_attention in the others')
-  return {'global_every': every}
+def _read_rope(fields: Fields, model: ModelConfig, context: int, slides: Callable[[int], bool] = lambda layer: False) -> Json:
+  return {'rope': fields.rope(context)} | read_windows(fields, model.layers, model.window, slides)
 
 
-def _layer_types(layers: int, every: int) -> list[str]:
-  return ['full_attention' if every and (layer + 1) % every == 0 else 'sliding_attention' for layer in range(layers)]
+def _read_mistral(fields: Fields, model: ModelConfig, context: int) -> Json:
+  return _read_rope(fields, model, context, lambda layer: model.window > 0)
 
 
-def _read_gemma3(fields: Fields, context: int) -> Json:
-  rope = fields.rope(8192, 1e6)
-  rope = dataclasses.replace(rope, local_theta=rope.local_theta or 10000.0)  # the default of its class
-  return {'rope': rope, **_read_pattern(fields, 6)}
+def _read_qwen(fields: Fields, model: ModelConfig, context: int) -> Json:
+  first = fields.get('max_window_layers', 28)
+  fields.get('sliding_window')  # known, whether it is used or not
+  if type(first) is not int:
+    raise fields.error('max_window_layers', first, 'a number of layers')
+  window = fields.typed('sliding_window', int, 4096, True) if fields.typed('use_sliding_window', bool, False) else 0
+  return _read_rope(fields, dataclasses.replace(model, window=window), context, lambda layer: window > 0 and layer >= first)
+
+
+def _read_gemma2(fields: Fields, model: ModelConfig, context: int) -> Json:
+  return _read_rope(fields, model, context, lambda layer: layer % 2 == 0)
+
+
+def _read_gemma3(fields: Fields, model: ModelConfig, context: int) -> Json:
+  every = fields.typed('sliding_window_pattern', int, 6)  # early folders have no layer_types
+  windows, by_pattern = (read_windows(given, model.layers, model.window, lambda layer: (layer + 1) % every != 0)
+                         for given in (fields, Fields({})))
+  if 'sliding_window_pattern' in fields.values and windows != by_pattern:
+    raise fields.error('sliding_window_pattern', every, 'the same layers as layer_types')
+  return {'rope': fields.rope_by_layer(context)} | windows
 
 
 def _write_gemma(config: ModelConfig, context: int) -> Json:
-  return _write_rope(config, context) | {
-    'sliding_window': config.window or context, 'layer_types': _layer_types(config.layers, config.global_every),
+  return rope_values(config) | {
+    'sliding_window': config.window or context, 'layer_types': layer_types(config),
     'query_pre_attn_scalar': int(config.query_pre_attn_scalar or config.head_width)}  # its class requires an integer
 
 
 def _write_gemma3(config: ModelConfig, context: int) -> Json:
-  values = _write_gemma(config, context)
-  local = {'rope_type': 'default', 'rope_theta': config.rope.local_theta or config.rope.theta}
-  return values | {'rope_parameters': {'full_attention': values['rope_parameters'], 'sliding_attention': local}}
+  return _write_gemma(config, context) | {
+    'rope_local_base_freq': config.rope.local_theta or config.rope.theta,
+    'sliding_window_pattern': (config.global_every or config.layers + 1) if config.window else 1}
 
 
 _GPT2_LAYER = {'attention_norm': 'ln_1', 'attention/q': 'attn.c_attn', 'attention/k': 'attn.c_attn', 'attention/v': 'attn.c_attn',
@@ -261,46 +226,60 @@ _SANDWICH = {'attention_norm': 'input_layernorm', 'attention_post_norm': 'post_a
              'mlp_norm': 'pre_feedforward_layernorm', 'mlp_post_norm': 'post_feedforward_layernorm'}
 
 _GPT2_COLUMNS = {
-  'n_layer': Column('layers', 12), 'n_embd': Column('width', 768), 'n_head': Column('heads', 12), 'n_inner': Column('mlp_width', 0),
+  'n_layer': Column('layers', 12), 'n_embd': Column('width', 768), 'n_head': Column('heads', 12), 'n_inner': Column('mlp_width', 0, True),
   'vocab_size': Column('vocab_size', 50257), 'n_positions': Column('context', 1024), 'layer_norm_epsilon': Column('norm_eps', 1e-5),
   'tie_word_embeddings': Column('tied', True)}
+_GPT2_ALIASES = {'n_layer': 'num_hidden_layers', 'n_embd': 'hidden_size', 'n_head': 'num_attention_heads',
+                 'n_positions': 'max_position_embeddings'}
 _LLAMA_COLUMNS = {
-  'num_hidden_layers': Column('layers'), 'hidden_size': Column('width'), 'num_attention_heads': Column('heads'),
-  'num_key_value_heads': Column('kv_heads', 0), 'head_dim': Column('head_size', 0), 'intermediate_size': Column('mlp_width'),
-  'vocab_size': Column('vocab_size'), 'max_position_embeddings': Column('context', 2048), 'rms_norm_eps': Column('norm_eps', 1e-6),
+  'num_hidden_layers': Column('layers', 32), 'hidden_size': Column('width', 4096), 'num_attention_heads': Column('heads', 32),
+  'num_key_value_heads': Column('kv_heads', 0, True), 'head_dim': Column('head_size', 0, True),
+  'intermediate_size': Column('mlp_width', 11008), 'vocab_size': Column('vocab_size', 32000),
+  'max_position_embeddings': Column('context', 2048), 'rms_norm_eps': Column('norm_eps', 1e-6),
   'tie_word_embeddings': Column('tied', False)}
-_GEMMA_COLUMNS = _LLAMA_COLUMNS | {
+_MISTRAL_COLUMNS = _LLAMA_COLUMNS | {
+  'num_key_value_heads': Column('kv_heads', 8, True), 'intermediate_size': Column('mlp_width', 14336),
+  'max_position_embeddings': Column('context', 131072), 'sliding_window': Column('window', 4096, True)}
+_QWEN2_COLUMNS = _LLAMA_COLUMNS | {
+  'num_key_value_heads': Column('kv_heads', 32, True), 'head_dim': Column('head_size', 0), 'intermediate_size': Column('mlp_width', 22016),
+  'vocab_size': Column('vocab_size', 151936), 'max_position_embeddings': Column('context', 32768)}
+_QWEN3_COLUMNS = _QWEN2_COLUMNS | {'head_dim': Column('head_size', 128)}
+_OLMO2_COLUMNS = _LLAMA_COLUMNS | {
+  'head_dim': Column('head_size', 0), 'vocab_size': Column('vocab_size', 50304), 'rms_norm_eps': Column('norm_eps', 1e-5)}
+_GEMMA2_COLUMNS = _LLAMA_COLUMNS | {
+  'num_hidden_layers': Column('layers', 26), 'hidden_size': Column('width', 2304), 'num_attention_heads': Column('heads', 8),
+  'num_key_value_heads': Column('kv_heads', 4), 'head_dim': Column('head_size', 256), 'intermediate_size': Column('mlp_width', 9216),
+  'vocab_size': Column('vocab_size', 256000), 'max_position_embeddings': Column('context', 8192),
   'tie_word_embeddings': Column('tied', True), 'sliding_window': Column('window', 4096),
   'query_pre_attn_scalar': Column('query_pre_attn_scalar', 256.0),
-  'attn_logit_softcapping': Column('attention_cap', 0.0, True), 'final_logit_softcapping': Column('logit_cap', 0.0, True)}
-_GEMMA2_COLUMNS = _GEMMA_COLUMNS | {
   'attn_logit_softcapping': Column('attention_cap', 50.0, True), 'final_logit_softcapping': Column('logit_cap', 30.0, True)}
+_GEMMA3_COLUMNS = _GEMMA2_COLUMNS | {
+  'vocab_size': Column('vocab_size', 262208), 'max_position_embeddings': Column('context', 131072),
+  'attn_logit_softcapping': Column('attention_cap', 0.0, True), 'final_logit_softcapping': Column('logit_cap', 0.0, True)}
 
 _LLAMA = {'positions': 'rope', 'norm': 'rmsnorm', 'mlp': 'swiglu', 'bias': False}
 _GEMMA = _LLAMA | {'norm': 'rmsnorm1p', 'norm_at': 'sandwich', 'mlp': 'geglu', 'scaled_embedding': True}
 
 _SILU = {'hidden_act': ('silu',)}
 _NO_BIAS = {'attention_bias': (False,)}
-_GELU = {'hidden_activation': ('gelu_pytorch_tanh',), **_NO_BIAS}
-_QWEN = {**_SILU, 'use_sliding_window': (False,)}
+_GELU = {'hidden_activation': ('gelu_pytorch_tanh',), **_NO_BIAS, 'use_bidirectional_attention': (False, None)}
 
 FAMILIES = {one.model_type: one for one in (
   Family('gpt2', 'GPT2LMHeadModel', _GPT2, {
     'activation_function': ('gelu_new', 'gelu_pytorch_tanh'), 'scale_attn_weights': (True,), 'scale_attn_by_inverse_layer_idx': (False,),
-    'add_cross_attention': (False,)}, _GPT2_COLUMNS, {}, lambda fields, context: {}, lambda config, context: {},
-    r'(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)', 'transformer.'),
-  Family('llama', 'LlamaForCausalLM', _llama_names(_PRE), {**_SILU, **_NO_BIAS, 'mlp_bias': (False,)}, _LLAMA_COLUMNS, _LLAMA,
-         ignored=r'model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq'),
-  Family('mistral', 'MistralForCausalLM', _llama_names(_PRE), _SILU,
-         _LLAMA_COLUMNS | {'sliding_window': Column('window', 4096, True)}, _LLAMA),
-  Family('qwen2', 'Qwen2ForCausalLM', _llama_names(_PRE, qkv_bias=True), _QWEN, _LLAMA_COLUMNS, _LLAMA | {'qkv_bias': True}),
-  Family('qwen3', 'Qwen3ForCausalLM', _llama_names(_PRE, qk_norm=True), {**_QWEN, **_NO_BIAS}, _LLAMA_COLUMNS,
-         _LLAMA | {'qk_norm': 'head'}),
-  Family('gemma2', 'Gemma2ForCausalLM', _llama_names(_SANDWICH), _GELU, _GEMMA2_COLUMNS, _GEMMA,
-         lambda fields, context: {'rope': fields.rope(context)} | _read_pattern(fields, 2), _write_gemma),
-  Family('gemma3_text', 'Gemma3ForCausalLM', _llama_names(_SANDWICH, qk_norm=True), {**_GELU, 'use_bidirectional_attention': (False,)},
-         _GEMMA_COLUMNS, _GEMMA | {'qk_norm': 'head'}, _read_gemma3, _write_gemma3),
-  Family('olmo2', 'Olmo2ForCausalLM', _llama_names(_POST, qk_norm=True), {**_SILU, **_NO_BIAS},
-         _LLAMA_COLUMNS | {'rms_norm_eps': Column('norm_eps', 1e-5)}, _LLAMA | {'norm_at': 'post', 'qk_norm': 'width'}),
+    'add_cross_attention': (False,)}, _GPT2_COLUMNS, {}, lambda fields, model, context: {}, lambda config, context: {},
+    'transformer.', _GPT2_ALIASES),
+  Family('llama', 'LlamaForCausalLM', _llama_names(_PRE), {**_SILU, **_NO_BIAS, 'mlp_bias': (False,)}, _LLAMA_COLUMNS, _LLAMA),
+  Family('mistral', 'MistralForCausalLM', _llama_names(_PRE), _SILU, _MISTRAL_COLUMNS, _LLAMA, _read_mistral),
+  Family('qwen2', 'Qwen2ForCausalLM', _llama_names(_PRE, qkv_bias=True), _SILU, _QWEN2_COLUMNS, _LLAMA | {'qkv_bias': True}, _read_qwen),
+  Family('qwen3', 'Qwen3ForCausalLM', _llama_names(_PRE, qk_norm=True), {**_SILU, **_NO_BIAS}, _QWEN3_COLUMNS,
+         _LLAMA | {'qk_norm': 'head'}, _read_qwen),
+  Family('gemma2', 'Gemma2ForCausalLM', _llama_names(_SANDWICH), _GELU, _GEMMA2_COLUMNS, _GEMMA, _read_gemma2, _write_gemma),
+  Family('gemma3_text', 'Gemma3ForCausalLM', _llama_names(_SANDWICH, qk_norm=True), _GELU, _GEMMA3_COLUMNS, _GEMMA | {'qk_norm': 'head'},
+         _read_gemma3, _write_gemma3),
+  Family('olmo2', 'Olmo2ForCausalLM', _llama_names(_POST, qk_norm=True), {**_SILU, **_NO_BIAS}, _OLMO2_COLUMNS,
+         _LLAMA | {'norm_at': 'post', 'qk_norm': 'width'},
+         # Its class in transformers 4 knows no other name of the kind.
+         write_more=lambda config, context: rope_values(config, 'type')),
 )}
 """Families by model_type; an exported model becomes the first family that can describe it, so the simplest come first."""

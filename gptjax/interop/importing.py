@@ -13,10 +13,10 @@ from gptjax import config as configs
 from gptjax.checkpoint import PARAMETERS, Checkpoints, Progress, Retention
 from gptjax.config import ComputeConfig, Config, DataConfig, MeshConfig, UserError
 from gptjax.data import Prepared, export, load_tokenizer
-from gptjax.data.progress import ProgressBar
+from gptjax.data.progress import ProgressBar, announce
 from gptjax.files import atomic_directory, read_json, write_json
 from gptjax.interop.comparison import Check, compare_logits, compare_tensors, our_logits, their_logits
-from gptjax.interop.families import parse_config
+from gptjax.interop.families import ignored_fields, parse_config
 from gptjax.interop.matching import Match, check_tensors, match
 from gptjax.interop.tensor_files import Entry, read_tensors
 from gptjax.model import Parameters, abstract_model
@@ -55,7 +55,10 @@ def import_folder(folder: Path, workdir: Path, *, context: int = 0, scan: bool =
     raise UserError('--workdir', str(workdir), 'a folder that does not exist yet')
   if not folder.is_dir():
     raise UserError('--folder', str(folder), f'a folder with {CONFIG} and safetensors')
-  family, model, positions = parse_config(read_json(folder / CONFIG), str(folder / CONFIG))
+  values = read_json(folder / CONFIG)
+  family, model, positions = parse_config(values, str(folder / CONFIG))
+  if ignored := ignored_fields(values):
+    announce(f'{folder / CONFIG}: ignored, as in transformers: {", ".join(ignored)}')
   if not 0 <= context <= positions:
     raise UserError('--context', context, f"1 to {positions:,}, the model's context length, or 0 for all of it")
   context = context or positions

@@ -18,6 +18,7 @@ from gptjax.interop import FAMILIES, Fields
 from gptjax.interop.matching import bits, match
 from gptjax.interop.tensor_files import DTYPES, Entry, Writer, read_tensors
 from gptjax.model import abstract_model
+from tests.acceptance import readings
 from tests.acceptance.record import Result, bar, given, python
 
 _DECODER = {'vocab_size': 50261, 'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 3, 'num_attention_heads': 4,
@@ -89,6 +90,36 @@ def families_roundtrip(folder: Path) -> Result:
                 'config.json too; logits within 1e-3 of transformers', f'{count - len(wrong)} of {count} the same; worst logit off by '
                 f'{worst:.1e}' + ''.join(f'; wrong: {one}' for one in wrong), not wrong and worst <= 1e-3,
                 'python -m tools.import_hf --folder=IN --workdir=RUN; python -m tools.export_hf --workdir=RUN --folder=OUT')
+
+
+def transformers_4(folder: Path) -> Path:
+  """Installs transformers 4 into a folder, which PYTHONPATH puts before the environment's own."""
+  subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', f'--target={folder}', 'transformers==4.57.1',
+                  'tokenizers==0.22.1', 'huggingface_hub==0.36.0'], check=True)
+  return folder
+
+
+@bar
+def config_readings(folder: Path) -> Result:
+  given_values = readings.cases({name: family.architecture for name, family in FAMILIES.items() if name != 'gpt2'}, 210)
+  given_values += [values for name in FAMILIES if name != 'gpt2' for values in readings.written(name)]
+  (folder / 'configs.json').write_text(json.dumps(given_values))
+  theirs = []
+  for path in ('', str(transformers_4(folder / 'v4'))):
+    python('tests.acceptance.readings', f'{folder}/configs.json', f'{folder}/read.json', PYTHONPATH=path)
+    theirs.append(json.loads((folder / 'read.json').read_text()))
+  equal, refused, wrong = 0, 0, list[str]()
+  for values, new, old in zip(given_values, *theirs):
+    ours = readings.our_reading(values)
+    refuses = isinstance(ours, str) and ours.startswith('config.json: ')
+    agrees = readings.same(ours, new) and (isinstance(old, str) or readings.newer(values) or readings.same(ours, old))
+    refused, equal = refused + refuses, equal + agrees
+    if not refuses and not agrees:
+      wrong.append(f'{values}: {ours}')
+  return Result('config.json of 7 families with settings of RoPE and windows in several spellings and places, and exported ones: the '
+                'frequencies and windows of transformers 5 and 4.57 to 1e-6, or one error that names the field',
+                f'{len(given_values)} configs: {equal} equal, {refused} refused, {len(wrong)} wrong' + ''.join(f'; {one}' for one in wrong),
+                not wrong, 'python -m tests.acceptance --only=config_readings')
 
 
 def peak(*args: str) -> float:
