@@ -44,7 +44,7 @@ class UserError(ValueError):
   def __init__(self, field: str, value: object, expected: str, names: Iterable[str] | Mapping[str, str] = (), given: str = ''):
     text = f'{field if len(field) <= _MAX_CHARACTERS else f"{field[:_MAX_CHARACTERS]}..."}: {_shown(value)}, expected: {expected}'
     given = given or (value if isinstance(value, str) else _shown(value))
-    nearest = difflib.get_close_matches(given, list(names), n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(given, list(names), n=1)
     if nearest:
       text += f'; did you mean {names[nearest[0]] if isinstance(names, Mapping) else nearest[0]}?'
     super().__init__(' '.join(text.split()))

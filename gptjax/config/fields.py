@@ -1,6 +1,7 @@
 """The fields of a config by dotted name ('model.layers'); `override` checks values from flags, recipes, JSON files and sweeps alike."""
 
 import dataclasses
+import difflib
 import json
 import pathlib
 import re
@@ -99,14 +100,46 @@ def _unknown(name: str, value: object, where: str) -> UserError:
   here = dict.fromkeys(known[len(level):].partition('.')[0] for known in FIELDS if known.startswith(level))
   if level == f'{name}.':
     return UserError(where + name, value, f'one of its fields, since it is a group: {", ".join(here)}')
-  return UserError(where + name, value, ', '.join(here), suggestions(where if where.startswith('--') else ''), name)
+  return UserError(where + name, value, ', '.join(here), nearest(name, where if where.startswith('--') else ''), name)
 
 
-def suggestions(prefix: str) -> dict[str, str]:
-  """{text that a mistyped name may resemble: name to suggest}, also without the groups of a field (kv_heads) or most of its name (lr)."""
-  ends = {re.split('[._]', name)[-1]: prefix + name for name in reversed(FIELDS)}  # reversed: the first field wins
-  ends |= {name.rpartition('.')[2]: prefix + name for name in reversed(FIELDS)}
-  return ends | {name: prefix + name for name in FIELDS}
+_SYNONYMS = {
+  'learning_rate': 'lr', 'key_value': 'kv', 'n_embd': 'width', 'd_model': 'width', 'hidden_size': 'width', 'intermediate_size': 'mlp_width',
+  'head_dim': 'head_size', 'block_size': 'context', 'seq_len': 'context', 'ctx': 'context', 'accumulation_steps': 'microbatches',
+  'iters': 'steps', 'epochs': 'steps', 'grad_norm': 'clip', 'clip_norm': 'clip', 'beta': 'b', 'precision': 'dtype', 'save': 'checkpoint'}
+"""Other projects' words for ours."""
+
+
+def nearest(name: str, prefix: str = '') -> dict[str, str]:
+  """{name: the field, after a prefix, that an unknown name may mean}; empty if no field is like it.
+
+  Its last part may be misspelled, abbreviated (bs), or in the wrong group; or all of its words are in a field's name, or the reverse.
+  """
+  if (above := name.rpartition('.')[0]) in FIELDS:  # a part of a value
+    return {name: prefix + above}
+  text = name.lower()[-100:]  # comparing longer ones would take long
+  for theirs, ours in _SYNONYMS.items():
+    text = text.replace(theirs, ours)
+  likeness = {field: _likeness(text, field) for field in FIELDS}
+  best = max(likeness, key=lambda field: likeness[field])  # of equal ones the first
+  return {name: prefix + best} if likeness[best] else {}
+
+
+def _likeness(given: str, field: str) -> float:
+  (groups, _, last), (own_groups, _, own) = given.rpartition('.'), field.rpartition('.')
+  words, own_words = _words(last), _words(own)
+  found = {one for one in own_words for word in words if one == word or (len(word) > 3 and one.startswith(word))}
+  alike = lambda a, b: difflib.SequenceMatcher(None, a, b).ratio()
+  typo = alike(last, own) if not groups or alike(given, field) >= 0.8 else 0.0
+  short = len(last) > 1 and last == ''.join(word[0] for word in own_words)
+  score = max(len(found) / len(words) / 2 + len(found) / len(own_words) / 2 if words else 0.0, typo if typo >= 0.8 else 0.0,
+              short * (0.6 - field.count('.') / 100))
+  return score + len({*_words(groups), *words} & {*_words(own_groups)}) / 10 if score > 0.5 else 0.0
+
+
+def _words(text: str) -> list[str]:
+  """The words of a name, without plurals and words for numbers."""
+  return [word.removesuffix('s') for word in re.split(r'[\W_]+', text) if word and word not in ('n', 'num', 'number', 'max')]
 
 
 def choices(hint: Any) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@ import ast
 import collections
 import contextlib
 import dataclasses
+import difflib
 import functools
 import inspect
 import io
@@ -25,7 +26,7 @@ from absl import app, flags, logging
 
 from gptjax import ending
 from gptjax.config.checks import Fault, UserError, os_mistake
-from gptjax.config.fields import BOOLEANS, FIELDS, choices, differences, flatten, override, parse, read_config, read_json, suggestions
+from gptjax.config.fields import BOOLEANS, FIELDS, choices, differences, flatten, nearest, override, parse, read_config, read_json
 from gptjax.config.schema import Config
 
 exit_stack = contextlib.ExitStack()
@@ -214,9 +215,9 @@ def _as_user_error(error: Exception, needs_config: bool) -> UserError:
   """Converts an error of absl into one with the flag's name, its value, the expected values and the nearest name."""
   if isinstance(error, flags.UnrecognizedFlagError):
     own = ['--config', '--config.FIELD'] * needs_config + [f'--{flag.name}' for flag in own_flags()]
-    names = {name: f'--{name}' for name in flags.FLAGS}
-    if needs_config:
-      names = suggestions('--config.') | {name: f'--{name}' for name in ('config', *(f'config.{name}' for name in FIELDS))} | names
+    names = {name: f'--{name}' for name in [*flags.FLAGS, *['config'] * needs_config]}
+    if needs_config and not difflib.get_close_matches(error.flagname, names, cutoff=0.7):
+      names = nearest(error.flagname, '--config.')
     value = str(error.flagvalue).partition('=')[2]
     return UserError(f'--{error.flagname}', value, f'{", ".join(own)}; see --help', names, error.flagname)
   if match := re.match(r'Missing value for flag -*(.*)', str(error)):

@@ -30,7 +30,8 @@ FREE = ('batch_size', 'microbatches', 'zero_stage', 'mesh.', 'compute.', 'eval.'
 _PRECISION = 'compute.dtype'
 """Changes the rounding, so a change takes --accept_changes."""
 _STRUCTURE = ('model.', 'optimizer.name', 'frozen')
-"""Fields that decide which arrays a checkpoint has; a run cannot change them, except for dropout."""
+"""Fields that decide which arrays a checkpoint has, as data.context does with learned positions; a run cannot change them, except for
+dropout."""
 _RESIZED = ('vocab', 'positions', 'layers')
 """Logical axes of which init_partial takes a part: the first rows of a table, the first layers of a stack."""
 
@@ -77,9 +78,10 @@ def open_workdir(workdir: Path, run: Run, data: Prepared, done: Progress | None,
   opt = config.optimizer
   if 'batch_size' in different and not all(in_unit_of_steps(value) for value in (config.steps, opt.warmup, opt.decay) if value):
     bound['batch_size'] = different['batch_size']  # the same epochs or tokens are another number of steps
-  never = {name: change for name, change in bound.items() if name.startswith(_STRUCTURE) and name != 'model.dropout'}
+  structure = (*_STRUCTURE, 'data.context') if config.model.positions == 'learned' else _STRUCTURE
+  never = {name: change for name, change in bound.items() if name.startswith(structure) and name != 'model.dropout'}
   if never or (bound and not accept):
-    raise _another_run(never or bound, bound, accepted=not never)
+    raise _another_run(never or bound, bound, accepted=not (never or vocabulary))
   export(data, workdir / 'data', replace=(accept and not vocabulary) or not done)
   if vocabulary:
     raise _another_run({'model.vocab_size': vocabulary}, {}, accepted=False)
@@ -119,8 +121,8 @@ def _ignore_moved_stores(different: dict[str, tuple]) -> None:
 def _another_run(worst: dict[str, tuple], changes: dict[str, tuple], *, accepted: bool) -> UserError:
   name, (was, now) = next(iter(worst.items()))
   every = '; '.join(f'{name} {was!r} -> {now!r}' for name, (was, now) in changes.items())
-  ways = 'another --workdir for another run' + (', or --accept_changes to resume anyway' if accepted else ', which may be initialized '
-                                                'with the weights of this one (init_from)')
+  ways = 'another --workdir for another run' + (', or --accept_changes to resume anyway' if accepted else ', which may start from the '
+                                                'parameters of this one that fit (init_from, init_partial)')
   more = f'; all changes: {every}' if len(changes) > 1 else ''
   return UserError(name, now, f'{was!r}, with which this workdir was started; {ways}{more}')
 

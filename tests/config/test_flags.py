@@ -212,6 +212,23 @@ def test_an_error_names_field_value_valid_values_and_nearest_name(command, arg, 
   assert all(part in line for part in parts), line
 
 
+@pytest.mark.parametrize('name, field', [
+    ('optimizer.lr', 'optimizer.peak_lr'), ('learning_rate', 'optimizer.peak_lr'), ('bs', 'batch_size'), ('data.batch', 'batch_size'),
+    ('n_layer', 'model.layers'), ('num_hidden_layers', 'model.layers'), ('model.n_head', 'model.heads'), ('n_kv_heads', 'model.kv_heads'),
+    ('n_embd', 'model.width'), ('block_size', 'data.context'), ('max_iters', 'steps'), ('num_epochs', 'steps'),
+    ('optimizer.warmup_steps', 'optimizer.warmup'), ('grad_clip', 'optimizer.clip'), ('gradient_accumulation_steps', 'microbatches'),
+    ('wd', 'optimizer.weight_decay'), ('wieght_decay', 'optimizer.weight_decay'), ('vocab', 'model.vocab_size'),
+    ('rope_theta', 'model.rope.theta'), ('checkpoint.evry', 'checkpoint.every'), ('modl.layrs', 'model.layers'),
+    ('Sched', 'optimizer.schedule'),
+    ('optimizer.type', None), ('optimizer.min_lr', None), ('model.activation', None), ('mesh.tp', None), ('x', None)])
+def test_the_field_that_is_meant_is_suggested_or_none(command, name, field):
+  line = command('--config=configs/base.py', f'--config.{name}=1').error
+  assert line.endswith(f'; did you mean --config.{field}?') if field else 'did you mean' not in line, line
+  if '.' not in name:  # a flag without --config
+    line = command('--config=configs/base.py', f'--{name}=1').error
+    assert line.endswith(f'; did you mean --config.{field}?') if field else 'did you mean' not in line, line
+
+
 def test_a_flag_is_not_taken_for_the_value_of_the_flag_before_it(command):
   error = command('--config=configs/base.py', '--config.data.source.path', '--log_every=3').error
   assert error == '--config.data.source.path: None, expected: text'

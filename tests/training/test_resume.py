@@ -192,13 +192,13 @@ def test_fields_that_keep_the_run_the_same_may_change(settings, stopped, tmp_pat
     assert f'{name} {was} -> {now}' in announced
 
 
-@pytest.mark.parametrize('values, field', [
-  ({'seed': 1}, 'seed'), ({'model.layers': 2}, 'model.layers'), ({'frozen': ('tokens/*',)}, 'frozen'),
-  ({'model.vocab_size': 64}, 'model.vocab_size'), ({'data.context': 8}, 'data.context'),
-  ({'data.valid_fraction': 0.2}, 'data.valid_fraction'), ({'data.isolate_documents': False}, 'data.isolate_documents'),
-  ({'data.tokenizer.kind': 'bytes'}, 'data.tokenizer.kind'), ({'optimizer.name': 'adamw'}, 'optimizer.name'),
+@pytest.mark.parametrize('values, field, accepted', [
+  ({'seed': 1}, 'seed', True), ({'model.layers': 2}, 'model.layers', False), ({'frozen': ('tokens/*',)}, 'frozen', False),
+  ({'model.vocab_size': 64}, 'model.vocab_size', False), ({'data.context': 8}, 'data.context', False),
+  ({'data.valid_fraction': 0.2}, 'data.valid_fraction', True), ({'data.isolate_documents': False}, 'data.isolate_documents', True),
+  ({'data.tokenizer.kind': 'bytes'}, 'data.tokenizer.kind', False), ({'optimizer.name': 'adamw'}, 'optimizer.name', False),
 ])
-def test_another_run_needs_another_workdir(values, field, settings, halfway, cache):
+def test_another_run_needs_another_workdir(values, field, accepted, settings, halfway, cache):
   contents = lambda: {path: path.read_bytes() for path in halfway.rglob('*') if path.is_file() and path.name != 'lock'}
   before = contents()
   (name, value), = values.items()
@@ -206,6 +206,7 @@ def test_another_run_needs_another_workdir(values, field, settings, halfway, cac
   with pytest.raises(UserError) as caught:
     train(configs.override(settings, values), options(halfway, cache))
   assert str(caught.value).startswith(f'{field}: {value!r}, expected: {was!r}, ')
+  assert ('--accept_changes' in str(caught.value)) == accepted  # where that would not help, it is not suggested
   assert contents() == before
 
 
