@@ -80,13 +80,18 @@ def _data_parallel(config: Config, sizes: dict[str, int]) -> list[Collective]:
 
 
 def _tensor_parallel(config: Config, sizes: dict[str, int]) -> list[Collective]:
-  p, layers, parts = sizes[MATRIX_AXIS], config.model.layers, config.microbatches
+  p, layers, microbatches = sizes[MATRIX_AXIS], config.model.layers, config.microbatches
   dtype, item = COMPUTE[config.compute.dtype]
   tokens = config.microbatch_size * config.data.context / math.prod(sizes[name] for name in ROW_AXES)
   stream = item * tokens * config.model.width
-  model = lambda kind, dtype, payload, trips, why: Collective(kind, dtype, payload, p, (MATRIX_AXIS,), trips * parts, why)
+  def model(kind, dtype, payload, trips, why, group=p):
+    return Collective(kind, dtype, payload, group, (MATRIX_AXIS,), trips * microbatches, why)
   sums = 4 + len({'out', 'down'} & repeated_products(config.model, config.compute))
   found = [model('all-reduce', 'f32', 4 * tokens, 3, 'largest logit, normalizer and target of the loss')]
+  if (parts := math.gcd(p, config.model.key_heads)) < p:  # devices whose queries read the same keys add up their gradients
+    keys = 2 * item * tokens * config.model.key_heads * config.model.head_width
+    found += [model('all-reduce', dtype, keys / parts, layers, 'gradients of keys and values', p // parts),
+              model('all-gather', dtype, keys, layers, 'gradients of keys and values', parts)]
   if config.compute.sequence_parallel:
     # Inputs are kept in parts, so they are gathered again for the gradients of the weights.
     return [*found,

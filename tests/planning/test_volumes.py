@@ -67,6 +67,18 @@ def test_tensor_parallelism_is_megatrons(large, at_stage, remat, norm_at, sums):
   assert found[('model',), 'all-reduce', 'bf16'] == pytest.approx((40 * sums + 2) * 2 * stream * 3 / 4)
 
 
+def test_key_heads_that_are_not_split_have_gradients_to_sum(large):
+  shared = lambda kv_heads: dataclasses.replace(large, model=dataclasses.replace(large.model, kv_heads=kv_heads))
+  def sent(kv_heads):
+    found = totals(theoretical(shared(kv_heads), SIZES))
+    return found[('model',), 'all-reduce', 'bf16'], found.get((('model',), 'all-gather', 'bf16'), 0.0)
+  one = 40 * 256 / 16 * 4096 * 2 * 128 * 2  # layers, rows of a device, tokens, a key and a value of 128 features, bfloat16
+  (base, none), (two, gathered), (single, alone) = sent(8), sent(2), sent(1)
+  assert sent(40) == (base, none) and none == alone == 0
+  assert single - base == pytest.approx(2 * one * 3 / 4)  # the four devices add up the gradient of one head
+  assert (two - base, gathered) == pytest.approx((2 * one / 2, 2 * one / 2))  # pairs of devices, which then exchange two heads
+
+
 def test_replicas_reduce_the_part_that_a_device_holds(large):
   found = by_axis(theoretical(large, {'replica': 2, 'data': 8, 'model': 4}))
   assert found['replica'] == pytest.approx(4 * parameter_count(large.model, 4096) / 4 / 8, rel=0.01)
