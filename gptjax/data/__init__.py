@@ -9,7 +9,7 @@ from gptjax.data.mixture import Mixture
 from gptjax.data.prepare import HeldOut, Prepared, compression_yardsticks, export, open_held_out, prepare, train_rows
 from gptjax.data.progress import ProgressBar
 from gptjax.data.rows import Batch, EvalRows, Packed, TrainRows, Windows, batches
-from gptjax.data.sources import Document, Source, open_source, split_source
+from gptjax.data.sources import Document, Source, is_json_lines, open_source, split_source
 from gptjax.data.store import TokenStore
 from gptjax.data.tokenizers import TextStream, Tokenizer, load_tokenizer, train_tokenizer
 from gptjax.data.tokenizing import Recipe, cores, write_store

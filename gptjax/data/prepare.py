@@ -113,7 +113,8 @@ def _make_stores(config: DataConfig, cache_dir: Path, processes: int) -> tuple[d
 
 
 def _check_context(config: DataConfig, train: Iterable[TokenStore], valid: Iterable[TokenStore]) -> None:
-  train_tokens, valid_tokens = (sum(store.tokens for store in stores) for stores in (train, valid))
+  # A row comes from one store; a validation set may be shorter than a row, but not all sets together.
+  train_tokens, valid_tokens = max(store.tokens for store in train), sum(store.tokens for store in valid)
   if config.context > min(train_tokens, valid_tokens):
     raise UserError('data.context', config.context, f'{min(train_tokens, valid_tokens):,} or less: there are {train_tokens:,} tokens to '
                     f'train on and {valid_tokens:,} to validate on; or more text')

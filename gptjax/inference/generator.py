@@ -10,7 +10,7 @@ from typing import Any, Literal
 from jax.sharding import Mesh
 
 from gptjax.config import UserError
-from gptjax.data import TextStream, Tokenizer
+from gptjax.data import TextStream, Tokenizer, is_json_lines
 from gptjax.inference.decoding import Decoder
 from gptjax.inference.sampling import Sampling, never_drawn
 from gptjax.model import AbstractModel, Parameters
@@ -149,8 +149,8 @@ class _Row(Continuation):
 
 
 def read_prompts(path: Path) -> list[tuple[str, Prompt]]:
-  """Returns (FILE:LINE, for errors; prompt) for each non-empty line of a file: a text, or in a .jsonl file an object with a text "prompt"
-  or a conversation "messages". A byte order mark at the start of a line is dropped. Raises a UserError for a file that is empty or
+  """Returns (FILE:LINE, for errors; prompt) for each non-empty line of a file: a text, or in JSON lines an object with a text "prompt" or a
+  conversation "messages". A byte order mark at the start of a line is dropped. Raises a UserError for a file that is empty or
   cannot be read, and for any other line."""
   try:
     lines = path.read_text(encoding='utf-8').split('\n')  # not splitlines(), which also splits at other Unicode line breaks
@@ -159,7 +159,7 @@ def read_prompts(path: Path) -> list[tuple[str, Prompt]]:
   named = [(f'{path}:{number}', text) for number, line in enumerate(lines, 1) if (text := line.removeprefix('\ufeff'))]
   if not named:
     raise UserError('--prompts', str(path), 'a file with at least one prompt')
-  return [(source, _parsed(source, line) if path.suffix == '.jsonl' else line) for source, line in named]
+  return [(source, _parsed(source, line) if is_json_lines(path.name) else line) for source, line in named]
 
 
 def _parsed(source: str, line: str) -> Prompt:

@@ -74,8 +74,6 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
   data.tokenizer.encode(configs.unescaped(config.eval.prompt), 'eval.prompt')
   check_sizes(config, mesh)
   rows = train_rows(config, data)
-  if config.data.context > (longest := max(layout.store.tokens for layout in rows.layouts)):
-    raise UserError('data.context', config.data.context, f'at most {longest:,}, the tokens of the training data or its largest store')
   steps_of = lambda field: in_steps(config, rows, field)
   opt, steps = config.optimizer, steps_of('steps')
   durations = {'steps': steps, 'warmup': steps_of('optimizer.warmup'), 'decay': steps_of('optimizer.decay')}

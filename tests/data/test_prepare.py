@@ -194,7 +194,7 @@ def test_a_context_longer_than_a_side_is_an_error_with_the_tokens_of_both(config
                        f'on and {valid:,} to validate on; or more text$'):
       prepare(dataclasses.replace(config, context=context), cache)
   prepare(dataclasses.replace(mixture(stores), context=150), cache)  # no store alone has as many tokens to validate on
-  with pytest.raises(UserError, match='^data.context: 151, expected: 150 or less: there are 300 tokens to train on and 150 to'):
+  with pytest.raises(UserError, match='^data.context: 151, expected: 150 or less: there are 200 tokens to train on and 150 to'):
     prepare(dataclasses.replace(mixture(stores), context=151), cache)
 
 

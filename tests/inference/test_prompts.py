@@ -11,7 +11,7 @@ ODD = 'page one\x0cpage two\u2028three\x85'  # these do not end a line
 
 
 def test_each_non_empty_line_is_a_prompt(tmp_path):
-  text, objects = tmp_path / 'prompts.txt', tmp_path / 'prompts.jsonl'
+  text, objects = tmp_path / 'prompts.txt', tmp_path / 'prompts.NDJSON'
   text.write_text(f'{ODD}\n\nnext\n', encoding='utf-8')
   assert read_prompts(text) == [(f'{text}:1', ODD), (f'{text}:3', 'next')]
   messages = [{'role': 'user', 'content': ODD}]

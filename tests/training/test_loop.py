@@ -144,7 +144,7 @@ def test_a_run_that_diverges_is_logged_and_keeps_the_best_checkpoint(tmp_path, t
   ({'model__vocab_size': 5}, 'model.vocab_size: 5, expected: '),
   ({'data__source__path': 'nowhere.txt'}, "data.source.path: 'nowhere.txt', expected: "),
   ({'objective': 'next_tokn'}, "objective: 'next_tokn', expected: next_token; did you mean next_token?"),
-  ({'data__context': 20_000}, 'data.context: 20000, expected: at most 10,944,'),
+  ({'data__context': 20_000}, 'data.context: 20000, expected: '),
   ({'optimizer__warmup': '2 epochs'},
    "optimizer.warmup: '2 epochs', expected: fewer than the 8 steps of the run (it is "),
   ({'optimizer__schedule': 'wsd', 'optimizer__decay': 7}, 'optimizer.decay: 7, expected: at most 6, the steps after optimizer.warmup'),

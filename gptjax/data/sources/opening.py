@@ -105,6 +105,11 @@ def _kind(name: str) -> str:
                if (name.lower() if kind == 'Parquet' else stem).endswith(format.suffixes)), '')
 
 
+def is_json_lines(name: str) -> bool:
+  """Whether the ending of a file's name stands for JSON lines."""
+  return _kind(name) == 'JSON lines'
+
+
 def stdlib_modules(folder: Path) -> list[Document]:
   """Reads the library's modules, named like 'json/decoder.py', if not empty and in UTF-8. Raises a UserError if there are none."""
   is_excluded = lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in _EXCLUDED)
