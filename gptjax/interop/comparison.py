@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 import subprocess
 import sys
 import tempfile
@@ -20,13 +19,19 @@ from gptjax.config import ComputeConfig, UserError
 from gptjax.data import Tokenizer
 from gptjax.data.progress import ProgressBar, announce
 from gptjax.interop.families import Tensor
+from gptjax.interop.fields import Json
 from gptjax.interop.matching import Match, bits
 from gptjax.interop.tensor_files import Entry
 from gptjax.sharding import local_rows
-from gptjax.model import AbstractModel, Parameters, abstract_model
+from gptjax.model import AbstractModel, Parameters, Positions, abstract_model
 
 RELATIVE = 1e-4
 """Difference of logits that is always allowed, relative to the largest logit: float32 sums depend on their order."""
+
+COMPARED = 64
+"""Tokens whose logits are compared: the last of a text."""
+_REACH = 4096
+"""Maximum span of positions: of longer ones float32 angles are too inexact to compare, and attention in transformers needs T x T scores."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Check:
   tolerance: float = 1e-3
   """largest allowed difference of logits, or RELATIVE of the largest logit if that is more"""
   prompt: str = ''
-  """text whose logits are compared; empty: 64 fixed random ids"""
+  """text whose logits are compared; empty: random ids, more than the model's window"""
 
   def resolved(self) -> 'Check':
     """The check with auto resolved; announces the result on stderr. Raises a UserError for a check whose packages are not installed."""
@@ -47,14 +52,26 @@ class Check:
     if self.kind == 'transformers' and not installed:
       raise UserError('--check', self.kind, 'roundtrip or none without torch and transformers (install requirements-parity.txt)')
     kind = ('transformers' if installed else 'roundtrip') if self.kind == 'auto' else self.kind
-    announce(f'check: {kind}' + ('' if installed or kind == 'none' else '; torch and transformers are not installed'))
+    announce(f'check: {kind}' + ('' if installed or kind == 'none' else
+                                 '; torch and transformers are not installed: bits are compared, but not what the model computes'))
     return dataclasses.replace(self, kind=kind)
 
-  def tokens(self, tokenizer: Tokenizer, model: AbstractModel) -> Int[np.ndarray, 'T']:
-    """Ids of the prompt, at most as many as the model's context; a UserError if the tokenizer cannot encode it."""
-    if not self.prompt:
-      return np.random.default_rng(0).integers(0, model.config.vocab_size, min(64, model.context), np.int32)
-    return tokenizer.encode(self.prompt, '--prompt')[:model.context]
+  def tokens(self, tokenizer: Tokenizer, model: AbstractModel, values: Json) -> Int[np.ndarray, '2 T']:
+    """Ids of the prompt, at most as many as the model's context, and their positions; a UserError if the tokenizer cannot encode it.
+
+    Without a prompt, the ids are more than the window of the model or of `values`, its config.json, and the positions are spread, so that a
+    wrong window, kind of layer or scaling of the positions changes the logits.
+    """
+    if self.prompt:
+      ids = tokenizer.encode(self.prompt, '--prompt')[:model.context]
+      return np.stack([ids, np.arange(len(ids))]).astype(np.int32)
+    stated = values.get('sliding_window') if values.get('use_sliding_window', True) else None
+    window = max(model.config.window, stated if isinstance(stated, int) else 0)
+    length = min(window + COMPARED, model.context, _REACH + COMPARED)
+    if length <= min(window, model.context - 1):
+      announce(f'check: {length:,} tokens are compared, too few to see the window of {window:,}')
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, length)
+    return np.stack([ids, np.linspace(0, max(length, min(_REACH, model.context)) - 1, length)]).astype(np.int32)
 
 
 def for_each_tensor(title: str, use: Callable[[Tensor, np.ndarray], None], checkpoints: Checkpoints, step: int, match: Match, mesh: Mesh,
@@ -98,22 +115,27 @@ def compare_logits(ours: Float[np.ndarray, 'T V'], theirs: Float[np.ndarray, 'T 
   return f'transformers: {text}; at most {allowed:.1e} is allowed'
 
 
-def our_logits(model: AbstractModel, parameters: Parameters, mesh: Mesh, tokens: Int[np.ndarray, 'T']) -> Float[np.ndarray, 'T V']:
-  """Our logits of a text in float32, without those of padded ids."""
+def our_logits(model: AbstractModel, parameters: Parameters, mesh: Mesh, tokens: Int[np.ndarray, '2 T']) -> Float[np.ndarray, 'N V']:
+  """Our logits of the last COMPARED ids of a text, given with their positions, in float32, without those of padded ids."""
   exact = abstract_model(model.config, ComputeConfig(scan=model.compute.scan), model.context)
+
+  def last(parameters: Parameters, ids: jax.Array, positions: jax.Array) -> jax.Array:
+    transformer = exact.merge(parameters)
+    return transformer.head.logits(transformer.hidden(ids, Positions(positions))[0][-COMPARED:])
+
   with jax.set_mesh(mesh), jax.default_matmul_precision('highest'):  # the default of accelerators rounds float32
     # Every group of devices computes the same row: attention kernels of accelerators need local rows.
-    run = local_rows(lambda parameters, tokens: exact.merge(parameters)(tokens), (PartitionSpec(), PartitionSpec()), PartitionSpec())
-    logits = jax.jit(run)(parameters, tokens[None])
-    return np.asarray(logits)[0, :, :model.config.vocab_size]
+    run = local_rows(last, (PartitionSpec(),) * 3, PartitionSpec())
+    return np.asarray(jax.jit(run)(parameters, tokens[:1], tokens[1:]))[:, :model.config.vocab_size]
 
 
-def their_logits(folder: Path, tokens: Int[np.ndarray, 'T']) -> Float[np.ndarray, 'T V']:
-  """Logits of a text that transformers computes from a folder in float32, in a process of its own to bound this one's memory. Raises a
-  UserError for a folder that transformers cannot load."""
+def their_logits(folder: Path, tokens: Int[np.ndarray, '2 T']) -> Float[np.ndarray, 'N V']:
+  """The same logits as transformers computes them from a folder, in a process of its own to bound this one's memory. Raises a UserError for
+  a folder that transformers cannot load."""
   with tempfile.TemporaryDirectory() as scratch:
     out = f'{scratch}/logits.npy'
-    done = subprocess.run([sys.executable, '-m', 'gptjax.interop.reference', str(folder.absolute()), json.dumps(tokens.tolist()), out],
+    np.save(f'{scratch}/tokens.npy', tokens)
+    done = subprocess.run([sys.executable, '-m', 'gptjax.interop.reference', str(folder.absolute()), f'{scratch}/tokens.npy', out],
                           cwd=Path(__file__).parents[2], capture_output=True, text=True)
     if done.returncode:
       reason = (done.stderr.strip().splitlines() or [f'status {done.returncode}'])[-1]

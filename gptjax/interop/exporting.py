@@ -43,7 +43,7 @@ def export_run(workdir: Path, folder: Path, *, step: str = 'latest', dtype: str 
              for tensor in matched.tensors}
   buffers = read_header(kept / BUFFERS) if (kept / BUFFERS).exists() else {}
   chosen = check.resolved()
-  tokens = chosen.tokens(tokenizer, matched.model)
+  tokens = chosen.tokens(tokenizer, matched.model, values)
   mesh = make_mesh(MeshConfig())
   reader = Checkpoints(workdir / 'checkpoints', folders=(PARAMETERS,))
   with contextlib.closing(reader) as checkpoints, atomic_directory(folder, resumes=False) as out:

@@ -74,7 +74,7 @@ def import_folder(folder: Path, workdir: Path, *, context: int = 0, scan: bool =
     raise UserError(f'{tokenizer or folder}: largest token id of a text', loaded.largest_id,
                     f'below {model.vocab_size:,}, the vocab_size in {folder / CONFIG}')
   chosen = check.resolved()
-  tokens = chosen.tokens(loaded, matched.model)
+  tokens = chosen.tokens(loaded, matched.model, values)
   devices = make_mesh(mesh)
   check_heads(model, devices)
   with atomic_directory(workdir, resumes=False) as out:

@@ -1,10 +1,11 @@
-"""Logits of a folder as transformers computes them: python -m gptjax.interop.reference FOLDER '[ids]' LOGITS.npy"""
+"""Logits of a folder as transformers computes them: python -m gptjax.interop.reference FOLDER TOKENS.npy LOGITS.npy"""
 
-import json
 import os
 import sys
 
 import numpy as np
+
+from gptjax.interop.comparison import COMPARED
 
 
 def main(folder: str, tokens: str, out: str) -> None:
@@ -15,7 +16,9 @@ def main(folder: str, tokens: str, out: str) -> None:
   model = transformers.AutoModelForCausalLM.from_pretrained(
     folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False, attn_implementation='eager').eval()
   with torch.no_grad():
-    logits = model(torch.tensor([json.loads(tokens)])).logits[0]
+    ids, positions = torch.from_numpy(np.load(tokens)).long()
+    mask = torch.ones_like(ids[None])  # without it, gaps between positions would separate packed documents
+    logits = model(ids[None], attention_mask=mask, position_ids=positions[None], use_cache=False, logits_to_keep=COMPARED).logits[0]
   np.save(out, logits.numpy())
 
 

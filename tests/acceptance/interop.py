@@ -92,6 +92,15 @@ def families_roundtrip(folder: Path) -> Result:
                 'python -m tools.import_hf --folder=IN --workdir=RUN; python -m tools.export_hf --workdir=RUN --folder=OUT')
 
 
+@bar
+def misreadings(folder: Path) -> Result:
+  done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-s', 'tests/parity/test_comparison.py'], stdout=subprocess.PIPE, text=True)
+  found = [int(count) for count in re.findall(r'seen of \w+: (\d+)', done.stdout)]
+  return Result('40 or more misread settings (theta, factor, window, kinds of layers, caps, scales, norms): the check with transformers '
+                'fails for each, and passes for the right ones', f'{sum(found)} misreadings of {len(found)} families seen',
+                done.returncode == 0 and sum(found) >= 40, 'pytest tests/parity/test_comparison.py')
+
+
 def transformers_4(folder: Path) -> Path:
   """Installs transformers 4 into a folder, which PYTHONPATH puts before the environment's own."""
   subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', f'--target={folder}', 'transformers==4.57.1',
