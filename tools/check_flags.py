@@ -15,8 +15,9 @@ _CHECK = flags.DEFINE_enum(
 _TOLERANCE = flags.DEFINE_float(
   'tolerance', 1e-3, 'largest allowed difference from the logits of transformers, in float32, or 1e-4 of the largest logit if that is more',
   lower_bound=0.0)
-_PROMPT = flags.DEFINE_string('prompt', '', r'text whose logits are compared, in which \n is a line end, \t a tab and \\ a backslash; empty: '
-                              'random ids, more than the window')
+_PROMPT = flags.DEFINE_string(
+  'prompt', '', r'text whose logits are compared, in which \n is a line end, \t a tab and \\ a backslash; empty: random ids, more than '
+  'the window')
 
 
 def check() -> 'Check':
