@@ -153,7 +153,9 @@ def test_print_config_and_help_start_nothing(home):
   (['steps=3'], "argument: 'steps=3', expected: "),
 ])
 def test_a_mistake_in_training_is_one_line_and_leaves_nothing(flags, message, home, tmp_path):
-  done = call('train', f'--config={home}/recipe.py', f'--workdir={tmp_path}/run', f'--cache_dir={CACHE}', *flags)
+  given = {flag.partition('=')[0] for flag in flags}
+  places = (flag for flag in (f'--workdir={tmp_path}/run', f'--cache_dir={CACHE}') if flag.partition('=')[0] not in given)
+  done = call('train', *(f'--config={home}/recipe.py',) * ('--config' not in given), *places, *flags)
   told = [line for line in done.stderr.splitlines() if not line.startswith('tokenizing for ')]
   assert len(told) == 1 and told[0].startswith(f'error: {message}'), done.stderr
   assert (done.returncode, done.stdout) == (2, '') and not (tmp_path / 'run').exists()

@@ -79,19 +79,14 @@ def _rows(config: Config | None) -> tuple[TrainRows, Tokenizer, Config]:
 
 
 def _batch_rows(size: int) -> np.ndarray:
-  """The rows of the step: of one in bad_steps.jsonl those that it recorded, of others those that the run reads without skipped batches."""
-  first, stop = (_STEP.value - 1) * size, _STEP.value * size
-  if _WORKDIR.value:
-    from gptjax.training.guard import BadSteps  # imports JAX, which takes seconds
-    found = BadSteps(FaultsConfig(), expanded(_WORKDIR.value), writes=True).found
-    for bad in reversed(found):
-      if bad.step == _STEP.value:
-        print(bad, file=sys.stderr)
-        return np.arange(*bad.rows)
-    for begin, end in sorted({bad.rows for bad in found if bad.action == 'rollback'}):
-      if begin < stop:
-        first, stop = first + end - begin, stop + end - begin
-  return np.arange(first, stop)
+  """The rows of the step, without the batches that the run of --workdir skipped."""
+  if not _WORKDIR.value:
+    return np.arange((_STEP.value - 1) * size, _STEP.value * size)
+  from gptjax.training.guard import BadSteps  # imports JAX, which takes seconds
+  steps = BadSteps(FaultsConfig(), expanded(_WORKDIR.value), writes=True)
+  for bad in [bad for bad in steps.found if bad.step == _STEP.value][-1:]:
+    print(bad, file=sys.stderr)
+  return np.arange(*steps.rows_of(_STEP.value, size))
 
 
 def _show_store(console: Console, store: TokenStore) -> None:

@@ -97,6 +97,17 @@ class BadSteps:
         first = end
     return first
 
+  def rows_of(self, step: int, size: int) -> tuple[int, int]:
+    """Returns the rows (first, end) of a step: those recorded for a bad step, or else those that follow without skipped batches."""
+    for bad in reversed(self.found):
+      if bad.step == step:
+        return bad.rows
+    first = (step - 1) * size
+    for begin, end in self._skipped:
+      if begin < first + size:
+        first += end - begin
+    return first, first + size
+
   def excluded_after(self, row: int) -> int:
     """Returns the number of skipped rows after a row."""
     return sum(end - max(begin, row) for begin, end in self._skipped if end > row)

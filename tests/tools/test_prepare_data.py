@@ -4,16 +4,12 @@ import json
 import pathlib
 import subprocess
 import sys
-import types
 
 import pytest
 from small_stores import texts
 from tiny import files_below
 
-from gptjax.config import FaultsConfig
 from gptjax.data import TokenStore
-from gptjax.training.guard import BadSteps
-from tools import inspect_data
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -108,22 +104,6 @@ def test_an_error_of_inspect_data_is_one_line(home, flags, message):
   done = tool('inspect_data', *(flag.format(home=home) for flag in flags))
   assert done.stderr.startswith('error: ' + message.format(home=home)) and done.stderr.count('\n') == 1
   assert (done.returncode, done.stdout) == (2, '')
-
-
-def test_a_step_that_a_user_names_is_the_one_in_the_logs(tmp_path, monkeypatch):
-  size, bad = 4, {2: (4, 8), 5: (20, 24), 6: (24, 28)}  # the second and the fifth were rolled back
-  (tmp_path / 'bad_steps.jsonl').write_text(''.join(json.dumps({
-    'step': step, 'rows': rows, 'loss': None, 'grad_norm': 1.0, 'action': 'skip' if step == 6 else 'rollback'}) + '\n'
-    for step, rows in bad.items()))
-  steps, row, taken = BadSteps(FaultsConfig(), tmp_path, writes=True), 0, {}
-  for step in range(1, 9):  # as the loop of a run
-    first = steps.next_row(row, size)
-    taken[step], row = (first, first + size), first + size
-  monkeypatch.setattr(inspect_data, '_WORKDIR', types.SimpleNamespace(value=str(tmp_path)))
-  for step, rows in (taken | bad).items():
-    monkeypatch.setattr(inspect_data, '_STEP', types.SimpleNamespace(value=step))
-    assert inspect_data._batch_rows(size).tolist() == list(range(*rows))
-  assert taken[1] == (0, 4) and taken[8] == (36, 40)
 
 
 def test_the_first_step_is_1(home):

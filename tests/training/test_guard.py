@@ -182,6 +182,19 @@ def test_skipped_rows_are_skipped_with_any_batch_size(tmp_path):
   assert [again.excluded_after(row) for row in (0, 30, 36, 76, 80)] == [12, 10, 4, 4, 0]
 
 
+def test_the_rows_of_a_step_are_those_that_the_run_reads(tmp_path):
+  size, bad = 4, {2: (4, 8), 5: (20, 24), 6: (24, 28)}  # the second and the fifth were rolled back
+  (tmp_path / 'bad_steps.jsonl').write_text(''.join(json.dumps({
+    'step': step, 'rows': rows, 'loss': None, 'grad_norm': 1.0, 'action': 'skip' if step == 6 else 'rollback'}) + '\n'
+    for step, rows in bad.items()))
+  steps, row, taken = BadSteps(FaultsConfig(), tmp_path, writes=True), 0, {}
+  for step in range(1, 9):  # as the loop of a run
+    first = steps.next_row(row, size)
+    taken[step], row = (first, first + size), first + size
+  assert {step: steps.rows_of(step, size) for step in taken} == taken | bad
+  assert taken[1] == (0, 4) and taken[8] == (36, 40)
+
+
 def test_skipped_rows_reduce_the_available_rows(tmp_path):
   bad = BadSteps(FaultsConfig(bad_step='rollback'), tmp_path, writes=True)
 

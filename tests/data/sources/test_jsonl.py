@@ -64,7 +64,7 @@ def test_lines_in_parts_are_the_lines_of_the_file(tmp_path_factory, lines, step,
     (b'"text"', """:5: '"text"', expected: a JSON object on a line of its own"""),
     (b'{"txet": "a", "id": 1}', ":5: 'text', expected: a field that the record has: txet, id; did you mean txet?"),
     (b'{"a.b": "a", "c": {"d": {"e": 1}}}', ":5: 'text', expected: a field that the record has: a.b, c.d.e"),
-    (br'{"\ufefftext": "a"}', r":5: 'text', expected: a field that the record has: '\ufefftext'; did you mean '\ufefftext'?"),
+    (br'{"\ufefftext": "a"}', r":5: 'text', expected: a field that the record has: '\ufefftext'"),
     (b'{}', ":5: 'text', expected: a field that the record has: none"),
     (b'{"text": null}', ":5: 'None', expected: text in the field text"),
     (b'{"text": 3}', ":5: '3', expected: text in the field text"),
@@ -92,7 +92,7 @@ def test_text_is_a_field_or_a_template(tmp_path, template, line, text):
     ('{q}', '{"q": true}', "'True', expected: text or a number in the field q"),
     ('{q}', '{"q": {}}', "'{}', expected: text or a number in the field q"),
     ('{q.x}', '{"q": {"y": 1}}', "'q.x', expected: a field that the record has: q.y; did you mean q.y?"),
-    ('{q.x}', '{"q": 1}', "'q.x', expected: a field that the record has: q; did you mean q?"),
+    ('{q.x}', '{"q": 1}', "'q.x', expected: a field that the record has: q"),
 ])
 def test_values_that_a_template_cannot_use_are_malformed(tmp_path, template, line, error):
   assert read_line(tmp_path, line.encode(), template) == f':5: {error}'
