@@ -62,7 +62,8 @@ def test_train_makes_a_run(trained):
   assert [line['step'] for line in lines_of(workdir)] == [1, 2, 3, 4, 6, 6]
   config = configs.from_json((workdir / 'config.json').read_text())
   assert config.optimizer.peak_lr == 0.03 and config.model.width == 16
-  assert 'data 2 x model 1' in json.loads((workdir / 'run.json').read_text())['mesh']
+  header = json.loads((workdir / 'run.json').read_text())
+  assert 'data 2 x model 1' in header['mesh'] and 'warning' not in header
   assert any(path.endswith('.xplane.pb') for path in files_below(workdir / 'profile'))
 
 

@@ -7,4 +7,4 @@ from gptjax.config.mesh import AXES, AXIS_NAMES, MATRIX_AXIS, REST_AXIS, ROW_AXE
 from gptjax.config.model import ComputeConfig, ModelConfig, RopeConfig
 from gptjax.config.schema import (
   LEAST_VOCABULARY, CheckpointConfig, Component, Config, DataConfig, Duration, EvalConfig, FaultsConfig, OptimizerConfig, Phase,
-  SourceConfig, TokenizerConfig, ValidationSet, check_schedule, duration_in_steps, in_unit_of_steps)
+  SourceConfig, TokenizerConfig, ValidationSet, duration_in_steps, in_unit_of_steps, schedule_warning)

@@ -204,15 +204,21 @@ class OptimizerConfig(Group, prefix='optimizer.'):
   """global gradient norm to clip to; 0: no clipping"""
 
 
-def check_schedule(config: OptimizerConfig, *, steps: int, warmup: int, decay: int) -> None:
-  """Raises a UserError if a run of so many steps does not reach the peak of its learning rate, or leaves it before its warmup is over."""
+def schedule_warning(config: OptimizerConfig, *, steps: int, warmup: int, decay: int) -> str:
+  """Why a run of so many steps does not reach the peak of its learning rate, as a short trial of a recipe does not; '' if it does.
+
+  Raises a UserError if there is no step, or the decay is longer than the run.
+  """
   if steps < 1:
     raise UserError('steps', steps, '1 step or more')
+  if decay > steps:
+    raise UserError('optimizer.decay', config.decay, f'at most the {steps:,} steps of the run')
+  below = 'the learning rate stays below its peak: '
   if warmup >= steps:
-    raise UserError('optimizer.warmup', config.warmup, f'fewer than the {steps:,} steps of the run (it is {warmup:,}), or the rate does '
-                    'not reach its peak')
+    return f'{below}optimizer.warmup is {warmup:,} steps, and the run ends after {steps:,}'
   if warmup + decay > steps:
-    raise UserError('optimizer.decay', config.decay, f'at most {steps - warmup:,}, the steps after optimizer.warmup (it is {decay:,})')
+    return f'{below}optimizer.decay begins at step {steps - decay:,}, within the {warmup:,} of optimizer.warmup'
+  return ''
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
 from gptjax import config as configs
-from gptjax.config import Config, UserError, check_schedule, duration_in_steps
+from gptjax.config import Config, UserError, duration_in_steps, schedule_warning
 from gptjax.model import abstract_model, attention_backend
 from gptjax.planning.topology import Topology
 from gptjax.sharding import ROWS, make_mesh
@@ -57,7 +57,7 @@ def durations(config: Config) -> dict[str, int]:
       raise UserError(field, value, "steps or tokens, such as '300e9 tokens': a plan reads no data, so the length of an epoch is unknown")
     found[field.removeprefix('optimizer.')] = duration_in_steps(
       field, value, batch_size=config.batch_size, context=config.data.context, rows_per_epoch=config.batch_size)
-  check_schedule(config.optimizer, **found)
+  schedule_warning(config.optimizer, **found)  # raises the errors; the rate itself does not matter to a plan
   return found
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from gptjax import config as configs
 from gptjax.checkpoint import Progress
-from gptjax.config import INT32_MAX, Config, UserError, check_schedule, duration_in_steps
+from gptjax.config import INT32_MAX, Config, UserError, duration_in_steps, schedule_warning
 from gptjax.data import EvalRows, Prepared, TrainRows, batches, train_rows
 from gptjax.model import AbstractModel, abstract_model, attention_backend, flops_per_token, parameter_count
 from gptjax.distributed import process_group
@@ -46,6 +46,8 @@ class Run:
   checkpoint_every: int
   keep_every: int
   compare_every: int
+  warning: str
+  """what the config cannot mean; '': nothing"""
 
   def batches(self, row: int) -> Generator[dict[str, np.ndarray], None, None]:
     """The batches from a row on, each with the rows of this process."""
@@ -77,7 +79,7 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
   steps_of = lambda field: in_steps(config, rows, field)
   opt, steps = config.optimizer, steps_of('steps')
   durations = {'steps': steps, 'warmup': steps_of('optimizer.warmup'), 'decay': steps_of('optimizer.decay')}
-  check_schedule(opt, **durations)
+  warning = schedule_warning(opt, **durations)
   model = abstract_model(config.model, config.compute, config.data.context)
   frozen = frozen_names(model, config)
   check_unsharded(model, config, mesh)
@@ -94,7 +96,7 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
                     zero_stage=config.zero_stage, mesh=mesh, microbatches=config.microbatches, seed=config.seed, spike=config.faults.spike),
     valid={name: EvalRows(store, config.data.context, config.data.isolate_documents) for name, store in data.valid.items()},
     eval_every=steps_of('eval.every'), checkpoint_every=steps_of('checkpoint.every'), keep_every=steps_of('checkpoint.keep_every'),
-    compare_every=steps_of('faults.compare_every'))
+    compare_every=steps_of('faults.compare_every'), warning=warning)
 
 
 def frozen_names(model: AbstractModel, config: Config) -> frozenset[str]:
@@ -149,6 +151,7 @@ def header(run: Run, data: Prepared, begun: str, peak: tuple[float, str] | None)
     'versions': ', '.join(f'{name} {metadata.version(name)}' for name in ('jax', 'flax', 'optax', 'orbax-checkpoint')),
     'commit': _commit(),
     'initial state': begun,
+    **({'warning': run.warning} if run.warning else {}),
   }
 
 
