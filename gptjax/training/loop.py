@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,12 +10,10 @@ from typing import NamedTuple
 
 import jax
 
-from gptjax import inference
 from gptjax.checkpoint import Checkpoints, Progress, Retention
-from gptjax.config import Config, Fault, UserError, unescaped
+from gptjax.config import Config, Fault, UserError
 from gptjax.data import Prepared, cores, prepare
 from gptjax.distributed import all_gather, broadcast, is_primary, process_group
-from gptjax.evaluation import Scorer
 from gptjax.files import write_json
 from gptjax.model import flops_per_token
 from gptjax.sharding import make_mesh
@@ -27,6 +24,7 @@ from gptjax.training.logbook import Logbook, NullLogbook
 from gptjax.training.run import Dispatched, Run, Source, Steps, every, header, resolve
 from gptjax.training.starting import initial_state, lock, open_workdir, restore, wait_until_visible
 from gptjax.training.step import TrainState
+from gptjax.training.validation import Validation
 
 RETRY = 30.0
 """Seconds after which a save that failed is tried again."""
@@ -96,7 +94,7 @@ def train(config: Config, options: Options) -> int:
       checkpoints.prepare(state)
     watchdog = stack.enter_context(Watchdog(options.hang_timeout, folder))
     interruptions = stack.enter_context(Interruptions(mesh, run.config.checkpoint.minutes))
-    validation = _Validation(run, data, book, watchdog.progress)
+    validation = Validation(run, data, book, watchdog.progress)
     loop = _Loop(run, run.batches, [(validation.due, validation)], lambda: initial_state(run, data.tokenizer)[0], options, checkpoints,
                  book, peak and peak[0], watchdog, interruptions, bad_steps)
     return loop.go(state, progress, last)
@@ -354,37 +352,6 @@ class _Loop:
       self.tracing = False
       self.book.say(f'trace up to step {self.steps.step} in {self.options.workdir / "profile"}')
       self.clock = self._now()
-
-
-class _Validation:
-  """Scores the validation sets of a run and writes a sample; `advance` is called whenever some rows are scored."""
-
-  def __init__(self, run: Run, data: Prepared, book: Logbook, advance: Callable[[int], None]):
-    self._run, self._data, self._book, self._advance = run, data, book, advance
-    self._scorer = Scorer(run.model, run.objective, run.mesh, run.config.microbatch_size, run.config.zero_stage)
-
-  def due(self, step: int) -> bool:
-    """At config.eval.every, at the end, and where a checkpoint may become the best, which needs its loss."""
-    run = self._run
-    return step == run.steps or every(run.eval_every, step) or (run.config.checkpoint.keep_best and every(run.checkpoint_every, step))
-
-  def __call__(self, step: int, state: TrainState) -> float:
-    """Logs scores and a sample; returns the mean loss of all sets, in nats per token."""
-    run, settings = self._run, self._run.config.eval
-    scores = self._scorer.sets(state.parameters, run.valid, self._data.tags, count=0 if step == run.steps else settings.rows,
-                               advance=self._advance)
-    self._book.validation(step, scores.named())
-    if settings.sample_tokens:
-      weights = self._generator.prepare(state.parameters)
-      prompt = unescaped(settings.prompt)
-      sample, = self._generator(weights, [self._generator.prompt(prompt, 'eval.prompt')], max_tokens=settings.sample_tokens,
-                                seeds=[run.config.seed])
-      self._book.sample(step, prompt, sample.text)
-    return scores.overall.loss
-
-  @functools.cached_property
-  def _generator(self) -> inference.Generator:
-    return inference.Generator(self._run.model, self._run.mesh, self._data.tokenizer, self._run.config.zero_stage)
 
 
 class CompileCounter:

@@ -1,0 +1,43 @@
+"""Validation during training: scores of held-out documents, and a sample."""
+
+import functools
+from collections.abc import Callable
+
+from gptjax import inference
+from gptjax.config import unescaped
+from gptjax.data import Prepared
+from gptjax.evaluation import Scorer
+from gptjax.training.logbook import Logbook
+from gptjax.training.run import Run, every
+from gptjax.training.step import TrainState
+
+
+class Validation:
+  """Scores the validation sets of a run and writes a sample; `advance` is called whenever some rows are scored."""
+
+  def __init__(self, run: Run, data: Prepared, book: Logbook, advance: Callable[[int], None]):
+    self._run, self._data, self._book, self._advance = run, data, book, advance
+    self._scorer = Scorer(run.model, run.objective, run.mesh, run.config.microbatch_size, run.config.zero_stage)
+
+  def due(self, step: int) -> bool:
+    """At config.eval.every, at the end, and where a checkpoint may become the best, which needs its loss."""
+    run = self._run
+    return step == run.steps or every(run.eval_every, step) or (run.config.checkpoint.keep_best and every(run.checkpoint_every, step))
+
+  def __call__(self, step: int, state: TrainState) -> float:
+    """Logs scores and a sample; returns the mean loss of all sets, in nats per token."""
+    run, settings = self._run, self._run.config.eval
+    scores = self._scorer.sets(state.parameters, run.valid, self._data.tags, count=0 if step == run.steps else settings.rows,
+                               advance=self._advance)
+    self._book.validation(step, scores.named())
+    if settings.sample_tokens:
+      weights = self._generator.prepare(state.parameters)
+      prompt = unescaped(settings.prompt)
+      sample, = self._generator(weights, [self._generator.prompt(prompt, 'eval.prompt')], max_tokens=settings.sample_tokens,
+                                seeds=[run.config.seed])
+      self._book.sample(step, prompt, sample.text)
+    return scores.overall.loss
+
+  @functools.cached_property
+  def _generator(self) -> inference.Generator:
+    return inference.Generator(self._run.model, self._run.mesh, self._data.tokenizer, self._run.config.zero_stage)
