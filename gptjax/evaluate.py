@@ -93,7 +93,7 @@ def _documents(restorer, sets, tags) -> Callable[[Any], Any]:
 
 def _tasks(restorer, tokenizer) -> Callable[[Any], tuple[Any, list]]:
   """Returns a function from parameters to the results of the tasks and their samples."""
-  from gptjax.sharding import row_groups
+  from gptjax.sharding import batch_shards
   try:
     from gptjax.evaluation.harness import HarnessModel
     from gptjax.evaluation.tasks import Tasks
@@ -102,7 +102,7 @@ def _tasks(restorer, tokenizer) -> Callable[[Any], tuple[Any, list]]:
   tasks = Tasks(_TASKS.value, _TASK_PATH.value, _TASK_DATA.value, _LIMIT.value, _FEWSHOT.value)
   tokens = (_BATCH.value or restorer.config.microbatch_size) * restorer.config.data.context
   if not _BATCH.value:  # most requests are far shorter than the context
-    tokens = min(tokens, 2**14 * row_groups(restorer.mesh))
+    tokens = min(tokens, 2**14 * batch_shards(restorer.mesh))
   model = HarnessModel(restorer.model, restorer.mesh, tokenizer, tokens, {'auto': None, 'true': True, 'false': False}[_ADD_BOS.value])
 
   def answer(parameters):

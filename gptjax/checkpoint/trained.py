@@ -11,7 +11,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from gptjax.checkpoint.arrays import PARAMETERS, load, stored, usable
 from gptjax.checkpoint.checkpoints import Checkpoints
 from gptjax.checkpoint.manifest import verify
-from gptjax.config import MATRIX_AXIS, Config, MeshConfig, UserError, read_config
+from gptjax.config import TENSOR_AXIS, Config, MeshConfig, UserError, read_config
 from gptjax.model import AbstractModel, Parameters, abstract_model, attention_backend
 from gptjax.sharding import check_heads, describe, make_mesh
 
@@ -54,8 +54,8 @@ class Restorer:
     # The devices that are present decide how the model is computed, but not how its layers are stored.
     compute = dataclasses.replace(self.config.compute, attention='auto', sequence_parallel=False)
     self.model = abstract_model(self.config.model, compute, self.config.data.context)
-    trained_on = self.config.mesh.sizes[MATRIX_AXIS]
-    self.mesh = make_mesh(MeshConfig(**{MATRIX_AXIS: model_axis or (1 if jax.device_count() % trained_on else trained_on)}))
+    trained_on = self.config.mesh.sizes[TENSOR_AXIS]
+    self.mesh = make_mesh(MeshConfig(**{TENSOR_AXIS: model_axis or (1 if jax.device_count() % trained_on else trained_on)}))
     check_heads(self.config.model, self.mesh)
     self.checkpoints = Checkpoints(workdir / 'checkpoints', folders=(PARAMETERS,))
 

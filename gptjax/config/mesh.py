@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from gptjax.config.checks import Fraction, Group, Limit, UserError
 
 REST = -1
-"""Size of an axis that takes all devices which the other axes leave."""
+"""Size of an axis that takes all remaining devices."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,11 +18,11 @@ class MeshAxis:
   """its size in MeshConfig"""
   help: str
   """help text of its field"""
-  rows: bool = False
+  batch: bool = False
   """whether it divides the batch: devices along it process different rows"""
   state: bool = False
   """whether ZeRO shards parameters, gradients and optimizer state along it; exactly one axis does"""
-  matrices: bool = False
+  tensor: bool = False
   """whether it splits matrix products (tensor parallelism); exactly one axis does"""
   crosses_slices: bool = False
   """whether it may cross the network between TPU slices, or between nodes; others do only if no axis that may is left"""
@@ -30,21 +30,21 @@ class MeshAxis:
 
 AXES = (
   MeshAxis('replica', 1, 'number of groups of devices; each holds the complete state and processes different rows of the batch, and only '
-           'gradients cross the slower network between them (between TPU slices)', rows=True, crosses_slices=True),
+           'gradients cross the slower network between them (between TPU slices)', batch=True, crosses_slices=True),
   MeshAxis('data', REST, 'number of devices per group that process different rows of the batch; zero_stage shards state over them; -1: all '
-           'that the other axes leave', rows=True, state=True),
-  MeshAxis('model', 1, 'number of devices over which each matrix is split (tensor parallelism)', matrices=True),
+           'that the other axes leave', batch=True, state=True),
+  MeshAxis('model', 1, 'number of devices over which each matrix is split (tensor parallelism)', tensor=True),
 )
 """From the slowest network to the fastest."""
 
 AXIS_NAMES = tuple(axis.name for axis in AXES)
-ROW_AXES = tuple(axis.name for axis in AXES if axis.rows)
-"""Axes that divide the rows of a batch. The train step is manual over them."""
+BATCH_AXES = tuple(axis.name for axis in AXES if axis.batch)
+"""Axes that divide the batch. The train step is manual over them."""
 (STATE_AXIS,) = (axis.name for axis in AXES if axis.state)
 (REST_AXIS,) = (axis.name for axis in AXES if axis.default == REST)
 SLICE_AXES = tuple(axis.name for axis in AXES if axis.crosses_slices)
 """Axes that may cross the network between slices."""
-(MATRIX_AXIS,) = (axis.name for axis in AXES if axis.matrices)
+(TENSOR_AXIS,) = (axis.name for axis in AXES if axis.tensor)
 
 _Size = Annotated[int, Limit(lambda size: size == REST or size >= 1, '1 or more; -1 for one axis')]
 _Sizes: Any = dataclasses.make_dataclass('_Sizes', [

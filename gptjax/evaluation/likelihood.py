@@ -11,7 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from gptjax.inference.forward import bucket, forward, one_behind, padded_batch, power_of_two, put_batch
 from gptjax.model import AbstractModel, Parameters, left_padded
-from gptjax.sharding import ROWS, full_groups
+from gptjax.sharding import BATCH_SPEC, padded_batch_size
 
 
 class Request(NamedTuple):
@@ -60,7 +60,7 @@ class LikelihoodScorer:
     def scored() -> Iterator[tuple[list[int], tuple[jax.Array, jax.Array]]]:
       for (length, end), group in itertools.groupby(order, key=sizes.__getitem__):
         indices = list(group)
-        rows = full_groups(self._mesh, min(max(self._batch_tokens // length, 1), power_of_two(len(indices))))
+        rows = padded_batch_size(self._mesh, min(max(self._batch_tokens // length, 1), power_of_two(len(indices))))
         for start in range(0, len(indices), rows):
           some = indices[start:start + rows]
           yield some, self._run(parameters, self._batch([requests[index] for index in some], rows, length, end))
@@ -98,5 +98,5 @@ def _last_scores(model: AbstractModel, mesh: Mesh) -> Callable:
     scores = module.head.log_probabilities(hidden[:, length - end:].reshape(rows * end, -1), targets.reshape(-1))
     return tuple(score.reshape(rows, end) for score in scores)
 
-  run = forward(model, mesh, 0, local, (ROWS,), ROWS)
+  run = forward(model, mesh, 0, local, (BATCH_SPEC,), BATCH_SPEC)
   return jax.jit(lambda parameters, batch: jax.reshard(run(parameters, batch), PartitionSpec(None, None)))

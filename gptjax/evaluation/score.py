@@ -12,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 from gptjax.data import EvalRows
 from gptjax.inference.forward import forward, one_behind
 from gptjax.model import AbstractModel, Parameters, Positions
-from gptjax.sharding import ROWS, full_groups, process_rows, put_rows, sum_over_rows
+from gptjax.sharding import BATCH_SPEC, padded_batch_size, process_rows, put_rows, batch_psum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Scorer:
   """
 
   def __init__(self, model: AbstractModel, objective: Callable, mesh: Mesh, batch_size: int, zero_stage: int = 0):
-    self._mesh, self._batch_size = mesh, full_groups(mesh, batch_size)
+    self._mesh, self._batch_size = mesh, padded_batch_size(mesh, batch_size)
     self._sums = _summed_scores(model, objective, mesh, zero_stage)
 
   def sets(self, parameters: Parameters, sets: Mapping[str, EvalRows], tags: Mapping[str, Iterable[str]], *, count: int = 0,
@@ -110,6 +110,6 @@ def _summed_scores(model: AbstractModel, objective: Callable, mesh: Mesh, zero_s
   def local(module, batch):
     positions = Positions(batch['positions'], batch['segments']) if 'segments' in batch else None
     _, targets, metrics = objective(module.head, module.hidden(batch['tokens'], positions)[0], batch)
-    return sum_over_rows((metrics['loss'], targets))
+    return batch_psum((metrics['loss'], targets))
 
-  return jax.jit(forward(model, mesh, zero_stage, local, (ROWS,), PartitionSpec()))
+  return jax.jit(forward(model, mesh, zero_stage, local, (BATCH_SPEC,), PartitionSpec()))

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Int
 from gptjax.inference.forward import bucket, forward, one_behind, padded_batch, power_of_two, put_batch
 from gptjax.inference.sampling import Sampling, penalized, sample
 from gptjax.model import AbstractModel, Caches, Parameters, Positions, abstract_model, empty_cache, left_padded, unstack_layers
-from gptjax.sharding import ROWS, full_groups
+from gptjax.sharding import BATCH_SPEC, padded_batch_size
 
 
 class _State(NamedTuple):
@@ -96,7 +96,7 @@ class Decoder:
       yield out
 
   def _batch(self, rows: list[list[int]], texts: list[list[int]], seeds: Sequence[int], sampling: Sampling) -> dict[str, jax.Array]:
-    count = full_groups(self._mesh, power_of_two(len(rows)))
+    count = padded_batch_size(self._mesh, power_of_two(len(rows)))
     batch = padded_batch(rows, count, min(bucket(max(map(len, rows))), self._model.context))
     batch['seeds'] = np.zeros(count, np.uint32)
     batch['seeds'][:len(seeds)] = seeds
@@ -113,10 +113,10 @@ def _programs(model: AbstractModel, mesh: Mesh, forbidden: tuple[int, ...], zero
   banned = np.zeros(model.config.table_rows, bool)
   banned[list(forbidden)] = True
   one = PartitionSpec()
-  specs: Any = _State(ROWS, one, ROWS, one, ROWS, ROWS, ROWS)  # type: ignore[arg-type]
+  specs: Any = _State(BATCH_SPEC, one, BATCH_SPEC, one, BATCH_SPEC, BATCH_SPEC, BATCH_SPEC)  # type: ignore[arg-type]
 
   def run(function, in_specs, parameters, *inputs):
-    state, drawn = forward(model, mesh, zero_stage, function, in_specs, (specs, ROWS))(parameters, *inputs)
+    state, drawn = forward(model, mesh, zero_stage, function, in_specs, (specs, BATCH_SPEC))(parameters, *inputs)
     return state, jax.reshard(drawn, PartitionSpec(None))
 
   def draw(head, hidden, state, sampling):
@@ -138,7 +138,7 @@ def _programs(model: AbstractModel, mesh: Mesh, forbidden: tuple[int, ...], zero
       hidden, cache, _ = module.hidden(rows['tokens'], left_padded(length, rows['padding']), cache)
       state = _State(cache, jnp.int32(length), rows['padding'], drawn, rows['tokens'][:, -1], rows['seeds'], rows.get('seen'))
       return draw(module.head, hidden.reshape(batch, length, -1)[:, -1], state, sampling)
-    return run(local, (ROWS, one), parameters, rows, drawn)
+    return run(local, (BATCH_SPEC, one), parameters, rows, drawn)
 
   @functools.partial(jax.jit, static_argnames='sampling', donate_argnames='state')
   def decode(parameters, state, sampling):

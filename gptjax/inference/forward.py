@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from gptjax.model import AbstractModel
-from gptjax.sharding import ROWS, local_rows
+from gptjax.sharding import BATCH_SPEC, batch_shard_map
 
 T = TypeVar('T')
 
@@ -19,7 +19,7 @@ def forward(model: AbstractModel, mesh: Mesh, zero_stage: int, function: Callabl
   `zero_stage`, and the specs state how rows of inputs and results are divided."""
   zero = model.zero(zero_stage, mesh)
   local = lambda entered, *inputs: function(model.merge(zero.weights(entered, differentiated=False)), *inputs)
-  run = local_rows(local, (zero.in_specs, *in_specs), out_specs)
+  run = batch_shard_map(local, (zero.in_specs, *in_specs), out_specs)
   return lambda parameters, *inputs: run(zero.enter(parameters), *inputs)
 
 
@@ -34,7 +34,7 @@ def padded_batch(rows: Sequence[Sequence[int]], batch: int, length: int) -> dict
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
   """Puts arrays, which every process has in full, on the mesh with their rows divided."""
-  sharding = NamedSharding(mesh, ROWS)
+  sharding = NamedSharding(mesh, BATCH_SPEC)
   return {name: jax.make_array_from_callback(values.shape, sharding, lambda index: values[index]) for name, values in batch.items()}
 
 

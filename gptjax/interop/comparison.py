@@ -22,7 +22,7 @@ from gptjax.interop.families import Tensor
 from gptjax.interop.fields import Json
 from gptjax.interop.matching import Match, bits
 from gptjax.interop.tensor_files import Entry
-from gptjax.sharding import local_rows
+from gptjax.sharding import batch_shard_map
 from gptjax.model import AbstractModel, Parameters, Positions, abstract_model
 
 RELATIVE = 1e-4
@@ -125,7 +125,7 @@ def our_logits(model: AbstractModel, parameters: Parameters, mesh: Mesh, tokens:
 
   with jax.set_mesh(mesh), jax.default_matmul_precision('highest'):  # the default of accelerators rounds float32
     # Every group of devices computes the same row: attention kernels of accelerators need local rows.
-    run = local_rows(last, (PartitionSpec(),) * 3, PartitionSpec())
+    run = batch_shard_map(last, (PartitionSpec(),) * 3, PartitionSpec())
     return np.asarray(jax.jit(run)(parameters, tokens[:1], tokens[1:]))[:, :model.config.vocab_size]
 
 

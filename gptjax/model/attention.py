@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from gptjax.config import ComputeConfig, ModelConfig, RopeConfig
 from gptjax.model.kernels import KERNELS, ScoreConfig, attention_backend
 from gptjax.model.layers import Linear, Norm, capped, drop, fold, keep_mask
-from gptjax.model.weights import Rows, Stack
+from gptjax.model.weights import TokenAxis, Stack
 from gptjax.sharding import divisible, spec
 
 BLOCK = 64
@@ -208,7 +208,7 @@ class Attention(nnx.Module):
     self.config, self.compute = config, compute
 
   def __call__(self, x: Float[Array, 'N D'], layer: int | Int[Array, ''], positions: Positions, cache: Cache | None,
-               keys: Key[Array, 'B'] | None, rows: Rows) -> tuple[Float[Array, 'N D'], Cache | None]:
+               keys: Key[Array, 'B'] | None, rows: TokenAxis) -> tuple[Float[Array, 'N D'], Cache | None]:
     config, (b, t) = self.config, positions.values.shape
 
     def project(name, linear, norm, count, axis):

@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from gptjax.model.layers import capped
-from gptjax.model.weights import all_rows, layer_axes, product, sum_over_matrices
-from gptjax.sharding import as_weight, local_matrices, spec
+from gptjax.model.weights import all_rows, layer_axes, product, tensor_psum
+from gptjax.sharding import as_weight, tensor_shard_map, spec
 
 CHUNK_BYTES = 2**27
 """Size of a chunk's float32 logits on a device."""
@@ -128,7 +128,7 @@ def _log_probabilities(hidden, weight, targets, static):
     return _in_chunks(chunk, None, (h, targets), 4 * w.shape[0])[1]
 
   one = PartitionSpec(None)
-  run = local_matrices(local, (PartitionSpec(None, None), static.split, one), (one, one))
+  run = tensor_shard_map(local, (PartitionSpec(None, None), static.split, one), (one, one))
   return run(all_rows(hidden).astype(static.dtype), weight.read(static.dtype), targets)
 
 
@@ -171,12 +171,12 @@ def _sums(hidden, weight, targets, mask, static, z_loss, *, gradients):
     if not gradients:
       return losses
     if static.axis is not None:
-      dh = sum_over_matrices(dh, scattered=rows is not None)
+      dh = tensor_psum(dh, scattered=rows is not None)
     return *losses, dh, sums[2] if static.transposed else sums[2].T
 
   one, vector, matrix = PartitionSpec(), PartitionSpec(None), PartitionSpec(None, None)
   out = (one, one, matrix if static.axis is None else PartitionSpec(rows, None), static.split) if gradients else (one, one)
-  run = local_matrices(local, (matrix, static.split, vector, vector), out)
+  run = tensor_shard_map(local, (matrix, static.split, vector, vector), out)
   found = run(all_rows(hidden).astype(static.dtype), weight.read(static.dtype), targets, mask)
   if not gradients:
     return found

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from gptjax.config import ComputeConfig, ModelConfig, UserError
-from gptjax.sharding import local_matrices
+from gptjax.sharding import tensor_shard_map
 
 LANES = 128
 """Splash attention works on blocks of this many tokens, or a multiple."""
@@ -52,7 +52,7 @@ def attention_backend(config: ModelConfig, compute: ComputeConfig, context: int,
 def _per_device(kernel: Callable, q: Float[Array, 'B H T C'], k: Float[Array, 'B K T C'], v: Float[Array, 'B K T C'],
                 segments: Int[Array, 'B T'] | None) -> Float[Array, 'B H T C']:
   heads = jax.typeof(q).sharding.spec
-  run = local_matrices(kernel, (heads, heads, heads, None if segments is None else PartitionSpec(None, None)), heads)
+  run = tensor_shard_map(kernel, (heads, heads, heads, None if segments is None else PartitionSpec(None, None)), heads)
   return run(q, k, v, segments)
 
 

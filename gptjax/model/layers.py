@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from gptjax.config import ComputeConfig, ModelConfig
-from gptjax.model.weights import Rows, Stack, gathered, lookup, parameter, product
+from gptjax.model.weights import TokenAxis, Stack, gathered, lookup, parameter, product
 from gptjax.sharding import Axis
 
 
@@ -22,7 +22,7 @@ class Linear(nnx.Module):
     self.bias = parameter(nnx.initializers.zeros, sizes[1:], axes[1:], stack) if bias else None
     self.regather = compute.remat == 'none' and not compute.scan
 
-  def __call__(self, x: Float[Array, 'N I'], rows: Rows = None) -> Float[Array, 'N O']:
+  def __call__(self, x: Float[Array, 'N I'], rows: TokenAxis = None) -> Float[Array, 'N O']:
     y = product(x, self.kernel, rows, regather=self.regather)
     return y if self.bias is None else (y.astype(jnp.float32) + gathered(self.bias)).astype(y.dtype)
 
@@ -56,7 +56,7 @@ class Embedding(nnx.Module):
     self.table = parameter(nnx.initializers.normal(0.02), (rows, width), (axis, 'embed'), (), compute.dtype)
     self.scale = math.sqrt(width) if scaled else None
 
-  def __call__(self, ids: Int[Array, 'N'], rows: Rows = None) -> Float[Array, 'N D']:
+  def __call__(self, ids: Int[Array, 'N'], rows: TokenAxis = None) -> Float[Array, 'N D']:
     x = lookup(self.table, ids, rows)
     return x if self.scale is None else x * jnp.asarray(self.scale, x.dtype)
 

@@ -8,11 +8,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
-from gptjax.config import MATRIX_AXIS, ComputeConfig, ModelConfig
+from gptjax.config import TENSOR_AXIS, ComputeConfig, ModelConfig
 from gptjax.model.attention import Attention, Cache, Caches, Positions
 from gptjax.model.head import Head
 from gptjax.model.layers import Embedding, Linear, Norm, dropout, fold
-from gptjax.model.weights import Rows, Stack
+from gptjax.model.weights import TokenAxis, Stack
 from gptjax.sharding import divisible, spec
 
 Sums = dict[str, Array]
@@ -30,7 +30,7 @@ class MLP(nnx.Module):
     self.activation = jax.checkpoint(jax.nn.silu if config.mlp == 'swiglu' else jax.nn.gelu)
     self.down = Linear(wide[::-1], axes[::-1], 0.02 / math.sqrt(2 * config.layers), compute, stack, config.bias)
 
-  def __call__(self, x: Float[Array, 'N D'], rows: Rows) -> Float[Array, 'N D']:
+  def __call__(self, x: Float[Array, 'N D'], rows: TokenAxis) -> Float[Array, 'N D']:
     up = checkpoint_name(self.up(x), 'up')
     hidden = self.activation(up) if self.gate is None else self.activation(checkpoint_name(self.gate(x), 'gate')) * up
     return self.down(checkpoint_name(hidden, 'hidden'), rows)
@@ -50,7 +50,7 @@ class Block(nnx.Module):
     self.dropout = config.dropout
 
   def __call__(self, x: Float[Array, 'N D'], layer: int | Int[Array, ''], positions: Positions, cache: Cache | None,
-               keys: Key[Array, 'B'] | None, rows: Rows) -> tuple[Float[Array, 'N D'], Cache | None, Sums]:
+               keys: Key[Array, 'B'] | None, rows: TokenAxis) -> tuple[Float[Array, 'N D'], Cache | None, Sums]:
     """The residual stream after the layer, its part of the cache, and the sums that it adds to the objective's (none here)."""
     normed = lambda norm, x: x if norm is None else norm(x)
     x = checkpoint_name(x, 'block')
@@ -91,7 +91,7 @@ class Transformer(nnx.Module):
     b, t = tokens.shape
     if positions is None:
       positions = Positions(jnp.broadcast_to(jnp.arange(t), (b, t)))
-    rows = MATRIX_AXIS if self.compute.sequence_parallel and cache is None else None
+    rows = TENSOR_AXIS if self.compute.sequence_parallel and cache is None else None
     x = self.tokens(tokens.reshape(b * t), rows)
     if self.positions is not None:
       x = x + self.positions(positions.values.reshape(b * t), rows)

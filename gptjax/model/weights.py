@@ -1,6 +1,6 @@
-"""Parameters inside the model: how they are created, and how products read them.
+"""Parameters inside the model: how they are created, and how matrix products read them.
 
-Rows of activations are those of one device; `model` may split matrices, and under sequence parallelism the rows too. A product casts and
+Activations are those of one device's tokens; `model` may split matrices, and under sequence parallelism the tokens too. A product casts and
 (at ZeRO stage 3) gathers a weight, again in the backward pass, so that nothing holds it in between. Its gradient is summed in float32.
 """
 
@@ -15,15 +15,15 @@ from jax.nn.initializers import Initializer
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from gptjax.config import MATRIX_AXIS
-from gptjax.sharding import Axis, as_weight, local_matrices, spec
+from gptjax.config import TENSOR_AXIS
+from gptjax.sharding import Axis, as_weight, tensor_shard_map, spec
 
 Stack = tuple[int, ...]
 """Leading dimensions of a module's parameters: () for one layer, (L,) for L layers that a scan runs through."""
 
-Rows = str | None
-"""Mesh axis over which the rows of activations, one per token, are split between matrix products: `model` under sequence parallelism;
-None: a device has all rows of its part of the batch."""
+TokenAxis = str | None
+"""Mesh axis over which the tokens of activations are split between matrix products: `model` under sequence parallelism; None: a device has
+all tokens of its part of the batch."""
 
 
 def parameter(init: Initializer, shape: tuple[int, ...], axes: tuple[Axis, ...], stack: Stack, dtype: str = 'float32') -> nnx.Param:
@@ -54,7 +54,8 @@ def gathered(param: nnx.Param) -> Array:
   return _gathered(as_weight(param.get_value()), param.get_metadata('dtype'))
 
 
-def product(x: Float[Array, 'N I'], param: nnx.Param, rows: Rows, transposed: bool = False, regather: bool = False) -> Float[Array, 'N O']:
+def product(x: Float[Array, 'N I'], param: nnx.Param, rows: TokenAxis, transposed: bool = False,
+            regather: bool = False) -> Float[Array, 'N O']:
   """x W, or x W^T. Where `model` splits the rows of x, they are gathered, here and in the backward pass.
 
   Args:
@@ -67,7 +68,7 @@ def product(x: Float[Array, 'N I'], param: nnx.Param, rows: Rows, transposed: bo
   return _product(x, as_weight(param.get_value()), param.get_metadata('dtype'), split, out, transposed, regather)
 
 
-def lookup(param: nnx.Param, ids: Int[Array, 'N'], rows: Rows) -> Float[Array, 'N D']:
+def lookup(param: nnx.Param, ids: Int[Array, 'N'], rows: TokenAxis) -> Float[Array, 'N D']:
   """Rows of a table [V, D] by id; where `model` splits the table, each device looks up its own ids, and the rest is zero before the sum."""
   split, dtype = spec(*layer_axes(param))[0], param.get_metadata('dtype')
   return _lookup(as_weight(param.get_value()), ids, dtype, split, rows, param.get_metadata('size'))
@@ -115,8 +116,8 @@ def _lookup(table, ids, dtype, split, rows, size):
 
   def local(values, ids):
     found, mine = _own_ids(ids, values.shape[0])
-    return sum_over_matrices(jnp.where(mine[:, None], values[found], 0), scattered=rows is not None)
-  return local_matrices(local, (PartitionSpec(split, None), PartitionSpec(None)), PartitionSpec(rows, None))(values, ids)
+    return tensor_psum(jnp.where(mine[:, None], values[found], 0), scattered=rows is not None)
+  return tensor_shard_map(local, (PartitionSpec(split, None), PartitionSpec(None)), PartitionSpec(rows, None))(values, ids)
 
 
 def _lookup_backward(dtype, split, rows, size, saved, dy):
@@ -126,10 +127,10 @@ def _lookup_backward(dtype, split, rows, size, saved, dy):
     gradient = jnp.zeros((size, dy.shape[1]), jnp.float32).at[ids].add(dy)
   else:
     def local(ids, dy):
-      own = size // jax.lax.axis_size(MATRIX_AXIS)
+      own = size // jax.lax.axis_size(TENSOR_AXIS)
       found, mine = _own_ids(ids, own)
       return jnp.zeros((own, dy.shape[1]), jnp.float32).at[jnp.where(mine, found, own)].add(dy, mode='drop')
-    gradient = local_matrices(local, (PartitionSpec(None), PartitionSpec(None, None)), PartitionSpec(split, None))(ids, dy)
+    gradient = tensor_shard_map(local, (PartitionSpec(None), PartitionSpec(None, None)), PartitionSpec(split, None))(ids, dy)
   return table.cotangent(gradient), None
 
 
@@ -137,14 +138,14 @@ _lookup.defvjp(lambda *inputs: (_lookup(*inputs), inputs[:2]), _lookup_backward)
 
 
 def _own_ids(ids: Int[Array, 'N'], rows: int) -> tuple[Int[Array, 'N'], Array]:
-  """Inside `local_matrices`: places of ids in this device's `rows` rows of a table, and which of them it has."""
-  found = ids - jax.lax.axis_index(MATRIX_AXIS) * rows
+  """Inside `tensor_shard_map`: places of ids in this device's `rows` rows of a table, and which of them it has."""
+  found = ids - jax.lax.axis_index(TENSOR_AXIS) * rows
   mine = (found >= 0) & (found < rows)
   return jnp.where(mine, found, 0), mine
 
 
-def sum_over_matrices(x: Array, scattered: bool = False) -> Array:
-  """Inside `local_matrices`: the sum of all devices' arrays; if scattered, this device's part of its rows."""
+def tensor_psum(x: Array, scattered: bool = False) -> Array:
+  """Inside `tensor_shard_map`: the sum of all devices' arrays; if scattered, this device's part of its rows."""
   if scattered:
-    return jax.lax.psum_scatter(x, MATRIX_AXIS, scatter_dimension=0, tiled=True)
-  return jax.lax.psum(x, MATRIX_AXIS)
+    return jax.lax.psum_scatter(x, TENSOR_AXIS, scatter_dimension=0, tiled=True)
+  return jax.lax.psum(x, TENSOR_AXIS)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import use_abstract_mesh
 
 from gptjax import config as configs
-from gptjax.config import MATRIX_AXIS, ROW_AXES, STATE_AXIS, ComputeConfig, Config, ModelConfig, OptimizerConfig
+from gptjax.config import TENSOR_AXIS, BATCH_AXES, STATE_AXIS, ComputeConfig, Config, ModelConfig, OptimizerConfig
 from gptjax.model import abstract_model
 from gptjax.model.head import CHUNK_BYTES, CHUNK_ROWS
 from gptjax.planning.program import for_platform
@@ -60,17 +60,17 @@ def analytic_memory(config: Config, sizes: dict[str, int]) -> Memory:
   if stage == 3 and sizes[STATE_AXIS] > 1:
     layers, rest, _ = elements(config, sizes)
     gathered = item * (GATHERED_LAYERS * layers / config.model.layers + rest)
-  rows = config.microbatch_size / math.prod(sizes[name] for name in ROW_AXES)
+  rows = config.microbatch_size / math.prod(sizes[name] for name in BATCH_AXES)
   one_layer = dataclasses.replace(config.model, layers=1)
   kept = dataclasses.replace(config.compute, remat='none', saved=(), offloaded=())
   # The logits of a chunk in float32, and their gradient in the compute dtype.
-  ids = config.model.table_rows / sizes[MATRIX_AXIS]
+  ids = config.model.table_rows / sizes[TENSOR_AXIS]
   logits = min(rows * context, max(CHUNK_ROWS, CHUNK_BYTES // (4 * ids))) * ids * (4 + item)
   return Memory(
     parameters=state['parameters'], optimizer=state['optimizer'], gathered=gathered,
     gradients=state['gradients'] * (2 if config.microbatches > 1 else 1),
-    activations=rows * row_bytes(config.model, dataclasses.replace(config.compute, offloaded=()), context, sizes[MATRIX_AXIS]),
-    temporaries=rows * row_bytes(one_layer, kept, context, sizes[MATRIX_AXIS]) + logits)
+    activations=rows * row_bytes(config.model, dataclasses.replace(config.compute, offloaded=()), context, sizes[TENSOR_AXIS]),
+    temporaries=rows * row_bytes(one_layer, kept, context, sizes[TENSOR_AXIS]) + logits)
 
 
 @functools.cache
@@ -99,5 +99,5 @@ def row_bytes(config: ModelConfig, compute: ComputeConfig, context: int, model: 
     shard = lambda x: x.sharding.shard_shape(x.shape) if x.sharding else x.shape
     return sum(math.prod(shard(x)) * x.dtype.itemsize for x in jax.tree.leaves(residuals))
 
-  with jax.set_mesh(None), use_abstract_mesh(abstract_mesh({MATRIX_AXIS: model})):
+  with jax.set_mesh(None), use_abstract_mesh(abstract_mesh({TENSOR_AXIS: model})):
     return (kept(2 * model) - kept(model)) / model  # arrays that do not grow with the rows are not activations: weights, masks

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator
 
 from gptjax import config as configs
-from gptjax.config import MATRIX_AXIS, REST_AXIS, SLICE_AXES, Config, UserError
+from gptjax.config import TENSOR_AXIS, REST_AXIS, SLICE_AXES, Config, UserError
 from gptjax.config.fields import Value
 from gptjax.planning.estimate import Estimate, estimate
 from gptjax.planning.topology import Topology
@@ -24,7 +24,7 @@ def search(config: Config, topology: Topology) -> list[Estimate]:
       refusals.append(error)
   if not found:
     raise next(iter(refusals), UserError('batch_size', config.batch_size, f'a row for each of the {topology.devices} devices of '
-                                         f'{topology.name}, or for each mesh.{MATRIX_AXIS} of them, up to {MAX_MODEL_AXIS}'))
+                                         f'{topology.name}, or for each mesh.{TENSOR_AXIS} of them, up to {MAX_MODEL_AXIS}'))
   return sorted(found, key=rank)
 
 
@@ -43,7 +43,7 @@ def candidates(config: Config, topology: Topology) -> Iterator[dict[str, Value]]
     rows = config.batch_size // (topology.devices // model)  # per device, without microbatches
     stages = range(4) if topology.devices > replica * model else [0]  # ZeRO has nothing to shard over a single device
     for parts, stage, policy in itertools.product(_divisors(rows), stages, policies):
-      mesh = {f'mesh.{SLICE_AXES[0]}': replica, f'mesh.{REST_AXIS}': -1, f'mesh.{MATRIX_AXIS}': model}
+      mesh = {f'mesh.{SLICE_AXES[0]}': replica, f'mesh.{REST_AXIS}': -1, f'mesh.{TENSOR_AXIS}': model}
       named = {} if policy == 'names' else {'compute.saved': (), 'compute.offloaded': ()}
       yield mesh | {'zero_stage': stage, 'compute.remat': policy, 'microbatches': parts} | named
 

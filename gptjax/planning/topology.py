@@ -6,7 +6,7 @@ import math
 import re
 from typing import NamedTuple
 
-from gptjax.config import MATRIX_AXIS, REST_AXIS, SLICE_AXES, STATE_AXIS, Config, UserError
+from gptjax.config import TENSOR_AXIS, REST_AXIS, SLICE_AXES, STATE_AXIS, Config, UserError
 from gptjax.sharding import mesh_sizes
 from gptjax.sharding.chips import CHIPS, Chip
 
@@ -82,7 +82,7 @@ class Topology:
   def _torus(self, sizes: dict[str, int]) -> dict[str, Link]:
     ring = lambda size: self.chip.link * (2 if size % self.chip.wraps == 0 else 1)
     free = [size for size in self.shape if size > 1]
-    wanted = max(sizes[MATRIX_AXIS] // self.chip.per_chip, 1)
+    wanted = max(sizes[TENSOR_AXIS] // self.chip.per_chip, 1)
     exact = next((picked for n in range(len(free) + 1) for picked in itertools.combinations(free, n) if math.prod(picked) == wanted), None)
     model = data = 0.0
     if exact is not None:
@@ -98,7 +98,7 @@ class Topology:
           wanted = 1 if size % wanted == 0 else wanted // size
     data += sum(map(ring, free))
     # Other axes have other links of the torus.
-    ici = lambda axis: Link(f'ICI ({axis})', (model if axis == MATRIX_AXIS else data) or self.chip.link)
+    ici = lambda axis: Link(f'ICI ({axis})', (model if axis == TENSOR_AXIS else data) or self.chip.link)
     across = Link('data-centre network', self.chip.network) if self.slices > 1 else ici(STATE_AXIS)
     return {axis: across if axis in SLICE_AXES else ici(axis) for axis in sizes}
 

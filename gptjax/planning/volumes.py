@@ -9,7 +9,7 @@ import functools
 import math
 from typing import NamedTuple
 
-from gptjax.config import MATRIX_AXIS, ROW_AXES, STATE_AXIS, ComputeConfig, Config, ModelConfig
+from gptjax.config import TENSOR_AXIS, BATCH_AXES, STATE_AXIS, ComputeConfig, Config, ModelConfig
 from gptjax.model import abstract_model, repeated_products
 from gptjax.planning.collectives import Collective, totals
 from gptjax.sharding import abstract_mesh
@@ -62,8 +62,8 @@ def _data_parallel(config: Config, sizes: dict[str, int]) -> list[Collective]:
   stage, parts = config.zero_stage, config.microbatches
   dtype, item = COMPUTE[config.compute.dtype]
   layers, rest, unsharded = elements(config, sizes, trained=True)
-  others = tuple(name for name in ROW_AXES if name != STATE_AXIS and sizes[name] > 1)
-  rows = tuple(name for name in ROW_AXES if sizes[name] > 1)
+  others = tuple(name for name in BATCH_AXES if name != STATE_AXIS and sizes[name] > 1)
+  rows = tuple(name for name in BATCH_AXES if sizes[name] > 1)
   def along(axes, kind, dtype, payload, trips, why):
     return Collective(kind, dtype, payload, math.prod(sizes[name] for name in axes), axes, trips, why)
   data = lambda *facts: along((STATE_AXIS,), *facts)
@@ -80,12 +80,12 @@ def _data_parallel(config: Config, sizes: dict[str, int]) -> list[Collective]:
 
 
 def _tensor_parallel(config: Config, sizes: dict[str, int]) -> list[Collective]:
-  p, layers, microbatches = sizes[MATRIX_AXIS], config.model.layers, config.microbatches
+  p, layers, microbatches = sizes[TENSOR_AXIS], config.model.layers, config.microbatches
   dtype, item = COMPUTE[config.compute.dtype]
-  tokens = config.microbatch_size * config.data.context / math.prod(sizes[name] for name in ROW_AXES)
+  tokens = config.microbatch_size * config.data.context / math.prod(sizes[name] for name in BATCH_AXES)
   stream = item * tokens * config.model.width
   def model(kind, dtype, payload, trips, why, group=p):
-    return Collective(kind, dtype, payload, group, (MATRIX_AXIS,), trips * microbatches, why)
+    return Collective(kind, dtype, payload, group, (TENSOR_AXIS,), trips * microbatches, why)
   sums = 4 + len({'out', 'down'} & repeated_products(config.model, config.compute))
   found = [model('all-reduce', 'f32', 4 * tokens, 3, 'largest logit, normalizer and target of the loss')]
   if (parts := math.gcd(p, config.model.key_heads)) < p:  # devices whose queries read the same keys add up their gradients

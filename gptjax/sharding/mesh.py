@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from gptjax.config import AXES, AXIS_NAMES, MATRIX_AXIS, REST_AXIS, ROW_AXES, Config, MeshConfig, ModelConfig, UserError, divisors
+from gptjax.config import AXES, AXIS_NAMES, TENSOR_AXIS, REST_AXIS, BATCH_AXES, Config, MeshConfig, ModelConfig, UserError, divisors
 
 AnyMesh = Mesh | AbstractMesh
 """A mesh of devices, or only its sizes, which is enough to describe a state and to plan."""
@@ -70,30 +70,30 @@ def _arranged(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
   between: dict[str, int] = {}
   left = count
   for name, size in sizes.items():  # slow axes first take the slices
-    between[name] = math.gcd(size, left) if name != MATRIX_AXIS else 1
+    between[name] = math.gcd(size, left) if name != TENSOR_AXIS else 1
     left //= between[name]
   if left > 1:
     within = len(devices) // count
-    raise UserError(f'mesh.{MATRIX_AXIS}', sizes[MATRIX_AXIS], f'a divisor of the {within} devices of a slice: {divisors(within)}')
+    raise UserError(f'mesh.{TENSOR_AXIS}', sizes[TENSOR_AXIS], f'a divisor of the {within} devices of a slice: {divisors(within)}')
   return mesh_utils.create_hybrid_device_mesh(
     tuple(size // between[name] for name, size in sizes.items()), tuple(between.values()), devices, allow_split_physical_axes=True)
 
 
 def describe(mesh: AnyMesh) -> str:
   """The mesh in words: 'data 4 x model 2', with further axes where their size is above 1."""
-  return ' x '.join(f'{axis.name} {mesh.shape[axis.name]}' for axis in AXES if mesh.shape[axis.name] > 1 or axis.state or axis.matrices)
+  return ' x '.join(f'{axis.name} {mesh.shape[axis.name]}' for axis in AXES if mesh.shape[axis.name] > 1 or axis.state or axis.tensor)
 
 
-def row_groups(mesh: AnyMesh) -> int:
+def batch_shards(mesh: AnyMesh) -> int:
   """Number of groups of rows into which the mesh divides a batch."""
-  return math.prod(mesh.shape[name] for name in ROW_AXES)
+  return math.prod(mesh.shape[name] for name in BATCH_AXES)
 
 
 def check_sizes(config: Config, mesh: AnyMesh) -> None:
   """Raises a UserError for a batch, heads or tokens that the mesh cannot divide."""
-  groups, model = row_groups(mesh), mesh.shape[MATRIX_AXIS]
+  groups, model = batch_shards(mesh), mesh.shape[TENSOR_AXIS]
   if config.microbatch_size % groups:
-    axes = ' * '.join(f'mesh.{name}' for name in ROW_AXES if mesh.shape[name] > 1)
+    axes = ' * '.join(f'mesh.{name}' for name in BATCH_AXES if mesh.shape[name] > 1)
     part = '' if config.microbatches == 1 else f' * microbatches={config.microbatches}'
     factor = groups * config.microbatches
     below = config.batch_size // factor * factor
@@ -103,12 +103,12 @@ def check_sizes(config: Config, mesh: AnyMesh) -> None:
   tokens = config.microbatch_size // groups * config.data.context
   if config.compute.sequence_parallel and tokens % model:
     raise UserError('compute.sequence_parallel', True,
-                    f'false, or a multiple of mesh.{MATRIX_AXIS}={model} tokens on a device, not {tokens}')
+                    f'false, or a multiple of mesh.{TENSOR_AXIS}={model} tokens on a device, not {tokens}')
 
 
 def check_heads(config: ModelConfig, mesh: AnyMesh) -> None:
   """Raises a UserError for heads that the mesh cannot split."""
-  heads, model = config.heads, mesh.shape[MATRIX_AXIS]
+  heads, model = config.heads, mesh.shape[TENSOR_AXIS]
   if heads % model:
     fitting = ', '.join(str(n) for n in range(1, mesh.size + 1) if heads % n == 0 and mesh.size % n == 0)
-    raise UserError(f'mesh.{MATRIX_AXIS}', model, f'a divisor of model.heads={heads} and of the {mesh.size} devices: {fitting}')
+    raise UserError(f'mesh.{TENSOR_AXIS}', model, f'a divisor of model.heads={heads} and of the {mesh.size} devices: {fitting}')

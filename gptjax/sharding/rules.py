@@ -7,14 +7,14 @@ from typing import NamedTuple
 import jax
 from jax.sharding import PartitionSpec
 
-from gptjax.config import MATRIX_AXIS, STATE_AXIS
+from gptjax.config import TENSOR_AXIS, STATE_AXIS
 from gptjax.sharding.mesh import AnyMesh
 
 RULES: dict[str | None, str | None] = {
-  'vocab': MATRIX_AXIS,
-  'heads': MATRIX_AXIS,
-  'kv_heads': MATRIX_AXIS,
-  'mlp': MATRIX_AXIS,
+  'vocab': TENSOR_AXIS,
+  'heads': TENSOR_AXIS,
+  'kv_heads': TENSOR_AXIS,
+  'mlp': TENSOR_AXIS,
   'embed': None,
   'head_width': None,
   'positions': None,
@@ -45,7 +45,7 @@ def divisible(axis: str, parts: int) -> int:
 
 
 class Shard(NamedTuple):
-  """How ZeRO cuts one parameter along one of its dimensions."""
+  """How ZeRO shards one parameter along one of its dimensions."""
 
   dim: int
   """negative: parameters of a scan have one more dimension in front"""
@@ -66,7 +66,7 @@ class ParameterSpecs:
   optimizer: PartitionSpec
   """its moments; the update runs with this sharding"""
   shard: Shard | None
-  """the dimension that ZeRO cuts where one of the specs above is sharded; None: nothing is"""
+  """the dimension that ZeRO shards where one of the specs above is sharded; None: nothing is"""
 
 
 def parameter_specs(axes: tuple[Axis, ...], shape: tuple[int, ...], stage: int, converted: bool, mesh: AnyMesh) -> ParameterSpecs:
@@ -86,9 +86,9 @@ def parameter_specs(axes: tuple[Axis, ...], shape: tuple[int, ...], stage: int, 
 
 
 def _shard(axes: tuple[Axis, ...], shape: tuple[int, ...], mesh: AnyMesh) -> Shard | None:
-  """Cuts the first dimension that ZeRO's axis divides, so that shards are contiguous. TPUs would pad shards of the last one to 128 lanes.
+  """Shards the first dimension that ZeRO's axis divides, so that shards are contiguous. TPUs would pad shards of the last one to 128 lanes.
 
-  The layers of a stacked parameter are not cut, since each step of the scan needs a full layer.
+  The layers of a stacked parameter are not sharded, since each step of the scan needs a full layer.
   """
   state = mesh.shape.get(STATE_AXIS, 1)
   if state == 1:

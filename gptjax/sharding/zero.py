@@ -1,4 +1,4 @@
-"""ZeRO (arXiv:1910.02054) inside the region of `local_rows`: weights that are gathered where they are read, and gradients that are reduced.
+"""ZeRO (arXiv:1910.02054) inside `batch_shard_map`: weights that are gathered where they are read, and gradients that are reduced.
 
 Stages 0 and 1 add up the gradients of all microbatches locally and reduce them once per step: all-reduce at stage 0, reduce-scatter at
 stage 1. Stage 2 reduce-scatters with every microbatch, so that only a shard of the sum is kept. Stage 3 does so too, and gathers
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from gptjax.config import ROW_AXES, STATE_AXIS
-from gptjax.sharding.rows import local, local_matrices, sum_over_rows
+from gptjax.config import BATCH_AXES, STATE_AXIS
+from gptjax.sharding.batch import local, tensor_shard_map, batch_psum
 from gptjax.sharding.rules import ParameterSpecs, Shard
 
 _TILE = 8
@@ -31,10 +31,10 @@ class Weight:
 
   value: Any  # an array; transformations of trees put other things in its place
   accumulator: Any = None
-  """zeros whose cotangent is the float32 gradient: the gradient is taken with respect to them, because a cotangent has the shape and
-  dtype of its variable, and `value` may have others; None: it is taken with respect to `value`"""
+  """float32 zeros with respect to which the gradient is taken, because a gradient has the shape and dtype of its variable, and `value` may
+  have others; None: it is taken with respect to `value`"""
   shard: Shard | None = None
-  """how the variable of the gradient is cut; None: it is complete"""
+  """how the variable of the gradient is sharded; None: it is complete"""
 
   @property
   def variable(self) -> Array:
@@ -83,11 +83,11 @@ def gather(x: Array, shard: Shard) -> Array:
   split, dim = jax.typeof(x).sharding.spec, x.ndim + shard.dim
 
   def on_device(x):
-    x = x if shard.parts == 1 else x.squeeze(dim - 1)  # compilers exchange arrays best whose first dimension is cut
+    x = x if shard.parts == 1 else x.squeeze(dim - 1)  # compilers exchange arrays best whose first dimension is sharded
     return jax.lax.all_gather(x, STATE_AXIS, axis=x.ndim + shard.dim, tiled=True)
 
   # Inside, the array's matrix axis is manual, too: JAX would gather the array along that one as well.
-  return local_matrices(on_device, split, split if shard.parts == 1 else PartitionSpec(*split[:dim], *split[dim + 1:]))(x)
+  return tensor_shard_map(on_device, split, split if shard.parts == 1 else PartitionSpec(*split[:dim], *split[dim + 1:]))(x)
 
 
 def scatter(x: Array, shard: Shard) -> Array:
@@ -102,11 +102,11 @@ def scatter(x: Array, shard: Shard) -> Array:
     return own if shard.parts == 1 else jnp.expand_dims(own, dim)
 
   # JAX cannot lower a reduce-scatter of an array that an explicit axis splits.
-  return local_matrices(on_device, split, split if shard.parts == 1 else PartitionSpec(*split[:dim + 1], None, *split[dim + 1:]))(x)
+  return tensor_shard_map(on_device, split, split if shard.parts == 1 else PartitionSpec(*split[:dim + 1], None, *split[dim + 1:]))(x)
 
 
-def _cut(x: Array, shard: Shard | None) -> Array:
-  """A dimension n that tensor parallelism splits first is viewed as (parts, n / parts), so that ZeRO cuts each part."""
+def _split(x: Array, shard: Shard | None) -> Array:
+  """A dimension n that tensor parallelism splits first is viewed as (parts, n / parts), so that ZeRO shards each part."""
   if shard is None or shard.parts == 1:
     return x
   dim, split = x.ndim + shard.dim, jax.typeof(x).sharding.spec
@@ -115,8 +115,8 @@ def _cut(x: Array, shard: Shard | None) -> Array:
   return jax.lax.reshape(x, shape, out_sharding=PartitionSpec(*split[:dim], *names, *split[dim + 1:]))
 
 
-def _joined(x: Array, shard: Shard | None) -> Array:
-  """The reverse of `_cut`."""
+def _merge(x: Array, shard: Shard | None) -> Array:
+  """The reverse of `_split`."""
   if shard is None or shard.parts == 1:
     return x
   dim, split = x.ndim + shard.dim, jax.typeof(x).sharding.spec
@@ -127,7 +127,7 @@ def _joined(x: Array, shard: Shard | None) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Zero:
-  """One stage of ZeRO for the parameters of a model: how they enter the region of `local_rows`, and how gradients leave it."""
+  """One stage of ZeRO for the parameters of a model: how they enter `batch_shard_map`, and how gradients leave it."""
 
   stage: int
   specs: Mapping[str, ParameterSpecs]
@@ -135,10 +135,10 @@ class Zero:
   """in which matrix products read each parameter"""
 
   def enter(self, parameters: Mapping[str, Array]) -> dict[str, Array]:
-    """The arrays that the region takes in place of parameters; stages 1 and 2 gather them here, once per step."""
+    """The arrays that the shard_map takes in place of parameters; stages 1 and 2 gather them here, once per step."""
     if self.stage in (1, 2):
       return {name: jax.reshard(p.astype(self.dtypes[name]), self.specs[name].compute) for name, p in parameters.items()}
-    return {name: _cut(p, self.specs[name].shard) for name, p in parameters.items()}
+    return {name: _split(p, self.specs[name].shard) for name, p in parameters.items()}
 
   @property
   def in_specs(self) -> dict[str, PartitionSpec]:
@@ -146,7 +146,7 @@ class Zero:
     return {name: self._local(name, specs.stored if self.stage == 3 else specs.compute) for name, specs in self.specs.items()}
 
   def weights(self, entered: Mapping[str, Array], differentiated: bool = True) -> dict[str, Weight]:
-    """Inside the region: the weights of the model."""
+    """Inside the shard_map: the weights of the model."""
     if self.stage in (0, 3) or not differentiated:
       return {name: Weight(value, shard=self.specs[name].shard if self.stage == 3 else None) for name, value in entered.items()}
 
@@ -157,13 +157,13 @@ class Zero:
     return {name: weight(name, value) for name, value in entered.items()}
 
   def reduce(self, gradients: Mapping[str, Float[Array, '...']]) -> dict[str, Array]:
-    """Inside the region, once per step: the sums over all devices; each device keeps the shard that matches its optimizer state."""
+    """Inside the shard_map, once per step: the sums over all devices; each device keeps the shard that matches its optimizer state."""
     def reduced(name, gradient):
       shard = self.specs[name].shard
       if shard is None:
-        return sum_over_rows(gradient)
+        return batch_psum(gradient)
       gradient = gradient if self.stage >= 2 else scatter(gradient, shard)
-      return sum_over_rows(gradient, tuple(axis for axis in ROW_AXES if axis != STATE_AXIS))
+      return batch_psum(gradient, tuple(axis for axis in BATCH_AXES if axis != STATE_AXIS))
     return {name: reduced(name, gradient) for name, gradient in gradients.items()}
 
   def out_specs(self, names: Iterable[str]) -> dict[str, PartitionSpec]:
@@ -172,7 +172,7 @@ class Zero:
 
   def leave(self, gradients: Mapping[str, Float[Array, '...']]) -> dict[str, Array]:
     """Gradients with the shapes of the parameters, sharded as the optimizer state is."""
-    return {name: _joined(g, self.specs[name].shard) for name, g in gradients.items()}
+    return {name: _merge(g, self.specs[name].shard) for name, g in gradients.items()}
 
   def _local(self, name: str, spec: PartitionSpec) -> PartitionSpec:
     shard = self.specs[name].shard
@@ -184,6 +184,6 @@ class Zero:
 
 def _first(x: Array, shard: Shard) -> Array:
   """An array of the shape of one shard of `x`: its first one."""
-  x = _cut(x, shard)
+  x = _split(x, shard)
   dim = x.ndim + shard.dim
   return jax.lax.slice_in_dim(x, 0, x.shape[dim] // jax.lax.axis_size(STATE_AXIS), axis=dim)

@@ -22,7 +22,7 @@ from gptjax.training.guard import MAX_CONSECUTIVE, BadSteps, Rollback, replica_c
 from gptjax.training.interruptions import REQUEUE_EXIT_CODE, Interruptions, StopRequest, Watchdog
 from gptjax.training.logbook import Logbook, NullLogbook
 from gptjax.training.run import Dispatched, Run, Source, Steps, every, header, resolve
-from gptjax.training.starting import initial_state, lock, open_workdir, restore, wait_until_visible
+from gptjax.training.workdir import initial_state, lock, open_workdir, restore, wait_until_visible
 from gptjax.training.step import TrainState
 from gptjax.training.validation import Validation
 

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import PartitionSpec
 from optax import contrib
 
-from gptjax.config import MATRIX_AXIS, STATE_AXIS, OptimizerConfig
+from gptjax.config import TENSOR_AXIS, STATE_AXIS, OptimizerConfig
 
 SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
   'constant': jnp.ones_like,
@@ -165,7 +165,7 @@ def _distributed(shape: tuple[int, ...]) -> PartitionSpec:
   """The sharding of complete matrices of stacked layers [L, in, out]: over as many axes of the mesh as divide the layers."""
   sizes = jax.sharding.get_abstract_mesh().shape
   axes: tuple[str, ...] = ()
-  for axis in (STATE_AXIS, MATRIX_AXIS) if len(shape) == 3 else ():
+  for axis in (STATE_AXIS, TENSOR_AXIS) if len(shape) == 3 else ():
     if shape[0] % math.prod(sizes[name] for name in (*axes, axis)) == 0:
       axes = (*axes, axis)
   return PartitionSpec(axes or None, *(None,) * (len(shape) - 1)) if shape else PartitionSpec()

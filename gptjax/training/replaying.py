@@ -18,7 +18,7 @@ from gptjax.files import complete_lines, json_line, read_json
 from gptjax.sharding import make_mesh
 from gptjax.training.guard import BadSteps
 from gptjax.training.run import Steps, resolve
-from gptjax.training.starting import initial_state, restore
+from gptjax.training.workdir import initial_state, restore
 
 CLOCK = ('tokens_per_second', 'mfu', 'data_wait')
 """Fields of metrics.jsonl that depend on the clock."""

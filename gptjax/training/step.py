@@ -1,8 +1,8 @@
 """The train state and the one train step.
 
-The flow of a step: `Zero.enter` hands the parameters to the region, a shard_map (`local_rows`) in which each device has its own rows;
+The flow of a step: `Zero.enter` hands the parameters to a shard_map (`batch_shard_map`), in which each device has its own rows;
 there, for each microbatch, the model turns tokens into hidden states, the objective turns these into sums, and gradients of the summed
-loss add up; `Zero.reduce` exchanges them once; outside the region the optimizer updates each device's part of the state.
+loss add up; `Zero.reduce` exchanges them once; outside of the shard_map the optimizer updates each device's part of the state.
 """
 
 import functools
@@ -16,7 +16,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.model import AbstractModel, Parameters, Positions
-from gptjax.sharding import ROWS, AnyMesh, ParameterSpecs, local_rows, row_numbers, sum_over_rows
+from gptjax.sharding import BATCH_SPEC, AnyMesh, ParameterSpecs, batch_shard_map, row_numbers, batch_psum
 from gptjax.training.guard import LossStatistics, initial_statistics, is_good_step
 from gptjax.training.objective import Batch, ObjectiveFunction
 from gptjax.training.optimizer import Rates, update
@@ -99,11 +99,11 @@ def summed_gradients(model: AbstractModel, objective: ObjectiveFunction, zero_st
       zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding.spec if s.ndim else None),
                            jax.eval_shape(gradients, *jax.tree.map(lambda x: x[0], parts)))
       (gradient, sums), _ = jax.lax.scan(add, zeros, parts)
-    return zero.reduce(gradient), sum_over_rows(sums)
+    return zero.reduce(gradient), batch_psum(sums)
 
   def summed(trained, frozen, batch, key):
     specs = lambda parameters: {name: zero.in_specs[name] for name in parameters}
-    run = local_rows(local, (specs(trained), specs(frozen), ROWS, PartitionSpec()), (zero.out_specs(trained), PartitionSpec()))
+    run = batch_shard_map(local, (specs(trained), specs(frozen), BATCH_SPEC, PartitionSpec()), (zero.out_specs(trained), PartitionSpec()))
     gradient, sums = run(zero.enter(trained), zero.enter(frozen), batch, key)
     return zero.leave(gradient), sums
 

@@ -29,7 +29,7 @@ def follow(name: str, fields: dict[str, Any]) -> dict[str, float]:
   from gptjax.inference import Decoder, Sampling, decoding
   from gptjax.interop import FAMILIES, Fields
   from gptjax.model import abstract_model
-  from gptjax.sharding import local_matrices
+  from gptjax.sharding import tensor_shard_map
 
   mesh = jax.sharding.get_mesh()
   config, context = FAMILIES[name].read(Fields(fields))
@@ -48,7 +48,7 @@ def follow(name: str, fields: dict[str, Any]) -> dict[str, float]:
       jax.debug.callback(lambda x: seen.append(np.asarray(x)), x, ordered=True)
       return x
     both = jax.sharding.PartitionSpec(None, None)  # callbacks take no arrays with explicit axes
-    return sample(local_matrices(record, both, both)(logits), *rest)
+    return sample(tensor_shard_map(record, both, both)(logits), *rest)
 
   decoding.sample = recorded
   decoder = Decoder(model, mesh)

@@ -10,7 +10,7 @@ from gptjax.config import ComputeConfig, ModelConfig, RopeConfig, UserError
 from gptjax.model import Positions, abstract_model, attention_backend
 from gptjax.model.attention import BLOCK, PARTS, attend, causal_attention, frequencies, rotate
 from gptjax.model.kernels import LANES, ScoreConfig, cudnn, splash
-from gptjax.sharding import local_rows
+from gptjax.sharding import batch_shard_map
 
 pytestmark = pytest.mark.usefixtures('one_device')
 
@@ -97,7 +97,7 @@ def test_splash_kernels_equal_the_square(key_heads, score, segmented):
 
   # Pallas kernels run where all axes are manual, as they are in a step.
   kernel = lambda q, k, v: splash(score, q, k, v, segments, interpret=True)
-  gradients, out = run(local_rows(kernel, (jax.P(), jax.P(), jax.P()), jax.P()))
+  gradients, out = run(batch_shard_map(kernel, (jax.P(), jax.P(), jax.P()), jax.P()))
   expected_gradients, expected = run(lambda q, k, v: causal_attention(score, q, k, v, segments, 0.0, None, length))
   np.testing.assert_allclose(out, expected, 1e-4, 1e-5)
   for gradient, want in zip(gradients, expected_gradients, strict=True):

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 
 from gptjax.config import MeshConfig
 from gptjax.model import Head, head
-from gptjax.sharding import ROWS, local_rows, make_mesh, spec, sum_over_rows
+from gptjax.sharding import BATCH_SPEC, batch_shard_map, make_mesh, spec, batch_psum
 
 TOKENS, WIDTH, IDS, TABLE = 48, 16, 29, 32
 """Some rows of the table only pad it."""
@@ -66,12 +66,12 @@ def run(values, mesh, rows=None, z_loss=0.01, transposed=False, cap=0.0):
       return head_of(weight, transposed, cap).cross_entropy(hidden, targets, mask, z_loss)
     (losses, (dh, dw)) = jax.value_and_grad(total, (0, 1), has_aux=True)(hidden, weight)
     assert jax.typeof(dh).sharding.spec == jax.typeof(hidden).sharding.spec
-    return sum_over_rows((losses, total(hidden, weight))), jax.reshard(dh, jax.P(None, None)), sum_over_rows(dw)
+    return batch_psum((losses, total(hidden, weight))), jax.reshard(dh, jax.P(None, None)), batch_psum(dw)
 
-  region = local_rows(local, (ROWS, jax.P(), ROWS, ROWS), (jax.P(), ROWS, jax.P()))
+  region = batch_shard_map(local, (BATCH_SPEC, jax.P(), BATCH_SPEC, BATCH_SPEC), (jax.P(), BATCH_SPEC, jax.P()))
   weight = on_mesh(mesh, weight.T if transposed else weight, transposed)
   (with_gradients, without_gradients), dh, dw = jax.jit(region)(
-    place(mesh, hidden, *ROWS), weight, place(mesh, targets, *ROWS), place(mesh, mask, *ROWS))
+    place(mesh, hidden, *BATCH_SPEC), weight, place(mesh, targets, *BATCH_SPEC), place(mesh, mask, *BATCH_SPEC))
   np.testing.assert_array_equal(with_gradients, without_gradients)
   return *with_gradients, dh, dw.T if transposed else dw
 
@@ -106,11 +106,12 @@ def test_log_probabilities_their_gradients_and_the_likeliest_ids_are_numpys(tran
       found, likeliest = head_of(weight, transposed, cap).log_probabilities(hidden, targets)
       return jnp.sum(found * weights), (found, likeliest)
     (dh, dw), found = jax.grad(weighted, (0, 1), has_aux=True)(hidden, weight)
-    return found, dh, sum_over_rows(dw)
+    return found, dh, batch_psum(dw)
 
-  region = local_rows(local, (ROWS, jax.P(), ROWS, ROWS), (ROWS, ROWS, jax.P()))
-  (got, likeliest), dh, dw = jax.jit(region)(place(mesh, hidden, *ROWS), on_mesh(mesh, weight.T if transposed else weight, transposed),
-                                             place(mesh, targets, *ROWS), place(mesh, weights, *ROWS))
+  region = batch_shard_map(local, (BATCH_SPEC, jax.P(), BATCH_SPEC, BATCH_SPEC), (BATCH_SPEC, BATCH_SPEC, jax.P()))
+  (got, likeliest), dh, dw = jax.jit(region)(
+    place(mesh, hidden, *BATCH_SPEC), on_mesh(mesh, weight.T if transposed else weight, transposed),
+    place(mesh, targets, *BATCH_SPEC), place(mesh, weights, *BATCH_SPEC))
   np.testing.assert_allclose(got, (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[np.arange(TOKENS), targets], 1e-4, 1e-4)
   np.testing.assert_array_equal(likeliest, np.where(logits == np.sort(logits)[:, -1:], np.arange(IDS), IDS).min(-1) == targets)
   *_, expected_dh, expected_dw = reference(hidden, weight, targets, weights, 0.0, cap)  # of the losses, whose sign is the other one

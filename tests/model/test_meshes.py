@@ -13,7 +13,7 @@ from tiers import full
 from gptjax.config import ComputeConfig, MeshConfig
 from gptjax.model import Positions, abstract_model
 from gptjax.model.layers import dropout
-from gptjax.sharding import ROWS, local_rows, make_mesh, put_rows, row_numbers
+from gptjax.sharding import BATCH_SPEC, batch_shard_map, make_mesh, put_rows, row_numbers
 from gptjax.training import next_token
 from gptjax.training.step import summed_gradients
 
@@ -44,7 +44,7 @@ def run(config, compute, mesh, zero_stage, random_parameters):
   @jax.jit
   def everything(parameters, batch, key):
     gradients, sums = summed_gradients(described, next_token(z_loss=1e-3), zero_stage, mesh, 1)(parameters, {}, batch, key)
-    return local_rows(local_logits, (zero.in_specs, ROWS), ROWS)(zero.enter(parameters), batch), sums, gradients
+    return batch_shard_map(local_logits, (zero.in_specs, BATCH_SPEC), BATCH_SPEC)(zero.enter(parameters), batch), sums, gradients
 
   logits, sums, gradients = everything(random_parameters(described, zero_stage), batch, jax.random.key(2))
   for name, specs in described.specs(zero_stage, mesh).items():
@@ -107,8 +107,8 @@ def test_a_dropout_mask_is_the_same_on_every_mesh_and_each_device_draws_its_rows
     return dropout(x, 0.3, keys)
 
   def dropped(mesh):
-    x = jax.device_put(np.ones((1024, 64), np.float32), NamedSharding(mesh, jax.P(*ROWS, 'model')))
-    program = jax.jit(local_rows(local, (ROWS, jax.P()), ROWS)).lower(x, jax.random.key(3)).compile()
+    x = jax.device_put(np.ones((1024, 64), np.float32), NamedSharding(mesh, jax.P(*BATCH_SPEC, 'model')))
+    program = jax.jit(batch_shard_map(local, (BATCH_SPEC, jax.P()), BATCH_SPEC)).lower(x, jax.random.key(3)).compile()
     # Of one device: the steps from random bits to the mask, each as large as its part of x.
     assert program.memory_analysis().temp_size_in_bytes < 4 * x.nbytes / mesh.size
     return program(x, jax.random.key(3))

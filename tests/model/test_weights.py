@@ -15,7 +15,7 @@ from gptjax.config import AXIS_NAMES, ComputeConfig, MeshConfig
 from gptjax.model import abstract_model
 from gptjax.model.weights import lookup, product
 from gptjax.planning.collectives import collectives
-from gptjax.sharding import ROWS, local_rows, make_mesh, spec, sum_over_rows
+from gptjax.sharding import BATCH_SPEC, batch_shard_map, make_mesh, spec, batch_psum
 from gptjax.training import next_token
 from gptjax.training.step import summed_gradients
 
@@ -37,13 +37,13 @@ def place(mesh, array, *names):
 def test_gradients_of_bfloat16_products_are_summed_in_float32(transposed, mesh):
   # bfloat16 holds 3 digits: a sum rounded to it anywhere would be off by more than 1e-3.
   axes = (('mlp', 32), 'embed') if transposed else ('embed', ('mlp', 32))
-  x = place(mesh, draw(512, 16), *ROWS).astype(jnp.bfloat16)
-  dy = place(mesh, draw(512, 32, seed=1), *ROWS, *spec(('mlp', 32))).astype(jnp.bfloat16)
+  x = place(mesh, draw(512, 16), *BATCH_SPEC).astype(jnp.bfloat16)
+  dy = place(mesh, draw(512, 32, seed=1), *BATCH_SPEC, *spec(('mlp', 32))).astype(jnp.bfloat16)
   w = place(mesh, draw(32, 16) if transposed else draw(16, 32), *spec(*axes))
 
   def local(x, w, dy):
-    return sum_over_rows(jax.vjp(lambda w: product(x, kernel(w, axes), None, transposed), w)[1](dy)[0])
-  gradient = jax.jit(local_rows(local, (ROWS, jax.P(), ROWS), jax.P()))(x, w, dy)
+    return batch_psum(jax.vjp(lambda w: product(x, kernel(w, axes), None, transposed), w)[1](dy)[0])
+  gradient = jax.jit(batch_shard_map(local, (BATCH_SPEC, jax.P(), BATCH_SPEC), jax.P()))(x, w, dy)
   exact = np.asarray(x, np.float64).T @ np.asarray(dy, np.float64)
   assert gradient.dtype == jnp.float32
   np.testing.assert_allclose(gradient, exact.T if transposed else exact, rtol=1e-5, atol=1e-4)
@@ -54,13 +54,13 @@ def test_gradients_of_bfloat16_products_are_summed_in_float32(transposed, mesh):
 def test_rows_of_a_table_are_looked_up_and_their_gradients_summed_in_float32(rows, mesh):
   axes, table = (('vocab', 8), 'embed'), draw(8, 16)
   ids = np.random.default_rng(2).integers(0, 8, 512, np.int32)
-  dy = place(mesh, draw(512, 16), *ROWS).astype(jnp.bfloat16)
+  dy = place(mesh, draw(512, 16), *BATCH_SPEC).astype(jnp.bfloat16)
 
   def local(w, ids, dy):
     found, backward = jax.vjp(lambda w: jax.reshard(lookup(kernel(w, axes), ids, rows), jax.P(None, None)), w)
-    return found, sum_over_rows(backward(dy)[0])
-  run = jax.jit(local_rows(local, (jax.P(), ROWS, ROWS), (ROWS, jax.P())))
-  found, gradient = run(place(mesh, table, *spec(*axes)), place(mesh, ids, *ROWS), dy)
+    return found, batch_psum(backward(dy)[0])
+  run = jax.jit(batch_shard_map(local, (jax.P(), BATCH_SPEC, BATCH_SPEC), (BATCH_SPEC, jax.P())))
+  found, gradient = run(place(mesh, table, *spec(*axes)), place(mesh, ids, *BATCH_SPEC), dy)
   np.testing.assert_array_equal(found, jnp.asarray(table, jnp.bfloat16)[ids])
   exact = np.zeros((8, 16))
   np.add.at(exact, ids, np.asarray(dy, np.float64))
@@ -73,7 +73,7 @@ def lowered(style, sizes, stage, microbatches, **compute):
     described = abstract_model(style, ComputeConfig(**compute), 16)
     shardings, rows = described.shardings(stage, mesh), batch(8 * microbatches)
     parameters = {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=shardings[name]) for name, s in described.shapes.items()}
-    placed = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, ROWS)) for name, x in rows.items()}
+    placed = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, BATCH_SPEC)) for name, x in rows.items()}
     run = jax.jit(summed_gradients(described, next_token(), stage, mesh, microbatches))
     return run.lower(parameters, {}, placed, jax.random.key(0)), sum(4 * s.size for s in described.shapes.values())
 

@@ -23,7 +23,7 @@ from gptjax.sharding import make_mesh
 from gptjax.training import loop, train
 from gptjax.training.interruptions import REQUEUE_EXIT_CODE, Interruptions, StopRequest, _Consensus
 from gptjax.training.logbook import Logbook
-from gptjax.training.starting import lock
+from gptjax.training.workdir import lock
 
 TESTS = pathlib.Path(__file__).parents[1]
 

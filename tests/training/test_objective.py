@@ -9,7 +9,7 @@ from tiny import batch, put
 
 from gptjax.config import ComputeConfig
 from gptjax.model import Positions, abstract_model
-from gptjax.sharding import ROWS, local_rows, sum_over_rows
+from gptjax.sharding import BATCH_SPEC, batch_shard_map, batch_psum
 from gptjax.training import next_token
 
 
@@ -23,9 +23,9 @@ def test_the_loss_is_that_of_the_models_logits_over_unmasked_targets(z_loss, sty
   def local(entered, rows):
     model, positions = described.merge(zero.weights(entered)), Positions(rows['positions'], rows['segments'])
     found = next_token(z_loss)(model.head, model.hidden(rows['tokens'], positions)[0], rows)
-    return sum_over_rows(found), jax.reshard(model(rows['tokens'], positions), jax.P(None, None, None))
+    return batch_psum(found), jax.reshard(model(rows['tokens'], positions), jax.P(None, None, None))
 
-  run = jax.jit(local_rows(local, (zero.in_specs, ROWS), (jax.P(), ROWS)))
+  run = jax.jit(batch_shard_map(local, (zero.in_specs, BATCH_SPEC), (jax.P(), BATCH_SPEC)))
   (total, count, metrics), logits = run(random_parameters(described), put(rows))
   logits = np.asarray(logits, np.float64)[..., :50]
   normalizer = np.log(np.exp(logits).sum(-1))

@@ -11,7 +11,7 @@ from gptjax.config import MeshConfig, UserError
 from gptjax.data import prepare
 from gptjax.sharding import make_mesh
 from gptjax.training import resolve, train
-from gptjax.training.starting import initial_state
+from gptjax.training.workdir import initial_state
 
 import jax
 

@@ -1,4 +1,4 @@
-"""Rows of a batch: which of them a process loads and a device computes, and the region of a program in which rows are local."""
+"""The rows of a batch: which of them a process loads and a device computes, and a shard_map in which rows are local."""
 
 import itertools
 from collections.abc import Callable
@@ -10,15 +10,15 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 from jaxtyping import Array, Int
 
-from gptjax.config import MATRIX_AXIS, ROW_AXES
-from gptjax.sharding.mesh import AnyMesh, row_groups
+from gptjax.config import TENSOR_AXIS, BATCH_AXES
+from gptjax.sharding.mesh import AnyMesh, batch_shards
 
-ROWS = PartitionSpec(ROW_AXES)
+BATCH_SPEC = PartitionSpec(BATCH_AXES)
 """Of an array whose first dimension is the rows of a batch."""
 
 
-def local_rows(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
-  """A shard_map of a function over each device's own rows: the mesh axes that divide rows are manual, the one of matrices is explicit.
+def batch_shard_map(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+  """A shard_map over each device's own rows: the mesh axes that divide the batch are manual, tensor parallelism's is explicit.
 
   Inside, arrays have the shapes of one device's rows, and data crosses manual axes only by the function's own collectives. The specs
   name manual axes only; arrays that the explicit axis splits stay split along it. At the border of a shard_map JAX would gather them along
@@ -30,33 +30,33 @@ def local_rows(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
 
     def inside(*args):
       out = function(*args)
-      split.append(jax.tree.map(_matrices, out))
+      split.append(jax.tree.map(_tensor, out))
       return out
 
-    explicit = jax.sharding.explicit_axes(inside, axes=MATRIX_AXIS, in_sharding=jax.tree.map(_matrices, args))
-    region = jax.shard_map(explicit, in_specs=in_specs, out_specs=out_specs, axis_names={*ROW_AXES}, check_vma=False)
-    with use_abstract_mesh(jax.sharding.get_abstract_mesh().update_axis_types({MATRIX_AXIS: AxisType.Auto})):
-      out = region(*jax.reshard(args, jax.tree.map(_rows, args)))
+    explicit = jax.sharding.explicit_axes(inside, axes=TENSOR_AXIS, in_sharding=jax.tree.map(_tensor, args))
+    mapped = jax.shard_map(explicit, in_specs=in_specs, out_specs=out_specs, axis_names={*BATCH_AXES}, check_vma=False)
+    with use_abstract_mesh(jax.sharding.get_abstract_mesh().update_axis_types({TENSOR_AXIS: AxisType.Auto})):
+      out = mapped(*jax.reshard(args, jax.tree.map(_rows, args)))
     return jax.reshard(out, jax.tree.map(lambda x, matrices: _both(_rows(x), matrices), out, split[-1]))
   return run
 
 
-def local_matrices(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
-  """A shard_map that is manual over the axis of matrices. Within `local_rows`, all axes are manual then."""
-  return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names={MATRIX_AXIS}, check_vma=False)
+def tensor_shard_map(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+  """A shard_map that is manual over tensor parallelism's axis. Within `batch_shard_map`, all axes are manual then."""
+  return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names={TENSOR_AXIS}, check_vma=False)
 
 
 def local(spec: PartitionSpec) -> PartitionSpec:
-  """The part of a spec that the region of `local_rows` is manual over."""
-  return _only(spec, ROW_AXES)
+  """The part of a spec that `batch_shard_map` is manual over."""
+  return _only(spec, BATCH_AXES)
 
 
 def _rows(x: Array) -> PartitionSpec:
   return local(jax.typeof(x).sharding.spec)
 
 
-def _matrices(x: Array) -> PartitionSpec:
-  return _only(jax.typeof(x).sharding.spec, (MATRIX_AXIS,))
+def _tensor(x: Array) -> PartitionSpec:
+  return _only(jax.typeof(x).sharding.spec, (TENSOR_AXIS,))
 
 
 def _only(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
@@ -71,31 +71,31 @@ def _both(rows: PartitionSpec, matrices: PartitionSpec) -> PartitionSpec:
   return PartitionSpec(*(a if b is None else b for a, b in itertools.zip_longest(rows, matrices)))
 
 
-def full_groups(mesh: AnyMesh, rows: int) -> int:
+def padded_batch_size(mesh: AnyMesh, rows: int) -> int:
   """A number of rows rounded up, so that every group of devices gets equally many."""
-  return -(-rows // row_groups(mesh)) * row_groups(mesh)
+  return -(-rows // batch_shards(mesh)) * batch_shards(mesh)
 
 
 def row_numbers(count: int) -> Int[Array, 'B']:
-  """Inside `local_rows`: the places in the batch of this device's `count` rows."""
-  return jax.lax.axis_index(ROW_AXES) * count + jnp.arange(count)
+  """Inside `batch_shard_map`: the places in the batch of this device's `count` rows."""
+  return jax.lax.axis_index(BATCH_AXES) * count + jnp.arange(count)
 
 
-def sum_over_rows(tree: Any, axes: tuple[str, ...] = ROW_AXES) -> Any:
-  """Inside `local_rows`: the sums of all devices' arrays. Axes of size 1 cost nothing."""
+def batch_psum(tree: Any, axes: tuple[str, ...] = BATCH_AXES) -> Any:
+  """Inside `batch_shard_map`: the sums of all devices' arrays. Axes of size 1 cost nothing."""
   axes = tuple(name for name in axes if jax.lax.axis_size(name) > 1)
   return jax.tree.map(lambda x: jax.lax.psum(x, axes), tree) if axes else tree
 
 
 def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
   """Which rows [n] of a batch the devices of this process compute, in order."""
-  rows, sharding = np.arange(batch_size), NamedSharding(mesh, ROWS)
+  rows, sharding = np.arange(batch_size), NamedSharding(mesh, BATCH_SPEC)
   return np.unique(np.concatenate([rows[index] for index in sharding.addressable_devices_indices_map((batch_size,)).values()]))
 
 
 def put_rows(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
   """Puts the rows of `process_rows` [n, T] on the mesh, as this process's part of arrays [batch_size, T]."""
-  sharding = NamedSharding(mesh, ROWS)
+  sharding = NamedSharding(mesh, BATCH_SPEC)
   if sharding.is_fully_addressable:
     return jax.device_put(batch, sharding)
   rows, mine = np.arange(batch_size), process_rows(mesh, batch_size)
