@@ -80,6 +80,9 @@ def os_mistake(error: OSError) -> UserError | None:
   call = next((call for call in reversed(calls) if call.startswith(('gptjax.', 'tools.', '__main__.'))), 'system')
   path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ''
   name = getattr(error, '__notes__', [f'{call} {path}'.rstrip()])[0]  # of several, the innermost
+  about = name.partition(' ')[2]
+  if path not in about and about not in path:  # a file that the operation read, for example
+    name = f'{name}: {call} {path}'
   return UserError(name, error.strerror, _MISTAKES[error.errno])
 
 

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from gptjax import config as configs
 from gptjax.checkpoint import PARAMETERS, Checkpoints, Progress, Retention
 from gptjax.config import ComputeConfig, Config, DataConfig, MeshConfig, UserError
-from gptjax.data import Prepared, export, load_tokenizer
+from gptjax.data import Prepared, Tokenizer, export, load_tokenizer
 from gptjax.data.progress import ProgressBar, announce
 from gptjax.files import atomic_directory, read_json, write_json
 from gptjax.interop.comparison import Check, compare_logits, compare_tensors, our_logits, their_logits
@@ -67,12 +67,7 @@ def import_folder(folder: Path, workdir: Path, *, context: int = 0, scan: bool =
   entries = read_tensors(folder)
   matched = match(family, abstract_model(model, config.compute, context), positions, entries)
   buffers = check_tensors(matched, family, str(folder), entries)
-  if tokenizer is None and not _matching(folder, _VOCABULARY):
-    raise UserError('--tokenizer', None, f"a tokenizer's folder: {folder} has no tokenizer")
-  loaded = load_tokenizer(tokenizer or folder)
-  if loaded.vocab_size > model.vocab_size <= loaded.largest_id:
-    raise UserError(f'{tokenizer or folder}: largest token id of a text', loaded.largest_id,
-                    f'below {model.vocab_size:,}, the vocab_size in {folder / CONFIG}')
+  loaded = _load_tokenizer(folder, tokenizer, model.vocab_size)
   chosen = check.resolved()
   tokens = chosen.tokens(loaded, matched.model, values)
   devices = make_mesh(mesh)
@@ -100,6 +95,17 @@ def import_folder(folder: Path, workdir: Path, *, context: int = 0, scan: bool =
     if ours is not None:
       summary.append(compare_logits(ours, their_logits(folder, tokens), chosen.tolerance))
   return '\n'.join(summary)
+
+
+def _load_tokenizer(folder: Path, other: Path | None, vocab_size: int) -> Tokenizer:
+  """The tokenizer of a model's folder, or of another one; raises a UserError if its texts have ids that the model lacks."""
+  if other is None and not _matching(folder, _VOCABULARY):
+    raise UserError('--tokenizer', None, f"a tokenizer's folder: {folder} has no tokenizer")
+  tokenizer = load_tokenizer(other or folder)
+  if tokenizer.largest_id >= vocab_size:
+    raise UserError(f'{other or folder}: largest token id of a text', tokenizer.largest_id,
+                    f'below {vocab_size:,}, the vocab_size in {folder / CONFIG}')
+  return tokenizer
 
 
 def load(matched: Match, mesh: Mesh, entries: Mapping[str, Entry]) -> Parameters:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from gptjax.config import ComputeConfig, ModelConfig, RopeConfig
 from gptjax.model.kernels import KERNELS, ScoreConfig, attention_backend
 from gptjax.model.layers import Linear, Norm, capped, drop, fold, keep_mask
-from gptjax.model.weights import TokenAxis, Stack
+from gptjax.model.weights import Stack, TokenAxis
 from gptjax.sharding import divisible, spec
 
 BLOCK = 64

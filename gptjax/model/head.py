@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gptjax.model.layers import capped
 from gptjax.model.weights import all_rows, layer_axes, product, tensor_psum
-from gptjax.sharding import as_weight, tensor_shard_map, spec
+from gptjax.sharding import as_weight, spec, tensor_shard_map
 
 CHUNK_BYTES = 2**27
 """Size of a chunk's float32 logits on a device."""

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from gptjax.config import ComputeConfig, ModelConfig
-from gptjax.model.weights import TokenAxis, Stack, gathered, lookup, parameter, product
+from gptjax.model.weights import Stack, TokenAxis, gathered, lookup, parameter, product
 from gptjax.sharding import Axis
 
 

@@ -12,7 +12,7 @@ from gptjax.config import TENSOR_AXIS, ComputeConfig, ModelConfig
 from gptjax.model.attention import Attention, Cache, Caches, Positions
 from gptjax.model.head import Head
 from gptjax.model.layers import Embedding, Linear, Norm, dropout, fold
-from gptjax.model.weights import TokenAxis, Stack
+from gptjax.model.weights import Stack, TokenAxis
 from gptjax.sharding import divisible, spec
 
 Sums = dict[str, Array]

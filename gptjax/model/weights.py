@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from gptjax.config import TENSOR_AXIS
-from gptjax.sharding import Axis, as_weight, tensor_shard_map, spec
+from gptjax.sharding import Axis, as_weight, spec, tensor_shard_map
 
 Stack = tuple[int, ...]
 """Leading dimensions of a module's parameters: () for one layer, (L,) for L layers that a scan runs through."""

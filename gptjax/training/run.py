@@ -67,7 +67,7 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
   Raises a UserError for sizes that the mesh does not divide, a vocabulary too small for the tokenizer, or durations that do not fit.
   """
   tokens, size = data.tokenizer.vocab_size, config.model.vocab_size
-  if 0 < size < tokens and size <= data.tokenizer.largest_id:
+  if 0 < size <= data.tokenizer.largest_id:
     needed = f'at least {data.tokenizer.largest_id + 1} for the ids of the tokenizer'
     raise UserError('model.vocab_size', size,
                     f'{needed}, or in data.tokenizer.path the tokenizer of init_from' if config.init_from else f'0, or {needed}')

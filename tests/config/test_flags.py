@@ -382,7 +382,13 @@ def _full_disk(path):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as writing does, it names no file
 
 
+def _missing_input(path):
+  with atomic_file(path):
+    sync(pathlib.Path('other'))
+
+
 @pytest.mark.parametrize('fails, error', [
+    (lambda: _missing_input(pathlib.Path('x')), "write x: gptjax.files.sync other: 'No such file or directory', expected: an existing *"),
     (lambda: write_atomic(pathlib.Path('no/x.json'), ''), "write no/x.json: 'No such file or directory', expected: an existing *"),
     (lambda: write_atomic(pathlib.Path('configs/base.py/x'), ''), "write configs/base.py/x: 'Not a directory', expected: a folder, *"),
     (lambda: write_atomic(pathlib.Path('x' * 300), ''), "write xxx*x...: 'File name too long', expected: a shorter path"),
