@@ -22,8 +22,8 @@ class MeshAxis:
   """whether it divides the batch: devices along it process different rows"""
   state: bool = False
   """whether ZeRO shards parameters, gradients and optimizer state along it; exactly one axis does"""
-  tensor: bool = False
-  """whether it splits matrix products (tensor parallelism); exactly one axis does"""
+  splits: str = ''
+  """what else it divides: 'matrices' (tensor parallelism), 'layers', 'tokens' of a row, or 'experts'; one axis at most for each"""
   crosses_slices: bool = False
   """whether it may cross the network between TPU slices, or between nodes; others do only if no axis that may is left"""
 
@@ -31,25 +31,32 @@ class MeshAxis:
 AXES = (
   MeshAxis('replica', 1, 'number of groups of devices; each holds the complete state and processes different rows of the batch, and only '
            'gradients cross the slower network between them (between TPU slices)', batch=True, crosses_slices=True),
+  MeshAxis('pipe', 1, 'number of pipeline stages, which hold and compute different layers', splits='layers'),
   MeshAxis('data', REST, 'number of devices per group that process different rows of the batch; zero_stage shards state over them; -1: all '
            'that the other axes leave', batch=True, state=True),
-  MeshAxis('model', 1, 'number of devices over which each matrix is split (tensor parallelism)', tensor=True),
+  MeshAxis('expert', 1, 'number of devices over which the experts of a layer are distributed; they process different rows of the batch',
+           batch=True, splits='experts'),
+  MeshAxis('context', 1, 'number of devices over which the tokens of each row are divided', splits='tokens'),
+  MeshAxis('model', 1, 'number of devices over which each matrix is split (tensor parallelism)', splits='matrices'),
 )
 """From the slowest network to the fastest."""
 
 AXIS_NAMES = tuple(axis.name for axis in AXES)
 BATCH_AXES = tuple(axis.name for axis in AXES if axis.batch)
-"""Axes that divide the batch. The train step is manual over them."""
+"""Axes that divide the batch."""
 (STATE_AXIS,) = (axis.name for axis in AXES if axis.state)
 (REST_AXIS,) = (axis.name for axis in AXES if axis.default == REST)
 SLICE_AXES = tuple(axis.name for axis in AXES if axis.crosses_slices)
 """Axes that may cross the network between slices."""
-(TENSOR_AXIS,) = (axis.name for axis in AXES if axis.tensor)
+_axis_that_splits = {axis.splits: axis.name for axis in AXES if axis.splits}
+TENSOR_AXIS, LAYERS_AXIS, TOKENS_AXIS, EXPERTS_AXIS = (_axis_that_splits[what] for what in ('matrices', 'layers', 'tokens', 'experts'))
+LOCAL_AXES = tuple(axis.name for axis in AXES if axis.name != TENSOR_AXIS)
+"""Axes over which the train step is manual: inside, each device sees its own rows, tokens, layers and experts."""
 
 _Size = Annotated[int, Limit(lambda size: size == REST or size >= 1, '1 or more; -1 for one axis')]
 _Sizes: Any = dataclasses.make_dataclass('_Sizes', [
   (axis.name, _Size, dataclasses.field(default=axis.default, metadata={'help': axis.help}))
-  for axis in sorted(AXES, key=lambda axis: axis.crosses_slices)], frozen=True)  # the axes that are set most often come first
+  for axis in sorted(AXES, key=lambda axis: axis.name not in (STATE_AXIS, TENSOR_AXIS))], frozen=True)  # those set most often come first
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 from jaxtyping import Array, Int
 
-from gptjax.config import TENSOR_AXIS, BATCH_AXES
+from gptjax.config import BATCH_AXES, LOCAL_AXES, TENSOR_AXIS
 from gptjax.sharding.mesh import AnyMesh, batch_shards
 
 BATCH_SPEC = PartitionSpec(BATCH_AXES)
@@ -18,7 +18,7 @@ BATCH_SPEC = PartitionSpec(BATCH_AXES)
 
 
 def batch_shard_map(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
-  """A shard_map over each device's own rows: the mesh axes that divide the batch are manual, tensor parallelism's is explicit.
+  """A shard_map over each device's own rows: all mesh axes are manual but that of tensor parallelism, which is explicit.
 
   Inside, arrays have the shapes of one device's rows, and data crosses manual axes only by the function's own collectives. The specs
   name manual axes only; arrays that the explicit axis splits stay split along it. At the border of a shard_map JAX would gather them along
@@ -34,7 +34,7 @@ def batch_shard_map(function: Callable, in_specs: Any, out_specs: Any) -> Callab
       return out
 
     explicit = jax.sharding.explicit_axes(inside, axes=TENSOR_AXIS, in_sharding=jax.tree.map(_tensor, args))
-    mapped = jax.shard_map(explicit, in_specs=in_specs, out_specs=out_specs, axis_names={*BATCH_AXES}, check_vma=False)
+    mapped = jax.shard_map(explicit, in_specs=in_specs, out_specs=out_specs, axis_names={*LOCAL_AXES}, check_vma=False)
     with use_abstract_mesh(jax.sharding.get_abstract_mesh().update_axis_types({TENSOR_AXIS: AxisType.Auto})):
       out = mapped(*jax.reshard(args, jax.tree.map(_rows, args)))
     return jax.reshard(out, jax.tree.map(lambda x, matrices: _both(_rows(x), matrices), out, split[-1]))
@@ -48,7 +48,7 @@ def tensor_shard_map(function: Callable, in_specs: Any, out_specs: Any) -> Calla
 
 def local(spec: PartitionSpec) -> PartitionSpec:
   """The part of a spec that `batch_shard_map` is manual over."""
-  return _only(spec, BATCH_AXES)
+  return _only(spec, LOCAL_AXES)
 
 
 def _rows(x: Array) -> PartitionSpec:
@@ -81,7 +81,7 @@ def row_numbers(count: int) -> Int[Array, 'B']:
   return jax.lax.axis_index(BATCH_AXES) * count + jnp.arange(count)
 
 
-def batch_psum(tree: Any, axes: tuple[str, ...] = BATCH_AXES) -> Any:
+def batch_psum(tree: Any, axes: tuple[str, ...] = LOCAL_AXES) -> Any:
   """Inside `batch_shard_map`: the sums of all devices' arrays. Axes of size 1 cost nothing."""
   axes = tuple(name for name in axes if jax.lax.axis_size(name) > 1)
   return jax.tree.map(lambda x: jax.lax.psum(x, axes), tree) if axes else tree

@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from gptjax.config import AXES, AXIS_NAMES, TENSOR_AXIS, REST_AXIS, BATCH_AXES, Config, MeshConfig, ModelConfig, UserError, divisors
+from gptjax.config import AXES, AXIS_NAMES, BATCH_AXES, REST_AXIS, STATE_AXIS, TENSOR_AXIS, Config, MeshConfig, ModelConfig, UserError, divisors
 
 AnyMesh = Mesh | AbstractMesh
 """A mesh of devices, or only its sizes, which is enough to describe a state and to plan."""
@@ -81,7 +81,7 @@ def _arranged(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
 
 def describe(mesh: AnyMesh) -> str:
   """The mesh in words: 'data 4 x model 2', with further axes where their size is above 1."""
-  return ' x '.join(f'{axis.name} {mesh.shape[axis.name]}' for axis in AXES if mesh.shape[axis.name] > 1 or axis.state or axis.tensor)
+  return ' x '.join(f'{axis.name} {mesh.shape[axis.name]}' for axis in AXES if mesh.shape[axis.name] > 1 or axis.name in (STATE_AXIS, TENSOR_AXIS))
 
 
 def batch_shards(mesh: AnyMesh) -> int:

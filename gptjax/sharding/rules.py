@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import PartitionSpec
 
-from gptjax.config import TENSOR_AXIS, STATE_AXIS
+from gptjax.config import EXPERTS_AXIS, LAYERS_AXIS, STATE_AXIS, TENSOR_AXIS
 from gptjax.sharding.mesh import AnyMesh
 
 RULES: dict[str | None, str | None] = {
@@ -18,10 +18,11 @@ RULES: dict[str | None, str | None] = {
   'embed': None,
   'head_width': None,
   'positions': None,
-  'layers': None,
+  'layers': LAYERS_AXIS,
+  'experts': EXPERTS_AXIS,
   None: None,
 }
-"""The mesh axis that splits each logical axis of a parameter or an activation while the model computes. Rows are local to a device."""
+"""The mesh axis that splits each logical axis of a parameter or an activation while the model computes. Rows and tokens are local to a device."""
 
 Axis = str | tuple[str, int] | None
 """A logical axis by its name, or (name, parts) if it can be split only between parts: an axis of 2 heads of 64 features is ('kv_heads', 2).
@@ -31,9 +32,8 @@ If the size of the mesh axis does not divide the parts, or is 1, the axis stays 
 def spec(*axes: Axis, mesh: AnyMesh | None = None) -> PartitionSpec:
   """The PartitionSpec of an array with these logical axes while the model computes; `mesh`: default, the one in force."""
   def mesh_axis(axis: Axis) -> str | None:
-    if not isinstance(axis, tuple):
-      return RULES[axis]
-    rule, parts = RULES[axis[0]], axis[1]
+    name, parts = axis if isinstance(axis, tuple) else (axis, 0)
+    rule = RULES[name]
     size = 1 if rule is None else (mesh or jax.sharding.get_abstract_mesh()).shape.get(rule, 1)
     return None if size == 1 or parts % size else rule
   return PartitionSpec(*map(mesh_axis, axes))
@@ -42,6 +42,10 @@ def spec(*axes: Axis, mesh: AnyMesh | None = None) -> PartitionSpec:
 def divisible(axis: str, parts: int) -> int:
   """The smallest multiple of `parts` that the mesh axis which splits a logical axis divides, in the mesh in force."""
   return math.lcm(parts, jax.sharding.get_abstract_mesh().shape.get(RULES[axis], 1))
+
+
+_WHOLE = ('layers', 'experts')
+"""Logical axes along which ZeRO shards nothing."""
 
 
 class Shard(NamedTuple):
@@ -88,14 +92,14 @@ def parameter_specs(axes: tuple[Axis, ...], shape: tuple[int, ...], stage: int, 
 def _shard(axes: tuple[Axis, ...], shape: tuple[int, ...], mesh: AnyMesh) -> Shard | None:
   """Shards the first dimension that ZeRO's axis divides, so that shards are contiguous. TPUs would pad shards of the last one to 128 lanes.
 
-  The layers of a stacked parameter are not sharded, since each step of the scan needs a full layer.
+  Stacked layers and experts are not sharded along their own axis, since each step of a scan needs a complete layer or expert.
   """
   state = mesh.shape.get(STATE_AXIS, 1)
   if state == 1:
     return None
   for i, (axis, name) in enumerate(zip(axes, spec(*axes, mesh=mesh))):
     parts = 1 if name is None else mesh.shape[name]
-    if axis != 'layers' and shape[i] % (state * parts) == 0:
+    if axis not in _WHOLE and shape[i] % (state * parts) == 0:
       return Shard(i - len(shape), parts)
   return None
 
@@ -107,5 +111,5 @@ def unsharded_axes(axes: tuple[Axis, ...], shape: tuple[int, ...], stage: int, m
     if isinstance(axis, tuple) and (rule := RULES[axis[0]]) is not None and axis[1] % mesh.shape[rule]:
       found[rule] = axis[1]
   if stage and mesh.shape[STATE_AXIS] > 1 and _shard(axes, shape, mesh) is None:
-    found[STATE_AXIS] = max((size for axis, size in zip(axes, shape, strict=True) if axis != 'layers'), default=1)
+    found[STATE_AXIS] = max((size for axis, size in zip(axes, shape, strict=True) if axis not in _WHOLE), default=1)
   return found

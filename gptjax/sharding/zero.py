@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from gptjax.config import BATCH_AXES, STATE_AXIS
+from gptjax.config import LOCAL_AXES, STATE_AXIS
 from gptjax.sharding.batch import local, tensor_shard_map, batch_psum
 from gptjax.sharding.rules import ParameterSpecs, Shard
 
@@ -157,13 +157,14 @@ class Zero:
     return {name: weight(name, value) for name, value in entered.items()}
 
   def reduce(self, gradients: Mapping[str, Float[Array, '...']]) -> dict[str, Array]:
-    """Inside the shard_map, once per step: the sums over all devices; each device keeps the shard that matches its optimizer state."""
+    """Inside the shard_map, once per step: the sums over all devices that have the same part of a parameter; each device keeps the shard
+    that matches its optimizer state."""
     def reduced(name, gradient):
-      shard = self.specs[name].shard
-      if shard is None:
-        return batch_psum(gradient)
-      gradient = gradient if self.stage >= 2 else scatter(gradient, shard)
-      return batch_psum(gradient, tuple(axis for axis in BATCH_AXES if axis != STATE_AXIS))
+      shard, axes = self.specs[name].shard, [axis for axis in LOCAL_AXES if axis not in self.specs[name].compute]
+      if shard is not None:
+        gradient = gradient if self.stage >= 2 else scatter(gradient, shard)
+        axes.remove(STATE_AXIS)
+      return batch_psum(gradient, tuple(axes))
     return {name: reduced(name, gradient) for name, gradient in gradients.items()}
 
   def out_specs(self, names: Iterable[str]) -> dict[str, PartitionSpec]:

@@ -40,7 +40,7 @@ def parameters(seed):
 @pytest.mark.parametrize('model_axis, expected', [(1, 1), (2, 2), (3, 1)])
 def test_parameters_are_placed_on_all_devices(workdir, model_axis, expected):
   trained = load_trained(workdir(model_axis))
-  assert trained.step == 5 and dict(trained.mesh.shape) == {'replica': 1, 'data': 8 // expected, 'model': expected}
+  assert trained.step == 5 and dict(trained.mesh.shape) == MeshConfig(data=8 // expected, model=expected).sizes
   assert trained.config.model == trained.model.config == MODEL and trained.model.context == 16
   assert all((np.array(trained.parameters[name]) == value).all() for name, value in parameters(5).items())
   # Heads over `model`; over `data`, which training shared them out on, each device has all.

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from gptjax.config import override
+from gptjax.config import MeshConfig, override
 from gptjax.planning import collectives, estimate, parse, theoretical
 from gptjax.planning.collectives import PADDED, Collective, totals
 from gptjax.planning.program import compile_on
@@ -13,7 +13,7 @@ from gptjax.sharding import make_mesh
 # The tests keep compiled programs on disk, and those of absent TPUs cannot be loaded back.
 pytestmark = pytest.mark.filterwarnings('ignore:Error reading persistent compilation cache')
 
-MESH = {'replica': 1, 'data': 4, 'model': 2}
+MESH = MeshConfig(data=4, model=2).sizes
 
 PROGRAM = """\
 HloModule jit_step, is_scheduled=true
@@ -122,7 +122,7 @@ def test_a_loop_of_unknown_length_is_an_error():
 
 def test_a_program_for_cpus_sends_the_bytes_of_theory(tiny):
   config = override(tiny, {'compute.dtype': 'float32', 'microbatches': 2})
-  sizes = {'replica': 1, 'data': 2, 'model': 2}
+  sizes = MeshConfig(data=2, model=2).sizes
   text = compile_on(make_mesh(config.mesh), config).as_text()
   found, theory = totals(collectives(text, sizes)), totals(theoretical(config, sizes))
   for kind in ('all-gather', 'reduce-scatter'):

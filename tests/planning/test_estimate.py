@@ -7,7 +7,7 @@ import pytest
 from commands import run_module
 
 from gptjax import config as configs
-from gptjax.config import UserError
+from gptjax.config import MeshConfig, UserError
 from gptjax.model import flops_per_token
 from gptjax.planning import as_json, describe, draw, estimate, parse, ranking, roofline, search
 from gptjax.planning.collectives import Collective
@@ -16,7 +16,7 @@ from gptjax.sharding.chips import GIB
 
 
 def test_each_resource_takes_its_bytes_over_its_bandwidth(large, at_stage):
-  topology, sizes = parse('v5p:4x4x4'), {'replica': 1, 'data': 16, 'model': 4}
+  topology, sizes = parse('v5p:4x4x4'), MeshConfig(data=16, model=4).sizes
   config = at_stage(large, 3, remat='none')
   memory = estimate(dataclasses.replace(large, mesh=configs.MeshConfig(16, 4)), topology).memory
   moved = [Collective('all-gather', 'bf16', 16e9, 16, ('data',), 4), Collective('all-reduce', 'f32', 4e9, 4, ('model',), 10),

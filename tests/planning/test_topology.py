@@ -36,7 +36,8 @@ def test_an_invalid_name_is_an_error(name, message):
   ('h100:8x16', MeshConfig(-1, 8, 16), (16, 1, 8))])
 def test_meshes_take_all_devices(large, name, mesh, sizes):
   object.__setattr__(large, 'mesh', mesh)
-  assert tuple(parse(name).mesh_sizes(large).values()) == sizes
+  replica, data, model = sizes
+  assert parse(name).mesh_sizes(large) == MeshConfig(data, model, replica).sizes
 
 
 @pytest.mark.parametrize('name, mesh, field', [
@@ -49,8 +50,8 @@ def test_a_mesh_that_does_not_match_is_an_error(large, name, mesh, field):
 
 
 def links(name, replica, data, model):
-  found = parse(name).links({'replica': replica, 'data': data, 'model': model})
-  return {axis: (link.network.partition(' (')[0], link.bandwidth / 1e9) for axis, link in found.items()}
+  found = parse(name).links(MeshConfig(replica=replica, data=data, model=model).sizes)
+  return {axis: (found[axis].network.partition(' (')[0], found[axis].bandwidth / 1e9) for axis in ('replica', 'data', 'model')}
 
 
 def test_a_mesh_axis_has_the_rings_of_the_torus_axes_it_covers():

@@ -4,15 +4,16 @@ import dataclasses
 
 import pytest
 
+from gptjax.config import MeshConfig
 from gptjax.model import parameter_count
 from gptjax.planning import analytic_memory, theoretical
 from gptjax.planning.collectives import totals
 from gptjax.planning.volumes import by_axis
 
-SIZES = {'replica': 1, 'data': 16, 'model': 4}
+SIZES = MeshConfig(data=16, model=4).sizes
 
 
-@pytest.mark.parametrize('sizes', [SIZES, {'replica': 1, 'data': 64, 'model': 1}, {'replica': 2, 'data': 8, 'model': 4}])
+@pytest.mark.parametrize('sizes', [SIZES, MeshConfig(data=64, model=1).sizes, MeshConfig(replica=2, data=8, model=4).sizes])
 @pytest.mark.parametrize('stage', [0, 3])
 def test_state_is_that_of_the_zero_paper(large, at_stage, stage, sizes):
   memory = analytic_memory(at_stage(large, stage), sizes)
@@ -80,21 +81,21 @@ def test_key_heads_that_are_not_split_have_gradients_to_sum(large):
 
 
 def test_replicas_reduce_the_part_that_a_device_holds(large):
-  found = by_axis(theoretical(large, {'replica': 2, 'data': 8, 'model': 4}))
+  found = by_axis(theoretical(large, MeshConfig(replica=2, data=8, model=4).sizes))
   assert found['replica'] == pytest.approx(4 * parameter_count(large.model, 4096) / 4 / 8, rel=0.01)
 
 
 def test_one_device_sends_nothing(large):
-  assert theoretical(large, {'replica': 1, 'data': 1, 'model': 1}) == []
+  assert theoretical(large, MeshConfig(data=1, model=1).sizes) == []
 
 
 def test_activations_are_shared_out(large, at_stage):
   config = at_stage(large, 3)
-  kept = lambda **sizes: analytic_memory(config, {'replica': 1} | sizes).activations
+  kept = lambda **sizes: analytic_memory(config, MeshConfig(**sizes).sizes).activations
   assert kept(data=32, model=1) == pytest.approx(kept(data=16, model=1) / 2)
   residual = 256 / 16 * 4096 * 5120 * 2 * 40  # full remat keeps each layer's input, complete on each device of `model`
   assert kept(data=16, model=4) == pytest.approx(residual, rel=0.15)
-  named = lambda **names: analytic_memory(at_stage(large, 3, remat='names', **names), {'replica': 1, 'data': 16, 'model': 1}).activations
+  named = lambda **names: analytic_memory(at_stage(large, 3, remat='names', **names), MeshConfig(data=16, model=1).sizes).activations
   assert named(offloaded=('q', 'up')) == named() == kept(data=16, model=1) < named(saved=('q', 'up'))
   dots = at_stage(large, 3, remat='dots')
   more, split = (analytic_memory(dots, SIZES | {'model': n}).activations for n in (1, 4))

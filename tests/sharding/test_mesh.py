@@ -17,8 +17,8 @@ from gptjax.sharding import check_sizes, make_mesh, mesh
 ])
 def test_a_mesh_has_the_sizes_asked_for_as_explicit_axes(data, model, sizes):
   mesh = make_mesh(MeshConfig(data, model))
-  assert tuple(mesh.shape.items()) == (('replica', 1), ('data', sizes[0]), ('model', sizes[1]))
-  assert mesh.axis_types == (AxisType.Explicit,) * 3
+  assert dict(mesh.shape) == MeshConfig(*sizes).sizes
+  assert mesh.axis_types == (AxisType.Explicit,) * len(AXIS_NAMES)
   assert set(mesh.devices.flat) == set(jax.devices()[:sizes[0] * sizes[1]])
 
 
@@ -104,9 +104,10 @@ class FakeDevice:
 ])
 def test_replica_is_laid_over_slices_first_and_model_stays_within_one(slices, sizes):
   devices = [FakeDevice(index, index % slices) for index in range(8)]  # not in the order of their slices
-  arranged = mesh._arranged(dict(zip(AXIS_NAMES, sizes)), devices)
-  assert arranged.shape == sizes and {device.id for device in arranged.flat} == {*range(8)}
-  replica, data, _ = sizes
+  replica, data, model = sizes
+  arranged = mesh._arranged(MeshConfig(data, model, replica).sizes, devices)
+  assert {device.id for device in arranged.flat} == {*range(8)}
+  arranged = arranged.reshape(sizes)
   of = lambda group: {device.slice_index for device in group.flat}
   assert all(len(of(arranged[r, d])) == 1 for r in range(replica) for d in range(data))
   assert all(len(of(group)) == max(slices // replica, 1) for group in arranged)
@@ -120,13 +121,13 @@ def test_replica_is_laid_over_slices_first_and_model_stays_within_one(slices, si
 ])
 def test_replicas_that_slices_do_not_allow_are_refused(slices, sizes, message):
   with pytest.raises(UserError) as caught:
-    mesh._arranged(dict(zip(AXIS_NAMES, sizes)), [FakeDevice(index, index // (8 // slices)) for index in range(8)])
+    mesh._arranged(MeshConfig(sizes[1], sizes[2], sizes[0]).sizes, [FakeDevice(index, index // (8 // slices)) for index in range(8)])
   assert str(caught.value) == message
 
 
 def test_replicas_are_of_complete_processes():
   devices = [FakeDevice(index, 0, process_index=index // 2) for index in range(12)]
   with pytest.raises(UserError, match=r'^mesh\.replica: 4, expected: .* of the 6 processes of the 12 devices: 1, 2, 3, 6, 12, '):
-    mesh._arranged(dict(zip(AXIS_NAMES, (4, 3, 1))), devices)
-  arranged = mesh._arranged(dict(zip(AXIS_NAMES, (3, 2, 2))), devices)
+    mesh._arranged(MeshConfig(3, 1, replica=4).sizes, devices)
+  arranged = mesh._arranged(MeshConfig(2, 2, replica=3).sizes, devices)
   assert [{device.process_index for device in group.flat} for group in arranged] == [{0, 1}, {2, 3}, {4, 5}]

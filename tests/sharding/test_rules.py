@@ -26,7 +26,7 @@ from gptjax.training import abstract, initializer, make_optimizer
     (('layers', 'head_width'), P(None, None)),
 ])
 def test_a_logical_axis_is_split_as_the_table_says(axes, expected):
-  assert spec(*axes) == expected
+  assert spec(*axes, mesh=make_mesh(MeshConfig(4, 2))) == expected
 
 
 def test_an_axis_the_table_does_not_know_is_an_error():
@@ -69,7 +69,7 @@ def test_data_is_added_at_most_once_and_only_where_it_may(pairs, data):
   axes, shape = zip(*pairs, strict=True)
   mesh = make_mesh(MeshConfig(data, 2))
   stored = parameter_specs(axes, shape, 3, False, mesh).stored
-  changed = [i for i in range(len(axes)) if stored[i] != spec(*axes)[i]]
+  changed = [i for i in range(len(axes)) if stored[i] != spec(*axes, mesh=mesh)[i]]
   parts = {i: 2 * data if RULES[axis] else data for i, axis in enumerate(axes) if axis != 'layers'}
   fitting = [i for i in parts if shape[i] % parts[i] == 0]
   assert changed == (fitting[:1] if data > 1 else [])
