@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from gptjax import config as configs
-from gptjax.config import ComputeConfig, Config, DataConfig, EvalConfig, ModelConfig, OptimizerConfig, SourceConfig, TokenizerConfig
-from gptjax.model import abstract_model
+from gptjax.config import (
+  ComputeConfig, Config, DataConfig, EvalConfig, MeshConfig, ModelConfig, OptimizerConfig, PipelineConfig, SourceConfig, TokenizerConfig)
+from gptjax.model import model_of
 from gptjax.sharding import put_rows
 from gptjax.training.replaying import CLOCK
 from gptjax.training import Options, initializer, learning_rates, make_optimizer, next_token, train, train_step
@@ -47,7 +48,7 @@ def put(rows):
 
 
 def trainer(model, optimizer=None, *, compute=ComputeConfig(), context=16, zero_stage=0, microbatches=1, seed=0, z_loss=0.0,
-            frozen=()):
+            frozen=(), pipeline=PipelineConfig()):
   """(fresh state, train step) on the mesh in force; `optimizer` is a config or one of optax's.
 
   The initial parameters are those of seed 0, whatever `seed`.
@@ -57,10 +58,12 @@ def trainer(model, optimizer=None, *, compute=ComputeConfig(), context=16, zero_
     optimizer, rates = make_optimizer(settings), learning_rates(settings, **DURATIONS)
   else:
     rates = lambda count: {}  # it has its own
-  described = abstract_model(model, compute, context)
-  state = initializer(described, optimizer, zero_stage, jax.sharding.get_mesh(), 0, described.matching('frozen', frozen))()
-  return state, train_step(described, next_token(z_loss), optimizer, rates, zero_stage=zero_stage, mesh=jax.sharding.get_mesh(),
-                           microbatches=microbatches, seed=seed)
+  mesh = jax.sharding.get_mesh()
+  described = model_of(Config(model=model, compute=compute, data=DataConfig(context=context), pipeline=pipeline,
+                              mesh=MeshConfig(**mesh.shape)))
+  state = initializer(described, optimizer, zero_stage, mesh, 0, described.matching('frozen', frozen))()
+  return state, train_step(described, next_token(z_loss), optimizer, rates, zero_stage=zero_stage, mesh=mesh, microbatches=microbatches, seed=seed,
+                           pipeline=pipeline)
 
 
 def write_text(path, sentences=300, seed=0):

@@ -1,9 +1,9 @@
 """The table of mesh axes: what each one divides, and over which network. Mesh, sharding rules, checks, plans and reports read it."""
 
 import dataclasses
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from gptjax.config.checks import Fraction, Group, Limit, UserError
+from gptjax.config.checks import Fraction, Group, Limit, Positive, UserError
 
 REST = -1
 """Size of an axis that takes all remaining devices."""
@@ -76,3 +76,20 @@ class MeshConfig(_Sizes, Group, prefix='mesh.'):
   def sizes(self) -> dict[str, int]:
     """Size of each axis, in the table's order."""
     return {name: getattr(self, name) for name in AXIS_NAMES}
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineConfig(Group, prefix='pipeline.'):
+  """The order of work of pipeline stages, if mesh.pipe is above 1; it does not change the results."""
+
+  schedule: Literal['GPipe', '1F1B', 'Interleaved1F1B', 'ZBH1'] = '1F1B'
+  """GPipe (arXiv:1811.06965): all forward, then all backward passes; 1F1B (arXiv:1806.03377): in turn, so that a stage keeps the \
+activations of at most mesh.pipe microbatches; Interleaved1F1B (arXiv:2104.04473): 1F1B with several chunks of layers per stage, which idles \
+less and sends more; ZBH1 (arXiv:2401.10241): 1F1B that computes gradients of weights where it would idle"""
+  chunks: Positive = 1
+  """chunks of consecutive layers per stage, for Interleaved1F1B"""
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.chunks > 1 and self.schedule != 'Interleaved1F1B':
+      raise UserError('pipeline.chunks', self.chunks, f"1 unless pipeline.schedule is 'Interleaved1F1B' (it is '{self.schedule}')")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from gptjax.config.checks import (
   Fraction, FractionBelow1, Group, Limit, NonNegative, NonNegativeFloat, Positive, UserError, at_least, at_most, divisors)
-from gptjax.config.mesh import MeshConfig
+from gptjax.config.mesh import MeshConfig, PipelineConfig
 from gptjax.config.model import ComputeConfig, ModelConfig
 
 Duration = int | str
@@ -278,6 +278,8 @@ class Config(Group):
   """optimizer and learning rate"""
   mesh: MeshConfig = MeshConfig()
   """devices"""
+  pipeline: PipelineConfig = PipelineConfig()
+  """pipeline stages"""
   eval: EvalConfig = EvalConfig()
   """validation and samples"""
   checkpoint: CheckpointConfig = CheckpointConfig()

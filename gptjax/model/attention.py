@@ -48,6 +48,11 @@ class Positions(NamedTuple):
   """tokens of padding at the start of each cached row"""
 
 
+def unpacked(tokens: Int[Array, 'B T']) -> Positions:
+  """Positions of rows that are one document each, from its beginning."""
+  return Positions(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
+
+
 def left_padded(length: int, padding: Int[Array, 'B']) -> Positions:
   """Positions of rows of `length` tokens that begin with so many tokens of padding, which nothing attends to."""
   index = jnp.arange(length) - padding[:, None]

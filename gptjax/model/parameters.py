@@ -1,32 +1,27 @@
 """A model's parameters as plain data: one flat dict from 'blocks/0/attention/q/kernel' to an array.
 
-Layers have one of two layouts: an array per layer (`blocks/3/mlp/up/kernel`), or all layers stacked along a first axis
-(`blocks/mlp/up/kernel`), for the loop of `compute.scan`.
+The layouts of their layers: layout.py.
 """
 
 import dataclasses
 import functools
 import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from gptjax.config import ComputeConfig, ModelConfig, UserError
+from gptjax.config import LAYERS_AXIS, ComputeConfig, Config, ModelConfig, UserError
+from gptjax.model.layout import Slots, deal_layers, stack_layers, unstack_layers
 from gptjax.model.transformer import Transformer
 from gptjax.model.weights import initial_value
 from gptjax.sharding import AnyMesh, Axis, ParameterSpecs, Weight, Zero, parameter_specs, shared, unsharded_axes
 
 Parameters = dict[str, jax.Array]
-
-_LAYER = re.compile(r'(.*/)?blocks/(\d+)/(.*)')
-_STACKED = re.compile(r'(.*/)?blocks/(?!\d+/)(.*)')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +31,7 @@ class AbstractModel:
   config: ModelConfig
   compute: ComputeConfig
   context: int
+  slots: Slots
   graph: Any = dataclasses.field(compare=False)
   variables: dict[str, tuple[tuple, nnx.Param]] = dataclasses.field(compare=False)
   is_transposed: bool = False
@@ -49,6 +45,10 @@ class AbstractModel:
   def axes(self) -> dict[str, tuple[Axis, ...]]:
     """Logical axes of every parameter."""
     return {name: v.get_metadata('axes') for name, (_, v) in self.variables.items()}
+
+  def is_matrix(self, name: str) -> bool:
+    """Whether a parameter of layers is read by products alone, which can hand on the factors of its gradient."""
+    return name.endswith('kernel') and 'experts' not in self.axes[name]
 
   @property
   def dtypes(self) -> dict[str, str]:
@@ -97,15 +97,24 @@ class AbstractModel:
     return frozenset(found)
 
   def _unstacked_names(self, name: str) -> list[str]:
+    return [one for one in self._names(name) if one]
+
+  def _names(self, name: str) -> list[str]:
+    """The name of a parameter, or those of a stacked one's layers; '' where none is."""
     if 'layers' not in self.variables[name][1].get_metadata('axes'):
       return [name]
-    return [name.replace('blocks/', f'blocks/{layer}/', 1) for layer in range(self.config.layers)]
+    return [name.replace('blocks/', f'blocks/{number}/', 1) if number >= 0 else '' for number in self.slots or range(self.config.layers)]
 
   def initialize(self, key: jax.Array, shardings: dict[str, NamedSharding]) -> Parameters:
     """Fresh parameters with these shardings, equal on every mesh, scanned or not; to be traced under jit."""
-    draw = lambda key: {name: initial_value(self._unstacked_names(name), v, key) for name, (_, v) in self.variables.items()}
+    draw = lambda key: {name: initial_value(self._names(name), v, key) for name, (_, v) in self.variables.items()}
     # Explicit axes would draw complete parameters and cut them afterwards; with Auto axes each device draws its own part.
     return jax.sharding.auto_axes(draw, out_sharding=shardings)(key)
+
+  def in_layout(self, parameters: Mapping[str, Any], slots: Slots = ()) -> dict[str, Any]:
+    """Parameters, or other arrays named after them, with layers arranged as in this model; `slots`: of the stacks that they are in."""
+    parameters = unstack_layers(parameters, slots)
+    return stack_layers(parameters, self.slots) if self.compute.scan or self.slots else parameters
 
   def merge(self, parameters: Mapping[str, jax.Array | Weight]) -> Transformer:
     """The module with these values; free of cost inside a traced function."""
@@ -129,10 +138,29 @@ class AbstractModel:
 
 
 @functools.lru_cache(maxsize=64)  # a run asks some times, the search for a layout hundreds of times, and each takes 0.1 s
-def abstract_model(config: ModelConfig, compute: ComputeConfig, context: int) -> AbstractModel:
-  """Describes the transformer of a config; nothing is computed or allocated."""
-  graph, state = nnx.split(Transformer(config, compute, context))
-  return AbstractModel(config, compute, context, graph, {'/'.join(map(str, path)): (path, v) for path, v in nnx.to_flat_state(state)})
+def abstract_model(config: ModelConfig, compute: ComputeConfig, context: int, slots: Slots = ()) -> AbstractModel:
+  """Describes the transformer of a config; nothing is computed or allocated. `slots`: those of layers that pipeline stages share out."""
+  graph, state = nnx.split(Transformer(config, compute, context, slots))
+  return AbstractModel(config, compute, context, slots, graph,
+                       {'/'.join(map(str, path)): (path, v) for path, v in nnx.to_flat_state(state)})
+
+
+def model_of(config: Config) -> AbstractModel:
+  """Describes the transformer of a run as its train state has it."""
+  return abstract_model(config.model, config.compute, config.data.context, slots_of(config))
+
+
+def slots_of(config: Config) -> Slots:
+  """The slots of a run's layers; () without pipeline stages. Raises a UserError if there are more stages than layers."""
+  stages, chunks, model = config.mesh.sizes[LAYERS_AXIS], config.pipeline.chunks, config.model
+  if stages == 1:
+    return ()
+  if stages * chunks > model.layers:
+    field, value = ('pipeline.chunks', chunks) if stages <= model.layers else (f'mesh.{LAYERS_AXIS}', stages)
+    raise UserError(field, value, f'at most model.layers={model.layers} chunks of layers in all stages together')
+  shapes = abstract_model(model, ComputeConfig(scan=True), 1).shapes
+  layers = sum(shape.size for name, shape in shapes.items() if name.startswith('blocks/') and name.endswith('kernel'))
+  return deal_layers(model.layers, stages, chunks, model.layers * model.width * model.table_rows / layers)
 
 
 @functools.cache  # the search for a layout calls both many times
@@ -179,38 +207,3 @@ def repeated_weights(config: ModelConfig, compute: ComputeConfig) -> int:
   """Elements of the `repeated_products` of all layers."""
   repeated, shapes = repeated_products(config, compute), abstract_model(config, ComputeConfig(), 1).shapes
   return sum(shape.size for name, shape in shapes.items() if name.endswith('kernel') and name.split('/')[-2] in repeated)
-
-
-def stacked_name(name: str) -> tuple[str, int | None]:
-  """A name, or a path like 'optimizer/mu/blocks/3/mlp/up/kernel', in the stacked layout, and the index of its layer, None outside."""
-  match = _LAYER.fullmatch(name)
-  return (f'{match[1] or ""}blocks/{match[3]}', int(match[2])) if match else (name, None)
-
-
-def stack_layers(parameters: Mapping[str, Any]) -> dict[str, Any]:
-  """JAX arrays, NumPy arrays or `jax.ShapeDtypeStruct`s (whose shardings are dropped) in the stacked layout, if they are not already."""
-  layers: dict[str, dict[Any, Any]] = defaultdict(dict)
-  for name, value in parameters.items():
-    target, layer = stacked_name(name)
-    layers[target][layer] = value
-  return {name: values[None] if None in values else _stack([value for _, value in sorted(values.items())])
-          for name, values in layers.items()}
-
-
-def unstack_layers(parameters: Mapping[str, Any]) -> dict[str, Any]:
-  """The same values with an array per layer; the inverse of `stack_layers`."""
-  index = lambda value, layer: (jax.ShapeDtypeStruct(value.shape[1:], value.dtype) if isinstance(value, jax.ShapeDtypeStruct)
-                                else value[layer])
-  unstacked: dict[str, Any] = {}
-  for name, value in parameters.items():
-    if match := _STACKED.fullmatch(name):
-      unstacked |= {f'{match[1] or ""}blocks/{layer}/{match[2]}': index(value, layer) for layer in range(value.shape[0])}
-    else:
-      unstacked[name] = value
-  return unstacked
-
-
-def _stack(values: list[Any]) -> Any:
-  if isinstance(values[0], jax.ShapeDtypeStruct):
-    return jax.ShapeDtypeStruct((len(values), *values[0].shape), values[0].dtype)
-  return np.stack(values) if isinstance(values[0], np.ndarray) else jnp.stack(values)

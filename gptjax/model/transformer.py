@@ -9,9 +9,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
 from gptjax.config import TENSOR_AXIS, ComputeConfig, ModelConfig
-from gptjax.model.attention import Attention, Cache, Caches, Positions
+from gptjax.model.attention import Attention, Cache, Caches, Positions, unpacked
 from gptjax.model.head import Head
 from gptjax.model.layers import Embedding, Linear, Norm, dropout, fold
+from gptjax.model.layout import Slots
 from gptjax.model.weights import Stack, TokenAxis
 from gptjax.sharding import divisible, spec
 
@@ -64,17 +65,19 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
   """Token ids to hidden states, and a head for them. Its parameters have shapes only; `AbstractModel` gives them values.
 
-  Initial values are normal with standard deviation 0.02, smaller on the residual stream (GPT-2). `context` limits learned positions.
+  Initial values are normal with standard deviation 0.02, smaller on the residual stream (GPT-2). `context` limits learned positions;
+  `slots`: those of stacked layers, if pipeline stages share them out.
   """
 
-  def __init__(self, config: ModelConfig, compute: ComputeConfig, context: int):
+  def __init__(self, config: ModelConfig, compute: ComputeConfig, context: int, slots: Slots = ()):
     assert config.vocab_size, 'vocab_size comes from the tokenizer'
-    self.config, self.compute = config, compute
+    self.config, self.compute, self.slots = config, compute, slots or tuple(range(config.layers))
     vocab = ('vocab', config.table_rows)
     self.tokens = Embedding(config.table_rows, config.width, vocab, compute, config.scaled_embedding)
     self.positions = Embedding(context, config.width, 'positions', compute) if config.positions == 'learned' else None
     block = lambda stack=(): Block(config, compute, stack)
-    self.blocks = block((config.layers,)) if compute.scan else nnx.List(block() for _ in range(config.layers))
+    self.is_stacked = compute.scan or bool(slots)
+    self.blocks = block((len(self.slots),)) if self.is_stacked else nnx.List(block() for _ in range(config.layers))
     self.norm = Norm(config.width, 'embed', config, compute)
     self.lm_head = None if config.tied else Linear((config.width, config.table_rows), ('embed', vocab), 0.02, compute)
 
@@ -88,39 +91,72 @@ class Transformer(nnx.Module):
       cache: an empty one, or that of earlier tokens, for one more token per row. Only for layers that are not scanned.
       keys: for dropout, one per row; None: no dropout.
     """
-    b, t = tokens.shape
-    if positions is None:
-      positions = Positions(jnp.broadcast_to(jnp.arange(t), (b, t)))
-    rows = TENSOR_AXIS if self.compute.sequence_parallel and cache is None else None
-    x = self.tokens(tokens.reshape(b * t), rows)
-    if self.positions is not None:
-      x = x + self.positions(positions.values.reshape(b * t), rows)
-    x = dropout(x, self.config.dropout, fold(keys, self.config.layers))
-    x, cache, sums = self._layers(x, positions, cache, keys, rows)
+    positions = positions or unpacked(tokens)
+    x = self.embed(tokens, positions, keys, cached=cache is not None)
+    if self.is_stacked:
+      assert cache is None, 'stacked layers keep no cache'
+      x, sums = self.stacked_layers(x, jnp.array(self.slots), positions, keys)
+    else:
+      x, cache, sums = self._unstacked_layers(x, positions, cache, keys)
     return self.norm(x), cache, sums
 
-  def _layers(self, x, positions, cache, keys, rows):
+  def embed(self, tokens: Int[Array, 'B T'], positions: Positions, keys: Key[Array, 'B'] | None,
+            cached: bool = False) -> Float[Array, 'N D']:
+    """The residual stream before the first layer."""
+    rows = None if cached else self._token_axis
+    x = self.tokens(tokens.reshape(-1), rows)
+    if self.positions is not None:
+      x = x + self.positions(positions.values.reshape(-1), rows)
+    return dropout(x, self.config.dropout, fold(keys, self.config.layers))
+
+  def stacked_layers(self, x: Float[Array, 'N D'], numbers: Int[Array, 'S'], positions: Positions,
+                     keys: Key[Array, 'B'] | None) -> tuple[Float[Array, 'N D'], Sums]:
+    """The residual stream after the layers with these numbers, which are stacked in this order, and the sums that they add; a place without
+    a layer has a negative number."""
+    graph, state = nnx.split(self.blocks)
+
+    def run(number, x, state):
+      x, _, sums = nnx.merge(graph, state)(x, number, positions, None, fold(keys, number), self._token_axis)
+      return x, sums
+
     scan = self.compute.scan
-    assert not (scan and cache is not None), 'a scan keeps no cache'
-    graph, state = nnx.split(self.blocks if scan else self.blocks[0])
+    if self.compute.remat != 'none':
+      run = jax.checkpoint(run, policy=_kept(self.compute), prevent_cse=not scan)
+
+    def layer(x, inputs):
+      if min(self.slots) >= 0:
+        return run(inputs[0], x, inputs[1])
+      nothing = jax.tree.map(lambda sum: jnp.zeros(sum.shape, sum.dtype), jax.eval_shape(run, inputs[0], x, inputs[1])[1])
+      return jax.lax.cond(inputs[0] >= 0, run, lambda number, x, state: (x, nothing), inputs[0], x, inputs[1])
+
+    if scan:
+      x, sums = jax.lax.scan(layer, x, (numbers, state))
+      return x, jax.tree.map(lambda values: values.sum(0), sums)
+    sums = []
+    for place in range(numbers.shape[0]):
+      x, added = layer(x, jax.tree.map(lambda values: values[place], (numbers, state)))
+      sums.append(added)
+    return x, jax.tree.map(lambda *values: sum(values), *sums)
+
+  def _unstacked_layers(self, x, positions, cache, keys):
+    graph, _ = nnx.split(self.blocks[0])
+    rows = None if cache is not None else self._token_axis
 
     def layer(index, x, state, cache):
       return nnx.merge(graph, state)(x, index, positions, cache, fold(keys, index), rows)
 
-    if self.compute.remat != 'none':  # the number of a layer that is not scanned is known when it is traced, and must stay so
-      layer = jax.checkpoint(layer, policy=_kept(self.compute), prevent_cse=not scan, static_argnums=() if scan else (0,))
-    if scan:
-      def one(x, inputs):
-        x, _, sums = layer(inputs[0], x, inputs[1], None)
-        return x, sums
-      x, sums = jax.lax.scan(one, x, (jnp.arange(self.config.layers), state))
-      return x, None, jax.tree.map(lambda values: values.sum(0), sums)
+    if self.compute.remat != 'none':  # the number of a layer is known when it is traced, and must stay so
+      layer = jax.checkpoint(layer, policy=_kept(self.compute), static_argnums=0)
     caches, sums = [], []
     for index, block in enumerate(self.blocks):
       x, kept, added = layer(index, x, nnx.split(block)[1], None if cache is None else cache[index])
       caches.append(kept)
       sums.append(added)
     return x, None if cache is None else tuple(caches), jax.tree.map(lambda *values: sum(values), *sums)
+
+  @property
+  def _token_axis(self) -> TokenAxis:
+    return TENSOR_AXIS if self.compute.sequence_parallel else None
 
   @property
   def head(self) -> Head:

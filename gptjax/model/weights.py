@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.nn.initializers import Initializer
 from jax.sharding import PartitionSpec
@@ -35,13 +36,14 @@ def parameter(init: Initializer, shape: tuple[int, ...], axes: tuple[Axis, ...],
 def initial_value(names: Sequence[str], param: nnx.Param, key: jax.Array) -> Array:
   """The value of a `parameter` at step 0: a function of the key and of its name alone, such as 'blocks/3/mlp/up/kernel'.
 
-  A stacked parameter has a name per layer, and its layers are drawn like parameters with these names.
+  A stacked parameter has a name per layer, and its layers are drawn like parameters with these names; those without a name are zero.
   """
   init, shape = param.get_metadata('init'), param.get_value().shape
   keys = [jax.random.fold_in(key, int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], 'big')) for name in names]
   if 'layers' not in param.get_metadata('axes'):
     return init(keys[0], shape, jnp.float32)
-  return jax.vmap(lambda key: init(key, shape[1:], jnp.float32))(jnp.stack(keys))
+  values = jax.vmap(lambda key: init(key, shape[1:], jnp.float32))(jnp.stack(keys))
+  return values if all(names) else values * np.reshape([bool(name) for name in names], (-1,) + (1,) * (len(shape) - 1))
 
 
 def layer_axes(param: nnx.Param) -> tuple[Axis, ...]:
@@ -96,8 +98,7 @@ def _product_backward(dtype, split, out, transposed, regather, saved, dy):
   inputs, dy = all_rows(x), all_rows(dy)
   dx = jnp.matmul(dy, w if transposed else w.T, out_sharding=jax.typeof(x).sharding.spec)
   a, b = (dy, inputs) if transposed else (inputs, dy)
-  dw = jnp.einsum('na,nb->ab', a, b, preferred_element_type=jnp.float32, out_sharding=split)
-  return dx, weight.cotangent(dw)
+  return dx, weight.cotangent_of_product(a, b, split)
 
 
 _product.defvjp(lambda *inputs: (_product(*inputs), inputs[:2]), _product_backward)

@@ -4,4 +4,6 @@ from gptjax.sharding.mesh import AnyMesh, abstract_mesh, batch_shards, check_hea
 from gptjax.sharding.batch import (
   BATCH_SPEC, batch_psum, batch_shard_map, padded_batch_size, process_rows, put_rows, row_numbers, tensor_shard_map)
 from gptjax.sharding.rules import RULES, Axis, ParameterSpecs, Shard, divisible, parameter_specs, spec, unsharded_axes
-from gptjax.sharding.zero import Weight, Zero, as_weight, shared
+from gptjax.sharding.schedules import SCHEDULES, Operation, Schedule, make_schedule
+from gptjax.sharding.places import Places, Tick, assign_places
+from gptjax.sharding.zero import Factors, Weight, Zero, as_weight, shared

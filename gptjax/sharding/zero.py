@@ -8,7 +8,7 @@ each weight where a layer reads it, forward and backward.
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,14 @@ _TILE = 8
 shards of tiles, and viewing an array as tiles moves nothing."""
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=('value', 'accumulator'), meta_fields=('shard',))
+class Factors(NamedTuple):
+  """The gradient of a matrix as the product that it is: a^T b, of a [N, I] and b [N, O] over N tokens."""
+
+  a: Array
+  b: Array
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=('value', 'accumulator', 'factors'), meta_fields=('shard',))
 @dataclasses.dataclass(frozen=True)
 class Weight:
   """A parameter inside the train step: complete, or a shard of it."""
@@ -35,6 +42,8 @@ class Weight:
   have others; None: it is taken with respect to `value`"""
   shard: Shard | None = None
   """how the variable of the gradient is sharded; None: it is complete"""
+  factors: Factors | None = None
+  """zeros with respect to which a backward pass gives the factors of a matrix's gradient, so that their product can be computed later"""
 
   @property
   def variable(self) -> Array:
@@ -43,7 +52,7 @@ class Weight:
 
   def with_variable(self, variable: Array) -> 'Weight':
     """The same weight as a function of its variable."""
-    return Weight(variable, None, self.shard) if self.accumulator is None else Weight(self.value, variable, self.shard)
+    return dataclasses.replace(self, **{'value' if self.accumulator is None else 'accumulator': variable})
 
   def read(self, dtype: str) -> Array:
     """The complete weight in a dtype; gathered in that dtype where `value` is a shard."""
@@ -60,6 +69,13 @@ class Weight:
     if self.accumulator is None:
       return dataclasses.replace(self, value=gradient)
     return dataclasses.replace(self, value=jnp.zeros_like(self.value), accumulator=gradient)  # the gradient of `value` is not used
+
+
+  def cotangent_of_product(self, a: Float[Array, 'N I'], b: Float[Array, 'N O'], split: PartitionSpec) -> 'Weight':
+    """The cotangent of a matrix, split by this spec, from the factors of this device's gradient."""
+    if self.factors is not None:
+      return dataclasses.replace(jax.tree.map(jnp.zeros_like, self), factors=Factors(a, b))
+    return self.cotangent(jnp.einsum('na,nb->ab', a, b, preferred_element_type=jnp.float32, out_sharding=split))
 
 
 def as_weight(value: Array | Weight) -> Weight:

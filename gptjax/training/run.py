@@ -18,7 +18,7 @@ from gptjax import config as configs
 from gptjax.checkpoint import Progress
 from gptjax.config import INT32_MAX, Config, UserError, duration_in_steps, schedule_warning
 from gptjax.data import EvalRows, Prepared, TrainRows, batches, train_rows
-from gptjax.model import AbstractModel, abstract_model, attention_backend, flops_per_token, parameter_count
+from gptjax.model import AbstractModel, attention_backend, flops_per_token, model_of, parameter_count
 from gptjax.distributed import process_group
 from gptjax.sharding import AnyMesh, check_sizes, describe, process_rows, put_rows
 from gptjax.training.guard import BadSteps
@@ -80,7 +80,7 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
   opt, steps = config.optimizer, steps_of('steps')
   durations = {'steps': steps, 'warmup': steps_of('optimizer.warmup'), 'decay': steps_of('optimizer.decay')}
   warning = schedule_warning(opt, **durations)
-  model = abstract_model(config.model, config.compute, config.data.context)
+  model = model_of(config)
   frozen = frozen_names(model, config)
   check_unsharded(model, config, mesh)
   attention_backend(config.model, config.compute, config.data.context)  # before training starts, reports a kernel that cannot run
@@ -93,7 +93,8 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
     config=config, mesh=mesh, model=model, objective=objective, optimizer=optimizer, rows=rows, steps=steps,
     initialize=initializer(model, optimizer, config.zero_stage, mesh, config.seed, frozen),
     step=train_step(model, objective, optimizer, learning_rates(opt, **durations),
-                    zero_stage=config.zero_stage, mesh=mesh, microbatches=config.microbatches, seed=config.seed, spike=config.faults.spike),
+                    zero_stage=config.zero_stage, mesh=mesh, microbatches=config.microbatches, seed=config.seed, spike=config.faults.spike,
+                    pipeline=config.pipeline),
     valid={name: EvalRows(store, config.data.context, config.data.isolate_documents) for name, store in data.valid.items()},
     eval_every=steps_of('eval.every'), checkpoint_every=steps_of('checkpoint.every'), keep_every=steps_of('checkpoint.keep_every'),
     compare_every=steps_of('faults.compare_every'), warning=warning)

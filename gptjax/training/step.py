@@ -15,11 +15,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gptjax.config import LAYERS_AXIS, PipelineConfig
 from gptjax.model import AbstractModel, Parameters, Positions
-from gptjax.sharding import BATCH_SPEC, AnyMesh, ParameterSpecs, batch_shard_map, row_numbers, batch_psum
+from gptjax.sharding import BATCH_SPEC, AnyMesh, ParameterSpecs, batch_psum, batch_shard_map, make_schedule, row_numbers
 from gptjax.training.guard import LossStatistics, initial_statistics, is_good_step
 from gptjax.training.objective import Batch, ObjectiveFunction
 from gptjax.training.optimizer import Rates, update
+from gptjax.training.pipeline import pipelined_gradients
 
 
 class TrainState(NamedTuple):
@@ -66,13 +68,13 @@ def abstract(initialize: Callable[[], TrainState], mesh: AnyMesh) -> TrainState:
 
 
 def summed_gradients(model: AbstractModel, objective: ObjectiveFunction, zero_stage: int, mesh: AnyMesh,
-                     microbatches: int) -> Callable[[Parameters, Parameters, Batch, jax.Array], tuple[Parameters, dict[str, jax.Array]]]:
+                     microbatches: int, pipeline: PipelineConfig = PipelineConfig()) -> Callable[[Parameters, Parameters, Batch, jax.Array], tuple[Parameters, dict[str, jax.Array]]]:
   """A function (trained, frozen, batch, key) -> (gradient of the summed loss, sums of targets and metrics), over all rows of the batch.
 
   The gradients are sharded as the optimizer state is. Dropout keys are folded from (key, row, layer), so that the masks depend neither
   on the mesh nor on the number of microbatches.
   """
-  zero = model.zero(zero_stage, mesh)
+  zero, stages = model.zero(zero_stage, mesh), mesh.shape[LAYERS_AXIS]
 
   def loss(variables, weights, batch, keys):
     module = model.merge(weights | {name: weights[name].with_variable(variable) for name, variable in variables.items()})
@@ -87,6 +89,12 @@ def summed_gradients(model: AbstractModel, objective: ObjectiveFunction, zero_st
     numbers = row_numbers(batch['tokens'].shape[0])
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(numbers) if model.config.dropout else None
 
+    if stages > 1:
+      schedule = make_schedule(pipeline.schedule, stages, microbatches, pipeline.chunks)
+      parts = _split(batch, microbatches), _split(keys, microbatches)
+      gradient, sums = pipelined_gradients(model, objective, schedule, weights, sorted(trained), *parts)
+      return zero.reduce(gradient), batch_psum(sums)
+
     def gradients(rows, keys):
       (_, sums), gradient = jax.value_and_grad(loss, has_aux=True)(variables, weights, rows, keys)
       return gradient, sums
@@ -94,7 +102,7 @@ def summed_gradients(model: AbstractModel, objective: ObjectiveFunction, zero_st
     if microbatches == 1:
       gradient, sums = gradients(batch, keys)
     else:
-      parts = jax.tree.map(lambda x: x.reshape(microbatches, x.shape[0] // microbatches, *x.shape[1:]), (batch, keys))
+      parts = _split((batch, keys), microbatches)
       add = lambda sums, part: (jax.tree.map(jnp.add, sums, gradients(*part)), None)
       zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding.spec if s.ndim else None),
                            jax.eval_shape(gradients, *jax.tree.map(lambda x: x[0], parts)))
@@ -110,17 +118,22 @@ def summed_gradients(model: AbstractModel, objective: ObjectiveFunction, zero_st
   return summed
 
 
+def _split(rows: Any, microbatches: int) -> Any:
+  return jax.tree.map(lambda x: x.reshape(microbatches, x.shape[0] // microbatches, *x.shape[1:]), rows)
+
+
 @functools.lru_cache(maxsize=16)
 def train_step(model: AbstractModel, objective: ObjectiveFunction, optimizer: optax.GradientTransformation,
                rates: Callable[[jax.Array], Rates],
-               *, zero_stage: int, mesh: AnyMesh, microbatches: int, seed: int, spike: float = 0.0) -> Callable[[TrainState, Batch], tuple]:
+               *, zero_stage: int, mesh: AnyMesh, microbatches: int, seed: int, spike: float = 0.0,
+               pipeline: PipelineConfig = PipelineConfig()) -> Callable[[TrainState, Batch], tuple]:
   """The jitted step: (state, batch) -> (state, metrics), with the old state's memory reused.
 
   The gradient is that of the summed loss, divided by the number of target tokens of the complete batch, regardless of microbatches and
-  devices. A bad step, by `is_good_step`, or one without targets leaves parameters and optimizer state as they were, bit by bit.
+  devices; `pipeline` is for several stages. A bad step, by `is_good_step`, or one without targets leaves parameters and optimizer state as they were, bit by bit.
   """
   specs = model.specs(zero_stage, mesh)
-  gradients = summed_gradients(model, objective, zero_stage, mesh, microbatches)
+  gradients = summed_gradients(model, objective, zero_stage, mesh, microbatches, pipeline)
 
   def step(state: TrainState, batch: Batch):
     key = jax.random.fold_in(jax.random.key(seed), state.step)
