@@ -12,7 +12,7 @@ from gptjax.checkpoint.arrays import PARAMETERS, load, stored, usable
 from gptjax.checkpoint.checkpoints import Checkpoints
 from gptjax.checkpoint.manifest import verify
 from gptjax.config import TENSOR_AXIS, Config, MeshConfig, UserError, read_config
-from gptjax.model import AbstractModel, Parameters, abstract_model, attention_backend
+from gptjax.model import AbstractModel, Parameters, attention_backend, stored_model
 from gptjax.sharding import check_heads, describe, make_mesh
 
 _CHUNK_BYTES = 2**28
@@ -53,7 +53,7 @@ class Restorer:
     self.config = read_config(workdir)
     # The devices that are present decide how the model is computed, but not how its layers are stored.
     compute = dataclasses.replace(self.config.compute, attention='auto', sequence_parallel=False)
-    self.model = abstract_model(self.config.model, compute, self.config.data.context)
+    self.model = stored_model(dataclasses.replace(self.config, compute=compute))
     trained_on = self.config.mesh.sizes[TENSOR_AXIS]
     self.mesh = make_mesh(MeshConfig(**{TENSOR_AXIS: model_axis or (1 if jax.device_count() % trained_on else trained_on)}))
     check_heads(self.config.model, self.mesh)

@@ -117,7 +117,7 @@ def compare_logits(ours: Float[np.ndarray, 'T V'], theirs: Float[np.ndarray, 'T 
 
 def our_logits(model: AbstractModel, parameters: Parameters, mesh: Mesh, tokens: Int[np.ndarray, '2 T']) -> Float[np.ndarray, 'N V']:
   """Our logits of the last COMPARED ids of a text, given with their positions, in float32, without those of padded ids."""
-  exact = abstract_model(model.config, ComputeConfig(scan=model.compute.scan), model.context)
+  exact = abstract_model(model.config, ComputeConfig(scan=model.compute.scan), model.context, model.slots)
 
   def last(parameters: Parameters, ids: jax.Array, positions: jax.Array) -> jax.Array:
     transformer = exact.merge(parameters)

@@ -13,7 +13,7 @@ from gptjax.interop.families import Family, comparable, family_for, parse_config
 from gptjax.interop.importing import BUFFERS, CONFIG, GENERATION, KEPT, RECORD, copy_text_files, load
 from gptjax.interop.matching import match
 from gptjax.interop.tensor_files import Entry, Writer, read_header, read_tensors
-from gptjax.model import abstract_model
+from gptjax.model import stored_model
 from gptjax.sharding import make_mesh
 
 DTYPES = {'float32': 'F32', 'bfloat16': 'BF16', 'float16': 'F16'}
@@ -38,7 +38,7 @@ def export_run(workdir: Path, folder: Path, *, step: str = 'latest', dtype: str 
   tokenizer = load_tokenizer(workdir / 'data' / 'tokenizer')
   imported: dict[str, Any] = read_json(kept / RECORD) if kept.exists() else {'dtypes': {}, 'tokenizer': False}
   family, values = _described(config, kept, tokenizer, dtype)
-  matched = match(family, abstract_model(config.model, config.compute, config.data.context), config.data.context, imported['dtypes'])
+  matched = match(family, stored_model(config), config.data.context, imported['dtypes'])
   tensors = {tensor.name: Entry(imported['dtypes'].get(tensor.name, 'F32') if dtype == 'auto' else DTYPES[dtype], matched.shape(tensor))
              for tensor in matched.tensors}
   buffers = read_header(kept / BUFFERS) if (kept / BUFFERS).exists() else {}

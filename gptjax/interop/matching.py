@@ -36,7 +36,7 @@ class Match:
 
   def _stored(self, parameter: str) -> tuple[str, int | None]:
     """A parameter's name in the model, and its layer where the model stacks layers."""
-    return stacked_name(parameter) if self.model.compute.scan else (parameter, None)
+    return stacked_name(parameter) if self.model.is_stacked else (parameter, None)
 
   def shape(self, tensor: Tensor) -> tuple[int, ...]:
     """The shape that the folder's tensor must have."""
@@ -65,7 +65,7 @@ class Match:
     ranges = [range(*one.indices(size)) for one, size in zip(index, shape)]
     value = _aligned(tuple(map(len, ranges)))
     sources, layers = self._sources[name], value[None]
-    if name.startswith('blocks/') and self.model.compute.scan:
+    if name.startswith('blocks/') and self.model.is_stacked:
       sources, layers, ranges = [sources[layer] for layer in ranges[0]], value, ranges[1:]
     for (tensor, part), target in zip(sources, layers):
       view = entries[tensor.name].view()

@@ -7,8 +7,8 @@ here imports data, training or checkpoints.
 from gptjax.model.attention import Cache, Caches, Positions, left_padded, unpacked
 from gptjax.model.head import Head
 from gptjax.model.kernels import attention_backend
-from gptjax.model.layout import stack_layers, stacked_name, unstack_layers
+from gptjax.model.layout import Slots, stack_layers, stacked_name, unstack_layers
 from gptjax.model.parameters import (
   AbstractModel, Parameters, abstract_model, attention_flops, flops_per_token, model_of, parameter_count, repeated_products,
-  repeated_weights, slots_of)
+  repeated_weights, slots_of, stored_model)
 from gptjax.model.transformer import Block, Sums, Transformer, empty_cache

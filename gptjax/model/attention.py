@@ -200,9 +200,9 @@ class Attention(nnx.Module):
   def __init__(self, config: ModelConfig, compute: ComputeConfig, stack: Stack = ()):
     queries, keys = config.heads * config.head_width, config.key_heads * config.head_width
     heads, kv_heads, bias = ('heads', config.heads), ('kv_heads', config.key_heads), config.bias or config.qkv_bias
-    self.q = Linear((config.width, queries), ('embed', heads), 0.02, compute, stack, bias)
-    self.k = Linear((config.width, keys), ('embed', kv_heads), 0.02, compute, stack, bias)
-    self.v = Linear((config.width, keys), ('embed', kv_heads), 0.02, compute, stack, bias)
+    self.q = Linear((config.width, queries), ('embed', heads), 0.02, compute, stack, bias, 'x')
+    self.k = Linear((config.width, keys), ('embed', kv_heads), 0.02, compute, stack, bias, 'x')
+    self.v = Linear((config.width, keys), ('embed', kv_heads), 0.02, compute, stack, bias, 'x')
     # As in GPT-2, smaller for the outputs that add to the residual stream, two per layer.
     self.out = Linear((queries, config.width), (heads, 'embed'), 0.02 / math.sqrt(2 * config.layers), compute, stack, config.bias)
     def norm(size, axis):

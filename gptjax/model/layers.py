@@ -14,11 +14,11 @@ from gptjax.sharding import Axis
 
 
 class Linear(nnx.Module):
-  """x W + b, with the logical axes of W: (input, output)."""
+  """x W + b, with the logical axes of W: (input, output). Layers of a module that read the same x give it the same name, `input`."""
 
   def __init__(self, sizes: tuple[int, int], axes: tuple[Axis, Axis], std: float, compute: ComputeConfig, stack: Stack = (),
-               bias: bool = False):
-    self.kernel = parameter(nnx.initializers.normal(std), sizes, axes, stack, compute.dtype)
+               bias: bool = False, input: str = ''):
+    self.kernel = parameter(nnx.initializers.normal(std), sizes, axes, stack, compute.dtype, input)
     self.bias = parameter(nnx.initializers.zeros, sizes[1:], axes[1:], stack) if bias else None
     self.regather = compute.remat == 'none' and not compute.scan
 

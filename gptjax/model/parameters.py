@@ -46,9 +46,19 @@ class AbstractModel:
     """Logical axes of every parameter."""
     return {name: v.get_metadata('axes') for name, (_, v) in self.variables.items()}
 
+  @property
+  def is_stacked(self) -> bool:
+    """Whether a parameter of blocks is one array for all layers."""
+    return self.compute.scan or bool(self.slots)
+
   def is_matrix(self, name: str) -> bool:
     """Whether a parameter of layers is read by products alone, which can hand on the factors of its gradient."""
     return name.endswith('kernel') and 'experts' not in self.axes[name]
+
+  def input_of(self, name: str) -> str:
+    """A name for what a matrix is multiplied with; matrices of the same one read the same array."""
+    shared = self.variables[name][1].get_metadata('input')
+    return f'{name.rsplit("/", 2)[0]}/{shared}' if shared else name
 
   @property
   def dtypes(self) -> dict[str, str]:
@@ -114,7 +124,7 @@ class AbstractModel:
   def in_layout(self, parameters: Mapping[str, Any], slots: Slots = ()) -> dict[str, Any]:
     """Parameters, or other arrays named after them, with layers arranged as in this model; `slots`: of the stacks that they are in."""
     parameters = unstack_layers(parameters, slots)
-    return stack_layers(parameters, self.slots) if self.compute.scan or self.slots else parameters
+    return stack_layers(parameters, self.slots) if self.is_stacked else parameters
 
   def merge(self, parameters: Mapping[str, jax.Array | Weight]) -> Transformer:
     """The module with these values; free of cost inside a traced function."""
@@ -132,7 +142,7 @@ class AbstractModel:
         return variable
       value, axes = variable.get_value(), variable.get_metadata('axes')
       return variable.replace(jax.ShapeDtypeStruct(value.shape[::-1], value.dtype), axes=axes[::-1], transposed=True)
-    assert not self.compute.scan
+    assert not self.is_stacked
     variables = {name: (path, turned(name, v)) for name, (path, v) in self.variables.items()}
     return dataclasses.replace(self, variables=variables, is_transposed=True)
 
@@ -148,6 +158,12 @@ def abstract_model(config: ModelConfig, compute: ComputeConfig, context: int, sl
 def model_of(config: Config) -> AbstractModel:
   """Describes the transformer of a run as its train state has it."""
   return abstract_model(config.model, config.compute, config.data.context, slots_of(config))
+
+
+def stored_model(config: Config) -> AbstractModel:
+  """Describes the transformer of a run as its checkpoints have it: with layers in order, and stacked if the train state stacks them."""
+  slots = tuple(range(config.model.layers)) if slots_of(config) else ()
+  return abstract_model(config.model, config.compute, config.data.context, slots)
 
 
 def slots_of(config: Config) -> Slots:

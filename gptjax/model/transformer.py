@@ -25,8 +25,8 @@ class MLP(nnx.Module):
 
   def __init__(self, config: ModelConfig, compute: ComputeConfig, stack: Stack = ()):
     wide, axes = (config.width, config.hidden_width), ('embed', ('mlp', config.hidden_width))
-    self.up = Linear(wide, axes, 0.02, compute, stack, config.bias)
-    self.gate = Linear(wide, axes, 0.02, compute, stack, config.bias) if config.mlp != 'gelu' else None
+    self.up = Linear(wide, axes, 0.02, compute, stack, config.bias, 'x')
+    self.gate = Linear(wide, axes, 0.02, compute, stack, config.bias, 'x') if config.mlp != 'gelu' else None
     # Computed again in the backward pass: JAX would keep a second array of this width. gelu's tanh approximation is jax's default.
     self.activation = jax.checkpoint(jax.nn.silu if config.mlp == 'swiglu' else jax.nn.gelu)
     self.down = Linear(wide[::-1], axes[::-1], 0.02 / math.sqrt(2 * config.layers), compute, stack, config.bias)

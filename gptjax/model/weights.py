@@ -27,10 +27,12 @@ TokenAxis = str | None
 all tokens of its part of the batch."""
 
 
-def parameter(init: Initializer, shape: tuple[int, ...], axes: tuple[Axis, ...], stack: Stack, dtype: str = 'float32') -> nnx.Param:
-  """A float32 parameter without values: its shape, initializer, logical axes (stacked: 'layers' too), and the dtype in which it is read."""
+def parameter(init: Initializer, shape: tuple[int, ...], axes: tuple[Axis, ...], stack: Stack, dtype: str = 'float32',
+              input: str = '') -> nnx.Param:
+  """A float32 parameter without values: its shape, initializer, logical axes (stacked: 'layers' too), the dtype in which it is read, and
+  the name of the input that it is multiplied with, if others are too."""
   value = jax.ShapeDtypeStruct(stack + shape, jnp.float32)
-  return nnx.Param(value, init=init, axes=('layers',) * len(stack) + axes, size=shape[0], dtype=dtype)
+  return nnx.Param(value, init=init, axes=('layers',) * len(stack) + axes, size=shape[0], dtype=dtype, input=input)
 
 
 def initial_value(names: Sequence[str], param: nnx.Param, key: jax.Array) -> Array:

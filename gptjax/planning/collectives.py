@@ -26,6 +26,8 @@ _COLLECTIVE = re.compile(
   r'= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast)(-start)?\(')
 _CALLED = re.compile(
   r'(?:calls|true_computation|false_computation|branch_computations| call(?:-start)?\(.*to_apply)=\{?((?:%[\w.-]+[, ]*)+)')
+_OPERATIONS = 4
+"""Branches of the condition on the operation of a tick: none, F, B, W."""
 PADDED = 'all-gather of shards padded with zeros'
 """Purpose of an all-reduce that adds up shards, each in its place among zeros; it sends twice the bytes of an all-gather."""
 
@@ -44,7 +46,7 @@ class Collective:
   """devices that take part together"""
   axes: tuple[str, ...]
   """mesh axes along which the devices of a group differ"""
-  trips: int = 1
+  trips: float = 1
   """times per step, including the loops around it"""
   why: str = ''
   """its purpose"""
@@ -71,12 +73,14 @@ def totals(found: Iterable[Collective], key: Callable[[Collective], Hashable] = 
   return dict(sums)
 
 
-def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
+def collectives(text: str, mesh: Mapping[str, int], operation: float = 1.0) -> list[Collective]:
   """The collectives of a compiled program.
 
   Args:
     text: `compiled.as_text()`, of one partition.
     mesh: sizes of the axes, as `mesh.shape`; the program numbers devices in the mesh's order.
+    operation: share of the ticks of a pipeline at which a stage runs F, and as often B and W. Of other conditions, the branch that sends
+      counts: the stage with the most work takes it.
 
   Raises:
     ValueError: a loop around collectives whose trip count is not in the text.
@@ -97,8 +101,9 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
           yield from (dataclasses.replace(one, trips=trips * one.trips) for one in inside)
       elif not re.search(r' [\w-]+-(done|update)\(', line):  # these name the computation that their -start has called
         for called in _CALLED.findall(line):
-          for computation in re.findall(r'%([\w.-]+)', called):
-            yield from walk(computation)
+          branches = re.findall(r'%([\w.-]+)', called)
+          share = operation if ' conditional(' in line and len(branches) == _OPERATIONS else 1
+          yield from (dataclasses.replace(one, trips=share * one.trips) for branch in branches for one in walk(branch))
 
   return list(walk(entry))
 

@@ -3,13 +3,13 @@
 import dataclasses
 
 from gptjax.config import SLICE_AXES, Config, UserError
-from gptjax.model import abstract_model, parameter_count
+from gptjax.model import model_of, parameter_count
 from gptjax.planning.collectives import Collective, collectives
 from gptjax.planning.memory import Memory, analytic_memory
 from gptjax.planning.program import Compiled, TooLarge, compile_step, durations, for_platform
 from gptjax.planning.roofline import DAY, Roofline, roofline
 from gptjax.planning.topology import Topology
-from gptjax.planning.volumes import theoretical
+from gptjax.planning.volumes import schedule_of, theoretical
 from gptjax.sharding import abstract_mesh, check_sizes
 from gptjax.training import check_unsharded
 
@@ -64,7 +64,9 @@ class Estimate:
       compiled = compile_step(self.config, self.topology)
     except TooLarge as error:
       return dataclasses.replace(self, refusal=str(error))
-    found = collectives(compiled.text, self.topology.one_slice(self.sizes))
+    schedule = schedule_of(self.config, self.sizes)
+    share = schedule.microbatches * schedule.chunks / schedule.ticks if schedule.stages > 1 else 1.0
+    found = collectives(compiled.text, self.topology.one_slice(self.sizes), share)
     if self.topology.slices > 1:  # only one slice was compiled: traffic between slices is analytic
       found += [one for one in self.analytic if {*one.axes} & {*SLICE_AXES}]
     bounds = roofline(self.config, self.topology, self.sizes, found, self.memory)
@@ -79,7 +81,7 @@ def estimate(config: Config, topology: Topology) -> Estimate:
   sizes = topology.mesh_sizes(config)
   mesh, context = abstract_mesh(sizes), config.data.context
   check_sizes(config, mesh)
-  check_unsharded(abstract_model(config.model, config.compute, context), config, mesh)
+  check_unsharded(model_of(config), config, mesh)
   memory = analytic_memory(for_platform(config, 'tpu' if topology.chip.is_tpu else 'gpu'), sizes)
   analytic = theoretical(config, sizes)
   return Estimate(config, topology, sizes, parameter_count(config.model, context), durations(config)['steps'], memory, analytic,

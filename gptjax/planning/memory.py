@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax.sharding import use_abstract_mesh
 
 from gptjax import config as configs
-from gptjax.config import TENSOR_AXIS, BATCH_AXES, STATE_AXIS, ComputeConfig, Config, ModelConfig, OptimizerConfig
-from gptjax.model import abstract_model
+from gptjax.config import BATCH_AXES, LAYERS_AXIS, STATE_AXIS, TENSOR_AXIS, ComputeConfig, Config, ModelConfig, OptimizerConfig
+from gptjax.model import Slots, abstract_model, slots_of
 from gptjax.model.head import CHUNK_BYTES, CHUNK_ROWS
 from gptjax.planning.program import for_platform
-from gptjax.planning.volumes import COMPUTE, elements
+from gptjax.planning.volumes import COMPUTE, elements, schedule_of
 from gptjax.sharding import abstract_mesh
 from gptjax.training import make_optimizer, state_bytes
 
@@ -55,11 +55,11 @@ def analytic_memory(config: Config, sizes: dict[str, int]) -> Memory:
     config = for_platform(configs.override(config, {'compute.attention': 'auto'}), 'tpu')
   stage, context, item = config.zero_stage, config.data.context, COMPUTE[config.compute.dtype][1]
   compute = ComputeConfig(scan=config.compute.scan, dtype=config.compute.dtype)  # other settings do not change the state
-  state = _state_bytes(config.model, compute, context, config.optimizer, config.frozen, stage, tuple(sizes.items()))
+  state = _state_bytes(config.model, compute, context, slots_of(config), config.optimizer, config.frozen, stage, tuple(sizes.items()))
   gathered = float(state.get('gathered', 0))
   if stage == 3 and sizes[STATE_AXIS] > 1:
     layers, rest, _ = elements(config, sizes)
-    gathered = item * (GATHERED_LAYERS * layers / config.model.layers + rest)
+    gathered = item * (GATHERED_LAYERS * layers * sizes[LAYERS_AXIS] / config.model.layers + rest)
   rows = config.microbatch_size / math.prod(sizes[name] for name in BATCH_AXES)
   one_layer = dataclasses.replace(config.model, layers=1)
   kept = dataclasses.replace(config.compute, remat='none', saved=(), offloaded=())
@@ -69,16 +69,23 @@ def analytic_memory(config: Config, sizes: dict[str, int]) -> Memory:
   return Memory(
     parameters=state['parameters'], optimizer=state['optimizer'], gathered=gathered,
     gradients=state['gradients'] * (2 if config.microbatches > 1 else 1),
-    activations=rows * row_bytes(config.model, dataclasses.replace(config.compute, offloaded=()), context, sizes[TENSOR_AXIS]),
+    activations=rows * kept_parts(config, sizes) * row_bytes(
+      config.model, dataclasses.replace(config.compute, offloaded=()), context, sizes[TENSOR_AXIS]),
     temporaries=rows * row_bytes(one_layer, kept, context, sizes[TENSOR_AXIS]) + logits)
 
 
+def kept_parts(config: Config, sizes: dict[str, int]) -> float:
+  """How many times the activations of a microbatch in all layers a stage keeps at most; those of W count as those of F and B."""
+  schedule = schedule_of(config, sizes)
+  return max(schedule.kept()) / (schedule.stages * schedule.chunks) if schedule.stages > 1 else 1.0
+
+
 @functools.cache
-def _state_bytes(model: ModelConfig, compute: ComputeConfig, context: int, optimizer: OptimizerConfig, frozen: tuple[str, ...],
-                 stage: int, sizes: tuple[tuple[str, int], ...]) -> dict[str, int]:
+def _state_bytes(model: ModelConfig, compute: ComputeConfig, context: int, slots: Slots, optimizer: OptimizerConfig,
+                 frozen: tuple[str, ...], stage: int, sizes: tuple[tuple[str, int], ...]) -> dict[str, int]:
   mesh = abstract_mesh(dict(sizes))
   with jax.set_mesh(None), use_abstract_mesh(mesh):
-    described = abstract_model(model, compute, context)
+    described = abstract_model(model, compute, context, slots)
     transformation = make_optimizer(optimizer)
     return state_bytes(described, transformation, stage, mesh, described.matching('frozen', frozen))
 

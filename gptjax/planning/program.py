@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from gptjax import config as configs
 from gptjax.config import Config, UserError, duration_in_steps, schedule_warning
-from gptjax.model import abstract_model, attention_backend
+from gptjax.model import attention_backend, model_of
 from gptjax.planning.topology import Topology
 from gptjax.sharding import BATCH_SPEC, make_mesh
 from gptjax.training import abstract, frozen_names, initializer, learning_rates, make_objective, make_optimizer, train_step
@@ -100,11 +100,11 @@ def compile_on(mesh: Mesh, config: Config, options: dict[str, str | bool] | None
   """Compiles the actual train step for a mesh of devices; raises TooLarge."""
   steps = durations(config)
   with jax.set_mesh(mesh):
-    model = abstract_model(config.model, config.compute, config.data.context)
+    model = model_of(config)
     optimizer = make_optimizer(config.optimizer)
     state = abstract(initializer(model, optimizer, config.zero_stage, mesh, config.seed, frozen_names(model, config)), mesh)
     step: Any = train_step(model, make_objective(config), optimizer, learning_rates(config.optimizer, **steps),
-                           zero_stage=config.zero_stage, mesh=mesh, microbatches=config.microbatches, seed=config.seed)
+                           zero_stage=config.zero_stage, mesh=mesh, microbatches=config.microbatches, seed=config.seed, pipeline=config.pipeline)
     isolated = ['positions', 'segments'] if config.data.isolate_documents else []
     array = lambda dtype: jax.ShapeDtypeStruct((config.batch_size, config.data.context), dtype, sharding=NamedSharding(mesh, BATCH_SPEC))
     batch = {name: array(jnp.int32) for name in ('tokens', 'targets', *isolated)} | {'mask': array(jnp.float32)}

@@ -16,7 +16,7 @@ from gptjax.planning.collectives import PADDED, totals
 from gptjax.planning.estimate import Estimate
 from gptjax.planning.roofline import DAY
 from gptjax.planning.search import settings
-from gptjax.planning.volumes import by_axis
+from gptjax.planning.volumes import by_axis, schedule_of
 from gptjax.sharding import abstract_mesh
 from gptjax.sharding import describe as describe_mesh
 from gptjax.sharding.chips import GIB
@@ -33,7 +33,10 @@ def describe(one: Estimate) -> str:
 def _head(one: Estimate) -> str:
   config = one.config
   parts = f' in {config.microbatches} microbatches' if config.microbatches > 1 else ''
-  return (f'{one.topology.name}: {one.topology.devices} devices, mesh {describe_mesh(abstract_mesh(one.sizes))}, ZeRO stage '
+  schedule = schedule_of(config, one.sizes)
+  pipeline = '' if schedule.stages == 1 else (
+    f', {config.pipeline.schedule}' + (f' with {schedule.chunks} chunks' if schedule.chunks > 1 else '') + f' (bubble {schedule.bubble:.1%})')
+  return (f'{one.topology.name}: {one.topology.devices} devices, mesh {describe_mesh(abstract_mesh(one.sizes))}{pipeline}, ZeRO stage '
           f'{config.zero_stage}, remat {config.compute.remat}\n{one.parameters / 1e9:.2f}B parameters, {config.compute.dtype}, '
           f'{config.batch_size} x {config.data.context} tokens per step{parts}, {one.steps:,} steps, {one.tokens:.4g} tokens')
 

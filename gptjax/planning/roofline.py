@@ -7,7 +7,7 @@ from gptjax.model import attention_flops, flops_per_token, parameter_count, repe
 from gptjax.planning.collectives import Collective
 from gptjax.planning.memory import Memory
 from gptjax.planning.topology import Topology
-from gptjax.planning.volumes import COMPUTE, elements
+from gptjax.planning.volumes import COMPUTE, elements, schedule_of
 
 DAY = 86_400
 
@@ -21,7 +21,7 @@ class Roofline:
   executed: float
   """FLOPs including those that remat recomputes"""
   seconds: dict[str, float]
-  """time that each resource is busy: compute, memory, and each network that is used"""
+  """time that each resource is busy: compute (with the bubble of a pipeline), memory, and each network that is used"""
   peak: float
   """FLOP/s of a device"""
 
@@ -50,7 +50,8 @@ def roofline(config: Config, topology: Topology, sizes: dict[str, int], moved: l
   chip, tokens = topology.chip, config.batch_size * config.data.context / topology.devices
   flops = flops_per_token(config.model, config.data.context)
   needed, executed = tokens * flops, tokens * (flops + _recomputed(config))
-  seconds = {'compute': executed / chip.flops, 'memory': _touched(config, sizes, memory) / chip.hbm}
+  busy = 1 - schedule_of(config, sizes).bubble
+  seconds = {'compute': executed / chip.flops / busy, 'memory': _touched(config, sizes, memory) / chip.hbm}
   links = topology.links(sizes)
   for one in moved:
     if one.axes:

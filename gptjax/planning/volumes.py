@@ -9,10 +9,11 @@ import functools
 import math
 from typing import NamedTuple
 
-from gptjax.config import TENSOR_AXIS, BATCH_AXES, STATE_AXIS, ComputeConfig, Config, ModelConfig
-from gptjax.model import abstract_model, repeated_products
+from gptjax.config import (
+  BATCH_AXES, LAYERS_AXIS, LOCAL_AXES, STATE_AXIS, TENSOR_AXIS, ComputeConfig, Config, ModelConfig, PipelineConfig)
+from gptjax.model import Slots, abstract_model, repeated_products, slots_of
 from gptjax.planning.collectives import Collective, totals
-from gptjax.sharding import abstract_mesh
+from gptjax.sharding import Schedule, abstract_mesh, make_schedule
 
 COMPUTE = {'float32': ('f32', 4), 'bfloat16': ('bf16', 2)}
 """XLA's name and the bytes of a compute dtype."""
@@ -32,13 +33,14 @@ class Elements(NamedTuple):
 def elements(config: Config, sizes: dict[str, int], trained: bool = False) -> Elements:
   """Counts the parameters of one device, or those that are trained."""
   frozen = config.frozen if trained else ()
-  return _elements(config.model, config.compute.scan, config.data.context, frozen, tuple(sizes.items()))
+  return _elements(config.model, config.compute.scan, config.data.context, slots_of(config), frozen, tuple(sizes.items()))
 
 
 @functools.cache
-def _elements(model: ModelConfig, scan: bool, context: int, frozen: tuple[str, ...], axes: tuple[tuple[str, int], ...]) -> Elements:
+def _elements(model: ModelConfig, scan: bool, context: int, slots: Slots, frozen: tuple[str, ...],
+              axes: tuple[tuple[str, int], ...]) -> Elements:
   mesh = abstract_mesh(dict(axes))
-  described = abstract_model(model, ComputeConfig(scan=scan), context)
+  described = abstract_model(model, ComputeConfig(scan=scan), context, slots)
   unsharded, stored = described.shardings(0, mesh), described.shardings(3, mesh)
   counts = [0, 0, 0]
   for name in described.shapes.keys() - described.matching('frozen', frozen):
@@ -54,7 +56,7 @@ def theoretical(config: Config, sizes: dict[str, int]) -> list[Collective]:
   Stages 0 and 1 reduce gradients once per step, stages 2 and 3 with every microbatch, where the backward pass makes them. Along the
   other axes that divide rows, each device reduces once per step the part that it holds.
   """
-  found = [*_data_parallel(config, sizes), *_tensor_parallel(config, sizes)]
+  found = [*_data_parallel(config, sizes), *_tensor_parallel(config, sizes), *_pipeline(config, sizes)]
   return [one for one in found if one.group > 1 and one.payload]
 
 
@@ -62,16 +64,18 @@ def _data_parallel(config: Config, sizes: dict[str, int]) -> list[Collective]:
   stage, parts = config.zero_stage, config.microbatches
   dtype, item = COMPUTE[config.compute.dtype]
   layers, rest, unsharded = elements(config, sizes, trained=True)
-  others = tuple(name for name in BATCH_AXES if name != STATE_AXIS and sizes[name] > 1)
-  rows = tuple(name for name in BATCH_AXES if sizes[name] > 1)
+  every = tuple(name for name in LOCAL_AXES if sizes[name] > 1)  # all devices have the embedding, the head and the last norm
+  rows = tuple(name for name in every if name != LAYERS_AXIS)
+  others, ends = (tuple(name for name in axes if name != STATE_AXIS) for axes in (rows, every))
   def along(axes, kind, dtype, payload, trips, why):
     return Collective(kind, dtype, payload, math.prod(sizes[name] for name in axes), axes, trips, why)
   data = lambda *facts: along((STATE_AXIS,), *facts)
   small = along(rows, 'all-reduce', 'f32', 4 * unsharded, 1, 'gradients of small parameters')
   if stage == 0:
-    return [along(rows, 'all-reduce', 'f32', 4 * (layers + rest), 1, 'gradients'), small]
+    return [along(rows, 'all-reduce', 'f32', 4 * layers, 1, 'gradients'), along(every, 'all-reduce', 'f32', 4 * rest, 1, 'gradients'), small]
   found = [data('reduce-scatter', 'f32', 4 * (layers + rest), parts if stage > 1 else 1, 'gradients'), small,
-           along(others, 'all-reduce', 'f32', 4 * (layers + rest) / sizes[STATE_AXIS], 1, 'gradients')]
+           *(along(axes, 'all-reduce', 'f32', 4 * count / sizes[STATE_AXIS], 1, 'gradients')
+             for axes, count in ((others, layers), (ends, rest)))]
   layers, rest, _ = elements(config, sizes)
   if stage < 3:
     return [*found, data('all-gather', dtype, item * (layers + rest), 1, 'updated parameters')]
@@ -80,7 +84,7 @@ def _data_parallel(config: Config, sizes: dict[str, int]) -> list[Collective]:
 
 
 def _tensor_parallel(config: Config, sizes: dict[str, int]) -> list[Collective]:
-  p, layers, microbatches = sizes[TENSOR_AXIS], config.model.layers, config.microbatches
+  p, layers, microbatches = sizes[TENSOR_AXIS], -(-config.model.layers // sizes[LAYERS_AXIS]), config.microbatches
   dtype, item = COMPUTE[config.compute.dtype]
   tokens = config.microbatch_size * config.data.context / math.prod(sizes[name] for name in BATCH_AXES)
   stream = item * tokens * config.model.width
@@ -99,6 +103,26 @@ def _tensor_parallel(config: Config, sizes: dict[str, int]) -> list[Collective]:
             model('reduce-scatter', dtype, stream, layers * sums + 2, 'their sums, forward and backward')]
   return [*found, model('all-reduce', dtype, stream, layers * sums, 'attention and feed-forward, forward and backward'),
           model('all-reduce', dtype, stream, 2, 'embedding forward, head backward')]
+
+
+def _pipeline(config: Config, sizes: dict[str, int]) -> list[Collective]:
+  if (stages := sizes[LAYERS_AXIS]) == 1:
+    return []
+  dtype, item = COMPUTE[config.compute.dtype]
+  tokens = config.microbatch_size * config.data.context / math.prod(sizes[name] for name in BATCH_AXES)
+  stream = item * tokens * config.model.width / (sizes[TENSOR_AXIS] if config.compute.sequence_parallel else 1)
+  ticks = schedule_of(config, sizes).ticks
+  return [Collective('collective-permute', dtype, stream, stages, (LAYERS_AXIS,), 2 * ticks, 'activations and gradients, at every tick')]
+
+
+@functools.cache
+def _schedule(pipeline: PipelineConfig, stages: int, microbatches: int) -> Schedule:
+  return make_schedule(pipeline.schedule, stages, microbatches, pipeline.chunks)
+
+
+def schedule_of(config: Config, sizes: dict[str, int]) -> Schedule:
+  """The schedule of a step on a mesh of these sizes; with one stage it has no idle ticks."""
+  return _schedule(config.pipeline, sizes[LAYERS_AXIS], config.microbatches)
 
 
 def by_axis(found: list[Collective]) -> dict[str, float]:

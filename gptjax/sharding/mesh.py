@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
-from gptjax.config import AXES, AXIS_NAMES, BATCH_AXES, REST_AXIS, STATE_AXIS, TENSOR_AXIS, Config, MeshConfig, ModelConfig, UserError, divisors
+from gptjax.config import (
+  AXES, AXIS_NAMES, BATCH_AXES, LOCAL_AXES, REST_AXIS, SLICE_AXES, STATE_AXIS, TENSOR_AXIS, Config, MeshConfig, ModelConfig, UserError,
+  divisors)
 
 AnyMesh = Mesh | AbstractMesh
 """A mesh of devices, or only its sizes, which is enough to describe a state and to plan."""
@@ -77,6 +79,25 @@ def _arranged(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
     raise UserError(f'mesh.{TENSOR_AXIS}', sizes[TENSOR_AXIS], f'a divisor of the {within} devices of a slice: {divisors(within)}')
   return mesh_utils.create_hybrid_device_mesh(
     tuple(size // between[name] for name, size in sizes.items()), tuple(between.values()), devices, allow_split_physical_axes=True)
+
+
+_FOLDED = tuple(name for name in LOCAL_AXES if name not in SLICE_AXES)
+"""Axes that are neighbors in the table, for which one takes the place of all in a `folded` mesh."""
+
+
+def folded(mesh: Mesh) -> Mesh:
+  """The same devices with ZeRO's axis in place of those that divide layers, experts and tokens."""
+  sizes = {name: 1 if name in _FOLDED else size for name, size in mesh.shape.items()}
+  sizes[STATE_AXIS] = math.prod(mesh.shape[name] for name in _FOLDED)
+  return mesh if sizes == dict(mesh.shape) else Mesh(mesh.devices.reshape(tuple(sizes.values())), AXIS_NAMES, axis_types=_EXPLICIT)
+
+
+def unfolded(spec: PartitionSpec) -> PartitionSpec:
+  """The spec on a mesh of an array that has this one on the `folded` mesh: each device has the same part."""
+  def names(entry):
+    entry = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+    return tuple(name for one in entry for name in (_FOLDED if one == STATE_AXIS else (one,))) or None
+  return PartitionSpec(*map(names, spec))
 
 
 def describe(mesh: AnyMesh) -> str:

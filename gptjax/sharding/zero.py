@@ -27,7 +27,8 @@ shards of tiles, and viewing an array as tiles moves nothing."""
 class Factors(NamedTuple):
   """The gradient of a matrix as the product that it is: a^T b, of a [N, I] and b [N, O] over N tokens."""
 
-  a: Array
+  a: Array | None
+  """None: another matrix that reads the same array has it"""
   b: Array
 
 
@@ -74,7 +75,7 @@ class Weight:
   def cotangent_of_product(self, a: Float[Array, 'N I'], b: Float[Array, 'N O'], split: PartitionSpec) -> 'Weight':
     """The cotangent of a matrix, split by this spec, from the factors of this device's gradient."""
     if self.factors is not None:
-      return dataclasses.replace(jax.tree.map(jnp.zeros_like, self), factors=Factors(a, b))
+      return dataclasses.replace(jax.tree.map(jnp.zeros_like, self), factors=Factors(None if self.factors.a is None else a, b))
     return self.cotangent(jnp.einsum('na,nb->ab', a, b, preferred_element_type=jnp.float32, out_sharding=split))
 
 

@@ -3,5 +3,5 @@
 from gptjax.training.loop import Options, train
 from gptjax.training.objective import Batch, ObjectiveSums, ObjectiveFunction, make_objective, next_token
 from gptjax.training.optimizer import learning_rates, make_optimizer
-from gptjax.training.run import Run, check_unsharded, frozen_names, resolve
-from gptjax.training.step import TrainState, abstract, initializer, state_bytes, train_step
+from gptjax.training.run import Run, check_unsharded, resolve
+from gptjax.training.step import TrainState, abstract, frozen_names, initializer, state_bytes, train_step

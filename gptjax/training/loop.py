@@ -80,7 +80,7 @@ def train(config: Config, options: Options) -> int:
     if newest is not None:
       state, begun = restore(checkpoints, newest, run)[0], f'checkpoint of step {progress.step}, {progress.tokens:,} tokens'
     elif config.init_from:  # a run that resumes does not read the other run again
-      checkpoints.save(progress, state, None, waits=True)
+      checkpoints.save(progress, run.standard.saved(state), None, waits=True)
     peak = peak_flops(list(mesh.devices.flatten()))
     book = stack.enter_context(contextlib.closing(Logbook(folder, progress.step, run.steps) if is_primary() else NullLogbook()))
     facts = header(run, data, begun, peak)
@@ -91,7 +91,7 @@ def train(config: Config, options: Options) -> int:
     if is_primary():
       write_json(folder / 'run.json', facts)
     if 0 < run.checkpoint_every < last - progress.step:  # while the step compiles, which leaves processors idle
-      checkpoints.prepare(state)
+      checkpoints.prepare(run.standard.saved(state))
     watchdog = stack.enter_context(Watchdog(options.hang_timeout, folder))
     interruptions = stack.enter_context(Interruptions(mesh, run.config.checkpoint.minutes))
     validation = Validation(run, data, book, watchdog.progress)
@@ -289,7 +289,8 @@ class _Loop:
     # All processes take part in a save: if process 0 cannot save, none can.
     if refusal := broadcast('save', self._refusal() if is_primary() else None):
       raise UserError.from_text(refusal)
-    self.checkpoints.save(Progress(self.steps.step, self.steps.row, self.tokens), self.steps.state, loss, waits)
+    state = self.run.standard.saved(self.steps.state)
+    self.checkpoints.save(Progress(self.steps.step, self.steps.row, self.tokens), state, loss, waits)
     self.rollbacks = 0
     return waits
 

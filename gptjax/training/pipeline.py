@@ -69,14 +69,16 @@ class _Stage:
 
     def factors(name: str) -> Factors:
       shape, split = model.shapes[name].shape[1:], spec(*model.axes[name][1:])
-      return Factors(*(jnp.zeros((self._places, tokens, size), self._hidden.dtype, out_sharding=PartitionSpec(None, None, axis))
-                       for size, axis in zip(shape, split, strict=True)))
+      a, b = (jnp.zeros((self._places, tokens, size), self._hidden.dtype, out_sharding=PartitionSpec(None, None, axis))
+              for size, axis in zip(shape, split, strict=True))
+      return Factors(a if self._readers[model.input_of(name)] == name else None, b)
 
+    self._readers = {model.input_of(name): name for name in self._matrices}  # one of several that read the same array
     self._factors = {name: factors(name) for name in self._matrices}
-    _, sums, kept = jax.eval_shape(lambda: self._forward(_zeros(self._hidden), 0, 0))
+    _, sums, _ = jax.eval_shape(lambda: self._forward(_zeros(self._hidden), 0, 0))
     self._sums = jax.eval_shape(lambda: self._loss({}, _zeros(self._hidden), 0)[1]) | sums
     self._kinds: list[Any] = []
-    self.kinds = [[self._kind(x) for x in kept], [self._kind(x) for x in jax.tree.leaves(jax.eval_shape(lambda: self._factors))]]
+    self.kinds = [[self._kind(x) for x in self._kept], [self._kind(jax.typeof(x)) for x in jax.tree.leaves(self._factors)]]
     """of the arrays that F and B keep: those of equal shape, dtype and sharding have the same number"""
 
   def begin(self, places: Places) -> _State:
@@ -125,7 +127,8 @@ class _Stage:
     factors = jax.tree.unflatten(jax.tree.structure(self._factors), self._load(state, 1, tick.factors))
 
     def gradient(name: str):
-      product = jnp.einsum('lna,lnb->lab', *factors[name], preferred_element_type=jnp.float32,
+      a = factors[self._readers[self._model.input_of(name)]].a
+      product = jnp.einsum('lna,lnb->lab', a, factors[name].b, preferred_element_type=jnp.float32,
                            out_sharding=PartitionSpec(None, *spec(*self._model.axes[name][1:])))
       return self._chunk(self._inner[name], tick.chunk).cotangent(product).variable
     nothing = _zeros(self._hidden)
@@ -158,7 +161,9 @@ class _Stage:
     self._sources = [next((index for index, one in enumerate(known) if one is leaf), None) for leaf in leaves]
     kept = [leaf for leaf, source in zip(leaves, self._sources, strict=True) if source is None]
     self._keyed = [jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in kept]
-    return y, sums, [jax.random.key_data(leaf) if keyed else leaf for leaf, keyed in zip(kept, self._keyed, strict=True)]
+    kept = [jax.random.key_data(leaf) if keyed else leaf for leaf, keyed in zip(kept, self._keyed, strict=True)]
+    self._kept = list(map(jax.typeof, kept))
+    return y, sums, kept
 
   def _vjp(self, kept: Sequence[jax.Array], tick: Tick):
     """The vjp of layers from what `_forward` kept of it; the rest are weights and inputs of this microbatch, which are at hand."""
@@ -202,7 +207,7 @@ class _Stage:
   def _virtual(self, tick: Tick):
     return tick.chunk * self._schedule.stages + jax.lax.axis_index(LAYERS_AXIS)
 
-  def _kind(self, x: jax.ShapeDtypeStruct) -> int:
+  def _kind(self, x: Any) -> int:
     same = lambda other: (other.shape, other.dtype, _spec(other)) == (x.shape, x.dtype, _spec(x))
     if not any(map(same, self._kinds)):
       self._kinds.append(x)

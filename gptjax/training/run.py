@@ -1,6 +1,7 @@
 """A run, built once from config, data and devices, and its steps: the rows that each one takes, and its dispatch."""
 
 import dataclasses
+import functools
 import math
 import subprocess
 import time
@@ -24,7 +25,8 @@ from gptjax.sharding import AnyMesh, check_sizes, describe, process_rows, put_ro
 from gptjax.training.guard import BadSteps
 from gptjax.training.objective import ObjectiveFunction, make_objective
 from gptjax.training.optimizer import learning_rates, make_optimizer
-from gptjax.training.step import TrainState, abstract, initializer, train_step
+from gptjax.training.standard import Standard
+from gptjax.training.step import TrainState, abstract, frozen_names, initializer, train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,11 @@ class Run:
     config = self.config
     return batches(self.rows, row, config.batch_size, process_rows(self.mesh, config.batch_size), prefetch=config.data.prefetch,
                    workers=config.data.workers)
+
+  @functools.cached_property
+  def standard(self) -> Standard:
+    """The layout of its checkpoints and of evaluation."""
+    return Standard(self.config, self.mesh, self.optimizer)
 
   @property
   def abstract_state(self) -> TrainState:
@@ -98,14 +105,6 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
     valid={name: EvalRows(store, config.data.context, config.data.isolate_documents) for name, store in data.valid.items()},
     eval_every=steps_of('eval.every'), checkpoint_every=steps_of('checkpoint.every'), keep_every=steps_of('checkpoint.keep_every'),
     compare_every=steps_of('faults.compare_every'), warning=warning)
-
-
-def frozen_names(model: AbstractModel, config: Config) -> frozenset[str]:
-  """Names of the parameters that match config.frozen; raises a UserError if a pattern matches none, or the patterns match all."""
-  names = model.matching('frozen', config.frozen)
-  if len(names) == len(model.shapes):
-    raise UserError('frozen', list(config.frozen), 'patterns that leave parameters to train')
-  return names
 
 
 def every(count: int, step: int) -> bool:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gptjax.config import LAYERS_AXIS, PipelineConfig
+from gptjax.config import LAYERS_AXIS, Config, PipelineConfig, UserError
 from gptjax.model import AbstractModel, Parameters, Positions
 from gptjax.sharding import BATCH_SPEC, AnyMesh, ParameterSpecs, batch_psum, batch_shard_map, make_schedule, row_numbers
 from gptjax.training.guard import LossStatistics, initial_statistics, is_good_step
@@ -56,6 +56,14 @@ def initializer(model: AbstractModel, optimizer: optax.GradientTransformation, z
     return TrainState(jnp.zeros((), jnp.int32), parameters, kept, moments, initial_statistics())
 
   return jax.jit(initialize)
+
+
+def frozen_names(model: AbstractModel, config: Config) -> frozenset[str]:
+  """Names of the parameters that match config.frozen; raises a UserError if a pattern matches none, or the patterns match all."""
+  names = model.matching('frozen', config.frozen)
+  if len(names) == len(model.shapes):
+    raise UserError('frozen', list(config.frozen), 'patterns that leave parameters to train')
+  return names
 
 
 def abstract(initialize: Callable[[], TrainState], mesh: AnyMesh) -> TrainState:

@@ -3,10 +3,13 @@
 import functools
 from collections.abc import Callable
 
+import jax
+
 from gptjax import inference
 from gptjax.config import unescaped
 from gptjax.data import Prepared
 from gptjax.evaluation import Scorer
+from gptjax.model import Parameters
 from gptjax.training.logbook import Logbook
 from gptjax.training.run import Run, every
 from gptjax.training.step import TrainState
@@ -17,7 +20,8 @@ class Validation:
 
   def __init__(self, run: Run, data: Prepared, book: Logbook, advance: Callable[[int], None]):
     self._run, self._data, self._book, self._advance = run, data, book, advance
-    self._scorer = Scorer(run.model, run.objective, run.mesh, run.config.microbatch_size, run.config.zero_stage)
+    standard = run.standard
+    self._scorer = Scorer(standard.model, run.objective, standard.mesh, run.config.microbatch_size, standard.zero_stage)
 
   def due(self, step: int) -> bool:
     """At config.eval.every, at the end, and where a checkpoint may become the best, which needs its loss."""
@@ -26,12 +30,17 @@ class Validation:
 
   def __call__(self, step: int, state: TrainState) -> float:
     """Logs scores and a sample; returns the mean loss of all sets, in nats per token."""
+    parameters = self._run.standard.parameters(state.parameters)
+    with jax.set_mesh(self._run.standard.mesh):
+      return self._validate(step, parameters)
+
+  def _validate(self, step: int, parameters: Parameters) -> float:
     run, settings = self._run, self._run.config.eval
-    scores = self._scorer.sets(state.parameters, run.valid, self._data.tags, count=0 if step == run.steps else settings.rows,
+    scores = self._scorer.sets(parameters, run.valid, self._data.tags, count=0 if step == run.steps else settings.rows,
                                advance=self._advance)
     self._book.validation(step, scores.named())
     if settings.sample_tokens:
-      weights = self._generator.prepare(state.parameters)
+      weights = self._generator.prepare(parameters)
       prompt = unescaped(settings.prompt)
       sample, = self._generator(weights, [self._generator.prompt(prompt, 'eval.prompt')], max_tokens=settings.sample_tokens,
                                 seeds=[run.config.seed])
@@ -40,4 +49,5 @@ class Validation:
 
   @functools.cached_property
   def _generator(self) -> inference.Generator:
-    return inference.Generator(self._run.model, self._run.mesh, self._data.tokenizer, self._run.config.zero_stage)
+    standard = self._run.standard
+    return inference.Generator(standard.model, standard.mesh, self._data.tokenizer, standard.zero_stage)

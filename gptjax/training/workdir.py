@@ -20,11 +20,11 @@ from gptjax.config import Config, UserError, in_unit_of_steps, read_config
 from gptjax.data import Prepared, Tokenizer, export, load_tokenizer
 from gptjax.distributed import broadcast
 from gptjax.files import expanded, write_atomic
-from gptjax.model import AbstractModel, abstract_model, stack_layers, unstack_layers
-from gptjax.training.run import Run, frozen_names, in_steps
-from gptjax.training.step import TrainState, abstract, initializer
+from gptjax.model import AbstractModel, stack_layers, stored_model, unstack_layers
+from gptjax.training.run import Run, in_steps
+from gptjax.training.step import TrainState
 
-FREE = ('batch_size', 'microbatches', 'zero_stage', 'mesh.', 'compute.', 'eval.', 'checkpoint.', 'faults.', 'data.source.path',
+FREE = ('batch_size', 'microbatches', 'zero_stage', 'mesh.', 'pipeline.', 'compute.', 'eval.', 'checkpoint.', 'faults.', 'data.source.path',
         'data.source.skip', 'data.tokenizer.path', 'data.prefetch', 'data.workers')
 """Fields that a resumed run may change: they affect neither the results, up to rounding, nor the order of the rows."""
 _PRECISION = 'compute.dtype'
@@ -129,20 +129,11 @@ def _another_run(worst: dict[str, tuple], changes: dict[str, tuple], *, accepted
 
 def restore(checkpoints: Checkpoints, step: int, run: Run) -> tuple[TrainState, Progress]:
   """The state of a checkpoint, with layers stacked or not as `compute.scan` is now; a UserError if it is damaged, or of another model."""
-  scan = read_config(checkpoints.folder(step)).compute.scan
-  if scan == run.config.compute.scan:
-    return checkpoints.restore(step, run.abstract_state)
-  before = dataclasses.replace(run.config, compute=dataclasses.replace(run.config.compute, scan=scan))
-  model = abstract_model(before.model, before.compute, before.data.context)
-  stored, progress = checkpoints.restore(step, abstract(
-    initializer(model, run.optimizer, before.zero_stage, run.mesh, before.seed, frozen_names(model, before)), run.mesh))
-  wanted, layout = run.abstract_state, unstack_layers if scan else stack_layers
-
-  def convert(state: TrainState) -> TrainState:
-    arrays = layout(by_name(state, lambda x: x))
-    return jax.tree.unflatten(jax.tree.structure(wanted), [arrays[name] for name in by_name(wanted, lambda x: x)])
-
-  return jax.jit(convert, out_shardings=jax.tree.map(lambda x: x.sharding, wanted))(stored), progress
+  before, standard, wanted = stored_model(read_config(checkpoints.folder(step))), run.standard, run.abstract_state
+  if standard.is_in_order and before.is_stacked == run.model.is_stacked:
+    return checkpoints.restore(step, wanted)
+  stored, progress = checkpoints.restore(step, standard.abstract_state(before))
+  return standard.enter(by_name(stored), wanted), progress
 
 
 def initial_state(run: Run, tokenizer: Tokenizer) -> tuple[TrainState, str]:
@@ -156,18 +147,23 @@ def initial_state(run: Run, tokenizer: Tokenizer) -> tuple[TrainState, str]:
     return run.initialize(), 'fresh parameters'
   checkpoints, step, folder, tokenizer_folder = _open(expanded(path))
   config, source_tokenizer = read_config(folder), load_tokenizer(tokenizer_folder)
-  source = abstract_model(config.model, config.compute, config.data.context)
-  in_layout = stack_layers if run.model.compute.scan else unstack_layers
-  differences = _differences(run.model, in_layout(source.shapes))
+  standard, source = run.standard, stored_model(config)
+  in_layout = stack_layers if standard.model.is_stacked else unstack_layers
+  differences = _differences(standard.model, in_layout(source.shapes))
   if source_tokenizer.sha256 != tokenizer.sha256:
     differences = [f'another tokenizer, of {source_tokenizer.vocab_size:,} ids (data.tokenizer.path={tokenizer_folder})', *differences]
   if differences and not run.config.init_partial:
     raise UserError('init_from', path, 'a run with the same parameters and tokenizer, or --config.init_partial for the parts that fit: '
                     f'{_listed(differences)}')
-  state, shardings = run.initialize(), source.shardings(3, run.mesh)
-  found = in_layout(checkpoints.restore_parameters(step, {
-    name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shardings[name]) for name, shape in source.shapes.items()}))
-  take = lambda parameters: {name: _combined(fresh, found.pop(name, None)) for name, fresh in parameters.items()}
+  state, shardings = run.initialize(), source.shardings(3, standard.mesh)
+  initial = standard.parameters(state.parameters)
+  with jax.set_mesh(standard.mesh):
+    found = in_layout(checkpoints.restore_parameters(step, {
+      name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shardings[name]) for name, shape in source.shapes.items()}))
+    parameters = {name: _combined(fresh, found.pop(name, None)) for name, fresh in initial.items()}
+  if standard.mesh != run.mesh:
+    parameters = standard.enter(parameters, run.abstract_state.parameters)
+  take = lambda names: {name: parameters[name] for name in names}
   words = f'parameters of {path}, step {step}' + (f', in part: {_listed(differences)}' if differences else '')
   return state._replace(trained=take(state.trained), frozen=take(state.frozen)), words
 

@@ -1,0 +1,89 @@
+"""The standard layout of a train state, in which checkpoints hold it and evaluation reads it: layers in order, and a mesh without axes for
+layers, experts or tokens. So a run goes on, and is evaluated, on any other mesh."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from gptjax.checkpoint import by_name
+from gptjax.config import Config
+from gptjax.model import AbstractModel, Parameters, model_of, stored_model
+from gptjax.sharding import folded, unfolded
+from gptjax.training.step import TrainState, abstract, frozen_names, initializer
+
+
+class Standard:
+  """Converts train states and parameters between a run's layout and the standard one.
+
+  Args:
+    config, mesh, optimizer: of the run.
+  """
+
+  def __init__(self, config: Config, mesh: Mesh, optimizer: optax.GradientTransformation):
+    self._config, self._run_mesh, self._run_model, self._optimizer = config, mesh, model_of(config), optimizer
+    self.mesh, self.model = folded(mesh), stored_model(config)
+    self.zero_stage = config.zero_stage if self.mesh == mesh else 3
+    """at which arrays are sharded over `mesh`"""
+    self.is_in_order = self._run_model.slots in ((), tuple(range(config.model.layers)))
+    """whether the run's layers are"""
+
+  def abstract_state(self, model: AbstractModel) -> TrainState:
+    """The state of a model in the standard layout: shapes, dtypes and shardings."""
+    with jax.set_mesh(self.mesh):
+      return abstract(initializer(model, self._optimizer, self.zero_stage, self.mesh, 0, frozen_names(model, self._config)), self.mesh)
+
+  def parameters(self, parameters: Parameters) -> Parameters:
+    """Parameters of the run for forward passes of `model` on `mesh`."""
+    return parameters if self.mesh == self._run_mesh else _viewed(self._leave_for_parameters(parameters), self._shardings)
+
+  def saved(self, state: TrainState) -> TrainState:
+    """A state as checkpoints hold it: the same arrays if the run's layers are in order."""
+    return state if self.is_in_order else self._leave_for_state(state)
+
+  def enter(self, arrays: Mapping[str, jax.Array], wanted: Any) -> Any:
+    """The tree `wanted` of the run's shapes and shardings, from arrays by name in the standard layout."""
+    def convert(arrays):
+      found = self._run_model.in_layout(arrays)
+      return [found[name] for name in by_name(wanted)]
+
+    here = _viewed(dict(arrays), {name: self._on_run_mesh(x.sharding) for name, x in arrays.items()})
+    leaves = self._jit(convert, [x.sharding for x in jax.tree.leaves(wanted)])(here)
+    return jax.tree.unflatten(jax.tree.structure(wanted), leaves)
+
+  @functools.cached_property
+  def _shardings(self) -> dict[str, NamedSharding]:
+    return self.model.shardings(self.zero_stage, self.mesh)
+
+  @functools.cached_property
+  def _leave_for_parameters(self):
+    return self._jit(self._ordered, jax.tree.map(self._on_run_mesh, self._shardings))
+
+  @functools.cached_property
+  def _leave_for_state(self):
+    return self._jit(self._ordered, jax.tree.map(lambda x: self._on_run_mesh(x.sharding), self.abstract_state(self.model)))
+
+  def _ordered(self, tree: Any) -> Any:
+    if self.is_in_order:
+      return tree
+    places = np.argsort(self._run_model.slots)[-self.model.config.layers:]  # places without a layer come first
+    arrays = by_name(tree, lambda x: x)
+    leaves = [x[places] if f'/{name}'.count('/blocks/') else x for name, x in arrays.items()]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+  def _on_run_mesh(self, sharding: NamedSharding) -> NamedSharding:
+    return NamedSharding(self._run_mesh, unfolded(sharding.spec))
+
+  def _jit(self, function, shardings: Any):
+    # With explicit axes JAX would refuse to take layers from a stack that stages share out.
+    return jax.jit(jax.sharding.auto_axes(function, out_sharding=shardings))
+
+
+def _viewed(arrays: Parameters, shardings: Mapping[str, NamedSharding]) -> Parameters:
+  """The same arrays by the names of another mesh of the same devices; nothing is moved."""
+  return {name: jax.make_array_from_single_device_arrays(x.shape, shardings[name], [shard.data for shard in x.addressable_shards])
+          for name, x in arrays.items()}
