@@ -81,15 +81,19 @@ def _arranged(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
     tuple(size // between[name] for name, size in sizes.items()), tuple(between.values()), devices, allow_split_physical_axes=True)
 
 
-_FOLDED = tuple(name for name in LOCAL_AXES if name not in SLICE_AXES)
-"""Axes that are neighbors in the table, for which one takes the place of all in a `folded` mesh."""
+_FOLDED = (STATE_AXIS, *(name for name in LOCAL_AXES if name not in (*SLICE_AXES, STATE_AXIS)))
+"""Axes for which the first takes the place of all in a `folded` mesh."""
 
 
 def folded(mesh: Mesh) -> Mesh:
   """The same devices with ZeRO's axis in place of those that divide layers, experts and tokens."""
   sizes = {name: 1 if name in _FOLDED else size for name, size in mesh.shape.items()}
   sizes[STATE_AXIS] = math.prod(mesh.shape[name] for name in _FOLDED)
-  return mesh if sizes == dict(mesh.shape) else Mesh(mesh.devices.reshape(tuple(sizes.values())), AXIS_NAMES, axis_types=_EXPLICIT)
+  if sizes == dict(mesh.shape):
+    return mesh
+  order = sorted(AXIS_NAMES, key=lambda name: (name not in SLICE_AXES, name == TENSOR_AXIS, name != STATE_AXIS))
+  devices = mesh.devices.transpose([AXIS_NAMES.index(name) for name in order])
+  return Mesh(devices.reshape(tuple(sizes.values())), AXIS_NAMES, axis_types=_EXPLICIT)
 
 
 def unfolded(spec: PartitionSpec) -> PartitionSpec:
@@ -97,6 +101,14 @@ def unfolded(spec: PartitionSpec) -> PartitionSpec:
   def names(entry):
     entry = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
     return tuple(name for one in entry for name in (_FOLDED if one == STATE_AXIS else (one,))) or None
+  return PartitionSpec(*map(names, spec))
+
+
+def gathered(spec: PartitionSpec) -> PartitionSpec:
+  """The spec of an array that is complete along the axes which a `folded` mesh has not."""
+  def names(entry):
+    entry = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+    return tuple(name for name in entry if name not in _FOLDED[1:]) or None
   return PartitionSpec(*map(names, spec))
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gptjax.checkpoint import by_name
 from gptjax.config import Config
 from gptjax.model import AbstractModel, Parameters, model_of, stored_model
-from gptjax.sharding import folded, unfolded
+from gptjax.sharding import folded, gathered, unfolded
 from gptjax.training.step import TrainState, abstract, frozen_names, initializer
 
 
@@ -47,13 +47,13 @@ class Standard:
 
   def enter(self, arrays: Mapping[str, jax.Array], wanted: Any) -> Any:
     """The tree `wanted` of the run's shapes and shardings, from arrays by name in the standard layout."""
+    @jax.jit
     def convert(arrays):
-      found = self._run_model.in_layout(arrays)
-      return [found[name] for name in by_name(wanted)]
+      found = self._run_model.in_layout({name: _gathered(x) for name, x in arrays.items()})
+      return [jax.reshard(found[name], x.sharding.spec) for name, x in by_name(wanted).items()]
 
     here = _viewed(dict(arrays), {name: self._on_run_mesh(x.sharding) for name, x in arrays.items()})
-    leaves = self._jit(convert, [x.sharding for x in jax.tree.leaves(wanted)])(here)
-    return jax.tree.unflatten(jax.tree.structure(wanted), leaves)
+    return jax.tree.unflatten(jax.tree.structure(wanted), convert(here))
 
   @functools.cached_property
   def _shardings(self) -> dict[str, NamedSharding]:
@@ -61,26 +61,30 @@ class Standard:
 
   @functools.cached_property
   def _leave_for_parameters(self):
-    return self._jit(self._ordered, jax.tree.map(self._on_run_mesh, self._shardings))
+    return self._leave(self._shardings)
 
   @functools.cached_property
   def _leave_for_state(self):
-    return self._jit(self._ordered, jax.tree.map(lambda x: self._on_run_mesh(x.sharding), self.abstract_state(self.model)))
+    return self._leave(jax.tree.map(lambda x: x.sharding, self.abstract_state(self.model)))
 
-  def _ordered(self, tree: Any) -> Any:
-    if self.is_in_order:
-      return tree
+  def _leave(self, shardings: Any):
     places = np.argsort(self._run_model.slots)[-self.model.config.layers:]  # places without a layer come first
-    arrays = by_name(tree, lambda x: x)
-    leaves = [x[places] if f'/{name}'.count('/blocks/') else x for name, x in arrays.items()]
-    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+    def one(name: str, x: jax.Array, spec: PartitionSpec) -> jax.Array:
+      x = _gathered(x)  # along with the others XLA would gather ZeRO's axis too
+      x = x if self.is_in_order or '/blocks/' not in f'/{name}' else x[places]
+      return jax.reshard(x, unfolded(spec))
+
+    specs = [sharding.spec for sharding in jax.tree.leaves(shardings)]
+    return jax.jit(lambda tree: jax.tree.unflatten(jax.tree.structure(tree), [
+      one(name, x, spec) for (name, x), spec in zip(by_name(tree).items(), specs, strict=True)]))
 
   def _on_run_mesh(self, sharding: NamedSharding) -> NamedSharding:
     return NamedSharding(self._run_mesh, unfolded(sharding.spec))
 
-  def _jit(self, function, shardings: Any):
-    # With explicit axes JAX would refuse to take layers from a stack that stages share out.
-    return jax.jit(jax.sharding.auto_axes(function, out_sharding=shardings))
+
+def _gathered(x: jax.Array) -> jax.Array:
+  return jax.reshard(x, gathered(jax.typeof(x).sharding.spec))
 
 
 def _viewed(arrays: Parameters, shardings: Mapping[str, NamedSharding]) -> Parameters:
