@@ -39,14 +39,16 @@ class Norm(nnx.Module):
     self.dtype = compute.dtype
 
   def __call__(self, x: Float[Array, '*S D']) -> Float[Array, '*S D']:
-    x = x.astype(jnp.float32)
-    if self.centered:
-      x = x - x.mean(-1, keepdims=True)
-    gain = gathered(self.gain)
-    y = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + self.eps) * (1 + gain if self.offset else gain)
-    if self.bias is not None:
-      y = y + gathered(self.bias)
-    return y.astype(self.dtype)
+    def norm(x, gain, bias):
+      x = x.astype(jnp.float32)
+      if self.centered:
+        x = x - x.mean(-1, keepdims=True)
+      y = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + self.eps) * (1 + gain if self.offset else gain)
+      return (y if bias is None else y + bias).astype(self.dtype)
+
+    if self.dtype != 'float32':  # else the backward pass would keep two arrays in float32, of twice the size of x
+      norm = jax.checkpoint(norm)
+    return norm(x, gathered(self.gain), None if self.bias is None else gathered(self.bias))
 
 
 class Embedding(nnx.Module):
