@@ -50,7 +50,7 @@ class Standard:
     @jax.jit
     def convert(arrays):
       found = self._run_model.in_layout({name: _gathered(x) for name, x in arrays.items()})
-      return [jax.reshard(found[name], x.sharding.spec) for name, x in by_name(wanted).items()]
+      return [_placed(found[name], x.sharding.spec) for name, x in by_name(wanted).items()]
 
     here = _viewed(dict(arrays), {name: self._on_run_mesh(x.sharding) for name, x in arrays.items()})
     return jax.tree.unflatten(jax.tree.structure(wanted), convert(here))
@@ -71,9 +71,9 @@ class Standard:
     places = np.argsort(self._run_model.slots)[-self.model.config.layers:]  # places without a layer come first
 
     def one(name: str, x: jax.Array, spec: PartitionSpec) -> jax.Array:
-      x = _gathered(x)  # along with the others XLA would gather ZeRO's axis too
+      x = _gathered(x)
       x = x if self.is_in_order or '/blocks/' not in f'/{name}' else x[places]
-      return jax.reshard(x, unfolded(spec))
+      return _placed(x, unfolded(spec))
 
     specs = [sharding.spec for sharding in jax.tree.leaves(shardings)]
     return jax.jit(lambda tree: jax.tree.unflatten(jax.tree.structure(tree), [
@@ -85,6 +85,11 @@ class Standard:
 
 def _gathered(x: jax.Array) -> jax.Array:
   return jax.reshard(x, gathered(jax.typeof(x).sharding.spec))
+
+
+def _placed(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+  # In two steps, an exchange and a slice: XLA would replicate the array over all devices to do both at once.
+  return jax.reshard(jax.reshard(x, gathered(spec)), spec)
 
 
 def _viewed(arrays: Parameters, shardings: Mapping[str, NamedSharding]) -> Parameters:
