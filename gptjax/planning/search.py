@@ -1,10 +1,10 @@
-"""The search for the fastest layout: every mesh, ZeRO stage, remat policy and number of microbatches, by the analytic model."""
+"""The search for the fastest layout: meshes, schedules, ZeRO stages, remat policies and numbers of microbatches, by the analytic model."""
 
 import itertools
 from collections.abc import Iterator
 
 from gptjax import config as configs
-from gptjax.config import TENSOR_AXIS, REST_AXIS, SLICE_AXES, Config, UserError
+from gptjax.config import LAYERS_AXIS, REST_AXIS, SLICE_AXES, TENSOR_AXIS, Config, UserError
 from gptjax.config.fields import Value
 from gptjax.planning.estimate import Estimate, estimate
 from gptjax.planning.topology import Topology
@@ -28,30 +28,41 @@ def search(config: Config, topology: Topology) -> list[Estimate]:
   return sorted(found, key=rank)
 
 
-def rank(one: Estimate) -> tuple[bool, float, float]:
-  """Sort key of layouts, best first: the mean of the two bounds, between which actual steps lie; then the memory needed."""
-  return not one.fits, (one.bounds.overlapped + one.bounds.sequential) / 2, one.needed
+def rank(one: Estimate) -> tuple[bool, bool, float, float]:
+  """Sort key of layouts, best first: the mean of the two bounds, between which actual steps lie; then the memory needed.
+
+  Pipelines come last: where both fit, ZeRO has been faster than they are in all measurements that we know of, by more than the bounds show.
+  """
+  return not one.fits, one.sizes[LAYERS_AXIS] > 1, (one.bounds.overlapped + one.bounds.sequential) / 2, one.needed
 
 
 def candidates(config: Config, topology: Topology) -> Iterator[dict[str, Value]]:
-  """Overrides of every layout to try, as dotted names; the batch does not change."""
+  """Overrides of every layout to try, as dotted names; the batch does not change. Pipelines are tried with at least as many microbatches as
+  stages and not at ZeRO stage 3, which would gather each layer for every microbatch."""
   policies = dict.fromkeys(('none', 'dots', 'full', config.compute.remat))
   replicas = [topology.slices] if topology.chip.is_tpu else sorted({1, topology.groups})
-  for replica, model in itertools.product(replicas, _divisors(min(topology.devices, MAX_MODEL_AXIS))):
-    if topology.devices % (replica * model):
+  pipes = [pipe for pipe in _divisors(topology.devices) if pipe <= config.model.layers]
+  for replica, pipe, model in itertools.product(replicas, pipes, _divisors(min(topology.devices, MAX_MODEL_AXIS))):
+    groups = topology.devices // (pipe * model)
+    if topology.devices % (replica * pipe * model) or groups > config.batch_size:
       continue
-    rows = config.batch_size // (topology.devices // model)  # per device, without microbatches
-    stages = range(4) if topology.devices > replica * model else [0]  # ZeRO has nothing to shard over a single device
-    for parts, stage, policy in itertools.product(_divisors(rows), stages, policies):
-      mesh = {f'mesh.{SLICE_AXES[0]}': replica, f'mesh.{REST_AXIS}': -1, f'mesh.{TENSOR_AXIS}': model}
+    rows = config.batch_size // groups  # per device, without microbatches
+    stages = range(4 if pipe == 1 else 3) if groups > replica else [0]  # ZeRO has nothing to shard over a single device
+    schedules = [('1F1B', 1)] if pipe == 1 else [('1F1B', 1), ('ZBH1', 1)] + [('Interleaved1F1B', 2)] * (2 * pipe <= config.model.layers)
+    for parts, stage, policy, (schedule, chunks) in itertools.product(_divisors(rows), stages, policies, schedules):
+      if parts < pipe > 1:
+        continue
+      mesh = {f'mesh.{SLICE_AXES[0]}': replica, f'mesh.{REST_AXIS}': -1, f'mesh.{LAYERS_AXIS}': pipe, f'mesh.{TENSOR_AXIS}': model}
       named = {} if policy == 'names' else {'compute.saved': (), 'compute.offloaded': ()}
-      yield mesh | {'zero_stage': stage, 'compute.remat': policy, 'microbatches': parts} | named
+      yield mesh | {'pipeline.schedule': schedule, 'pipeline.chunks': chunks, 'zero_stage': stage, 'compute.remat': policy,
+                    'microbatches': parts} | named
 
 
 def settings(one: Estimate) -> dict[str, Value]:
   """The settings in which layouts differ, by their names in a config."""
   flat = configs.flatten(one.config)
-  names = ('zero_stage', 'compute.remat', 'microbatches')
+  pipeline = ('pipeline.schedule', 'pipeline.chunks') if one.sizes[LAYERS_AXIS] > 1 else ()
+  names = (*pipeline, 'zero_stage', 'compute.remat', 'microbatches')
   return {f'mesh.{name}': size for name, size in one.sizes.items()} | {name: flat[name] for name in names}
 
 
