@@ -14,7 +14,7 @@ from typing import Any
 from absl import flags
 
 from gptjax import config as configs
-from gptjax import distributed, ending
+from gptjax import distributed, signals
 from gptjax.config import UserError, unescaped
 from gptjax.files import expanded, writable, write_results
 from gptjax.start import start
@@ -139,7 +139,7 @@ def _show(stream: Iterator[tuple[int, str]]) -> str:
       shown += piece
       print(piece, end='', flush=True)
   except KeyboardInterrupt as interrupt:
-    if not _CHAT.value or isinstance(interrupt, ending.Interrupted):  # by SIGTERM
+    if not _CHAT.value or isinstance(interrupt, signals.Interrupted):  # by SIGTERM
       raise
   finally:
     signal.signal(signal.SIGINT, before)

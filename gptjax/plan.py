@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from absl import flags
 
 from gptjax import config as configs
-from gptjax import ending
+from gptjax import signals
 
 _TOPOLOGY = flags.DEFINE_string('topology', None, 'the machine: v5p:4x4x4 (TPU slice), v5p:4x4x4*2 (two), h100:8x16 (16 nodes of 8 GPUs)')
 _SEARCH = flags.DEFINE_bool('search', False, 'rank meshes, ZeRO stages, remat policies and microbatches for the config')
@@ -15,7 +15,7 @@ _PICTURE = flags.DEFINE_string('picture', None, 'PNG file for a picture of the m
 
 
 def main(config: configs.Config) -> None:
-  ending.watch()
+  signals.watch()
   import jax
   jax.config.update('jax_platforms', 'cpu')  # plans are made without the accelerators
   from rich.console import Console

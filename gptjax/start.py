@@ -10,7 +10,7 @@ from typing import Any
 from absl import flags
 
 from gptjax import config as configs
-from gptjax import distributed, ending, heap
+from gptjax import distributed, heap, signals
 from gptjax.cache import cache_dir
 from gptjax.config import Config
 
@@ -36,7 +36,7 @@ def start(config: Config | None = None, keeps_memory: bool = True) -> Path:
   """
   if keeps_memory and (CPU_DEVICES.value or heap.runs_on_cpu()):
     heap.keep_freed_memory()  # first, because a thread that is already running may have an arena of its own
-  ending.watch()
+  signals.watch()
   sys.unraisablehook = _report_unraisable
   cache = cache_dir()
   group = distributed.discover(_CLUSTER.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value)

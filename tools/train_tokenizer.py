@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from absl import flags
 
-from gptjax import ending
+from gptjax import signals
 from gptjax.cache import cache_dir
 from gptjax.config import LEAST_VOCABULARY, TokenizerConfig, UserError, run, unescaped
 from gptjax.data.progress import announce
@@ -102,7 +102,7 @@ def _existing(out: pathlib.Path) -> Tokenizer | None:
 
 def main(_: None) -> None:
   """Trains a tokenizer on --source and writes it to --out."""
-  ending.watch()
+  signals.watch()
   values = flags.FLAGS
   if '://' in values.out:
     raise UserError('--out', values.out, 'a folder on this machine')

@@ -24,7 +24,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from gptjax import ending
+from gptjax import signals
 from gptjax.config.checks import Fault, UserError, os_mistake
 from gptjax.config.fields import BOOLEANS, FIELDS, choices, differences, flatten, nearest, override, parse, read_config, read_json
 from gptjax.config.schema import Config
@@ -94,7 +94,7 @@ def run(main: Callable[[Any], int | None], *, needs_config: bool | None = True) 
     if isinstance(stream, io.TextIOWrapper) and stream.errors == 'strict':
       stream.reconfigure(errors='backslashreplace')
   try:
-    with ending.unwinding(), exit_stack:
+    with signals.unwinding(), exit_stack:
       app.run(main, flags_parser=functools.partial(_parse_command_line, needs_config=needs_config))
   except (UserError, Fault, OSError, KeyboardInterrupt) as error:
     status, line = exit_status(error)
@@ -102,10 +102,10 @@ def run(main: Callable[[Any], int | None], *, needs_config: bool | None = True) 
       raise
     if status == 0:  # otherwise Python would fail to flush the rest at exit
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if isinstance(error, ending.Interrupted):
+    if isinstance(error, signals.Interrupted):
       with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
-      ending.end(error.number, line)
+      signals.end(error.number, line)
     if line:
       print(line, file=sys.stderr, flush=True)
       # Threads of libraries that are still running would print tracebacks of the same error.

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from gptjax import ending
+from gptjax import signals
 from gptjax.config import exit_status
 from gptjax.distributed.discovery import GroupSpec
 from gptjax.distributed.rendezvous import Closed, Peer, meet
@@ -39,7 +39,7 @@ class ProcessGroup:
     self._failed = threading.Event()  # set when another process ended with an error
     self._left: set[int] = set()  # processes that announced their end
     if self._peers:
-      ending.leave = self.end
+      signals.leave = self.end
       threading.Thread(target=self._listen, name='process group', daemon=True).start()
 
   @property

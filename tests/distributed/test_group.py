@@ -71,7 +71,7 @@ def test_the_same_error_in_all_is_reported_by_each_as_its_own(run):
 
 
 def test_a_signal_to_one_process_ends_all_with_its_status(run):
-  done, seconds = run('from gptjax import ending\nif index == 1: ending.end(15)\nbroadcast("never")')
+  done, seconds = run('from gptjax import signals\nif index == 1: signals.end(15)\nbroadcast("never")')
   lines = ['error: process 1: SIGTERM: ended\n', 'SIGTERM: ended\n', 'error: process 1: SIGTERM: ended\n']
   assert done == [(143, '', line) for line in lines] and seconds < 10
 

@@ -24,8 +24,8 @@ except BaseException:
 '''
 COMPUTES = '''
 import hashlib, sys
-from gptjax import ending
-ending.watch()
+from gptjax import signals
+signals.watch()
 print('started', file=sys.stderr, flush=True)
 hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)  # minutes, without the interpreter
 '''

@@ -33,8 +33,8 @@ class Interrupted(KeyboardInterrupt):
     self.number = number
 
 
-def take_signals() -> None:
-  """Handles the signals from now on, except those that the program's caller has it ignore, as a shell does for a background job.
+def install_handlers() -> None:
+  """Handles SIGINT and SIGTERM from now on, except those that the program's caller has it ignore, as a shell does for a background job.
 
   Only in a program: the package is imported by `python -m`, or by an installed script; not by a worker of either.
   """
