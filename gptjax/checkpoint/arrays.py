@@ -22,7 +22,7 @@ def by_name(tree: Any, function: Callable[[Any], Any] = lambda leaf: leaf) -> di
   return {jax.tree_util.keystr(path, simple=True, separator='/'): function(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
-def usable(folder: Path) -> Path:
+def array_folder(folder: Path) -> Path:
   """Returns the absolute path of a folder for arrays, or raises a UserError if TensorStore cannot use it."""
   folder = folder.absolute()
   if '\\' in str(folder) or any('\ud800' <= character <= '\udfff' for character in str(folder)):
@@ -36,7 +36,7 @@ def save(folder: Path, state: Any) -> Callable[[], None]:
     return ocp.save_checkpointables_async(folder, _by_folder(by_name(state)), overwrite=True).result
 
 
-def stored(checkpoint: Path, folders: Iterable[str] = FOLDERS) -> dict[str, Any]:
+def array_metadata(checkpoint: Path, folders: Iterable[str] = FOLDERS) -> dict[str, Any]:
   """Orbax's descriptions (shape, dtype) of the arrays in these folders of a checkpoint, by name; none of a folder that it cannot read."""
   with _context():
     return {name: found for folder in folders if (checkpoint / folder).exists()

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax.checkpoint.arrays import FOLDERS, by_name, load, save, stored, usable
+from gptjax.checkpoint.arrays import FOLDERS, array_folder, array_metadata, by_name, load, save
 from gptjax.checkpoint.manifest import Damaged, read_manifest, streaming_checksums, verify, write_manifest, write_part
 from gptjax.checkpoint.staging import HostStaging
 from gptjax.config import Fault, UserError
@@ -72,7 +72,7 @@ class Checkpoints:
 
   def __init__(self, directory: Path, retention: Retention | None = None, extra_files: tuple[Path, ...] = (),
                folders: tuple[str, ...] = FOLDERS):
-    self._directory, self._retention, self._extra_files, self._folders = usable(directory), retention, extra_files, folders
+    self._directory, self._retention, self._extra_files, self._folders = array_folder(directory), retention, extra_files, folders
     self._pending: Future | None = None
     self._verified: set[int] = set()
     self._staging = HostStaging()
@@ -313,7 +313,7 @@ class Checkpoints:
 
 
 def _shapes(folder: Path, folders: tuple[str, ...] = FOLDERS) -> dict[str, tuple[int, ...]]:
-  return {name: tuple(found.shape) for name, found in stored(folder, folders).items()}
+  return {name: tuple(found.shape) for name, found in array_metadata(folder, folders).items()}
 
 
 def _best(losses: Mapping[int, float]) -> int:

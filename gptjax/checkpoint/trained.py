@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from gptjax.checkpoint.arrays import PARAMETERS, load, stored, usable
+from gptjax.checkpoint.arrays import PARAMETERS, array_folder, array_metadata, load
 from gptjax.checkpoint.checkpoints import Checkpoints
 from gptjax.checkpoint.manifest import verify
 from gptjax.config import TENSOR_AXIS, Config, MeshConfig, UserError, read_config
@@ -71,11 +71,12 @@ class Contents:
   """Tensors of an intact checkpoint (else a UserError): 'step', 'trained/NAME', 'frozen/NAME', 'optimizer/.../NAME', 'statistics/...'."""
 
   def __init__(self, folder: Path):
-    self._folder = usable(folder)
+    self._folder = array_folder(folder)
     if wrong := verify(folder):
       raise UserError('checkpoint', str(folder), f'an intact checkpoint; {wrong}')
     sharding = SingleDeviceSharding(jax.local_devices()[0])
-    self.shapes = {name: jax.ShapeDtypeStruct(found.shape, found.dtype, sharding=sharding) for name, found in stored(self._folder).items()}
+    self.shapes = {name: jax.ShapeDtypeStruct(found.shape, found.dtype, sharding=sharding)
+                   for name, found in array_metadata(self._folder).items()}
 
   def read(self, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
     """Yields these tensors in order, with only some of them in memory at a time."""

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from gptjax.inference.forward import bucket, forward, one_behind, padded_batch, power_of_two, put_batch
+from gptjax.inference.forward import bucket, forward, dispatch_ahead, padded_batch, power_of_two, put_batch
 from gptjax.model import AbstractModel, Parameters, left_padded
 from gptjax.sharding import BATCH_SPEC, padded_batch_size
 
@@ -65,7 +65,7 @@ class LikelihoodScorer:
           some = indices[start:start + rows]
           yield some, self._run(parameters, self._batch([requests[index] for index in some], rows, length, end))
 
-    for indices, scores in one_behind(scored()):
+    for indices, scores in dispatch_ahead(scored()):
       nats, greedy = map(np.asarray, scores)
       for row, index in enumerate(indices):
         last = slice(-len(requests[index].continuation), None)

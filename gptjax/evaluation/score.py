@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from gptjax.data import EvalRows
-from gptjax.inference.forward import forward, one_behind
+from gptjax.inference.forward import forward, dispatch_ahead
 from gptjax.model import AbstractModel, Parameters, Positions
 from gptjax.sharding import BATCH_SPEC, padded_batch_size, process_rows, put_rows, batch_psum
 
@@ -97,7 +97,7 @@ class Scorer:
         yield len(chosen), self._sums(parameters, put_rows(self._mesh, rows.batch(filled[mine]), self._batch_size))
 
     loss, tokens = 0.0, 0
-    for done, (nats, targets) in one_behind(sums()):  # more batches at once may deadlock on virtual CPU devices
+    for done, (nats, targets) in dispatch_ahead(sums()):  # more batches at once may deadlock on virtual CPU devices
       loss, tokens = loss + float(nats), tokens + int(targets)
       advance(done)
     # A part of the rows stands for the same part of the bytes.

@@ -2,4 +2,4 @@
 
 from gptjax.inference.decoding import Decoder
 from gptjax.inference.generator import Generator, read_prompts
-from gptjax.inference.sampling import Sampling, never_drawn, sample
+from gptjax.inference.sampling import Sampling, suppressed_ids, sample

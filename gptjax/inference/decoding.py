@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Int
 
-from gptjax.inference.forward import bucket, forward, one_behind, padded_batch, power_of_two, put_batch
+from gptjax.inference.forward import bucket, forward, dispatch_ahead, padded_batch, power_of_two, put_batch
 from gptjax.inference.sampling import Sampling, penalized, sample
 from gptjax.model import AbstractModel, Caches, Parameters, Positions, abstract_model, empty_cache, left_padded, unstack_layers
 from gptjax.sharding import BATCH_SPEC, padded_batch_size
@@ -79,7 +79,7 @@ class Decoder:
       space = min(max_tokens - drawn, context - max(windows) + 1)
       rows = [text[-window:] for text, window in zip(texts, windows, strict=True)]
       batch = self._batch(rows, texts, seeds, sampling)
-      for out in one_behind(self._steps(parameters, batch, drawn, space, sampling)):
+      for out in dispatch_ahead(self._steps(parameters, batch, drawn, space, sampling)):
         ids, logprobs = (np.asarray(x)[:count] for x in out)
         drawn += 1
         for text, token in zip(texts, ids.tolist(), strict=True):

@@ -38,7 +38,7 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
   return {name: jax.make_array_from_callback(values.shape, sharding, lambda index: values[index]) for name, values in batch.items()}
 
 
-def one_behind(results: Iterable[T]) -> Iterator[T]:
+def dispatch_ahead(results: Iterable[T]) -> Iterator[T]:
   """Yields each result when the computation of the next one has been dispatched, so that devices need not wait for the reader."""
   return (one for one, _ in itertools.pairwise(itertools.chain(results, [None])))  # type: ignore[misc]
 

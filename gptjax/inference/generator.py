@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from gptjax.config import UserError
 from gptjax.data import TextStream, Tokenizer, is_json_lines
 from gptjax.inference.decoding import Decoder
-from gptjax.inference.sampling import Sampling, never_drawn
+from gptjax.inference.sampling import Sampling, suppressed_ids
 from gptjax.model import AbstractModel, Parameters
 
 Prompt = str | Sequence[Mapping[str, Any]]
@@ -49,7 +49,7 @@ class Generator:
   def __init__(self, model: AbstractModel, mesh: Mesh, tokenizer: Tokenizer, zero_stage: int = 0):
     self.tokenizer = tokenizer
     self._vocab_size = model.config.vocab_size
-    self._decoder = Decoder(model, mesh, never_drawn(tokenizer, model.config), zero_stage)
+    self._decoder = Decoder(model, mesh, suppressed_ids(tokenizer, model.config), zero_stage)
 
   def prepare(self, parameters: Parameters) -> Parameters:
     """Parameters in the layout that decoding needs; keep them for several calls."""

@@ -55,7 +55,7 @@ def sample(logits: Float[Array, 'B V'], sampling: Sampling, keys: Key[Array, 'B'
   return jax.vmap(jax.random.categorical)(keys, logits)
 
 
-def never_drawn(tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, ...]:
+def suppressed_ids(tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, ...]:
   """Ids that are never generated: bos, padding and unknown, and ids that the model has beyond the tokenizer's."""
   special = {tokenizer.bos_id, tokenizer.pad_id, tokenizer.unk_id} - {*tokenizer.stop_ids, None}
   return tuple(i for i in (*special, *range(tokenizer.vocab_size, config.table_rows)) if i < config.table_rows)

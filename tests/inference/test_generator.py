@@ -9,22 +9,22 @@ from published_tokenizers import FAMILIES
 from gptjax.config import ComputeConfig, ModelConfig, TokenizerConfig, UserError
 from gptjax.data import train_tokenizer
 from gptjax.data.tokenizers import CharTokenizer, load_tokenizer
-from gptjax.inference import Generator, Sampling, never_drawn
+from gptjax.inference import Generator, Sampling, suppressed_ids
 from gptjax.model import abstract_model
 
 WILD = Sampling(temperature=2.0)
 
 
-def test_all_special_ids_but_eos_and_all_ids_that_the_tokenizer_lacks_are_never_drawn():
+def test_all_special_ids_but_eos_and_all_ids_that_the_tokenizer_lacks_are_suppressed():
   tokenizer = train_tokenizer(TokenizerConfig(kind='bytes'), [])
   config = ModelConfig(vocab_size=262, vocab_multiple=8)
-  assert set(range(264)) - set(never_drawn(tokenizer, config)) == {tokenizer.eos_id, *range(3, 259)}
+  assert set(range(264)) - set(suppressed_ids(tokenizer, config)) == {tokenizer.eos_id, *range(3, 259)}
 
 
-def test_a_bos_that_is_not_the_eos_is_never_drawn(tmp_path):
+def test_a_bos_that_is_not_the_eos_is_suppressed(tmp_path):
   FAMILIES['gemma'](tmp_path)
   tokenizer = load_tokenizer(tmp_path)
-  never = never_drawn(tokenizer, ModelConfig(vocab_size=tokenizer.vocab_size, vocab_multiple=1))
+  never = suppressed_ids(tokenizer, ModelConfig(vocab_size=tokenizer.vocab_size, vocab_multiple=1))
   assert set(never) == {tokenizer.bos_id, tokenizer.pad_id, tokenizer.unk_id}
   assert not {*never} & {*tokenizer.stop_ids}
 
