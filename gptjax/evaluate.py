@@ -32,7 +32,7 @@ _TASK_PATH = flags.DEFINE_string('task_path', 'configs/tasks', 'folder of task f
 _TASK_DATA = flags.DEFINE_string('task_data', '', 'folder of the data of local tasks: lambada/lambada_test.jsonl, piqa/valid.jsonl, ...')
 _LIMIT = flags.DEFINE_integer('limit', 0, 'maximum number of examples per task; 0: all', lower_bound=0)
 _FEWSHOT = flags.DEFINE_integer(
-  'num_fewshot', None, 'solved examples before each question of a task; default: as the task specifies', lower_bound=0)
+  'num_fewshot', None, 'few-shot examples before each question of a task; default: as the task specifies', lower_bound=0)
 _ADD_BOS = flags.DEFINE_enum('add_bos', 'auto', ['auto', 'true', 'false'], "whether every context of a task begins with the tokenizer's "
                               "bos; auto: as in transformers: for our tokenizers except GPT-2's, and for published ones that specify it")
 _SAMPLES = flags.DEFINE_string('samples', None, 'file for the requests and responses of tasks, one JSON object per example')
@@ -53,11 +53,11 @@ def main(_) -> None:
   sets, tags = evaluation.choose_sets([] if _SETS.value == ['none'] else _SETS.value, held_out, cache)
   if not sets and not _TASKS.value:
     raise UserError('--sets', _SETS.value, 'NAME=STORE or NAME=PATH, or --tasks: an imported model has no validation sets of its own')
-  file, earlier, yardsticks = workdir / ('evaluation.json' if len(steps) == 1 else 'evaluations.jsonl'), {}, {}
+  file, earlier, baselines = workdir / ('evaluation.json' if len(steps) == 1 else 'evaluations.jsonl'), {}, {}
   if distributed.is_primary():  # before work whose results could not be kept
     writable(file, '--workdir')
     earlier = read_json(file) if len(steps) == 1 and file.exists() else {}
-    yardsticks = data.compression_yardsticks(held_out.tokenizer, sets) if sets else {}
+    baselines = data.compression_baselines(held_out.tokenizer, sets) if sets else {}
   records, samples = {}, []
   try:
     with jax.set_mesh(restorer.mesh):
@@ -75,7 +75,7 @@ def main(_) -> None:
         samples += [{'step': step, **one} for one in asked]
   finally:
     if records and distributed.is_primary():  # also if a later checkpoint or task fails
-      _report(file, earlier, [*records.values()], samples, yardsticks)
+      _report(file, earlier, [*records.values()], samples, baselines)
 
 
 def _documents(restorer, sets, tags) -> Callable[[Any], Any]:
@@ -115,12 +115,12 @@ def _tasks(restorer, tokenizer) -> Callable[[Any], tuple[Any, list]]:
 
 
 def _report(file: Path, earlier: dict[str, Any], records: list[dict[str, Any]], samples: list[dict[str, Any]],
-            yardsticks: dict[str, float]) -> None:
+            baselines: dict[str, float]) -> None:
   """Prints and writes the results: evaluation.json for one checkpoint, evaluations.jsonl and evaluation.png for several."""
   from gptjax import evaluation
   if table := evaluation.table(records):
     print(table)
-  for name, bits in yardsticks.items():
+  for name, bits in baselines.items():
     print(f'{name} of the same documents: {bits:.4f} bits per byte')
   for record in records:
     print(json_line(record))
@@ -128,7 +128,7 @@ def _report(file: Path, earlier: dict[str, Any], records: list[dict[str, Any]], 
   if _SAMPLES.value:
     plain = lambda value: value.tolist() if hasattr(value, 'tolist') else str(value)  # some metrics return numpy values
     write_results(expanded(_SAMPLES.value), ''.join(json.dumps(one, default=plain) + '\n' for one in samples))
-  lines = [json_line(record | ({'yardsticks': yardsticks} if 'sets' in record else {})) for record in records]
+  lines = [json_line(record | ({'baselines': baselines} if 'sets' in record else {})) for record in records]
   if file.suffix == '.json':
     # Earlier results of the same checkpoint that this evaluation did not repeat, such as documents besides tasks, are kept.
     merged = (earlier if earlier.get('step') == records[0]['step'] else {}) | json.loads(lines[0])

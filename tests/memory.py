@@ -6,7 +6,7 @@ from gptjax.data.sources.source import Document, Malformed, Part, Source
 
 
 class Memory(Source):
-  """Records in parts of so many; it remembers which parts were read."""
+  """A source of records in parts of `per_part`; `read_parts` lists the parts that were read."""
 
   description = 'memory'
 

@@ -19,9 +19,9 @@ class ManyIds(ByteTokenizer):
 
 
 def make_store(folder, lengths, shard_documents=None, vocab_size=2**16 + 1, draw=None):
-  """A store of documents of so many ids, separator included, and 3 bytes for each other id.
+  """Writes a store of documents with `lengths` ids each, including the separator, and 3 bytes for each other id.
 
-  The id at a place is FIRST + place, so every one is known; or what `draw` gives for so many ids.
+  The id at a position is FIRST + position, so that every id is known, or comes from `draw`, a function of the number of ids.
   """
   folder.mkdir(parents=True)
   tokenizer = ManyIds(vocab_size)

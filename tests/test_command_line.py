@@ -78,7 +78,7 @@ def test_evaluate_ends_with_one_json_object(trained, home):
   for name in ('loss', 'perplexity', 'bits_per_byte'):
     np.testing.assert_allclose(score[name], final[f'eval/valid/{name}'], rtol=1e-5)
   kept = json.loads((workdir / 'evaluation.json').read_text())
-  assert score.items() <= kept.items() and {*kept['yardsticks']} == {'gzip -9', 'xz -9'}
+  assert score.items() <= kept.items() and {*kept['baselines']} == {'gzip -9', 'xz -9'}
   assert set(files_below(workdir)) - before == {'evaluation.json'}
 
 

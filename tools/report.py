@@ -115,8 +115,8 @@ def _evaluation(path: pathlib.Path) -> dict[str, Any]:
   if not {*found} - {'step', 'tasks'}:
     return {}
   _check_numbers(found, _SCORES, f'{path}:1')
-  found['yardsticks'] = found.get('yardsticks') or {}
-  _check_numbers(found['yardsticks'], found['yardsticks'], f'{path}: yardsticks')
+  found['baselines'] = found.get('baselines') or {}
+  _check_numbers(found['baselines'], found['baselines'], f'{path}: baselines')
   for group in ('sets', 'tags'):
     _check_numbers(found.setdefault(group, {}), (), f'{path}: {group}')
     for name, score in found[group].items():
@@ -189,7 +189,7 @@ def _figure(name: str, note: str, unit: str, draw: Callable[[axes.Axes], None],
   return re.sub('<g id="[^"]*"', '<g', text)
 
 
-def _pictures(config: Config, rows: Sequence[Row], yardsticks: Mapping[str, float]) -> str:
+def _pictures(config: Config, rows: Sequence[Row], baselines: Mapping[str, float]) -> str:
   def scores(ax: axes.Axes, metric: str) -> None:
     names = sorted({found[1] for row in rows for key in row if (found := re.fullmatch(f'eval/(?!tag/)(.+)/{metric}', key))})
     for n, name in enumerate(names):
@@ -210,7 +210,7 @@ def _pictures(config: Config, rows: Sequence[Row], yardsticks: Mapping[str, floa
 
   def bits(ax: axes.Axes) -> None:
     scores(ax, 'bits_per_byte')
-    for value, name in sorted((value, name) for name, value in yardsticks.items() if math.isfinite(value)):
+    for value, name in sorted((value, name) for name, value in baselines.items() if math.isfinite(value)):
       ax.axhline(value, color=_COLORS['muted'], linestyle='--', linewidth=0.8)
       ax.text(1, value, f'{name}\n', transform=ax.get_yaxis_transform(), ha='right', va='center', in_layout=False)
 
@@ -240,18 +240,18 @@ def _table(rows: Iterable[Sequence[object]], *head: str) -> str:
   return f'<table>{"".join(f"<tr>{line}</tr>" for line in cells)}</table>'
 
 
-def _against(ours: float, yardstick: float) -> str:
-  if not math.isfinite(ours) or not 0 < yardstick < math.inf:
+def _against(ours: float, baseline: float) -> str:
+  if not math.isfinite(ours) or not 0 < baseline < math.inf:
     return ''
-  percent = round(100 * (ours / yardstick - 1))
+  percent = round(100 * (ours / baseline - 1))
   return f'{abs(percent)} % {"above" if percent > 0 else "below"}' if percent else 'level with'
 
 
-def verdict(evaluation: Row, yardsticks: Mapping[str, float], rows: Iterable[Row]) -> str:
-  """Returns a one-sentence summary: the score, its comparison with the yardsticks, and any reason for doubt."""
+def verdict(evaluation: Row, baselines: Mapping[str, float], rows: Iterable[Row]) -> str:
+  """Returns a one-sentence summary: the score, its comparison with the baselines, and any reason for doubt."""
   score, step = evaluation.get('bits_per_byte', math.nan), evaluation.get('step', math.inf)
   text = f'Validation {score:.2f} bits per byte' if math.isfinite(score) else 'The validation loss is not finite'
-  compared = [f'{words} {name}' for name, value in yardsticks.items() if (words := _against(score, value))]
+  compared = [f'{words} {name}' for name, value in baselines.items() if (words := _against(score, value))]
   text += f' at step {_shown(step)}' + f', {" and ".join(compared)}' * bool(compared)
   if not evaluation:
     text = 'Not evaluated; python -m gptjax.evaluate scores the held-out documents'
@@ -266,8 +266,8 @@ def verdict(evaluation: Row, yardsticks: Mapping[str, float], rows: Iterable[Row
   return text + '.'
 
 
-def _scores(evaluation: Row, yardsticks: Mapping[str, float], rows: Sequence[Row]) -> str:
-  """Returns the final scores, and a bar chart of bits per byte and its yardsticks."""
+def _scores(evaluation: Row, baselines: Mapping[str, float], rows: Sequence[Row]) -> str:
+  """Returns the final scores, and a bar chart of bits per byte and its baselines."""
   score = evaluation.get('bits_per_byte', math.nan)
   names = ('nats per token', 'perplexity', 'bits per byte', 'tokens scored')
   found = {name: evaluation[metric] for name, metric in zip(names, _SCORES) if evaluation}
@@ -276,17 +276,17 @@ def _scores(evaluation: Row, yardsticks: Mapping[str, float], rows: Sequence[Row
     if np.isfinite(values).any():
       found[name] = form.format(np.nanmedian(values)).replace('%', ' %')
   tiles = ''.join(f'<div><dt>{name}</dt><dd>{_shown(value)}</dd></div>' for name, value in found.items())
-  longest = max((value for value in (score, *yardsticks.values()) if math.isfinite(value)), default=1)
+  longest = max((value for value in (score, *baselines.values()) if math.isfinite(value)), default=1)
   bars = '<tr><th></th><th colspan="2">bits per byte</th><th>the model is</th></tr>'
-  for name, value in [('this model', score), *yardsticks.items()]:
-    kind, words = ('', _against(score, value)) if name in yardsticks else ('model', '')
+  for name, value in [('this model', score), *baselines.items()]:
+    kind, words = ('', _against(score, value)) if name in baselines else ('model', '')
     bar = f'<i style="width: {100 * value / longest:.1f}%"></i>' if 0 < value <= longest else ''
     cells = ''.join(f'<td>{cell}</td>' for cell in (html.escape(name), f'{value:.3f}', bar, words))
     bars += f'<tr class="{kind}">{cells}</tr>'
   named = [(name, *(one[metric] for metric in _SCORES[:4]))
            for group in ('sets', 'tags') for name, one in evaluation.get(group, {}).items()]
   sets = _table(named, 'set or tag', *names) if named else ''
-  return f'<dl>{tiles}</dl>' + f'<table class="bars">{bars}</table>' * bool(yardsticks) + sets
+  return f'<dl>{tiles}</dl>' + f'<table class="bars">{bars}</table>' * bool(baselines) + sets
 
 
 def page(workdir: pathlib.Path) -> str:
@@ -301,13 +301,13 @@ def page(workdir: pathlib.Path) -> str:
     _check_numbers(row, row, f'{workdir / "metrics.jsonl"}:{n}')
   [header], evaluation = _objects(workdir / 'run.json'), _evaluation(workdir / 'evaluation.json')
   samples = _objects(workdir / 'samples.jsonl', 'step') if (workdir / 'samples.jsonl').is_file() else []
-  yardsticks = {name: value for name, value in evaluation.get('yardsticks', {}).items() if not math.isnan(value)}
+  baselines = {name: value for name, value in evaluation.get('baselines', {}).items() if not math.isnan(value)}
   changed = differences(Config(), config)
   fields = [(line.partition(' = ')[0] in changed, html.escape(line)) for line in describe(config).split('\n')]
   texts = [[html.escape(_shown(sample.get(name, ''))) for name in ('step', 'prompt', 'text')] for sample in samples]
   return _PAGE.format(
-      title=html.escape(workdir.resolve().name), css=_CSS, verdict=html.escape(verdict(evaluation, yardsticks, rows)),
-      scores=_scores(evaluation, yardsticks, rows), pictures=_pictures(config, rows, yardsticks),
+      title=html.escape(workdir.resolve().name), css=_CSS, verdict=html.escape(verdict(evaluation, baselines, rows)),
+      scores=_scores(evaluation, baselines, rows), pictures=_pictures(config, rows, baselines),
       samples=''.join(f'step {step}<pre><b>{prompt}</b>{text}</pre>' for step, prompt, text in texts[:-6:-1]) or 'none',
       run=_table((name.replace('_', ' '), value) for name, value in header.items()),
       changed=_table([(name, *values[::-1]) for name, values in changed.items()], 'field', 'this run', 'default'),

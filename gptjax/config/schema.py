@@ -205,7 +205,7 @@ class OptimizerConfig(Group, prefix='optimizer.'):
 
 
 def schedule_warning(config: OptimizerConfig, *, steps: int, warmup: int, decay: int) -> str:
-  """Why a run of so many steps does not reach the peak of its learning rate, as a short trial of a recipe does not; '' if it does.
+  """Returns why a run of `steps` steps does not reach its peak learning rate, as in a short trial of a recipe; '' if it does.
 
   Raises a UserError if there is no step, or the decay is longer than the run.
   """

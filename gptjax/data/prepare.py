@@ -177,7 +177,7 @@ def _identity(directory: Path) -> dict[str, Any]:
                   'the fingerprint, validation sets and tags of a run, as they were written; restore it')
 
 
-def compression_yardsticks(tokenizer: Tokenizer, stores: Mapping[str, TokenStore]) -> dict[str, float]:
+def compression_baselines(tokenizer: Tokenizer, stores: Mapping[str, TokenStore]) -> dict[str, float]:
   """Bits per byte of 'gzip -9' and 'xz -9' on the documents of all stores, to compare with a model's; nothing above 64 MB."""
   total = sum(store.bytes for store in stores.values())
   if total > _MAX_COMPRESSED:

@@ -123,7 +123,7 @@ def _accept_all(group: GroupSpec, facts: Mapping[str, str], timeout: float, dead
     for other in {key.data for key in selector.get_map().values()} - {None, *peers}:
       other.socket.close()
   for peer in peers:
-    peer.send(go=socket.gethostname())
+    peer.send(start=socket.gethostname())
   return peers
 
 
@@ -201,7 +201,7 @@ def _connect(group: GroupSpec, facts: Mapping[str, str], timeout: float, deadlin
         if sock.getsockname() == sock.getpeername():  # TCP can connect to itself where no program listens
           raise Closed('no answer')
         peer.send(gptjax=dict(facts), process=group.index, processes=group.count, host=socket.gethostname())
-        _await_go(peer, timeout, deadline)
+        _await_start(peer, timeout, deadline)
         return peer
       except Closed as error:
         reason = str(error)
@@ -211,7 +211,7 @@ def _connect(group: GroupSpec, facts: Mapping[str, str], timeout: float, deadlin
                   f'{timeout:g} s: {reason}')
 
 
-def _await_go(peer: Peer, timeout: float, deadline: float) -> None:
+def _await_start(peer: Peer, timeout: float, deadline: float) -> None:
   """Waits for the outcome from process 0; as soon as it answers, for its timeout, since it may have started later."""
   while (left := deadline - time.monotonic()) > 0:
     if select.select([peer.socket], [], [], left)[0]:
@@ -222,7 +222,7 @@ def _await_go(peer: Peer, timeout: float, deadline: float) -> None:
             deadline = time.monotonic() + timeout + 5
           case {'error': str(text)}:
             raise UserError.from_text(text)
-          case {'go': str(host)}:
+          case {'start': str(host)}:
             peer.host, peer.unread = host, messages  # process 0 may already have sent more
             return
           case _:

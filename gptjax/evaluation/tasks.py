@@ -27,7 +27,7 @@ class Tasks:
     path: folder of YAML files; they take precedence over the harness's own tasks of the same name.
     data: folder with the data of local tasks.
     limit: maximum number of examples per task; 0: all.
-    fewshot: solved examples before each question; None: as defined by the task.
+    fewshot: few-shot examples before each question; None: as defined by the task.
 
   Raises:
     UserError: an unknown name, or data that cannot be loaded.

@@ -97,7 +97,7 @@ def train(config: Config, options: Options) -> int:
     validation = Validation(run, data, book, watchdog.progress)
     loop = _Loop(run, run.batches, [(validation.due, validation)], lambda: initial_state(run, data.tokenizer)[0], options, checkpoints,
                  book, peak and peak[0], watchdog, interruptions, bad_steps)
-    return loop.go(state, progress, last)
+    return loop.run_to(last, state, progress)
 
 
 def _prepare(config: Config, cache_dir: Path) -> Prepared:
@@ -156,8 +156,8 @@ class _Loop:
     self.tracing = False
     self.empty = 0  # steps of this process whose batch had no targets
 
-  def go(self, state: TrainState, progress: Progress, last: int) -> int:
-    """Runs to step `last`; returns the exit status."""
+  def run_to(self, last: int, state: TrainState, progress: Progress) -> int:
+    """Runs from a state to step `last`; returns the exit status."""
     self._begin(state, progress)
     del state  # the first step reuses its memory
     self.book.say('compiling the step')

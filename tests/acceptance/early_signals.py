@@ -79,7 +79,7 @@ def programs(run: Path, folder: Path, train: Sequence[str]) -> Mapping[str, tupl
 
 
 def over_its_time(command: Sequence[str], written: Path, moments: int) -> tuple[float, list[str]]:
-  """Signals a module at so many moments over its first 20 seconds, or over all of its time; returns the seconds, and what went wrong."""
+  """Interrupts a module at `moments` moments of its first 20 seconds, or of its whole run; returns that time in seconds and the errors."""
   dice = random.Random(2)
   begun = time.monotonic()
   wrong = [disturb(command, written, signal.SIGINT, _SECONDS)]  # this also fills caches

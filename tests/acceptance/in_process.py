@@ -75,7 +75,7 @@ def alone(module: str, *args: str, seconds: float) -> Ending:
 
 
 def run(module: str, *args: str, seconds: float) -> Ending:
-  """Runs a module as `python -m` does; after so many seconds it is interrupted, which counts as an exception of its own."""
+  """Runs a module as `python -m` does; interrupts it after `seconds`, which counts as an exception of the module."""
   found = util.find_spec(module)
   assert found and found.origin
   out, err = (io.TextIOWrapper(io.BytesIO(), 'utf-8', errors) for errors in ('strict', 'backslashreplace'))

@@ -66,7 +66,7 @@ def _keep(name: str, state) -> None:
 
 
 def kept(workdir: Path, name: str, processes: int) -> dict[str, np.ndarray]:
-  """The arrays that so many processes kept under a name, put together."""
+  """Joins the parts of the arrays that a number of processes kept under a name."""
   whole: dict[str, np.ndarray] = {}
   files = [np.load(workdir / f'{name}.{process}.npz') for process in range(processes)]
   for key, part in itertools.chain.from_iterable(file.items() for file in files):

@@ -63,7 +63,7 @@ def python(*args: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def several(processes: int, devices: int, *args: str) -> subprocess.CompletedProcess:
-  """Runs a module as so many processes of one run, each with so many virtual CPU devices."""
+  """Runs a module as `processes` processes of one run, each with `devices` virtual CPU devices."""
   return python('tools.launch.local', f'--processes={processes}', f'--devices={devices}', '--', sys.executable, '-m', *args)
 
 

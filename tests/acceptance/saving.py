@@ -1,6 +1,6 @@
 """Measures what saving costs a run, in time and memory: python -m tests.acceptance.saving --config=... --workdir=DIR [--every=50 --saves=3]
 
-Trains, and saves after every second stretch of so many steps: a stretch that begins with a save, and in whose background it is written,
+Trains, and saves after every second stretch of --every steps: a stretch that begins with a save, and in whose background it is written,
 is compared with the one before, in which nothing is saved; and, since a machine's speed drifts by more than a save costs, the steps
 beside which it is written with the others around them. The last save is made while training stands still. With --saves=0 there is
 one stretch, and no save but the last. Prints a JSON object.

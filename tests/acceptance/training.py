@@ -29,7 +29,7 @@ def make_train(folder: Path) -> Result:
   subprocess.run(['make', 'train'], cwd=clone, env={**os.environ, 'HOME': str(home)}, check=True)
   seconds = time.monotonic() - start
   record = json.loads((clone / 'runs/default/evaluation.json').read_text())
-  gzip, xz = (record['yardsticks'][f'{name} -9'] for name in ('gzip', 'xz'))
+  gzip, xz = (record['baselines'][f'{name} -9'] for name in ('gzip', 'xz'))
   return Result('fresh clone, empty cache: make train within 600 s, bits per byte below gzip -9',
                 f'{seconds:.0f} s; {record["bits_per_byte"]:.3f} bits per byte (gzip -9 {gzip:.3f}, xz -9 {xz:.3f})',
                 seconds <= 600 and record['bits_per_byte'] < gzip and (clone / 'runs/default/report.html').exists(), 'make train')

@@ -15,7 +15,7 @@ import pytest
 from small_stores import texts
 
 from gptjax.config import Component, Config, DataConfig, Phase, SourceConfig, TokenizerConfig, UserError, ValidationSet
-from gptjax.data import Document, Recipe, compression_yardsticks, open_source, prepare, train_rows, write_store
+from gptjax.data import Document, Recipe, compression_baselines, open_source, prepare, train_rows, write_store
 from gptjax.data.progress import ProgressBar
 from gptjax.data.tokenizers import ByteTokenizer, CharTokenizer
 
@@ -198,12 +198,12 @@ def test_a_context_longer_than_a_side_is_an_error_with_the_tokens_of_both(config
     prepare(dataclasses.replace(mixture(stores), context=151), cache)
 
 
-def test_yardsticks_are_the_sizes_of_compressed_text(config, cache):
+def test_baselines_are_the_sizes_of_compressed_text(config, cache):
   prepared = prepare(dataclasses.replace(config, source=SourceConfig(argparse.__file__)), cache)
   text, = texts(prepared.valid['valid'])
   text = text.encode()
   compressed = {'gzip -9': gzip.compress(text, 9), 'xz -9': lzma.compress(text, preset=9)}
-  assert compression_yardsticks(prepared.tokenizer, prepared.valid) == {
+  assert compression_baselines(prepared.tokenizer, prepared.valid) == {
     name: 8 * len(data) / len(text) for name, data in compressed.items()}
 
 

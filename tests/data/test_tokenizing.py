@@ -98,7 +98,7 @@ def test_finished_shards_are_kept(lines, tmp_path, small_tasks, monkeypatch, kep
 
 
 def begun(folder, made, shards, monkeypatch):
-  """Leaves a build with so many finished shards."""
+  """Interrupts a build after a number of finished shards."""
   commit, calls = Journal.commit, []
 
   def ended(journal):

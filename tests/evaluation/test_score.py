@@ -75,7 +75,7 @@ def score(model, parameters, held, *, isolate, batch_size, **asked):
 
 
 def assert_score(got, nats, tokens, text_bytes):
-  """The three figures are those of so many nats, targets and bytes."""
+  """The three figures follow from the sums of nats, targets and bytes."""
   assert got.tokens == tokens
   np.testing.assert_allclose(got.loss, nats / tokens, rtol=1e-6)
   np.testing.assert_allclose(got.perplexity, math.exp(nats / tokens), rtol=1e-5)

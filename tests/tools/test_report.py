@@ -15,7 +15,7 @@ from tools.report import page, series, smooth, verdict
 
 EVIL = '</pre></style><script>alert(1)</script><img src=https://example.com/x onerror=alert(1)>"\'&$\\frac{'
 SCORE = {'loss': 2.25, 'perplexity': 9.49, 'bits_per_byte': 1.43, 'tokens': 1_203_456, 'step': 200}
-YARDSTICKS = {'gzip -9': 1.98, 'xz -9': 1.6}
+BASELINES = {'gzip -9': 1.98, 'xz -9': 1.6}
 VOID = {'meta', 'link', 'img', 'br', 'hr', 'input'}
 
 
@@ -41,7 +41,7 @@ def workdir(tmp_path: pathlib.Path) -> pathlib.Path:
   config = override(Config(), {'model.width': 192, 'eval.prompt': 'def f('})
   (folder / 'config.json').write_text(to_json(config))
   (folder / 'run.json').write_text(json.dumps({'device': '8 x TPU v5e', 'parameters': 1_234_567, 'restored': None}))
-  (folder / 'evaluation.json').write_text(json.dumps(SCORE | {'yardsticks': YARDSTICKS}))
+  (folder / 'evaluation.json').write_text(json.dumps(SCORE | {'baselines': BASELINES}))
   rows = [*map(training_line, range(1, 201)), validation_line(100), validation_line(200)]
   write_lines(folder / 'metrics.jsonl', rows)
   write_lines(folder / 'samples.jsonl', [
@@ -90,7 +90,7 @@ def test_page_holds_every_part(workdir: pathlib.Path):
   found = Page(text)
   assert 'Validation 1.43 bits per byte at step 200, 28 % below gzip -9 and 11 % below xz -9.' in found.text
   for part in ('small-run', '9.49', '1,203,456', '61,000', '41.2 %',  # final figures
-               'gzip -9', '1.980', '28 % below', 'xz -9', '1.600', '11 % below',  # yardsticks
+               'gzip -9', '1.980', '28 % below', 'xz -9', '1.600', '11 % below',  # baselines
                'training', 'valid', 'nats per token', 'bits per byte', 'tokens per second', 'step',  # pictures
                '8 x TPU v5e', '1,234,567', 'null',  # header
                'model.width', '192', '128', 'optimizer.peak_lr = 0.001'):  # config
@@ -129,13 +129,13 @@ def test_page_loads_nothing_and_follows_from_its_files_alone(workdir: pathlib.Pa
 def test_whatever_a_run_holds_is_shown_as_text(workdir: pathlib.Path):
   (workdir / 'config.json').write_text(to_json(override(Config(), {'eval.prompt': f'prompt {EVIL}'})))
   (workdir / 'run.json').write_text(json.dumps({f'key {EVIL}': f'value {EVIL}', 'nested': [EVIL], 'half': '\ud800'}))
-  (workdir / 'evaluation.json').write_text(json.dumps(SCORE | {'yardsticks': {f'yardstick {EVIL}': 2.0}}))
+  (workdir / 'evaluation.json').write_text(json.dumps(SCORE | {'baselines': {f'baseline {EVIL}': 2.0}}))
   write_lines(workdir / 'metrics.jsonl', [training_line(1), validation_line(1, f'set {EVIL}')])
   write_lines(workdir / 'samples.jsonl', [{'step': 1, 'prompt': f'start {EVIL}', 'text': f'end {EVIL}'}])
   text = page(workdir)
   found = Page(text)
   assert_self_contained(text, found)
-  for place in ('prompt', 'key', 'value', 'yardstick', 'set', 'start', 'end'):
+  for place in ('prompt', 'key', 'value', 'baseline', 'set', 'start', 'end'):
     assert f'{place} {EVIL}' in found.text
 
 
@@ -158,13 +158,13 @@ def test_optional_parts_may_be_absent(workdir: pathlib.Path):
 @pytest.mark.filterwarnings('error')
 def test_broken_runs_have_a_report_too(workdir: pathlib.Path, rows: list[dict[str, object]]):
   scores = {'loss': math.nan, 'perplexity': math.inf, 'bits_per_byte': None}
-  yardsticks = YARDSTICKS | {'xz -9': math.nan}
-  (workdir / 'evaluation.json').write_text(json.dumps(SCORE | scores | {'yardsticks': yardsticks}))
+  baselines = BASELINES | {'xz -9': math.nan}
+  (workdir / 'evaluation.json').write_text(json.dumps(SCORE | scores | {'baselines': baselines}))
   write_lines(workdir / 'metrics.jsonl', rows)
   assert 'The validation loss is not finite at step 200' in Page(page(workdir)).text
 
 
-@pytest.mark.parametrize(('change', 'yardsticks', 'rows', 'sentence'), [
+@pytest.mark.parametrize(('change', 'baselines', 'rows', 'sentence'), [
     ({}, {}, [training_line(200)], 'Validation 1.43 bits per byte at step 200.'),
     ({}, {'zip': 1.3}, [training_line(200)], 'Validation 1.43 bits per byte at step 200, 10 % above zip.'),
     ({}, {'zip': 1.431}, [training_line(200)], 'Validation 1.43 bits per byte at step 200, level with zip.'),
@@ -174,10 +174,10 @@ def test_broken_runs_have_a_report_too(workdir: pathlib.Path, rows: list[dict[st
      'Validation 1.43 bits per byte at step 200, while training stands at step 5,000.'),
     ({}, {}, [training_line(1), training_line(2, math.nan), training_line(3, math.inf)],
      'Validation 1.43 bits per byte at step 200, but 2 of 3 training losses are not finite, the first at step 2.'),
-    ({'bits_per_byte': math.nan}, YARDSTICKS, [training_line(200)], 'The validation loss is not finite at step 200.'),
+    ({'bits_per_byte': math.nan}, BASELINES, [training_line(200)], 'The validation loss is not finite at step 200.'),
 ])
-def test_verdict(change: dict[str, float], yardsticks: dict[str, float], rows: list[dict[str, object]], sentence: str):
-  assert verdict(SCORE | change, yardsticks, rows) == sentence
+def test_verdict(change: dict[str, float], baselines: dict[str, float], rows: list[dict[str, object]], sentence: str):
+  assert verdict(SCORE | change, baselines, rows) == sentence
 
 
 @pytest.mark.parametrize('evaluation', [None, {'step': 200, 'tasks': {'lambada': {'acc': 0.5}}}])
@@ -209,7 +209,7 @@ def test_a_missing_file_is_named_with_the_command_that_writes_it(workdir: pathli
     ('metrics.jsonl', '{"step": null}\n', 'metrics.jsonl:1: step'),
     ('metrics.jsonl', '{"step": 1, "loss": "x"}\n', 'metrics.jsonl:1: loss'),
     ('metrics.jsonl', '{"step": 1, "loss": ' + '9' * 400 + '}\n', 'metrics.jsonl:1: loss'),
-    ('evaluation.json', json.dumps(SCORE | {'yardsticks': [1]}), 'evaluation.json: yardsticks'),
+    ('evaluation.json', json.dumps(SCORE | {'baselines': [1]}), 'evaluation.json: baselines'),
     ('evaluation.json', json.dumps(SCORE | {'sets': {'valid': {'loss': 'x'}}}), 'evaluation.json: sets: valid: loss'),
 ])
 def test_a_damaged_file_is_named_with_the_place(workdir: pathlib.Path, name: str, text: str, place: str):

@@ -85,7 +85,7 @@ SHAPES = {
   'tokens/table': (20, 16), 'positions/table': (8, 16), 'lm_head/kernel': (16, 24), 'norm/gain': (16,), 'norm/bias': (16,),
   'blocks/0/mlp/up/kernel': (16, 40), 'blocks/0/mlp/up/bias': (40,), 'blocks/0/mlp_norm/gain': (16,),
   'blocks/1/mlp/down/kernel': (40, 16)}
-"""One parameter of every role; the optimizers go by names."""
+"""One parameter of every role; the optimizers distinguish parameters by name."""
 
 
 def some(seed, shapes=SHAPES):

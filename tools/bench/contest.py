@@ -81,7 +81,7 @@ def _worker(name: str, implementation: str) -> Iterator[Callable[[], Cost]]:
     raise RuntimeError(f'{implementation} ended with status {process.wait()} on {name}')
 
   def round_() -> Cost:
-    process.stdin.write('go\n')
+    process.stdin.write('run\n')
     process.stdin.flush()
     return Cost(*answer())
 
