@@ -1,4 +1,4 @@
-"""The logit check sees every setting that could be misread."""
+"""The import notices every setting that could be misread, by its tensors or its logits."""
 
 import dataclasses
 import functools
@@ -13,7 +13,9 @@ from gptjax.config import ComputeConfig, UserError
 from gptjax.data.tokenizers import ByteTokenizer
 from gptjax.interop import FAMILIES, Check, Fields
 from gptjax.interop.comparison import COMPARED, compare_logits, our_logits
-from gptjax.model import abstract_model
+from gptjax.interop.matching import check_tensors, match
+from gptjax.interop.tensor_files import read_tensors
+from gptjax.model import abstract_model, stack_layers
 
 torch = transformers = None
 
@@ -27,35 +29,42 @@ def rope(**changes):
 
 
 THETA, NO_SCALING = rope(theta=4e5), rope(scaling='none')
+TIES = lambda config: {'tied': not config.tied}
 WINDOWS = [{'window': 99}, {'window': 101}, {'window': 0, 'global_every': 0}]
 
 MISREAD = {
   'llama': (LARGE | {'rope_scaling': LLAMA3}, [THETA, NO_SCALING, rope(factor=7.0), rope(low=1.5), rope(high=3.0), rope(scaling='linear'),
-                                               rope(original_context=512), {'window': 64}, {'norm_eps': 1e-2}, {'logit_cap': 2.0}]),
+                                               rope(original_context=512), {'window': 64}, {'norm_eps': 1e-2}, {'logit_cap': 2.0}, TIES]),
   'qwen3': (LARGE | {'rope_scaling': {'type': 'linear', 'factor': 4.0}}, [THETA, NO_SCALING, rope(factor=3.0), {'window': 64},
-                                                                         {'query_pre_attn_scalar': 12.0}]),
-  'mistral': (SLIDING, [THETA, rope(scaling='linear', factor=2.0), {'norm_eps': 1e-2}, {'mlp': 'geglu'}, {'global_every': 3}, *WINDOWS]),
+                                                                         {'query_pre_attn_scalar': 12.0}, TIES]),
+  'mistral': (SLIDING, [THETA, rope(scaling='linear', factor=2.0), {'norm_eps': 1e-2}, {'mlp': 'geglu'}, {'global_every': 3}, TIES,
+                        *WINDOWS]),
   'gemma2': (SLIDING, [THETA, {'global_every': 3}, {'global_every': 0}, {'attention_cap': 0.0}, {'logit_cap': 0.0}, {'logit_cap': 29.0},
-                       {'query_pre_attn_scalar': 16.0}, {'scaled_embedding': False}, {'norm': 'rmsnorm'}, *WINDOWS]),
+                       {'query_pre_attn_scalar': 16.0}, {'scaled_embedding': False}, {'norm': 'rmsnorm'}, TIES, *WINDOWS]),
   'gemma3_text': (SLIDING | {'sliding_window_pattern': 3}, [THETA, rope(local_theta=2e4), rope(local_theta=0.0), {'global_every': 2},
-                                                            {'mlp': 'swiglu'}, {'query_pre_attn_scalar': 16.0}, *WINDOWS])}
+                                                            {'mlp': 'swiglu'}, {'query_pre_attn_scalar': 16.0}, TIES,
+                                                            *WINDOWS])}
 
 
 @pytest.mark.parametrize('family', ['gemma2', *map(full, sorted(MISREAD.keys() - {'gemma2'}))])
-def test_every_misreading_of_a_config_is_seen(family, one_device):
-  shape, misreadings = MISREAD[family]
+def test_every_misreading_of_a_config_is_noticed(family, one_device, tmp_path):
+  (shape, misreadings), kind = MISREAD[family], FAMILIES[family]
   torch.manual_seed(0)
   with torch.no_grad():
     config = transformers.AutoConfig.for_model(family, **shape)
     reference = transformers.AutoModelForCausalLM.from_config(config, attn_implementation='eager').eval()
     for parameter in reference.parameters():
       parameter.add_(0.2 * torch.randn_like(parameter))
-    model, context = FAMILIES[family].read(Fields(shape))
-  placed = jax.device_put(ours(family, model, {key: value.detach().numpy() for key, value in reference.named_parameters()}),
-                          abstract_model(model, ComputeConfig(), context).shardings(0, one_device))
+    model, context = kind.read(Fields(shape))
+  reference.save_pretrained(tmp_path)
+  entries = read_tensors(tmp_path)
+  scanned = ComputeConfig(scan=True)  # one layer is traced instead of three
+  parameters = stack_layers(ours(family, model, {key: value.detach().numpy() for key, value in reference.named_parameters()}))
+  placed = jax.device_put(parameters, abstract_model(model, scanned, context).shardings(0, one_device))
 
   def compare(config):
-    described = abstract_model(config, ComputeConfig(), context)
+    described = abstract_model(config, scanned, context)
+    check_tensors(match(kind, described, context, entries), kind, str(tmp_path), entries)
     tokens = Check().tokens(ByteTokenizer(), described, shape)  # which a misread config chooses too
     return compare_logits(our_logits(described, placed, one_device, tokens), logits(tokens.tobytes()), 1e-3)
 
@@ -68,6 +77,6 @@ def test_every_misreading_of_a_config_is_seen(family, one_device):
 
   assert compare(model)
   for change in misreadings:
-    with pytest.raises(UserError, match='nothing was written'):
+    with pytest.raises(UserError, match='nothing was written|it is missing|tie_word_embeddings'):
       print(change, compare(dataclasses.replace(model, **(change(model) if callable(change) else change))))
-  print(f'seen of {family}: {len(misreadings)}')  # for the bar of this name
+  print(f'noticed of {family}: {len(misreadings)}')  # for the bar of this name
