@@ -1,11 +1,11 @@
-"""The bar of mutated configs and damaged files at its smallest."""
+"""The robustness bar with few cases: mutated configs and corrupted files."""
 
 import pathlib
 
 import jax
 import pytest
 
-from tests.acceptance.damaged import Damage, Damages
+from tests.acceptance.corrupted import Corruption, Corruptions
 from tests.acceptance.fuzz import search
 from tests.acceptance.mutated import Configs, Mutated, mutated
 
@@ -23,7 +23,7 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.mark.full
-def test_mutated_configs_run_or_are_told_in_one_line(here):
+def test_mutated_configs_run_or_are_reported_in_one_line(here):
   cases = Configs(here, CACHE, 60)
   found = search(mutated(), cases.wrong, 30)
   assert found.cases == 30 and cases.ran and not found.wrong, found
@@ -33,18 +33,18 @@ def test_mutated_configs_run_or_are_told_in_one_line(here):
 
 
 @pytest.mark.full
-def test_damaged_files_are_told_in_one_line_and_nothing_else_is_lost(here):
-  cases = Damages(here, CACHE, 60)
+def test_corrupted_files_are_reported_in_one_line_and_nothing_else_is_lost(here):
+  cases = Corruptions(here, CACHE, 60)
   assert sorted(cases.parameters) == [2, 4, 6]
-  # What a run and its checkpoints say to damage is tested in their rooms.
-  ours = cases.strategy().filter(lambda damage: 'checkpoints/' not in damage.file and damage.command != 'train')
+  # Corrupted checkpoints have tests in tests/checkpoint.
+  ours = cases.strategy().filter(lambda corruption: 'checkpoints/' not in corruption.file and corruption.command != 'train')
   found = search(ours, cases.wrong, 16)
   assert found.cases == 16 and cases.refused and not found.wrong, found
-  assert not cases.wrong(Damage('run/evaluation.json', 'shape', 5, 'evaluate'))
+  assert not cases.wrong(Corruption('run/evaluation.json', 'shape', 5, 'evaluate'))
 
 
 @pytest.mark.full
-def test_a_case_that_is_wrong_is_found_and_made_small():
+def test_a_wrong_case_is_found_and_reduced():
   from hypothesis import strategies as st
   found = search(st.integers(0, 1000), lambda number: 'too large' if number > 300 else '', 50)
   assert found.cases == 50 and 10 < len(found.wrong) < 50 and found.least == '301: too large'

@@ -387,7 +387,7 @@ def _mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
     'more malformed than allowed': (bytes_of('broken.jsonl', '--skip=0.0001'), 'skip'),
     'truncated Parquet': (bytes_of('table.parquet'), 'table.parquet'),
     'everything filtered': (bytes_of('good.jsonl', '--min_chars=9999'), 'min_chars'),
-    'a damaged manifest': (run('manifest'), 'manifest.json'),
+    'corrupted manifest': (run('manifest'), 'manifest.json'),
     'no tokenizer': ([*base, f'--source={folder}/good.jsonl', f'--tokenizer={folder}'], 'tokenizer'),
     'another store in its place': (['tools.prepare_data', f'--source={folder}/text.txt', '--tokenizer=bytes', f'--out={folder}/store'],
                                    '--out'),

@@ -1,4 +1,4 @@
-"""What bars of faults share: a small run, started to be disturbed, what it left on disk, and whether it is the undisturbed one."""
+"""Shared by the bars of faults: starts a small run to interrupt it, reads what it left on disk, and compares it with another run."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def until(true: Callable[[], object], process: subprocess.Popen, seconds: float 
   deadline = time.monotonic() + seconds
   while not (found := true()) and process.poll() is None:
     if time.monotonic() > deadline:
-      raise RuntimeError(f'nothing came of {process.args} in {seconds:.0f} s')
+      raise RuntimeError(f'{process.args}: no progress in {seconds:.0f} s')
     time.sleep(0.001)
   return bool(found)
 
@@ -69,7 +69,7 @@ def step_of(workdir: Path) -> int:
 
 
 def step_told(log: Path) -> int:
-  """The last step that this start told of; 0: none. What a killed one left in metrics.jsonl is older."""
+  """The last step in the log of a start, 0 if there is none. metrics.jsonl may end with an older step."""
   return max(map(int, re.findall(r'^step (\d+)/', log.read_text(), re.MULTILINE)), default=0)
 
 
@@ -79,18 +79,18 @@ def committed(workdir: Path) -> list[int]:
 
 
 def whole(workdir: Path) -> list[int]:
-  """Those that are as they were written, every file by its checksum."""
+  """Steps whose checkpoint is intact, by the checksum of every file."""
   return [step for step in committed(workdir) if not verify(workdir / 'checkpoints' / str(step))]
 
 
 def lost(workdir: Path, seen: list[int]) -> list[int]:
-  """Checkpoints seen before that are now gone or damaged, but for those that newer ones replaced."""
+  """Checkpoints seen before that are now missing or corrupted, except those that newer ones replaced."""
   now = whole(workdir)
   return [step for step in seen if step not in now and sum(newer > step for newer in now) < KEEP]
 
 
 def resumed_from(log: Path) -> int | None:
-  """The step that a start says it goes on from, 0 with nothing; None: it did not come to say it."""
+  """The step from which a start resumed according to its log, 0 for a fresh state; None if the log does not say."""
   match = re.search(r'initial state  (?:checkpoint of step (\d+),|fresh)', log.read_text())
   return match and int(match[1] or 0)
 

@@ -1,4 +1,4 @@
-"""Bar of signals from a program's first instant on: each ends it with one line, its exit status, and nothing half-written."""
+"""Bar of signals at any moment of a program: each ends it with one line and its exit status, and leaves no incomplete file."""
 
 import random
 import re
@@ -36,7 +36,7 @@ def disturb(command: Sequence[str], written: Path, number: int, seconds: float) 
     printed = process.communicate(timeout=120)[1]
   name, status = signal.Signals(number).name, process.returncode
   lines = [line for line in printed.splitlines() if line.startswith(f'{name}: ')]
-  saved = [f'{name}: saving after', f'{name}: saved step']  # training tells of both
+  saved = [f'{name}: saving after', f'{name}: saved step']  # training reports both
   wrong = []
   if status == 75:
     wrong += [] if [line[:len(start)] for line, start in zip(lines, saved)] == saved else ['not saved']
@@ -50,7 +50,7 @@ def disturb(command: Sequence[str], written: Path, number: int, seconds: float) 
 
 
 def _halves(written: Path) -> Iterator[Path]:
-  """Files that a program had not finished. What the next start continues or removes has names of its own, such as NAME.building."""
+  """Files that a program had not finished, except those that the next start completes or removes, such as NAME.building."""
   for path in written.parent.glob(f'{written.name}*'):
     yield from path.rglob('*.partial') if path.is_dir() and path == written else ()
     if path.name.endswith('.partial') or path.is_file() and not path.stat().st_size and path.suffix != '.lock':

@@ -1,4 +1,4 @@
-"""Bars of interruption: kills, signals and lost peers leave the run that nothing disturbed."""
+"""Bars of interruption: after kills, signals and lost peers a run ends like an uninterrupted one."""
 
 import contextlib
 import itertools
@@ -48,8 +48,8 @@ def killed_runs(folder: Path) -> Result:
   python('gptjax.train', *flags, f'--workdir={runs[-1]}')
   wrong = kills.wrong + [f'{run.name}: {text}' for run in runs if (text := same_run(folder / 'straight', run, flags))]
   return Result(f'{STEPS} steps, a save every 10, killed (-9) at {_KILLS} random moments, at least 15 of them during a save: every rerun '
-                'goes on from the newest checkpoint, none that was committed is lost; metrics and train state bitwise those of a run that '
-                'nothing disturbed',
+                'resumes from the newest checkpoint, and no committed one is lost; metrics and train state are bitwise those of an '
+                'uninterrupted run',
                 f'{len(kills.moments)} kills of {len(runs)} runs, {kills.saving} during a save, {kills.early} before the first step; '
                 f'{kills.resumed} reruns checked; {kills.seen} times a checkpoint was there before a kill, lost {kills.lost}; '
                 f'{len(figures(runs[-1]))} lines of metrics and the train state of each run '
@@ -133,10 +133,10 @@ def signals(folder: Path) -> Result:
   wrong += wrong_of_two
   times = signalled.seconds
   return Result(f'{STEPS} steps, SIGTERM or SIGINT {_SIGNALS} times at random steps, and to one of 2 processes: status 75, a checkpoint of '
-                'the step that is told and logged last; the same command goes on from it; metrics and train state bitwise those of a run '
-                'that nothing disturbed',
+                'the step that is reported and logged last; the same command resumes from it; metrics and train state are bitwise those of '
+                'an uninterrupted run',
                 f'{len(times)} signals ({signalled.interrupts} SIGINT) to {len(runs)} runs at steps '
-                f'{", ".join(map(str, signalled.steps))}: status 75 and saved {signalled.saved}, gone on from there {signalled.resumed}; '
+                f'{", ".join(map(str, signalled.steps))}: status 75 and saved {signalled.saved}, resumed from there {signalled.resumed}; '
                 f'from signal to exit {statistics.median(times):.1f} s in the median, {max(times):.1f} at most; 2 processes: {two}; '
                 + ('all equal' if not wrong else '; '.join(wrong[:5])), not wrong and signalled.saved == len(times) == _SIGNALS,
                 'kill -TERM of python -m gptjax.train --config=RECIPE --workdir=DIR, and the same command again')
@@ -202,7 +202,7 @@ def _one_of_two(folder: Path) -> tuple[str, list[str]]:
       wrong += [f'2 processes: status {process.returncode} at the end'] if process.wait() else []
   ends = [kept(workdir, 'saved-60', 2) for workdir in (folder / 'two-straight', folder / 'two')]
   if figures(folder / 'two-straight') != figures(folder / 'two') or not same(*ends):
-    wrong.append('2 processes: not as undisturbed')
+    wrong.append('2 processes: differs from the uninterrupted run')
   return '; '.join(said), wrong
 
 
@@ -224,8 +224,8 @@ def peers(folder: Path) -> Result:
   text = 'not all ended well' if any(supervised) else same_run(folder / 'straight', folder / 'supervised', flags, 60)
   wrong += [f'{text}: {(folder / "log.0").read_text()[-500:]}'] if text else []
   return Result('4 processes: one killed (-9) in training, or never there: the others end within 60 s, each with one line that names it; '
-                'each under --max_restarts=3, a child of process 2 and later one of process 0 killed (-9): the run finishes by itself, '
-                'metrics and train state bitwise those of 4 processes that nothing disturbed',
+                'each under --max_restarts=3, a child of process 2 and later one of process 0 killed (-9): the run finishes without help, '
+                'and metrics and train state are bitwise those of an uninterrupted run',
                 f'{"; ".join(said)}; supervised: status {", ".join(map(str, supervised))}, {restarts} restarts of each in the '
                 f'run of 60 steps, {text or "equal"}' + ''.join(f'; wrong: {one}' for one in wrong), not wrong and restarts == 2,
                 'python -m gptjax.train --max_restarts=3 --coordinator=HOST:PORT --processes=4 --process=I --config=RECIPE --workdir=DIR')
@@ -267,9 +267,9 @@ def faults_policies(folder: Path) -> Result:
   kind = lambda words: 'goes on' if words.startswith('goes on') else 'ends'
   groups = itertools.groupby(cases, lambda case: f'{case["mesh"]}, {case["where"]}')
   table = '; '.join(f'{name}: ' + ', '.join(f'{case["policy"]} {kind(case["words"])}' for case in group) for name, group in groups)
-  return Result('8 devices, ZeRO 0 and 3, NaN in the batch of a step, in its gradient, or on one device: stop ends with the rows or the '
-                'device told, skip leaves out that one update (a state that a device spoiled ends the run), rollback goes back to the last '
-                'checkpoint and past the rows; a device within faults.compare_every=2; what was before, and the same command again after '
-                'an end, bitwise as undisturbed',
+  return Result('8 devices, ZeRO 0 and 3, NaN in the batch of a step, in its gradient, or on one device: stop ends the run and '
+                'reports the rows or the device, skip omits that update (a state with a wrong device ends the run), rollback returns to '
+                'the last checkpoint and skips the rows; a device is found within faults.compare_every=2 steps; earlier steps, and the '
+                'same command after an end, are bitwise as without the fault',
                 f'{len(cases) - len(wrong)} of {len(cases)} cases: {table}' + ''.join(f'; wrong: {one}' for one in wrong),
                 not wrong and len(cases) == 21, 'python -m gptjax.train --config.faults.bad_step=stop|skip|rollback ...')

@@ -21,7 +21,7 @@ from absl import flags
 
 
 class Late(BaseException):
-  """The time of a command is over; no Exception, which the command could take for one of its own."""
+  """The time limit of a command is exceeded. It is not an Exception, so that the command does not catch it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,17 +38,17 @@ class Ending:
 
   @property
   def errors(self) -> list[str]:
-    """The lines that tell a mistake."""
+    """The lines that report an error."""
     return [line for line in self.err.splitlines() if line.startswith('error: ')]
 
   @property
   def noisy(self) -> bool:
-    """Whether only what is on stderr is wrong, where threads that an earlier command left may have written too."""
+    """Whether only stderr is wrong, to which threads of an earlier command may have written."""
     return not self.trace and self.status in (0, 2) and bool(self.wrong)
 
   @property
   def wrong(self) -> str:
-    """What of it breaks the promise: status 0, or status 2 and one line, the last one; '': nothing."""
+    """How it differs from status 0, or status 2 and one error line, which is the last; '' if it does not."""
     if self.trace:
       return self.trace
     if 'Traceback' in self.err:

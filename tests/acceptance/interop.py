@@ -169,8 +169,8 @@ def _rewritten(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) ->
 _LAST = 'transformer.h.1.mlp.c_fc.weight'
 
 
-def _damage(folder: Path, name: str) -> tuple[str, ...]:
-  """Damages a good folder in one of the ways; returns the flags of the import."""
+def _corrupt(folder: Path, name: str) -> tuple[str, ...]:
+  """Corrupts an intact folder in a named way; returns the flags of the import."""
   file = folder / 'model.safetensors'
   whole = file.read_bytes() if file.exists() else b''
   match name:
@@ -221,7 +221,7 @@ def bad_folders(folder: Path) -> Result:
   wrong = []
   for name, told in _TOLD.items():
     source = make_folder(folder / 'in', 'gpt2', _GPT2, shard_bytes=4_000_000 if name == 'missing shard' else 10**9)
-    flags = _damage(source, name)
+    flags = _corrupt(source, name)
     done = subprocess.run([sys.executable, '-m', 'tools.import_hf', f'--folder={source}', f'--workdir={folder}/run', *flags],
                           capture_output=True, text=True)
     lines = done.stderr.splitlines()
@@ -231,6 +231,6 @@ def bad_folders(folder: Path) -> Result:
       wrong.append(f'{name}: {done.returncode} {done.stderr[-300:]!r} {left}')
     print(f'{name}: {lines[-1]}', file=sys.stderr)
     shutil.rmtree(source)
-  return Result('damaged or unknown folders: one error line that names it, exit 2, no workdir',
+  return Result('corrupted or unsupported folders: one error line that names the fault, exit 2, no workdir',
                 f'{len(_TOLD) - len(wrong)} of {len(_TOLD)}: ' + ', '.join(_TOLD) + ''.join(f'; wrong: {one}' for one in wrong), not wrong,
                 'python -m tests.acceptance --only=bad_folders')

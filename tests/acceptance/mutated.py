@@ -222,9 +222,9 @@ def remove(folder: Path) -> None:
 
 @contextlib.contextmanager
 def cheap_alone() -> Iterator[None]:
-  """While the body runs, a config that is good but large is only resolved, in shapes: a run of it would take what this machine has not.
+  """Within the context, valid but large configs are only resolved, since their runs would need more memory than this machine has.
 
-  Everything a config can get wrong is told by then. FLOP/s of the machine are taken as known, since timing it takes a second.
+  All errors of configs are reported by then. The peak FLOP/s are a constant, since measuring them takes a second.
   """
   from gptjax import checkpoint, training
   train, restorer = training.train, checkpoint.Restorer

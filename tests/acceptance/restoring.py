@@ -1,4 +1,4 @@
-"""Bars of checkpoints: they come back on any mesh, damage to them is found, and a full disk loses none."""
+"""Bars of checkpoints: they are restored on any mesh, corruption is detected, and a full disk loses none."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from tests.acceptance.disturbed import committed, figures, recipe, same_run, sta
 from tests.acceptance.kept_state import kept, same
 from tests.acceptance.record import Result, bar, python, several
 
-_DAMAGES = 40
+_CORRUPTIONS = 40
 
 # Devices, the mesh's data and model axes, stage, processes.
 _SOURCES = {'1 device': (1, 1, 1, 0, 1), '8x1 stage 3': (8, 8, 1, 3, 1), '2 processes, 2x4 stage 2': (8, 2, 4, 2, 2)}
@@ -52,7 +52,7 @@ def restores(folder: Path) -> Result:
   count = len(_SOURCES) * len(_TARGETS)
   return Result('checkpoints of 1 device, of 8x1 at ZeRO 3 and of 2 processes (2x4, ZeRO 2), 8 heads, 2 key heads, dropout: restored on 1, '
                 '2, 4 and 8 devices, meshes 8x1 and 2x4 at ZeRO 0 to 3, 1 and 2 processes: parameters and optimizer state bitwise, the '
-                'next 10 losses within 1e-5 of the run that went on, global rows bitwise',
+                'next 10 losses within 1e-5 of the uninterrupted run, global rows bitwise',
                 f'{count - len(wrong)} of {count} restores: {arrays} arrays equal bit by bit each, losses off by {worst:.1e} at most, '
                 f'{rows:,} rows equal' + ''.join(f'; wrong: {one}' for one in wrong), not wrong and arrays > 30 and rows > 0,
                 'python -m gptjax.train --workdir=DIR ..., again with another --cpu_devices, --config.mesh.* and --config.zero_stage')
@@ -83,16 +83,16 @@ def _rows(workdir: Path, first: int) -> set[tuple[int, str, str]]:
 
 
 @bar
-def damages(folder: Path) -> Result:
+def corruptions(folder: Path) -> Result:
   flags, dice = recipe(folder), random.Random(0)
   python('tests.acceptance.kept_state', *flags, f'--workdir={folder}/straight', '--stop_at=30')
   python('gptjax.train', *flags, f'--workdir={folder}/base', '--stop_at=20')
   done, outcomes, wrong = Counter(), Counter(), []
-  for number in range(_DAMAGES):
+  for number in range(_CORRUPTIONS):
     workdir = folder / 'damaged'
     shutil.copytree(folder / 'base', workdir)
-    kind, name = _damage(workdir / 'checkpoints/20', dice)
-    outcome = _after_damage(workdir, folder / 'straight', flags, folder / 'log')
+    kind, name = _corrupt(workdir / 'checkpoints/20', dice)
+    outcome = _after_corruption(workdir, folder / 'straight', flags, folder / 'log')
     print(f'{number + 1}: {kind} {name}: {outcome}', file=sys.stderr)
     done[kind] += 1
     outcomes[outcome] += 1
@@ -100,16 +100,16 @@ def damages(folder: Path) -> Result:
       wrong.append(f'{kind} {name}: {outcome}')
     shutil.rmtree(workdir)
   files = sum(path.is_file() for path in (folder / 'base/checkpoints/20').rglob('*'))
-  return Result(f'{_DAMAGES} random damages to a random one of all files of the newest checkpoint: each is found and told, the checkpoint '
-                'moved to WORKDIR/damaged and the one before taken, or restored exactly; metrics and train state 10 steps later bitwise '
-                'those of a run that nothing disturbed; never a traceback',
+  return Result(f'{_CORRUPTIONS} random corruptions of a random file of the newest checkpoint: each is detected and reported, the '
+                'checkpoint is moved to WORKDIR/damaged and the previous one used, or it is restored exactly; metrics and train state 10 '
+                'steps later are bitwise those of an uninterrupted run; never a traceback',
                 f'{", ".join(f"{name} {count}" for name, count in done.items())}, of {files} files; '
                 + ', '.join(f'{name} {count}' for name, count in outcomes.items()) + ''.join(f'; wrong: {one}' for one in wrong[:5]),
-                not wrong, 'a damaged file in DIR/checkpoints/STEP, then python -m gptjax.train --workdir=DIR ...')
+                not wrong, 'a corrupted file in DIR/checkpoints/STEP, then python -m gptjax.train --workdir=DIR ...')
 
 
-def _damage(checkpoint: Path, dice: random.Random) -> tuple[str, Path]:
-  """Damages a random file in a random way, and returns both."""
+def _corrupt(checkpoint: Path, dice: random.Random) -> tuple[str, Path]:
+  """Corrupts a random file in a random way; returns the way and the file."""
   file = dice.choice(sorted(path for path in checkpoint.rglob('*') if path.is_file()))
   size = file.stat().st_size
   kind = dice.choice(['truncated', 'a bit flipped', 'removed', 'emptied'] if size else ['removed'])
@@ -127,8 +127,8 @@ def _damage(checkpoint: Path, dice: random.Random) -> tuple[str, Path]:
   return kind, file.relative_to(checkpoint)
 
 
-def _after_damage(workdir: Path, straight: Path, flags: list[str], log: Path) -> str:
-  """What the same command made of a run whose checkpoint 20 is damaged."""
+def _after_corruption(workdir: Path, straight: Path, flags: list[str], log: Path) -> str:
+  """The outcome of the same command for a run whose checkpoint 20 is corrupted."""
   status = start(workdir, [*flags, '--stop_at=30'], log, 'tests.acceptance.kept_state').wait()
   said, aside = log.read_text(), [*(workdir / 'damaged').glob('20-*')]
   if status or 'Traceback' in said:
@@ -164,9 +164,9 @@ def disk_full(folder: Path) -> Result:
         python('gptjax.train', *flags, f'--workdir={disk}/run')
       if text := same_run(folder / 'straight', disk / 'run', flags, 40):
         wrong.append(text)
-  return Result('a disk of 2 GB filled up while a checkpoint is written: where space is made later the run goes on to its end, '
-                'where not it ends with one error line and status 2, and with space the same command goes on; all committed checkpoints '
-                'are intact; metrics and train state bitwise those of a run that nothing disturbed',
+  return Result('a disk of 2 GB that is full while a checkpoint is written: if space is freed later, the run continues to its end; '
+                'if not, it ends with one error line and status 2, and the same command resumes once there is space; all committed '
+                'checkpoints are intact; metrics and train state are bitwise those of an uninterrupted run',
                 f'checkpoints of {size / 1e6:.0f} MB; {"; ".join(said)}; ' + ('all equal' if not wrong else '; '.join(wrong)), not wrong,
                 'python -m gptjax.train --config=RECIPE --workdir=SMALL_DISK/run')
 
@@ -225,15 +225,15 @@ def save_cost(folder: Path) -> Result:
   cost = sum(seconds['with']) / sum(seconds['without']) - 1
   by_steps = sum(found['more']) / len(seconds['with']) / (sum(seconds['without']) / len(seconds['without']))
   state = found['state']
-  # Memory for saving is taken before the first one, and stays: what it adds is told by a run that never saves beside training.
+  # Memory for saving is taken before the first one, and stays: a run that never saves shows what saves add during training.
   beside = [(max(one['memory'][which] for one in found['with']) - unsaved['without'][0]['memory'][which]) / state for which in (0, 1)]
   alone = [(after - before) / state for before, after in zip(found['before'], found['alone'])]
-  told = lambda times: ', '.join(f'{one:.1f}' for one in times)
-  return Result('99M parameters, 128 tokens per step, a save every 50: it costs below 3 % of the run, by stretches with one and without, '
-                'and by the steps beside which it is written and others; memory of this process added by the writer alone at most 0.3 '
-                'times the state, with training going on 1.2',
-                f'{cost:+.1%} of the time by stretches ({told(seconds["with"])} s with, {told(seconds["without"])} s without), '
-                f'{by_steps:+.1%} by steps ({told(found["more"])} s more); the run waits for {told(found["calls"])} s of them; a save '
+  listed = lambda times: ', '.join(f'{one:.1f}' for one in times)
+  return Result('99M parameters, 128 tokens per step, a save every 50: saves take less than 3 % of the time, measured by stretches of '
+                'steps with and without one, and by steps during and without a write; memory that a save adds: at most 0.3 times the '
+                'state while training waits, 1.2 times during training',
+                f'{cost:+.1%} of the time by stretches ({listed(seconds["with"])} s with, {listed(seconds["without"])} s without), '
+                f'{by_steps:+.1%} by steps ({listed(found["more"])} s more); the run waits for {listed(found["calls"])} s of them; a save '
                 f'alone {found["whole_save"]:.1f} s; state {state / 1e9:.2f} GB; added alone {alone[0]:.2f}, beside training '
                 f'{beside[0]:.2f} times that (with pages of files {alone[1]:.2f} and {beside[1]:.2f})',
                 max(cost, by_steps) < 0.03 and alone[0] <= 0.3 and beside[0] <= 1.2 and len(seconds['with']) >= 3,

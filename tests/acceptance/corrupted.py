@@ -1,4 +1,4 @@
-"""Damaged files: a finished run and its stores, one file of them damaged, and what the commands then say and leave."""
+"""Corrupted files: one file of a finished run or of its stores is corrupted, and the commands that read it are run."""
 
 import dataclasses
 import json
@@ -36,8 +36,8 @@ Files = dict[str, bytes]
 
 
 @dataclasses.dataclass(frozen=True)
-class Damage:
-  """What happens to a file, and the command that comes upon it."""
+class Corruption:
+  """A change of a file, and the command that then reads it."""
 
   file: str
   how: Literal['truncated', 'flipped', 'emptied', 'deleted', 'random', 'shape', 'value']
@@ -49,7 +49,7 @@ class Damage:
     return f'{self.file} {self.how} ({self.at}), {self.command}'
 
   def apply(self, path: Path) -> None:
-    """Damages the file."""
+    """Corrupts the file."""
     data = path.read_bytes()
     match self.how:
       case 'truncated':
@@ -103,8 +103,8 @@ def read(folder: Path) -> Files:
   return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file()}
 
 
-class Damages:
-  """Damages the files of a run.
+class Corruptions:
+  """Corrupts files of a run, one at a time.
 
   Args:
     folder: to work in, the current one; it gets a text, stores, a tokenizer and a run.
@@ -130,7 +130,7 @@ class Damages:
       self.parameters |= self._parameters()
       self._put_back()
     self.refused = 0
-    """damages that a command told of"""
+    """corruptions that a command reported"""
 
   def _do(self, module: str, *args: str) -> None:
     # Tools have flags of names that binaries have for something else.
@@ -138,8 +138,8 @@ class Damages:
     done = run(module, *args, seconds=600)
     assert done.status == 0 and not done.wrong, (module, args, done)
 
-  def strategy(self) -> st.SearchStrategy[Damage]:
-    """Damages of all files but arrays, each kind of file as often as the others."""
+  def strategy(self) -> st.SearchStrategy[Corruption]:
+    """Corruptions of all files except arrays, with equal probability for each kind of file."""
     names = [f'{top}/{name}' for top, files in self._good.items() for name in files]
     checkpoints = [name for name in names if name.startswith('run/checkpoints/') and 'ocdbt' not in name and '/d/' not in name]
     data = [name for name in names if name.startswith('run/data/')]
@@ -147,30 +147,30 @@ class Damages:
     own = [name for name in names if name.startswith('run/') and name.count('/') == 1]
     how = st.sampled_from(['truncated', 'flipped', 'emptied', 'deleted', 'random', 'shape', 'value'])
     at = st.integers(0, 2**20)
-    of = lambda files, commands: st.builds(Damage, st.sampled_from(files), how, at, st.sampled_from(commands))
+    of = lambda files, commands: st.builds(Corruption, st.sampled_from(files), how, at, st.sampled_from(commands))
     return st.one_of(of(own, [*_COMMANDS]), of(data, [*_COMMANDS]), of(train, ['train']),
                      of(checkpoints, ['train', 'evaluate', 'generate']))
 
-  def wrong(self, damage: Damage) -> str:
+  def wrong(self, corruption: Corruption) -> str:
     """What is wrong with how the command ends, or what it leaves; '': nothing."""
-    path = self._folder / damage.file
+    path = self._folder / corruption.file
     whole = path.read_bytes()
-    damage.apply(path)
+    corruption.apply(path)
     before = read(self._folder / 'run')
     try:
       with cheap_alone():
-        module, *flags = _COMMANDS[damage.command]
+        module, *flags = _COMMANDS[corruption.command]
         cache = [f'--cache_dir={self._cache}'] * (module != 'tools.report')
         command = (module, '--workdir=run', *flags, *cache)
         done = in_process.run(*command, seconds=self._seconds)
         if done.noisy:
           self._put_back()
-          damage.apply(path)
+          corruption.apply(path)
           done = in_process.alone(*command, seconds=self._seconds)
         self.refused += done.status == 2
         if done.wrong:
           return done.wrong
-        if touched := self._touched(damage, before, done.status == 2):
+        if touched := self._touched(corruption, before, done.status == 2):
           return f'{touched} is another after status {done.status}: {done.err[-300:]}'
         if path.parent.exists() and not (self._folder / 'run' / 'damaged').exists():  # or else the checkpoint was set aside, and made anew
           path.write_bytes(whole)
@@ -178,16 +178,16 @@ class Damages:
     finally:
       self._put_back()
 
-  def _touched(self, damage: Damage, before: Files, refused: bool) -> str:
+  def _touched(self, corruption: Corruption, before: Files, refused: bool) -> str:
     """A file that the command should have left alone."""
     after = read(self._folder / 'run')
     writes = ['evaluation.json', 'report.html', 'tensorboard/', 'checkpoints/']
-    if damage.command == 'train':  # it may have come some way before it met the damage
+    if corruption.command == 'train':  # it may have run for some steps before it read the file
       writes += ['lock', 'run.json'] if refused else ['lock', 'run.json', 'config.json', 'data/']
     # A run that goes back to the checkpoint before writes its lines again: the same, but for the clock's.
     kept = lambda name, data: _without_clock(data) if name == 'metrics.jsonl' else data
     for name, data in before.items():
-      if name.startswith(tuple(writes)) or f'run/{name}' == damage.file:
+      if name.startswith(tuple(writes)) or f'run/{name}' == corruption.file:
         continue
       if not kept(name, after.get(name, b'')).startswith(kept(name, data)):
         return name
