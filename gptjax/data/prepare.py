@@ -171,7 +171,7 @@ def _identity(directory: Path) -> dict[str, Any]:
   strings = lambda values: isinstance(values, list) and all(isinstance(one, str) for one in values)
   match found:
     case {'fingerprint': str(), 'valid': valid, 'tags': dict(tags)} if strings(valid) and all(
-        strings(names) and {*names} <= {*valid} for names in tags.values()):
+        strings(names) and names and {*names} <= {*valid} for names in tags.values()):
       return found
   raise UserError(str(directory / 'identity.json'), found,
                   'the fingerprint, validation sets and tags of a run, as they were written; restore it')

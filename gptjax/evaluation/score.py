@@ -32,7 +32,7 @@ class Score:
 
 
 def score_of(nats: float, tokens: int, text_bytes: float) -> Score:
-  """The score of a loss in nats, summed over a number of tokens that stand for a number of bytes."""
+  """The score of a loss in nats, summed over tokens that stand for `text_bytes` bytes; both are above 0, since all documents have text."""
   mean = nats / tokens
   return Score(mean, math.exp(min(mean, 700.0)), nats / math.log(2) / text_bytes, tokens, text_bytes)
 

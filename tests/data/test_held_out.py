@@ -12,6 +12,7 @@ GOOD = {'fingerprint': 'abc', 'valid': ['books'], 'tags': {}}
 
 @pytest.mark.parametrize('found', [
   None, [], {}, GOOD | {'valid': 'books'}, GOOD | {'valid': [1]}, GOOD | {'tags': []}, GOOD | {'tags': {'prose': ['poems']}},
+  GOOD | {'tags': {'prose': []}},
   GOOD | {'tags': {'prose': 3}}, GOOD | {'fingerprint': None}])
 def test_a_damaged_identity_is_one_error(tmp_path, found):
   (tmp_path / 'identity.json').write_text(json.dumps(found))

@@ -85,6 +85,7 @@ def test_sets_are_the_runs_own_unless_others_are_selected(held_out, tmp_path):
 
 def test_a_mistake_in_sets_is_one_error_line(held_out, tmp_path):
   make_store(tmp_path / 'other', [5], vocab_size=259)
+  (tmp_path / 'blank.jsonl').write_text('{"text": " "}\n\n')  # a score of nothing would divide by 0
   manifest = json.loads((tmp_path / 'other/manifest.json').read_text()) | {'tokenizer_sha256': 'f' * 64}
   (tmp_path / 'other/manifest.json').write_text(json.dumps(manifest | {'sha256': manifest_sha256(manifest)}))
   for wanted, message in [
@@ -92,7 +93,8 @@ def test_a_mistake_in_sets_is_one_error_line(held_out, tmp_path):
       (['a='], "^--sets: 'a=', expected: "), ([f'all sets={tmp_path}/b'], '^--sets: .*another name'),
       ([f'tag/both={tmp_path}/b'], '^--sets: .*another name'),
       ([f'x={tmp_path}/other'], "^--sets: 'x=.*other', expected: a store made with the run's tokenizer .*, not ffffffffffff"),
-      ([f'x={tmp_path}/nothing.txt'], "nothing.txt', expected: ")]:
+      ([f'x={tmp_path}/nothing.txt'], "nothing.txt', expected: "),
+      ([f'x={tmp_path}/blank.jsonl'], "^source: 'blank.jsonl', expected: documents; none of its 2 records is left")]:
     with pytest.raises(UserError, match=message):
       choose_sets(wanted, held_out, tmp_path)
   with pytest.raises(UserError, match="^--sets: 'c', expected: no names \\(the run has no sets of its own\\)"):
