@@ -22,8 +22,9 @@ from gptjax.files import expanded, locked
 
 
 def _refuse(_files: Sequence[File], _description: str, config: SourceConfig) -> Source:
-  raise UserError('data.source.path', config.path, "text, JSON lines or Parquet, and no CSV; pandas.read_csv(FILE).to_json('FILE.jsonl', "
-                  "orient='records', lines=True) converts it; to train on the file as it is, rename it to .txt")
+  kinds = ', '.join(kind for kind, format in _FORMATS.items() if format.open != _refuse)
+  raise UserError('data.source.path', config.path, f"{kinds}, and no CSV; pandas.read_csv(FILE).to_json('FILE.jsonl', orient='records', "
+                  "lines=True) converts it; to train on the file as it is, rename it to .txt")
 
 
 class _Format(NamedTuple):
@@ -31,16 +32,18 @@ class _Format(NamedTuple):
   suffixes: tuple[str, ...]
   rank: int
   """Files of a higher rank are ignored beside files of a lower one."""
+  packed: bool = True
+  """whether files may also be compressed (.gz, .zst)"""
 
 
 _FORMATS = {
   'JSON lines': _Format(JsonLines, ('.jsonl', '.ndjson'), 0),
-  'Parquet': _Format(Parquet, ('.parquet',), 0),
+  'Parquet': _Format(Parquet, ('.parquet',), 0, packed=False),
   'text': _Format(TextFiles, ('.txt', '.text', '.md', '.rst', '.tex', '.py'), 1),  # beside data: their README or LICENSE
   'JSON': _Format(JsonLines, ('.json',), 2),  # beside others: metadata
   'CSV': _Format(_refuse, ('.csv', '.tsv'), 3),
 }
-"""By the ending of a file's name, in any case; JSON and text may be compressed. A path or glob may name text files with other endings."""
+"""By the ending of a file's name, in any case. A path or glob may name text files with other endings."""
 
 _EXCLUDED = ('__pycache__', 'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'encodings', 'pydoc_data',
              'config-*', 'lib-dynload', '_sysconfigdata*.py', 'entities.py')
@@ -72,9 +75,10 @@ def open_source(config: SourceConfig, cache_dir: Path | None = None) -> Source:
   for file in files:
     by_kind.setdefault(_kind(file.name) or ('other' if is_folder else 'text'), []).append(file)
   if [*by_kind] == ['other']:
-    endings = ' '.join(suffix for format in _FORMATS.values() if format.open != _refuse for suffix in format.suffixes)
-    raise UserError('data.source.path', config.path, f"a folder with files of a supported type ({endings}; text and JSON also with .gz "
-                    f"or .zst); for others, a glob such as '{posixpath.join(config.path, '**', '*.c')}'")
+    endings = ' '.join(f'{suffix}[.gz|.zst]' if format.packed else suffix
+                       for format in _FORMATS.values() if format.open != _refuse for suffix in format.suffixes)
+    raise UserError('data.source.path', config.path, f"a folder with files of a supported type ({endings}); for others, a glob such as "
+                    f"'{posixpath.join(config.path, '**', '*.c')}'")
   counts = {kind: f'{len(found):,} {kind} file{"s" * (len(found) != 1)}' for kind, found in by_kind.items()}
   rank = min(format.rank for kind, format in _FORMATS.items() if kind in by_kind)
   kind, *conflicts = [kind for kind, format in _FORMATS.items() if kind in by_kind and format.rank == rank]
@@ -100,9 +104,8 @@ def _check_unused(config: SourceConfig, kind: str, *options: str) -> None:
 
 def _kind(name: str) -> str:
   """The format that the ending of a file's name stands for; '' if it stands for none."""
-  stem = name.lower().removesuffix(packing(name))
   return next((kind for kind, format in _FORMATS.items()
-               if (name.lower() if kind == 'Parquet' else stem).endswith(format.suffixes)), '')
+               if name.lower().removesuffix(packing(name) if format.packed else '').endswith(format.suffixes)), '')
 
 
 def is_json_lines(name: str) -> bool:

@@ -281,7 +281,7 @@ def test_a_file_that_is_no_utf8_text_is_named_as_what_it_is(tmp_path, name, data
 
 
 @pytest.mark.parametrize(('name', 'options', 'error'), [
-    ('a.csv', {}, r"^data.source.path: '.*a\.csv', expected: text, JSON lines or Parquet, and no CSV; .*converts it"),
+    ('a.csv', {}, r"^data.source.path: '.*a\.csv', expected: JSON lines, Parquet, text, JSON, and no CSV; .*converts it"),
     ('A.TSV.GZ', {}, 'and no CSV'), ('', {}, 'and no CSV'), ('*.csv', {'text': 'b'}, 'and no CSV'),
     ('a.c', {'text': 'b'}, r"^data.source.text: 'b', expected: none for text files"),
     ('a.c', {'split': 'test'}, r"^data.source.split: 'test', expected: none for text files: only tfds: and hf:"),
