@@ -5,9 +5,10 @@ import shlex
 import subprocess
 
 import pytest
-from documented import OUTPUTS, ROOT, WRITES, commands_of, run
+from documented import OUTPUTS, ROOT, WRITES, commands_of, resolve, run
 
 COMMANDS = commands_of('README.md')
+PROGRAMS = [line for line in COMMANDS if not line.startswith('make ')]
 
 
 def test_make_targets_of_the_readme_exist():
@@ -29,10 +30,14 @@ def test_git_ignores_what_the_commands_of_all_pages_write():
   assert ignored == paths
 
 
+def test_commands_of_the_readme_resolve():
+  assert len(PROGRAMS) >= 9
+  resolve(PROGRAMS)
+
+
+@pytest.mark.full
 def test_commands_of_the_readme_run_as_written(tmp_path):
-  commands = [line for line in COMMANDS if not line.startswith('make ')]
-  assert len(commands) >= 9
-  printed = run(commands, tmp_path)
+  printed = run(PROGRAMS, tmp_path)
   assert (tmp_path / 'runs/first/report.html').stat().st_size > 10_000
   steps = [json.loads(line) for line in (tmp_path / 'runs/first/metrics.jsonl').read_text().splitlines()]
   rates = [step['learning_rate'] for step in steps if 'loss' in step]
