@@ -21,6 +21,7 @@ from gptjax.training.replaying import CLOCK
 from gptjax.training import Options, initializer, learning_rates, make_optimizer, next_token, train, train_step
 
 DURATIONS = {'steps': 100, 'warmup': 2, 'decay': 0}
+NO_RATES = lambda count: {}  # for optimizers of optax, which have their own; one object, so that equal steps are compiled once
 WALL_CLOCK = CLOCK
 """Fields of metrics.jsonl that two equal runs need not share."""
 
@@ -57,7 +58,7 @@ def trainer(model, optimizer=None, *, compute=ComputeConfig(), context=16, zero_
     settings = optimizer or OptimizerConfig()
     optimizer, rates = make_optimizer(settings), learning_rates(settings, **DURATIONS)
   else:
-    rates = lambda count: {}  # it has its own
+    rates = NO_RATES
   mesh = jax.sharding.get_mesh()
   described = model_of(Config(model=model, compute=compute, data=DataConfig(context=context), pipeline=pipeline,
                               mesh=MeshConfig(**mesh.shape)))

@@ -11,7 +11,7 @@ from tiny import files_below, run, small_disk, write_text
 
 from gptjax.checkpoint import Checkpoints, Progress, Retention, load_trained
 from gptjax.checkpoint.staging import HostStaging
-from gptjax.config import ComputeConfig, MeshConfig, UserError, exit_status
+from gptjax.config import ComputeConfig, MeshConfig, UserError, exit_status, to_json
 from gptjax.data import open_held_out
 from gptjax.data.tokenizers import ByteTokenizer
 from gptjax.inference import Generator
@@ -267,7 +267,9 @@ def test_a_run_trained_here_becomes_a_folder_of_its_family(tmp_path, model):
 
 
 def test_a_model_that_no_family_can_describe_is_an_error(tmp_path):
-  run(tiny_config(write_text(tmp_path / 'text.txt'), steps=3, eval__every=0, model__mlp='geglu'), tmp_path / 'run', tmp_path / 'cache')
+  ByteTokenizer().save(tmp_path / 'run' / 'data' / 'tokenizer')
+  settings = tiny_config('text.txt', model__mlp='geglu', model__vocab_size=VOCABULARY)
+  (tmp_path / 'run' / 'config.json').write_text(to_json(settings))  # a run without a checkpoint: the config is checked first
   with pytest.raises(UserError, match='model: .*mlp=geglu'):
     export_run(tmp_path / 'run', tmp_path / 'out', check=ROUNDTRIP)
   assert not [name for name in files_below(tmp_path) if name.startswith('out')]

@@ -66,10 +66,11 @@ def ours(name, config, tensors):
   return found
 
 
-SMALLEST = [pytest.param(name, shapes[0], False, (33,), id=name) for name, shapes in SHAPES.items()]
+# A scan traces one layer, so that it is cheaper for several lengths.
+SMALLEST = [pytest.param(name, shapes[0], True, (33,), id=name) for name, shapes in SHAPES.items()]
 EVERY = [full(name, shape, scan, lengths, id=f'{name}-{index}-{"scan" if scan else "unrolled"}')
          for name, shapes in SHAPES.items() for index, shape in enumerate(shapes)
-         for scan, lengths in ((False, (3, 16, 33)), (True, (33,)))]
+         for scan, lengths in ((False, (33,)), (True, (3, 16, 33) if index else (3, 16)))]
 
 
 @pytest.mark.parametrize('name, shape, scan, lengths', SMALLEST + EVERY)

@@ -297,7 +297,7 @@ def test_a_replica_that_differs_is_found_with_its_device(mesh, zero_stage):
     f'replicas: trained/{name} on device {devices[5].id} of process 0 differ')
 
 
-@pytest.mark.parametrize('action, zero_stage', [('rollback', 3), ('skip', 3), full('rollback', 0)])
+@pytest.mark.parametrize('action, zero_stage', [full('rollback', 3), ('skip', 3), full('rollback', 0)])
 def test_a_device_with_a_wrong_state_is_found_within_the_interval(action, zero_stage, settings, cache, tmp_path, monkeypatch, capsys):
   settings = configs.override(settings, {'mesh.data': 4, 'faults.compare_every': 2, 'faults.bad_step': action, 'checkpoint.every': 4,
                                          'zero_stage': zero_stage, 'mesh.max_unsharded': 1.0})
