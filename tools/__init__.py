@@ -1,3 +1,3 @@
-"""What a person runs around training: the benchmark, the bars, the report."""
+"""Tools around training: data preparation, inspection, conversion, launchers, reports, the benchmark."""
 
 import gptjax  # noqa: F401  (first: it handles signals)

@@ -38,7 +38,7 @@ _STEPS = flags.DEFINE_integer('steps', 1000, "steps, from the first on, over whi
 _PLOT = flags.DEFINE_string('plot', None, 'PNG file for plots of the same data')
 
 COLORS = ('cyan', 'yellow', 'green', 'magenta', 'blue', 'red')
-"""Of successive segments."""
+"""Colors of successive segments."""
 
 _MAX_LENGTHS = 1_000_000
 

@@ -30,7 +30,7 @@ from gptjax.files import sync
 from gptjax.model import Parameters
 
 VERSION = 2
-"""Of the names of arrays and of the facts in the manifest; a checkpoint of another version is refused."""
+"""Version of the names of arrays and of the facts in the manifest; a checkpoint of another version is refused."""
 DAMAGED = 'damaged'
 """Folder next to `checkpoints` to which damaged ones are moved."""
 

@@ -24,7 +24,7 @@ from gptjax.files import read_json, sync, write_json
 
 MANIFEST = 'manifest.json'
 _PART = 'manifest.{}.part'
-"""Of the process with this index, while a checkpoint is being written."""
+"""Name of the part of the process with this index, while a checkpoint is being written."""
 _PATIENCE = 300.0
 """Seconds that process 0 waits for the parts of others, which are written at the same time as its own."""
 _PAUSE = 0.01

@@ -30,7 +30,7 @@ class Fault(Exception):
 
 
 class UserError(ValueError):
-  """A condition that the user can mend: a mistake in a config, flag or input file, a full disk, a damaged checkpoint, or a loss that is
+  """A condition that the user can correct: a mistake in a config, flag or input file, a full disk, a damaged checkpoint, or a loss that is
   not finite. Programs print it as one `error:` line and exit with 2.
 
   Args:
@@ -66,7 +66,7 @@ _MISTAKES = {
   errno.ENAMETOOLONG: 'a shorter path', errno.ELOOP: 'a link that does not lead to itself', errno.ENXIO: 'a file',
   errno.EIO: 'a disk that works', errno.ESTALE: 'a network disk that works', errno.EMFILE: 'a higher limit of open files: ulimit -n',
   errno.ENFILE: 'a higher limit of open files'}
-"""What is expected instead of each error of the system whose cause is a path or the machine; the others are bugs."""
+"""The expected value in the message for each system error whose cause is a path or the machine; other errors are bugs."""
 
 
 def os_mistake(error: OSError) -> UserError | None:

@@ -17,7 +17,7 @@ from gptjax.config import UserError
 from gptjax.distributed.discovery import GroupSpec
 
 _MAX_BYTES = 2**16
-"""Of a message; a longer one comes from another program."""
+"""Maximum bytes of a message; a longer one comes from another program."""
 _FOREIGN = 'another program answers at this address'
 _GRACE = 5.0
 """Seconds for which process 0 tries to listen, and stays after a failure to report it to processes that connect late."""

@@ -20,7 +20,7 @@ from gptjax.distributed import broadcast
 from gptjax.files import Lines, complete_lines, json_line, write_atomic
 
 DECAY = 0.99
-"""Of the running mean and variance, per good step."""
+"""Decay of the running mean and variance per good step."""
 WARMUP = 50
 """Good steps before spikes are detected."""
 MAX_CONSECUTIVE = 100

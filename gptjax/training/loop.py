@@ -126,7 +126,7 @@ Action = tuple[Callable[[int], bool], Callable[[int, TrainState], float | None]]
 
 
 class _Moment(NamedTuple):
-  """A moment at which a step was over, for the speed."""
+  """The time at which a step ended, for the speed."""
 
   seconds: float
   waited: float

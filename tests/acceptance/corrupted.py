@@ -152,7 +152,7 @@ class Corruptions:
                      of(checkpoints, ['train', 'evaluate', 'generate']))
 
   def wrong(self, corruption: Corruption) -> str:
-    """What is wrong with how the command ends, or what it leaves; '': nothing."""
+    """What is wrong with the exit of the command or the files that it leaves; '' if nothing is."""
     path = self._folder / corruption.file
     whole = path.read_bytes()
     corruption.apply(path)
@@ -204,7 +204,7 @@ class Corruptions:
     return ''
 
   def _parameters(self) -> dict[int, dict[str, np.ndarray]]:
-    """Of each checkpoint of the run that can be restored."""
+    """Parameters of each checkpoint of the run that can be restored."""
     from gptjax.checkpoint import Restorer
     restorer = Restorer(self._folder / 'run')
     steps = restorer.checkpoints.steps()

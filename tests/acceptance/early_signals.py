@@ -15,7 +15,7 @@ from tests.acceptance.record import Result, bar, python
 from tests.acceptance.training import shakespeare
 
 _MOMENTS = 200
-"""Of each program."""
+"""Number of moments per program."""
 _SECONDS = 20.0
 _PYTHON = 0.1
 """Seconds in which Python itself starts, before it imports anything of this project."""

@@ -8,7 +8,7 @@ from tests.acceptance.training import shakespeare
 
 
 def samples(path: Path) -> list[dict]:
-  """What tasks asked and what was answered."""
+  """Requests of tasks and the responses to them."""
   return [json.loads(line) for line in path.read_text().splitlines()]
 
 

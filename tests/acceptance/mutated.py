@@ -157,7 +157,7 @@ class Configs:
     self._config = (folder / 'run/config.json').read_bytes()
 
   def wrong(self, case: Mutated) -> str:
-    """What is wrong with how a config ends; '': nothing."""
+    """What is wrong with the exit of a command with this config; '' if nothing is."""
     with cheap_alone():
       return self._json(case) if case.way == 'json' else self._train(case)
 

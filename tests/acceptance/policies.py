@@ -31,7 +31,7 @@ _MESHES = {'8 data, ZeRO 0': (1, 8, 0), '8 data, ZeRO 3': (1, 8, 3), '2 replicas
 
 @dataclasses.dataclass
 class Trained:
-  """What a run came to."""
+  """The outcome of a run."""
 
   workdir: Path
   ended: str
@@ -177,7 +177,7 @@ def equal(one: Any, other: Any) -> bool:
 
 
 def judged(where: str, policy: str, run: Trained, straight: Trained) -> list[str]:
-  """What of a disturbed run is not as promised."""
+  """The broken promises of a disturbed run."""
   said, lines = ' '.join(run.said), figures(run.workdir)
   device = where == 'one device'
   checks = {'every checkpoint is whole': whole(run.workdir) == committed(run.workdir) != []}

@@ -1,4 +1,4 @@
-"""What bars share: how one is registered, runs the commands of the project, and is written down."""
+"""Shared by all bars: registers them, runs commands of the project, and records results."""
 
 import dataclasses
 import datetime
@@ -79,7 +79,7 @@ def evaluate(workdir: Path, *args: str) -> dict:
 
 
 def timed(*names: str) -> list[dict]:
-  """What tools.bench says of these contests."""
+  """Results of tools.bench for these contests."""
   lines = python('tools.bench', f'--only={",".join(names)}').stdout.splitlines()
   return [json.loads(line) for line in lines if line.startswith('{')]
 

@@ -30,7 +30,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @dataclasses.dataclass
 class Outcome:
-  """What a command line came to."""
+  """The outcome of a command line."""
 
   status: object
   config: Config | None

@@ -20,7 +20,7 @@ def ids(seed, *shape):
 
 
 def loss_and_gradients(described, parameters, tokens, key=None):
-  """Of the mean next-token loss, as numpy."""
+  """The mean next-token loss and its gradients, as numpy arrays."""
   batch = {'tokens': jnp.asarray(tokens[:, :-1]), 'targets': jnp.asarray(tokens[:, 1:])}
   batch['mask'] = jnp.ones(batch['targets'].shape)
 

@@ -38,7 +38,7 @@ class Contest:
 
 
 class Cost(NamedTuple):
-  """Of one step or token."""
+  """The cost of one step or token."""
 
   cpu: float
   """seconds, user + system"""
