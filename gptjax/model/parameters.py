@@ -11,7 +11,6 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
