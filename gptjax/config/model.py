@@ -147,6 +147,8 @@ those listed in compute.saved and compute.offloaded (names)"""
   attention: Literal['auto', 'blocks', 'xla', 'splash', 'cudnn'] = 'auto'
   """blocks: blockwise attention in JAX, on any device; xla: the full T x T score matrix; splash: fused kernels for TPUs; cudnn: \
 NVIDIA's; auto: the fused kernel of the device if it supports the model, else blocks"""
+  context_attention: Literal['ring', 'all_gather'] = 'ring'
+  """with mesh.context: keys and values travel around a ring of devices while others are used, or all are gathered before attention"""
   dtype: Literal['float32', 'bfloat16'] = 'float32'
   """precision of matrix products and activations; parameters, norms, softmax and loss stay float32"""
 

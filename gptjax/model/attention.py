@@ -12,10 +12,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from gptjax.config import ComputeConfig, ModelConfig, RopeConfig
+from gptjax.model.context_attention import context_attention
 from gptjax.model.kernels import KERNELS, ScoreConfig, attention_backend
-from gptjax.model.layers import Linear, Norm, capped, drop, fold, keep_mask
+from gptjax.model.layers import Linear, Norm, capped, drop, keep_weights, weight_keys
 from gptjax.model.weights import Stack, TokenAxis
-from gptjax.sharding import divisible, spec
+from gptjax.sharding import context_size, divisible, spec, token_places
 
 BLOCK = 64
 """Query rows per block: at 64 the skipped half of the square outweighs the smaller products on a CPU."""
@@ -50,7 +51,7 @@ class Positions(NamedTuple):
 
 def unpacked(tokens: Int[Array, 'B T']) -> Positions:
   """Positions of rows that are one document each, from its beginning."""
-  return Positions(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
+  return Positions(jnp.broadcast_to(token_places(tokens.shape[1]), tokens.shape))
 
 
 def left_padded(length: int, padding: Int[Array, 'B']) -> Positions:
@@ -82,13 +83,11 @@ def rotate(x: Float[Array, 'B H T C'], positions: Int[Array, 'B T'], frequency: 
 
 
 def attend(score: ScoreConfig, q: Float[Array, 'B K G T C'], k: Float[Array, 'B K S C'], v: Float[Array, 'B K S C'],
-           mask: Bool[Array, '#B T S'], rate: float, dropout_keys: Key[Array, 'B'] | None) -> Float[Array, 'B K G T C']:
-  """softmax(scale q k) v, in float32, over keys in `mask` (arXiv:1706.03762, equation 1), with G queries per key (arXiv:2305.13245)."""
+           mask: Bool[Array, '#B T S'], kept: Bool[Array, 'B K S G T'] | None = None, rate: float = 0.0) -> Float[Array, 'B K G T C']:
+  """softmax(scale q k) v, in float32, over keys in `mask` (arXiv:1706.03762, equation 1), with G queries per key (arXiv:2305.13245);
+  of dropout at a `rate`, the weights that are `kept`."""
   # Keys come before queries, because then most products of the two passes read their operands as they lie in memory.
   scores = capped(jnp.einsum('bksc,bkgtc->bksgt', k, q * score.scale, preferred_element_type=jnp.float32), score.cap)
-  # Drawn head by head, so that the masks are the same where keys are repeated for heads that `model` splits.
-  kept = keep_mask(jnp.swapaxes(scores, 2, 3), rate, dropout_keys)
-  kept = None if kept is None else jnp.swapaxes(kept, 2, 3)
   return _softmax_average(scores, v, jnp.swapaxes(mask, 1, 2)[:, None, :, None], kept, rate)
 
 
@@ -140,9 +139,9 @@ def causal_attention(score: ScoreConfig, q: Float[Array, 'B H T C'], k: Float[Ar
   step = -(-length // (rows * PARTS)) * rows
   sliding = 0 < score.window <= step  # one part, then, with keys that move along
   step = length if sliding else step
-  q = _grouped(q, k)
+  draws, q = weight_keys(rate, dropout_keys, _head_numbers(q, k), jnp.arange(length)), _grouped(q, k)
 
-  def block(start, low, end, q, own_segments):
+  def block(start, low, end, q, own_segments, draws):
     """Rows from `start` on against the keys from `low` (if it is traced: as many as they see) to `end`."""
     seen = (lambda x, axis: jax.lax.slice_in_dim(x, low, end, axis=axis)) if isinstance(low, int) else (
       lambda x, axis: jax.lax.dynamic_slice_in_dim(x, low, rows + score.window - 1, axis))
@@ -153,7 +152,8 @@ def causal_attention(score: ScoreConfig, q: Float[Array, 'B H T C'], k: Float[Ar
       mask = mask & (distance < score.window)
     if segments is not None:
       mask = mask & (own_segments[:, :, None] == seen(segments, 1)[:, None])
-    return attend(score, q, keys, values, mask, rate, fold(dropout_keys, start))
+    kept = keep_weights(rate, draws, low + jnp.arange(keys.shape[2]))
+    return attend(score, q, keys, values, mask, kept, rate)
 
   def lowest(start):
     return max(0, start - score.window + 1) if score.window else 0
@@ -167,19 +167,23 @@ def causal_attention(score: ScoreConfig, q: Float[Array, 'B H T C'], k: Float[Ar
       middle = start + count * rows
 
       def cut(x, axis):
-        """The blocks of rows of x along an axis, as the elements of a leading one."""
+        """The blocks of rows of x along an axis, as the elements of a leading one; None stays None."""
+        if x is None:
+          return None
         x = jax.lax.slice_in_dim(x, start, middle, axis=axis)
         return jnp.moveaxis(x.reshape(*x.shape[:axis], count, rows, *x.shape[axis + 1:]), axis, 0)
 
       starts = start + rows * jnp.arange(count)
-      inputs = (starts, cut(q, 3), None if segments is None else cut(segments, 1))
+      inputs = (starts, cut(q, 3), cut(segments, 1), cut(draws, 3))
       span = rows + score.window - 1
       low = (lambda at: jnp.clip(at + rows - span, 0, length - span)) if sliding and span < length else lambda at: lowest(start)
       again = jax.checkpoint(lambda _, part: (None, block(part[0], low(part[0]), end, *part[1:])), prevent_cse=False)
       mixed = jnp.moveaxis(jax.lax.scan(again, None, inputs)[1], 0, 3)
       out.append(mixed.reshape(*mixed.shape[:3], count * rows, mixed.shape[5]))
     if middle < end:
-      out.append(block(middle, lowest(middle), end, q[:, :, :, middle:end], None if segments is None else segments[:, middle:end]))
+      last = (q[:, :, :, middle:end], segments if segments is None else segments[:, middle:end],
+              draws if draws is None else draws[:, :, :, middle:end])
+      out.append(block(middle, lowest(middle), end, *last))
   return _ungrouped(jnp.concatenate(out, 3))
 
 
@@ -187,6 +191,13 @@ def _grouped(q: Float[Array, 'B H T C'], keys: Float[Array, 'B K S C']) -> Float
   """Queries by the head of the keys that they attend to."""
   (b, h, t, c), kv_heads = q.shape, keys.shape[1]
   return jax.lax.reshape(q, (b, kv_heads, h // kv_heads, t, c), out_sharding=spec(None, ('heads', h), None, None, None))
+
+
+def _head_numbers(q: Float[Array, 'B H T C'], keys: Float[Array, 'B K S C']) -> Int[Array, 'K G']:
+  """Numbers of the query heads, grouped as `_grouped` does."""
+  heads, kv_heads = q.shape[1], keys.shape[1]
+  numbers = jax.lax.broadcasted_iota(jnp.int32, (heads,), 0, out_sharding=spec(('heads', heads)))
+  return jax.lax.reshape(numbers, (kv_heads, heads // kv_heads), out_sharding=spec(('heads', heads), None))
 
 
 def _ungrouped(x: Float[Array, 'B K G T C']) -> Float[Array, 'B H T C']:
@@ -248,7 +259,10 @@ class Attention(nnx.Module):
 
 def attention(config: ModelConfig, compute: ComputeConfig, score: ScoreConfig, q: Float[Array, 'B H T C'], k: Float[Array, 'B K T C'],
               v: Float[Array, 'B K T C'], segments: Int[Array, 'B T'] | None, keys: Key[Array, 'B'] | None) -> Float[Array, 'B H T C']:
-  """Causal attention by the implementation that the config and the device choose."""
+  """Causal attention by the implementation that the config and the device choose; over all devices that share the rows, if there are several."""
+  if context_size() > 1:
+    return _ungrouped(context_attention(score, compute.context_attention, _grouped(q, k), k, v, segments, _head_numbers(q, k),
+                                        config.dropout, keys))
   # One that is named was checked before, for the device that the program is for, which may be another than this process's.
   backend = attention_backend(config, compute, q.shape[2]) if compute.attention == 'auto' else compute.attention
   if backend in KERNELS:
@@ -279,7 +293,7 @@ def _decode(score: ScoreConfig, q: Float[Array, 'B H 1 C'], k: Float[Array, 'B K
     cache, cpu=lambda cache: jax.lax.cond(cached >= 0, write, lambda cache: cache, cache), default=write)
   token = cached - (cached - jnp.arange(size)) % size  # the token in each place; below 0: none yet
   padding = jnp.zeros(q.shape[0], jnp.int32) if positions.padding is None else positions.padding
-  return _ungrouped(attend(score, _grouped(q, cache.keys), *cache, (token >= padding[:, None])[:, None], 0.0, None)), cache
+  return _ungrouped(attend(score, _grouped(q, cache.keys), *cache, (token >= padding[:, None])[:, None])), cache
 
 
 def _for_queries(x: Float[Array, 'B K T C']) -> Float[Array, 'B L T C']:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from gptjax.config import ComputeConfig, ModelConfig
 from gptjax.model.weights import Stack, TokenAxis, gathered, lookup, parameter, product
-from gptjax.sharding import Axis
+from gptjax.sharding import Axis, token_places
 
 
 class Linear(nnx.Module):
@@ -68,25 +68,43 @@ def capped(x: Float[Array, '*S'], cap: float) -> Float[Array, '*S']:
   return cap * jnp.tanh(x / cap) if cap else x
 
 
+_folded = jnp.vectorize(jax.random.fold_in)
+
+
 def fold(keys: Key[Array, 'B'] | None, data: int | Int[Array, '']) -> Key[Array, 'B'] | None:
   """A key per row from a key per row and a number; None stays None."""
   return None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, data))(keys)
 
 
 def dropout(x: Float[Array, 'N *S'], rate: float, keys: Key[Array, 'B'] | None) -> Float[Array, 'N *S']:
-  """Zeroes a fraction `rate` of x, N = B or B * T, and scales up the rest (arXiv:1207.0580); keys: one per row, or None to return x."""
+  """Zeroes a fraction `rate` of x, N = B * T, and scales up the rest (arXiv:1207.0580); keys: one per row, or None to return x."""
   return drop(x, keep_mask(x, rate, keys), rate)
 
 
 def keep_mask(x: Float[Array, 'N *S'], rate: float, keys: Key[Array, 'B'] | None) -> Bool[Array, 'N *S'] | None:
-  """Which elements of x dropout keeps, sharded as x is; None: all."""
+  """Which elements of x dropout keeps, sharded as x is: a token's mask is drawn from its row's key and its place in the row. None: all."""
   if keys is None or not rate:
     return None
   split = jax.typeof(x).sharding.spec
-  shape = (x.shape[0] // keys.shape[0], *x.shape[1:])
-  draw = lambda key: jax.random.bernoulli(key, 1 - rate, shape, out_sharding=PartitionSpec(None, *split[1:]))
-  keep = jax.lax.reshape(jax.vmap(draw)(keys), x.shape, out_sharding=PartitionSpec(None, *split[1:]))
-  return jax.reshard(keep, split)
+  places = token_places(x.shape[0] // keys.shape[0])
+  draw = lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:], out_sharding=PartitionSpec(*split[1:]))
+  return jax.reshard(jax.vmap(draw)(_folded(keys[:, None], places).reshape(x.shape[0])), split)
+
+
+def weight_keys(rate: float, keys: Key[Array, 'B'] | None, heads: Int[Array, 'K G'],
+                places: Int[Array, 'T']) -> Key[Array, 'B K G T'] | None:
+  """A key for the attention weights of each query, from those of rows, the numbers of heads and the places in rows; None: no dropout."""
+  return None if keys is None or not rate else _folded(_folded(keys[:, None, None, None], heads[:, :, None]), places)
+
+
+def keep_weights(rate: float, keys: Key[Array, 'B K G T'] | None, places: Int[Array, 'S']) -> Bool[Array, 'B K S G T'] | None:
+  """Which weights of the attention to tokens at these places dropout keeps, with `weight_keys`; None: all.
+
+  Each one is a hash of row, head, query and key, so that any part of the square can be drawn alone.
+  """
+  if keys is None:
+    return None
+  return jax.random.key_data(_folded(keys[:, :, None], places[:, None, None]))[..., 0] >= jnp.uint32(rate * 2**32)
 
 
 def drop(x: Float[Array, 'N *S'], kept: Bool[Array, 'N *S'] | None, rate: float) -> Float[Array, 'N *S']:

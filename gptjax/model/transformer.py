@@ -86,7 +86,7 @@ class Transformer(nnx.Module):
     """The normalized residual stream after the last layer, N = B * T; the cache with these tokens; and what layers add to the objective.
 
     Args:
-      tokens: ids, of this device's rows.
+      tokens: ids, of this device's rows and of its tokens in them.
       positions: positions and segments; default: each row is one document from position 0.
       cache: an empty one, or that of earlier tokens, for one more token per row. Only for layers that are not scanned.
       keys: for dropout, one per row; None: no dropout.

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import use_abstract_mesh
 
 from gptjax import config as configs
-from gptjax.config import BATCH_AXES, LAYERS_AXIS, STATE_AXIS, TENSOR_AXIS, ComputeConfig, Config, ModelConfig, OptimizerConfig
+from gptjax.config import (
+  BATCH_AXES, LAYERS_AXIS, STATE_AXIS, TENSOR_AXIS, TOKENS_AXIS, ComputeConfig, Config, ModelConfig, OptimizerConfig)
 from gptjax.model import Slots, abstract_model, slots_of
 from gptjax.model.head import CHUNK_BYTES, CHUNK_ROWS
 from gptjax.planning.program import for_platform
@@ -60,18 +61,18 @@ def analytic_memory(config: Config, sizes: dict[str, int]) -> Memory:
   if stage == 3 and sizes[STATE_AXIS] > 1:
     layers, rest, _ = elements(config, sizes)
     gathered = item * (GATHERED_LAYERS * layers * sizes[LAYERS_AXIS] / config.model.layers + rest)
-  rows = config.microbatch_size / math.prod(sizes[name] for name in BATCH_AXES)
+  rows, tokens = config.microbatch_size / math.prod(sizes[name] for name in BATCH_AXES), context // sizes[TOKENS_AXIS]
   one_layer = dataclasses.replace(config.model, layers=1)
   kept = dataclasses.replace(config.compute, remat='none', saved=(), offloaded=())
   # The logits of a chunk in float32, and their gradient in the compute dtype.
   ids = config.model.table_rows / sizes[TENSOR_AXIS]
-  logits = min(rows * context, max(CHUNK_ROWS, CHUNK_BYTES // (4 * ids))) * ids * (4 + item)
+  logits = min(rows * tokens, max(CHUNK_ROWS, CHUNK_BYTES // (4 * ids))) * ids * (4 + item)
   return Memory(
     parameters=state['parameters'], optimizer=state['optimizer'], gathered=gathered,
     gradients=state['gradients'] * (2 if config.microbatches > 1 else 1),
     activations=rows * kept_parts(config, sizes) * row_bytes(
-      config.model, dataclasses.replace(config.compute, offloaded=()), context, sizes[TENSOR_AXIS]),
-    temporaries=rows * row_bytes(one_layer, kept, context, sizes[TENSOR_AXIS]) + logits)
+      config.model, dataclasses.replace(config.compute, offloaded=()), tokens, sizes[TENSOR_AXIS]),
+    temporaries=rows * row_bytes(one_layer, kept, tokens, sizes[TENSOR_AXIS]) + logits)
 
 
 def kept_parts(config: Config, sizes: dict[str, int]) -> float:

@@ -14,7 +14,7 @@ from gptjax import config as configs
 from gptjax.config import Config, UserError, duration_in_steps, schedule_warning
 from gptjax.model import attention_backend, model_of
 from gptjax.planning.topology import Topology
-from gptjax.sharding import BATCH_SPEC, make_mesh
+from gptjax.sharding import TOKENS_SPEC, make_mesh
 from gptjax.training import abstract, frozen_names, initializer, learning_rates, make_objective, make_optimizer, train_step
 
 
@@ -106,7 +106,7 @@ def compile_on(mesh: Mesh, config: Config, options: dict[str, str | bool] | None
     step: Any = train_step(model, make_objective(config), optimizer, learning_rates(config.optimizer, **steps),
                            zero_stage=config.zero_stage, mesh=mesh, microbatches=config.microbatches, seed=config.seed, pipeline=config.pipeline)
     isolated = ['positions', 'segments'] if config.data.isolate_documents else []
-    array = lambda dtype: jax.ShapeDtypeStruct((config.batch_size, config.data.context), dtype, sharding=NamedSharding(mesh, BATCH_SPEC))
+    array = lambda dtype: jax.ShapeDtypeStruct((config.batch_size, config.data.context), dtype, sharding=NamedSharding(mesh, TOKENS_SPEC))
     batch = {name: array(jnp.int32) for name in ('tokens', 'targets', *isolated)} | {'mask': array(jnp.float32)}
     try:
       return step.lower(state, batch).compile(compiler_options=options)

@@ -10,7 +10,7 @@ import math
 from typing import NamedTuple
 
 from gptjax.config import (
-  BATCH_AXES, LAYERS_AXIS, LOCAL_AXES, STATE_AXIS, TENSOR_AXIS, ComputeConfig, Config, ModelConfig, PipelineConfig)
+  BATCH_AXES, LAYERS_AXIS, LOCAL_AXES, STATE_AXIS, TENSOR_AXIS, TOKENS_AXIS, ComputeConfig, Config, ModelConfig, PipelineConfig)
 from gptjax.model import Slots, abstract_model, repeated_products, slots_of
 from gptjax.planning.collectives import Collective, totals
 from gptjax.sharding import Schedule, abstract_mesh, make_schedule
@@ -56,8 +56,13 @@ def theoretical(config: Config, sizes: dict[str, int]) -> list[Collective]:
   Stages 0 and 1 reduce gradients once per step, stages 2 and 3 with every microbatch, where the backward pass makes them. Along the
   other axes that divide rows, each device reduces once per step the part that it holds.
   """
-  found = [*_data_parallel(config, sizes), *_tensor_parallel(config, sizes), *_pipeline(config, sizes)]
+  found = [*_data_parallel(config, sizes), *_tensor_parallel(config, sizes), *_pipeline(config, sizes), *_context_parallel(config, sizes)]
   return [one for one in found if one.group > 1 and one.payload]
+
+
+def device_tokens(config: Config, sizes: dict[str, int]) -> float:
+  """Tokens of a microbatch on one device."""
+  return config.microbatch_size * config.data.context / math.prod(sizes[name] for name in (*BATCH_AXES, TOKENS_AXIS))
 
 
 def _data_parallel(config: Config, sizes: dict[str, int]) -> list[Collective]:
@@ -86,7 +91,7 @@ def _data_parallel(config: Config, sizes: dict[str, int]) -> list[Collective]:
 def _tensor_parallel(config: Config, sizes: dict[str, int]) -> list[Collective]:
   p, layers, microbatches = sizes[TENSOR_AXIS], -(-config.model.layers // sizes[LAYERS_AXIS]), config.microbatches
   dtype, item = COMPUTE[config.compute.dtype]
-  tokens = config.microbatch_size * config.data.context / math.prod(sizes[name] for name in BATCH_AXES)
+  tokens = device_tokens(config, sizes)
   stream = item * tokens * config.model.width
   def model(kind, dtype, payload, trips, why, group=p):
     return Collective(kind, dtype, payload, group, (TENSOR_AXIS,), trips * microbatches, why)
@@ -109,8 +114,7 @@ def _pipeline(config: Config, sizes: dict[str, int]) -> list[Collective]:
   if (stages := sizes[LAYERS_AXIS]) == 1:
     return []
   dtype, item = COMPUTE[config.compute.dtype]
-  tokens = config.microbatch_size * config.data.context / math.prod(sizes[name] for name in BATCH_AXES)
-  stream = item * tokens * config.model.width / (sizes[TENSOR_AXIS] if config.compute.sequence_parallel else 1)
+  stream = item * device_tokens(config, sizes) * config.model.width / (sizes[TENSOR_AXIS] if config.compute.sequence_parallel else 1)
   ticks = schedule_of(config, sizes).ticks
   return [Collective('collective-permute', dtype, stream, stages, (LAYERS_AXIS,), 2 * ticks, 'activations and gradients, at every tick')]
 
@@ -123,6 +127,24 @@ def _schedule(pipeline: PipelineConfig, stages: int, microbatches: int) -> Sched
 def schedule_of(config: Config, sizes: dict[str, int]) -> Schedule:
   """The schedule of a step on a mesh of these sizes; with one stage it has no idle ticks."""
   return _schedule(config.pipeline, sizes[LAYERS_AXIS], config.microbatches)
+
+
+def _context_parallel(config: Config, sizes: dict[str, int]) -> list[Collective]:
+  """Keys and values of all devices visit each one, in the forward pass, in a repeated one and in the backward pass; the float32 gradients go
+  back, in the ring by way of all devices. Segments are sent with the keys."""
+  n, model, tokens = sizes[TOKENS_AXIS], config.model, device_tokens(config, sizes)
+  dtype, item = COMPUTE[config.compute.dtype]
+  heads = math.lcm(model.key_heads, sizes[TENSOR_AXIS]) / sizes[TENSOR_AXIS]  # on each device, repeated where `model` does not divide them
+  elements, trips = 2 * tokens * heads * model.head_width, -(-model.layers // sizes[LAYERS_AXIS]) * config.microbatches
+  passes = trips * (2 if config.compute.remat == 'none' else 3)
+  ring = config.compute.context_attention == 'ring'
+  def context(kind, dtype, own, trips, why):
+    return Collective(kind, dtype, own if ring else n * own, n, (TOKENS_AXIS,), trips, why)
+  kind, visits = ('collective-permute', n - 1) if ring else ('all-gather', 1)
+  back = 'collective-permute' if ring else 'reduce-scatter'
+  return [context(kind, dtype, item * elements, visits * passes, 'keys and values'),
+          context(kind, 's32', 4 * tokens if config.data.isolate_documents else 0, visits * passes, 'segments'),
+          context(back, 'f32', 4 * elements, trips * (n if ring else 1), 'gradients of keys and values')]
 
 
 def by_axis(found: list[Collective]) -> dict[str, float]:

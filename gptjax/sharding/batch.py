@@ -10,11 +10,14 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 from jaxtyping import Array, Int
 
-from gptjax.config import BATCH_AXES, LOCAL_AXES, TENSOR_AXIS
+from gptjax.config import BATCH_AXES, LOCAL_AXES, TENSOR_AXIS, TOKENS_AXIS
+from gptjax.sharding.context import token_order
 from gptjax.sharding.mesh import AnyMesh, batch_shards
 
 BATCH_SPEC = PartitionSpec(BATCH_AXES)
 """Of an array whose first dimension is the rows of a batch."""
+TOKENS_SPEC = PartitionSpec(BATCH_AXES, TOKENS_AXIS)
+"""Of an array [B, T] of a batch whose tokens are in the order of `token_order`."""
 
 
 def batch_shard_map(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
@@ -94,11 +97,13 @@ def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 
 def put_rows(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
-  """Puts the rows of `process_rows` [n, T] on the mesh, as this process's part of arrays [batch_size, T]."""
-  sharding = NamedSharding(mesh, BATCH_SPEC)
+  """Puts the rows of `process_rows` [n, T] on the mesh, as this process's part of arrays [batch_size, T] with their tokens in `token_order`."""
+  sharding, size = NamedSharding(mesh, TOKENS_SPEC), mesh.shape[TOKENS_AXIS]
+  if size > 1:
+    batch = {name: values[:, token_order(values.shape[1], size)] for name, values in batch.items()}
   if sharding.is_fully_addressable:
     return jax.device_put(batch, sharding)
   rows, mine = np.arange(batch_size), process_rows(mesh, batch_size)
   places = lambda index: np.searchsorted(mine, rows[index[0]])  # of a device's rows among those of this process
-  return {name: jax.make_array_from_callback((batch_size, *values.shape[1:]), sharding, lambda index: values[places(index)])
+  return {name: jax.make_array_from_callback((batch_size, *values.shape[1:]), sharding, lambda index: values[places(index), index[1]])
           for name, values in batch.items()}

@@ -10,8 +10,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from gptjax.config import (
-  AXES, AXIS_NAMES, BATCH_AXES, LOCAL_AXES, REST_AXIS, SLICE_AXES, STATE_AXIS, TENSOR_AXIS, Config, MeshConfig, ModelConfig, UserError,
-  divisors)
+  AXES, AXIS_NAMES, BATCH_AXES, LOCAL_AXES, REST_AXIS, SLICE_AXES, STATE_AXIS, TENSOR_AXIS, TOKENS_AXIS, Config, MeshConfig, ModelConfig,
+  UserError, divisors)
 
 AnyMesh = Mesh | AbstractMesh
 """A mesh of devices, or only its sizes, which is enough to describe a state and to plan."""
@@ -133,10 +133,23 @@ def check_sizes(config: Config, mesh: AnyMesh) -> None:
     raise UserError('batch_size', config.batch_size,
                     f'a multiple of {axes}={groups}{part}: {f"{below} or {below + factor}" if below else factor}')
   check_heads(config.model, mesh)
-  tokens = config.microbatch_size // groups * config.data.context
+  check_context(config, mesh)
+  tokens = config.microbatch_size // groups * config.data.context // mesh.shape[TOKENS_AXIS]
   if config.compute.sequence_parallel and tokens % model:
     raise UserError('compute.sequence_parallel', True,
                     f'false, or a multiple of mesh.{TENSOR_AXIS}={model} tokens on a device, not {tokens}')
+
+
+def check_context(config: Config, mesh: AnyMesh) -> None:
+  """Raises a UserError for rows or an attention that cannot be divided by tokens."""
+  size, length, attention = mesh.shape[TOKENS_AXIS], config.data.context, config.compute.attention
+  if size == 1:
+    return
+  if length % (2 * size):
+    raise UserError('data.context', length, f'a multiple of 2 * mesh.{TOKENS_AXIS}={2 * size}: {length // (2 * size) * 2 * size or 2 * size} '
+                    f'or {(length // (2 * size) + 1) * 2 * size}')
+  if attention not in ('auto', 'blocks'):
+    raise UserError('compute.attention', attention, f"auto or blocks with mesh.{TOKENS_AXIS}={size}: compute.context_attention does it")
 
 
 def check_heads(config: ModelConfig, mesh: AnyMesh) -> None:

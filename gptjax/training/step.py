@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.config import LAYERS_AXIS, Config, PipelineConfig, UserError
 from gptjax.model import AbstractModel, Parameters, Positions
-from gptjax.sharding import BATCH_SPEC, AnyMesh, ParameterSpecs, batch_psum, batch_shard_map, make_schedule, row_numbers
+from gptjax.sharding import TOKENS_SPEC, AnyMesh, ParameterSpecs, batch_psum, batch_shard_map, make_schedule, row_numbers
 from gptjax.training.guard import LossStatistics, initial_statistics, is_good_step
 from gptjax.training.objective import Batch, ObjectiveFunction
 from gptjax.training.optimizer import Rates, update
@@ -119,7 +119,7 @@ def summed_gradients(model: AbstractModel, objective: ObjectiveFunction, zero_st
 
   def summed(trained, frozen, batch, key):
     specs = lambda parameters: {name: zero.in_specs[name] for name in parameters}
-    run = batch_shard_map(local, (specs(trained), specs(frozen), BATCH_SPEC, PartitionSpec()), (zero.out_specs(trained), PartitionSpec()))
+    run = batch_shard_map(local, (specs(trained), specs(frozen), TOKENS_SPEC, PartitionSpec()), (zero.out_specs(trained), PartitionSpec()))
     gradient, sums = run(zero.enter(trained), zero.enter(frozen), batch, key)
     return zero.leave(gradient), sums
 
