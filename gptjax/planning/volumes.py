@@ -1,4 +1,5 @@
-"""The analytic model of the bytes that a step must send: those of ZeRO for data parallelism, those of Megatron for tensor parallelism.
+"""The analytic model of the bytes that a step must send: those of ZeRO for data parallelism, those of Megatron for tensor parallelism, and
+keys and values for context parallelism.
 
 arXiv:1910.02054, section 7, counts the traffic of ZeRO, arXiv:1909.08053, section 3, the all-reduces of a layer split over
 `model`, and arXiv:2205.05198, section 4, the pairs of collectives that replace them if activations are split along the sequence too.
@@ -130,21 +131,24 @@ def schedule_of(config: Config, sizes: dict[str, int]) -> Schedule:
 
 
 def _context_parallel(config: Config, sizes: dict[str, int]) -> list[Collective]:
-  """Keys and values of all devices visit each one, in the forward pass, in a repeated one and in the backward pass; the float32 gradients go
-  back, in the ring by way of all devices. Segments are sent with the keys."""
+  """Keys and values of all devices visit each one, forward and backward; the gradients of keys and values go back, from hop to hop in the
+  ring. Where remat repeats the forward pass, the two passes then share a gather, or the ring's first hop."""
   n, model, tokens = sizes[TOKENS_AXIS], config.model, device_tokens(config, sizes)
   dtype, item = COMPUTE[config.compute.dtype]
   heads = math.lcm(model.key_heads, sizes[TENSOR_AXIS]) / sizes[TENSOR_AXIS]  # on each device, repeated where `model` does not divide them
-  elements, trips = 2 * tokens * heads * model.head_width, -(-model.layers // sizes[LAYERS_AXIS]) * config.microbatches
-  passes = trips * (2 if config.compute.remat == 'none' else 3)
-  ring = config.compute.context_attention == 'ring'
-  def context(kind, dtype, own, trips, why):
-    return Collective(kind, dtype, own if ring else n * own, n, (TOKENS_AXIS,), trips, why)
-  kind, visits = ('collective-permute', n - 1) if ring else ('all-gather', 1)
-  back = 'collective-permute' if ring else 'reduce-scatter'
-  return [context(kind, dtype, item * elements, visits * passes, 'keys and values'),
-          context(kind, 's32', 4 * tokens if config.data.isolate_documents else 0, visits * passes, 'segments'),
-          context(back, 'f32', 4 * elements, trips * (n if ring else 1), 'gradients of keys and values')]
+  layers = -(-model.layers // sizes[LAYERS_AXIS])
+  keys, segments = 2 * tokens * heads * model.head_width, 4 * tokens if config.data.isolate_documents else 0
+  def context(kind, dtype, payload, trips, why):
+    return Collective(kind, dtype, payload, n, (TOKENS_AXIS,), trips * layers * config.microbatches, why)
+  if config.compute.context_attention == 'all_gather':
+    return [context('all-gather', dtype, n * item * keys, 2, 'keys and values, forward and backward'),
+            context('all-gather', 's32', n * segments, 2, 'segments'),
+            context('reduce-scatter', 'f32', n * 4 * keys, 1, 'gradients of keys and values')]
+  hops = 2 * (n - 1) + (0 if config.compute.remat == 'none' else n - 2)
+  return [context('collective-permute', dtype, item * keys, hops, 'keys and values, forward and backward'),
+          context('collective-permute', 's32', segments, hops, 'segments'),
+          context('collective-permute', 'f32', 4 * keys, n - 1, 'gradients of keys and values'),
+          context('collective-permute', dtype, item * keys, 1, 'their sums, to the owner')]
 
 
 def by_axis(found: list[Collective]) -> dict[str, float]:

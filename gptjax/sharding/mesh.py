@@ -146,10 +146,11 @@ def check_context(config: Config, mesh: AnyMesh) -> None:
   if size == 1:
     return
   if length % (2 * size):
-    raise UserError('data.context', length, f'a multiple of 2 * mesh.{TOKENS_AXIS}={2 * size}: {length // (2 * size) * 2 * size or 2 * size} '
-                    f'or {(length // (2 * size) + 1) * 2 * size}')
+    parts, below = 2 * size, length // (2 * size) * 2 * size
+    raise UserError('data.context', length, f'a multiple of 2 * mesh.{TOKENS_AXIS}={parts}: {f"{below} or {below + parts}" if below else parts}')
   if attention not in ('auto', 'blocks'):
-    raise UserError('compute.attention', attention, f"auto or blocks with mesh.{TOKENS_AXIS}={size}: compute.context_attention does it")
+    raise UserError('compute.attention', attention,
+                    f'auto or blocks with mesh.{TOKENS_AXIS}={size}: compute.context_attention says how tokens attend')
 
 
 def check_heads(config: ModelConfig, mesh: AnyMesh) -> None:

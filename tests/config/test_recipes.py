@@ -26,7 +26,7 @@ def test_it_says_what_to_expect(path):
 @large_by_name
 def test_its_mesh_divides_its_batch_and_heads(path):
   config = configs.load(str(path))
-  assert config.microbatch_size % (config.mesh.replica * config.mesh.data) == 0
+  assert config.microbatch_size % (config.mesh.replica * config.mesh.data) == 0 == config.data.context % (2 * config.mesh.context)
   assert config.model.heads % config.mesh.model == 0 and config.model.key_heads % config.mesh.model == 0
 
 
@@ -36,5 +36,5 @@ def test_it_can_be_planned_without_data(path):
   assert config.model.vocab_size and config.mesh.data > 0 and 'tokens' in config.steps
 
 
-def test_there_are_eight_large_recipes():
-  assert len(LARGE) == 8
+def test_there_are_nine_large_recipes():
+  assert len(LARGE) == 9

@@ -10,6 +10,7 @@ from gptjax.config import ComputeConfig, ModelConfig, RopeConfig, UserError
 from gptjax.model import Positions, abstract_model, attention_backend
 from gptjax.model.attention import BLOCK, PARTS, attend, causal_attention, frequencies, rotate
 from gptjax.model.kernels import LANES, ScoreConfig, cudnn, splash
+from gptjax.model.layers import keep_weights, weight_keys
 from gptjax.sharding import batch_shard_map
 
 pytestmark = pytest.mark.usefixtures('one_device')
@@ -204,15 +205,16 @@ def test_gradients_with_dropped_weights_are_those_of_the_formula():
   shapes = (3, queries, 8), (keys, 8), (keys, 8), (3, queries, 8)
   q, k, v, weights = (jnp.asarray(draw(seed, 2, 2, *shape)) for seed, shape in enumerate(shapes))
   mask = jnp.tri(queries, keys, 2, bool)[None]
-  run = lambda q, k, v: attend(PLAIN, q, k, v, mask, rate, jax.random.split(jax.random.key(0), 2))
-  identity = jnp.broadcast_to(jnp.eye(keys, 8), (2, 2, keys, 8))  # so that the outputs are the weights
-  kept = run(q, k, identity)[..., :keys] > 0
+  dropped = weight_keys(rate, jax.random.split(jax.random.key(0), 2), jnp.arange(6).reshape(2, 3), jnp.arange(queries))
+  drawn = keep_weights(rate, dropped, jnp.arange(keys))
+  run = lambda q, k, v: attend(PLAIN, q, k, v, mask, drawn, rate)
+  kept = jnp.moveaxis(drawn, 2, 4)
 
   def formula(q, k, v):
     scores = jnp.where(mask[:, None, None], jnp.einsum('bkgtc,bksc->bkgts', q, k) * PLAIN.scale, -jnp.inf)
     return jnp.einsum('bkgts,bksc->bkgtc', jnp.where(kept, jax.nn.softmax(scores) / (1 - rate), 0), v)
 
-  assert 0.2 < kept[..., mask[0]].mean() < 0.9
+  assert 0.2 < kept.mean() < 0.9
   gradients = [jax.jit(jax.grad(lambda *inputs: jnp.sum(function(*inputs) * weights), (0, 1, 2)))(q, k, v) for function in (run, formula)]
   for gradient, expected in zip(*gradients, strict=True):
     np.testing.assert_allclose(gradient, expected, 1e-4, 1e-5)

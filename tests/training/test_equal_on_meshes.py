@@ -18,7 +18,9 @@ ODD = ModelConfig(layers=2, width=32, heads=8, kv_heads=2, mlp_width=43, vocab_s
 """Its vocabulary, its feed-forward width and, from 4 devices on, its key heads do not divide."""
 
 LAYOUTS = {'8x1': (MeshConfig(8, 1), 1), '4x2': (MeshConfig(4, 2), 2), '2x4': (MeshConfig(2, 4), 3), '1x8': (MeshConfig(1, 8), 2),
-           '2x2x2': (MeshConfig(2, 2, replica=2), 3), '4x1x2': (MeshConfig(4, 1, replica=2), 0)}
+           '2x2x2': (MeshConfig(2, 2, replica=2), 3), '4x1x2': (MeshConfig(4, 1, replica=2), 0),
+           'context 2': (MeshConfig(2, 2, context=2), 3), 'context 4': (MeshConfig(2, 1, context=4), 1),
+           'context 4 alone': (MeshConfig(1, 2, context=4), 0), 'context 2, 4x1': (MeshConfig(4, 1, context=2), 2)}
 """Meshes and ZeRO stages; the bar `stages` follows all of them on all meshes."""
 
 
@@ -37,14 +39,24 @@ def follow(model, compute, optimizer, mesh, zero_stage, microbatches=4):
     return np.array(figures, np.float64), held / sum(leaf.size for leaf in arrays)
 
 
+def windowed(model):
+  """The model with a window and capped scores; every other layer is global."""
+  return dataclasses.replace(model, window=5, global_every=2, attention_cap=3.0)
+
+
 SPLIT = ComputeConfig(scan=True, sequence_parallel=True, remat='names', saved=('q', 'k'), offloaded=('block',))
 # Without biases: those of keys have a gradient of rounding alone, which Adam scales to full steps; test_meshes compares biases.
 UNROLLED = dataclasses.replace(ODD, tied=True, positions='learned', norm='layernorm')
+CONTEXTS = [name for name in LAYOUTS if name.startswith('context')]
 CASES = [
-  pytest.param(ODD, SPLIT, 'adamw', 1e-5, ['2x2x2'], id='tokens split'),
+  pytest.param(ODD, SPLIT, 'adamw', 1e-5, ['2x2x2', 'context 2'], id='tokens split'),
   full(ODD, SPLIT, 'adamw', 1e-5, ['4x2', '2x4'], id='tokens split, other layouts'),
   full(UNROLLED, ComputeConfig(), 'adamw', 1e-5, ['8x1', '4x1x2'], id='unrolled'),
-  full(ODD, ComputeConfig(scan=True, remat='dots'), 'muon', 1e-4, ['1x8'], id='muon')]
+  full(ODD, ComputeConfig(scan=True, remat='dots'), 'muon', 1e-4, ['1x8'], id='muon'),
+  full(windowed(ODD), SPLIT, 'adamw', 1e-5, CONTEXTS, id='ring'),
+  full(windowed(ODD), ComputeConfig(scan=True, remat='full', context_attention='all_gather'), 'adamw', 1e-5, CONTEXTS, id='all_gather'),
+  full(UNROLLED, ComputeConfig(), 'adamw', 1e-5, CONTEXTS, id='ring, unrolled'),
+  full(ODD, ComputeConfig(scan=True, remat='dots'), 'muon', 1e-4, CONTEXTS, id='ring, muon')]
 
 
 @pytest.mark.parametrize('model, compute, optimizer, tolerance, layouts', CASES)
