@@ -27,13 +27,14 @@ from absl import app, flags, logging
 from gptjax import signals
 from gptjax.config.checks import Fault, UserError, os_mistake
 from gptjax.config.fields import BOOLEANS, FIELDS, choices, differences, flatten, nearest, override, parse, read_config, read_json
+from gptjax.config.model import TRAINING_ONLY
 from gptjax.config.schema import Config
 
 exit_stack = contextlib.ExitStack()
 """Contexts that a program enters here are left when its `main` ends, with the exception that ended it."""
 
 _CONFIG_FLAG = re.compile(r'--?config(?:\.([^=]*))?(?:=(.*))?', re.DOTALL)
-_ADAPTED = ('model.dropout', 'model.rope.', 'model.window', 'model.global_every')
+_ADAPTED = (*TRAINING_ONLY, 'model.rope.', 'model.window', 'model.global_every')
 """Fields of a model that may change while its parameters keep their meaning."""
 _HELP_FLAGS = {'--help', '-help', '-h', '-?', '--helpshort'}
 
@@ -185,7 +186,7 @@ def _with_architecture(config: Config, init_from: str, given: Mapping[str, objec
   for name, value in given.items():
     if name in model and value != model[name] and not name.startswith(_ADAPTED):
       raise UserError(f'--config.{name}', value, f'{shown(model[name])}, as in {folder}, whose parameters the run starts from')
-  return override(config, {name: value for name, value in model.items() if name != 'model.dropout'})
+  return override(config, {name: value for name, value in model.items() if name not in TRAINING_ONLY})
 
 
 def _split(args: Sequence[str]) -> tuple[str | None, dict[str, str | None], list[str]]:

@@ -37,6 +37,27 @@ class RopeConfig(Group, prefix='model.rope.'):
 
 
 @dataclasses.dataclass(frozen=True)
+class RouterConfig(Group, prefix='model.router.'):
+  """How a mixture-of-experts layer chooses and weighs the experts of a token."""
+
+  score: Literal['softmax', 'sigmoid'] = 'softmax'
+  """score of an expert, from its logit: softmax over all experts (arXiv:2101.03961), or sigmoid (arXiv:2412.19437)"""
+  normalized: bool = True
+  """weights of a token's experts: their scores divided by the sum of these scores; false: the scores themselves"""
+  bias: bool = False
+  """add a bias to the scores for the choice of experts alone, which every step moves by optimizer.balance_rate against the load \
+(arXiv:2408.15664)"""
+  balance_loss: NonNegativeFloat = 0.0
+  """weight of the load-balancing loss (arXiv:2101.03961), computed over each row (arXiv:2412.19437, equation 17), of all layers"""
+  z_loss: NonNegativeFloat = 0.0
+  """weight of the squared log-normalizer of the router's logits (arXiv:2202.08906), of all layers"""
+
+
+TRAINING_ONLY = ('model.dropout', 'model.router.balance_loss', 'model.router.z_loss')
+"""Fields that change how a model is trained, and not the function that its parameters stand for."""
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig(Group, prefix='model.'):
   """The transformer: one field per choice in which GPT-2, modern models and published families differ."""
 
@@ -88,6 +109,18 @@ class ModelConfig(Group, prefix='model.'):
   """scores s become cap * tanh(s / cap) (Gemma 2, arXiv:2408.00118); 0: unchanged"""
   logit_cap: NonNegativeFloat = 0.0
   """the same cap for the output logits; 0: unchanged"""
+  experts: NonNegative = 0
+  """experts of a mixture-of-experts layer, which takes the place of the feed-forward layer; 0: none"""
+  experts_per_token: Positive = 2
+  """experts that process each token, those with the highest scores; every token is processed"""
+  expert_width: NonNegative = 0
+  """hidden size of an expert, in features; 0: that of the feed-forward layer"""
+  shared_experts: NonNegative = 0
+  """further experts that process every token, computed as one of their total width (arXiv:2401.06066)"""
+  expert_every: Positive = 1
+  """only every n-th layer has experts; the others have a feed-forward layer"""
+  router: RouterConfig = RouterConfig()
+  """choice of experts"""
   dropout: FractionBelow1 = 0.0
   """probability that a feature is dropped after embeddings, attention weights, attention and feed-forward"""
 
@@ -103,6 +136,26 @@ class ModelConfig(Group, prefix='model.'):
       raise UserError('model.heads', self.heads, f'an even model.width/model.heads for rope, not {self.head_width}')
     if self.global_every and not self.window:
       raise UserError('model.global_every', self.global_every, '0 unless model.window is set for the other layers')
+    self._check_experts()
+
+  def _check_experts(self) -> None:
+    if not self.experts:
+      for name in ('expert_width', 'shared_experts', 'expert_every', 'router'):
+        if (value := getattr(self, name)) != getattr(ModelConfig, name):
+          raise UserError(f'model.{name}', value, 'its default unless model.experts is above 0')
+    elif self.experts_per_token > self.experts:
+      raise UserError('model.experts_per_token', self.experts_per_token, f'1 to model.experts={self.experts}')
+    if self.expert_every > self.layers:
+      raise UserError('model.expert_every', self.expert_every, f'1 to model.layers={self.layers}')
+
+  def has_experts(self, layer: int) -> bool:
+    """Whether a layer, counted from 0, is a mixture of experts."""
+    return self.experts > 0 and (layer + 1) % self.expert_every == 0
+
+  @property
+  def expert_features(self) -> int:
+    """Hidden size of an expert, with 0 resolved."""
+    return self.expert_width or self.hidden_width
 
   @property
   def head_width(self) -> int:
@@ -149,6 +202,9 @@ those listed in compute.saved and compute.offloaded (names)"""
 NVIDIA's; auto: the fused kernel of the device if it supports the model, else blocks"""
   context_attention: Literal['ring', 'all_gather'] = 'ring'
   """with mesh.context: keys and values travel around a ring of devices while others are used, or all are gathered before attention"""
+  experts: Literal['auto', 'blocks', 'ragged'] = 'auto'
+  """blocks: the products of experts in a loop over blocks of tokens, for CPUs; ragged: XLA's ragged products; auto: blocks on CPUs, \
+else ragged"""
   dtype: Literal['float32', 'bfloat16'] = 'float32'
   """precision of matrix products and activations; parameters, norms, softmax and loss stay float32"""
 

@@ -198,6 +198,8 @@ class OptimizerConfig(Group, prefix='optimizer.'):
   """adamw: added to the square root of the second moment"""
   momentum: FractionBelow1 = 0.95
   """muon: decay of the momentum, per step"""
+  balance_rate: NonNegativeFloat = 1e-3
+  """change per step of the biases of model.router.bias: down for experts with more than the mean load, else up"""
   weight_decay: NonNegativeFloat = 0.1
   """decoupled weight decay of matrices and embeddings, times the learning rate; none for norms and biases"""
   clip: NonNegativeFloat = 1.0
@@ -317,6 +319,8 @@ class Config(Group):
     if self.batch_size % self.microbatches:
       expected = f'a divisor of batch_size={self.batch_size}: {divisors(self.batch_size)}'
       raise UserError('microbatches', self.microbatches, expected)
+    if self.compute.scan and self.model.expert_every > 1:
+      raise UserError('compute.scan', True, 'false with model.expert_every above 1, since the layers of a scan are alike')
     optimizer = self.optimizer
     if (optimizer.schedule == 'wsd') != bool(optimizer.decay):
       expected = f"0 unless optimizer.schedule is 'wsd' (it is '{optimizer.schedule}')" if optimizer.decay else (

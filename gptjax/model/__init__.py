@@ -4,11 +4,14 @@ Modules know logical axes ('embed', 'heads', 'mlp', 'vocab') and the rows of one
 here imports data, training or checkpoints.
 """
 
-from gptjax.model.attention import Cache, Caches, Positions, left_padded, unpacked
+from gptjax.model.attention import Cache, Caches, Positions, left_padded, positions_of
+from gptjax.model.experts import load_metrics
+from gptjax.model.grouped import expert_backend
 from gptjax.model.head import Head
+from gptjax.model.layers import Sums
 from gptjax.model.kernels import attention_backend
 from gptjax.model.layout import Slots, stack_layers, stacked_name, unstack_layers
 from gptjax.model.parameters import (
   AbstractModel, Parameters, abstract_model, attention_flops, flops_per_token, model_of, parameter_count, repeated_products,
   repeated_weights, slots_of, stored_model)
-from gptjax.model.transformer import Block, Sums, Transformer, empty_cache
+from gptjax.model.transformer import Block, Transformer, empty_cache

@@ -47,11 +47,20 @@ class Positions(NamedTuple):
   """tokens per row in the cache, padding included; None: there is no cache, or it is empty"""
   padding: Int[Array, 'B'] | None = None
   """tokens of padding at the start of each cached row"""
+  mask: Float[Array, 'B T'] | None = None
+  """weight of each token in the statistics of layers; None: 1"""
+
+  @property
+  def counted(self) -> Float[Array, 'B T']:
+    """The mask, complete."""
+    return jnp.ones(self.values.shape) if self.mask is None else self.mask
 
 
-def unpacked(tokens: Int[Array, 'B T']) -> Positions:
-  """Positions of rows that are one document each, from its beginning."""
-  return Positions(jnp.broadcast_to(token_places(tokens.shape[1]), tokens.shape))
+def positions_of(batch: dict[str, Array]) -> Positions:
+  """The positions of a batch's tokens; without any in the batch each row is one document."""
+  shape = batch['tokens'].shape
+  values = batch['positions'] if 'positions' in batch else jnp.broadcast_to(token_places(shape[1]), shape)
+  return Positions(values, batch.get('segments'), mask=batch.get('mask'))
 
 
 def left_padded(length: int, padding: Int[Array, 'B']) -> Positions:

@@ -5,12 +5,16 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from gptjax.config import ComputeConfig, ModelConfig
 from gptjax.model.weights import Stack, TokenAxis, gathered, lookup, parameter, product
 from gptjax.sharding import Axis, token_places
+
+Sums = dict[str, Array]
+"""Scalars by name, each a sum over the tokens of a device's rows; 'loss' adds to the loss, others are reported."""
 
 
 class Linear(nnx.Module):
@@ -61,6 +65,23 @@ class Embedding(nnx.Module):
   def __call__(self, ids: Int[Array, 'N'], rows: TokenAxis = None) -> Float[Array, 'N D']:
     x = lookup(self.table, ids, rows)
     return x if self.scale is None else x * jnp.asarray(self.scale, x.dtype)
+
+
+class MLP(nnx.Module):
+  """The feed-forward layer: GELU between two matrices, or a gated one, SwiGLU or GEGLU (arXiv:2002.05202)."""
+
+  def __init__(self, config: ModelConfig, compute: ComputeConfig, stack: Stack = ()):
+    wide, axes = (config.width, config.hidden_width), ('embed', ('mlp', config.hidden_width))
+    self.up = Linear(wide, axes, 0.02, compute, stack, config.bias, 'x')
+    self.gate = Linear(wide, axes, 0.02, compute, stack, config.bias, 'x') if config.mlp != 'gelu' else None
+    # Computed again in the backward pass: JAX would keep a second array of this width. gelu's tanh approximation is jax's default.
+    self.activation = jax.checkpoint(jax.nn.silu if config.mlp == 'swiglu' else jax.nn.gelu)
+    self.down = Linear(wide[::-1], axes[::-1], 0.02 / math.sqrt(2 * config.layers), compute, stack, config.bias)
+
+  def __call__(self, x: Float[Array, 'N D'], rows: TokenAxis) -> Float[Array, 'N D']:
+    up = checkpoint_name(self.up(x), 'up')
+    hidden = self.activation(up) if self.gate is None else self.activation(checkpoint_name(self.gate(x), 'gate')) * up
+    return self.down(checkpoint_name(hidden, 'hidden'), rows)
 
 
 def capped(x: Float[Array, '*S'], cap: float) -> Float[Array, '*S']:

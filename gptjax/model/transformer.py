@@ -1,7 +1,5 @@
 """The decoder-only transformer: GPT-2's style and the modern one are configs of one class."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,57 +7,43 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
 from gptjax.config import TENSOR_AXIS, ComputeConfig, ModelConfig
-from gptjax.model.attention import Attention, Cache, Caches, Positions, unpacked
+from gptjax.model.attention import Attention, Cache, Caches, Positions, positions_of
 from gptjax.model.head import Head
-from gptjax.model.layers import Embedding, Linear, Norm, dropout, fold
+from gptjax.model.experts import Experts, no_sums
+from gptjax.model.layers import MLP, Embedding, Linear, Norm, Sums, dropout, fold
 from gptjax.model.layout import Slots
 from gptjax.model.weights import Stack, TokenAxis
 from gptjax.sharding import divisible, spec
 
-Sums = dict[str, Array]
-"""Scalars by name, each the sum over the tokens of a device's rows; 'loss' adds to the loss, others are reported."""
-
-
-class MLP(nnx.Module):
-  """The feed-forward layer: GELU between two matrices, or a gated one, SwiGLU or GEGLU (arXiv:2002.05202)."""
-
-  def __init__(self, config: ModelConfig, compute: ComputeConfig, stack: Stack = ()):
-    wide, axes = (config.width, config.hidden_width), ('embed', ('mlp', config.hidden_width))
-    self.up = Linear(wide, axes, 0.02, compute, stack, config.bias, 'x')
-    self.gate = Linear(wide, axes, 0.02, compute, stack, config.bias, 'x') if config.mlp != 'gelu' else None
-    # Computed again in the backward pass: JAX would keep a second array of this width. gelu's tanh approximation is jax's default.
-    self.activation = jax.checkpoint(jax.nn.silu if config.mlp == 'swiglu' else jax.nn.gelu)
-    self.down = Linear(wide[::-1], axes[::-1], 0.02 / math.sqrt(2 * config.layers), compute, stack, config.bias)
-
-  def __call__(self, x: Float[Array, 'N D'], rows: TokenAxis) -> Float[Array, 'N D']:
-    up = checkpoint_name(self.up(x), 'up')
-    hidden = self.activation(up) if self.gate is None else self.activation(checkpoint_name(self.gate(x), 'gate')) * up
-    return self.down(checkpoint_name(hidden, 'hidden'), rows)
-
 
 class Block(nnx.Module):
-  """One layer: x + attention(norm(x)), then x + mlp(norm(x)); or the norms follow, x + norm(attention(x)), or do both."""
+  """One layer: x + attention(norm(x)), then x + mlp(norm(x)); or the norms follow, x + norm(attention(x)), or do both.
 
-  def __init__(self, config: ModelConfig, compute: ComputeConfig, stack: Stack = ()):
+  With `experts`, the feed-forward layer is a mixture of experts.
+  """
+
+  def __init__(self, config: ModelConfig, compute: ComputeConfig, stack: Stack = (), experts: bool = False):
     norm = lambda at: Norm(config.width, 'embed', config, compute, stack) if config.norm_at in (at, 'sandwich') else None
     self.attention_norm = norm('pre')
     self.attention = Attention(config, compute, stack)
     self.attention_post_norm = norm('post')
     self.mlp_norm = norm('pre')
-    self.mlp = MLP(config, compute, stack)
+    self.mlp = (Experts if experts else MLP)(config, compute, stack)
     self.mlp_post_norm = norm('post')
-    self.dropout = config.dropout
+    self.config = config
 
   def __call__(self, x: Float[Array, 'N D'], layer: int | Int[Array, ''], positions: Positions, cache: Cache | None,
                keys: Key[Array, 'B'] | None, rows: TokenAxis) -> tuple[Float[Array, 'N D'], Cache | None, Sums]:
-    """The residual stream after the layer, its part of the cache, and the sums that it adds to the objective's (none here)."""
+    """The residual stream after the layer, its part of the cache, and the sums that it adds to the objective's."""
     normed = lambda norm, x: x if norm is None else norm(x)
     x = checkpoint_name(x, 'block')
     y = checkpoint_name(normed(self.attention_norm, x), 'attention_norm')
     y, cache = self.attention(y, layer, positions, cache, fold(keys, 0), rows)
-    x = x + dropout(normed(self.attention_post_norm, checkpoint_name(y, 'attention_out')), self.dropout, fold(keys, 1))
-    y = self.mlp(checkpoint_name(normed(self.mlp_norm, x), 'mlp_norm'), rows)
-    return x + dropout(normed(self.mlp_post_norm, y), self.dropout, fold(keys, 2)), cache, {}
+    rate = self.config.dropout
+    x = x + dropout(normed(self.attention_post_norm, checkpoint_name(y, 'attention_out')), rate, fold(keys, 1))
+    y = checkpoint_name(normed(self.mlp_norm, x), 'mlp_norm')
+    y, sums = self.mlp(y, layer, positions.counted, rows) if isinstance(self.mlp, Experts) else (self.mlp(y, rows), no_sums(self.config))
+    return x + dropout(normed(self.mlp_post_norm, y), rate, fold(keys, 2)), cache, sums
 
 
 class Transformer(nnx.Module):
@@ -75,9 +59,9 @@ class Transformer(nnx.Module):
     vocab = ('vocab', config.table_rows)
     self.tokens = Embedding(config.table_rows, config.width, vocab, compute, config.scaled_embedding)
     self.positions = Embedding(context, config.width, 'positions', compute) if config.positions == 'learned' else None
-    block = lambda stack=(): Block(config, compute, stack)
+    block = lambda layer, stack=(): Block(config, compute, stack, config.has_experts(layer))
     self.is_stacked = compute.scan or bool(slots)
-    self.blocks = block((len(self.slots),)) if self.is_stacked else nnx.List(block() for _ in range(config.layers))
+    self.blocks = block(config.layers - 1, (len(self.slots),)) if self.is_stacked else nnx.List(map(block, range(config.layers)))
     self.norm = Norm(config.width, 'embed', config, compute)
     self.lm_head = None if config.tied else Linear((config.width, config.table_rows), ('embed', vocab), 0.02, compute)
 
@@ -91,7 +75,7 @@ class Transformer(nnx.Module):
       cache: an empty one, or that of earlier tokens, for one more token per row. Only for layers that are not scanned.
       keys: for dropout, one per row; None: no dropout.
     """
-    positions = positions or unpacked(tokens)
+    positions = positions or positions_of({'tokens': tokens})
     x = self.embed(tokens, positions, keys, cached=cache is not None)
     if self.is_stacked:
       assert cache is None, 'stacked layers keep no cache'
@@ -139,17 +123,17 @@ class Transformer(nnx.Module):
     return x, jax.tree.map(lambda *values: sum(values), *sums)
 
   def _unstacked_layers(self, x, positions, cache, keys):
-    graph, _ = nnx.split(self.blocks[0])
+    graphs, states = zip(*map(nnx.split, self.blocks))
     rows = None if cache is not None else self._token_axis
 
     def layer(index, x, state, cache):
-      return nnx.merge(graph, state)(x, index, positions, cache, fold(keys, index), rows)
+      return nnx.merge(graphs[index], state)(x, index, positions, cache, fold(keys, index), rows)
 
     if self.compute.remat != 'none':  # the number of a layer is known when it is traced, and must stay so
       layer = jax.checkpoint(layer, policy=_kept(self.compute), static_argnums=0)
     caches, sums = [], []
-    for index, block in enumerate(self.blocks):
-      x, kept, added = layer(index, x, nnx.split(block)[1], None if cache is None else cache[index])
+    for index, state in enumerate(states):
+      x, kept, added = layer(index, x, state, None if cache is None else cache[index])
       caches.append(kept)
       sums.append(added)
     return x, None if cache is None else tuple(caches), jax.tree.map(lambda *values: sum(values), *sums)

@@ -90,6 +90,12 @@ def batch_psum(tree: Any, axes: tuple[str, ...] = LOCAL_AXES) -> Any:
   return jax.tree.map(lambda x: jax.lax.psum(x, axes), tree) if axes else tree
 
 
+def manual_psum(tree: Any, axis: str) -> Any:
+  """The sums over a mesh axis of arrays that a shard_map makes local to a device; outside of it arrays are complete."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return batch_psum(tree, (axis,)) if axis in mesh.manual_axes else tree
+
+
 def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
   """Which rows [n] of a batch the devices of this process compute, in order."""
   rows, sharding = np.arange(batch_size), NamedSharding(mesh, BATCH_SPEC)

@@ -10,8 +10,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from gptjax.config import (
-  AXES, AXIS_NAMES, BATCH_AXES, LOCAL_AXES, REST_AXIS, SLICE_AXES, STATE_AXIS, TENSOR_AXIS, TOKENS_AXIS, Config, MeshConfig, ModelConfig,
-  UserError, divisors)
+  AXES, AXIS_NAMES, BATCH_AXES, EXPERTS_AXIS, LOCAL_AXES, REST_AXIS, SLICE_AXES, STATE_AXIS, TENSOR_AXIS, TOKENS_AXIS, Config, MeshConfig,
+  ModelConfig, UserError, divisors)
 
 AnyMesh = Mesh | AbstractMesh
 """A mesh of devices, or only its sizes, which is enough to describe a state and to plan."""
@@ -123,7 +123,7 @@ def batch_shards(mesh: AnyMesh) -> int:
 
 
 def check_sizes(config: Config, mesh: AnyMesh) -> None:
-  """Raises a UserError for a batch, heads or tokens that the mesh cannot divide."""
+  """Raises a UserError for a batch, heads, experts or tokens that the mesh cannot divide."""
   groups, model = batch_shards(mesh), mesh.shape[TENSOR_AXIS]
   if config.microbatch_size % groups:
     axes = ' * '.join(f'mesh.{name}' for name in BATCH_AXES if mesh.shape[name] > 1)
@@ -134,6 +134,8 @@ def check_sizes(config: Config, mesh: AnyMesh) -> None:
                     f'a multiple of {axes}={groups}{part}: {f"{below} or {below + factor}" if below else factor}')
   check_heads(config.model, mesh)
   check_context(config, mesh)
+  if config.model.experts % (count := mesh.shape[EXPERTS_AXIS]):
+    raise UserError(f'mesh.{EXPERTS_AXIS}', count, f'a divisor of model.experts={config.model.experts}: {divisors(config.model.experts)}')
   tokens = config.microbatch_size // groups * config.data.context // mesh.shape[TOKENS_AXIS]
   if config.compute.sequence_parallel and tokens % model:
     raise UserError('compute.sequence_parallel', True,

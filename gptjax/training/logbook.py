@@ -56,10 +56,10 @@ class Logbook:
     for name, value in facts.items():
       self.say(f'{name:>{width}}  {value}')
 
-  def step(self, step: int, metrics: dict[str, float]) -> None:
-    """Records the metrics of a training step."""
+  def step(self, step: int, metrics: dict[str, Any]) -> None:
+    """Records the metrics of a training step; TensorBoard gets those that are numbers, not the lists."""
     self._write('metrics.jsonl', {'step': step, **metrics})
-    self._board.scalars(step, {f'train/{name}': value for name, value in metrics.items()})
+    self._board.scalars(step, {f'train/{name}': value for name, value in metrics.items() if not isinstance(value, list)})
     words = [f'step {step}/{self._steps}', *(form.format(metrics[name]) for name, form in _FIGURES.items() if name in metrics)]
     seconds, first = self._first = self._first or (time.monotonic(), step)
     if step > first:

@@ -221,7 +221,7 @@ class _Loop:
       self._report_empty(step, rows)
     due = (bad or targets) and (step % self.options.log_every == 0 or step in (1, self.run.steps))
     if due:
-      values = {name: float(value) for name, value in jax.device_get(metrics).items() if name not in ('targets', 'bad')}
+      values = {name: value.tolist() for name, value in jax.device_get(metrics).items() if name not in ('targets', 'bad')}
       self.book.step(step, values | {'tokens': self.tokens} | self._speed(now))
     if due or self.clock is None:
       self.clock = now._replace(tokens=self.tokens)

@@ -61,11 +61,27 @@ def uses_muon(name: str) -> bool:
   return name.startswith('blocks/') and name.endswith('kernel')
 
 
+def is_balance(name: str) -> bool:
+  """Whether a parameter is the bias of a router, whose gradient is the excess of each expert's load: it counts in no norm."""
+  return name.endswith('mlp/balance')
+
+
 @functools.lru_cache(maxsize=16)
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
   """Clipping by global norm (arXiv:1211.5063), then the optimizer of the config, for `update`."""
   clip = _clip_by_global_norm(config.clip) if config.clip else optax.identity()  # a resumed run may switch it
-  return optax.named_chain(('clip', clip), ('update', OPTIMIZERS[config.name](config)))
+  return _balancing(optax.named_chain(('clip', clip), ('update', OPTIMIZERS[config.name](config))), config.balance_rate)
+
+
+def _balancing(optimizer: optax.GradientTransformation, rate: float) -> optax.GradientTransformationExtraArgs:
+  """An optimizer that moves biases of routers by the sign of their gradients alone, at a constant rate (arXiv:2408.15664, algorithm 1)."""
+  def update(updates, state, parameters=None, **more):
+    signs = {name: -rate * jnp.sign(g) for name, g in updates.items() if is_balance(name)}
+    updates, state = optimizer.update(updates, state, parameters, **more)
+    return {**updates, **signs}, state
+
+  optimizer = optax.with_extra_args_support(optimizer)
+  return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
 
 def _adamw(config: OptimizerConfig) -> optax.GradientTransformation:

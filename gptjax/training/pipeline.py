@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from gptjax.config import LAYERS_AXIS
-from gptjax.model import AbstractModel, Parameters, Positions, Sums, unpacked
+from gptjax.model import AbstractModel, Parameters, Sums, positions_of
 from gptjax.sharding import Factors, Places, Schedule, Tick, Weight, assign_places, spec
 from gptjax.training.objective import Batch, ObjectiveFunction
 
@@ -69,7 +69,7 @@ class _Stage:
 
     def factors(name: str) -> Factors:
       shape, split = model.shapes[name].shape[1:], spec(*model.axes[name][1:])
-      a, b = (jnp.zeros((self._places, tokens, size), self._hidden.dtype, out_sharding=PartitionSpec(None, None, axis))
+      a, b = (jnp.zeros((self._places, tokens, size), model.dtypes[name], out_sharding=PartitionSpec(None, None, axis))
               for size, axis in zip(shape, split, strict=True))
       return Factors(a if self._readers[model.input_of(name)] == name else None, b)
 
@@ -182,7 +182,7 @@ class _Stage:
   def _part(self, microbatch):
     """The rows of a microbatch, their positions and keys."""
     batch, keys = jax.tree.map(lambda x: x[microbatch], (self._batch, self._keys))
-    return batch, Positions(batch['positions'], batch['segments']) if 'segments' in batch else unpacked(batch['tokens']), keys
+    return batch, positions_of(batch), keys
 
   def _module(self, weights, variables: Parameters):
     return self._model.merge(self._inner | self._outer | weights | {

@@ -16,11 +16,11 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.config import LAYERS_AXIS, Config, PipelineConfig, UserError
-from gptjax.model import AbstractModel, Parameters, Positions
+from gptjax.model import AbstractModel, Parameters, load_metrics, positions_of
 from gptjax.sharding import TOKENS_SPEC, AnyMesh, ParameterSpecs, batch_psum, batch_shard_map, make_schedule, row_numbers
 from gptjax.training.guard import LossStatistics, initial_statistics, is_good_step
 from gptjax.training.objective import Batch, ObjectiveFunction
-from gptjax.training.optimizer import Rates, update
+from gptjax.training.optimizer import Rates, is_balance, update
 from gptjax.training.pipeline import pipelined_gradients
 
 
@@ -86,8 +86,7 @@ def summed_gradients(model: AbstractModel, objective: ObjectiveFunction, zero_st
 
   def loss(variables, weights, batch, keys):
     module = model.merge(weights | {name: weights[name].with_variable(variable) for name, variable in variables.items()})
-    positions = Positions(batch['positions'], batch['segments']) if 'segments' in batch else None
-    hidden, _, layers = module.hidden(batch['tokens'], positions, keys=keys)
+    hidden, _, layers = module.hidden(batch['tokens'], positions_of(batch), keys=keys)
     total, targets, metrics = objective(module.head, hidden, batch)
     return total + layers.pop('loss', 0), {'targets': targets, **metrics, **layers}
 
@@ -149,10 +148,11 @@ def train_step(model: AbstractModel, objective: ObjectiveFunction, optimizer: op
     targets = sums.pop('targets')
     empty = targets == 0
     divisor = jnp.where(empty, 1, targets)
-    norm = optax.tree.norm(gradient) / divisor
+    norm = optax.tree.norm({name: g for name, g in gradient.items() if not is_balance(name)}) / divisor
     gradient = {name: g * (1 / divisor) for name, g in gradient.items()}  # XLA would write g / divisor to memory
     parameters = _put(state.trained, specs, 'optimizer')
-    metrics = {name: value / divisor for name, value in sums.items()}
+    load = load_metrics(sums.pop('load')) if 'load' in sums else {}
+    metrics = load | {name: value / divisor for name, value in sums.items()}
     metrics |= {'grad_norm': norm, **(now := rates(state.step)), 'targets': targets}
     good, statistics = is_good_step(state.statistics, metrics['loss'], norm, spike)
     statistics = optax.tree.where(empty, state.statistics, statistics)

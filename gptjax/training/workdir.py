@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from gptjax import config as configs
 from gptjax.checkpoint import PARAMETERS, Checkpoints, Progress, by_name
 from gptjax.checkpoint.manifest import MANIFEST
-from gptjax.config import Config, UserError, in_unit_of_steps, read_config
+from gptjax.config import TRAINING_ONLY, Config, UserError, in_unit_of_steps, read_config
 from gptjax.data import Prepared, Tokenizer, export, load_tokenizer
 from gptjax.distributed import broadcast
 from gptjax.files import expanded, write_atomic
@@ -79,7 +79,7 @@ def open_workdir(workdir: Path, run: Run, data: Prepared, done: Progress | None,
   if 'batch_size' in different and not all(in_unit_of_steps(value) for value in (config.steps, opt.warmup, opt.decay) if value):
     bound['batch_size'] = different['batch_size']  # the same epochs or tokens are another number of steps
   structure = (*_STRUCTURE, 'data.context') if config.model.positions == 'learned' else _STRUCTURE
-  never = {name: change for name, change in bound.items() if name.startswith(structure) and name != 'model.dropout'}
+  never = {name: change for name, change in bound.items() if name.startswith(structure) and name not in TRAINING_ONLY}
   if never or (bound and not accept):
     raise _another_run(never or bound, bound, accepted=not (never or vocabulary))
   export(data, workdir / 'data', replace=(accept and not vocabulary) or not done)
