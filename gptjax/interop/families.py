@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from gptjax.config import ModelConfig, UserError
+from gptjax.config import ModelConfig, RouterConfig, UserError
 from gptjax.interop.fields import Fields, Json, layer_types, read_windows, rope_values
 
 
@@ -24,6 +24,8 @@ class Tensor:
   """whether it is [out, in]; our kernels are [in, out]"""
   rows: bool = False
   """whether it has a row per token id; ours are padded to a multiple of model.vocab_multiple"""
+  expert: int | None = None
+  """the expert whose part of a parameter it is; None: it is no part of one"""
 
 
 class Column(NamedTuple):
@@ -61,6 +63,8 @@ class Family:
   """start of tensor names that some folders omit"""
   aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
   """other names of some columns"""
+  experts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  """names in layers of experts, with @ for the expert's number, of parameters that `names` lacks or that have another name there"""
 
   def read(self, fields: Fields) -> tuple[ModelConfig, int]:
     """The config and context length that a config.json describes. Raises a UserError for a field that has the wrong type or an unsupported
@@ -90,15 +94,18 @@ class Family:
   def tensors(self, config: ModelConfig) -> list[Tensor]:
     """All tensors of a model."""
     found: dict[str, Tensor] = {}
-    for ours, theirs in self.names.items():
+    for ours in {**self.names, **self.experts}:
       if ours == 'lm_head/kernel' and config.tied:
         continue
       for layer in range(config.layers) if '#' in ours else (0,):
-        name, parameter = theirs.replace('#', str(layer)), ours.replace('#', str(layer))
-        earlier = found[name].parameters if name in found else ()
-        # transformers' Linear is [out, in]; GPT-2's Conv1D is [in, out], as ours.
-        transposed = ours.endswith('kernel') and (self.model_type != 'gpt2' or ours == 'lm_head/kernel')
-        found[name] = Tensor(name, (*earlier, parameter), transposed, ours in ('tokens/table', 'lm_head/kernel'))
+        names = self.experts if config.has_experts(layer) and ours in self.experts else self.names
+        theirs, parameter = names.get(ours, '').replace('#', str(layer)), ours.replace('#', str(layer))
+        for expert in range(config.experts) if '@' in theirs else (None,) * bool(theirs):
+          name = theirs.replace('@', str(expert))
+          earlier = found[name].parameters if name in found else ()
+          # transformers' Linear is [out, in]; GPT-2's Conv1D is [in, out], as ours.
+          transposed = ours.endswith('kernel') and (self.model_type != 'gpt2' or ours == 'lm_head/kernel')
+          found[name] = Tensor(name, (*earlier, parameter), transposed, ours in ('tokens/table', 'lm_head/kernel'), expert)
     return list(found.values())
 
 
@@ -143,15 +150,24 @@ def family_for(config: ModelConfig, context: int) -> Family:
 
 def comparable(config: ModelConfig) -> Json:
   """The fields of a config that define the function it computes, with their defaults resolved."""
-  values = {name: value for name, value in vars(_resolved(config)).items() if name not in ('vocab_multiple', 'dropout')}
+  config = _resolved(config)
+  values = {name: value for name, value in vars(config).items() if name not in ('vocab_multiple', 'dropout')}
+  values['router'] = dataclasses.replace(config.router, balance_loss=0.0, z_loss=0.0)
   if config.positions != 'rope':
     del values['rope']
+  if not config.experts:
+    del values['experts_per_token']
   return values | {'query_pre_attn_scalar': config.query_pre_attn_scalar or config.head_width, 'qkv_bias': config.qkv_bias or config.bias}
 
 
 def _resolved(config: ModelConfig) -> ModelConfig:
   """The config with the sizes that 0 stands for."""
-  return dataclasses.replace(config, kv_heads=config.key_heads, head_size=config.head_width, mlp_width=config.hidden_width)
+  sizes = {'kv_heads': config.key_heads, 'head_size': config.head_width, 'mlp_width': config.hidden_width}
+  if config.experts:
+    sizes |= {'expert_width': config.expert_features}
+    if config.expert_every == 1:  # no layer has the other width
+      sizes['mlp_width'] = config.expert_features
+  return dataclasses.replace(config, **sizes)
 
 
 def _read_rope(fields: Fields, model: ModelConfig, context: int, slides: Callable[[int], bool] = lambda layer: False) -> Json:
@@ -169,6 +185,25 @@ def _read_qwen(fields: Fields, model: ModelConfig, context: int) -> Json:
     raise fields.error('max_window_layers', first, 'a number of layers')
   window = fields.typed('sliding_window', int, 4096, True) if fields.typed('use_sliding_window', bool, False) else 0
   return _read_rope(fields, dataclasses.replace(model, window=window), context, lambda layer: window > 0 and layer >= first)
+
+
+def _read_mixtral(fields: Fields, model: ModelConfig, context: int) -> Json:
+  return {'rope': fields.rope(context, 1e6)} | read_windows(fields, model.layers, model.window, lambda layer: model.window > 0)
+
+
+def _read_qwen3_moe(fields: Fields, model: ModelConfig, context: int) -> Json:
+  fields.get('sliding_window')  # known, whether it is used or not
+  window = fields.typed('sliding_window', int, 4096, True) if fields.typed('use_sliding_window', bool, False) else 0
+  return _read_mistral(fields, dataclasses.replace(model, window=window), context) | _read_norm_topk(fields)
+
+
+def _write_qwen3_moe(config: ModelConfig, context: int) -> Json:
+  window = {'use_sliding_window': config.window > 0, 'sliding_window': config.window or None}
+  return rope_values(config) | window | {'norm_topk_prob': config.router.normalized}
+
+
+def _read_norm_topk(fields: Fields) -> Json:
+  return {'router': RouterConfig(normalized=fields.typed('norm_topk_prob', bool, False))}
 
 
 def _read_gemma2(fields: Fields, model: ModelConfig, context: int) -> Json:
@@ -220,6 +255,12 @@ def _llama_names(norms: Mapping[str, str], qk_norm: bool = False, qkv_bias: bool
   return names | {f'blocks/#/{ours}': f'model.layers.#.{theirs}' for ours, theirs in layer.items()}
 
 
+def _expert_names(router: str, experts: str, matrices: Mapping[str, str]) -> dict[str, str]:
+  """Tensor names of the layers with experts."""
+  return {'blocks/#/mlp/router/kernel': f'model.layers.#.{router}.weight',
+          **{f'blocks/#/mlp/{ours}/kernel': f'model.layers.#.{experts}.@.{theirs}.weight' for ours, theirs in matrices.items()}}
+
+
 _PRE = {'attention_norm': 'input_layernorm', 'mlp_norm': 'post_attention_layernorm'}
 _POST = {'attention_post_norm': 'post_attention_layernorm', 'mlp_post_norm': 'post_feedforward_layernorm'}
 _SANDWICH = {'attention_norm': 'input_layernorm', 'attention_post_norm': 'post_attention_layernorm',
@@ -257,11 +298,26 @@ _GEMMA3_COLUMNS = _GEMMA2_COLUMNS | {
   'vocab_size': Column('vocab_size', 262208), 'max_position_embeddings': Column('context', 131072),
   'attn_logit_softcapping': Column('attention_cap', 0.0, True), 'final_logit_softcapping': Column('logit_cap', 0.0, True)}
 
+_MIXTRAL_COLUMNS = {name: column for name, column in _MISTRAL_COLUMNS.items() if name != 'intermediate_size'} | {
+  'intermediate_size': Column('expert_width', 14336), 'rms_norm_eps': Column('norm_eps', 1e-5), 'sliding_window': Column('window', 0, True),
+  'num_local_experts': Column('experts', 8), 'num_experts_per_tok': Column('experts_per_token', 2)}
+_QWEN3_MOE_COLUMNS = _QWEN2_COLUMNS | {
+  'num_hidden_layers': Column('layers', 24), 'hidden_size': Column('width', 2048), 'num_key_value_heads': Column('kv_heads', 4),
+  'head_dim': Column('head_size', 0, True), 'intermediate_size': Column('mlp_width', 6144),
+  'moe_intermediate_size': Column('expert_width', 768), 'num_experts': Column('experts', 128),
+  'num_experts_per_tok': Column('experts_per_token', 8), 'decoder_sparse_step': Column('expert_every', 1)}
+_OLMOE_COLUMNS = _OLMO2_COLUMNS | {
+  'num_hidden_layers': Column('layers', 16), 'hidden_size': Column('width', 2048), 'num_attention_heads': Column('heads', 16),
+  'intermediate_size': Column('expert_width', 2048), 'max_position_embeddings': Column('context', 4096),
+  'num_experts': Column('experts', 64), 'num_experts_per_tok': Column('experts_per_token', 8)}
+_EXPERT_ALIASES = {'num_experts': 'num_local_experts'}
+
 _LLAMA = {'positions': 'rope', 'norm': 'rmsnorm', 'mlp': 'swiglu', 'bias': False}
 _GEMMA = _LLAMA | {'norm': 'rmsnorm1p', 'norm_at': 'sandwich', 'mlp': 'geglu', 'scaled_embedding': True}
 
 _SILU = {'hidden_act': ('silu',)}
 _NO_BIAS = {'attention_bias': (False,)}
+_QWEN_EXPERTS = _expert_names('mlp.gate', 'mlp.experts', {one: f'{one}_proj' for one in ('gate', 'up', 'down')})
 _GELU = {'hidden_activation': ('gelu_pytorch_tanh',), **_NO_BIAS, 'use_bidirectional_attention': (False, None)}
 
 FAMILIES = {one.model_type: one for one in (
@@ -281,5 +337,15 @@ FAMILIES = {one.model_type: one for one in (
          _LLAMA | {'norm_at': 'post', 'qk_norm': 'width'},
          # Its class in transformers 4 knows no other name of the kind.
          write_more=lambda config, context: rope_values(config, 'type')),
+  Family('mixtral', 'MixtralForCausalLM', _llama_names(_PRE), _SILU, _MIXTRAL_COLUMNS, _LLAMA, _read_mixtral,
+         aliases={'num_local_experts': 'num_experts'},
+         experts=_expert_names('block_sparse_moe.gate', 'block_sparse_moe.experts', {'gate': 'w1', 'up': 'w3', 'down': 'w2'})),
+  Family('qwen3_moe', 'Qwen3MoeForCausalLM', _llama_names(_PRE, qk_norm=True), {**_SILU, **_NO_BIAS, 'mlp_only_layers': ([], None)},
+         _QWEN3_MOE_COLUMNS, _LLAMA | {'qk_norm': 'head'}, _read_qwen3_moe, _write_qwen3_moe,
+         aliases=_EXPERT_ALIASES, experts=_QWEN_EXPERTS),
+  Family('olmoe', 'OlmoeForCausalLM', _llama_names(_PRE, qk_norm=True), {**_SILU, **_NO_BIAS, 'clip_qkv': (None,)}, _OLMOE_COLUMNS,
+         _LLAMA | {'qk_norm': 'width'}, lambda fields, model, context: _read_rope(fields, model, context) | _read_norm_topk(fields),
+         lambda config, context: rope_values(config) | {'norm_topk_prob': config.router.normalized}, aliases=_EXPERT_ALIASES,
+         experts=_QWEN_EXPERTS),
 )}
 """Families by model_type; an exported model becomes the first family that can describe it, so the simplest come first."""

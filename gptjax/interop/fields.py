@@ -22,8 +22,8 @@ _LAYERS = ('full_attention', 'sliding_attention')
 
 _NO_EFFECT = frozenset({
   '_name_or_path', 'architectures', 'attention_dropout', 'attn_pdrop', 'bos_token_id', 'cache_implementation', 'dtype', 'embd_pdrop',
-  'eos_token_id', 'id2label', 'initializer_range', 'label2id', 'model_type', 'n_ctx', 'output_attentions', 'output_hidden_states',
-  'pad_token_id', 'pretraining_tp', 'reorder_and_upcast_attn', 'resid_pdrop', 'return_dict', 'summary_activation',
+  'eos_token_id', 'id2label', 'initializer_range', 'label2id', 'model_type', 'n_ctx', 'output_attentions', 'output_hidden_states', 'output_router_logits',
+  'pad_token_id', 'pretraining_tp', 'reorder_and_upcast_attn', 'resid_pdrop', 'return_dict', 'router_aux_loss_coef', 'router_jitter_noise', 'summary_activation',
   'summary_first_dropout', 'summary_proj_to_labels', 'summary_type', 'summary_use_proj', 'task_specific_params', 'torch_dtype',
   'transformers_version', 'use_cache'})
 """Fields that do not change the logits."""
@@ -73,14 +73,15 @@ class Fields:
     """The error for an invalid field."""
     return UserError(f'{self.file}: {name}', value, expected)
 
-  def rope(self, context: int) -> RopeConfig:
-    """RoPE settings as transformers reads them: rope_scaling replaces rope_parameters, and fields of config.json itself complete it."""
+  def rope(self, context: int, theta: float = 10000.0) -> RopeConfig:
+    """RoPE settings as transformers reads them: rope_scaling replaces rope_parameters, and fields of config.json itself complete it.
+    `theta`: the family's default."""
     old, new = self.inner('rope_scaling'), self.inner('rope_parameters')
     for fields in (old, new):
       if nested := [name for name in _LAYERS if name in fields.values]:
         raise fields.error(nested[0], fields.values[nested[0]], 'settings for all layers: this family has no others')
     chosen = old if old.values else new
-    return self._rope(chosen.values, {'rope_theta': 10000.0, 'original_max_position_embeddings': context}, _TOP, chosen, old, new)
+    return self._rope(chosen.values, {'rope_theta': theta, 'original_max_position_embeddings': context}, _TOP, chosen, old, new)
 
   def rope_by_layer(self, context: int) -> RopeConfig:
     """The same for Gemma 3: rope_parameters has an object for each kind of layer, and rope_scaling changes that of global layers."""

@@ -34,14 +34,16 @@ class Match:
   positions: int
   """rows of the folder's position table, if it has one; the model may have fewer"""
 
-  def _stored(self, parameter: str) -> tuple[str, int | None]:
-    """A parameter's name in the model, and its layer where the model stacks layers."""
-    return stacked_name(parameter) if self.model.is_stacked else (parameter, None)
+  def _stored(self, tensor: Tensor) -> list[tuple[str, tuple[int, ...]]]:
+    """The names in the model of the parameters that a tensor holds, each with the index of its part: the layer where the model stacks
+    layers, and the expert."""
+    named = [stacked_name(one) if self.model.is_stacked else (one, None) for one in tensor.parameters]
+    return [(name, tuple(index for index in (layer, tensor.expert) if index is not None)) for name, layer in named]
 
   def shape(self, tensor: Tensor) -> tuple[int, ...]:
     """The shape that the folder's tensor must have."""
-    name, layer = self._stored(tensor.parameters[0])
-    shape = list(self.model.shapes[name].shape[layer is not None:])
+    name, place = self._stored(tensor)[0]
+    shape = list(self.model.shapes[name].shape[len(place):])
     shape[-1] *= len(tensor.parameters)
     if tensor.transposed:
       shape.reverse()
@@ -50,33 +52,32 @@ class Match:
     return tuple(shape)
 
   @functools.cached_property
-  def _sources(self) -> dict[str, list[tuple[Tensor, int]]]:
-    """For each parameter, the tensor that holds it and the number of its part; for a stacked parameter, one such pair per layer."""
-    found: dict[str, dict[int, tuple[Tensor, int]]] = collections.defaultdict(dict)
-    for tensor in self.tensors:  # in the order of the layers
-      for part, parameter in enumerate(tensor.parameters):
-        name, layer = self._stored(parameter)
-        found[name].setdefault(layer or 0, (tensor, part))
-    return {name: [*by_layer.values()] for name, by_layer in found.items()}
+  def _sources(self) -> dict[str, dict[tuple[int, ...], tuple[Tensor, int]]]:
+    """For each parameter, the tensor that holds it and the number of its part, by the place in the parameter: (), or layer and expert."""
+    found: dict[str, dict[tuple[int, ...], tuple[Tensor, int]]] = collections.defaultdict(dict)
+    for tensor in self.tensors:
+      for part, (name, place) in enumerate(self._stored(tensor)):
+        found[name].setdefault(place, (tensor, part))
+    return found
 
   def read(self, entries: Mapping[str, Entry], name: str, index: tuple[slice, ...]) -> np.ndarray:
     """A slice of a parameter in float32; only this slice is read from the files. Rows that pad the vocabulary are zero."""
     shape = self.model.shapes[name].shape
     ranges = [range(*one.indices(size)) for one, size in zip(index, shape)]
     value = _aligned(tuple(map(len, ranges)))
-    sources, layers = self._sources[name], value[None]
-    if name.startswith('blocks/') and self.model.is_stacked:
-      sources, layers, ranges = [sources[layer] for layer in ranges[0]], value, ranges[1:]
-    for (tensor, part), target in zip(sources, layers):
+    sources = self._sources[name]
+    leading = len(next(iter(sources)))
+    for target in np.ndindex(value.shape[:leading]):
+      tensor, part = sources[tuple(one[index] for one, index in zip(ranges, target))]
       view = entries[tensor.name].view()
       mine = (view.T if tensor.transposed else view)[..., part * shape[-1]:(part + 1) * shape[-1]]
-      found = mine[tuple(slice(one.start, one.stop) for one in ranges)]
-      target[tuple(map(slice, found.shape))] = found
+      found = mine[tuple(slice(one.start, one.stop) for one in ranges[leading:])]
+      value[target][tuple(map(slice, found.shape))] = found
     return value
 
   def write(self, parameters: Mapping[str, jax.Array], tensor: Tensor, dtype: str) -> np.ndarray:
     """A tensor of the folder, made from parameters. Raises a UserError for a value that is too large for the dtype."""
-    parts = [np.asarray(parameters[name])[() if layer is None else layer] for name, layer in map(self._stored, tensor.parameters)]
+    parts = [np.asarray(parameters[name])[place] for name, place in self._stored(tensor)]
     joined = parts[0] if len(parts) == 1 else np.concatenate(parts, -1)
     value = (joined.T if tensor.transposed else joined)[tuple(map(slice, self.shape(tensor)))]
     with np.errstate(over='ignore'):
@@ -89,7 +90,7 @@ class Match:
     """All tensors in groups, each with the names of its parameters, whose bytes exceed _MAX_GROUP_BYTES by the last parameter's at most."""
     needed: dict[tuple[str, ...], list[Tensor]] = collections.defaultdict(list)
     for tensor in self.tensors:
-      needed[tuple(self._stored(parameter)[0] for parameter in tensor.parameters)].append(tensor)
+      needed[tuple(name for name, _ in self._stored(tensor))].append(tensor)
     sizes = {name: 4 * shape.size for name, shape in self.model.shapes.items()}
     found: dict[int, tuple[list[str], list[Tensor]]] = collections.defaultdict(lambda: ([], []))
     total = 0

@@ -12,6 +12,6 @@ from gptjax.model.layers import Sums
 from gptjax.model.kernels import attention_backend
 from gptjax.model.layout import Slots, stack_layers, stacked_name, unstack_layers
 from gptjax.model.parameters import (
-  AbstractModel, Parameters, abstract_model, attention_flops, flops_per_token, model_of, parameter_count, repeated_products,
-  repeated_weights, slots_of, stored_model)
+  AbstractModel, Parameters, abstract_model, active_parameters, attention_flops, flops_per_token, model_of, parameter_count,
+  repeated_products, repeated_weights, slots_of, stored_model)
 from gptjax.model.transformer import Block, Transformer, empty_cache

@@ -186,15 +186,27 @@ def parameter_count(config: ModelConfig, context: int) -> int:
   return sum(shape.size for shape in abstract_model(config, ComputeConfig(), context).shapes.values())
 
 
+def active_sizes(config: ModelConfig, context: int) -> dict[str, int | float]:
+  """Elements of every parameter that one token uses: of the matrices of all experts, those of its own experts."""
+  described = abstract_model(config, ComputeConfig(), context)
+  share = config.experts_per_token / (config.experts or 1)
+  return {name: shape.size * share if 'experts' in described.axes[name] else shape.size for name, shape in described.shapes.items()}
+
+
+@functools.cache
+def active_parameters(config: ModelConfig, context: int) -> int:
+  """The `parameter_count` without the experts that a token does not use."""
+  return round(sum(active_sizes(config, context).values()))
+
+
 @functools.cache
 def flops_per_token(config: ModelConfig, context: int, *, causal: bool = True) -> int | float:
   """FLOPs of a forward and backward pass per token of rows of `context` tokens.
 
   A multiply and an add are two FLOPs; the backward pass costs twice the forward; only matrix products count: 6 per weight of every
-  matrix that the token passes (embedding lookups pass none), and 3 times the `attention_flops`.
+  matrix that the token passes (embedding lookups pass none; of the experts, its own), and 3 times the `attention_flops`.
   """
-  shapes = abstract_model(config, ComputeConfig(), context).shapes
-  weights = sum(shape.size for name, shape in shapes.items() if name.endswith('kernel') or (config.tied and name == 'tokens/table'))
+  weights = sum(size for name, size in active_sizes(config, context).items() if name.endswith('kernel') or (config.tied and name == 'tokens/table'))
   return 6 * weights + 3 * attention_flops(config, context, causal=causal)
 
 
@@ -220,7 +232,7 @@ def repeated_products(config: ModelConfig, compute: ComputeConfig) -> set[str]:
 
 
 @functools.cache
-def repeated_weights(config: ModelConfig, compute: ComputeConfig) -> int:
-  """Elements of the `repeated_products` of all layers."""
-  repeated, shapes = repeated_products(config, compute), abstract_model(config, ComputeConfig(), 1).shapes
-  return sum(shape.size for name, shape in shapes.items() if name.endswith('kernel') and name.split('/')[-2] in repeated)
+def repeated_weights(config: ModelConfig, compute: ComputeConfig) -> int | float:
+  """Elements of the `repeated_products` of all layers that a token uses."""
+  repeated = repeated_products(config, compute)
+  return sum(size for name, size in active_sizes(config, 1).items() if name.endswith('kernel') and name.split('/')[-2] in repeated)

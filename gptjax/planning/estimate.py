@@ -3,7 +3,7 @@
 import dataclasses
 
 from gptjax.config import SLICE_AXES, Config, UserError
-from gptjax.model import model_of, parameter_count
+from gptjax.model import active_parameters, model_of, parameter_count
 from gptjax.planning.collectives import Collective, collectives
 from gptjax.planning.memory import Memory, analytic_memory
 from gptjax.planning.program import Compiled, TooLarge, compile_step, durations, for_platform
@@ -23,6 +23,8 @@ class Estimate:
   sizes: dict[str, int]
   """of the mesh axes"""
   parameters: int
+  active: int
+  """parameters that one token uses"""
   steps: int
   """of the run"""
   memory: Memory
@@ -84,5 +86,5 @@ def estimate(config: Config, topology: Topology) -> Estimate:
   check_unsharded(model_of(config), config, mesh)
   memory = analytic_memory(for_platform(config, 'tpu' if topology.chip.is_tpu else 'gpu'), sizes)
   analytic = theoretical(config, sizes)
-  return Estimate(config, topology, sizes, parameter_count(config.model, context), durations(config)['steps'], memory, analytic,
+  return Estimate(config, topology, sizes, parameter_count(config.model, context), active_parameters(config.model, context), durations(config)['steps'], memory, analytic,
                   roofline(config, topology, sizes, analytic, memory))

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from gptjax import config as configs
 from gptjax.config import Config, UserError, duration_in_steps, schedule_warning
-from gptjax.model import attention_backend, model_of
+from gptjax.model import attention_backend, expert_backend, model_of
 from gptjax.planning.topology import Topology
 from gptjax.sharding import TOKENS_SPEC, make_mesh
 from gptjax.training import abstract, frozen_names, initializer, learning_rates, make_objective, make_optimizer, train_step
@@ -45,8 +45,10 @@ class Compiled:
 
 
 def for_platform(config: Config, platform: str) -> Config:
-  """The config with attention 'auto' resolved for an accelerator, since this process has only a CPU."""
-  return configs.override(config, {'compute.attention': attention_backend(config.model, config.compute, config.data.context, platform)})
+  """The config with attention and experts 'auto' resolved for an accelerator, since this process has only a CPU."""
+  return configs.override(config, {
+    'compute.attention': attention_backend(config.model, config.compute, config.data.context, platform),
+    'compute.experts': expert_backend(config.compute, platform)})
 
 
 def durations(config: Config) -> dict[str, int]:

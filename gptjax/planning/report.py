@@ -32,12 +32,13 @@ def describe(one: Estimate) -> str:
 
 def _head(one: Estimate) -> str:
   config = one.config
+  active = f', {one.active / 1e9:.2f}B active per token' if config.model.experts else ''
   parts = f' in {config.microbatches} microbatches' if config.microbatches > 1 else ''
   schedule = schedule_of(config, one.sizes)
-  pipeline = '' if schedule.stages == 1 else (
-    f', {config.pipeline.schedule}' + (f' with {schedule.chunks} chunks' if schedule.chunks > 1 else '') + f' (bubble {schedule.bubble:.1%})')
+  chunks = f' with {schedule.chunks} chunks' if schedule.chunks > 1 else ''
+  pipeline = '' if schedule.stages == 1 else f', {config.pipeline.schedule}{chunks} (bubble {schedule.bubble:.1%})'
   return (f'{one.topology.name}: {one.topology.devices} devices, mesh {describe_mesh(abstract_mesh(one.sizes))}{pipeline}, ZeRO stage '
-          f'{config.zero_stage}, remat {config.compute.remat}\n{one.parameters / 1e9:.2f}B parameters, {config.compute.dtype}, '
+          f'{config.zero_stage}, remat {config.compute.remat}\n{one.parameters / 1e9:.2f}B parameters{active}, {config.compute.dtype}, '
           f'{config.batch_size} x {config.data.context} tokens per step{parts}, {one.steps:,} steps, {one.tokens:.4g} tokens')
 
 
@@ -109,7 +110,7 @@ def as_json(one: Estimate) -> dict[str, Any]:
   rows = lambda found: [dataclasses.asdict(collective) | {'total': collective.total} for collective in found]
   return {
     'topology': one.topology.name, 'devices': one.topology.devices, 'chips': one.topology.chips, 'settings': settings(one),
-    'parameters': one.parameters, 'steps': one.steps, 'tokens': one.tokens, 'fits': one.fits, 'refusal': one.refusal,
+    'parameters': one.parameters, 'active': one.active, 'steps': one.steps, 'tokens': one.tokens, 'fits': one.fits, 'refusal': one.refusal,
     'available': one.available, 'memory': dataclasses.asdict(one.memory) | {'total': one.memory.total}, 'compiled': program,
     'collectives': {'analytic': rows(one.analytic), 'compiled': rows(one.found)},
     'flops': bounds.flops, 'executed_flops': bounds.executed, 'seconds': bounds.seconds, 'binds': bounds.binds,

@@ -19,7 +19,8 @@ from gptjax import config as configs
 from gptjax.checkpoint import Progress
 from gptjax.config import INT32_MAX, Config, UserError, duration_in_steps, schedule_warning
 from gptjax.data import EvalRows, Prepared, TrainRows, batches, train_rows
-from gptjax.model import AbstractModel, attention_backend, flops_per_token, model_of, parameter_count
+from gptjax.model import (
+  AbstractModel, active_parameters, attention_backend, expert_backend, flops_per_token, model_of, parameter_count)
 from gptjax.distributed import process_group
 from gptjax.sharding import AnyMesh, check_sizes, describe, process_rows, put_rows
 from gptjax.training.guard import BadSteps
@@ -141,6 +142,8 @@ def header(run: Run, data: Prepared, begun: str, peak: tuple[float, str] | None)
     **({'unsharded': f'{fraction:.1%} of the parameters; ' + '; '.join(reasons)} if reasons else {}),
     'data': data.description,
     'parameters': parameter_count(model, config.data.context),
+    **({'active parameters': f'{active_parameters(model, config.data.context)} per token, {model.experts_per_token} of {model.experts} experts; '
+        + expert_backend(config.compute)} if model.experts else {}),
     **({'frozen': f'{frozen:,} of the parameters'} if (frozen := sum(x.size for x in run.abstract_state.frozen.values())) else {}),
     'tokens per step': config.batch_size * config.data.context,
     'steps': f'{run.steps:,}, {run.steps * config.batch_size / run.rows.rows_per_epoch:.2f} epochs',

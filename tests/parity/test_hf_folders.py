@@ -17,19 +17,23 @@ torch = transformers = None
 pytestmark = pytest.mark.full
 
 SHAPE = {'vocab_size': 261, 'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 3, 'num_attention_heads': 4,
-         'num_key_value_heads': 2, 'max_position_embeddings': 128, 'head_dim': 16, 'sliding_window': 7, 'initializer_range': 0.3}
+         'num_key_value_heads': 2, 'max_position_embeddings': 128, 'sliding_window': 7, 'initializer_range': 0.3}
+MORE = {'gemma2': {'head_dim': 16}, 'mixtral': {'head_dim': 16, 'num_local_experts': 4}, 'qwen3_moe': {'head_dim': 16, 'num_experts': 8},
+        'olmoe': {'num_experts': 8}}
 
 
-@pytest.fixture
-def saved(tmp_path):
-  """A Gemma 2 in bfloat16 and shards, as transformers saves it."""
+@pytest.fixture(params=['gemma2'])
+def saved(request, tmp_path):
+  """A model in bfloat16 and shards, as transformers saves it."""
   torch.manual_seed(0)
-  model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model('gemma2', **SHAPE), dtype=torch.bfloat16)
+  config = transformers.AutoConfig.for_model(request.param, **SHAPE, **MORE[request.param])
+  model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
   model.save_pretrained(tmp_path / 'in', max_shard_size='40KB')
   ByteTokenizer().save_hugging_face(tmp_path / 'in')
   return tmp_path / 'in'
 
 
+@pytest.mark.parametrize('saved', ['gemma2', 'mixtral', 'qwen3_moe', 'olmoe'], indirect=True)
 def test_a_folder_of_transformers_is_imported_and_exported(saved, tmp_path):
   assert len(list(saved.glob('*.safetensors'))) > 1
   for words in (import_folder(saved, tmp_path / 'run', check=Check('transformers')),
