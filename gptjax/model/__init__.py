@@ -5,6 +5,7 @@ here imports data, training or checkpoints.
 """
 
 from gptjax.model.attention import Cache, Caches, Positions, left_padded, positions_of
+from gptjax.model.dispatch import exchanges
 from gptjax.model.experts import load_metrics
 from gptjax.model.grouped import expert_backend
 from gptjax.model.head import Head

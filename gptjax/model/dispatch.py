@@ -25,12 +25,17 @@ class Route:
   """for each of this device's tokens a number per expert"""
 
 
+def exchanges(groups: int, experts_per_token: int) -> bool:
+  """Whether a ragged all-to-all sends less than gathering all tokens on every one of `groups` devices: (groups - 1) / groups rows per expert
+  of a token, instead of groups - 1 per token."""
+  return groups > experts_per_token
+
+
 def route(ids: Int[Array, 'N K'], gains: Float[Array, 'N K'], experts: int, groups: int, exchange: Callable | None) -> Route:
   """The way to the experts `ids` of each token and back, where `groups` devices hold equal parts of the `experts`.
 
   Where there are several, this runs inside a shard_map that is manual over their axis. With `exchange`, which is
-  `jax.lax.ragged_all_to_all`, each row goes to the device of its expert; without, every device gets all tokens, which sends less if tokens have
-  as many experts as there are devices, and runs on any device.
+  `jax.lax.ragged_all_to_all`, each row goes to the device of its expert; without, every device gets all tokens.
   """
   return _exchanged(ids, gains, experts, groups, exchange) if exchange and groups > 1 else _gathered(ids, gains, experts, groups)
 

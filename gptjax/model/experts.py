@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from gptjax.config import TENSOR_AXIS, TOKENS_AXIS, ComputeConfig, ModelConfig
 from gptjax.model import grouped
-from gptjax.model.dispatch import route
+from gptjax.model.dispatch import exchanges, route
 from gptjax.model.layers import MLP, Linear, Sums
 from gptjax.model.weights import Stack, TokenAxis, all_rows, gathered, layer_axes, parameter, tensor_psum
 from gptjax.sharding import Weight, as_weight, manual_psum, spec, tensor_shard_map
@@ -130,7 +130,7 @@ class _Static(NamedTuple):
   def route(self, ids, gains, matrices):
     """The way to the experts, whose matrices say how many of them this device has."""
     groups = self.experts // matrices[0].shape[0]
-    exchange = jax.lax.ragged_all_to_all if self.backend == 'ragged' and groups > ids.shape[1] else None
+    exchange = jax.lax.ragged_all_to_all if self.backend == 'ragged' and exchanges(groups, ids.shape[1]) else None
     return route(ids, gains, self.experts, groups, exchange)
 
   def sum(self, x, scattered):

@@ -86,5 +86,5 @@ def estimate(config: Config, topology: Topology) -> Estimate:
   check_unsharded(model_of(config), config, mesh)
   memory = analytic_memory(for_platform(config, 'tpu' if topology.chip.is_tpu else 'gpu'), sizes)
   analytic = theoretical(config, sizes)
-  return Estimate(config, topology, sizes, parameter_count(config.model, context), active_parameters(config.model, context), durations(config)['steps'], memory, analytic,
-                  roofline(config, topology, sizes, analytic, memory))
+  return Estimate(config, topology, sizes, parameter_count(config.model, context), active_parameters(config.model, context),
+                  durations(config)['steps'], memory, analytic, roofline(config, topology, sizes, analytic, memory))

@@ -59,8 +59,8 @@ def analytic_memory(config: Config, sizes: dict[str, int]) -> Memory:
   state = _state_bytes(config.model, compute, context, slots_of(config), config.optimizer, config.frozen, stage, tuple(sizes.items()))
   gathered = float(state.get('gathered', 0))
   if stage == 3 and sizes[STATE_AXIS] > 1:
-    layers, rest, _ = elements(config, sizes)
-    gathered = item * (GATHERED_LAYERS * layers * sizes[LAYERS_AXIS] / config.model.layers + rest)
+    layers, experts, rest, _ = elements(config, sizes)
+    gathered = item * (GATHERED_LAYERS * (layers + experts) * sizes[LAYERS_AXIS] / config.model.layers + rest)
   rows, tokens = config.microbatch_size / math.prod(sizes[name] for name in BATCH_AXES), context // sizes[TOKENS_AXIS]
   one_layer = dataclasses.replace(config.model, layers=1)
   kept = dataclasses.replace(config.compute, remat='none', saved=(), offloaded=())

@@ -11,8 +11,8 @@ import math
 from typing import NamedTuple
 
 from gptjax.config import (
-  BATCH_AXES, LAYERS_AXIS, LOCAL_AXES, STATE_AXIS, TENSOR_AXIS, TOKENS_AXIS, ComputeConfig, Config, ModelConfig, PipelineConfig)
-from gptjax.model import Slots, abstract_model, repeated_products, slots_of
+  BATCH_AXES, EXPERTS_AXIS, LAYERS_AXIS, LOCAL_AXES, STATE_AXIS, TENSOR_AXIS, TOKENS_AXIS, ComputeConfig, Config, ModelConfig, PipelineConfig)
+from gptjax.model import Slots, abstract_model, exchanges, repeated_products, slots_of
 from gptjax.planning.collectives import Collective, totals
 from gptjax.sharding import Schedule, abstract_mesh, make_schedule
 
@@ -25,6 +25,8 @@ class Elements(NamedTuple):
 
   layers: int
   """of blocks, that ZeRO shards"""
+  experts: int
+  """the same of experts, which mesh.expert splits too"""
   rest: int
   """of embeddings and head, that ZeRO shards"""
   unsharded: int
@@ -43,10 +45,12 @@ def _elements(model: ModelConfig, scan: bool, context: int, slots: Slots, frozen
   mesh = abstract_mesh(dict(axes))
   described = abstract_model(model, ComputeConfig(scan=scan), context, slots)
   unsharded, stored = described.shardings(0, mesh), described.shardings(3, mesh)
-  counts = [0, 0, 0]
+  counts = [0, 0, 0, 0]
   for name in described.shapes.keys() - described.matching('frozen', frozen):
     shape = described.shapes[name]
-    kind = 2 if unsharded[name] == stored[name] and mesh.shape[STATE_AXIS] > 1 else 0 if name.startswith('blocks/') else 1
+    block = 'experts' if 'experts' in described.axes[name] else 'layers' if name.startswith('blocks/') else 'rest'
+    small = unsharded[name] == stored[name] and mesh.shape[STATE_AXIS] > 1
+    kind = Elements._fields.index('unsharded' if small else block)
     counts[kind] += math.prod(unsharded[name].shard_shape(shape.shape))
   return Elements(*counts)
 
@@ -57,7 +61,8 @@ def theoretical(config: Config, sizes: dict[str, int]) -> list[Collective]:
   Stages 0 and 1 reduce gradients once per step, stages 2 and 3 with every microbatch, where the backward pass makes them. Along the
   other axes that divide rows, each device reduces once per step the part that it holds.
   """
-  found = [*_data_parallel(config, sizes), *_tensor_parallel(config, sizes), *_pipeline(config, sizes), *_context_parallel(config, sizes)]
+  found = [*_data_parallel(config, sizes), *_tensor_parallel(config, sizes), *_pipeline(config, sizes), *_context_parallel(config, sizes),
+           *_expert_parallel(config, sizes)]
   return [one for one in found if one.group > 1 and one.payload]
 
 
@@ -69,23 +74,26 @@ def device_tokens(config: Config, sizes: dict[str, int]) -> float:
 def _data_parallel(config: Config, sizes: dict[str, int]) -> list[Collective]:
   stage, parts = config.zero_stage, config.microbatches
   dtype, item = COMPUTE[config.compute.dtype]
-  layers, rest, unsharded = elements(config, sizes, trained=True)
+  layers, experts, rest, unsharded = elements(config, sizes, trained=True)
   every = tuple(name for name in LOCAL_AXES if sizes[name] > 1)  # all devices have the embedding, the head and the last norm
-  rows = tuple(name for name in every if name != LAYERS_AXIS)
-  others, ends = (tuple(name for name in axes if name != STATE_AXIS) for axes in (rows, every))
+  without = lambda *axes: tuple(name for name in every if name not in axes)
   def along(axes, kind, dtype, payload, trips, why):
     return Collective(kind, dtype, payload, math.prod(sizes[name] for name in axes), axes, trips, why)
   data = lambda *facts: along((STATE_AXIS,), *facts)
-  small = along(rows, 'all-reduce', 'f32', 4 * unsharded, 1, 'gradients of small parameters')
+  small = along(every, 'all-reduce', 'f32', 4 * unsharded, 1, 'gradients of small parameters')
   if stage == 0:
-    return [along(rows, 'all-reduce', 'f32', 4 * layers, 1, 'gradients'), along(every, 'all-reduce', 'f32', 4 * rest, 1, 'gradients'), small]
-  found = [data('reduce-scatter', 'f32', 4 * (layers + rest), parts if stage > 1 else 1, 'gradients'), small,
-           *(along(axes, 'all-reduce', 'f32', 4 * count / sizes[STATE_AXIS], 1, 'gradients')
-             for axes, count in ((others, layers), (ends, rest)))]
-  layers, rest, _ = elements(config, sizes)
+    return [along(without(LAYERS_AXIS), 'all-reduce', 'f32', 4 * layers, 1, 'gradients'), small,
+            along(without(LAYERS_AXIS, EXPERTS_AXIS), 'all-reduce', 'f32', 4 * experts, 1, 'gradients of experts'),
+            along(every, 'all-reduce', 'f32', 4 * rest, 1, 'gradients')]
+  shard = 4 / sizes[STATE_AXIS]
+  found = [data('reduce-scatter', 'f32', 4 * (layers + experts + rest), parts if stage > 1 else 1, 'gradients'), small,
+           along(without(LAYERS_AXIS, STATE_AXIS), 'all-reduce', 'f32', shard * layers, 1, 'gradients'),
+           along(without(LAYERS_AXIS, STATE_AXIS, EXPERTS_AXIS), 'all-reduce', 'f32', shard * experts, 1, 'gradients of experts'),
+           along(without(STATE_AXIS), 'all-reduce', 'f32', shard * rest, 1, 'gradients')]
+  layers, experts, rest, _ = elements(config, sizes)
   if stage < 3:
-    return [*found, data('all-gather', dtype, item * (layers + rest), 1, 'updated parameters')]
-  return [*found, data('all-gather', dtype, item * layers, 2 * parts, 'layers, forward and backward'),
+    return [*found, data('all-gather', dtype, item * (layers + experts + rest), 1, 'updated parameters')]
+  return [*found, data('all-gather', dtype, item * (layers + experts), 2 * parts, 'layers, forward and backward'),
           data('all-gather', dtype, item * rest, parts, 'embedding and head')]
 
 
@@ -149,6 +157,24 @@ def _context_parallel(config: Config, sizes: dict[str, int]) -> list[Collective]
           context('collective-permute', 's32', segments, hops, 'segments'),
           context('collective-permute', 'f32', 4 * keys, n - 1, 'gradients of keys and values'),
           context('collective-permute', dtype, item * keys, 1, 'their sums, to the owner')]
+
+
+def _expert_parallel(config: Config, sizes: dict[str, int]) -> list[Collective]:
+  """Tokens on their way to the experts of other devices and back, as gptjax/model/dispatch.py sends them on accelerators."""
+  model, p = config.model, sizes[EXPERTS_AXIS]
+  dtype, item = COMPUTE[config.compute.dtype]
+  tokens = device_tokens(config, sizes)
+  layers = -(-sum(map(model.has_experts, range(model.layers))) // sizes[LAYERS_AXIS])
+  def expert(kind, dtype, payload, trips, why):
+    return Collective(kind, dtype, payload, p, (EXPERTS_AXIS,), trips * layers * config.microbatches, why)
+  chosen = tokens * model.experts_per_token
+  if exchanges(p, model.experts_per_token):
+    return [expert('ragged-all-to-all', dtype, item * chosen * model.width, 5, 'tokens to experts and back, forward and backward'),
+            expert('ragged-all-to-all', 'f32', 4 * chosen, 3, 'weights of experts, and their gradients')]
+  return [expert('all-gather', dtype, item * p * tokens * model.width, 3, 'tokens to experts, forward and backward; gradients'),
+          expert('reduce-scatter', dtype, item * p * tokens * model.width, 2, 'results of experts; gradients'),
+          expert('all-gather', 'f32', 4 * p * chosen, 2, 'weights of experts'), expert('all-gather', 's32', 4 * p * chosen, 2, 'chosen experts'),
+          expert('reduce-scatter', 'f32', 4 * p * chosen, 1, 'gradients of the weights of experts')]
 
 
 def by_axis(found: list[Collective]) -> dict[str, float]:
