@@ -202,9 +202,9 @@ those listed in compute.saved and compute.offloaded (names)"""
 NVIDIA's; auto: the fused kernel of the device if it supports the model, else blocks"""
   context_attention: Literal['ring', 'all_gather'] = 'ring'
   """with mesh.context: keys and values travel around a ring of devices while others are used, or all are gathered before attention"""
-  experts: Literal['auto', 'blocks', 'ragged'] = 'auto'
-  """blocks: the products of experts in a loop over blocks of tokens, for CPUs; ragged: XLA's ragged products; auto: blocks on CPUs, \
-else ragged"""
+  experts: Literal['auto', 'blocks', 'ragged', 'megablox'] = 'auto'
+  """products of experts; blocks: a loop over blocks of tokens, for CPUs; ragged: XLA's ragged products; megablox: those, and a Pallas \
+kernel for gradients, for TPUs; auto: by the device"""
   dtype: Literal['float32', 'bfloat16'] = 'float32'
   """precision of matrix products and activations; parameters, norms, softmax and loss stay float32"""
 

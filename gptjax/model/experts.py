@@ -130,7 +130,7 @@ class _Static(NamedTuple):
   def route(self, ids, gains, matrices):
     """The way to the experts, whose matrices say how many of them this device has."""
     groups = self.experts // matrices[0].shape[0]
-    exchange = jax.lax.ragged_all_to_all if self.backend == 'ragged' and exchanges(groups, ids.shape[1]) else None
+    exchange = jax.lax.ragged_all_to_all if self.backend != 'blocks' and exchanges(groups, ids.shape[1]) else None
     return route(ids, gains, self.experts, groups, exchange)
 
   def sum(self, x, scattered):

@@ -1,7 +1,8 @@
 """The feed-forward layers of several experts on one device, forward and backward, for tokens that are sorted by expert.
 
 CPUs run a loop over blocks of a few tokens, which read the matrices of their expert: XLA's ragged products take several times as long
-there. Only the last block of an expert is padded.
+there. Only the last block of an expert is padded. TPUs compute gradients of matrices by a Pallas kernel: XLA's ragged product over rows
+multiplies all of them for every expert.
 """
 
 import functools
@@ -16,6 +17,9 @@ from gptjax.config import ComputeConfig
 
 BLOCK = 128
 """Tokens of a block: smaller blocks read matrices more often, larger ones pad more."""
+
+TILES = 512, 512, 512
+"""Rows and features of a tile of the Pallas kernel; three tiles, two of them twice, fit a core's memory."""
 
 Matrices = tuple[Float[Array, 'G _ _'], ...]
 """Of this device's experts: (up, down) or (gate, up, down), with this device's part of the hidden features."""
@@ -34,8 +38,8 @@ class Sorted(NamedTuple):
 
 def expert_backend(compute: ComputeConfig, platform: str | None = None) -> str:
   """compute.experts, 'auto' resolved, for a platform ('cpu', 'gpu', 'tpu'; default: this process's)."""
-  blocks = (platform or jax.default_backend()) == 'cpu'
-  return ('blocks' if blocks else 'ragged') if compute.experts == 'auto' else compute.experts
+  default = {'cpu': 'blocks', 'tpu': 'megablox'}.get(platform or jax.default_backend(), 'ragged')
+  return default if compute.experts == 'auto' else compute.experts
 
 
 def activate(kind: str, *parts: Float[Array, '*S']) -> Float[Array, '*S']:
@@ -51,6 +55,7 @@ def forward(backend: str, kind: str, x: Float[Array, 'M D'], rows: Sorted,
   this device is 0."""
   if backend == 'blocks':
     return _forward_in_blocks(kind, x, rows, matrices)
+  rows = _in_tiles(rows)
   *into, down = matrices
   parts = tuple(jax.lax.ragged_dot(x[rows.index], w, rows.sizes) for w in into)
   out = jax.lax.ragged_dot(activate(kind, *parts), down, rows.sizes) * rows.gain[:, None]
@@ -63,12 +68,30 @@ def backward(backend: str, kind: str, x: Float[Array, 'M D'], rows: Sorted, matr
   in float32."""
   if backend == 'blocks':
     return _backward_in_blocks(kind, x, rows, matrices, parts, dy)
-  contract = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
-  outer = lambda a, b: jax.lax.ragged_dot_general(a, b, rows.sizes, contract, preferred_element_type=jnp.float32)
+  rows = _in_tiles(rows)
+  outer = functools.partial(_tiled_outer if backend == 'megablox' else _outer, rows.sizes)
   back = lambda a, w: jax.lax.ragged_dot(a, w.swapaxes(1, 2), rows.sizes)
   dx, dgain, sums = _gradients(kind, x[rows.index], rows.gain, matrices, parts, dy[rows.index], back, outer)
   own = _own(rows)
   return jnp.where(own, dx, 0), jnp.where(own[:, 0], dgain, 0), sums
+
+
+def _in_tiles(rows: Sorted) -> Sorted:
+  more = -rows.index.shape[0] % TILES[0]
+  return Sorted(jnp.pad(rows.index, (0, more)), jnp.pad(rows.gain, (0, more)), rows.sizes)
+
+
+def _outer(sizes: Int[Array, 'G'], a: Float[Array, 'Q I'], b: Float[Array, 'Q O']) -> Float[Array, 'G I O']:
+  """The product of both arrays' rows of each expert."""
+  contract = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+  return jax.lax.ragged_dot_general(a, b, sizes, contract, preferred_element_type=jnp.float32)
+
+
+def _tiled_outer(sizes: Int[Array, 'G'], a: Float[Array, 'Q I'], b: Float[Array, 'Q O'], interpret: bool = False) -> Float[Array, 'G I O']:
+  """The same by a Pallas kernel for TPUs (arXiv:2211.15841); `interpret`: run it on a CPU."""
+  from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+  tiling = tuple(map(min, TILES, (a.shape[0], a.shape[1], b.shape[1])))
+  return tgmm(a.T, b, sizes, jnp.float32, tiling, interpret=interpret)
 
 
 def _own(rows: Sorted) -> Array:
