@@ -13,7 +13,7 @@ from tiers import full
 from gptjax.config import ComputeConfig, MeshConfig, ModelConfig, RouterConfig, UserError
 from gptjax.model import abstract_model, active_parameters, dispatch, flops_per_token, grouped, load_metrics, parameter_count
 from gptjax.model.experts import Experts
-from gptjax.sharding import batch_shard_map, check_sizes, make_mesh, spec
+from gptjax.sharding import batch_psum, batch_shard_map, check_sizes, make_mesh
 
 MODEL = ModelConfig(layers=2, width=16, heads=2, mlp_width=12, mlp='swiglu', bias=False, vocab_size=40, experts=8, experts_per_token=3,
                     router=RouterConfig(balance_loss=0.01, z_loss=0.001))
@@ -100,3 +100,85 @@ def test_every_token_reaches_its_experts_and_comes_back(groups, exchange, skewed
   y, factors = routed(groups, exchange)(x, ids, gains)
   np.testing.assert_array_equal(factors, ids + 1)
   np.testing.assert_allclose(y, x * (gains * (ids + 1)).sum(1, keepdims=True), 1e-5)
+
+
+@functools.cache
+def layer_on(mesh, config):
+  """A function of nothing: result, sums and gradients by input and parameters of one layer of random weights, on a mesh."""
+  compute, rng = ComputeConfig(), np.random.default_rng(0)
+  with jax.set_mesh(devices := make_mesh(mesh)):
+    model = abstract_model(config, compute, 8)
+    names = [name for name in model.shapes if name.startswith('blocks/1/mlp/')]
+    zero = model.zero(0, devices)
+    values = {name: jax.device_put(rng.normal(size=model.shapes[name].shape).astype(np.float32) / 3, model.shardings(0, devices)[name])
+              for name in names}
+    x = rng.normal(size=(8, 8, config.width)).astype(np.float32)
+    mask = (rng.random((8, 8)) < 0.6).astype(np.float32)
+
+    def local(values, x, mask):
+      def loss(values, x):
+        module = model.merge(values | {name: jnp.zeros(shape.shape) for name, shape in model.shapes.items() if name not in values})
+        y, sums = module.blocks[1].mlp(x.reshape(-1, config.width), 1, mask, None)
+        return (y * jnp.cos(jnp.arange(config.width))).sum() + sums['loss'], (y.reshape(x.shape), sums)
+      (_, (y, sums)), (gradients, dx) = jax.value_and_grad(loss, (0, 1), has_aux=True)(values, x)
+      return y, batch_psum(sums), zero.reduce(gradients), dx
+
+    kept = {name: zero.in_specs[name] for name in names}
+    rows = PartitionSpec(('replica', 'data', 'expert'))
+    run = batch_shard_map(local, (kept, rows, rows), (rows, PartitionSpec(), kept, rows))
+    return jax.device_get(jax.jit(run)(values, x, mask))
+
+
+EVERYTHING = dataclasses.replace(MODEL, shared_experts=1, expert_every=2, router=RouterConfig('sigmoid', True, True, 0.01, 0.001))
+
+
+@pytest.mark.parametrize('mesh, config', [
+  (MeshConfig(1, 2, expert=4), EVERYTHING), full(MeshConfig(2, 2, expert=2), MODEL), full(MeshConfig(1, 1, expert=8), EVERYTHING)])
+def test_a_layer_is_the_same_on_every_mesh(mesh, config):
+  jax.tree.map(lambda one, many: np.testing.assert_allclose(many, one, 1e-4, 1e-5), layer_on(MeshConfig(1, 1), config), layer_on(mesh, config))
+
+
+def test_balance_is_measured_row_by_row_over_the_tokens_that_count():
+  _, sums, gradients, _ = layer_on(MeshConfig(1, 1), EVERYTHING)
+  load = sums['load']
+  assert load.shape == (2, 8) and not load[0].any()  # layer 0 has no experts
+  count = load[1].sum() / 3
+  assert 0 < count < 64 and count == int(count)  # of the 64 tokens
+  np.testing.assert_allclose(gradients['blocks/1/mlp/balance'], load[1] - load[1].mean())  # what the bias moves against
+  metrics = load_metrics(load)
+  assert metrics['load_imbalance'] == pytest.approx(load[1].max() / load[1].mean())
+
+
+@pytest.mark.parametrize('tokens', [1, 7])
+def test_the_balance_loss_is_its_weight_per_token_if_all_experts_are_equally_likely_and_chosen(tokens):
+  from gptjax.model.experts import _sums
+  config = dataclasses.replace(MODEL, router=RouterConfig(balance_loss=0.5))
+  logits, everyone = jnp.zeros((2 * tokens, 8)), jnp.full((2 * tokens, 8), 3 / 8)
+  sums, _ = _sums(config, logits, jax.nn.softmax(logits), everyone, 0, jnp.ones((2, tokens)))
+  assert sums['loss'] == pytest.approx(0.5 * 2 * tokens) and sums['router_entropy'] == pytest.approx(np.log(8) * tokens)  # of 2 layers
+
+
+def test_counters_know_total_and_active_parameters():
+  dense = dataclasses.replace(MODEL, experts=0, router=RouterConfig(), mlp_width=3 * 12)  # of the same active size
+  router, expert = 2 * 16 * 8, 2 * 3 * 16 * 12
+  assert parameter_count(MODEL, 8) == parameter_count(dense, 8) + router + 5 * expert
+  assert active_parameters(MODEL, 8) == parameter_count(dense, 8) + router
+  assert flops_per_token(MODEL, 8) == flops_per_token(dense, 8) + 6 * router
+
+
+@pytest.mark.parametrize('values, message', [
+  ({'experts_per_token': 9}, 'model.experts_per_token: 9, expected: 1 to model.experts=8'),
+  ({'expert_every': 3}, 'model.expert_every: 3, expected: 1 to model.layers=2'),
+  ({'experts': 0}, 'model.router: .* expected: its default unless model.experts is above 0'),
+])
+def test_experts_that_cannot_be_are_an_error_line(values, message):
+  with pytest.raises(UserError, match=message):
+    dataclasses.replace(MODEL, **values)
+
+
+def test_a_mesh_that_does_not_divide_the_experts_is_an_error_line():
+  from gptjax.config import Config
+  with pytest.raises(UserError, match='mesh.expert: 4, expected: a divisor of model.experts=6: 1, 2, 3, 6'):
+    check_sizes(Config(model=dataclasses.replace(MODEL, experts=6)), make_mesh(MeshConfig(1, 1, expert=4)))
+  with pytest.raises(UserError, match='compute.scan: True, expected: false with model.expert_every above 1'):
+    Config(model=dataclasses.replace(MODEL, expert_every=2), compute=ComputeConfig(scan=True))
