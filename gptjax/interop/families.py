@@ -162,12 +162,9 @@ def comparable(config: ModelConfig) -> Json:
 
 def _resolved(config: ModelConfig) -> ModelConfig:
   """The config with the sizes that 0 stands for."""
-  sizes = {'kv_heads': config.key_heads, 'head_size': config.head_width, 'mlp_width': config.hidden_width}
-  if config.experts:
-    sizes |= {'expert_width': config.expert_features}
-    if config.expert_every == 1:  # no layer has the other width
-      sizes['mlp_width'] = config.expert_features
-  return dataclasses.replace(config, **sizes)
+  hidden = config.hidden_width if config.expert_every > 1 or not config.experts else config.expert_features  # else no layer has the first
+  return dataclasses.replace(config, kv_heads=config.key_heads, head_size=config.head_width, mlp_width=hidden,
+                             expert_width=config.expert_features if config.experts else 0)
 
 
 def _read_rope(fields: Fields, model: ModelConfig, context: int, slides: Callable[[int], bool] = lambda layer: False) -> Json:

@@ -22,10 +22,10 @@ _LAYERS = ('full_attention', 'sliding_attention')
 
 _NO_EFFECT = frozenset({
   '_name_or_path', 'architectures', 'attention_dropout', 'attn_pdrop', 'bos_token_id', 'cache_implementation', 'dtype', 'embd_pdrop',
-  'eos_token_id', 'id2label', 'initializer_range', 'label2id', 'model_type', 'n_ctx', 'output_attentions', 'output_hidden_states', 'output_router_logits',
-  'pad_token_id', 'pretraining_tp', 'reorder_and_upcast_attn', 'resid_pdrop', 'return_dict', 'router_aux_loss_coef', 'router_jitter_noise', 'summary_activation',
-  'summary_first_dropout', 'summary_proj_to_labels', 'summary_type', 'summary_use_proj', 'task_specific_params', 'torch_dtype',
-  'transformers_version', 'use_cache'})
+  'eos_token_id', 'id2label', 'initializer_range', 'label2id', 'model_type', 'n_ctx', 'output_attentions', 'output_hidden_states',
+  'output_router_logits', 'pad_token_id', 'pretraining_tp', 'reorder_and_upcast_attn', 'resid_pdrop', 'return_dict',
+  'router_aux_loss_coef', 'router_jitter_noise', 'summary_activation', 'summary_first_dropout', 'summary_proj_to_labels', 'summary_type',
+  'summary_use_proj', 'task_specific_params', 'torch_dtype', 'transformers_version', 'use_cache'})
 """Fields that do not change the logits."""
 
 

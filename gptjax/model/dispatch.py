@@ -1,4 +1,4 @@
-"""How tokens reach the devices that hold their experts, and results come back. No token is dropped: buffers are as large as the worst case."""
+"""How tokens reach the devices that hold their experts, and results come back. No token is dropped: buffers have room for all."""
 
 import dataclasses
 from collections.abc import Callable
@@ -26,8 +26,8 @@ class Route:
 
 
 def exchanges(groups: int, experts_per_token: int) -> bool:
-  """Whether a ragged all-to-all sends less than gathering all tokens on every one of `groups` devices: (groups - 1) / groups rows per expert
-  of a token, instead of groups - 1 per token."""
+  """Whether a ragged all-to-all sends less than gathering all tokens on each of `groups` devices: (groups - 1) / groups rows for each
+  expert of a token, instead of groups - 1 for each token."""
   return groups > experts_per_token
 
 

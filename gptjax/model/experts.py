@@ -24,7 +24,7 @@ from gptjax.sharding import Weight, as_weight, manual_psum, spec, tensor_shard_m
 
 
 class Experts(nnx.Module):
-  """Experts, each of the kind of model.mlp without biases, in place of a feed-forward layer; `up`, `gate` and `down` are stacked over them."""
+  """Experts in place of a feed-forward layer, each of the kind of model.mlp, without biases; `up`, `gate` and `down` are stacked."""
 
   def __init__(self, config: ModelConfig, compute: ComputeConfig, stack: Stack = ()):
     count, width, features = config.experts, config.width, config.expert_features
@@ -160,7 +160,8 @@ def _forward(x, ids, gains, weights, static):
     return static.sum(way.collect(out), static.rows is not None), parts
 
   features = PartitionSpec(None, static.splits[0][2])
-  run = tensor_shard_map(local, (_WHOLE, _WHOLE, _WHOLE, static.splits), (PartitionSpec(static.rows, None), (features,) * (len(weights) - 1)))
+  run = tensor_shard_map(local, (_WHOLE, _WHOLE, _WHOLE, static.splits),
+                         (PartitionSpec(static.rows, None), (features,) * (len(weights) - 1)))
   y, parts = run(all_rows(x), ids, gains, tuple(one.read(static.dtype) for one in weights))
   names = ('gate', 'up')[-len(parts):]
   return y, (x, ids, gains, weights, tuple(map(checkpoint_name, parts, names)))

@@ -130,7 +130,8 @@ def _backward_in_blocks(kind, x, rows, matrices, parts, dy):
   return dx, dgain, sums
 
 
-def _in_blocks(rows: Sorted, matrices: Matrices, given: tuple[Array, ...], block: Callable, shapes: Sequence[tuple[Any, Any]], summed: bool):
+def _in_blocks(rows: Sorted, matrices: Matrices, given: tuple[Array, ...], block: Callable,
+               shapes: Sequence[tuple[Any, Any]], summed: bool):
   """Runs block(index, gain, own, matrices of an expert, *rows of `given`) -> (results, what it adds to the sums of its expert).
 
   `own` tells which rows are the expert's. Those of the next expert come after them: its own blocks, which run later, replace their

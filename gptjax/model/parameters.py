@@ -206,7 +206,8 @@ def flops_per_token(config: ModelConfig, context: int, *, causal: bool = True) -
   A multiply and an add are two FLOPs; the backward pass costs twice the forward; only matrix products count: 6 per weight of every
   matrix that the token passes (embedding lookups pass none; of the experts, its own), and 3 times the `attention_flops`.
   """
-  weights = sum(size for name, size in active_sizes(config, context).items() if name.endswith('kernel') or (config.tied and name == 'tokens/table'))
+  matrix = lambda name: name.endswith('kernel') or (config.tied and name == 'tokens/table')
+  weights = sum(size for name, size in active_sizes(config, context).items() if matrix(name))
   return 6 * weights + 3 * attention_flops(config, context, causal=causal)
 
 

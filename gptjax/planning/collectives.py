@@ -41,7 +41,8 @@ class Collective:
   dtype: str
   """XLA's name: f32, bf16"""
   payload: float
-  """bytes of the full array, before a reduce-scatter or after an all-gather; of a permute: bytes that a device sends"""
+  """bytes of the full array, before a reduce-scatter or after an all-gather; of a permute: bytes that a device sends; of a
+  compiled ragged all-to-all: the room for its result, of which only the rows that come are sent"""
   group: int
   """devices that take part together"""
   axes: tuple[str, ...]

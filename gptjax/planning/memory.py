@@ -98,7 +98,8 @@ def row_bytes(config: ModelConfig, compute: ComputeConfig, context: int, model: 
   They are counted in the abstract trace of the layers on a mesh of that size, so they follow remat, sequence parallelism and attention;
   arrays that are not split over `model`, such as the residual stream, count in full.
   """
-  described = abstract_model(config, compute, context)
+  # Ragged products keep the same arrays, and cannot be traced outside of the step's shard_map.
+  described = abstract_model(config, dataclasses.replace(compute, experts='blocks'), context)
 
   def kept(rows: int) -> int:
     tokens = jax.ShapeDtypeStruct((rows, context), jnp.int32)

@@ -173,7 +173,8 @@ def _expert_parallel(config: Config, sizes: dict[str, int]) -> list[Collective]:
             expert('ragged-all-to-all', 'f32', 4 * chosen, 3, 'weights of experts, and their gradients')]
   return [expert('all-gather', dtype, item * p * tokens * model.width, 3, 'tokens to experts, forward and backward; gradients'),
           expert('reduce-scatter', dtype, item * p * tokens * model.width, 2, 'results of experts; gradients'),
-          expert('all-gather', 'f32', 4 * p * chosen, 2, 'weights of experts'), expert('all-gather', 's32', 4 * p * chosen, 2, 'chosen experts'),
+          expert('all-gather', 'f32', 4 * p * chosen, 2, 'weights of experts'),
+          expert('all-gather', 's32', 4 * p * chosen, 2, 'chosen experts'),
           expert('reduce-scatter', 'f32', 4 * p * chosen, 1, 'gradients of the weights of experts')]
 
 

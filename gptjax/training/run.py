@@ -142,7 +142,7 @@ def header(run: Run, data: Prepared, begun: str, peak: tuple[float, str] | None)
     **({'unsharded': f'{fraction:.1%} of the parameters; ' + '; '.join(reasons)} if reasons else {}),
     'data': data.description,
     'parameters': parameter_count(model, config.data.context),
-    **({'active parameters': f'{active_parameters(model, config.data.context)} per token, {model.experts_per_token} of {model.experts} experts; '
+    **({'active parameters': active_parameters(model, config.data.context), 'experts': f'{model.experts_per_token} of {model.experts}, '
         + expert_backend(config.compute)} if model.experts else {}),
     **({'frozen': f'{frozen:,} of the parameters'} if (frozen := sum(x.size for x in run.abstract_state.frozen.values())) else {}),
     'tokens per step': config.batch_size * config.data.context,

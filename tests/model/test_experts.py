@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from tiers import full
 
-from gptjax.config import ComputeConfig, MeshConfig, ModelConfig, RouterConfig, UserError
+from gptjax.config import ComputeConfig, Config, MeshConfig, ModelConfig, RouterConfig, UserError
 from gptjax.model import abstract_model, active_parameters, dispatch, flops_per_token, grouped, load_metrics, parameter_count
-from gptjax.model.experts import Experts
+from gptjax.model.experts import _sums
 from gptjax.sharding import batch_psum, batch_shard_map, check_sizes, make_mesh
 
 MODEL = ModelConfig(layers=2, width=16, heads=2, mlp_width=12, mlp='swiglu', bias=False, vocab_size=40, experts=8, experts_per_token=3,
@@ -76,7 +76,7 @@ def all_to_all(operand, output, leave, send, arrive, receive, *, axis_name):
 
 @functools.cache
 def routed(groups, exchange):
-  """A function (x [N, D], ids, gains [N, K]) -> sums over experts of gain * (expert + 1) * x, and of the gains' factor, on so many devices."""
+  """A function (x [N, D], ids, gains [N, K]) -> sums over experts of gain * (expert + 1) * x, and expert + 1, on so many devices."""
   def local(x, ids, gains):
     way = dispatch.route(ids, gains, EXPERTS + 3, groups, exchange)
     first = jax.lax.axis_index('expert') * way.rows.sizes.size
@@ -135,7 +135,8 @@ EVERYTHING = dataclasses.replace(MODEL, shared_experts=1, expert_every=2, router
 @pytest.mark.parametrize('mesh, config', [
   (MeshConfig(1, 2, expert=4), EVERYTHING), full(MeshConfig(2, 2, expert=2), MODEL), full(MeshConfig(1, 1, expert=8), EVERYTHING)])
 def test_a_layer_is_the_same_on_every_mesh(mesh, config):
-  jax.tree.map(lambda one, many: np.testing.assert_allclose(many, one, 1e-4, 1e-5), layer_on(MeshConfig(1, 1), config), layer_on(mesh, config))
+  one, many = layer_on(MeshConfig(1, 1), config), layer_on(mesh, config)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, 1e-4, 1e-5), one, many)
 
 
 def test_balance_is_measured_row_by_row_over_the_tokens_that_count():
@@ -151,7 +152,6 @@ def test_balance_is_measured_row_by_row_over_the_tokens_that_count():
 
 @pytest.mark.parametrize('tokens', [1, 7])
 def test_the_balance_loss_is_its_weight_per_token_if_all_experts_are_equally_likely_and_chosen(tokens):
-  from gptjax.model.experts import _sums
   config = dataclasses.replace(MODEL, router=RouterConfig(balance_loss=0.5))
   logits, everyone = jnp.zeros((2 * tokens, 8)), jnp.full((2 * tokens, 8), 3 / 8)
   sums, _ = _sums(config, logits, jax.nn.softmax(logits), everyone, 0, jnp.ones((2, tokens)))
@@ -177,7 +177,6 @@ def test_experts_that_cannot_be_are_an_error_line(values, message):
 
 
 def test_a_mesh_that_does_not_divide_the_experts_is_an_error_line():
-  from gptjax.config import Config
   with pytest.raises(UserError, match='mesh.expert: 4, expected: a divisor of model.experts=6: 1, 2, 3, 6'):
     check_sizes(Config(model=dataclasses.replace(MODEL, experts=6)), make_mesh(MeshConfig(1, 1, expert=4)))
   with pytest.raises(UserError, match='compute.scan: True, expected: false with model.expert_every above 1'):

@@ -59,8 +59,7 @@ def reference(name, shape):
 
 
 def published(tensors):
-  """Tensors under their names in published files, which have a tensor per expert; in transformers 5 a model has those of all experts in one,
-  and its files have one per expert, too."""
+  """Tensors under their names in published files, which have one per expert; transformers 5 stacks them in memory, not in its files."""
   found = {}
   for name, value in tensors.items():
     stem, _, matrix = name.rpartition('.experts.')
@@ -93,7 +92,8 @@ def ours(name, config, tensors):
 
 
 # A scan traces one layer, so that it is cheaper for several lengths.
-SMALLEST = [(full if name in ('mixtral', 'olmoe') else pytest.param)(name, shapes[0], True, (33,), id=name) for name, shapes in SHAPES.items()]
+SMALLEST = [(full if name in ('mixtral', 'olmoe') else pytest.param)(name, shapes[0], True, (33,), id=name)
+            for name, shapes in SHAPES.items()]
 EVERY = [full(name, shape, scan, lengths, id=f'{name}-{index}-{"scan" if scan else "unrolled"}')
          for name, shapes in SHAPES.items() for index, shape in enumerate(shapes)
          for scan, lengths in ((False, (33,)), (True, (3, 16, 33) if index else (3, 16))) if not (scan and 'decoder_sparse_step' in shape)]
