@@ -63,8 +63,8 @@ def trainer(model, optimizer=None, *, compute=ComputeConfig(), context=16, zero_
   described = model_of(Config(model=model, compute=compute, data=DataConfig(context=context), pipeline=pipeline,
                               mesh=MeshConfig(**mesh.shape)))
   state = initializer(described, optimizer, zero_stage, mesh, 0, described.matching('frozen', frozen))()
-  return state, train_step(described, next_token(z_loss), optimizer, rates, zero_stage=zero_stage, mesh=mesh, microbatches=microbatches, seed=seed,
-                           pipeline=pipeline)
+  return state, train_step(described, next_token(z_loss), optimizer, rates, zero_stage=zero_stage, mesh=mesh, microbatches=microbatches,
+                           seed=seed, pipeline=pipeline)
 
 
 def write_text(path, sentences=300, seed=0):

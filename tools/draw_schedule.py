@@ -9,7 +9,8 @@ from gptjax import config as configs
 _SCHEDULE = flags.DEFINE_enum('schedule', '1F1B', ['GPipe', '1F1B', 'Interleaved1F1B', 'ZBH1'], 'as in pipeline.schedule')
 _STAGES = flags.DEFINE_integer('stages', 4, 'number of stages, mesh.pipe', lower_bound=2, upper_bound=64)
 _MICROBATCHES = flags.DEFINE_integer('microbatches', 8, 'microbatches per step', lower_bound=1, upper_bound=1024)
-_CHUNKS = flags.DEFINE_integer('chunks', None, 'chunks of layers per stage, pipeline.chunks; default: 2 for Interleaved1F1B, else 1', lower_bound=1)
+_CHUNKS = flags.DEFINE_integer('chunks', None, 'chunks of layers per stage, pipeline.chunks; default: 2 for Interleaved1F1B, else 1',
+                               lower_bound=1)
 _PICTURE = flags.DEFINE_string('picture', None, 'PNG file for a picture of it')
 
 
@@ -22,8 +23,10 @@ def main(_: object) -> None:
     raise configs.UserError('--picture', _PICTURE.value, 'a file that ends in .png')
   picture = writable(_PICTURE.value, '--picture') if _PICTURE.value else None
   schedule = make_schedule(name, _STAGES.value, _MICROBATCHES.value, chunks)
-  print(f'{schedule}\n\n{name}: {schedule.ticks} ticks, idle {schedule.bubble:.1%} of the time; activations of at most '
-        f'{max(schedule.kept())} microbatches{"" if chunks == 1 else f" of a chunk ({max(schedule.kept()) / chunks:g} of a stage)"} are kept')
+  kept = max(schedule.kept())
+  of = '' if chunks == 1 else f' of a chunk ({kept / chunks:g} of a stage)'
+  print(f'{schedule}\n\n{name}: {schedule.ticks} ticks, idle {schedule.bubble:.1%} of the time; activations of at most {kept} microbatches{of} '
+        'are kept')
   if picture:
     _draw(schedule, name, picture)
 

@@ -4,8 +4,8 @@ from gptjax.config.checks import INT32_MAX, Fault, UserError, divisors, operatio
 from gptjax.config.fields import checked, differences, flatten, from_json, override, read_config, to_json, unescaped
 from gptjax.config.flags import describe, docstrings, exit_stack, exit_status, load, own_flags, run, shipped
 from gptjax.config.mesh import (
-  AXES, AXIS_NAMES, BATCH_AXES, EXPERTS_AXIS, LAYERS_AXIS, LOCAL_AXES, REST_AXIS, SLICE_AXES, STATE_AXIS, TENSOR_AXIS, TOKENS_AXIS, MeshAxis,
-  MeshConfig, PipelineConfig)
+  AXES, AXIS_NAMES, BATCH_AXES, EXPERTS_AXIS, LAYERS_AXIS, LOCAL_AXES, REST_AXIS, SLICE_AXES, STATE_AXIS, TENSOR_AXIS, TOKENS_AXIS,
+  MeshAxis, MeshConfig, PipelineConfig)
 from gptjax.config.model import TRAINING_ONLY, ComputeConfig, ModelConfig, RopeConfig, RouterConfig
 from gptjax.config.schema import (
   LEAST_VOCABULARY, CheckpointConfig, Component, Config, DataConfig, Duration, EvalConfig, FaultsConfig, OptimizerConfig, Phase,

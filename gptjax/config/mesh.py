@@ -84,8 +84,8 @@ class PipelineConfig(Group, prefix='pipeline.'):
 
   schedule: Literal['GPipe', '1F1B', 'Interleaved1F1B', 'ZBH1'] = '1F1B'
   """GPipe (arXiv:1811.06965): all forward, then all backward passes; 1F1B (arXiv:1806.03377): in turn, so that a stage keeps the \
-activations of at most mesh.pipe microbatches; Interleaved1F1B (arXiv:2104.04473): 1F1B with several chunks of layers per stage, which idles \
-less and sends more; ZBH1 (arXiv:2401.10241): 1F1B that computes gradients of weights where it would idle"""
+activations of at most mesh.pipe microbatches; Interleaved1F1B (arXiv:2104.04473): 1F1B with several chunks of layers per stage, which \
+idles less and sends more; ZBH1 (arXiv:2401.10241): 1F1B that computes gradients of weights where it would idle"""
   chunks: Positive = 1
   """chunks of consecutive layers per stage, for Interleaved1F1B"""
 

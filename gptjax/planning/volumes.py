@@ -11,7 +11,8 @@ import math
 from typing import NamedTuple
 
 from gptjax.config import (
-  BATCH_AXES, EXPERTS_AXIS, LAYERS_AXIS, LOCAL_AXES, STATE_AXIS, TENSOR_AXIS, TOKENS_AXIS, ComputeConfig, Config, ModelConfig, PipelineConfig)
+  BATCH_AXES, EXPERTS_AXIS, LAYERS_AXIS, LOCAL_AXES, STATE_AXIS, TENSOR_AXIS, TOKENS_AXIS, ComputeConfig, Config, ModelConfig,
+  PipelineConfig)
 from gptjax.model import Slots, abstract_model, exchanges, repeated_products, slots_of
 from gptjax.planning.collectives import Collective, totals
 from gptjax.sharding import Schedule, abstract_mesh, make_schedule

@@ -103,7 +103,7 @@ def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 
 def put_rows(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
-  """Puts the rows of `process_rows` [n, T] on the mesh, as this process's part of arrays [batch_size, T] with their tokens in `token_order`."""
+  """Puts the rows of `process_rows` [n, T] on the mesh, as this process's part of arrays [batch_size, T] in `token_order`."""
   sharding, size = NamedSharding(mesh, TOKENS_SPEC), mesh.shape[TOKENS_AXIS]
   if size > 1:
     batch = {name: values[:, token_order(values.shape[1], size)] for name, values in batch.items()}

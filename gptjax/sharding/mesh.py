@@ -114,7 +114,7 @@ def gathered(spec: PartitionSpec) -> PartitionSpec:
 
 def describe(mesh: AnyMesh) -> str:
   """The mesh in words: 'data 4 x model 2', with further axes where their size is above 1."""
-  return ' x '.join(f'{axis.name} {mesh.shape[axis.name]}' for axis in AXES if mesh.shape[axis.name] > 1 or axis.name in (STATE_AXIS, TENSOR_AXIS))
+  return ' x '.join(f'{name} {size}' for name, size in mesh.shape.items() if size > 1 or name in (STATE_AXIS, TENSOR_AXIS))
 
 
 def batch_shards(mesh: AnyMesh) -> int:
@@ -149,7 +149,8 @@ def check_context(config: Config, mesh: AnyMesh) -> None:
     return
   if length % (2 * size):
     parts, below = 2 * size, length // (2 * size) * 2 * size
-    raise UserError('data.context', length, f'a multiple of 2 * mesh.{TOKENS_AXIS}={parts}: {f"{below} or {below + parts}" if below else parts}')
+    nearest = f'{below} or {below + parts}' if below else parts
+    raise UserError('data.context', length, f'a multiple of 2 * mesh.{TOKENS_AXIS}={parts}: {nearest}')
   if attention not in ('auto', 'blocks'):
     raise UserError('compute.attention', attention,
                     f'auto or blocks with mesh.{TOKENS_AXIS}={size}: compute.context_attention says how tokens attend')

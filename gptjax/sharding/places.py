@@ -93,7 +93,7 @@ class _Stage:
 
 
 def assign_places(schedule: Schedule, kept: Sequence[int], factors: Sequence[int]) -> Places:
-  """Assigns the places of a schedule; `kept` and `factors` give the kind of each array that F and B keep. Arrays of a kind share a memory."""
+  """Assigns the places of a schedule; `kept` and `factors` give the kind of each array that F and B keep. Those of a kind share a memory."""
   count, last = schedule.stages, schedule.stages * schedule.chunks - 1
   stages = [_Stage(kept, factors) for _ in range(count)]
   nowhere, table = -1, np.zeros((schedule.ticks, count, 7 + len(kept) + len(factors)), np.int32)
@@ -123,4 +123,5 @@ def assign_places(schedule: Schedule, kept: Sequence[int], factors: Sequence[int
   for column, size in zip((4, 5, 6), (sizes[0], sizes[1], sizes[1]), strict=True):
     table[:, :, column][table[:, :, column] == nowhere] = size
   ticks = Tick(*np.moveaxis(table[:, :, :7], 2, 0), table[:, :, 7:7 + len(kept)], table[:, :, 7 + len(kept):])
-  return Places(ticks, sizes[0] + 1, sizes[1] + 1, [max(one.memories[kind].size for one in stages) for kind in range(len(stages[0].memories))])
+  memories = zip(*(memory.memories for memory in stages))
+  return Places(ticks, sizes[0] + 1, sizes[1] + 1, [max(memory.size for memory in same) for same in memories])

@@ -22,7 +22,7 @@ RULES: dict[str | None, str | None] = {
   'experts': EXPERTS_AXIS,
   None: None,
 }
-"""The mesh axis that splits each logical axis of a parameter or an activation while the model computes. Rows and tokens are local to a device."""
+"""The mesh axis that splits each logical axis of a parameter or an activation while the model computes; rows and tokens are local."""
 
 Axis = str | tuple[str, int] | None
 """A logical axis by its name, or (name, parts) if it can be split only between parts: an axis of 2 heads of 64 features is ('kv_heads', 2).

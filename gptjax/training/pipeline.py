@@ -1,8 +1,8 @@
 """Gradients by pipeline stages: one executor that runs any schedule, inside the shard_map of a step.
 
 All stages run the same program, a scan over ticks: each looks up its operation in the schedule's table, runs it, and passes activations to
-the next stage and gradients to the previous one. F keeps what `jax.vjp` of its layers keeps, by the remat policy. B calls that vjp and keeps
-the factors of the gradients of matrices; W multiplies them. So nothing is computed twice, in whatever order.
+the next stage and gradients to the previous one. F keeps what `jax.vjp` of its layers keeps, by the remat policy. B calls that vjp and
+keeps the factors of the gradients of matrices; W multiplies them. So nothing is computed twice, in whatever order.
 """
 
 import dataclasses

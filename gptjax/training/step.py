@@ -76,7 +76,8 @@ def abstract(initialize: Callable[[], TrainState], mesh: AnyMesh) -> TrainState:
 
 
 def summed_gradients(model: AbstractModel, objective: ObjectiveFunction, zero_stage: int, mesh: AnyMesh,
-                     microbatches: int, pipeline: PipelineConfig = PipelineConfig()) -> Callable[[Parameters, Parameters, Batch, jax.Array], tuple[Parameters, dict[str, jax.Array]]]:
+                     microbatches: int, pipeline: PipelineConfig = PipelineConfig(),
+                     ) -> Callable[[Parameters, Parameters, Batch, jax.Array], tuple[Parameters, dict[str, jax.Array]]]:
   """A function (trained, frozen, batch, key) -> (gradient of the summed loss, sums of targets and metrics), over all rows of the batch.
 
   The gradients are sharded as the optimizer state is. Dropout keys are folded from (key, row, layer), so that the masks depend neither
@@ -137,7 +138,8 @@ def train_step(model: AbstractModel, objective: ObjectiveFunction, optimizer: op
   """The jitted step: (state, batch) -> (state, metrics), with the old state's memory reused.
 
   The gradient is that of the summed loss, divided by the number of target tokens of the complete batch, regardless of microbatches and
-  devices; `pipeline` is for several stages. A bad step, by `is_good_step`, or one without targets leaves parameters and optimizer state as they were, bit by bit.
+  devices; `pipeline` is for several stages. A bad step, by `is_good_step`, or one without targets leaves parameters and optimizer state as
+  they were, bit by bit.
   """
   specs = model.specs(zero_stage, mesh)
   gradients = summed_gradients(model, objective, zero_stage, mesh, microbatches, pipeline)

@@ -34,9 +34,9 @@ HOW = {
   'compute.remat': ('none', 'dots', 'full'), 'compute.scan': (False, True)}
 BASE = {
   'model.layers': 8, 'model.width': 32, 'model.heads': 4, 'model.kv_heads': 2, 'model.mlp_width': 48, 'model.vocab_size': VOCABULARY,
-  'model.positions': 'rope', 'model.norm': 'rmsnorm', 'model.mlp': 'swiglu', 'model.bias': False, 'data.context': CONTEXT, 'batch_size': BATCH,
-  'optimizer.warmup': 2, 'mesh.max_unsharded': 1.0}
-EXPERTS = {'model.experts_per_token': 2, 'model.expert_width': 24, 'model.balance_loss': 0.01}
+  'model.positions': 'rope', 'model.norm': 'rmsnorm', 'model.mlp': 'swiglu', 'model.bias': False, 'data.context': CONTEXT,
+  'batch_size': BATCH, 'optimizer.warmup': 2, 'mesh.max_unsharded': 1.0}
+EXPERTS = {'model.experts_per_token': 2, 'model.expert_width': 24, 'model.router.balance_loss': 0.01}
 
 Layout = dict[str, object]
 
