@@ -25,8 +25,8 @@ def main(_: object) -> None:
   schedule = make_schedule(name, _STAGES.value, _MICROBATCHES.value, chunks)
   kept = max(schedule.kept())
   of = '' if chunks == 1 else f' of a chunk ({kept / chunks:g} of a stage)'
-  print(f'{schedule}\n\n{name}: {schedule.ticks} ticks, idle {schedule.bubble:.1%} of the time; activations of at most {kept} microbatches{of} '
-        'are kept')
+  print(f'{schedule}\n\n{name}: {schedule.ticks} ticks, idle {schedule.bubble:.1%} of the time; activations of at most {kept} '
+        f'microbatches{of} are kept')
   if picture:
     _draw(schedule, name, picture)
 

@@ -72,5 +72,5 @@ def _gathered(step: Step, state: Any, chunk: Any) -> tuple[Any, Any]:
 
 
 EXCHANGES: dict[str, Callable[[Step, Any, Any], tuple[Any, Any]]] = {'ring': _around_ring, 'all_gather': _gathered}
-"""By their name in compute.context_attention: functions (step, state, chunk) -> (state, sums) that apply a step to the chunks of all devices
-on the context axis, and return to each device the sum of what the steps contribute to its chunk."""
+"""By their name in compute.context_attention: functions (step, state, chunk) -> (state, sums) that apply a step to the chunks of all
+devices on the context axis, and return to each device the sum of what the steps contribute to its chunk."""
