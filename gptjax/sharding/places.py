@@ -93,7 +93,7 @@ class _Stage:
 
 
 def assign_places(schedule: Schedule, kept: Sequence[int], factors: Sequence[int]) -> Places:
-  """Assigns the places of a schedule; `kept` and `factors` are the kinds of the arrays that F and B keep. Those of a kind share a memory."""
+  """Assigns the places of a schedule; `kept` and `factors` are the kinds of the arrays that F and B keep. A kind shares a memory."""
   count, last = schedule.stages, schedule.stages * schedule.chunks - 1
   stages = [_Stage(kept, factors) for _ in range(count)]
   nowhere, table = -1, np.zeros((schedule.ticks, count, 7 + len(kept) + len(factors)), np.int32)
