@@ -268,7 +268,7 @@ class Attention(nnx.Module):
 
 def attention(config: ModelConfig, compute: ComputeConfig, score: ScoreConfig, q: Float[Array, 'B H T C'], k: Float[Array, 'B K T C'],
               v: Float[Array, 'B K T C'], segments: Int[Array, 'B T'] | None, keys: Key[Array, 'B'] | None) -> Float[Array, 'B H T C']:
-  """Causal attention by the implementation that the config and the device choose, over all devices that share the rows."""
+  """Causal attention by the implementation that the config and the device choose; over all devices that share rows, if several do."""
   if context_size() > 1:
     return _ungrouped(context_attention(score, compute.context_attention, _grouped(q, k), k, v, segments, _head_numbers(q, k),
                                         config.dropout, keys))

@@ -72,8 +72,8 @@ def context_attention(score: ScoreConfig, exchange: str, q: Float[Array, 'B K G 
   """
   split, one = jax.typeof(k).sharding.spec, PartitionSpec(None)
   queries = PartitionSpec(*split[:2])
-  attend = functools.partial(_attention, _Static(score, exchange, rate))
-  run = tensor_shard_map(attend, (queries, _Chunk(split, split, one), queries), queries)
+  local = functools.partial(_attention, _Static(score, exchange, rate))
+  run = tensor_shard_map(local, (queries, _Chunk(split, split, one), queries), queries)
   return run(q, _Chunk(k, v, segments), weight_keys(rate, dropout_keys, heads, token_places(q.shape[3])))
 
 

@@ -103,13 +103,12 @@ def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 
 def put_rows(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
-  """Puts the rows of `process_rows` [n, T] on the mesh, as this process's part of arrays [batch_size, T] in `token_order`."""
+  """Puts the rows of `process_rows` [n, T] on the mesh, as this process's part of arrays [batch_size, T]; tokens in `token_order`."""
   sharding, size = NamedSharding(mesh, TOKENS_SPEC), mesh.shape[TOKENS_AXIS]
   if size > 1:
     batch = {name: values[:, token_order(values.shape[1], size)] for name, values in batch.items()}
   if sharding.is_fully_addressable:
     return jax.device_put(batch, sharding)
   rows, mine = np.arange(batch_size), process_rows(mesh, batch_size)
-  places = lambda index: np.searchsorted(mine, rows[index[0]])  # of a device's rows among those of this process
-  return {name: jax.make_array_from_callback((batch_size, *values.shape[1:]), sharding, lambda index: values[places(index), index[1]])
-          for name, values in batch.items()}
+  part = lambda values: lambda index: values[np.searchsorted(mine, rows[index[0]]), index[1]]  # a device's, of this process's
+  return {name: jax.make_array_from_callback((batch_size, *values.shape[1:]), sharding, part(values)) for name, values in batch.items()}

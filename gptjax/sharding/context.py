@@ -15,6 +15,7 @@ from jaxtyping import Array, Int
 
 from gptjax.config import TOKENS_AXIS
 
+
 def token_order(length: int, size: int) -> Int[np.ndarray, 'T']:
   """Places in the row of its tokens, in the order in which `size` devices divide them; 2 * size must divide `length` if size is above 1."""
   if size == 1:

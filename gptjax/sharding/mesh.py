@@ -149,7 +149,7 @@ def check_context(config: Config, mesh: AnyMesh) -> None:
     return
   if length % (2 * size):
     parts, below = 2 * size, length // (2 * size) * 2 * size
-    nearest = f'{below} or {below + parts}' if below else parts
+    nearest = f'{below} or {below + parts}' if below else f'{parts}'
     raise UserError('data.context', length, f'a multiple of 2 * mesh.{TOKENS_AXIS}={parts}: {nearest}')
   if attention not in ('auto', 'blocks'):
     raise UserError('compute.attention', attention,

@@ -1,6 +1,6 @@
 """Objectives: functions of the head, the hidden states and the batch, which a step minimizes.
 
-An objective sees the rows of one device and returns sums over them; the step adds them up over microbatches and devices and divides by
+An objective sees the tokens of one device and returns sums over them; the step adds them up over microbatches and devices and divides by
 the number of targets. A new one is a function here and a name in OBJECTIVES.
 """
 
@@ -15,7 +15,8 @@ from gptjax.config import Config, UserError
 from gptjax.model import Head, Sums
 
 Batch = dict[str, Array]
-"""tokens, targets, mask [B, T]; positions and segments too where documents are isolated."""
+"""tokens, targets, mask [B, T] of one device; positions and segments too where documents are isolated. Under context
+parallelism the tokens of a row are divided over devices, in the order of `token_order`."""
 
 
 class ObjectiveSums(NamedTuple):

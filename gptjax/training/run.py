@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from gptjax import config as configs
 from gptjax.checkpoint import Progress
-from gptjax.config import INT32_MAX, Config, UserError, duration_in_steps, schedule_warning
+from gptjax.config import INT32_MAX, TOKENS_AXIS, Config, UserError, duration_in_steps, schedule_warning
 from gptjax.data import EvalRows, Prepared, TrainRows, batches, train_rows
 from gptjax.model import (
   AbstractModel, active_parameters, attention_backend, expert_backend, flops_per_token, model_of, parameter_count)
@@ -149,7 +149,8 @@ def header(run: Run, data: Prepared, begun: str, peak: tuple[float, str] | None)
     'steps': f'{run.steps:,}, {run.steps * config.batch_size / run.rows.rows_per_epoch:.2f} epochs',
     'FLOPs per token': flops_per_token(model, config.data.context),
     'peak FLOP/s': f'{peak[0]:.3g}, {peak[1]}' if peak else 'unknown for this device, so no MFU',
-    'attention': attention_backend(model, config.compute, config.data.context),
+    'attention': attention_backend(model, config.compute, config.data.context) if mesh.shape[TOKENS_AXIS] == 1 else
+                 f'{config.compute.context_attention} over mesh.{TOKENS_AXIS}={mesh.shape[TOKENS_AXIS]}',
     'precision': f'{config.compute.dtype} compute, float32 parameters',
     'versions': ', '.join(f'{name} {metadata.version(name)}' for name in ('jax', 'flax', 'optax', 'orbax-checkpoint')),
     'commit': _commit(),

@@ -19,8 +19,8 @@ ODD = ModelConfig(layers=2, width=32, heads=8, kv_heads=2, mlp_width=43, vocab_s
 
 LAYOUTS = {'8x1': (MeshConfig(8, 1), 1), '4x2': (MeshConfig(4, 2), 2), '2x4': (MeshConfig(2, 4), 3), '1x8': (MeshConfig(1, 8), 2),
            '2x2x2': (MeshConfig(2, 2, replica=2), 3), '4x1x2': (MeshConfig(4, 1, replica=2), 0),
-           'context 2': (MeshConfig(2, 2, context=2), 3), 'context 4': (MeshConfig(2, 1, context=4), 1),
-           'context 4 alone': (MeshConfig(1, 2, context=4), 0), 'context 2, 4x1': (MeshConfig(4, 1, context=2), 2)}
+           'context 2': (MeshConfig(2, 2, context=2), 3), 'context 4': (MeshConfig(1, 2, context=4), 1),
+           'context 4, 2x1': (MeshConfig(2, 1, context=4), 0), 'context 2, 4x1': (MeshConfig(4, 1, context=2), 2)}
 """Meshes and ZeRO stages; the bar `stages` follows all of them on all meshes."""
 
 
