@@ -70,10 +70,10 @@ def context_attention(score: ScoreConfig, exchange: str, q: Float[Array, 'B K G 
 
   `exchange` is a name in EXCHANGES, `heads` the numbers of the query heads. Inside `batch_shard_map`, which has divided the tokens.
   """
-  split, one = jax.typeof(k).sharding.spec, PartitionSpec(None)
-  queries = PartitionSpec(*split[:2])
+  split, rows = jax.typeof(k).sharding.spec, PartitionSpec(None)
+  queries, chunk = PartitionSpec(*split[:2]), _Chunk(split, split, rows)  # type: ignore[arg-type]  # specs in place of arrays
   local = functools.partial(_attention, _Static(score, exchange, rate))
-  run = tensor_shard_map(local, (queries, _Chunk(split, split, one), queries), queries)
+  run = tensor_shard_map(local, (queries, chunk, queries), queries)
   return run(q, _Chunk(k, v, segments), weight_keys(rate, dropout_keys, heads, token_places(q.shape[3])))
 
 

@@ -184,10 +184,11 @@ def context(folder: Path) -> Result:
     return more - few - (gradients[1] - gradients[0])
 
   share = grown(recipe) / grown(over_rows)
-  return Result('Llama 1B at 131,072 tokens, remat dots, compiled for v5p:2x2x2: it fits with context 8 and does not with data 8; two more layers '
-                'add an eighth of the activations, within 10 %; the ring sends what theory says, within 5 %',
+  return Result('Llama 1B at 131,072 tokens, remat dots, compiled for v5p:2x2x2: it fits with context 8 and does not with data 8; two more '
+                'layers add an eighth of the activations, within 10 %; the ring sends what theory says, within 5 %',
                 f'{divided.needed / 2**30:.1f} of {divided.available / 2**30:.1f} GiB; with data 8: '
-                f'{alone.refusal or f"{alone.needed / 2**30:.1f} GiB"}; activations {share:.4f}; {sent / 1e9:.1f} GB sent ({sent / theory - 1:+.1%})',
+                f'{alone.refusal or f"{alone.needed / 2**30:.1f} GiB"}; activations {share:.4f}; '
+                f'{sent / 1e9:.1f} GB sent ({sent / theory - 1:+.1%})',
                 divided.fits and not alone.fits and abs(8 * share - 1) <= 0.1 and abs(sent / theory - 1) <= 0.05,
                 'python -m tests.acceptance --only=context')
 

@@ -85,6 +85,23 @@ def test_replicas_reduce_the_part_that_a_device_holds(large):
   assert found['replica'] == pytest.approx(4 * parameter_count(large.model, 4096) / 4 / 8, rel=0.01)
 
 
+@pytest.mark.parametrize('remat, repeated', [('none', 0), ('full', 6)])
+def test_keys_and_values_visit_every_device_and_their_gradients_come_back(large, at_stage, remat, repeated):
+  sizes = MeshConfig(data=2, context=8, model=4).sizes
+  own = 40 * 256 / 2 * 4096 / 8 * 2 * 5120 / 4  # layers, rows, tokens, keys and values of this device's heads
+  ring, gathered = (totals(theoretical(at_stage(large, 3, remat=remat, context_attention=name), sizes)) for name in ('ring', 'all_gather'))
+  context = ('context',)
+  assert ring[context, 'collective-permute', 'bf16'] == 2 * own * (7 + 7 + repeated + 1)
+  assert gathered[context, 'all-gather', 'bf16'] == 2 * own * (7 + 7)
+  assert ring[context, 'collective-permute', 'f32'] == gathered[context, 'reduce-scatter', 'f32'] == 4 * own * 7
+
+
+def test_the_tokens_of_a_row_are_shared_out(large, at_stage):
+  dots = at_stage(large, 3, remat='dots')
+  kept = lambda **sizes: analytic_memory(dots, MeshConfig(**sizes).sizes).activations
+  assert kept(data=2, context=8, model=4) == pytest.approx(kept(data=2, model=4) / 8, rel=0.01)
+
+
 def test_one_device_sends_nothing(large):
   assert theoretical(large, MeshConfig(data=1, model=1).sizes) == []
 
