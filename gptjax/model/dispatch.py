@@ -51,7 +51,7 @@ def _gathered(ids, gains, experts, groups):
   rows = Sorted(order // k, jnp.where(mine, gains, 0)[order], sizes)
 
   def collect(x):
-    return scatter(x[inverse].reshape(own * groups, k, x.shape[1]).sum(1, dtype=jnp.float32).astype(x.dtype))
+    return scatter(_sum(x, inverse.reshape(own * groups, k)))
 
   return Route(rows, gather, collect, lambda x: scatter(x[inverse].reshape(own * groups, k)))
 
@@ -78,9 +78,13 @@ def _exchanged(ids, gains, experts, groups, exchange):
   expert = jnp.repeat(jnp.tile(jnp.arange(count), groups), mine.reshape(-1), total_repeat_length=room)
   index, position, sizes = _sort(jnp.where(jnp.arange(room) < mine.sum(), expert, count), count)
   rows = Sorted(index, there(gains.reshape(-1, 1)[order])[index, 0], sizes)
-  returned = lambda x: back(x[position])[inverse].reshape(own, k, *x.shape[1:])
-  return Route(rows, lambda x: there(x[order // k]), lambda x: returned(x).sum(1, dtype=jnp.float32).astype(x.dtype),
-               lambda x: returned(x[:, None])[..., 0])
+  return Route(rows, lambda x: there(x[order // k]), lambda x: _sum(back(x[position]), inverse.reshape(own, k)),
+               lambda x: back(x[position, None])[inverse, 0].reshape(own, k))
+
+
+def _sum(x: Float[Array, 'Q D'], places: Int[Array, 'N K']) -> Float[Array, 'N D']:
+  """For each token the sum of some rows, added up in float32 one after the other, so that no array holds all of them."""
+  return sum(x[places[:, one]].astype(jnp.float32) for one in range(places.shape[1])).astype(x.dtype)
 
 
 def _sort(expert: Int[Array, 'R'], count: int) -> tuple[Int[Array, 'R'], Int[Array, 'R'], Int[Array, 'G']]:

@@ -16,6 +16,7 @@ from tests.acceptance import (  # noqa: F401  (they register their bars)
   datasets,
   early_signals,
   evaluation,
+  experts,
   faults,
   fuzz,
   generation,

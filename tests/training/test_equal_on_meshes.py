@@ -9,7 +9,7 @@ import pytest
 from tiers import full
 from tiny import batch, put, trainer
 
-from gptjax.config import ComputeConfig, MeshConfig, ModelConfig, OptimizerConfig
+from gptjax.config import ComputeConfig, MeshConfig, ModelConfig, OptimizerConfig, RouterConfig
 from gptjax.sharding import make_mesh
 
 STEPS = 6
@@ -17,10 +17,15 @@ ODD = ModelConfig(layers=2, width=32, heads=8, kv_heads=2, mlp_width=43, vocab_s
                   mlp='swiglu', bias=False, tied=False, dropout=0.1)
 """Its vocabulary, its feed-forward width and, from 4 devices on, its key heads do not divide."""
 
+EXPERTS = ModelConfig(layers=2, width=32, heads=8, kv_heads=2, vocab_size=51, vocab_multiple=1, positions='rope', norm='rmsnorm', mlp='swiglu',
+                      bias=False, experts=8, experts_per_token=2, expert_width=22, shared_experts=1,
+                      router=RouterConfig(bias=True, balance_loss=0.01, z_loss=1e-3))
 LAYOUTS = {'8x1': (MeshConfig(8, 1), 1), '4x2': (MeshConfig(4, 2), 2), '2x4': (MeshConfig(2, 4), 3), '1x8': (MeshConfig(1, 8), 2),
            '2x2x2': (MeshConfig(2, 2, replica=2), 3), '4x1x2': (MeshConfig(4, 1, replica=2), 0),
            'context 2': (MeshConfig(2, 2, context=2), 3), 'context 4': (MeshConfig(1, 2, context=4), 1),
-           'context 4, 2x1': (MeshConfig(2, 1, context=4), 0), 'context 2, 4x1': (MeshConfig(4, 1, context=2), 2)}
+           'context 4, 2x1': (MeshConfig(2, 1, context=4), 0), 'context 2, 4x1': (MeshConfig(4, 1, context=2), 2),
+           '2x2 expert 2': (MeshConfig(2, 2, expert=2), 3), '1x2 expert 4': (MeshConfig(1, 2, expert=4), 1),
+           '2x1 expert 4': (MeshConfig(2, 1, expert=4), 2), '4x1 expert 2': (MeshConfig(4, 1, expert=2), 0)}
 """Meshes and ZeRO stages; the bar `stages` follows all of them on all meshes."""
 
 
@@ -56,7 +61,10 @@ CASES = [
   full(windowed(ODD), SPLIT, 'adamw', 1e-5, CONTEXTS, id='ring'),
   full(windowed(ODD), ComputeConfig(scan=True, remat='full', context_attention='all_gather'), 'adamw', 1e-5, CONTEXTS, id='all_gather'),
   full(UNROLLED, ComputeConfig(), 'adamw', 1e-5, CONTEXTS, id='ring, unrolled'),
-  full(ODD, ComputeConfig(scan=True, remat='dots'), 'muon', 1e-4, CONTEXTS, id='ring, muon')]
+  full(ODD, ComputeConfig(scan=True, remat='dots'), 'muon', 1e-4, CONTEXTS, id='ring, muon'),
+  full(EXPERTS, ComputeConfig(), 'adamw', 1e-5, ['1x2 expert 4', '4x1 expert 2'], id='experts'),
+  full(EXPERTS, SPLIT, 'adamw', 1e-5, ['2x2 expert 2', '2x1 expert 4'], id='experts, tokens split'),
+  full(dataclasses.replace(EXPERTS, expert_every=2), ComputeConfig(), 'muon', 1e-4, ['2x2 expert 2', '8x1'], id='experts in some layers')]
 
 
 @pytest.mark.parametrize('model, compute, optimizer, tolerance, layouts', CASES)
