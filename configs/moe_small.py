@@ -1,6 +1,6 @@
 """A small mixture of experts on the standard library's sources, in minutes on 2 cores: configs/default.py with 8 experts of half its width.
 
-Each token uses 2 of them, so that as many parameters are active as in configs/default.py, of 2.3 times as many in blocks.
+Each token uses 2 of them, so that as many parameters are active as in configs/default.py: 2.6 of 6.1 million.
 Expected: EXPECTED
 """
 

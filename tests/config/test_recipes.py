@@ -7,7 +7,7 @@ import pytest
 from gptjax import config as configs
 
 RECIPES = sorted((Path(__file__).parents[2] / 'configs').glob('*.py'))
-LARGE = [path for path in RECIPES if path.stem.startswith(('gpt2', 'llama'))]
+LARGE = [path for path in RECIPES if path.stem.startswith(('gpt2', 'llama', 'moe_1b'))]
 by_name = pytest.mark.parametrize('path', RECIPES, ids=lambda path: path.stem)
 large_by_name = pytest.mark.parametrize('path', LARGE, ids=lambda path: path.stem)
 
