@@ -1,63 +1,21 @@
 """Bars of mixtures of experts: what a layer costs beside a dense one, how evenly experts are used, and what they bring."""
 
+import json
 import statistics
-import time
 from pathlib import Path
 
-from tests.acceptance.record import Result, bar, train
+from tests.acceptance.record import Result, bar, python, train
 
-TOKENS, WIDTH, FEATURES, CHOICES = 4096, 512, 2048, {8: 2, 64: 8}
-"""Tokens of a step, width and active hidden features, in OLMoE's proportion, and the experts per token of so many experts."""
 SEEDS, STEPS = 3, 700
 
 
 @bar
 def expert_layer(folder: Path) -> Result:
-  figures = {experts: _ratio(experts, chosen) for experts, chosen in CHOICES.items()}
-  return Result('a layer of 8 and of 64 experts on a CPU, forward and backward, with its router and losses: at most 1.5 times the CPU-seconds '
-                'of a dense layer of the same active size',
-                ', '.join(f'{experts} experts, {CHOICES[experts]} per token: {ratio:.2f}' for experts, ratio in figures.items()),
+  figures = json.loads(python('tests.acceptance.expert_cost').stdout)
+  return Result('a layer of 8 and of 64 experts on a CPU, forward and backward, with its router and losses: at most 1.5 times the '
+                'CPU-seconds of a dense layer of the same active size, on one core',
+                ', '.join(f'{experts} experts: {ratio:.2f}' for experts, ratio in figures.items()),
                 max(figures.values()) <= 1.5, 'python -m tests.acceptance --only=expert_layer')
-
-
-def _ratio(experts: int, chosen: int) -> float:
-  """CPU-seconds of a layer of experts relative to those of a dense one."""
-  import jax
-  import jax.numpy as jnp
-  import numpy as np
-
-  from gptjax.config import ComputeConfig, MeshConfig, ModelConfig, RouterConfig
-  from gptjax.model import abstract_model
-  from gptjax.sharding import make_mesh
-  jax.config.update('jax_platforms', 'cpu')
-  plain = ModelConfig(layers=1, width=WIDTH, mlp_width=FEATURES, mlp='swiglu', bias=False, vocab_size=256)
-  mixture = ModelConfig(layers=1, width=WIDTH, mlp='swiglu', bias=False, vocab_size=256, experts=experts, experts_per_token=chosen,
-                        expert_width=FEATURES // chosen, router=RouterConfig(balance_loss=0.01, z_loss=0.001))
-
-  def gradient(config, devices):
-    model = abstract_model(config, ComputeConfig(), 256)
-    parameters = model.initialize(jax.random.key(0), model.shardings(0, devices))
-
-    @jax.jit
-    def run(parameters, x, dy):
-      def loss(parameters, x):
-        layer = model.merge(parameters).blocks[0].mlp
-        y, sums = layer(x, 0, jnp.ones((TOKENS // 256, 256)), None) if config.experts else (layer(x, None), {'loss': 0.0})
-        return (y * dy).sum() + sums['loss']
-      return jax.grad(loss, (0, 1))(parameters, x)
-    return run, parameters
-
-  with jax.set_mesh(devices := make_mesh(MeshConfig(1, 1), jax.devices()[:1])):
-    rng = np.random.default_rng(0)
-    x, dy = (jnp.asarray(rng.normal(size=(TOKENS, WIDTH)), jnp.float32) for _ in range(2))
-    runs = [gradient(config, devices) for config in (plain, mixture)]
-    best = [float('inf')] * 2
-    for _ in range(6):  # in turns, so that both see the same machine
-      for index, (run, parameters) in enumerate(runs):
-        begin = time.process_time()
-        jax.block_until_ready(run(parameters, x, dy))
-        best[index] = min(best[index], time.process_time() - begin)
-  return best[1] / best[0]
 
 
 def _trained(config: str, folder: Path, *flags: str) -> list[dict]:

@@ -17,8 +17,8 @@ ODD = ModelConfig(layers=2, width=32, heads=8, kv_heads=2, mlp_width=43, vocab_s
                   mlp='swiglu', bias=False, tied=False, dropout=0.1)
 """Its vocabulary, its feed-forward width and, from 4 devices on, its key heads do not divide."""
 
-EXPERTS = ModelConfig(layers=2, width=32, heads=8, kv_heads=2, vocab_size=51, vocab_multiple=1, positions='rope', norm='rmsnorm', mlp='swiglu',
-                      bias=False, experts=8, experts_per_token=2, expert_width=22, shared_experts=1,
+EXPERTS = ModelConfig(layers=2, width=32, heads=8, kv_heads=2, vocab_size=51, vocab_multiple=1, positions='rope', norm='rmsnorm',
+                      mlp='swiglu', bias=False, experts=8, experts_per_token=2, expert_width=22, shared_experts=1,
                       router=RouterConfig(bias=True, balance_loss=0.01, z_loss=1e-3))
 LAYOUTS = {'8x1': (MeshConfig(8, 1), 1), '4x2': (MeshConfig(4, 2), 2), '2x4': (MeshConfig(2, 4), 3), '1x8': (MeshConfig(1, 8), 2),
            '2x2x2': (MeshConfig(2, 2, replica=2), 3), '4x1x2': (MeshConfig(4, 1, replica=2), 0),
@@ -74,7 +74,7 @@ def test_losses_are_those_of_one_device_and_one_microbatch(model, compute, optim
   for mesh, zero_stage in map(LAYOUTS.__getitem__, layouts):
     figures, held = follow(model, compute, optimizer, mesh, zero_stage)
     np.testing.assert_allclose(figures, one, rtol=tolerance, err_msg=f'{mesh}, ZeRO {zero_stage}')
-    assert held == 1 if zero_stage == 0 else held < (1.0 if zero_stage < 3 else 0.7)
+    assert held == 1 if zero_stage == 0 and mesh.expert == 1 else held < (1.0 if zero_stage < 3 else 0.7)
 
 
 HALF = dataclasses.replace(ODD, dropout=0.0), ComputeConfig(scan=True, dtype='bfloat16'), 'adamw', MeshConfig(4, 1)
