@@ -1,10 +1,10 @@
 """OLMoE 1B-7B (arXiv:2409.02060): 64 experts in every layer, of which each token uses 8.
 
-Sizes, rates, batch, weights of losses and number of tokens are the paper's; it initializes by a truncated normal distribution, here it is
-not truncated, and its balance loss is over the tokens of a device, here over each row.
+Sizes, rates, batch, weights of losses and number of tokens are the paper's. It initializes by a truncated normal distribution; here it is
+not truncated. Its balance loss is over the tokens of a device; here it is over each row.
 Expected: 6,919,161,856 parameters, of which a token uses 1,282,017,280.
-Designed for 64 TPU v5p chips (v5p:4x4x4): by the plan 8 GiB per chip, and the products take 1.4 s of a step at best.
-Data: your own mixture, in stores made with a tokenizer of at most 50,304 ids (docs/data.md).
+Designed for 64 TPU v5p chips (v5p:4x4x4): by the plan 8 GiB per chip, and the products take 1.4 s of a step at best. Data: your own
+mixture, in stores made with a tokenizer of at most 50,304 ids (docs/data.md).
 """
 
 from gptjax.config import (
