@@ -146,7 +146,7 @@ def test_balance_is_measured_row_by_row_over_the_tokens_that_count():
   count = load[1].sum() / 3
   assert 0 < count < 64 and count == int(count)  # of the 64 tokens
   np.testing.assert_allclose(gradients['blocks/1/mlp/balance'], load[1] - load[1].mean())  # what the bias moves against
-  metrics = load_metrics(load)
+  metrics = load_metrics(jnp.asarray(load))
   assert metrics['load_imbalance'] == pytest.approx(load[1].max() / load[1].mean())
 
 
