@@ -151,7 +151,8 @@ def _programs(model: AbstractModel, mesh: Mesh, forbidden: tuple[int, ...], zero
   @functools.partial(jax.jit, out_shardings=model.shardings(zero_stage, mesh))
   def prepare(parameters):
     parameters = unstack_layers(parameters)
-    turned = {name: value.T if name.endswith('kernel') else value for name, value in parameters.items()}
+    is_turned = lambda name: model.variables[name][1].get_metadata('transposed', False)
+    turned = {name: value.T if is_turned(name) else value for name, value in parameters.items()}
     return {name: turned[name].astype(dtype) for name, dtype in model.dtypes.items()}
 
   return prepare, prefill, decode
