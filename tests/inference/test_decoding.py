@@ -72,7 +72,8 @@ def prompts_of(*lengths):
   ('gpt2', False, {}), ('modern', True, {}), full('modern', False, {'window': 5}),
   full('modern', False, {'window': 3, 'global_every': 2, 'layers': 4}),
   full('modern', False, {'attention_cap': 2.0, 'logit_cap': 3.0, 'norm_at': 'sandwich'}),
-  full('modern', True, {'experts': 4, 'shared_experts': 1}), full('modern', False, {'experts': 3, 'experts_per_token': 1})], indirect=['style'], ids=str)
+  full('modern', True, {'experts': 4, 'shared_experts': 1}),
+  full('modern', False, {'experts': 3, 'experts_per_token': 1})], indirect=['style'], ids=str)
 def test_greedy_text_of_unequal_prompts_is_that_of_full_forward_passes(style, scan, changes, one_device, random_parameters):
   model = abstract_model(dataclasses.replace(style, **changes), ComputeConfig(scan=scan), 40)
   parameters = random_parameters(model)
