@@ -1,6 +1,7 @@
 """How tokens reach the devices that hold their experts, and results come back. No token is dropped: buffers have room for all."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -84,7 +85,7 @@ def _exchanged(ids, gains, experts, groups, exchange):
 
 def _sum(x: Float[Array, 'Q D'], places: Int[Array, 'N K']) -> Float[Array, 'N D']:
   """For each token the sum of some rows, added up in float32 one after the other, so that no array holds all of them."""
-  return sum(x[places[:, one]].astype(jnp.float32) for one in range(places.shape[1])).astype(x.dtype)
+  return functools.reduce(jnp.add, (x[places[:, one]].astype(jnp.float32) for one in range(places.shape[1]))).astype(x.dtype)
 
 
 def _sort(expert: Int[Array, 'R'], count: int) -> tuple[Int[Array, 'R'], Int[Array, 'R'], Int[Array, 'G']]:
