@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from gptjax.config import TOKENS_AXIS
+from gptjax.config import LAYERS_AXIS, TOKENS_AXIS
 
 
 def token_order(length: int, size: int) -> Int[np.ndarray, 'T']:
@@ -42,12 +42,22 @@ Step = Callable[[Any, Any, Int[Array, '']], tuple[Any, Any]]
 """(state, a device's chunk, that device) -> (state, contribution to that device)"""
 
 
+def _to_next(x: Array) -> Array:
+  """The array of the device before this one on the context axis."""
+  size, here = context_size(), jax.lax.axis_index(TOKENS_AXIS)
+  permuted = lambda x: jax.lax.ppermute(x, TOKENS_AXIS, [(i, (i + 1) % size) for i in range(size)])
+  if jax.lax.axis_size(LAYERS_AXIS) == 1:
+    return permuted(x)
+  # Pipeline stages run different operations at a time. In a permute, XLA for CPUs would wait for the devices of all stages and mix up theirs.
+  gathered = lambda x: jax.lax.all_gather(x, TOKENS_AXIS)[(here - 1) % size]
+  return jax.lax.platform_dependent(x, cpu=gathered, default=permuted)
+
+
 def _around_ring(step: Step, state: Any, chunk: Any) -> tuple[Any, Any]:
   """Each chunk travels to the next device while the one before it is used, size - 1 times in all; contributions travel with it, and once
   more, home."""
   size, here = context_size(), jax.lax.axis_index(TOKENS_AXIS)
-  send = lambda x: jax.lax.ppermute(x, TOKENS_AXIS, [(i, (i + 1) % size) for i in range(size)])
-  to_next = functools.partial(jax.tree.map, send)
+  to_next = functools.partial(jax.tree.map, _to_next)
 
   def visit(state, sums, chunk, distance):
     state, contribution = step(state, chunk, (here - distance) % size)

@@ -122,6 +122,7 @@ def assign_places(schedule: Schedule, kept: Sequence[int], factors: Sequence[int
   sizes = [max(memory.arrivals[kind].size for memory in stages) for kind in 'FB']
   for column, size in zip((4, 5, 6), (sizes[0], sizes[1], sizes[1]), strict=True):
     table[:, :, column][table[:, :, column] == nowhere] = size
-  ticks = Tick(*np.moveaxis(table[:, :, :7], 2, 0), table[:, :, 7:7 + len(kept)], table[:, :, 7 + len(kept):])
+  columns = [table[:, :, column] for column in range(7)]
+  ticks = Tick._make([*columns, table[:, :, 7:7 + len(kept)], table[:, :, 7 + len(kept):]])
   memories = zip(*(memory.memories for memory in stages))
   return Places(ticks, sizes[0] + 1, sizes[1] + 1, [max(memory.size for memory in same) for same in memories])

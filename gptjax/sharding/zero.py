@@ -53,7 +53,7 @@ class Weight:
 
   def with_variable(self, variable: Array) -> 'Weight':
     """The same weight as a function of its variable."""
-    return dataclasses.replace(self, **{'value' if self.accumulator is None else 'accumulator': variable})
+    return dataclasses.replace(self, value=variable) if self.accumulator is None else dataclasses.replace(self, accumulator=variable)
 
   def read(self, dtype: str) -> Array:
     """The complete weight in a dtype; gathered in that dtype where `value` is a shard."""
@@ -70,7 +70,6 @@ class Weight:
     if self.accumulator is None:
       return dataclasses.replace(self, value=gradient)
     return dataclasses.replace(self, value=jnp.zeros_like(self.value), accumulator=gradient)  # the gradient of `value` is not used
-
 
   def cotangent_of_product(self, a: Float[Array, 'N I'], b: Float[Array, 'N O'], split: PartitionSpec) -> 'Weight':
     """The cotangent of a matrix, split by this spec, from the factors of this device's gradient."""
