@@ -28,8 +28,8 @@ Matrices = tuple[Float[Array, 'G _ _'], ...]
 class Sorted(NamedTuple):
   """Rows, one for each pair of a token and one of its experts, sorted by expert. Rows of other devices' experts come last."""
 
-  index: Int[Array, 'R']
-  """token of each row"""
+  token: Int[Array, 'R']
+  """that each row is for"""
   gain: Float[Array, 'R']
   """factor of the expert's result; 0 in rows of other devices' experts"""
   sizes: Int[Array, 'G']
@@ -57,7 +57,7 @@ def forward(backend: str, kind: str, x: Float[Array, 'M D'], rows: Sorted,
     return _forward_in_blocks(kind, x, rows, matrices)
   rows = _in_tiles(rows)
   *into, down = matrices
-  parts = tuple(jax.lax.ragged_dot(x[rows.index], w, rows.sizes) for w in into)
+  parts = tuple(jax.lax.ragged_dot(x[rows.token], w, rows.sizes) for w in into)
   out = jax.lax.ragged_dot(activate(kind, *parts), down, rows.sizes) * rows.gain[:, None]
   return jnp.where(_own(rows), out, 0).astype(x.dtype), parts
 
@@ -71,14 +71,14 @@ def backward(backend: str, kind: str, x: Float[Array, 'M D'], rows: Sorted, matr
   rows = _in_tiles(rows)
   outer = functools.partial(_tiled_outer if backend == 'megablox' else _outer, rows.sizes)
   back = lambda a, w: jax.lax.ragged_dot(a, w.swapaxes(1, 2), rows.sizes)
-  dx, dgain, sums = _gradients(kind, x[rows.index], rows.gain, matrices, parts, dy[rows.index], back, outer)
+  dx, dgain, sums = _gradients(kind, x[rows.token], rows.gain, matrices, parts, dy[rows.token], back, outer)
   own = _own(rows)
   return jnp.where(own, dx, 0), jnp.where(own[:, 0], dgain, 0), sums
 
 
 def _in_tiles(rows: Sorted) -> Sorted:
-  more = -rows.index.shape[0] % TILES[0]
-  return Sorted(jnp.pad(rows.index, (0, more)), jnp.pad(rows.gain, (0, more)), rows.sizes)
+  more = -rows.token.shape[0] % TILES[0]
+  return Sorted(jnp.pad(rows.token, (0, more)), jnp.pad(rows.gain, (0, more)), rows.sizes)
 
 
 def _outer(sizes: Int[Array, 'G'], a: Float[Array, 'Q I'], b: Float[Array, 'Q O']) -> Float[Array, 'G I O']:
@@ -95,7 +95,7 @@ def _tiled_outer(sizes: Int[Array, 'G'], a: Float[Array, 'Q I'], b: Float[Array,
 
 
 def _own(rows: Sorted) -> Array:
-  return (jnp.arange(rows.index.shape[0]) < rows.sizes.sum())[:, None]
+  return (jnp.arange(rows.token.shape[0]) < rows.sizes.sum())[:, None]
 
 
 def _gradients(kind, x, gain, matrices, parts, dy, back, outer):
@@ -137,8 +137,8 @@ def _in_blocks(rows: Sorted, matrices: Matrices, given: tuple[Array, ...], block
   `own` tells which rows are the expert's. Those of the next expert come after them: its own blocks, which run later, replace their
   results. `shapes` and dtypes are those of a row of each result.
   """
-  size = min(BLOCK, rows.index.shape[0])
-  index, gain = (jnp.pad(x, (0, size)) for x in (rows.index, rows.gain))
+  size = min(BLOCK, rows.token.shape[0])
+  index, gain = (jnp.pad(x, (0, size)) for x in (rows.token, rows.gain))
   first = jnp.cumsum(rows.sizes) - rows.sizes
 
   def group(expert, carry):

@@ -48,7 +48,7 @@ def _to_next(x: Array) -> Array:
   permuted = lambda x: jax.lax.ppermute(x, TOKENS_AXIS, [(i, (i + 1) % size) for i in range(size)])
   if jax.lax.axis_size(LAYERS_AXIS) == 1:
     return permuted(x)
-  # Pipeline stages run different operations at a time. In a permute, XLA for CPUs would wait for the devices of all stages and mix up theirs.
+  # Pipeline stages run different operations at a time. XLA for CPUs waits for all of them in a permute, and mixes them up.
   gathered = lambda x: jax.lax.all_gather(x, TOKENS_AXIS)[(here - 1) % size]
   return jax.lax.platform_dependent(x, cpu=gathered, default=permuted)
 

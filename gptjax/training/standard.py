@@ -79,7 +79,7 @@ class Standard:
     return jax.jit(lambda tree: jax.tree.unflatten(jax.tree.structure(tree), [
       one(name, x, spec) for (name, x), spec in zip(by_name(tree).items(), specs, strict=True)]))
 
-  def _on_run_mesh(self, sharding: NamedSharding) -> NamedSharding:
+  def _on_run_mesh(self, sharding: Any) -> NamedSharding:
     return NamedSharding(self._run_mesh, unfolded(sharding.spec))
 
 

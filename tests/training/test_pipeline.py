@@ -10,7 +10,9 @@ import pytest
 import tiny
 from gptjax import config as configs
 from gptjax.checkpoint import by_name
-from gptjax.config import ComputeConfig, Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, PipelineConfig, RouterConfig, UserError
+from gptjax.config import (
+  ComputeConfig, Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, PipelineConfig,
+  RouterConfig, UserError)
 from gptjax.model import model_of, stored_model, unstack_layers
 from gptjax.model.layout import deal_layers
 from gptjax.sharding import make_mesh
@@ -57,7 +59,8 @@ def test_stages_give_the_losses_of_one_device():
   ({'data': 2, 'pipe': 2, 'replica': 2}, PipelineConfig('Interleaved1F1B', 2), MODERN, {'zero_stage': 1, 'microbatches': 2}),
   ({'data': 1, 'pipe': 4, 'model': 2}, PipelineConfig('GPipe'), MODERN, {'microbatches': 2, 'compute': ComputeConfig(remat='full')}),
   ({'data': 2, 'pipe': 2}, PipelineConfig('ZBH1'), MODEL, {'zero_stage': 3, 'optimizer': OptimizerConfig(name='muon')}),
-  ({'data': 1, 'pipe': 2, 'context': 2, 'expert': 2}, PipelineConfig('ZBH1'), EXPERTS, {'microbatches': 4, 'compute': ComputeConfig(scan=True)}),
+  ({'data': 1, 'pipe': 2, 'context': 2, 'expert': 2}, PipelineConfig('ZBH1'), EXPERTS,
+   {'microbatches': 4, 'compute': ComputeConfig(scan=True)}),
 ], ids=['1F1B', 'Interleaved1F1B', 'GPipe', 'muon', 'context and experts'])
 def test_every_schedule_gives_the_losses_of_one_device(mesh, pipeline, model, values):
   assert_like_one_device(MeshConfig(**mesh), pipeline, model, **values)
