@@ -23,10 +23,10 @@ EXPERTS, KINDS = 5, ('gelu', 'swiglu', 'geglu')
 def naive(kind, x, rows, matrices):
   """Each row by itself, with the matrices of its expert."""
   *into, down = matrices
-  expert = jnp.repeat(jnp.arange(EXPERTS), rows.sizes, total_repeat_length=rows.index.size)
-  parts = [jnp.einsum('nd,ndf->nf', x[rows.index], w[expert]) for w in into]
+  expert = jnp.repeat(jnp.arange(EXPERTS), rows.sizes, total_repeat_length=rows.token.size)
+  parts = [jnp.einsum('nd,ndf->nf', x[rows.token], w[expert]) for w in into]
   out = jnp.einsum('nf,nfd->nd', grouped.activate(kind, *parts), down[expert]) * rows.gain[:, None]
-  return jnp.where(jnp.arange(rows.index.size)[:, None] < rows.sizes.sum(), out, 0)
+  return jnp.where(jnp.arange(rows.token.size)[:, None] < rows.sizes.sum(), out, 0)
 
 
 @pytest.mark.parametrize('sizes', [(4, 0, 9, 1, 3), full((0, 0, 0, 0, 17)), full((5, 5, 5, 5, 5)), full((0, 0, 0, 0, 0))])
@@ -44,13 +44,13 @@ def test_grouped_products_are_those_of_each_row(backend, kind, sizes, monkeypatc
   def ours(x, rows, matrices, dy):
     out, parts = grouped.forward(backend, kind, x, rows, matrices)
     dx, dgain, sums = grouped.backward(backend, kind, x, rows, matrices, parts, dy)
-    return out[:total], jnp.zeros(x.shape).at[rows.index].add(dx[:total]), dgain[:total], sums
+    return out[:total], jnp.zeros(x.shape).at[rows.token].add(dx[:total]), dgain[:total], sums
 
   @jax.jit
   def theirs(x, rows, matrices, dy):
     run = lambda x, gain, matrices: naive(kind, x, rows._replace(gain=gain), matrices)
     out, pullback = jax.vjp(run, x, rows.gain, matrices)
-    return out, *pullback(jnp.where(jnp.arange(total)[:, None] < sum(sizes), dy[rows.index], 0))
+    return out, *pullback(jnp.where(jnp.arange(total)[:, None] < sum(sizes), dy[rows.token], 0))
 
   for found, wanted in zip(jax.tree.leaves(ours(x, rows, matrices, dy)), jax.tree.leaves(theirs(x, rows, matrices, dy)), strict=True):
     np.testing.assert_allclose(found, wanted, 1e-4, 1e-5)
@@ -80,8 +80,8 @@ def routed(groups, exchange):
   def local(x, ids, gains):
     way = dispatch.route(ids, gains, EXPERTS + 3, groups, exchange)
     first = jax.lax.axis_index('expert') * way.rows.sizes.size
-    factor = first + 1 + jnp.repeat(jnp.arange(way.rows.sizes.size), way.rows.sizes, total_repeat_length=way.rows.index.size)
-    rows = way.send(x)[way.rows.index]
+    factor = first + 1 + jnp.repeat(jnp.arange(way.rows.sizes.size), way.rows.sizes, total_repeat_length=way.rows.token.size)
+    rows = way.send(x)[way.rows.token]
     used = jnp.arange(rows.shape[0]) < way.rows.sizes.sum()
     numbers = jnp.where(used, factor, 0)
     return way.collect(rows * (way.rows.gain * numbers)[:, None]), way.collect_gains(numbers * 1.0)
