@@ -223,12 +223,12 @@ class _Stage:
     return [state.memories[kind][places[index]] for index, kind in enumerate(self.kinds[which])]
 
 
-def _spec(x: jax.ShapeDtypeStruct) -> PartitionSpec:
+def _spec(x: Any) -> PartitionSpec:
   return x.sharding.spec if x.ndim else PartitionSpec()
 
 
-def _zeros(x: jax.ShapeDtypeStruct, count: int = 0) -> jax.Array:
-  """Zeros of a shape, or a stack of them."""
+def _zeros(x: Any, count: int = 0) -> jax.Array:
+  """Zeros of a shape, with its dtype and sharding, or a stack of them."""
   if count:
     return jnp.zeros((count, *x.shape), x.dtype, out_sharding=PartitionSpec(None, *_spec(x)))
   return jnp.zeros(x.shape, x.dtype, out_sharding=_spec(x))
