@@ -544,6 +544,13 @@ def configs(draw):
     values['compute.remat'] = 'names'
   if not values['data.prefetch']:
     values['data.workers'] = 0
+  if values['pipeline.schedule'] != 'Interleaved1F1B':
+    values['pipeline.chunks'] = 1
+  experts = draw(st.integers(0, 64))
+  values |= {'model.experts': experts, 'model.expert_every': 1, 'model.experts_per_token': draw(st.integers(1, max(experts, 1)))}
+  if not experts:
+    values |= {name: value for name, value in flatten(Config()).items()
+               if name.startswith(('model.router.', 'model.expert_width', 'model.shared_experts'))}
   values['optimizer.decay'] = draw(st.integers(1, 10**6)) if values['optimizer.schedule'] == 'wsd' else 0
   if values['checkpoint.keep_best']:
     values['eval.rows'] = 0

@@ -36,5 +36,5 @@ def test_it_can_be_planned_without_data(path):
   assert config.model.vocab_size and config.mesh.data > 0 and 'tokens' in config.steps
 
 
-def test_there_are_nine_large_recipes():
-  assert len(LARGE) == 9
+def test_there_are_ten_large_recipes():
+  assert len(LARGE) == 10

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 from commands import run_module
@@ -82,9 +83,12 @@ def test_the_search_is_sorted_and_every_candidate_valid(ranked, tiny):
   assert len(set(found)) == len(found) > 20
   for one in ranked:
     sizes = one.sizes
-    assert sizes['replica'] * sizes['data'] * sizes['model'] == 8 and one.config.batch_size == 32
+    assert math.prod(sizes.values()) == 8 and one.config.batch_size == 32
     assert one.config.microbatch_size % (sizes['replica'] * sizes['data']) == 0 and tiny.model.heads % sizes['model'] == 0
   assert {one.sizes['replica'] for one in ranked} == {1, 2} and {one.config.zero_stage for one in ranked} >= {0, 3}
+  assert {one.config.pipeline.schedule for one in ranked if one.sizes['pipe'] > 1} == {'1F1B', 'ZBH1'}  # 2 layers are too few for chunks
+  stages = [one.sizes['pipe'] > 1 for one in ranked if one.fits]
+  assert stages == sorted(stages) and any(stages)
 
 
 def test_the_search_puts_what_fits_first_and_tries_every_layout(ranked, tiny):
