@@ -19,7 +19,7 @@ pytestmark = pytest.mark.full
 SHAPE = {'vocab_size': 261, 'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 3, 'num_attention_heads': 4,
          'num_key_value_heads': 2, 'max_position_embeddings': 128, 'sliding_window': 7, 'initializer_range': 0.3}
 MORE = {'gemma2': {'head_dim': 16}, 'mixtral': {'head_dim': 16, 'num_local_experts': 4}, 'qwen3_moe': {'head_dim': 16, 'num_experts': 8},
-        'olmoe': {'num_experts': 8}}
+        'olmoe': {'num_experts': 8, 'eos_token_id': 1}}
 
 
 @pytest.fixture(params=['gemma2'])
