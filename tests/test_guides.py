@@ -78,7 +78,10 @@ def test_commands_of_the_guide_to_models_run_as_written(tmp_path):
 
 @pytest.mark.full
 def test_commands_of_the_guide_to_sharding_run_as_written(tmp_path):
-  table, = run(commands_of('docs/sharding.md'), tmp_path).values()
+  found = run(commands_of('docs/sharding.md'), tmp_path)
+  schedule, table = (next(out for command, out in found.items() if name in command) for name in ('draw_schedule', 'zero_bytes'))
+  assert all(line in (ROOT / 'docs/sharding.md').read_text() for line in schedule.splitlines() if line.startswith('stage'))
+  assert (tmp_path / 'schedule.png').read_bytes().startswith(b'\x89PNG')
   rows = [line.split() for line in table.splitlines() if line.split()[0] in '0123']
   assert [(row[0], row[1]) for row in rows] == [(stage, data) for stage in '0123' for data in '24']
   assert all(float(row[-2]) == pytest.approx(float(row[-1]), rel=0.01) for row in rows)
