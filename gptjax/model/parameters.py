@@ -101,7 +101,8 @@ class AbstractModel:
         known = [one for name in self.shapes for one in self._unstacked_names(name)]
         raise UserError(field, pattern, "a pattern that matches parameters, such as 'tokens/*' or 'blocks/0/*'", known)
       if partly := next((name for name, one in matches.items() if any(one) and not all(one)), None):
-        raise UserError(field, pattern, f'all layers or none of {partly}, or compute.scan=False: a scan stacks the layers')
+        unstacked = f'mesh.{LAYERS_AXIS}=1: pipeline stages stack' if self.slots else 'compute.scan=False: a scan stacks'
+        raise UserError(field, pattern, f'all layers or none of {partly}, or {unstacked} the layers')
       found |= {name for name, one in matches.items() if all(one)}
     return frozenset(found)
 

@@ -19,6 +19,7 @@ from gptjax.model import AbstractModel, Parameters, Sums, positions_of
 from gptjax.sharding import Factors, Places, Schedule, Tick, Weight, assign_places, spec
 from gptjax.training.objective import Batch, ObjectiveFunction
 
+
 class _State(NamedTuple):
   """What a stage has between ticks."""
 

@@ -29,6 +29,21 @@ def stages(folder: Path) -> Result:
 
 
 @bar
+def layouts(folder: Path) -> Result:
+  found = json.loads(python('tests.acceptance.layouts', '--cpu_devices=8', f'--cache_dir={folder}').stdout)
+  refused = [name for name, one in found.items() if 'error' in one]
+  run = {name: one for name, one in found.items() if name not in refused}
+  off = [name for name, one in run.items() if not (one['same targets'] and one['norm'] <= 1e-4
+                                                   and one['loss'] <= TOLERANCE['muon' if one['muon'] else 'adamw'])]
+  most = {kind: max((one[kind] for one in run.values()), default=0.0) for kind in ('loss', 'norm')}
+  return Result('at least 60 layouts of 8 devices in which every pair of choices occurs (stages, schedules, chunks, data, replicas, model, '
+                'context, exchange, experts, ZeRO, microbatches, remat, scan; dense and experts, tied, dropout, documents, optimizer): 20 '
+                'losses within 1e-5 of one device, Muon 1e-4, gradient norms 1e-4, equal targets',
+                f'{len(found)} layouts, losses {most["loss"]:.1e}, norms {most["norm"]:.1e}; refused {len(refused)}; off: '
+                + ('; '.join(off[:3]) or 'none'), len(run) >= 60 and not refused and not off, 'python -m tests.acceptance.layouts')
+
+
+@bar
 def exchanges(folder: Path) -> Result:
   found = {(one['stage'], one['microbatches']): one['sent']
            for one in json.loads(python('tests.acceptance.exchanges', '--cpu_devices=8', f'--cache_dir={folder}').stdout)}
