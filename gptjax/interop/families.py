@@ -185,13 +185,13 @@ def _read_qwen(fields: Fields, model: ModelConfig, context: int) -> Json:
 
 
 def _read_mixtral(fields: Fields, model: ModelConfig, context: int) -> Json:
-  return {'rope': fields.rope(context, 1e6)} | read_windows(fields, model.layers, model.window, lambda layer: model.window > 0)
+  return {'rope': fields.rope(context, 1e6)}  # its class and that of Qwen3-MoE ignore layer_types: all layers have the window
 
 
 def _read_qwen3_moe(fields: Fields, model: ModelConfig, context: int) -> Json:
   fields.get('sliding_window')  # known, whether it is used or not
   window = fields.typed('sliding_window', int, 4096, True) if fields.typed('use_sliding_window', bool, False) else 0
-  return _read_mistral(fields, dataclasses.replace(model, window=window), context) | _read_norm_topk(fields)
+  return {'rope': fields.rope(context), 'window': window} | _read_norm_topk(fields)
 
 
 def _write_qwen3_moe(config: ModelConfig, context: int) -> Json:

@@ -48,7 +48,7 @@ def attended(sizes, exchange, score, rate, block):
     patch.setattr(context_attention, 'MAX_BLOCK', block)
     tokens, heads = jax.P(None, 'context'), jax.P(None, None, 'context')
     put = lambda x, *split: jax.device_put(x, jax.NamedSharding(mesh, jax.P(*split)))
-    inputs = [put(x[:, :, order], None, 'model' if 'model' in sizes else None, 'context') for x in arrays]
+    inputs = [put(x[:, :, order], None, 'model' if mesh.shape['model'] > 1 else None, 'context') for x in arrays]
     run = jax.jit(batch_shard_map(local, (*[heads] * 4, tokens, jax.P()), heads))
     found = run(*inputs, put(segments[:, order], None, 'context'), jax.random.split(jax.random.key(0), 2))
   return [np.asarray(x)[:, :, np.argsort(order)] for x in jax.tree.leaves(found)]
