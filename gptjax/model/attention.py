@@ -64,7 +64,7 @@ def positions_of(batch: dict[str, Array]) -> Positions:
 
 
 def left_padded(length: int, padding: Int[Array, 'B']) -> Positions:
-  """Positions of rows of `length` tokens that begin with so many tokens of padding, which nothing attends to."""
+  """Positions of rows of `length` tokens, of which the first `padding` ones are padding, which nothing attends to."""
   index = jnp.arange(length) - padding[:, None]
   return Positions(jnp.maximum(index, 0), (index >= 0).astype(jnp.int32))
 

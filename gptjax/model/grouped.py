@@ -122,9 +122,9 @@ def _forward_in_blocks(kind, x, rows, matrices):
 
 def _backward_in_blocks(kind, x, rows, matrices, parts, dy):
   def block(index, gain, own, matrices, *parts):
-    *found, sums = _gradients(kind, x[index], gain, matrices, parts, jnp.where(own[:, None], dy[index], 0), lambda a, w: a @ w.T,
-                              lambda a, b: jnp.einsum('ni,no->io', a, b, preferred_element_type=jnp.float32))
-    return found, sums
+    dx, dgain, sums = _gradients(kind, x[index], gain, matrices, parts, dy[index], lambda a, w: a @ w.T,
+                                 lambda a, b: jnp.einsum('ni,no->io', a, b, preferred_element_type=jnp.float32))
+    return (dx, jnp.where(own, dgain, 0)), sums
 
   (dx, dgain), sums = _in_blocks(rows, matrices, parts, block, [(x.shape[1:], x.dtype), ((), jnp.float32)], summed=True)
   return dx, dgain, sums
@@ -134,12 +134,14 @@ def _in_blocks(rows: Sorted, matrices: Matrices, given: tuple[Array, ...], block
                shapes: Sequence[tuple[Any, Any]], summed: bool):
   """Runs block(index, gain, own, matrices of an expert, *rows of `given`) -> (results, what it adds to the sums of its expert).
 
-  `own` tells which rows are the expert's. Those of the next expert come after them: its own blocks, which run later, replace their
-  results. `shapes` and dtypes are those of a row of each result.
+  `own` tells which rows are the expert's; the gain of others is 0. Those of the next expert come after them: its own blocks, which run
+  later, replace their results. `shapes` and dtypes are those of a row of each result.
   """
-  size = min(BLOCK, rows.token.shape[0])
+  count = rows.token.shape[0]
+  size = min(BLOCK, count)
   index, gain = (jnp.pad(x, (0, size)) for x in (rows.token, rows.gain))
   first = jnp.cumsum(rows.sizes) - rows.sizes
+  put = lambda all_rows, part, at: jax.lax.dynamic_update_slice_in_dim(all_rows, part.astype(all_rows.dtype), at, 0)
 
   def group(expert, carry):
     matrices_of = tuple(w[expert] for w in matrices)  # read once for all blocks
@@ -148,15 +150,14 @@ def _in_blocks(rows: Sorted, matrices: Matrices, given: tuple[Array, ...], block
       at = first[expert] + number * size
       cut = lambda x: jax.lax.dynamic_slice_in_dim(x, at, size)
       own = jnp.arange(size) < rows.sizes[expert] - number * size
-      found, added = block(cut(index), cut(gain), own, matrices_of, *map(cut, given))
-      put = lambda all_rows, part: jax.lax.dynamic_update_slice_in_dim(all_rows, part.astype(all_rows.dtype), at, 0)
-      return tuple(map(put, carry[0], found)), tuple(map(jnp.add, carry[1], added))
+      found, added = block(cut(index), jnp.where(own, cut(gain), 0), own, matrices_of, *map(cut, given))
+      return tuple(put(*both, at) for both in zip(carry[0], found)), tuple(map(jnp.add, carry[1], added))
 
     results, totals = carry
     zeros = tuple(jnp.zeros(total.shape[1:], jnp.float32) for total in totals)
     results, sums = jax.lax.fori_loop(0, -(-rows.sizes[expert] // size), one, (results, zeros))
-    return results, tuple(total.at[expert].set(one) for total, one in zip(totals, sums))
+    return results, tuple(put(total, one[None], expert) for total, one in zip(totals, sums))
 
-  results = tuple(jnp.zeros((index.shape[0], *shape), dtype) for shape, dtype in shapes)
+  results = tuple(jnp.zeros((count + size, *shape), dtype) for shape, dtype in shapes)
   totals = tuple(jnp.zeros(w.shape, jnp.float32) for w in matrices) if summed else ()
   return jax.lax.fori_loop(0, matrices[0].shape[0], group, (results, totals))

@@ -88,25 +88,36 @@ def collectives(text: str, mesh: Mapping[str, int], operation: float = 1.0) -> l
   """
   computations, entry = _computations(text)
   seen: set[tuple[str, str]] = set()
+  found = []
+  for name, line, trips in _executed(computations, entry, operation):
+    if match := _COLLECTIVE.search(line):
+      link = _attribute(line, 'channel_id'), _attribute(line, 'chain_id')
+      if not link[1] or link not in seen:
+        seen.add(link)
+        if math.isnan(trips):
+          raise ValueError(f'no trip count for a loop around a collective: {line.strip()[:200]}')
+        found += [dataclasses.replace(one, trips=trips) for one in _parse(line, match, name, computations, mesh)]
+  return found
 
-  def walk(name: str) -> Iterator[Collective]:
-    for line in computations.get(name, ()):
-      if match := _COLLECTIVE.search(line):
-        link = _attribute(line, 'channel_id'), _attribute(line, 'chain_id')
-        if not link[1] or link not in seen:
-          seen.add(link)
-          yield from _parse(line, match, name, computations, mesh)
-      elif ' while(' in line:
-        if inside := list(walk(_attribute(line, 'body'))):
-          trips = _trip_count(line, computations)
-          yield from (dataclasses.replace(one, trips=trips * one.trips) for one in inside)
-      elif not re.search(r' [\w-]+-(done|update)\(', line):  # these name the computation that their -start has called
-        for called in _CALLED.findall(line):
-          branches = re.findall(r'%([\w.-]+)', called)
-          share = operation if ' conditional(' in line and len(branches) == _OPERATIONS else 1
-          yield from (dataclasses.replace(one, trips=share * one.trips) for branch in branches for one in walk(branch))
 
-  return list(walk(entry))
+def executed(text: str, operation: float = 1.0) -> Iterator[tuple[str, float]]:
+  """The instructions of a compiled program, and how often each is executed per step; NaN where the text does not tell. `operation`: as in
+  `collectives`."""
+  for _, line, trips in _executed(*_computations(text), operation):
+    yield line, trips
+
+
+def _executed(computations: dict[str, list[str]], name: str, operation: float, trips: float = 1) -> Iterator[tuple[str, str, float]]:
+  for line in computations.get(name, ()):
+    yield name, line, trips
+    if ' while(' in line:
+      yield from _executed(computations, _attribute(line, 'body'), operation, trips * _trip_count(line, computations))
+    elif not re.search(r' [\w-]+-(done|update)\(', line):  # these name the computation that their -start has called
+      for called in _CALLED.findall(line):
+        branches = re.findall(r'%([\w.-]+)', called)
+        share = operation if ' conditional(' in line and len(branches) == _OPERATIONS else 1
+        for branch in branches:
+          yield from _executed(computations, branch, operation, trips * share)
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -130,15 +141,13 @@ def _attribute(line: str, name: str) -> str:
   return match[1] if match else ''
 
 
-def _trip_count(line: str, computations: dict[str, list[str]]) -> int:
-  """Trips of a while loop: XLA's own count if the line has one, else the bound of a scan's counter, which starts at 0."""
+def _trip_count(line: str, computations: dict[str, list[str]]) -> float:
+  """Trips of a while loop: XLA's own count if the line has one, else the bound of a scan's counter, which starts at 0; or NaN."""
   if match := re.search(r'known_trip_count\W+n\W+(\d+)', line):
     return int(match[1])
   condition = computations[_attribute(line, 'condition')]
   bounds = {int(n) for one in condition for n in re.findall(r'= [su]32\[\]\S* constant\((\d+)\)', one)}
-  if len(bounds) != 1:
-    raise ValueError(f'no trip count for a loop around collectives: {line.strip()[:200]}')
-  return bounds.pop()
+  return bounds.pop() if len(bounds) == 1 else math.nan
 
 
 def _parse(line: str, match: re.Match, name: str, computations: dict[str, list[str]], mesh: Mapping[str, int]) -> Iterator[Collective]:

@@ -44,7 +44,7 @@ class Estimate:
   @property
   def available(self) -> float:
     """Bytes that a program may use."""
-    return self.topology.chip.memory * self.topology.chip.usable
+    return self.topology.chip.memory * self.topology.chip.usable_fraction
 
   @property
   def fits(self) -> bool:

@@ -86,7 +86,7 @@ def _verdict(one: Estimate) -> str:
           f'{one.available / GIB:.1f} GiB that a program may use')
   per_day = one.tokens / one.steps / bounds.overlapped * DAY
   days = one.days(bounds.overlapped)
-  return (f'{fits}\n{bounds.flops:.4g} FLOPs per step and device ({bounds.executed:.4g} with recomputation); {bounds.binds} is the '
+  return (f'{fits}\n{bounds.flops:.4g} FLOPs per step and device ({bounds.executed:.4g} with recomputation); {bounds.bottleneck} is the '
           f'bottleneck\nat best {per_day:.3g} tokens per day: {one.tokens:.4g} tokens take {days:.1f} days on {chips} '
           f'chip{"s" * (chips > 1)}, {days * 24 * chips:,.0f} chip-hours ({one.days(bounds.sequential):.1f} days if nothing overlaps)')
 
@@ -96,7 +96,7 @@ def ranking(ranked: Sequence[Estimate], count: int = 10) -> str:
   names = [name for name in settings(ranked[0]) if not name.startswith('mesh.') or any(settings(one)[name] != 1 for one in ranked)]
   rows = [(str(place), *(str(settings(one)[name]) for name in names), f'{one.needed / GIB:.1f}{"" if one.fits else " !"}',
            f'{one.bounds.overlapped * 1e3:.0f}', f'{one.bounds.sequential * 1e3:.0f}', f'{one.bounds.mfu(one.bounds.overlapped):.1%}',
-           one.bounds.binds) for place, one in enumerate(ranked[:count], 1)]
+           one.bounds.bottleneck) for place, one in enumerate(ranked[:count], 1)]
   fitting = sum(one.fits for one in ranked)
   return (f'{len(ranked)} layouts, {fitting} that fit{"" if fitting else "; ! does not fit"}\n'
           + _table(('', *names, 'GiB', 'ms at best', 'ms in sequence', 'MFU at best', 'bottleneck'), rows))
@@ -113,7 +113,7 @@ def as_json(one: Estimate) -> dict[str, Any]:
     'parameters': one.parameters, 'active': one.active, 'steps': one.steps, 'tokens': one.tokens, 'fits': one.fits, 'refusal': one.refusal,
     'available': one.available, 'memory': dataclasses.asdict(one.memory) | {'total': one.memory.total}, 'compiled': program,
     'collectives': {'analytic': rows(one.analytic), 'compiled': rows(one.found)},
-    'flops': bounds.flops, 'executed_flops': bounds.executed, 'seconds': bounds.seconds, 'binds': bounds.binds,
+    'flops': bounds.flops, 'executed_flops': bounds.executed, 'seconds': bounds.seconds, 'bottleneck': bounds.bottleneck,
     'bounds': {name: {'seconds': seconds, 'mfu': bounds.mfu(seconds), 'days': one.days(seconds),
                       'chip_hours': one.days(seconds) * 24 * one.topology.chips}
                for name, seconds in (('overlapped', bounds.overlapped), ('sequential', bounds.sequential))},

@@ -36,7 +36,7 @@ class Roofline:
     return sum(self.seconds.values())
 
   @property
-  def binds(self) -> str:
+  def bottleneck(self) -> str:
     """The resource that the overlapped bound waits for."""
     return max(self.seconds, key=lambda name: self.seconds[name])
 

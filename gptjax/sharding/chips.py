@@ -17,7 +17,7 @@ class Chip:
   """dense bfloat16 FLOP/s"""
   memory: float
   """bytes"""
-  usable: float
+  usable_fraction: float
   """share of the memory that a program may take: libtpu keeps 0.25 of a v5e's 16 GiB; JAX's default on GPUs is 0.9 or less"""
   hbm: float
   """bandwidth of the memory"""

@@ -42,7 +42,7 @@ def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
 
 
 def mesh_sizes(config: MeshConfig, count: int) -> dict[str, int]:
-  """The size of each axis on so many devices; raises a UserError if there are too few, or the sizes do not divide them."""
+  """The size of each axis on `count` devices; raises a UserError if there are too few, or the sizes do not divide them."""
   sizes, rest, limit = config.sizes, config.sizes[REST_AXIS], count
   taken: list[str] = []
   for name, size in sizes.items():

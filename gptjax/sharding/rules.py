@@ -76,7 +76,7 @@ class ParameterSpecs:
 def parameter_specs(axes: tuple[Axis, ...], shape: tuple[int, ...], stage: int, converted: bool, mesh: AnyMesh) -> ParameterSpecs:
   """PartitionSpecs of a parameter at a ZeRO stage: 0 shards nothing, 1 the optimizer state, 2 gradients too, 3 parameters too.
 
-  `converted`: whether matrix products read the parameter in another dtype than float32. Then the float32 original belongs to
+  `converted`: whether matrix products read the parameter in a dtype other than float32. Then the float32 original belongs to
   the optimizer state (arXiv:1910.02054, section 5), and stages 1 and 2 gather a converted copy of it once per step.
   """
   unsharded, shard = spec(*axes, mesh=mesh), _shard(axes, shape, mesh) if stage else None

@@ -22,6 +22,7 @@ from tests.acceptance import (  # noqa: F401  (they register their bars)
   generation,
   held_out,
   interop,
+  parallelism,
   processes,
   restoring,
   sharding,

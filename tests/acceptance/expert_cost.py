@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax import heap
 from gptjax.config import ComputeConfig, MeshConfig, ModelConfig, RouterConfig
 from gptjax.model import abstract_model
 from gptjax.sharding import make_mesh
 
 TOKENS, WIDTH, FEATURES, CHOICES = 4096, 512, 2048, {8: 2, 64: 8}
-"""Tokens of a step, width and active hidden features, in OLMoE's proportion, and the experts per token of so many experts."""
+"""Tokens of a step, width and active hidden features, in OLMoE's proportion, and the experts per token by the number of experts."""
 
 
 def ratio(experts: int, chosen: int) -> float:
@@ -53,5 +54,6 @@ def ratio(experts: int, chosen: int) -> float:
 
 if __name__ == '__main__':
   jax.config.update('jax_platforms', 'cpu')
+  heap.keep_freed_memory()  # as gptjax.start does
   os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before JAX starts its threads
   print(json.dumps({experts: ratio(experts, chosen) for experts, chosen in CHOICES.items()}))

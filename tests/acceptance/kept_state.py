@@ -1,9 +1,10 @@
-"""Trains as gptjax.train does, and keeps what each process hands over to be saved and gets restored, to compare the two.
+"""Trains as gptjax.train does, and keeps what each process hands over to be saved, and what it resumes from, to compare the two.
 
   python -m tests.acceptance.kept_state --config=... --workdir=DIR
 
-writes DIR/saved-STEP.PROCESS.npz with the parts of every array that the devices of this process hold, and restored-STEP.PROCESS.npz;
-and in rows.PROCESS a line for each row that they were given: its batch, counted from the start, its place in it, and its digest; and in
+writes DIR/saved-STEP.PROCESS.npz with the parts of every array that the devices of this process hold, in the layout of checkpoints, and
+restored-STEP.PROCESS.npz, with what the state of the run is in that layout; in rows.PROCESS a line for each row that they were given: its
+batch, counted from the start, its place in it, and its digest; and in
 hashed-PROCESSES.PROCESS the files that it read to know their checksums.
 """
 
@@ -22,16 +23,16 @@ from tools.row_digests import digests
 
 def main(config: configs.Config) -> int:
   from gptjax.checkpoint import Checkpoints, manifest
-  from gptjax.training import run
-  save, restore, digest = Checkpoints.save, Checkpoints.restore, manifest._digest
+  from gptjax.training import loop, run
+  save, restore, digest = Checkpoints.save, loop.restore, manifest._digest
 
   def keep_and_save(self, progress, state, *more, **named):
     _keep(f'saved-{progress.step}', state)
     save(self, progress, state, *more, **named)
 
-  def restore_and_keep(self, step, abstract):
-    state, progress = restore(self, step, abstract)
-    _keep(f'restored-{step}', state)
+  def restore_and_keep(checkpoints, step, run):
+    state, progress = restore(checkpoints, step, run)
+    _keep(f'restored-{step}', run.standard.saved(state))
     return state, progress
 
   batches, place = itertools.count(), run.put_rows
@@ -49,7 +50,7 @@ def main(config: configs.Config) -> int:
     return digest(path)
 
   manifest._digest = digest_and_tell
-  Checkpoints.save, Checkpoints.restore = keep_and_save, restore_and_keep
+  Checkpoints.save, loop.restore = keep_and_save, restore_and_keep
   run.put_rows = place_and_tell
   return train.main(config)
 

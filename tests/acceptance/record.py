@@ -62,6 +62,12 @@ def python(*args: str, **environment: str) -> subprocess.CompletedProcess:
   return done
 
 
+def on_cpu() -> None:
+  """Lets this process use CPUs alone; to be called before JAX starts."""
+  import jax
+  jax.config.update('jax_platforms', 'cpu')
+
+
 def several(processes: int, devices: int, *args: str) -> subprocess.CompletedProcess:
   """Runs a module as `processes` processes of one run, each with `devices` virtual CPU devices."""
   return python('tools.launch.local', f'--processes={processes}', f'--devices={devices}', '--', sys.executable, '-m', *args)

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from gptjax.config import ComputeConfig, Config, DataConfig, MeshConfig, ModelConfig
-from tests.acceptance.record import Result, bar, python
+from tests.acceptance.record import Result, bar, on_cpu, python
 
 TOLERANCE = {'adamw': 1e-5, 'dropout': 1e-5, 'muon': 1e-4}
 
@@ -26,21 +26,6 @@ def stages(folder: Path) -> Result:
                 + ', '.join(f'{case} {value:.1e} ({name})' for case, (name, value) in most.items()),
                 set(most) == set(TOLERANCE) and all(value <= TOLERANCE[case] for case, (_, value) in most.items()),
                 'python -m tests.acceptance.stages')
-
-
-@bar
-def layouts(folder: Path) -> Result:
-  found = json.loads(python('tests.acceptance.layouts', '--cpu_devices=8', f'--cache_dir={folder}').stdout)
-  refused = [name for name, one in found.items() if 'error' in one]
-  run = {name: one for name, one in found.items() if name not in refused}
-  off = [name for name, one in run.items() if not (one['same targets'] and one['norm'] <= 1e-4
-                                                   and one['loss'] <= TOLERANCE['muon' if one['muon'] else 'adamw'])]
-  most = {kind: max((one[kind] for one in run.values()), default=0.0) for kind in ('loss', 'norm')}
-  return Result('at least 60 layouts of 8 devices in which every pair of choices occurs (stages, schedules, chunks, data, replicas, model, '
-                'context, exchange, experts, ZeRO, microbatches, remat, scan; dense and experts, tied, dropout, documents, optimizer): 20 '
-                'losses within 1e-5 of one device, Muon 1e-4, gradient norms 1e-4, equal targets',
-                f'{len(found)} layouts, losses {most["loss"]:.1e}, norms {most["norm"]:.1e}; refused {len(refused)}; off: '
-                + ('; '.join(off[:3]) or 'none'), len(run) >= 60 and not refused and not off, 'python -m tests.acceptance.layouts')
 
 
 @bar
@@ -84,7 +69,7 @@ def tpu_program(folder: Path) -> Result:
   from gptjax.model import abstract_model
   from gptjax.planning.program import compile_step
   from gptjax.sharding import abstract_mesh
-  _on_cpu()
+  on_cpu()
   topology = planning.parse('v5p:2x2x4')
   figures, met = [], True
   for stage in range(4):
@@ -130,11 +115,6 @@ def tpu_program(folder: Path) -> Result:
                 '; '.join(figures), met, 'python -m tests.acceptance --only=tpu_program')
 
 
-def _on_cpu() -> None:
-  import jax
-  jax.config.update('jax_platforms', 'cpu')
-
-
 @bar
 def plans(folder: Path) -> Result:
   figures, met = [], True
@@ -176,32 +156,6 @@ def plan_search(folder: Path) -> Result:
                 + f': {plan["compiled"]["total"] / 2**30:.1f} of {plan["available"] / 2**30:.1f} GiB',
                 seconds <= 600 and plan['fits'] and plan['compiled'] is not None,
                 'python -m gptjax.plan --config=configs/llama_13b.py --topology=v5p:4x4x4 --search')
-
-
-@bar
-def context(folder: Path) -> Result:
-  from gptjax import planning
-  from gptjax.config import load, override
-  from gptjax.planning.program import compile_step
-  _on_cpu()
-  topology = planning.parse('v5p:2x2x2')
-  recipe = load('configs/llama_1b_128k.py')
-  over_rows = override(recipe, {'mesh.data': 8, 'mesh.context': 1, 'microbatches': 1})
-  divided, alone = (planning.estimate(config, topology).compile() for config in (recipe, over_rows))
-  sent, theory = (sum(one.total for one in found if one.kind == 'collective-permute') for found in (divided.found, divided.analytic))
-
-  # What two more layers add to the temporaries, without gradients, over what a device would keep of a complete row, which does not fit.
-  at = lambda config, layers: override(config, {'model.layers': layers, 'microbatches': 1, 'batch_size': 8 // config.mesh.context})
-  expected = lambda config, layers: planning.analytic_memory(at(config, layers), topology.mesh_sizes(config))
-  few, more = (compile_step(at(recipe, layers), topology).temporaries - expected(recipe, layers).gradients for layers in (2, 4))
-  share = (more - few) / (expected(over_rows, 4).activations - expected(over_rows, 2).activations)
-  return Result('Llama 1B at 131,072 tokens, remat dots, compiled for v5p:2x2x2: it fits with context 8 and does not with data 8; two more '
-                'layers add an eighth of the activations of a row, within 10 %; the ring sends what theory says, within 5 %',
-                f'{divided.needed / 2**30:.1f} of {divided.available / 2**30:.1f} GiB; with data 8: '
-                f'{alone.refusal or f"{alone.needed / 2**30:.1f} GiB"}; activations {share:.4f}; '
-                f'{sent / 1e9:.1f} GB sent ({sent / theory - 1:+.1%})',
-                divided.fits and not alone.fits and abs(8 * share - 1) <= 0.1 and abs(sent / theory - 1) <= 0.05,
-                'python -m tests.acceptance --only=context')
 
 
 @bar

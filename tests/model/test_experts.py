@@ -76,7 +76,7 @@ def all_to_all(operand, output, leave, send, arrive, receive, *, axis_name):
 
 @functools.cache
 def routed(groups, exchange):
-  """A function (x [N, D], ids, gains [N, K]) -> sums over experts of gain * (expert + 1) * x, and expert + 1, on so many devices."""
+  """A function (x [N, D], ids, gains [N, K]) -> sums over experts of gain * (expert + 1) * x, and expert + 1, on `groups` devices."""
   def local(x, ids, gains):
     way = dispatch.route(ids, gains, EXPERTS + 3, groups, exchange)
     first = jax.lax.axis_index('expert') * way.rows.sizes.size

@@ -29,7 +29,7 @@ def test_each_resource_takes_its_bytes_over_its_bandwidth(large, at_stage):
   assert bounds.seconds['ICI (data)'] == pytest.approx(4 * 15e9 / 400e9)
   assert bounds.seconds['ICI (model)'] == pytest.approx(10 * 6e9 / 200e9 + 2 * 6.3e9 / 200e9)
   assert bounds.overlapped == max(bounds.seconds.values()) <= bounds.sequential == sum(bounds.seconds.values())
-  assert bounds.seconds[bounds.binds] == bounds.overlapped and bounds.mfu(flops / 459e12) == pytest.approx(1)
+  assert bounds.seconds[bounds.bottleneck] == bounds.overlapped and bounds.mfu(flops / 459e12) == pytest.approx(1)
 
 
 def test_remat_is_paid_for_in_compute(large, at_stage):
@@ -108,7 +108,7 @@ def test_a_batch_that_nothing_divides_is_an_error(tiny):
 def test_a_plan_in_words_and_as_json_and_as_a_picture(ranked, tmp_path):
   one = ranked[0]
   text = describe(one)
-  for word in ('fits, analytic', 'tokens per day', 'chip-hours', one.bounds.binds, 'gradients', 'of the memory'):
+  for word in ('fits, analytic', 'tokens per day', 'chip-hours', one.bounds.bottleneck, 'gradients', 'of the memory'):
     assert word in text
   assert ranking(ranked).count('\n') == 12 and f'{len(ranked)} layouts' in ranking(ranked)
   data = json.loads(json.dumps(as_json(one)))
