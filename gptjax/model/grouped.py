@@ -15,8 +15,9 @@ from jaxtyping import Array, Float, Int
 
 from gptjax.config import ComputeConfig
 
-BLOCK = 128
-"""Tokens of a block: smaller blocks read matrices more often, larger ones pad more."""
+BLOCKS = 256, 64
+"""Tokens of a block: an expert's in large blocks first, then the rest in small ones. Large ones read matrices and add up their gradients
+less often, small ones pad less."""
 
 TILES = 512, 512, 512
 """Rows and features of a tile of the Pallas kernel; three tiles, two of them twice, fit a core's memory."""
@@ -138,26 +139,32 @@ def _in_blocks(rows: Sorted, matrices: Matrices, given: tuple[Array, ...], block
   later, replace their results. `shapes` and dtypes are those of a row of each result.
   """
   count = rows.token.shape[0]
-  size = min(BLOCK, count)
-  index, gain = (jnp.pad(x, (0, size)) for x in (rows.token, rows.gain))
+  index, gain = (jnp.pad(x, (0, BLOCKS[-1])) for x in (rows.token, rows.gain))
   first = jnp.cumsum(rows.sizes) - rows.sizes
   put = lambda all_rows, part, at: jax.lax.dynamic_update_slice_in_dim(all_rows, part.astype(all_rows.dtype), at, 0)
 
   def group(expert, carry):
     matrices_of = tuple(w[expert] for w in matrices)  # read once for all blocks
+    end = first[expert] + rows.sizes[expert]
 
-    def one(number, carry):
-      at = first[expert] + number * size
-      cut = lambda x: jax.lax.dynamic_slice_in_dim(x, at, size)
-      own = jnp.arange(size) < rows.sizes[expert] - number * size
-      found, added = block(cut(index), jnp.where(own, cut(gain), 0), own, matrices_of, *map(cut, given))
-      return tuple(put(*both, at) for both in zip(carry[0], found)), tuple(map(jnp.add, carry[1], added))
+    def in_blocks(size, start, number, carry):
+      def one(number, carry):
+        at = start + number * size
+        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, at, size)
+        own = at + jnp.arange(size) < end
+        found, added = block(cut(index), jnp.where(own, cut(gain), 0), own, matrices_of, *map(cut, given))
+        return tuple(put(*both, at) for both in zip(carry[0], found)), tuple(map(jnp.add, carry[1], added))
+      return jax.lax.fori_loop(0, number, one, carry)
 
     results, totals = carry
-    zeros = tuple(jnp.zeros(total.shape[1:], jnp.float32) for total in totals)
-    results, sums = jax.lax.fori_loop(0, -(-rows.sizes[expert] // size), one, (results, zeros))
+    carry, start = (results, tuple(jnp.zeros(total.shape[1:], jnp.float32) for total in totals)), first[expert]
+    large, small = BLOCKS
+    if large <= count:
+      number = rows.sizes[expert] // large
+      carry, start = in_blocks(large, start, number, carry), start + number * large
+    results, sums = in_blocks(small, start, -(-(end - start) // small), carry)
     return results, tuple(put(total, one[None], expert) for total, one in zip(totals, sums))
 
-  results = tuple(jnp.zeros((count + size, *shape), dtype) for shape, dtype in shapes)
+  results = tuple(jnp.zeros((count + BLOCKS[-1], *shape), dtype) for shape, dtype in shapes)
   totals = tuple(jnp.zeros(w.shape, jnp.float32) for w in matrices) if summed else ()
   return jax.lax.fori_loop(0, matrices[0].shape[0], group, (results, totals))

@@ -1,10 +1,12 @@
 """The search for the fastest layout: meshes, schedules, ZeRO stages, remat policies and numbers of microbatches, by the analytic model."""
 
 import itertools
+import math
 from collections.abc import Iterator
 
 from gptjax import config as configs
-from gptjax.config import LAYERS_AXIS, REST_AXIS, SLICE_AXES, TENSOR_AXIS, Config, UserError
+from gptjax.config import (
+  BATCH_AXES, EXPERTS_AXIS, LAYERS_AXIS, REST_AXIS, SLICE_AXES, TENSOR_AXIS, TOKENS_AXIS, Config, UserError)
 from gptjax.config.fields import Value
 from gptjax.planning.estimate import Estimate, estimate
 from gptjax.planning.topology import Topology
@@ -31,31 +33,39 @@ def search(config: Config, topology: Topology) -> list[Estimate]:
 def rank(one: Estimate) -> tuple[bool, bool, float, float]:
   """Sort key of layouts, best first: the mean of the two bounds, between which actual steps lie; then the memory needed.
 
-  Pipelines come last: where both fit, ZeRO has been faster than they are in all measurements that we know of, by more than the bounds show.
+  Layouts that divide layers or tokens come last: where others fit, ZeRO has been faster than they are in all measurements that we know of,
+  by more than the bounds show.
   """
-  return not one.fits, one.sizes[LAYERS_AXIS] > 1, (one.bounds.overlapped + one.bounds.sequential) / 2, one.needed
+  divided = one.sizes[LAYERS_AXIS] * one.sizes[TOKENS_AXIS] > 1
+  return not one.fits, divided, (one.bounds.overlapped + one.bounds.sequential) / 2, one.needed
 
 
 def candidates(config: Config, topology: Topology) -> Iterator[dict[str, Value]]:
   """Overrides of every layout to try, as dotted names; the batch does not change. Pipelines are tried with at least as many microbatches as
   stages and not at ZeRO stage 3, which would gather each layer for every microbatch."""
   policies = dict.fromkeys(('none', 'dots', 'full', config.compute.remat))
-  replicas = [topology.slices] if topology.chip.is_tpu else sorted({1, topology.groups})
-  pipes = [pipe for pipe in _divisors(topology.devices) if pipe <= config.model.layers]
-  for replica, pipe, model in itertools.product(replicas, pipes, _divisors(min(topology.devices, MAX_MODEL_AXIS))):
-    groups = topology.devices // (pipe * model)
-    if topology.devices % (replica * pipe * model) or groups > config.batch_size:
+  tried = {
+    SLICE_AXES[0]: [topology.slices] if topology.chip.is_tpu else sorted({1, topology.groups}),
+    LAYERS_AXIS: [size for size in _divisors(topology.devices) if size <= config.model.layers],
+    TOKENS_AXIS: [size for size in _divisors(topology.devices) if size == 1 or config.data.context % (2 * size) == 0],
+    EXPERTS_AXIS: [size for size in _divisors(topology.devices) if size == 1 or config.model.experts and config.model.experts % size == 0],
+    TENSOR_AXIS: _divisors(min(topology.devices, MAX_MODEL_AXIS))}
+  for sizes in (dict(zip(tried, found)) for found in itertools.product(*tried.values())):
+    rest, pipe = topology.devices // math.prod(sizes.values()), sizes[LAYERS_AXIS]
+    sizes[REST_AXIS] = rest
+    groups = math.prod(sizes[name] for name in BATCH_AXES)
+    if math.prod(sizes.values()) != topology.devices or groups > config.batch_size:
       continue
     rows = config.batch_size // groups  # per device, without microbatches
-    stages = range(4 if pipe == 1 else 3) if groups > replica else [0]  # ZeRO has nothing to shard over a single device
+    stages = range(4 if pipe == 1 else 3) if rest > 1 else [0]  # ZeRO has nothing to shard over a single device
     schedules = [('1F1B', 1)] if pipe == 1 else [('1F1B', 1), ('ZBH1', 1)] + [('Interleaved1F1B', 2)] * (2 * pipe <= config.model.layers)
     for parts, stage, policy, (schedule, chunks) in itertools.product(_divisors(rows), stages, policies, schedules):
       if parts < pipe > 1:
         continue
-      mesh = {f'mesh.{SLICE_AXES[0]}': replica, f'mesh.{REST_AXIS}': -1, f'mesh.{LAYERS_AXIS}': pipe, f'mesh.{TENSOR_AXIS}': model}
       named = {} if policy == 'names' else {'compute.saved': (), 'compute.offloaded': ()}
-      yield mesh | {'pipeline.schedule': schedule, 'pipeline.chunks': chunks, 'zero_stage': stage, 'compute.remat': policy,
-                    'microbatches': parts} | named
+      yield {f'mesh.{name}': size for name, size in sizes.items()} | {
+        'pipeline.schedule': schedule, 'pipeline.chunks': chunks, 'zero_stage': stage, 'compute.remat': policy,
+        'microbatches': parts} | named
 
 
 def settings(one: Estimate) -> dict[str, Value]:

@@ -35,8 +35,8 @@ def ratio(experts: int, chosen: int) -> float:
       def loss(parameters, x):
         layer = model.merge(parameters).blocks[0].mlp
         y, sums = layer(x, 0, jnp.ones((TOKENS // 256, 256)), None) if config.experts else (layer(x, None), {'loss': 0.0})
-        return (y * dy).sum() + sums['loss']
-      return jax.grad(loss, (0, 1))(parameters, x)
+        return (y * dy).sum() + sums['loss'], y
+      return jax.grad(loss, (0, 1), has_aux=True)(parameters, x)  # without y, the last product would be left out
     return run, parameters
 
   with jax.set_mesh(devices := make_mesh(MeshConfig(1, 1), jax.devices()[:1])):

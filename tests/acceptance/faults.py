@@ -198,8 +198,10 @@ def _one_of_two(folder: Path) -> tuple[str, list[str]]:
       said.append(f'SIGTERM to {index}, status {", ".join(map(str, statuses))}, saved by both at step {logged}')
       if statuses != [75, 75] or max(whole(workdir)) != logged or not both:
         wrong.append(f'{said[-1]}: {both}, saved {whole(workdir)}: {log_of(folder / "two-log", index).read_text()[-300:]}')
-    for process in start_group(workdir, flags, folder / 'two-log', 2, 'tests.acceptance.kept_state').values():
-      wrong += [f'2 processes: status {process.returncode} at the end'] if process.wait() else []
+    for index, process in start_group(workdir, flags, folder / 'two-log', 2, 'tests.acceptance.kept_state').items():
+      if process.wait():
+        text = log_of(folder / 'two-log', index).read_text()[-300:]
+        return '; '.join(said), [*wrong, f'2 processes: status {process.returncode} at the end: {text}']
   ends = [kept(workdir, 'saved-60', 2) for workdir in (folder / 'two-straight', folder / 'two')]
   if figures(folder / 'two-straight') != figures(folder / 'two') or not same(*ends):
     wrong.append('2 processes: differs from the uninterrupted run')

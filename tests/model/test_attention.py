@@ -193,6 +193,19 @@ def test_dropped_attention_weights_differ_by_row_head_and_block_and_average_out(
   np.testing.assert_allclose(mean.sum(-1).mean((0, 1)), 1, atol=0.15)
 
 
+def test_kept_weights_are_independent_of_those_beside_them():
+  rate = 0.1
+  keys = weight_keys(rate, jax.random.split(jax.random.key(0), 4), jnp.arange(8).reshape(4, 2), jnp.arange(128))
+  score = (np.asarray(keep_weights(rate, keys, jnp.arange(256))) - (1 - rate)) / np.sqrt(rate * (1 - rate))
+  within = lambda products: abs(products.mean()) * np.sqrt(products.size) < 4  # standard deviations
+  assert within(score)
+  for axis in range(score.ndim):
+    for distance in (1, 2, 3, 64):
+      if distance < score.shape[axis]:
+        pair = np.split(score, [distance], axis)[1], np.split(score, [score.shape[axis] - distance], axis)[0]
+        assert within(pair[0] * pair[1]), (axis, distance)
+
+
 def test_dropped_weights_are_the_same_where_keys_are_repeated_for_each_head():
   q, k, v = as_heads(draw(0, 2, 4, 72, 8), draw(1, 2, 2, 72, 8), draw(2, 2, 2, 72, 8))
   run = jax.jit(lambda k, v: causal_attention(PLAIN, q, k, v, None, 0.5, jax.random.split(jax.random.key(0), 2), 24))

@@ -32,7 +32,7 @@ def naive(kind, x, rows, matrices):
 @pytest.mark.parametrize('sizes', [(4, 0, 9, 1, 3), full((0, 0, 0, 0, 17)), full((5, 5, 5, 5, 5)), full((0, 0, 0, 0, 0))])
 @pytest.mark.parametrize('backend, kind', [('blocks', 'swiglu'), ('ragged', 'swiglu'), full('blocks', 'gelu'), full('ragged', 'geglu')])
 def test_grouped_products_are_those_of_each_row(backend, kind, sizes, monkeypatch):
-  monkeypatch.setattr(grouped, 'BLOCK', 4)  # several blocks of an expert, and parts of one
+  monkeypatch.setattr(grouped, 'BLOCKS', (6, 4))  # several blocks of an expert of both sizes, and parts of one
   rng = np.random.default_rng(0)
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
   total, x, dy = 25, draw(7, 6), draw(7, 6)
