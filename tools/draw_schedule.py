@@ -23,7 +23,7 @@ def main(_: object) -> None:
     raise configs.UserError('--picture', _PICTURE.value, 'a file that ends in .png')
   picture = writable(_PICTURE.value, '--picture') if _PICTURE.value else None
   schedule = make_schedule(name, _STAGES.value, _MICROBATCHES.value, chunks)
-  kept = max(schedule.kept())
+  kept = schedule.peak
   of = '' if chunks == 1 else f' of a chunk ({kept / chunks:g} of a stage)'
   print(f'{schedule}\n\n{name}: {schedule.ticks} ticks, idle {schedule.bubble:.1%} of the time; activations of at most {kept} '
         f'microbatches{of} are kept')
@@ -47,7 +47,7 @@ def _draw(schedule, name: str, path: Path) -> None:
         axes.add_patch(Rectangle((tick, stage - 0.5), 1, 1, facecolor=color, edgecolor='white'))
         axes.text(tick + 0.5, stage, str(one.microbatch), ha='center', va='center', fontsize=7)
   axes.set(xlim=(0, schedule.ticks), ylim=(schedule.stages - 0.5, -0.5), xlabel='tick', ylabel='stage', yticks=range(schedule.stages),
-           title=f'{name}: {schedule.ticks} ticks, bubble {schedule.bubble:.1%}, at most {max(schedule.kept())} kept')
+           title=f'{name}: {schedule.ticks} ticks, bubble {schedule.bubble:.1%}, at most {schedule.peak} kept')
   words = {'F': 'forward', 'B': 'gradient of the input', 'W': 'gradients of weights'}
   axes.legend(handles=[Patch(color=colors[kind], label=f'{kind}: {words[kind]}') for kind in 'FBW'], loc='upper center',
               bbox_to_anchor=(0.5, -0.3), ncols=3, frameon=False, fontsize=8)

@@ -14,6 +14,9 @@ from gptjax.sharding import tensor_shard_map
 LANES = 128
 """Splash attention works on blocks of this many tokens, or a multiple."""
 
+MAX_FUSED = 8192
+"""Tokens up to which splash attention computes all gradients in one kernel, whose temporaries grow with the square of the row."""
+
 
 class ScoreConfig(NamedTuple):
   """How attention scores are computed from queries and keys."""
@@ -64,8 +67,11 @@ def splash(score: ScoreConfig, q: Float[Array, 'B H T C'], k: Float[Array, 'B K 
   length = q.shape[2]
   block = next(size for size in (1024, 512, 256, LANES) if length % size == 0)
   part = min(block, 512)  # keys at a time, so that a block's scores fit a core's memory
+  # One kernel for all gradients computes scores once, but writes those of queries for each block of keys: for long rows, two kernels.
+  fused = length <= MAX_FUSED
+  dq = {} if fused else {'block_q_dq': block, 'block_kv_dq': part}
   sizes = kernels.BlockSizes(block_q=block, block_kv=block, block_kv_compute=part, block_q_dkv=block, block_kv_dkv=block,
-                             block_kv_dkv_compute=part, use_fused_bwd_kernel=True)
+                             block_kv_dkv_compute=part, use_fused_bwd_kernel=fused, **dq)
 
   def local(q, k, v, segments):
     seen = masks.LocalMask((length, length), (score.window - 1, 0), 0) if score.window else masks.CausalMask((length, length))

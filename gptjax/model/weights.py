@@ -41,10 +41,10 @@ def initial_value(names: Sequence[str], param: nnx.Param, key: jax.Array) -> Arr
   A stacked parameter has a name per layer, and its layers are drawn like parameters with these names; those without a name are zero.
   """
   init, shape = param.get_metadata('init'), param.get_value().shape
-  keys = [jax.random.fold_in(key, int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], 'big')) for name in names]
+  numbers = np.array([int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], 'big') for name in names], np.uint32)
   if 'layers' not in param.get_metadata('axes'):
-    return init(keys[0], shape, jnp.float32)
-  values = jax.vmap(lambda key: init(key, shape[1:], jnp.float32))(jnp.stack(keys))
+    return init(jax.random.fold_in(key, numbers[0]), shape, jnp.float32)
+  values = jax.vmap(lambda number: init(jax.random.fold_in(key, number), shape[1:], jnp.float32))(numbers)
   return values if all(names) else values * np.reshape([bool(name) for name in names], (-1,) + (1,) * (len(shape) - 1))
 
 

@@ -20,6 +20,8 @@ from gptjax.training import make_optimizer, state_bytes
 
 GATHERED_LAYERS = 2
 """Layers whose parameters stage 3 holds gathered: the one that runs, and the next one, which is being gathered."""
+TRACED = 1024
+"""Tokens of a row whose activations are counted, instead of those of a longer one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +53,11 @@ class Memory:
 
 def analytic_memory(config: Config, sizes: dict[str, int]) -> Memory:
   """Estimates the memory of a step on a mesh of these sizes. Compilers reuse and pad memory: a compiled program's count is exact."""
+  rows, tokens = config.microbatch_size / math.prod(sizes[name] for name in BATCH_AXES), config.data.context // sizes[TOKENS_AXIS]
   if config.compute.attention not in ('blocks', 'xla'):
-    # Every kernel keeps the same activations as splash attention, which can be traced without an accelerator.
-    config = for_platform(configs.override(config, {'compute.attention': 'auto'}), 'tpu')
+    # Every kernel keeps the same activations as splash attention, which is traced without an accelerator; so do devices that share rows.
+    shared = configs.override(config, {'compute.attention': 'auto', 'data.context': tokens})
+    config = dataclasses.replace(config, compute=for_platform(shared, 'tpu').compute)
   stage, context, item = config.zero_stage, config.data.context, COMPUTE[config.compute.dtype][1]
   compute = ComputeConfig(scan=config.compute.scan, dtype=config.compute.dtype)  # other settings do not change the state
   state = _state_bytes(config.model, compute, context, slots_of(config), config.optimizer, config.frozen, stage, tuple(sizes.items()))
@@ -61,7 +65,6 @@ def analytic_memory(config: Config, sizes: dict[str, int]) -> Memory:
   if stage == 3 and sizes[STATE_AXIS] > 1:
     layers, experts, rest, _ = elements(config, sizes)
     gathered = item * (GATHERED_LAYERS * (layers + experts) * sizes[LAYERS_AXIS] / config.model.layers + rest)
-  rows, tokens = config.microbatch_size / math.prod(sizes[name] for name in BATCH_AXES), context // sizes[TOKENS_AXIS]
   one_layer = dataclasses.replace(config.model, layers=1)
   kept = dataclasses.replace(config.compute, remat='none', saved=(), offloaded=())
   # The logits of a chunk in float32, and their gradient in the compute dtype.
@@ -78,7 +81,7 @@ def analytic_memory(config: Config, sizes: dict[str, int]) -> Memory:
 def kept_parts(config: Config, sizes: dict[str, int]) -> float:
   """How many times the activations of a microbatch in all layers a stage keeps at most; those of W count as those of F and B."""
   schedule = schedule_of(config, sizes)
-  return max(schedule.kept()) / (schedule.stages * schedule.chunks) if schedule.stages > 1 else 1.0
+  return schedule.peak / (schedule.stages * schedule.chunks) if schedule.stages > 1 else 1.0
 
 
 @functools.cache
@@ -96,8 +99,11 @@ def row_bytes(config: ModelConfig, compute: ComputeConfig, context: int, model: 
   """Bytes that a device keeps of one row from the forward to the backward pass, with `model` devices per row.
 
   They are counted in the abstract trace of the layers on a mesh of that size, so they follow remat, sequence parallelism and attention;
-  arrays that are not split over `model`, such as the residual stream, count in full.
+  arrays that are not split over `model`, such as the residual stream, count in full. Where all of them grow in proportion to the tokens,
+  a part of the row is traced, since splash attention looks at every block of the square.
   """
+  if compute.attention != 'xla' and context > TRACED and context % TRACED == 0:
+    return row_bytes(config, compute, TRACED, model) * (context // TRACED)
   # Ragged products keep the same arrays, and cannot be traced outside of the step's shard_map.
   described = abstract_model(config, dataclasses.replace(compute, experts='blocks'), context)
 

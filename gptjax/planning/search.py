@@ -14,6 +14,9 @@ from gptjax.planning.topology import Topology
 MAX_MODEL_AXIS = 64
 """Tensor parallelism beyond this makes matrices too narrow for the matrix units in any current model."""
 
+MIN_TOKENS = 1024
+"""Tokens of a row on each device that shares it: with fewer, exchanges of keys and values take longer than attention."""
+
 
 def search(config: Config, topology: Topology) -> list[Estimate]:
   """All layouts that the config's batch allows; those that fit come first, sorted by `rank`. Raises a UserError for a config whose batch or
@@ -47,7 +50,7 @@ def candidates(config: Config, topology: Topology) -> Iterator[dict[str, Value]]
   tried = {
     SLICE_AXES[0]: [topology.slices] if topology.chip.is_tpu else sorted({1, topology.groups}),
     LAYERS_AXIS: [size for size in _divisors(topology.devices) if size <= config.model.layers],
-    TOKENS_AXIS: [size for size in _divisors(topology.devices) if size == 1 or config.data.context % (2 * size) == 0],
+    TOKENS_AXIS: [size for size in _divisors(topology.devices) if size == 1 or config.data.context % (MIN_TOKENS * size) == 0],
     EXPERTS_AXIS: [size for size in _divisors(topology.devices) if size == 1 or config.model.experts and config.model.experts % size == 0],
     TENSOR_AXIS: _divisors(min(topology.devices, MAX_MODEL_AXIS))}
   for sizes in (dict(zip(tried, found)) for found in itertools.product(*tried.values())):

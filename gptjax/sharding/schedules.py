@@ -6,6 +6,7 @@ input; and W, the gradients of its weights. A tick is the time of one operation,
 
 import collections
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -35,10 +36,15 @@ class Schedule:
     """Length of a step, in operations of one chunk."""
     return len(self.table)
 
-  @property
+  @functools.cached_property
   def bubble(self) -> float:
     """Fraction of the ticks at which a stage is idle."""
     return 1 - sum(one is not None for row in self.table for one in row) / (self.ticks * self.stages)
+
+  @functools.cached_property
+  def peak(self) -> int:
+    """The highest number of microbatches and chunks whose activations a stage keeps."""
+    return max(self.kept())
 
   def kept(self, first: str = 'F', last: str = 'W') -> list[int]:
     """Per stage, the highest number of microbatches and chunks that are between two operations, and whose activations are kept."""

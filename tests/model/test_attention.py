@@ -10,6 +10,7 @@ from gptjax.config import ComputeConfig, ModelConfig, RopeConfig, UserError
 from gptjax.model import Positions, abstract_model, attention_backend
 from gptjax.model.attention import BLOCK, PARTS, attend, causal_attention, frequencies, rotate
 from gptjax.model.kernels import LANES, ScoreConfig, cudnn, splash
+from gptjax.model import kernels
 from gptjax.model.layers import keep_weights, weight_keys
 from gptjax.sharding import batch_shard_map
 
@@ -81,12 +82,13 @@ def test_memory_grows_with_the_context_and_not_with_its_square(length, expected)
   assert temporaries(length) < max(expected * 1.3 * temporaries(1024), 1024 * 1024 * 2 * 4)
 
 
-@pytest.mark.parametrize('segmented', [False, True])
+@pytest.mark.parametrize('segmented, fused', [(False, True), (True, False), full(True, True), full(False, False)])
 @pytest.mark.parametrize('key_heads, score', [
     full(1, PLAIN), (2, PLAIN), full(4, PLAIN), full(2, ScoreConfig(0.3, cap=2.0)), full(2, ScoreConfig(0.3, window=60)),
     (4, ScoreConfig(0.3, 2.0, LANES + 5))])
-def test_splash_kernels_equal_the_square(key_heads, score, segmented):
+def test_splash_kernels_equal_the_square(key_heads, score, segmented, fused, monkeypatch):
   length = 2 * LANES
+  monkeypatch.setattr(kernels, 'MAX_FUSED', length if fused else 0)
   q, k, v = (draw(seed, 2, heads, length, 32) for seed, heads in enumerate((4, key_heads, key_heads)))
   segments = np.sort(np.random.default_rng(3).integers(0, 3, (2, length)), 1).astype(np.int32)
   segments = jnp.asarray(segments) if segmented else None
