@@ -138,9 +138,9 @@ def products(text: str, operation: float) -> float:
   total = 0.0
   for line, trips in lines:
     if match := _PRODUCT.search(line):
-      kernel = shapes[match[2]]
-      out, features = math.prod(shapes[match[1]]), kernel[match[3].index('o')]
-      total += 2 * trips * out * math.prod(kernel) / features
+      kernel, batch = shapes[match[2]], re.search(r'lhs_dilate=([\dx]+)', line)  # a batch of products: each meets one of the kernels
+      taps = math.prod(map(int, batch[1].split('x'))) if batch else 1
+      total += 2 * trips * math.prod(shapes[match[1]]) * math.prod(kernel) / kernel[match[3].index('o')] / taps
   return total
 
 
