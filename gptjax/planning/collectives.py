@@ -7,7 +7,8 @@ XLA for TPUs writes a collective in these forms, all of which are counted:
 - one collective in the background of matrix products: a chain of fusions (`%async_collective_fusion.N` and others), each of which
   repeats the instruction with the same channel and the same `chain_id`;
 - `call-start(` of a computation that contains it, which the sparse cores of a TPU7x run concurrently;
-- an all-reduce of shards padded with zeros in place of an all-gather, where shards do not fill complete tiles.
+- an all-reduce in place of a reduce-scatter among all devices of a slice;
+- an all-reduce of shards padded with zeros in place of an all-gather, among all of v5p:4x4x4, or where shards do not fill complete tiles.
 
 Devices of a collective are written as lists, as `[4,16]<=[16,4]T(1,0)`, or as axes of a mesh that the program defines.
 """

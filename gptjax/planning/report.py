@@ -67,7 +67,7 @@ def _volumes(one: Estimate) -> str:
   ours, theirs = by_axis(one.analytic), by_axis(one.found)
   sums = [('total', axis, '', gigabytes(ours, axis), gigabytes(theirs, axis)) for axis in sorted({*ours, *theirs})]
   padded = sum(collective.total for collective in one.found if collective.why == PADDED)
-  note = f'\nOf the all-reduces {padded / 1e9:.1f} GB gather shards that do not fill tiles: twice the bytes of an all-gather.'
+  note = f'\nOf the all-reduces {padded / 1e9:.1f} GB are in place of all-gathers, which would send half the bytes.'
   return (_table(('sent by a device per step', 'axes', 'dtype', 'analytic GB', 'compiled GB'), rows, sums)
           + (note if padded > 0.05 * sum(theirs.values()) else ''))
 

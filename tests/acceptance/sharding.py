@@ -145,16 +145,22 @@ def plans(folder: Path) -> Result:
 
 @bar
 def plan_search(folder: Path) -> Result:
-  start = time.monotonic()
-  python('gptjax.plan', '--config=configs/llama_13b.py', '--topology=v5p:4x4x4', '--search', f'--json={folder}/search.json',
-         f'--picture={folder}/search.png')
-  seconds = time.monotonic() - start
-  found = json.loads((folder / 'search.json').read_text())
-  plan = found['plan']
-  return Result('plan --search for llama_13b on v5p:4x4x4: within 10 minutes, and the chosen plan compiles and fits',
-                f'{seconds:.0f} s; ' + ', '.join(f'{name} {value}' for name, value in plan['settings'].items())
-                + f': {plan["compiled"]["total"] / 2**30:.1f} of {plan["available"] / 2**30:.1f} GiB',
-                seconds <= 600 and plan['fits'] and plan['compiled'] is not None,
+  from gptjax.config import flatten, load
+  figures, met = [], True
+  for name in ('llama_13b', 'llama_70b'):
+    start = time.monotonic()
+    python('gptjax.plan', f'--config=configs/{name}.py', '--topology=v5p:4x4x4', '--search', f'--json={folder}/{name}.json',
+           f'--picture={folder}/{name}.png')
+    seconds = time.monotonic() - start
+    plan = json.loads((folder / f'{name}.json').read_text())['plan']
+    recipe = flatten(load(f'configs/{name}.py'))
+    carried = all(recipe[setting] == value for setting, value in plan['settings'].items())
+    met &= seconds <= 120 and plan['fits'] and plan['compiled'] is not None and carried
+    layout = ', '.join(f'{setting} {value}' for setting, value in plan['settings'].items() if value != 1)
+    figures.append(f'{name}: {seconds:.0f} s; {layout}: {plan["compiled"]["total"] / 2**30:.1f} of {plan["available"] / 2**30:.1f} GiB, '
+                   f'{"as" if carried else "not as"} in the recipe')
+  return Result('plan --search for llama_13b and llama_70b on v5p:4x4x4: within 120 s, the layout that is found compiles and fits, and the '
+                'recipe has it', '; '.join(figures), met,
                 'python -m gptjax.plan --config=configs/llama_13b.py --topology=v5p:4x4x4 --search')
 
 
