@@ -69,9 +69,9 @@ def splash(score: ScoreConfig, q: Float[Array, 'B H T C'], k: Float[Array, 'B K 
   part = min(block, 512)  # keys at a time, so that a block's scores fit a core's memory
   # One kernel for all gradients computes scores once, but writes those of queries for each block of keys: for long rows, two kernels.
   fused = length <= MAX_FUSED
-  dq = {} if fused else {'block_q_dq': block, 'block_kv_dq': part}
-  sizes = kernels.BlockSizes(block_q=block, block_kv=block, block_kv_compute=part, block_q_dkv=block, block_kv_dkv=block,
-                             block_kv_dkv_compute=part, use_fused_bwd_kernel=fused, **dq)
+  sizes = kernels.BlockSizes(
+    block_q=block, block_kv=block, block_kv_compute=part, block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=part,
+    block_q_dq=None if fused else block, block_kv_dq=None if fused else part, use_fused_bwd_kernel=fused)
 
   def local(q, k, v, segments):
     seen = masks.LocalMask((length, length), (score.window - 1, 0), 0) if score.window else masks.CausalMask((length, length))

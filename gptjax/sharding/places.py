@@ -49,7 +49,7 @@ def assign_places(schedule: Schedule, kept: Sequence[int], factors: Sequence[int
   count, last = schedule.stages, schedule.stages * schedule.chunks - 1
   when = {(stage, one): tick for tick, row in enumerate(schedule.table) for stage, one in enumerate(row) if one is not None}
   empty = lambda value, *more: np.full((schedule.ticks, count, *more), value, np.int32)
-  ticks = Tick(*(empty(value) for value in (0, 0, 0, 0, -1, -1, -1)), empty(0, len(kept)), empty(0, len(factors)))
+  ticks = Tick._make([*(empty(value) for value in (0, 0, 0, 0, -1, -1, -1)), empty(0, len(kept)), empty(0, len(factors))])
   lives: dict[tuple[Any, int], list] = collections.defaultdict(list)
   """by memory and stage: from which tick to which arrays live, and the cells of the table that name their places"""
 
