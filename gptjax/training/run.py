@@ -21,7 +21,7 @@ from gptjax.config import INT32_MAX, TOKENS_AXIS, Config, UserError, duration_in
 from gptjax.data import EvalRows, Prepared, TrainRows, batches, train_rows
 from gptjax.model import (
   AbstractModel, active_parameters, attention_backend, expert_backend, flops_per_token, model_of, parameter_count)
-from gptjax.distributed import process_group
+from gptjax.distributed import all_gather, process_group
 from gptjax.sharding import AnyMesh, check_sizes, describe, process_rows, put_rows
 from gptjax.training.guard import BadSteps
 from gptjax.training.objective import ObjectiveFunction, make_objective
@@ -41,7 +41,8 @@ class Run:
   objective: ObjectiveFunction
   optimizer: optax.GradientTransformation
   initialize: Callable[[], TrainState]
-  step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+  step: Any
+  """jitted: (state, batch) -> (state, metrics)"""
   rows: TrainRows
   valid: dict[str, EvalRows]
   steps: int
@@ -192,7 +193,7 @@ class Steps:
     self.state, self.step, self.row = state, progress.step, progress.rows
     self.waited = 0.0
     """seconds of waiting for batches"""
-    self._batches = source(self.row)
+    self._batches, self._compiled = source(self.row), False
 
   def dispatch(self) -> Dispatched:
     """Dispatches the next step without waiting for it, and donates the state before it. The first call compiles the step."""
@@ -205,9 +206,19 @@ class Steps:
     start = time.perf_counter()
     batch = next(self._batches)
     self.waited += time.perf_counter() - start
-    self.state, metrics = self._run.step(self.state, put_rows(self._run.mesh, batch, size))
+    placed = put_rows(self._run.mesh, batch, size)
+    if not self._compiled and jax.process_count() > 1 and jax.default_backend() == 'cpu':
+      self._compile(placed)
+    self._compiled = True
+    self.state, metrics = self._run.step(self.state, placed)
     self.step, self.row = self.step + 1, row + size
     return Dispatched(self.step, (row, self.row), skipped, metrics)
+
+  def _compile(self, batch: dict[str, jax.Array]) -> None:
+    """Compiles the step on CPUs, and waits for the other processes to do so: only the first one finds its programs in the cache, and Gloo
+    allows the others 30 seconds to come to the first exchange."""
+    self._run.step.lower(self.state, batch).compile()
+    all_gather('compiled', True)
 
   def close(self) -> None:
     """Ends the threads that load batches."""
