@@ -25,7 +25,8 @@ _PART = flags.DEFINE_string('part', '0/1', 'I/N: every N-th layout from the I-th
 
 DEVICES, BATCH, BATCHES, CONTEXT, VOCABULARY = 8, 64, 3, 16, 61
 MARGIN = 2e-7
-"""Least distance of the score of a token's last expert from that of the next one; with 1e-7, one of 60 layouts chose another one after 16 steps."""
+"""Least distance of the score of a token's last expert from that of the next one. With 1e-7, one of 60 layouts chose another
+expert after 16 steps."""
 WHAT = {
   'model.experts': (0, 4), 'model.tied': (True, False), 'model.dropout': (0.0, 0.1), 'data.isolate_documents': (True, False),
   'optimizer.name': ('adamw', 'muon')}
