@@ -100,6 +100,13 @@ def test_the_search_puts_what_fits_first_and_tries_every_layout(ranked, tiny):
   assert meshes == {(r, m) for r in (1, 2) for m in (1, 2, 4, 8) if r * m <= 8}
 
 
+def test_the_search_divides_tokens_and_experts_too(tiny):
+  config = configs.override(tiny, {'data.context': 4096, 'model.experts': 4, 'mesh.data': -1, 'batch_size': 32})
+  found = list(candidates(config, parse('h100:8')))
+  assert {one['mesh.context'] for one in found} == {1, 2, 4} and {one['mesh.expert'] for one in found} == {1, 2, 4}
+  assert all(math.prod(size for name, size in one.items() if name.startswith('mesh.')) == 8 for one in found)
+
+
 def test_a_batch_that_nothing_divides_is_an_error(tiny):
   with pytest.raises(UserError, match='batch_size'):
     search(configs.override(tiny, {'mesh.data': -1, 'batch_size': 3}), parse('h100:8'))
