@@ -39,10 +39,11 @@ def batch_shard_map(function: Callable, in_specs: Any, out_specs: Any) -> Callab
     explicit = jax.sharding.explicit_axes(inside, axes=TENSOR_AXIS, in_sharding=jax.tree.map(_tensor, args))
     mesh = jax.sharding.get_abstract_mesh()
     splitting = tuple(name for name in LOCAL_AXES if mesh.shape[name] > 1)  # types may name axes of size 1 that the specs do not
-    specs = jax.tree.map(lambda spec: _only(spec, splitting), in_specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    is_spec = lambda x: isinstance(x, PartitionSpec)
+    specs = jax.tree.map(lambda spec: _only(spec, splitting), in_specs, is_leaf=is_spec)
     mapped = jax.shard_map(explicit, in_specs=specs, out_specs=out_specs, axis_names={*LOCAL_AXES}, check_vma=False)
     with use_abstract_mesh(mesh.update_axis_types({TENSOR_AXIS: AxisType.Auto})):
-      out = mapped(*jax.reshard(args, jax.tree.map(lambda x: _only(jax.typeof(x).sharding.spec, splitting), args)))
+      out = mapped(*jax.tree.map(lambda spec, part: jax.tree.map(lambda x: jax.reshard(x, spec), part), specs, args, is_leaf=is_spec))
     return jax.reshard(out, jax.tree.map(lambda x, matrices: _both(_rows(x), matrices), out, split[-1]))
   return run
 
