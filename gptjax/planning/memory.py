@@ -99,10 +99,10 @@ def row_bytes(config: ModelConfig, compute: ComputeConfig, context: int, model: 
   """Bytes that a device keeps of one row from the forward to the backward pass, with `model` devices per row.
 
   They are counted in the abstract trace of the layers on a mesh of that size, so they follow remat, sequence parallelism and attention;
-  arrays that are not split over `model`, such as the residual stream, count in full. Where all of them grow in proportion to the tokens,
-  a part of the row is traced, since splash attention looks at every block of the square.
+  arrays that are not split over `model`, such as the residual stream, count in full. With splash attention, all of them grow in
+  proportion to the tokens, and a part of the row is traced: its trace looks at every block of the square.
   """
-  if compute.attention != 'xla' and context > TRACED and context % TRACED == 0:
+  if compute.attention == 'splash' and context > TRACED and context % TRACED == 0:
     return row_bytes(config, compute, TRACED, model) * (context // TRACED)
   # Ragged products keep the same arrays, and cannot be traced outside of the step's shard_map.
   described = abstract_model(config, dataclasses.replace(compute, experts='blocks'), context)

@@ -50,10 +50,10 @@ def assign_places(schedule: Schedule, kept: Sequence[int], factors: Sequence[int
   when = {(stage, one): tick for tick, row in enumerate(schedule.table) for stage, one in enumerate(row) if one is not None}
   empty = lambda value, *more: np.full((schedule.ticks, count, *more), value, np.int32)
   ticks = Tick._make([*(empty(value) for value in (0, 0, 0, 0, -1, -1, -1)), empty(0, len(kept)), empty(0, len(factors))])
+  # By memory and stage: from which tick to which arrays are kept, and the cells of the table that name their places.
   lives: dict[tuple[Any, int], list] = collections.defaultdict(list)
-  """by memory and stage: from which tick to which arrays live, and the cells of the table that name their places"""
 
-  def live(memory: Any, stage: int, start: int, end: int, stored: np.ndarray, read: np.ndarray) -> None:
+  def keep(memory: Any, stage: int, start: int, end: int, stored: np.ndarray, read: np.ndarray) -> None:
     lives[memory, stage].append((start, end, stored[start, stage:], read[end, stage:]))
 
   for (stage, one), tick in when.items():
@@ -62,16 +62,16 @@ def assign_places(schedule: Schedule, kept: Sequence[int], factors: Sequence[int
     at = lambda kind, virtual: when[virtual % count, Operation(kind, one.microbatch, virtual // count)]
     if one.kind == 'F':
       if virtual:
-        live('activations', stage, at('F', virtual - 1), tick, ticks.store_activation, ticks.read)
+        keep('activations', stage, at('F', virtual - 1), tick, ticks.store_activation, ticks.read)
       if virtual == last:
-        live('gradients', stage, tick, at('B', virtual), ticks.store_output, ticks.read)
+        keep('gradients', stage, tick, at('B', virtual), ticks.store_output, ticks.read)
       for index, kind in enumerate(kept):
-        live(kind, stage, tick, at('B', virtual), ticks.kept[..., index], ticks.kept[..., index])
+        keep(kind, stage, tick, at('B', virtual), ticks.kept[..., index], ticks.kept[..., index])
     elif one.kind == 'B':
       if virtual < last:
-        live('gradients', stage, at('B', virtual + 1), tick, ticks.store_gradient, ticks.read)
+        keep('gradients', stage, at('B', virtual + 1), tick, ticks.store_gradient, ticks.read)
       for index, kind in enumerate(factors):
-        live(kind, stage, tick, at('W', virtual), ticks.factors[..., index], ticks.factors[..., index])
+        keep(kind, stage, tick, at('W', virtual), ticks.factors[..., index], ticks.factors[..., index])
 
   sizes: dict[Any, int] = collections.defaultdict(int)
   for (memory, _), arrays in lives.items():

@@ -193,7 +193,8 @@ class Steps:
     self.state, self.step, self.row = state, progress.step, progress.rows
     self.waited = 0.0
     """seconds of waiting for batches"""
-    self._batches, self._compiled = source(self.row), False
+    self._batches = source(self.row)
+    self._waits = jax.process_count() > 1 and jax.default_backend() == 'cpu'
 
   def dispatch(self) -> Dispatched:
     """Dispatches the next step without waiting for it, and donates the state before it. The first call compiles the step."""
@@ -207,18 +208,18 @@ class Steps:
     batch = next(self._batches)
     self.waited += time.perf_counter() - start
     placed = put_rows(self._run.mesh, batch, size)
-    if not self._compiled and jax.process_count() > 1 and jax.default_backend() == 'cpu':
+    if self._waits:
       self._compile(placed)
-    self._compiled = True
     self.state, metrics = self._run.step(self.state, placed)
     self.step, self.row = self.step + 1, row + size
     return Dispatched(self.step, (row, self.row), skipped, metrics)
 
   def _compile(self, batch: dict[str, jax.Array]) -> None:
-    """Compiles the step on CPUs, and waits for the other processes to do so: only the first one finds its programs in the cache, and Gloo
-    allows the others 30 seconds to come to the first exchange."""
+    """Compiles the step on CPUs, and waits until the other processes have done so: only the first one finds its programs in the cache, and
+    Gloo allows the others 30 seconds to come to the first exchange."""
     self._run.step.lower(self.state, batch).compile()
     all_gather('compiled', True)
+    self._waits = False
 
   def close(self) -> None:
     """Ends the threads that load batches."""

@@ -7,10 +7,9 @@ import pytest
 from tiers import full
 
 from gptjax.config import ComputeConfig, ModelConfig, RopeConfig, UserError
-from gptjax.model import Positions, abstract_model, attention_backend
+from gptjax.model import Positions, abstract_model, attention_backend, kernels
 from gptjax.model.attention import BLOCK, PARTS, attend, causal_attention, frequencies, rotate
 from gptjax.model.kernels import LANES, ScoreConfig, cudnn, splash
-from gptjax.model import kernels
 from gptjax.model.layers import keep_weights, weight_keys
 from gptjax.sharding import batch_shard_map
 

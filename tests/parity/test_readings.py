@@ -32,6 +32,8 @@ def made(family, **fields):
   made('qwen3', sliding_window=7, use_sliding_window=True, max_window_layers=4),
   made('qwen3', sliding_window=7, use_sliding_window=True, max_window_layers=0),
   made('qwen3', sliding_window=None, use_sliding_window=True, max_window_layers=0),
+  made('mixtral', sliding_window=7, layer_types=KINDS), made('mixtral', sliding_window=None, layer_types=KINDS),
+  made('qwen3_moe', sliding_window=7, use_sliding_window=True, layer_types=KINDS), made('qwen3_moe', sliding_window=7, layer_types=KINDS),
   made('gemma2', sliding_window=7, sliding_window_pattern=3),
   made('gemma3_text', sliding_window=7, sliding_window_pattern=3, rope_theta=5e5, rope_scaling=LINEAR),
   made('gemma3_text', sliding_window=7, layer_types=KINDS, rope_local_base_freq=5e3,
@@ -79,6 +81,7 @@ def test_fields_without_a_meaning_are_named():
   values = made('llama', other=1, sliding_window=None, use_cache=True, rope_scaling={**LINEAR, 'attention_factor': 2.0})
   assert ignored_fields(values) == ['other', 'sliding_window', 'rope_scaling.attention_factor']
   assert ignored_fields(made('qwen2', sliding_window=7, max_window_layers=2, rope_parameters=THETA)) == []
+  assert ignored_fields(made('mixtral', layer_types=KINDS)) == ['layer_types']
   assert ignored_fields(made('mistral', attention_bias=True, layer_types=KINDS)) == ['attention_bias']
 
 

@@ -5,7 +5,9 @@ import dataclasses
 import pytest
 from tiers import full
 
-from gptjax.config import ComputeConfig
+from gptjax import config as configs
+from gptjax.config import ComputeConfig, MeshConfig
+from gptjax.planning import memory
 from gptjax.planning.memory import row_bytes
 
 
@@ -27,6 +29,24 @@ def test_activations_grow_with_layers_and_shrink_with_remat(style):
     # Where complete blocks are recomputed, a layer keeps its input and nothing else.
     one, three = (size(style, remat='full', scan=scan, layers=layers) for layers in (1, 3))
     assert three - one == 2 * 24 * style.width * 4
+
+
+@pytest.mark.parametrize('remat', ['none', full('dots'), full('full')])
+def test_a_part_of_a_long_row_is_counted_for_all_of_it(style, remat, monkeypatch):
+  compute = ComputeConfig(attention='splash', remat=remat, scan=True)
+  found = []
+  for traced in (128, 512):
+    monkeypatch.setattr(memory, 'TRACED', traced)
+    row_bytes.cache_clear()
+    found.append(row_bytes(style, compute, 512, 2))
+  row_bytes.cache_clear()
+  assert found[0] == found[1] > 0
+
+
+def test_devices_may_have_too_few_tokens_for_a_kernel(tiny):
+  of = lambda size: memory.analytic_memory(configs.override(tiny, {'compute.attention': 'auto', 'mesh.model': 1, 'mesh.context': size}),
+                                           MeshConfig(data=2, model=1, context=size).sizes)
+  assert of(4).activations == pytest.approx(of(2).activations / 2)  # 32 and 64 tokens
 
 
 def test_tensor_parallelism_splits_a_row_and_sequence_parallelism_all_of_it(style):

@@ -6,13 +6,19 @@ import pathlib
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
+from unittest.mock import Mock
 
+import jax
 import numpy as np
 import pytest
 from commands import run_module
 from tiny import records, write_text
 
+from gptjax.checkpoint import Progress
+from gptjax.config import Config
 from gptjax.files import read_json
+from gptjax.training import run as training_run
 from tests.acceptance.kept_state import kept, same
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -135,3 +141,28 @@ def test_processes_of_different_configs_do_not_start(home):
   lines = done.stderr.splitlines()
   assert done.returncode == 2 and len(lines) == 2 and not (home / 'never').exists()
   assert all("error: --config.seed: '1', expected: '0', as process 0 on " in line for line in lines)
+
+
+def test_processes_on_cpus_wait_for_each_other_once_the_step_is_compiled(monkeypatch):
+  events = []
+
+  class Step:
+    """A jitted step that tells what is done with it."""
+
+    def lower(self, state, batch):
+      return SimpleNamespace(compile=lambda: events.append('compiled'))
+
+    def __call__(self, state, batch):
+      events.append('ran')
+      return state, {}
+
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(training_run, 'all_gather', lambda name, value: events.append('waited'))
+  monkeypatch.setattr(training_run, 'put_rows', lambda mesh, batch, size: batch)
+  run = Mock(spec=training_run.Run, config=Config(batch_size=4), mesh=None, step=Step())
+  bad_steps = Mock(spec=training_run.BadSteps, next_row=lambda row, size: row)
+  source = lambda row: ({} for _ in range(3))
+  steps = training_run.Steps(run, source, bad_steps, Mock(spec=training_run.TrainState), Progress())
+  for _ in range(3):
+    steps.dispatch()
+  assert events == ['compiled', 'waited', 'ran', 'ran', 'ran']
