@@ -50,18 +50,19 @@ def main(_) -> None:
   restorer = checkpoint.Restorer(workdir, _MODEL_AXIS.value)
   steps = restorer.checkpoints.resolve_all(_STEP.value)
   held_out = data.open_held_out(workdir / 'data')
-  sets, tags = evaluation.choose_sets([] if _SETS.value == ['none'] else _SETS.value, held_out, cache)
+  sets, tags = evaluation.choose_sets([] if _SETS.value == ['none'] else _SETS.value, held_out, restorer.config.data.source, cache)
   if not sets and not _TASKS.value:
     raise UserError('--sets', _SETS.value, 'NAME=STORE or NAME=PATH, or --tasks: an imported model has no validation sets of its own')
   file, earlier, baselines = workdir / ('evaluation.json' if len(steps) == 1 else 'evaluations.jsonl'), {}, {}
   if distributed.is_primary():  # before work whose results could not be kept
     writable(file, '--workdir')
     earlier = read_json(file) if len(steps) == 1 and file.exists() else {}
-    baselines = data.compression_baselines(held_out.tokenizer, sets) if sets else {}
+    documents = {name: store for name, store in sets.items() if not store.weighted}
+    baselines = data.compression_baselines(held_out.tokenizer, documents) if documents else {}
   records, samples = {}, []
   try:
     with jax.set_mesh(restorer.mesh):
-      score = _documents(restorer, sets, tags) if sets else lambda parameters: None
+      score = _documents(restorer, sets, tags, cache) if sets else lambda parameters: None
       answer = _tasks(restorer, held_out.tokenizer) if _TASKS.value else lambda parameters: (None, [])
       for step in steps:
         trained = restorer.restore(step)
@@ -78,11 +79,12 @@ def main(_) -> None:
       _report(file, earlier, [*records.values()], samples, baselines)
 
 
-def _documents(restorer, sets, tags) -> Callable[[Any], Any]:
+def _documents(restorer, sets, tags, cache) -> Callable[[Any], Any]:
   """Returns a function from parameters to the scores of the sets."""
   from gptjax import data, evaluation, training
   config = restorer.config
-  rows = {name: data.EvalRows(store, config.data.context, config.data.isolate_documents) for name, store in sets.items()}
+  rows = {name: data.EvalRows(store, config.data.context, config.data.isolate_documents, cache, config.data.long_examples == 'cut')
+          for name, store in sets.items()}
   scorer = evaluation.Scorer(restorer.model, training.make_objective(config), restorer.mesh, _BATCH.value or config.microbatch_size)
 
   def score(parameters):

@@ -14,6 +14,7 @@ from gptjax.cache import cache_dir
 from gptjax.config import UserError
 from gptjax.data import (
   Contamination, Document, Filters, Recipe, Source, TokenStore, cores, load_tokenizer, open_source, split_source, write_store)
+from gptjax.data.examples import marked_example
 from gptjax.data.sources import documents
 from gptjax.data.store import MANIFEST
 from gptjax.data.progress import announce, counted
@@ -42,6 +43,8 @@ def main(_) -> None:
     raise UserError('--out', _OUT.value, 'a folder on this machine')
   out = expanded(_OUT.value)
   tokenizer = ByteTokenizer() if _TOKENIZER.value == 'bytes' else load_tokenizer(expanded(_TOKENIZER.value))
+  if source_flags.sources()[0].chat == 'plain':
+    tokenizer = tokenizer.with_plain_chat()
   recipe = Recipe(_source(), tokenizer, Filters(**{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Filters)}),
                   _contamination(), _DEDUPLICATE.value, _SHARD.value)
   if out.exists():
@@ -58,6 +61,9 @@ def main(_) -> None:
   manifest = store.manifest
   print(f'{out}: {counted(store.documents)}, {store.tokens:,} tokens, {store.bytes:,} bytes, '
         f'{store.bytes / store.tokens:.3f} bytes per token')
+  if store.weighted:
+    print(f'targets: {store.targets:,.0f} tokens, {manifest["examples"]["least_targets"]:,.0f} or more per example; the first one, with '
+          f'its targets in ⟦⟧:\n{marked_example(store, tokenizer)}')
   if manifest.get('held_out'):
     print(f'held out for validation: {manifest["held_out"]}')
   none_found = {f'decontamination, {name}': 0 for name in manifest['decontaminated']}

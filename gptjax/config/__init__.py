@@ -8,5 +8,5 @@ from gptjax.config.mesh import (
   MeshAxis, MeshConfig, PipelineConfig)
 from gptjax.config.model import TRAINING_ONLY, ComputeConfig, ModelConfig, RopeConfig, RouterConfig
 from gptjax.config.schema import (
-  LEAST_VOCABULARY, CheckpointConfig, Component, Config, DataConfig, Duration, EvalConfig, FaultsConfig, OptimizerConfig, Phase,
-  SourceConfig, TokenizerConfig, ValidationSet, duration_in_steps, in_unit_of_steps, schedule_warning)
+  LEAST_VOCABULARY, CheckpointConfig, Component, Config, DataConfig, Duration, EvalConfig, FaultsConfig, ObjectiveConfig, OptimizerConfig,
+  Phase, SourceConfig, TokenizerConfig, ValidationSet, duration_in_steps, in_unit_of_steps, schedule_warning)

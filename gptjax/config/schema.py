@@ -57,8 +57,38 @@ class SourceConfig(Group, prefix='data.source.'):
   """field that holds a record's text, or a template over fields: '{question}\\n{answer}'"""
   separator: str = ''
   """separator of documents in a text file, such as '\\n\\n'; empty: each file is one document"""
+  prompt: str = ''
+  """examples to fine-tune on: field or template of the prompt, with data.source.completion"""
+  completion: str = ''
+  """field or template of the completion of data.source.prompt"""
+  messages: str = ''
+  """conversations to fine-tune on: field with a list of messages, each with a role, a content and optionally a weight of its loss"""
+  chat: Literal['', 'template', 'plain'] = ''
+  """how conversations, and prompts with their completions, are written: by the tokenizer's chat template, or plain, below headings such as
+  '### User:', with the end of text after each answer; empty: a prompt and its completion as they are"""
+  supervised: Literal['answers', 'all'] = 'answers'
+  """targets in the loss of examples: answers (completions, turns of the assistant) with their ends, or all"""
   skip: Fraction = 0.0
   """largest fraction of malformed records that may be skipped; more is an error"""
+
+  @property
+  def has_examples(self) -> bool:
+    """Whether its documents are examples, whose answers are targets."""
+    return bool(self.prompt or self.completion or self.messages)
+
+  def __post_init__(self):
+    super().__post_init__()
+    if bool(self.prompt) != bool(self.completion):
+      raise UserError(f'data.source.{"completion" if self.prompt else "prompt"}', '', 'a field or template: prompt and completion together')
+    if self.messages and self.prompt:
+      raise UserError('data.source.messages', self.messages, 'none with data.source.prompt')
+    if self.messages and not self.chat:
+      raise UserError('data.source.chat', '', "template, the tokenizer's, or plain, with data.source.messages")
+    if self.has_examples and self.text != SourceConfig.text:
+      raise UserError('data.source.text', self.text, 'no text with data.source.prompt or messages')
+    for field in () if self.has_examples else ('chat', 'supervised'):
+      if (value := getattr(self, field)) != getattr(SourceConfig, field):
+        raise UserError(f'data.source.{field}', value, 'none without data.source.prompt or messages')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +171,8 @@ class DataConfig(Group, prefix='data.'):
   """concat: windows over all documents end to end; pack: complete documents, best fit; document: one per row"""
   isolate_documents: bool = True
   """restart attention and positions at each document in a row"""
+  long_examples: Literal['drop', 'cut'] = 'drop'
+  """what happens to examples longer than the context: they are dropped, or only their first `context` tokens are kept"""
   prefetch: Annotated[int, at_least(0), at_most(1000)] = 2
   """number of batches to prepare ahead; 0: none"""
   workers: Annotated[int, at_least(0), at_most(1000)] = 0
@@ -224,6 +256,15 @@ def schedule_warning(config: OptimizerConfig, *, steps: int, warmup: int, decay:
 
 
 @dataclasses.dataclass(frozen=True)
+class ObjectiveConfig(Group, prefix='objective.'):
+  """The training objective."""
+
+  kind: str = 'next_token'
+  """next_token: all tokens of documents; sft: the answers of examples (supervised fine-tuning); or another name in OBJECTIVES of
+  gptjax/training/objective.py"""
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalConfig(Group, prefix='eval.'):
   """Validation and samples during training."""
 
@@ -234,7 +275,7 @@ class EvalConfig(Group, prefix='eval.'):
   sample_tokens: NonNegative = 200
   """length in tokens of the sample printed with each validation; 0: no sample"""
   prompt: str = ''
-  """prompt of the sample; '\\n', '\\t' and '\\\\' are a line end, a tab and a backslash"""
+  """prompt of the sample, a message where data.source.chat is set; '\\n', '\\t' and '\\\\' are a line end, a tab and a backslash"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,8 +335,8 @@ class Config(Group):
   """rows (sequences) per step, over all devices"""
   microbatches: Positive = 1
   """number of microbatches per batch (gradient accumulation), which saves memory"""
-  objective: str = 'next_token'
-  """training objective, by its name in OBJECTIVES of gptjax/training/objective.py"""
+  objective: ObjectiveConfig = ObjectiveConfig()
+  """what is trained for"""
   z_loss: NonNegativeFloat = 0.0
   """weight of the squared log-normalizer in the training loss (arXiv:2204.02311, section 5)"""
   zero_stage: Annotated[int, Limit(lambda stage: stage in range(4), '0, 1, 2 or 3')] = 0

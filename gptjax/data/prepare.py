@@ -10,15 +10,16 @@ import json
 import lzma
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gptjax.config import Config, DataConfig, Duration, UserError, duration_in_steps, in_unit_of_steps
+from gptjax.data.examples import marked_example
 from gptjax.data.folders import open_folder
 from gptjax.data.mixture import Mixture
 from gptjax.data.progress import counted
-from gptjax.data.rows import Layout, Packed, TrainRows, Windows
+from gptjax.data.rows import EvalRows, Layout, Packed, TrainRows, Windows
 from gptjax.data.sources import documents, open_source, sample, split_source
 from gptjax.data.store import TokenStore
 from gptjax.data.tokenizing import Recipe, write_store
@@ -50,6 +51,10 @@ class Prepared(HeldOut):
   """hex digest of documents, splits and tokenizer"""
   description: str
   """one line: documents, tokens and bytes of each set, tokenizer, bytes per token"""
+  valid_rows: Mapping[str, EvalRows] = dataclasses.field(default_factory=dict)
+  """of the validation sets"""
+  example: str = ''
+  """the first example with its targets marked; empty if there are only documents"""
 
 
 def prepare(config: DataConfig, cache_dir: Path, processes: int = 1) -> Prepared:
@@ -69,14 +74,17 @@ def prepare(config: DataConfig, cache_dir: Path, processes: int = 1) -> Prepared
                       f'{first.tokenizer_sha256[:12]}, and not {store.tokenizer_sha256[:12]}')
   for store in stores:
     store.check()
-  _check_context(config, train.values(), valid.values())
+  _check_rows(config, train.values(), valid.values())
   tokenizer = first.tokenizer()
   tags = {tag: [one.name for one in config.valid if tag in one.tags] for each in config.valid for tag in each.tags}
   layouts = [Windows(store, config.context) if config.rows == 'concat' else
-             Packed(store, config.context, config.rows, cache_dir) for store in train.values()]
+             Packed(store, config.context, config.rows, cache_dir, config.long_examples == 'cut') for store in train.values()]
+  rows = {name: EvalRows(store, config.context, config.isolate_documents, cache_dir, config.long_examples == 'cut')
+          for name, store in valid.items()}
   parts = [[store.sha256 for store in train.values()], {name: store.sha256 for name, store in valid.items()}, tags, tokenizer.sha256]
   return Prepared(tokenizer, valid, tags, layouts, hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16],
-                  _description(config, tokenizer, dict(zip(train, layouts)), valid))
+                  _description(config, tokenizer, dict(zip(train, layouts)), valid), rows,
+                  next((marked_example(store, tokenizer) for store in train.values() if store.weighted), ''))
 
 
 def train_rows(config: Config, data: Prepared) -> TrainRows:
@@ -107,23 +115,42 @@ def _make_stores(config: DataConfig, cache_dir: Path, processes: int) -> tuple[d
       # 'chars' needs every document that will be encoded, validation included.
       texts = documents(source) if config.tokenizer.kind == 'chars' else sample(train)
       tokenizer = tokenizer or train_tokenizer(config.tokenizer, texts)
+      if config.source.chat == 'plain':
+        tokenizer = tokenizer.with_plain_chat()
       for name, side, use in (('valid', valid, 'validation'), ('train', train, 'training')):
         write_store(folder / name, Recipe(side, tokenizer), processes=processes, title=f'tokenizing for {use}')
   return {source.description: TokenStore.open(directory / 'train')}, {'valid': TokenStore.open(directory / 'valid')}
 
 
-def _check_context(config: DataConfig, train: Iterable[TokenStore], valid: Iterable[TokenStore]) -> None:
+def _check_rows(config: DataConfig, train: Collection[TokenStore], valid: Collection[TokenStore]) -> None:
+  examples = [store for store in (*train, *valid) if store.weighted]
+  for store in examples:
+    if not store.targets:
+      raise UserError('data', store.location, 'examples with targets: the weights of all its answers are 0')
+  if examples and config.rows == 'concat':
+    raise UserError('data.rows', config.rows, 'pack or document for examples, which are not cut')
+  if examples and not config.isolate_documents:
+    raise UserError('data.isolate_documents', False, 'true for examples, which do not see each other')
   # A row comes from one store; a validation set may be shorter than a row, but not all sets together.
   train_tokens, valid_tokens = max(store.tokens for store in train), sum(store.tokens for store in valid)
-  if config.context > min(train_tokens, valid_tokens):
+  if not examples and config.context > min(train_tokens, valid_tokens):
     raise UserError('data.context', config.context, f'{min(train_tokens, valid_tokens):,} or less: there are {train_tokens:,} tokens to '
                     f'train on and {valid_tokens:,} to validate on; or more text')
 
 
 def _description(config: DataConfig, tokenizer: Tokenizer, layouts: dict[str, Layout], valid: dict[str, TokenStore]) -> str:
-  amounts = lambda store: f'{counted(store.documents)}, {store.tokens:,} tokens, {store.bytes:,} bytes'
-  sets = [f'train {name}: {amounts(layout.store)}' + (f', {layout.padding:.2%} padding' if isinstance(layout, Packed) else '')
-          for name, layout in layouts.items()]
+  def amounts(store: TokenStore, layout: Layout | None = None) -> str:
+    words = f'{counted(store.documents)}, {store.tokens:,} tokens, {store.bytes:,} bytes'
+    if store.weighted:
+      least, mean = store.manifest['examples']['least_targets'], store.targets / store.documents
+      words += f', of which {store.targets:,.0f} tokens are targets ({least:,.0f} or more per example, {mean:,.1f} on average)'
+    if isinstance(layout, Packed):
+      words += f', {layout.padding:.2%} padding'
+      long = ((layout.dropped, 'dropped'), (layout.cut, 'cut'))
+      words += ''.join(f', {count:,} examples longer than the context {what}' for count, what in long if count)
+    return words
+
+  sets = [f'train {name}: {amounts(layout.store, layout)}' for name, layout in layouts.items()]
   sets += [f'{name}: {amounts(store)}' + (f' (held out: {words})' if (words := store.manifest.get('held_out')) else '')
            for name, store in valid.items()]
   bytes_per_token = sum(store.bytes for store in valid.values()) / sum(store.tokens for store in valid.values())

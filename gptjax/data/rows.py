@@ -45,20 +45,25 @@ class Windows:
 class Packed:
   """Rows of complete documents; those longer than `context`, the maximum tokens per row, are cut into full rows and a remainder.
 
-  The kind is 'pack', a best fit of documents and remainders, or 'document', one piece per row. The pieces of each row are an index in
-  `cache_dir/plans`, made first if necessary; only the needed entries are read.
+  The kind is 'pack', a best fit of documents and remainders, or 'document', one piece per row. Examples are never in several pieces: with
+  `cut`, only the first `context` tokens of longer ones are kept, if these have targets; the others are dropped. The pieces of each row are
+  an index in `cache_dir/plans`, made first if necessary; only the needed entries are read.
   """
 
-  def __init__(self, store: TokenStore, context: int, kind: str, cache_dir: Path):
+  def __init__(self, store: TokenStore, context: int, kind: str, cache_dir: Path, cut: bool = False):
     self.store = store
-    directory = cache_dir / 'plans' / f'{store.sha256[:16]}-{kind}-{context}'
+    directory = cache_dir / 'plans' / f'{store.sha256[:16]}-{kind}-{context}{"-cut" * (store.weighted and cut)}'
     with atomic_directory(directory) as folder:
       if folder:
-        _write(folder, store, context, best_fit if kind == 'pack' else lambda lengths, _: [[piece] for piece in range(len(lengths))])
+        _write(folder, store, context, best_fit if kind == 'pack' else lambda lengths, _: [[piece] for piece in range(len(lengths))], cut)
     self._folder = LocalFolder(str(directory))
-    self.count: int = json.loads(self._folder.read('plan.json'))['rows']
-    self.padding = 1 - store.tokens / (self.count * context)
+    plan = json.loads(self._folder.read('plan.json'))
+    self.count: int = plan['rows']
+    self.padding = 1 - plan['tokens'] / (self.count * context)
     """fraction of positions that are padding"""
+    self.dropped: int = plan['dropped']
+    self.cut: int = plan['cut']
+    """examples that are too long"""
 
   def pieces(self, rows: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """See Layout."""
@@ -69,27 +74,53 @@ class Packed:
     return found['position'], found['length'], counts
 
 
-def _write(folder: Path, store: TokenStore, context: int, pack: Callable[[np.ndarray, int], list[list[int]]]) -> None:
-  rows = pieces = tokens = 0
+def _write(folder: Path, store: TokenStore, context: int, pack: Callable[[np.ndarray, int], list[list[int]]], cut: bool) -> None:
+  plan = {'rows': 0, 'pieces': 0, 'tokens': 0, 'dropped': 0, 'cut': 0}
+  documents = 0
   with (folder / 'rows.bin').open('wb') as bounds, (folder / 'pieces.bin').open('wb') as file, \
       ProgressBar(f'packing rows of {context:,} tokens', store.documents, 'documents') as progress:
     bounds.write(np.zeros(1, '<i8').tobytes())
     for first in range(0, store.documents, _GROUP):
       starts = store.starts(first, min(first + _GROUP, store.documents))
-      cuts = -(-np.diff(starts) // context)  # pieces of each document
-      group = np.empty(cuts.sum(), _PIECE)
-      within = np.arange(len(group)) - np.repeat(np.cumsum(cuts) - cuts, cuts)
-      group['position'] = np.repeat(starts[:-1], cuts) + within * context
-      group['length'] = np.minimum(np.repeat(starts[1:], cuts) - group['position'], context)
+      documents += int(starts[-1] - starts[0])
+      group = _examples(store, starts, context, cut, plan) if store.weighted else _cut(starts, context)
       packed = pack(group['length'], context)
-      counts = np.array([len(row) for row in packed])
-      bounds.write((pieces + np.cumsum(counts)).astype('<i8').tobytes())
-      file.write(group[np.concatenate(packed)].tobytes())
-      rows, pieces, tokens = rows + len(packed), pieces + len(group), tokens + int(group['length'].sum())
-      progress.advance(len(cuts))
-  if tokens != store.tokens:
-    raise UserError(store.location, f'documents of {tokens:,} tokens', f'{store.tokens:,}, as in its manifest; prepare it again')
-  write_atomic(folder / 'plan.json', json.dumps({'rows': rows, 'pieces': pieces}) + '\n')
+      counts = np.array([len(row) for row in packed], np.int64)
+      bounds.write((plan['pieces'] + np.cumsum(counts)).astype('<i8').tobytes())
+      file.write(group[np.concatenate([*packed, []]).astype(np.int64)].tobytes())
+      plan['rows'] += len(packed)
+      plan['pieces'] += len(group)
+      plan['tokens'] += int(group['length'].sum())
+      progress.advance(len(starts) - 1)
+  if documents != store.tokens:
+    raise UserError(store.location, f'documents of {documents:,} tokens', f'{store.tokens:,}, as in its manifest; prepare it again')
+  if not plan['rows']:
+    raise UserError('data.context', context, f'more: all {store.documents:,} examples of {store.location} are longer')
+  write_atomic(folder / 'plan.json', json.dumps(plan) + '\n')
+
+
+def _cut(starts: np.ndarray, context: int) -> np.ndarray:
+  """Pieces of documents from their starts and the end of the last."""
+  cuts = -(-np.diff(starts) // context)  # pieces of each document
+  pieces = np.empty(cuts.sum(), _PIECE)
+  within = np.arange(len(pieces)) - np.repeat(np.cumsum(cuts) - cuts, cuts)
+  pieces['position'] = np.repeat(starts[:-1], cuts) + within * context
+  pieces['length'] = np.minimum(np.repeat(starts[1:], cuts) - pieces['position'], context)
+  return pieces
+
+
+def _examples(store: TokenStore, starts: np.ndarray, context: int, cut: bool, plan: dict[str, int]) -> np.ndarray:
+  """A piece for each example that is not too long, or of which a part is kept; counts the others in the plan."""
+  lengths = np.diff(starts)
+  long = lengths > context
+  for index in np.flatnonzero(long) if cut else ():
+    if store.read([starts[index]], [context], field='weight').any():
+      long[index], lengths[index] = False, context
+      plan['cut'] += 1
+  plan['dropped'] += int(long.sum())
+  pieces = np.empty((~long).sum(), _PIECE)
+  pieces['position'], pieces['length'] = starts[:-1][~long], lengths[~long]
+  return pieces
 
 
 def best_fit(lengths: np.ndarray, context: int) -> list[list[int]]:
@@ -139,6 +170,10 @@ class Frame:
     self.starts[:, 0] = True
     self.lengths = np.zeros(count, np.int64)
     """tokens of each row; the rest is padding"""
+    self.weights = np.ones(self.ids.shape, np.float32)
+    """of the loss of the id after each"""
+    self.has_examples = np.zeros(count, bool)
+    """rows whose pieces are examples, in which a separator may be any token"""
 
   def fill(self, layout: Layout, slots: np.ndarray, rows: np.ndarray, draws: np.ndarray) -> None:
     """Writes rows [n] of an epoch of a layout to `slots` [n]; `draws` as in Layout.pieces."""
@@ -149,6 +184,9 @@ class Frame:
     layout.store.read(positions, lengths + 1, self.ids.reshape(-1), places)
     self.starts.reshape(-1)[places] = True
     self.lengths[slots] = np.add.reduceat(lengths, firsts)
+    if layout.store.weighted:
+      layout.store.read(positions, lengths, self.weights.reshape(-1), places, field='weight')
+      self.has_examples[slots] = True
 
   def batch(self, isolate_documents: bool) -> Batch:
     """The model's inputs. Padding has segment 0, mask 0 and an arbitrary id."""
@@ -157,11 +195,13 @@ class Frame:
     tokens[padded, self.lengths[padded]] = 0  # the last target
     targets[self.starts[:, 1:]] = self.separator  # overwritten by the next piece
     real = np.arange(tokens.shape[1]) < self.lengths[:, None]
-    mask = real & (targets != self.separator) if self.end != self.separator else real
-    batch = {'tokens': tokens, 'targets': targets, 'mask': mask.astype(np.float32)}
+    documents = ~self.has_examples[:, None]
+    masked = real & ~((targets == self.separator) & documents) if self.end != self.separator else real
+    mask = masked.astype(np.float32)
+    batch = {'tokens': tokens, 'targets': targets, 'mask': mask * self.weights[:, :-1] if self.has_examples.any() else mask}
     if isolate_documents:
       # Each row starts a segment, so all rows can be treated as one sequence of segments.
-      starts = np.flatnonzero(self.starts[:, :-1] | (tokens == self.separator))
+      starts = np.flatnonzero(self.starts[:, :-1] | ((tokens == self.separator) & documents))
       rows, lengths = starts // tokens.shape[1], np.diff(starts, append=tokens.size)
       numbers = np.arange(1, len(starts) + 1) - np.searchsorted(rows, rows)
       segments = np.repeat(numbers.astype(np.int32), lengths).reshape(tokens.shape)
@@ -242,19 +282,21 @@ class TrainRows:
 
 
 class EvalRows:
-  """Non-overlapping windows over a store, in order; the last one is padded."""
+  """Non-overlapping windows over a store, in order; the last one is padded. Examples are packed, each in one piece, with a plan that is
+  cached in `cache_dir`."""
 
-  def __init__(self, store: TokenStore, context: int, isolate_documents: bool):
+  def __init__(self, store: TokenStore, context: int, isolate_documents: bool, cache_dir: Path | None = None, cut: bool = False):
     self.store, self.context, self.isolate_documents = store, context, isolate_documents
-    self._windows = Windows(store, context)
-    self.count = self._windows.count
+    assert cache_dir or not store.weighted
+    self._layout = Packed(store, context, 'pack', cache_dir, cut) if store.weighted and cache_dir else Windows(store, context)
+    self.count = self._layout.count
 
   def batch(self, rows: np.ndarray) -> Batch:
     """Rows at indices [n] as in TrainRows.batch; those from `count` on are padding, to fill the last batch."""
     rows = np.asarray(rows, np.int64)
     frame = Frame(len(rows), self.context, self.store)
     slots = np.flatnonzero(rows < self.count)
-    frame.fill(self._windows, slots, rows[slots], np.zeros(len(slots), np.uint64))
+    frame.fill(self._layout, slots, rows[slots], np.zeros(len(slots), np.uint64))
     return frame.batch(self.isolate_documents)
 
 

@@ -4,7 +4,7 @@ A store is a folder or URL with
 
     manifest.json   origin, counts, and the digest of the index
     index.bin       one RECORD per shard: ids and documents up to its end, digest of its file
-    00000.shard     ids; then the position of each document among them; then a CRC-32 of every BLOCK bytes of both
+    00000.shard     tokens; then the position of each document among them; then a CRC-32 of every BLOCK bytes of both
     tokenizer/      the tokenizer
 
 A document is a separator followed by its ids. The stream is circular: a document ends with the separator of the next one, and
@@ -12,6 +12,9 @@ the last with that of the first. So each id is a target exactly once.
 
 If a tokenizer's bos and eos differ, as Llama's do, the separator is bos, and a document's last id is eos; bos is then not a target,
 because it follows an unrelated text.
+
+In a store of examples, a document is what a model reads and answers: ids that start a prompt, the prompt, the answer, and the id that
+ends it. Beside each id is the weight of the loss of the next one.
 """
 
 import dataclasses
@@ -47,9 +50,10 @@ def shard_name(number: int) -> str:
   return f'{number:05}.shard'
 
 
-def id_dtype(vocab_size: int) -> np.dtype:
-  """uint16, or uint32 for vocabularies above 65,536 ids."""
-  return np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
+def token_dtype(vocab_size: int, weighted: bool = False) -> np.dtype:
+  """uint16, or uint32 for vocabularies above 65,536 ids; in a store of examples, `id` and `weight`, a float16."""
+  ids = '<u2' if vocab_size <= 2**16 else '<u4'
+  return np.dtype([('id', ids), ('weight', '<f2')]) if weighted else np.dtype(ids)
 
 
 @dataclasses.dataclass(eq=False)
@@ -62,18 +66,18 @@ class Shard:
   tokens: int
   documents: int
   itemsize: int
-  """bytes of an id"""
+  """bytes of a token"""
 
   def __post_init__(self) -> None:
     self.mapped: np.ndarray | None = None
-    """[tokens] ids, if the file is memory-mapped"""
+    """[tokens], if the file is memory-mapped"""
     self.checksums = np.empty(0, '<u4')
     """[blocks] CRC-32s, once they have been read"""
     self.verified = bytearray()
     """1 for each verified block"""
-    self.ids = self.tokens * self.itemsize
-    """bytes of ids"""
-    self.starts = self.ids + -self.ids % 8
+    self.stop = self.tokens * self.itemsize
+    """bytes of tokens"""
+    self.starts = self.stop + -self.stop % 8
     """offset of the documents' positions"""
     self.sums = self.starts + 8 * self.documents
     """offset of the checksums"""
@@ -90,7 +94,6 @@ class TokenStore:
 
   def __init__(self, location: str, manifest: dict[str, Any]):
     self.location, self.manifest = location, manifest
-    self.dtype = np.dtype(manifest['dtype'])
     self.tokens: int = manifest['tokens']
     """ids in the stream"""
     self.documents: int = manifest['documents']
@@ -101,8 +104,15 @@ class TokenStore:
     """id that starts documents, and occurs nowhere else"""
     self.end: int = manifest['end']
     """id that ends documents: the separator, or each document's last id"""
-    self.targets = self.tokens if self.end == self.separator else self.tokens - self.documents
-    """ids that are targets, each once"""
+    examples = manifest.get('examples')
+    self.weighted = examples is not None
+    """whether it has examples, with weights of the loss"""
+    self.dtype = token_dtype(self.vocab_size, self.weighted)
+    self.targets: float = examples['targets'] if examples else (
+      self.tokens if self.end == self.separator else self.tokens - self.documents)
+    """ids that are targets, each once; of examples the sum of their weights"""
+    self.target_bytes: int = examples['target_bytes'] if examples else self.bytes
+    """UTF-8 bytes that the targets stand for"""
     self.sha256: str = manifest['index_sha256']
     """hex digest of ids and documents"""
     self.tokenizer_sha256: str = manifest['tokenizer_sha256']
@@ -153,26 +163,28 @@ class TokenStore:
         raise damaged(f'{self.location}/{shard_name(number)}', f'SHA-256 {found}', expected.decode())
 
   def read(self, starts: np.ndarray | Sequence[int], counts: np.ndarray | Sequence[int], out: np.ndarray | None = None,
-           places: np.ndarray | None = None) -> np.ndarray:
+           places: np.ndarray | None = None, field: str = 'id') -> np.ndarray:
     """Reads ranges of the circular stream, given by starts (0 to tokens - 1) and numbers of ids, one after another.
 
-    They are written to `places` of `out`, or concatenated. Raises a UserError that names the file if a block is damaged.
+    They are written to `places` of `out`, or concatenated; `field` may also be `weight`, in a store of examples. Raises a UserError that
+    names the file if a block is damaged.
     """
     starts, counts = np.asarray(starts, np.int64), np.asarray(counts, np.int64)
+    column = lambda tokens: tokens[field] if self.weighted else tokens
     if out is None or places is None:
-      out, places = np.empty(counts.sum(), self.dtype), np.cumsum(counts) - counts
+      out, places = np.empty(counts.sum(), column(np.empty(0, self.dtype)).dtype), np.cumsum(counts) - counts
     pieces, size = list(self._pieces(starts, counts, places)), self.dtype.itemsize
     if isinstance(self._folder, LocalFolder):  # copies from views of the map, and not of the enclosing blocks, for speed
       self._folder.count_touched(len(pieces), size * int(counts.sum()))
       for shard, first, stop, at in pieces:
         if shard.mapped is None or shard.verified.find(0, first * size // BLOCK, -(-stop * size // BLOCK)) >= 0:
           list(self._bytes([(shard, first * size, stop * size)]))
-          shard.mapped = self._folder.mapped(shard.name)[:shard.ids].view(self.dtype)
-        out[at:at + stop - first] = shard.mapped[first:stop]
+          shard.mapped = self._folder.mapped(shard.name)[:shard.stop].view(self.dtype)
+        out[at:at + stop - first] = column(shard.mapped[first:stop])
     else:
       wanted = [(shard, first * size, stop * size) for shard, first, stop, _ in pieces]
       for (_, first, stop, at), data in zip(pieces, self._bytes(wanted)):
-        out[at:at + stop - first] = data.view(self.dtype)
+        out[at:at + stop - first] = column(data.view(self.dtype))
     return out
 
   def _pieces(self, starts: np.ndarray, counts: np.ndarray, places: np.ndarray) -> Iterator[tuple[Shard, int, int, int]]:
@@ -249,7 +261,7 @@ class ShardWriter:
     self.bytes = 0
 
   def append(self, documents: Sequence[bytes], text_bytes: int) -> None:
-    """Appends documents: the bytes of their ids, separators included, and the UTF-8 bytes of all their texts."""
+    """Appends documents: the bytes of their tokens, separators included, and the UTF-8 bytes of all their texts."""
     self._write(b''.join(documents))
     self._lengths.append(np.array([len(ids) // self._itemsize for ids in documents]))
     self.tokens += int(self._lengths[-1].sum())
@@ -291,7 +303,7 @@ def finish_store(directory: Path, tokenizer: Tokenizer, shards: list[ShardRecord
     sync(path)
   manifest = {
     'version': VERSION, 'documents': int(index['documents'][-1]), 'tokens': int(index['tokens'][-1]),
-    'bytes': sum(shard.bytes for shard in shards), 'shards': len(shards), 'dtype': id_dtype(tokenizer.vocab_size).str,
+    'bytes': sum(shard.bytes for shard in shards), 'shards': len(shards),
     'vocab_size': tokenizer.vocab_size, 'separator': tokenizer.bos_id, 'end': tokenizer.eos_id, 'tokenizer_sha256': tokenizer.sha256,
     'index_sha256': hashlib.sha256(index.tobytes()).hexdigest(), **facts,
   }

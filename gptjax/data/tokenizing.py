@@ -7,20 +7,23 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import sqlite3
 import threading
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from gptjax.config import UserError
+from gptjax.data.examples import encode_example
 from gptjax.data.filters import Contamination, Filters
 from gptjax.data.progress import ProgressBar, announce
 from gptjax.data.sources import Malformed, Part, Source, malformed_error
-from gptjax.data.store import MANIFEST, VERSION, Shard, ShardRecord, ShardWriter, TokenStore, finish_store, id_dtype, shard_name
+from gptjax.data.store import MANIFEST, VERSION, Shard, ShardRecord, ShardWriter, TokenStore, finish_store, token_dtype, shard_name
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.files import atomic_directory
 
@@ -42,6 +45,11 @@ class Recipe:
   shard_tokens: int = 2**28
   """a shard ends with the first task that brings it to this many ids"""
 
+  @property
+  def token_dtype(self) -> np.dtype:
+    """Of the store."""
+    return token_dtype(self.tokenizer.vocab_size, self.source.has_examples)
+
   def fingerprint(self) -> str:
     """Hex digest; the source enters with names, sizes and modification times."""
     # Without source.skip, because a resumed build may have a higher limit.
@@ -50,12 +58,26 @@ class Recipe:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
+class EncodedDocument(NamedTuple):
+  """A document as it is stored, or an example."""
+
+  tokens: bytes
+  """of a document, a separator, its ids and, if it is another id, the end id"""
+  bytes: int
+  """of its text in UTF-8"""
+  digest: bytes
+  """if duplicates are dropped"""
+  targets: float = 0.0
+  """sum of an example's weights"""
+  target_bytes: int = 0
+  """UTF-8 bytes of an example's answers"""
+
+
 @dataclasses.dataclass
 class Encoded:
   """The documents of a task."""
 
-  documents: list[tuple[bytes, int, bytes]] = dataclasses.field(default_factory=list)
-  """of each: ids, between a separator and, if it is another id, the end id; UTF-8 bytes; a digest if duplicates are dropped"""
+  documents: list[EncodedDocument] = dataclasses.field(default_factory=list)
   dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
   """documents by reason"""
   records: list[tuple[int, list[Malformed]]] = dataclasses.field(default_factory=list)
@@ -64,10 +86,8 @@ class Encoded:
 
 def encode(recipe: Recipe, parts: list[Part]) -> Encoded:
   """Reads, filters and encodes the documents of a task."""
-  tokenizer = recipe.tokenizer
-  dtype = id_dtype(tokenizer.vocab_size)
-  separator = np.array([tokenizer.bos_id], dtype)
-  end = np.array([tokenizer.eos_id] if tokenizer.eos_id != tokenizer.bos_id else [], dtype)
+  tokenizer, dtype = recipe.tokenizer, recipe.token_dtype
+  separator, end = [tokenizer.bos_id], [tokenizer.eos_id] if tokenizer.eos_id != tokenizer.bos_id else []
   result = Encoded()
   for part in parts:
     count, malformed = 0, []
@@ -83,9 +103,15 @@ def encode(recipe: Recipe, parts: list[Part]) -> Encoded:
         result.dropped[f'decontamination, {name}'] += 1
       else:
         data = record.text.encode()
-        ids = np.concatenate([separator, tokenizer.encode(record.text, record.name), end], dtype=dtype, casting='unsafe')
         digest = hashlib.blake2b(data, digest_size=16).digest() if recipe.deduplicate else b''
-        result.documents.append((ids.tobytes(), len(data), digest))
+        if record.turns:
+          ids, weights, target_bytes = encode_example(tokenizer, record)
+          tokens = np.empty(len(ids), dtype)
+          tokens['id'], tokens['weight'] = ids, weights
+          result.documents.append(EncodedDocument(tokens.tobytes(), len(data), digest, float(weights.sum()), target_bytes))
+        else:
+          ids = np.concatenate([separator, tokenizer.encode(record.text, record.name), end], dtype=dtype, casting='unsafe')
+          result.documents.append(EncodedDocument(ids.tobytes(), len(data), digest))
     result.records.append((count, malformed))
   return result
 
@@ -176,7 +202,7 @@ def _build(folder: Path, recipe: Recipe, processes: int, title: str) -> None:
   if not (folder / MANIFEST).exists() or TokenStore.open(folder).manifest.get('fingerprint') != recipe.fingerprint():
     (folder / MANIFEST).unlink(missing_ok=True)
     with contextlib.closing(Journal(folder / _JOURNAL, recipe.fingerprint())) as journal:
-      _remove_unfinished(folder, journal, id_dtype(recipe.tokenizer.vocab_size).itemsize)
+      _remove_unfinished(folder, journal, recipe.token_dtype.itemsize)
       state = journal.state
       with ProgressBar(title, recipe.source.size, 'bytes', state.source_bytes) as progress:
         tasks = itertools.islice(tasks_of(recipe.source.parts()), state.tasks, None)
@@ -190,7 +216,9 @@ def _build(folder: Path, recipe: Recipe, processes: int, title: str) -> None:
       'source': recipe.source.description, 'held_out': recipe.source.held_out, 'records': state.records, 'malformed': state.malformed,
       'malformed_first': state.malformed_first, 'dropped': state.dropped, 'filters': dataclasses.asdict(recipe.filters),
       'deduplicated': recipe.deduplicate, 'decontaminated': recipe.contamination.names if recipe.contamination else [],
-      'fingerprint': recipe.fingerprint()})
+      'fingerprint': recipe.fingerprint(),
+      'examples': {'targets': state.targets, 'target_bytes': state.target_bytes, 'least_targets': state.least_targets}
+                  if recipe.source.has_examples else None})
   for path in folder.glob(f'{_JOURNAL}*'):  # including files that SQLite leaves beside it in a killed process
     path.unlink()
 
@@ -223,6 +251,10 @@ class BuildState:
   file_records: int = 0
   """records of `file` so far"""
   dropped: dict[str, int] = dataclasses.field(default_factory=dict)
+  targets: float = 0.0
+  target_bytes: int = 0
+  least_targets: float = math.inf
+  """of an example"""
   shards: list[ShardRecord] = dataclasses.field(default_factory=list)
 
 
@@ -286,11 +318,15 @@ def _write_shards(folder: Path, recipe: Recipe, journal: Journal, tasks: Iterabl
     _count(state, recipe.source, parts, encoded)
     documents = encoded.documents
     if recipe.deduplicate:
-      documents = [document for document in documents if journal.is_new(document[-1])]
+      documents = [document for document in documents if journal.is_new(document.digest)]
       encoded.dropped['duplicate'] += len(encoded.documents) - len(documents)
     if documents:
-      shard = shard or ShardWriter(folder, len(state.shards), id_dtype(recipe.tokenizer.vocab_size))
-      shard.append([ids for ids, _, _ in documents], sum(size for _, size, _ in documents))
+      shard = shard or ShardWriter(folder, len(state.shards), recipe.token_dtype)
+      shard.append([document.tokens for document in documents], sum(document.bytes for document in documents))
+      if recipe.source.has_examples:
+        state.targets += sum(document.targets for document in documents)
+        state.target_bytes += sum(document.target_bytes for document in documents)
+        state.least_targets = min(state.least_targets, *(document.targets for document in documents))
     state.dropped = dict(sorted((collections.Counter(state.dropped) + encoded.dropped).items()))
     if shard and shard.tokens >= recipe.shard_tokens:
       state.shards.append(shard.close())

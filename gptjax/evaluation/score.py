@@ -101,7 +101,7 @@ class Scorer:
       loss, tokens = loss + float(nats), tokens + int(targets)
       advance(done)
     # A part of the rows stands for the same part of the bytes.
-    return score_of(loss, tokens, rows.store.bytes * tokens / rows.store.targets)
+    return score_of(loss, tokens, rows.store.target_bytes * tokens / rows.store.targets)
 
 
 @functools.lru_cache(maxsize=16)

@@ -1,5 +1,6 @@
 """The sets of documents to score: held-out sets of the run, token stores, and files."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,13 +12,15 @@ from gptjax.files import expanded
 from gptjax.distributed import is_primary, broadcast
 
 
-def choose_sets(wanted: Sequence[str] | None, held_out: HeldOut, cache_dir: Path) -> tuple[dict[str, TokenStore], dict[str, list[str]]]:
+def choose_sets(wanted: Sequence[str] | None, held_out: HeldOut, source: SourceConfig,
+                cache_dir: Path) -> tuple[dict[str, TokenStore], dict[str, list[str]]]:
   """The token stores that --sets selects, and the tags whose sets are all among them.
 
   Args:
     wanted: NAME, one of the run's own sets; NAME=STORE, a folder or URL that tools.prepare_data made with the run's tokenizer; or
       NAME=PATH, documents of any source, which are tokenized into the cache. None: all of the run's own sets.
     held_out: of the run.
+    source: of the run; where it has examples, PATH has such examples too.
     cache_dir: documents are tokenized into `cache_dir/data`.
 
   Raises:
@@ -35,13 +38,14 @@ def choose_sets(wanted: Sequence[str] | None, held_out: HeldOut, cache_dir: Path
     if not given and name not in held_out.valid:
       raise UserError('--sets', name, f"{', '.join(held_out.valid) or 'no names (the run has no sets of its own)'}; or NAME=STORE, "
                       'NAME=PATH', held_out.valid)
-    chosen[name] = _open(name, path, held_out, cache_dir) if given else held_out.valid[name]
+    chosen[name] = _open(name, path, held_out, source, cache_dir) if given else held_out.valid[name]
   return chosen, {tag: names for tag, names in held_out.tags.items() if all(chosen.get(name) is held_out.valid[name] for name in names)}
 
 
-def _open(name: str, path: str, held_out: HeldOut, cache_dir: Path) -> TokenStore:
+def _open(name: str, path: str, held_out: HeldOut, source: SourceConfig, cache_dir: Path) -> TokenStore:
   if '://' not in path and not (expanded(path) / MANIFEST).exists():
-    recipe = Recipe(open_source(SourceConfig(path), cache_dir), held_out.tokenizer)
+    config = dataclasses.replace(source, path=path) if source.has_examples else SourceConfig(path)
+    recipe = Recipe(open_source(config, cache_dir), held_out.tokenizer)
     folder = cache_dir / 'data' / f'set-{recipe.fingerprint()[:16]}'
     make = lambda: write_store(folder, recipe, processes=cores(), title=f'tokenizing {name}')
     # Process 0 first: the others then find the store in a shared cache, or write it to their own disk.

@@ -47,12 +47,14 @@ def next_token(z_loss: float = 0.0) -> ObjectiveFunction:
 
 OBJECTIVES: dict[str, Callable[[Config], ObjectiveFunction]] = {
   'next_token': lambda config: next_token(config.z_loss),
+  'sft': lambda config: next_token(config.z_loss),  # the mask of examples has their answers alone
 }
-"""By their name in config.objective."""
+"""By their name in objective.kind."""
 
 
 def make_objective(config: Config) -> ObjectiveFunction:
   """The objective of a config; raises a UserError if it has no such name."""
-  if config.objective not in OBJECTIVES:
-    raise UserError('objective', config.objective, ', '.join(OBJECTIVES), list(OBJECTIVES))
-  return OBJECTIVES[config.objective](config)
+  kind = config.objective.kind
+  if kind not in OBJECTIVES:
+    raise UserError('objective.kind', kind, ', '.join(OBJECTIVES), list(OBJECTIVES))
+  return OBJECTIVES[kind](config)

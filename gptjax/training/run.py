@@ -5,7 +5,7 @@ import functools
 import math
 import subprocess
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +44,7 @@ class Run:
   step: Any
   """jitted: (state, batch) -> (state, metrics)"""
   rows: TrainRows
-  valid: dict[str, EvalRows]
+  valid: Mapping[str, EvalRows]
   steps: int
   eval_every: int
   checkpoint_every: int
@@ -98,13 +98,17 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
     raise UserError('compute.offloaded', list(config.compute.offloaded), f'none: the device reaches no memory of the host, only {memories}')
   optimizer = make_optimizer(opt)
   objective = make_objective(config)
+  has_examples = any(layout.store.weighted for layout in data.layouts)
+  if has_examples != (config.objective.kind == 'sft'):
+    raise UserError('objective.kind', config.objective.kind, 'sft for examples' if has_examples else
+                    'next_token for documents; for sft, examples: data.source.prompt and completion, or data.source.messages')
   return Run(
     config=config, mesh=mesh, model=model, objective=objective, optimizer=optimizer, rows=rows, steps=steps,
     initialize=initializer(model, optimizer, config.zero_stage, mesh, config.seed, frozen),
     step=train_step(model, objective, optimizer, learning_rates(opt, **durations),
                     zero_stage=config.zero_stage, mesh=mesh, microbatches=config.microbatches, seed=config.seed, spike=config.faults.spike,
                     pipeline=config.pipeline),
-    valid={name: EvalRows(store, config.data.context, config.data.isolate_documents) for name, store in data.valid.items()},
+    valid=data.valid_rows,
     eval_every=steps_of('eval.every'), checkpoint_every=steps_of('checkpoint.every'), keep_every=steps_of('checkpoint.keep_every'),
     compare_every=steps_of('faults.compare_every'), warning=warning)
 
@@ -142,6 +146,7 @@ def header(run: Run, data: Prepared, begun: str, peak: tuple[float, str] | None)
     'mesh': f'{describe(mesh)}, ZeRO stage {config.zero_stage}',
     **({'unsharded': f'{fraction:.1%} of the parameters; ' + '; '.join(reasons)} if reasons else {}),
     'data': data.description,
+    **({'first example, with its targets in ⟦⟧': data.example} if data.example else {}),
     'parameters': parameter_count(model, config.data.context),
     **({'active parameters': active_parameters(model, config.data.context), 'experts': f'{model.experts_per_token} of {model.experts}, '
         + expert_backend(config.compute)} if model.experts else {}),

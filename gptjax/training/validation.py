@@ -42,7 +42,8 @@ class Validation:
     if settings.sample_tokens:
       weights = self._generator.prepare(parameters)
       prompt = unescaped(settings.prompt)
-      sample, = self._generator(weights, [self._generator.prompt(prompt, 'eval.prompt')], max_tokens=settings.sample_tokens,
+      asked = [{'role': 'user', 'content': prompt}] if prompt and run.config.data.source.chat else prompt
+      sample, = self._generator(weights, [self._generator.prompt(asked, 'eval.prompt')], max_tokens=settings.sample_tokens,
                                 seeds=[run.config.seed])
       self._book.sample(step, prompt, sample.text)
     return scores.overall.loss

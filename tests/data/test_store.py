@@ -58,7 +58,7 @@ def flip(path, place):
 def test_every_flipped_byte_is_found_before_it_is_used(store):
   path, shard = store.location, store._shard(1)
   file = Path(path) / shard.name
-  for place in (0, shard.ids - 1, BLOCK + 3, shard.starts + 9, shard.sums + 1):
+  for place in (0, shard.stop - 1, BLOCK + 3, shard.starts + 9, shard.sums + 1):
     flip(file, place)
     damaged = TokenStore.open(path)
     with pytest.raises(UserError, match=rf'{shard.name}'):

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from small_stores import make_store, texts
 
-from gptjax.config import UserError
+from gptjax.config import SourceConfig, UserError
 from gptjax.data import HeldOut
 from gptjax.data.store import manifest_sha256
 from gptjax.data.tokenizers import ByteTokenizer
@@ -71,15 +71,15 @@ def held_out(tmp_path):
 
 
 def test_sets_are_the_runs_own_unless_others_are_selected(held_out, tmp_path):
-  assert choose_sets(None, held_out, tmp_path) == (held_out.valid, held_out.tags)
-  assert choose_sets([], held_out, tmp_path) == ({}, {})
+  assert choose_sets(None, held_out, SourceConfig(), tmp_path) == (held_out.valid, held_out.tags)
+  assert choose_sets([], held_out, SourceConfig(), tmp_path) == ({}, {})
   text = tmp_path / 'text.txt'
   text.write_text('a few words, déjà vu')
-  chosen, tags = choose_sets(['b', f'mine={tmp_path}/a', f'text={text}'], held_out, tmp_path / 'cache')
+  chosen, tags = choose_sets(['b', f'mine={tmp_path}/a', f'text={text}'], held_out, SourceConfig(), tmp_path / 'cache')
   assert [*chosen] == ['b', 'mine', 'text'] and tags == {'one': ['b']}
   assert chosen['mine'].sha256 == held_out.valid['a'].sha256
   assert (chosen['text'].documents, texts(chosen['text'])) == (1, ['a few words, déjà vu'])
-  again, _ = choose_sets([f'text={text}'], held_out, tmp_path / 'cache')
+  again, _ = choose_sets([f'text={text}'], held_out, SourceConfig(), tmp_path / 'cache')
   assert again['text'].sha256 == chosen['text'].sha256 and len([*(tmp_path / 'cache/data').iterdir()]) == 1
 
 
@@ -96,9 +96,9 @@ def test_a_mistake_in_sets_is_one_error_line(held_out, tmp_path):
       ([f'x={tmp_path}/nothing.txt'], "nothing.txt', expected: "),
       ([f'x={tmp_path}/blank.jsonl'], "^source: 'blank.jsonl', expected: documents; none of its 2 records is left")]:
     with pytest.raises(UserError, match=message):
-      choose_sets(wanted, held_out, tmp_path)
+      choose_sets(wanted, held_out, SourceConfig(), tmp_path)
   with pytest.raises(UserError, match="^--sets: 'c', expected: no names \\(the run has no sets of its own\\)"):
-    choose_sets(['c'], HeldOut(TOKENIZER, {}, {}), tmp_path)
+    choose_sets(['c'], HeldOut(TOKENIZER, {}, {}), SourceConfig(), tmp_path)
 
 
 def test_only_finite_numbers_are_plotted(tmp_path):

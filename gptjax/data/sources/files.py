@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gptjax.config import UserError
+from gptjax.config import SourceConfig, UserError
 from gptjax.data.folders import file_system, storage_errors
 from gptjax.data.sources.source import Source
 from gptjax.files import expanded
@@ -67,8 +67,8 @@ def title(pattern: str) -> str:
 class FileSource(Source):
   """A source of files; `kind` and `option`, how they are read, are for the fingerprint."""
 
-  def __init__(self, files: Sequence[File], description: str, skip: float, kind: str, option: str):
-    self.files, self.description, self.skip = files, description, skip
+  def __init__(self, files: Sequence[File], description: str, config: SourceConfig, kind: str, option: str):
+    self.files, self.description, self.skip, self.has_examples = files, description, config.skip, config.has_examples
     self.size = sum(file.size for file in files)
     self._kind, self._option = kind, option
 

@@ -1,7 +1,7 @@
 """Opening of sources: TFDS, Hugging Face, files of a path, folder or glob, or the embedded corpus: Python's standard library."""
 
+import codecs
 import contextlib
-import dataclasses
 import fnmatch
 import hashlib
 import json
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gptjax.config import SourceConfig, UserError
-from gptjax.data.sources.files import File, find, packing, title
+from gptjax.data.sources.files import File, find, opened, packing, title
 from gptjax.data.sources.source import Document, Part, Source
 from gptjax.data.sources.tables import HuggingFace, Parquet
-from gptjax.data.sources.text import JsonLines, TextFiles
+from gptjax.data.sources.text import JsonLines, JsonLists, TextFiles
 from gptjax.files import expanded, locked
 
 
@@ -25,6 +25,12 @@ def _refuse(_files: Sequence[File], _description: str, config: SourceConfig) -> 
   kinds = ', '.join(kind for kind, format in _FORMATS.items() if format.open != _refuse)
   raise UserError('data.source.path', config.path, f"{kinds}, and no CSV; pandas.read_csv(FILE).to_json('FILE.jsonl', orient='records', "
                   "lines=True) converts it; to train on the file as it is, rename it to .txt")
+
+
+def _open_json(files: Sequence[File], description: str, config: SourceConfig) -> Source:
+  with opened(files[0].path) as file:
+    is_list = file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b'[')
+  return (JsonLists if is_list else JsonLines)(files, description, config)
 
 
 class _Format(NamedTuple):
@@ -40,7 +46,7 @@ _FORMATS = {
   'JSON lines': _Format(JsonLines, ('.jsonl', '.ndjson'), 0),
   'Parquet': _Format(Parquet, ('.parquet',), 0, packed=False),
   'text': _Format(TextFiles, ('.txt', '.text', '.md', '.rst', '.tex', '.py'), 1),  # beside data: their README or LICENSE
-  'JSON': _Format(JsonLines, ('.json',), 2),  # beside others: metadata
+  'JSON': _Format(_open_json, ('.json',), 2),  # beside others: metadata
   'CSV': _Format(_refuse, ('.csv', '.tsv'), 3),
 }
 """By the ending of a file's name, in any case. A path or glob may name text files with other endings."""
@@ -58,7 +64,7 @@ def open_source(config: SourceConfig, cache_dir: Path | None = None) -> Source:
   Raises a UserError if the source does not exist, or the config does not fit it.
   """
   if not config.path:
-    _check_unused(config, 'the built-in corpus', 'text', 'split', 'separator')
+    _check_unused(config, 'the built-in corpus', 'text', *_EXAMPLES, 'split', 'separator')
     assert cache_dir is not None
     return Stdlib(cache_dir)
   if config.path.startswith(('tfds:', 'hf:')):
@@ -85,14 +91,16 @@ def open_source(config: SourceConfig, cache_dir: Path | None = None) -> Source:
   if conflicts:
     raise UserError('data.source.path', config.path, f'files of one format; a glob such as DIR/*.jsonl selects them; there are '
                     f'{", ".join(counts.values())}')
-  _check_unused(config, f'{kind} files', 'split', 'text' if kind == 'text' else 'separator')
+  _check_unused(config, f'{kind} files', 'split', *(('text', *_EXAMPLES) if kind == 'text' else ('separator',)))
   description = title(config.path)
   if len(files) > 1:
     description += f' ({"; ".join([counts.pop(kind), *(f"{count} ignored" for count in counts.values())])})'
   return _FORMATS[kind].open(by_kind[kind], description, config)
 
 
-_UNUSED = {'text': 'they have no records', 'split': 'only tfds: and hf: datasets have splits', 'separator': 'a record is a document'}
+_EXAMPLES = ('prompt', 'messages')
+_UNUSED = {**dict.fromkeys(('text', *_EXAMPLES), 'they have no records'),
+           'split': 'only tfds: and hf: datasets have splits', 'separator': 'a record is a document'}
 
 
 def _check_unused(config: SourceConfig, kind: str, *options: str) -> None:
@@ -138,7 +146,7 @@ class Stdlib(Source):
     self.size = sum(self.document_bytes.values())
     self.skip = 0.0
     self.description = f'standard library of Python {platform.python_version()}'
-    self._digest = hashlib.sha256(json.dumps(list(map(dataclasses.astuple, documents))).encode()).hexdigest()
+    self._digest = hashlib.sha256(json.dumps([(document.name, document.text) for document in documents]).encode()).hexdigest()
     self._data_dir = cache_dir / 'tfds' / self._digest[:16]
 
   def fingerprint(self) -> str:

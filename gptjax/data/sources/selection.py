@@ -129,7 +129,7 @@ class _Side(Source):
   def __init__(self, source: Source, validates: bool, rule: _Rule):
     self.source, self.validates, self.rule, self.held_out = source, validates, rule, rule.words
     self.description = f'{source.description}, {"validation" if validates else "training"} side'
-    self.size, self.skip, self.numbering = source.size, source.skip, source.numbering
+    self.size, self.skip, self.numbering, self.has_examples = source.size, source.skip, source.numbering, source.has_examples
 
   def parts(self) -> Iterator[Part]:
     return self.source.parts()
@@ -138,6 +138,9 @@ class _Side(Source):
     for record in self.source.read(part):
       if isinstance(record, Document):
         cut = self.rule.cut(record)
+        if record.turns:  # an example stays whole
+          yield record if self.validates == (2 * cut < len(record.text)) else None
+          continue
         text = record.text[cut:] if self.validates else record.text[:cut]
         yield Document(record.name, text) if text else None
       else:

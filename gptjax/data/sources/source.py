@@ -8,9 +8,23 @@ import string
 import types
 from collections.abc import Iterator, Mapping
 from numbers import Number
-from typing import Any
+from typing import Any, NamedTuple
 
 from gptjax.config import UserError, unescaped
+
+
+ASSISTANT = 'assistant'
+"""The role whose messages are answers."""
+
+
+class Turn(NamedTuple):
+  """A part of an example: a prompt and its completion, which have no role, or a message."""
+
+  role: str
+  content: str
+  is_answer: bool
+  weight: float
+  """of the loss of its tokens and, of an answer, of its end; 0 to 1"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +33,8 @@ class Document:
 
   name: str
   text: str
+  turns: tuple[Turn, ...] = ()
+  """of an example"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +88,8 @@ class Source(abc.ABC):
   """bytes of text of all documents by name, if known without reading; of a single one: the source is one document, possibly in pieces"""
   held_out: str = ''
   """description of what a split has held out"""
+  has_examples: bool = False
+  """whether its documents are examples"""
   part_bytes: int = 8 * 2**20
   """approximate bytes of text per part"""
   numbering: str = ', record '
@@ -134,10 +152,10 @@ class Fields:
   'a.b' is the field of that name or else field b of the object in field a. Raises a UserError if the template is invalid.
   """
 
-  def __init__(self, text: str):
-    self.text = text
+  def __init__(self, text: str, place: str = 'data.source.text'):
+    self.text, self._place = text, place
     self._template = '{' in text
-    self._pieces = _parse(text) if self._template else [('', text)]
+    self._pieces = _parse(text, place) if self._template else [('', text)]
     self.names = list(dict.fromkeys(field for _, field in self._pieces if field))
 
   def check(self, names: list[str], place: str) -> None:
@@ -145,30 +163,32 @@ class Fields:
     for field in self.names:
       # A column may be an object whose fields are not listed, or a field of an object that is.
       if not any(f'{name}.'.startswith(f'{field}.') or f'{field}.'.startswith(f'{name}.') for name in names):
-        raise UserError('data.source.text', field, f'a column of {place}: {", ".join(names)}', names=names)
+        raise UserError(self._place, field, f'a column of {place}: {", ".join(names)}', names=names)
 
   def record(self, name: str, record: Mapping[str, Any], index: int) -> Record:
     """The document in a record of strings, UTF-8 bytes, mappings and, for templates, numbers; None if it is only white space."""
+    text = self.value(record, index)
+    return text if isinstance(text, Malformed) else Document(name, text) if text.strip() else None
+
+  def value(self, record: Mapping[str, Any], index: int) -> str | Malformed:
+    """The text of a record."""
     text = ''
     for literal, field in self._pieces:
       value = self._value(record, field, index) if field else ''
       if isinstance(value, Malformed):
         return value
       text += literal + value
-    return Document(name, text) if text.strip() else None
+    return text
 
   def _value(self, record: Mapping[str, Any], field: str, index: int) -> str | Malformed:
-    value = next(_values(record, field), _MISSING)
+    value = next(values_of(record, field), _MISSING)
     if value is _MISSING:
       names = tuple(_full_names(record))
       return Malformed(field, f'a field that the record has: {", ".join(names) or "none"}', index, names=names)
     expected = f'text{" or a number" * self._template} in the field {field}'
     try:
-      if isinstance(value, bytes):
-        return unmarked(value.decode())
-      if isinstance(value, str):
-        value.encode()  # JSON can contain lone surrogates, which UTF-8 cannot represent
-        return unmarked(value)
+      if (text := decoded(value)) is not None:
+        return text
     except (UnicodeEncodeError, UnicodeDecodeError) as error:
       return Malformed(error.object[error.start:error.start + 4], f'UTF-8 {expected}', index)
     if self._template and isinstance(value, Number) and not isinstance(value, bool):
@@ -176,13 +196,23 @@ class Fields:
     return Malformed(truncated(str(value)), expected, index)
 
 
-def _values(record: Any, field: str) -> Iterator[Any]:
+def decoded(value: Any) -> str | None:
+  """A text without byte order marks; None for other values. Raises a UnicodeError for one that UTF-8 does not represent."""
+  if isinstance(value, bytes):
+    return unmarked(value.decode())
+  if not isinstance(value, str):
+    return None
+  value.encode()  # JSON can contain lone surrogates
+  return unmarked(value)
+
+
+def values_of(record: Any, field: str) -> Iterator[Any]:
   """The values that a name such as 'a.b.c' may mean: that of field 'a.b.c', of c in the object 'a.b', and of 'b.c' or c of b in a."""
   if isinstance(record, Mapping):
     if field in record:
       yield record[field]
     for dot in reversed([at for at, char in enumerate(field) if char == '.']):
-      yield from _values(record.get(field[:dot]), field[dot + 1:])
+      yield from values_of(record.get(field[:dot]), field[dot + 1:])
 
 
 def _full_names(value: Any, prefix: str = '') -> Iterator[str]:
@@ -199,15 +229,15 @@ def truncated(text: str) -> str:
   return text if len(text) <= 60 else f'{text[:59]}…'
 
 
-def _parse(text: str) -> list[tuple[str, str]]:
+def _parse(text: str, place: str) -> list[tuple[str, str]]:
   """Parses a template to pairs of literal text and the field after it."""
   expected = "a field's name, or a template of fields and text such as '{question}\\n{answer}'"
   try:
     pieces = list(string.Formatter().parse(unescaped(text)))
   except ValueError as error:
-    raise UserError('data.source.text', text, f'{expected} ({error})') from None
+    raise UserError(place, text, f'{expected} ({error})') from None
   if any(field is not None and (spec or conversion or not _FIELD.fullmatch(field)) for _, field, spec, conversion in pieces):
-    raise UserError('data.source.text', text, f'{expected}, with plain names in the braces')
+    raise UserError(place, text, f'{expected}, with plain names in the braces')
   if not any(field for _, field, _, _ in pieces):
-    raise UserError('data.source.text', text, f'{expected}, with at least one field')
+    raise UserError(place, text, f'{expected}, with at least one field')
   return [(literal, field or '') for literal, field, _, _ in pieces]

@@ -10,6 +10,7 @@ from typing import Any
 
 from gptjax.config import SourceConfig, UserError
 from gptjax.data.folders import library_errors
+from gptjax.data.sources.examples import Examples, fields_of
 from gptjax.data.sources.files import File, FileSource, opened
 from gptjax.data.sources.source import Fields, Part, Record, Source
 
@@ -21,7 +22,7 @@ _MAX_PARTS_PER_GROUP = 8  # few, because reading a part that starts inside a row
 class TableSource(Source):
   """Rows with named fields. A part is a range of the rows of a file, or of the split of a dataset."""
 
-  fields: Fields
+  fields: Fields | Examples
   length: int
   """rows of the split"""
   split: str
@@ -61,8 +62,8 @@ class Parquet(FileSource, TableSource):
   """Parquet files, whose rows are records. A part is several row groups, or a range of a large one; only the needed columns are read."""
 
   def __init__(self, files: Sequence[File], description: str, config: SourceConfig):
-    super().__init__(files, description, config.skip, 'parquet', config.text)
-    self.fields = Fields(config.text)
+    self.fields = fields_of(config)
+    super().__init__(files, description, config, 'parquet', self.fields.text)
 
   def parts(self) -> Iterator[Part]:
     for file in self.files:
@@ -116,7 +117,8 @@ class HuggingFace(TableSource):
   """The rows of a split of 'hf:FOLDER', 'hf:NAME' or 'hf:NAME:CONFIGURATION', in memory-mapped tables."""
 
   def __init__(self, config: SourceConfig):
-    self.fields, self.skip, self.split = Fields(config.text), config.skip, config.split
+    self.fields, self.split = fields_of(config), config.split
+    self.skip, self.has_examples = config.skip, config.has_examples
     name = config.path.removeprefix('hf:')
     folder = os.path.expanduser(name)
     # The hub's client and the libraries below it raise errors of many classes: no such dataset, no access, no network.

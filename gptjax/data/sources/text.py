@@ -7,8 +7,9 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 
 from gptjax.config import SourceConfig, unescaped
+from gptjax.data.sources.examples import fields_of
 from gptjax.data.sources.files import File, FileSource, Stream, opened, packing
-from gptjax.data.sources.source import Document, Fields, Malformed, Part, Record, truncated, unmarked
+from gptjax.data.sources.source import Document, Malformed, Part, Record, truncated, unmarked
 
 _READAHEAD = 2**23
 _WINDOW, _MAX_WINDOW = 2**16, 2**22  # bytes searched for a boundary at once
@@ -143,7 +144,7 @@ class TextFiles(RecordFiles):
 
   def __init__(self, files: Sequence[File], description: str, config: SourceConfig):
     self._separator = separator = unescaped(config.separator)
-    super().__init__(files, description, config.skip, 'text', separator)
+    super().__init__(files, description, config, 'text', separator)
     self.boundary, self.step = Boundary(separator), self.part_bytes if separator else self.max_document_bytes
     may_cut = any(file.size > self.max_document_bytes or packing(file.path) for file in files)
     if separator:
@@ -168,8 +169,8 @@ class JsonLines(RecordFiles):
   numbering = ':'
 
   def __init__(self, files: Sequence[File], description: str, config: SourceConfig):
-    self._fields = Fields(config.text)
-    super().__init__(files, description, config.skip, 'jsonl', config.text)
+    self._fields = fields_of(config)
+    super().__init__(files, description, config, 'jsonl', self._fields.text)
     self.boundary, self.step = Boundary('\n'), self.part_bytes
 
   def record(self, part: Part, index: int, offset: int, text: str) -> Record:
@@ -182,3 +183,31 @@ class JsonLines(RecordFiles):
     if not isinstance(value, dict):
       return Malformed(truncated(text), 'a JSON object on a line of its own', index)
     return self._fields.record(f'{part.name}#{offset}', value, index)
+
+
+class JsonLists(FileSource):
+  """Files with one JSON list of objects each, which are read at once."""
+
+  numbering = ', object '
+
+  def __init__(self, files: Sequence[File], description: str, config: SourceConfig):
+    self._fields = fields_of(config)
+    super().__init__(files, description, config, 'json', self._fields.text)
+
+  def parts(self) -> Iterator[Part]:
+    for file in self.files:
+      yield Part(file.path, file.name, 0, file.size, file.size)
+
+  def read(self, part: Part) -> Iterator[Record]:
+    with opened(part.file) as file:
+      data = file.read()
+    try:
+      values = _DECODER.decode(unmarked(data.decode()).strip())
+    except (ValueError, RecursionError) as error:
+      values = str(error)
+    if not isinstance(values, list):
+      yield Malformed(data[:60], f'a list of JSON objects, as in the first file ({truncated(str(values))})', 0, part.file)
+      return
+    for index, value in enumerate(values):
+      yield self._fields.record(f'{part.name}#{index}', value, index) if isinstance(value, dict) else (
+        Malformed(truncated(str(value)), 'a JSON object', index))

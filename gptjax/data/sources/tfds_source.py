@@ -1,7 +1,6 @@
 """TFDS datasets: of its catalogue, in prepared folders, of a user's builder, and the embedded corpus. Imports TFDS, not TensorFlow."""
 
 import contextlib
-import dataclasses
 import importlib
 import io
 import os
@@ -15,7 +14,8 @@ from tensorflow_datasets.core.download import downloader
 from gptjax.config import SourceConfig, UserError
 from gptjax.data.folders import library_errors
 from gptjax.data.progress import ProgressBar, announce
-from gptjax.data.sources.source import Document, Fields, Part
+from gptjax.data.sources.examples import fields_of
+from gptjax.data.sources.source import Document, Part
 from gptjax.data.sources.tables import TableSource
 
 downloader.MAX_RETRIES = 3  # by default TFDS tries for minutes to reach a server, as on a machine without a network
@@ -31,7 +31,8 @@ class TfdsRecords(TableSource):
   """
 
   def __init__(self, config: SourceConfig):
-    self.fields, self.skip, self.split = Fields(config.text), config.skip, config.split
+    self.fields, self.split = fields_of(config), config.split
+    self.skip, self.has_examples = config.skip, config.has_examples
     self._path = config.path
     with library_errors('data.source.path', config.path, _EXPECTED):
       builder = _prepared(config.path.removeprefix('tfds:'))
@@ -126,5 +127,5 @@ class PythonStdlib(tfds.core.GeneratorBasedBuilder):
   def _generate_examples(self) -> Iterator[tuple[str, dict[str, str]]]:
     with ProgressBar('building the dataset of the standard library', len(self._modules), 'documents') as progress:
       for document in self._modules:
-        yield document.name, dataclasses.asdict(document)
+        yield document.name, {'name': document.name, 'text': document.text}
         progress.advance(1)

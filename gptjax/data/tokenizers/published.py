@@ -21,7 +21,8 @@ from tokenizers import models
 
 from gptjax.config import UserError
 from gptjax.data.folders import library_errors
-from gptjax.data.tokenizers.tokenizer import ALPHABET, FILE, Tokenizer, from_alphabet, utf8
+from gptjax.data.sources.source import ASSISTANT
+from gptjax.data.tokenizers.tokenizer import ALPHABET, FILE, Tokenizer, from_alphabet, in_parts, utf8
 from gptjax.files import json_object
 
 DESCRIPTION, MODEL, CONFIG, TEMPLATE = 'tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'chat_template.jinja'
@@ -131,7 +132,7 @@ class PublishedTokenizer(Tokenizer):
     self._added = self._special | {text: i for i, text in added.items() if not text.isspace()}
 
   def __reduce__(self):
-    return type(self), (self.published,)
+    return type(self), (self.published,), {'plain_chat': self.plain_chat}
 
   def _rules(self) -> list[str]:
     ids = [self.bos_id, self.eos_id, self.pad_id, self.unk_id, *self.stop_ids]
@@ -160,13 +161,33 @@ class PublishedTokenizer(Tokenizer):
     return [self._special[text] for text in self._special if self._template and text in self._template.written]
 
   def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **options: object) -> np.ndarray:
-    if not self._template:
+    if self.plain_chat or not self._template:
       return super().chat(messages, add_generation_prompt)
+    return np.array(self._encode_rendered(self._rendered(messages, add_generation_prompt, options)), np.int32)
+
+  def conversation(self, messages: Sequence[Mapping[str, Any]]) -> list[tuple[np.ndarray, int | None]]:
+    if self.plain_chat or not self._template:
+      return super().conversation(messages)
+    text, at = self._rendered(messages, False), [0]
+    numbers: list[int | None] = []
+    ends = {text: alias for text, alias in self._aliases.items() if self._control.get(text) in self.stop_ids}
+    for number, message in enumerate(messages):
+      if message['role'] == ASSISTANT:
+        start = self._rendered(messages[:number], True) if number else ''
+        stop = re.compile(any_of(ends.values())).search(text, len(start)) if start and ends and text.startswith(start) else None
+        if not stop:
+          raise UserError('messages', [one['role'] for one in messages], f'answers that {self.published.template[1]} begins as its '
+                          f'generation prompt does and ends with a token that ends a text: {", ".join(ends) or "none is defined"}')
+        at, numbers = [*at, len(start), stop.end()], [*numbers, None, number]
+    parts = [text[begin:end] for begin, end in itertools.pairwise([*at, len(text)])]
+    return list(zip(in_parts(parts, lambda text: np.array(self._encode_rendered(text), np.int32)), [*numbers, None], strict=True))
+
+  def _rendered(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, options: Mapping[str, object] = {}) -> str:
     names = {name: self._aliases.get(text, text) for name, text in self._names.items()}
     variables = {'tools': None, 'documents': None, **names, 'add_generation_prompt': add_generation_prompt, **options}
     text = self._template.render(messages, variables)
     utf8(text, 'messages')
-    return np.array(self._encode_rendered(text), np.int32)
+    return text
 
   @abc.abstractmethod
   def _encode_rendered(self, text: str) -> list[int]:

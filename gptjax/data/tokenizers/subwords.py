@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -174,7 +175,7 @@ class SentencePieceTokenizer(Tokenizer):
     super().__init__([b''] * SPECIALS + [from_alphabet(piece) for piece in pieces])
 
   def __reduce__(self):
-    return SentencePieceTokenizer, (self.kind, self.model, self.words)
+    return SentencePieceTokenizer, (self.kind, self.model, self.words), {'plain_chat': self.plain_chat}
 
   def _rules(self) -> list[str]:
     return [self.model.hex(), self.words.pattern, *self.words.symbols]
@@ -283,19 +284,8 @@ def load_tokenizer(directory: Path | str) -> Tokenizer:
   published = [kind for name, kind in _PUBLISHED.items() if (folder / name).exists()]
   try:
     saved = {'kind': published[0]} if published and not (folder / FILE).exists() else json.loads((folder / FILE).read_text('utf-8-sig'))
-    match saved['kind']:
-      case 'bytes':
-        return ByteTokenizer()
-      case 'chars':
-        return CharTokenizer(saved['characters'])
-      case 'gpt2':
-        return Gpt2Tokenizer(folder)
-      case 'hugging_face':
-        return HuggingFaceTokenizer(Published.read(folder))
-      case 'sentencepiece':
-        return SentencePieceModel(Published.read(folder))
-      case 'bpe' | 'unigram':
-        return SentencePieceTokenizer(saved['kind'], (folder / MODEL).read_bytes(), Words(saved['words'], saved['symbols']))
+    found = _loaded(folder, saved)
+    return found.with_plain_chat() if saved.get('plain_chat') else found
   except UserError:
     raise
   except OSError as error:
@@ -303,5 +293,21 @@ def load_tokenizer(directory: Path | str) -> Tokenizer:
                     f"{MODEL} or {OPENAI_FILES[0]} ({error.strerror}: {error.filename})") from None
   except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, re.error) as error:  # RecursionError is a RuntimeError
     raise UserError('tokenizer', str(directory), f'a folder with an undamaged tokenizer ({type(error).__name__}: {error})') from None
+
+
+def _loaded(folder: Path, saved: dict[str, Any]) -> Tokenizer:
+  match saved['kind']:
+    case 'bytes':
+      return ByteTokenizer()
+    case 'chars':
+      return CharTokenizer(saved['characters'])
+    case 'gpt2':
+      return Gpt2Tokenizer(folder)
+    case 'hugging_face':
+      return HuggingFaceTokenizer(Published.read(folder))
+    case 'sentencepiece':
+      return SentencePieceModel(Published.read(folder))
+    case 'bpe' | 'unigram':
+      return SentencePieceTokenizer(saved['kind'], (folder / MODEL).read_bytes(), Words(saved['words'], saved['symbols']))
   raise UserError(str(folder / FILE), saved['kind'], 'a kind that this version of gptjax supports: bpe, unigram, chars, bytes, gpt2, '
                   'hugging_face, sentencepiece')

@@ -2,21 +2,42 @@
 
 import abc
 import codecs
+import copy
 import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gptjax.config import UserError
+from gptjax.data.sources.source import ASSISTANT
 from gptjax.data.tokenizers import export
 
 FILE = 'gptjax_tokenizer.json'  # written by `Tokenizer.save`, among other files
 SPECIALS = 3  # special ids of our own tokenizers
+
+
+def in_parts(parts: Sequence[str], encode: Callable[[str], np.ndarray]) -> list[np.ndarray]:
+  """The ids of consecutive parts of a text. A part has the ids that it has in the text, if those before it are the same without it, and
+  else the ids that it has alone. So the ids before a part are those of a prompt that ends there."""
+  found: list[np.ndarray] = []
+  text, before = '', np.empty(0, np.int32)
+  for part in parts:
+    text += part
+    ids = encode(text)
+    if not np.array_equal(ids[:len(before)], before):
+      ids = np.concatenate([before, encode(part)])
+    found.append(ids[len(before):])
+    before = ids
+  return found
+
+
+def _heading(role: str) -> str:
+  return f'### {role.capitalize()}:\n'
 
 
 class Tokenizer(abc.ABC):
@@ -35,6 +56,8 @@ class Tokenizer(abc.ABC):
   """never produced by `encode`; None: the tokenizer has none"""
   prefix: bytes = b''
   """prepended by `encode` and removed by `decode`: a space where SentencePiece adds one before every text"""
+  plain_chat: bool = False
+  """whether conversations are written below headings such as '### User:', with eos_id after each answer"""
   saved: Mapping[str, object] = {}
   """what FILE has beside the kind"""
 
@@ -94,12 +117,45 @@ class Tokenizer(abc.ABC):
     answer; `options` are other variables of the template, such as enable_thinking. Raises a UserError if the tokenizer has no
     template, or the template rejects the messages.
     """
-    raise UserError('tokenizer', self.kind, 'one with a chat template (chat_template.jinja, or chat_template in tokenizer_config.json)')
+    parts = [part for part, _ in self.conversation(messages)]
+    headed = self.encode(_heading(ASSISTANT)) if add_generation_prompt else np.empty(0, np.int32)
+    return np.concatenate([*parts, headed]).astype(np.int32)
+
+  def conversation(self, messages: Sequence[Mapping[str, Any]]) -> list[tuple[np.ndarray, int | None]]:
+    """The ids of a conversation in parts, each with the number of the message of the assistant that it is, up to the end of the turn, or
+    None. Raises a UserError as `chat` does, and where the end of an answer is not an id that ends a turn."""
+    if not self.plain_chat:
+      raise UserError('tokenizer', self.kind, 'one with a chat template (chat_template.jinja, or chat_template in tokenizer_config.json), '
+                      'or that of a run with data.source.chat=plain')
+    roles = [message['role'] for message in messages]
+    spoken = roles[roles[:1] == ['system']:]
+    if not spoken or spoken != [('user', ASSISTANT)[at % 2] for at in range(len(spoken))]:
+      raise UserError('messages', roles, 'user and assistant in turn, perhaps after one message of the system')
+    parts: list[tuple[np.ndarray, int | None]] = [(np.array(self.start_ids, np.int32), None)]
+    for number, message in enumerate(messages):
+      heading, content = _heading(message['role']), message['content']
+      if message['role'] == ASSISTANT:
+        before, answer = self.encode_parts([heading, content], 'messages')
+        parts += [(before, None), (np.append(answer, self.eos_id), number)]
+      else:
+        gap = '\n\n' if ASSISTANT in roles[:number] else ''
+        parts.append((self.encode(f'{gap}{heading}{content}\n\n', 'messages'), None))
+    return parts
+
+  def encode_parts(self, parts: Sequence[str], source: str = 'text') -> list[np.ndarray]:
+    """The ids of consecutive parts of a text; see `in_parts`."""
+    return in_parts(parts, lambda text: self.encode(text, source))
+
+  def with_plain_chat(self) -> 'Tokenizer':
+    """The same tokenizer, whose conversations are written below headings."""
+    other = copy.copy(self)
+    other.plain_chat = True
+    return other
 
   def save(self, directory: Path) -> None:
     """Writes what `load_tokenizer` needs to a folder, created if necessary."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / FILE).write_text(json.dumps({'kind': self.kind, **self.saved}) + '\n', encoding='utf-8')
+    (directory / FILE).write_text(json.dumps({'kind': self.kind, **self.saved, **({'plain_chat': True} if self.plain_chat else {})}) + '\n', encoding='utf-8')
 
   @abc.abstractmethod
   def save_hugging_face(self, directory: Path) -> None:

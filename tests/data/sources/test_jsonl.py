@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import pytest
 import zstandard
@@ -114,3 +115,22 @@ def test_records_are_counted_per_file(tmp_path):
 def test_json_files_are_read_if_there_are_no_others(tmp_path):
   (tmp_path / 'a.json').write_text('{"text": "x"}\n')
   assert [document.text for document in open_lines(tmp_path)] == ['x']
+
+
+def test_a_list_of_objects_is_read_as_its_objects(tmp_path):
+  records = [{'text': f'é{i}\n[{{', 'n': i} for i in range(5)]
+  (tmp_path / 'list.json').write_bytes(b'\xef\xbb\xbf\n ' + json.dumps(records, indent=2).encode())
+  (tmp_path / 'lines.json').write_text('\n'.join(map(json.dumps, records)))
+  found = {name: list(open_lines(tmp_path / f'{name}.json', text='{n}{text}')) for name in ('list', 'lines')}
+  assert [one.text for one in found['list']] == [one.text for one in found['lines']] == [f'{i}é{i}\n[{{' for i in range(5)]
+  assert [one.name for one in found['list']] == [f'list.json#{i}' for i in range(5)]
+
+
+@pytest.mark.parametrize('content, error', [
+  ('[{"text": "a"}, 3]', 'list.json, object 2: .3., expected: a JSON object'),
+  ('[{"text": "a"}, {"txt": "b"}]', 'list.json, object 2: .text.'),
+  ('[{"text": "a"}', "list.json: .*expected: a list of JSON objects"), ('[NaN]', 'list.json: .*a list of JSON objects')])
+def test_errors_in_a_list_name_the_object(content, error, tmp_path):
+  (tmp_path / 'list.json').write_text(content)
+  found, = errors(open_lines(tmp_path / 'list.json'))
+  assert re.search(error, found)

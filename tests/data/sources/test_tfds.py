@@ -20,7 +20,8 @@ class GardenPoems(tfds.core.GeneratorBasedBuilder):
   VERSION = tfds.core.Version('1.2.0')
 
   def _info(self):
-    features = {'text': tfds.features.Text(), 'page': tfds.features.Scalar(np.int64), 'meta': {'title': tfds.features.Text()}}
+    features = {'text': tfds.features.Text(), 'page': tfds.features.Scalar(np.int64), 'meta': {'title': tfds.features.Text()},
+                'said': tfds.features.Sequence({'role': tfds.features.Text(), 'content': tfds.features.Text()})}
     return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
   def _split_generators(self, dl_manager):
@@ -28,7 +29,8 @@ class GardenPoems(tfds.core.GeneratorBasedBuilder):
 
   def _generate_examples(self, count):
     for i in range(count):
-      yield i, {'text': f'poem {i} é', 'page': i, 'meta': {'title': f'T{i}'}}
+      yield i, {'text': f'poem {i} é', 'page': i, 'meta': {'title': f'T{i}'},
+                'said': [{'role': 'user', 'content': f'{i}?'}, {'role': 'assistant', 'content': 'é!'}]}
 
 class Failing(GardenPoems):
   """Fails."""
@@ -129,3 +131,8 @@ def test_a_dataset_in_another_format_is_refused(at, folder, tmp_path):
     (tmp_path / file.name).write_bytes(data.replace(b'array_record', b'tfrecord') if file.suffix == '.json' else data)
   with pytest.raises(UserError, match=r'^data.source.path: .*prepared as array_record.*TFRECORD'):
     at(tmp_path)
+
+
+def test_messages_are_lists_per_key(at):
+  found = list(at('garden_poems', split='test', messages='said', chat='plain'))
+  assert sorted([turn.content for turn in one.turns] for one in found) == [[f'{i}?', 'é!'] for i in range(3)]

@@ -1,0 +1,57 @@
+"""Examples as tokens with weights: the prompt and the answer are tokenized so that the loss begins with the answer's first token."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from gptjax.config import UserError
+from gptjax.data.sources import Document
+from gptjax.data.store import TokenStore
+from gptjax.data.tokenizers import Tokenizer
+
+
+class Example(NamedTuple):
+  """Token ids as a model reads them, from the id that starts a prompt to the one that ends the answer."""
+
+  ids: np.ndarray
+  """[n]"""
+  weights: np.ndarray
+  """[n], of the loss of the id after each; the last is 0"""
+  target_bytes: int
+  """UTF-8 bytes of the turns whose weight is not 0"""
+
+
+def encode_example(tokenizer: Tokenizer, document: Document) -> Example:
+  """Encodes a document with turns. A completion ends with eos_id, an answer in a conversation with the token by which the chat template
+  ends the turn; both are targets. Raises a UserError that names the document for a conversation that the chat template rejects."""
+  turns = document.turns
+  if turns[0].role:
+    messages = [{'role': turn.role, 'content': turn.content} for turn in turns]
+    try:
+      parts = tokenizer.conversation(messages)
+    except UserError as error:
+      raise UserError.from_text(f'{document.name}, {error}') from None
+    others = max((turn.weight for turn in turns if not turn.is_answer), default=0.0)
+    weighted = [(ids, others if number is None else turns[number].weight) for ids, number in parts]
+  else:
+    prompt, completion = tokenizer.encode_parts([turn.content for turn in turns], document.name)
+    start = np.array(tokenizer.start_ids if len(prompt) or tokenizer.start_ids else [tokenizer.bos_id], np.int32)
+    weighted = [(np.append(start, prompt), turns[0].weight), (np.append(completion, tokenizer.eos_id), turns[1].weight)]
+  ids = np.concatenate([ids for ids, _ in weighted])
+  of_ids = np.concatenate([np.full(len(ids), weight) for ids, weight in weighted])
+  return Example(ids, np.append(of_ids[1:], 0.0), sum(len(turn.content.encode()) for turn in turns if turn.weight))
+
+
+def marked_example(store: TokenStore, tokenizer: Tokenizer, number: int = 0) -> str:
+  """An example of a store as text, with its targets between ⟦ and ⟧, and special ids, which have no text, as <id>."""
+  start, stop = store.starts(number, number + 1)
+  ids = store.read([start], [stop - start]).tolist()
+  is_target = np.append(False, store.read([start], [stop - start - 1], field='weight') > 0)
+  parts = np.split(np.arange(len(ids)), np.flatnonzero(np.diff(is_target)) + 1)
+  texts = [_with_specials(tokenizer, [ids[at] for at in part], is_first=not part[0]) for part in parts]
+  return ''.join(f'⟦{text}⟧' if is_target[part[0]] else text for text, part in zip(texts, parts, strict=True))
+
+
+def _with_specials(tokenizer: Tokenizer, ids: list[int], is_first: bool) -> str:
+  data = b''.join(tokenizer.pieces[one] or f'<{one}>'.encode() for one in ids)
+  return (data.removeprefix(tokenizer.prefix) if is_first else data).decode(errors='replace')

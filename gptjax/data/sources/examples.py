@@ -1,0 +1,78 @@
+"""Examples to fine-tune on: prompts with their completions, and conversations, from the fields of records."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from gptjax.config import SourceConfig
+from gptjax.data.sources.source import ASSISTANT, Document, Fields, Malformed, Record, Turn, decoded, truncated, values_of
+
+
+def fields_of(config: SourceConfig) -> 'Fields | Examples':
+  """What a source makes of its records: documents or examples. Raises a UserError for a template that is invalid."""
+  return Examples(config) if config.has_examples else Fields(config.text)
+
+
+class Examples:
+  """Makes examples of records: documents with turns."""
+
+  def __init__(self, config: SourceConfig):
+    self._config = config
+    self._fields = [Fields(getattr(config, name), f'data.source.{name}') for name in ('prompt', 'completion') if config.prompt]
+    self.names = list(dict.fromkeys(name for fields in self._fields for name in fields.names)) or [config.messages]
+    self.text = repr([config.prompt, config.completion, config.messages, config.chat, config.supervised])
+    """everything that the examples of a record depend on"""
+
+  def check(self, names: list[str], place: str) -> None:
+    """Raises a UserError if a field does not exist; `names` are the full names of all columns of `place`."""
+    for fields in self._fields or [Fields(self._config.messages, 'data.source.messages')]:
+      fields.check(names, place)
+
+  def record(self, name: str, record: Mapping[str, Any], index: int) -> Record:
+    """The example in a record, whose answers must have text."""
+    turns = self._messages(record, index) if self._config.messages else self._completion(record, index)
+    if isinstance(turns, Malformed):
+      return turns
+    text = '\n'.join(turn.content for turn in turns)
+    answers = [turn for turn in turns if turn.is_answer]
+    if not answers or not all(turn.content.strip() for turn in answers):
+      return Malformed(truncated(text), 'an example whose answers (completion, or turns of the assistant) have text', index)
+    return Document(name, text, tuple(turns))
+
+  def _completion(self, record: Mapping[str, Any], index: int) -> list[Turn] | Malformed:
+    texts = [fields.value(record, index) for fields in self._fields]
+    if malformed := next((text for text in texts if isinstance(text, Malformed)), None):
+      return malformed
+    prompt, completion = map(str, texts)
+    roles = ('user', ASSISTANT) if self._config.chat else ('', '')
+    return [Turn(roles[0], prompt, False, self._weight(False)), Turn(roles[1], completion, True, 1.0)]
+
+  def _messages(self, record: Mapping[str, Any], index: int) -> list[Turn] | Malformed:
+    field, expected = self._config.messages, 'a list of messages, each an object with role and content, which are texts'
+    messages = next(values_of(record, field), None)
+    if isinstance(messages, Mapping):  # TFDS has a list per key
+      messages = list(_objects(messages))
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
+      return Malformed(truncated(str(messages)), f'{expected}, in the field {field}', index)
+    turns = []
+    for message in messages:
+      try:
+        role, content = (decoded(message.get(key)) for key in ('role', 'content')) if isinstance(message, Mapping) else (None, None)
+      except UnicodeError:
+        role = content = None
+      if role is None or content is None:
+        return Malformed(truncated(str(message)), expected, index)
+      is_answer, weight = role == ASSISTANT, message.get('weight')
+      if not is_answer or weight is None:
+        weight = self._weight(is_answer)
+      elif not (isinstance(weight, int | float) and 0 <= weight <= 1):
+        return Malformed(truncated(str(weight)), 'a weight from 0 to 1', index)
+      turns.append(Turn(role, content, is_answer, float(weight)))
+    return turns
+
+  def _weight(self, is_answer: bool) -> float:
+    return float(is_answer or self._config.supervised == 'all')
+
+
+def _objects(lists: Mapping[str, Iterable[Any]]) -> Iterator[dict[str, Any]]:
+  for values in zip(*lists.values(), strict=True):
+    yield dict(zip(lists, values, strict=True))

@@ -1,0 +1,223 @@
+"""Examples: the loss begins with the first token of an answer and ends with the token that ends it; rows have whole examples alone."""
+
+import collections
+import json
+import pickle
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings, strategies as st
+from published_tokenizers import FAMILIES, TEXTS
+
+from gptjax.config import DataConfig, SourceConfig, TokenizerConfig, UserError
+from gptjax.data import EvalRows, Mixture, Packed, TokenStore, TrainRows, prepare, tokenizing
+from gptjax.data.examples import encode_example, marked_example
+from gptjax.data.sources import Document, Malformed, open_source, split_source
+from gptjax.data.sources.source import Turn
+from gptjax.data.sources.text import JsonLines
+from gptjax.data.tokenizers import ByteTokenizer, load_tokenizer
+from gptjax.data.tokenizing import Recipe, write_store
+
+MESSAGES = [{'role': 'user', 'content': 'One and two?'}, {'role': 'assistant', 'content': 'Three.\n'},
+            {'role': 'user', 'content': '<|im_end|> Sure?'}, {'role': 'assistant', 'content': ' It is </s> 3'}]
+CHATS = ('llama3', 'mistral', 'gemma', 'qwen2')
+
+
+@pytest.fixture(scope='module')
+def tokenizers(tmp_path_factory):
+  root = tmp_path_factory.mktemp('tokenizers')
+  for name, write in FAMILIES.items():
+    write(root / name)
+  return {name: load_tokenizer(root / name) for name in FAMILIES} | {'bytes': ByteTokenizer()}
+
+
+def turns(messages, weight=1.0):
+  return tuple(Turn(one['role'], one['content'], one['role'] == 'assistant', weight * (one['role'] == 'assistant')) for one in messages)
+
+
+@pytest.mark.parametrize('name', [*FAMILIES, 'bytes'])
+def test_a_completion_and_its_end_are_targets(name, tokenizers):
+  tokenizer = tokenizers[name]
+  part = st.lists(st.sampled_from(TEXTS) | st.text(max_size=4)).map(''.join)
+
+  @given(prompt=part, completion=part)
+  @settings(max_examples=40, deadline=None, database=None)
+  def check(prompt, completion):
+    found = encode_example(tokenizer, Document('a', '', (Turn('', prompt, False, 0.0), Turn('', completion, True, 1.0))))
+    asked = [*tokenizer.start_ids, *tokenizer.encode(prompt)] or [tokenizer.bos_id]  # what generation reads
+    assert found.ids[:len(asked)].tolist() == asked and found.ids[-1] == tokenizer.eos_id
+    assert found.weights.tolist() == [0.0] * (len(asked) - 1) + [1.0] * (len(found.ids) - len(asked)) + [0.0]
+    text = tokenizer.decode(found.ids)
+    assert text.startswith(tokenizer.decode(asked)) and len(text) >= len(tokenizer.decode(tokenizer.encode(completion)))
+
+  check()
+
+
+@pytest.mark.parametrize('name', [*CHATS, 'bytes', 'gpt2'])
+def test_answers_of_a_conversation_follow_the_prompt_that_generation_reads(name, tokenizers):
+  tokenizer = tokenizers[name] if name in CHATS else tokenizers[name].with_plain_chat()
+  parts = tokenizer.conversation(MESSAGES)
+  ids, before = np.concatenate([part for part, _ in parts]), np.empty(0, np.int32)
+  assert tokenizer.decode(ids) == tokenizer.decode(tokenizer.chat(MESSAGES, add_generation_prompt=False))
+  for part, number in parts:
+    if number is not None:
+      assert tokenizer.decode(before) == tokenizer.decode(tokenizer.chat(MESSAGES[:number]))
+      assert part[-1] in tokenizer.stop_ids and not {*part[:-1].tolist()} & {*tokenizer.stop_ids}
+      assert MESSAGES[number]['content'].strip() in tokenizer.decode(part)
+      if number == 1:
+        assert before.tolist() == tokenizer.chat(MESSAGES[:1]).tolist()
+    before = np.concatenate([before, part])
+  assert [number for _, number in parts if number is not None] == [1, 3]
+  found = encode_example(tokenizer, Document('a', '', turns(MESSAGES, 0.5)))
+  assert found.ids.tolist() == ids.tolist() and found.weights.sum() == 0.5 * sum(len(part) for part, number in parts if number)
+
+
+def test_plain_conversations_survive_saving_and_pickling(tokenizers, tmp_path):
+  for name in ('bytes', 'gpt2', 'llama3', 'llama2-spm' if 'llama2-spm' in tokenizers else 'llama2'):
+    plain = tokenizers[name].with_plain_chat()
+    plain.save(tmp_path / name)
+    for other in (load_tokenizer(tmp_path / name), pickle.loads(pickle.dumps(plain))):
+      assert other.chat(MESSAGES).tolist() == plain.chat(MESSAGES).tolist() and other.sha256 == plain.sha256
+    assert not tokenizers[name].plain_chat
+
+
+def test_an_answer_that_the_template_does_not_end_is_an_error(tokenizers, monkeypatch):
+  chatml = tokenizers['qwen2']
+  monkeypatch.setattr(chatml, 'stop_ids', (chatml.bos_id,) if chatml.bos_id not in chatml.stop_ids else (0,))
+  with pytest.raises(UserError, match='^messages: .*ends with a token that ends a text'):
+    chatml.conversation(MESSAGES)
+
+
+@pytest.mark.parametrize('roles', [['assistant', 'user'], ['user', 'user'], ['user', 'system', 'assistant'], ['tool'], []])
+def test_plain_conversations_have_roles_in_order(roles, tokenizers):
+  with pytest.raises(UserError, match=r'^messages: \[.*user and assistant in turn'):
+    tokenizers['bytes'].with_plain_chat().conversation([{'role': role, 'content': 'a'} for role in roles])
+
+
+EXAMPLES = [{'q': f'{"long " * (i % 4)}{i}?', 'a': f'{i}!',
+             'm': [{'role': 'user', 'content': f'{i}?'}, {'role': 'assistant', 'content': f'{i}!'}]} for i in range(40)]
+KINDS = {'completion': {'prompt': '{q}\\n', 'completion': 'a'}, 'messages': {'messages': 'm', 'chat': 'plain'},
+         'chat': {'prompt': 'q', 'completion': 'a', 'chat': 'plain'}}
+
+
+def write(folder, records, ending):
+  path = folder / f'records.{ending}'
+  if ending == 'parquet':
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
+  else:
+    path.write_text('\n'.join(map(json.dumps, records)))
+  return path
+
+
+@pytest.mark.parametrize('ending', ['jsonl', 'parquet'])
+@pytest.mark.parametrize('kind', KINDS)
+def test_records_become_examples(kind, ending, tmp_path):
+  source = open_source(SourceConfig(str(write(tmp_path, EXAMPLES, ending)), **KINDS[kind]))
+  found = list(source)
+  assert source.has_examples and len({one.name for one in found}) == len(EXAMPLES)
+  for record, one in zip(EXAMPLES, found, strict=True):
+    assert [turn.content for turn in one.turns] == (
+      [one['content'] for one in record['m']] if kind == 'messages' else [record['q'] + '\n' * (kind == 'completion'), record['a']])
+    assert [(turn.is_answer, turn.weight) for turn in one.turns] == [(False, 0.0), (True, 1.0)]
+  both = open_source(SourceConfig(str(tmp_path / f'records.{ending}'), supervised='all', **KINDS[kind]))
+  assert {turn.weight for one in both for turn in one.turns} == {1.0} and both.fingerprint() != source.fingerprint()
+
+
+@pytest.mark.parametrize('record, words', [
+  ({'q': 'a', 'a': ' '}, 'answers'), ({'q': 'a'}, 'a field that the record has'), ({'q': 'a', 'a': [1]}, 'text'),
+  ({'m': []}, 'a list of messages'), ({'m': 'text'}, 'a list of messages'), ({'m': [{'role': 'user'}]}, 'role and content'),
+  ({'m': [{'role': 'user', 'content': 'a'}]}, 'answers'), ({'m': [{'role': 'assistant', 'content': ''}]}, 'answers'),
+  ({'m': [{'role': 'assistant', 'content': 'a', 'weight': 2}]}, 'a weight from 0 to 1'),
+  ({'m': [{'role': 'assistant', 'content': '\ud800'}]}, 'role and content')])
+def test_records_without_an_example_are_malformed(record, words, tmp_path):
+  kind = KINDS['messages' if 'm' in record else 'completion']
+  found, = open_source(SourceConfig(str(write(tmp_path, [record], 'jsonl')), **kind))
+  assert isinstance(found, Malformed) and words in found.expected
+
+
+def test_weights_of_messages_and_lists_per_key(tmp_path):
+  messages = {'role': ['user', 'assistant', 'user', 'assistant'], 'content': list('abcd'), 'weight': [None, 0, 1, 0.25]}
+  found, = open_source(SourceConfig(str(write(tmp_path, [{'m': messages}], 'jsonl')), **KINDS['messages']))
+  assert [turn.weight for turn in found.turns] == [0.0, 0.0, 0.0, 0.25]
+
+
+@pytest.mark.parametrize('values, field', [
+  ({'prompt': 'q'}, 'completion'), ({'completion': 'a'}, 'prompt'), ({'messages': 'm'}, 'chat'), ({'chat': 'plain'}, 'chat'),
+  ({'prompt': 'q', 'completion': 'a', 'messages': 'm'}, 'messages'), ({'supervised': 'all'}, 'supervised'),
+  ({'prompt': 'q', 'completion': 'a', 'text': 'b'}, 'text')])
+def test_fields_that_do_not_go_together(values, field):
+  with pytest.raises(UserError, match=f'^data.source.{field}: '):
+    SourceConfig(**values)
+
+
+@pytest.mark.parametrize('values, field', [
+  ({'prompt': 'x', 'completion': 'a'}, 'prompt'), ({'messages': 'x', 'chat': 'plain'}, 'messages')])
+def test_a_column_that_is_missing_is_named(values, field, tmp_path):
+  with pytest.raises(UserError, match=f"^data.source.{field}: 'x', expected: a column of"):
+    list(open_source(SourceConfig(str(write(tmp_path, EXAMPLES, 'parquet')), **values)))
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch) -> TokenStore:
+  monkeypatch.setattr(JsonLines, 'part_bytes', 500)
+  monkeypatch.setattr(tokenizing, 'TASK', 1)  # a task a part
+  source = open_source(SourceConfig(str(write(tmp_path, EXAMPLES, 'jsonl')), **KINDS['completion']))
+  return write_store(tmp_path / 'store', Recipe(source, ByteTokenizer(), shard_tokens=200))
+
+
+def examples_of(batch):
+  """Each example in a batch: its tokens, and its targets with their weights; also whether positions begin at 0."""
+  found = collections.Counter()
+  for tokens, targets, mask, segments, positions in zip(*(batch[name] for name in ('tokens', 'targets', 'mask', 'segments', 'positions'))):
+    for segment in range(1, segments.max() + 1):
+      here = segments == segment
+      assert positions[here].tolist() == list(range(here.sum()))
+      found[tuple(tokens[here].tolist()), tuple(targets[here & (mask > 0)].tolist())] += 1
+  return found
+
+
+def test_each_row_has_whole_examples_and_their_targets_once(store, tmp_path):
+  tokenizer, starts = ByteTokenizer(), store.starts(0, store.documents)
+  assert store.manifest['shards'] > 1 and store.targets == sum(len(one['a']) + 1 for one in EXAMPLES)
+  assert store.manifest['examples']['least_targets'] == 3 and store.target_bytes == sum(len(one['a']) for one in EXAMPLES)
+  wanted = collections.Counter(
+    (tuple(store.read([start], [stop - start]).tolist()), (*tokenizer.encode(record['a']).tolist(), tokenizer.eos_id))
+    for record, start, stop in zip(EXAMPLES, starts, starts[1:], strict=False))
+  for kind in ('pack', 'document'):
+    layout = Packed(store, 32, kind, tmp_path)
+    rows = TrainRows([layout], Mixture([layout.count], [1.0]), 32, 0, True)
+    assert examples_of(rows.batch(np.arange(layout.count))) == examples_of(rows.batch(layout.count + np.arange(layout.count))) == wanted
+  valid = EvalRows(store, 32, True, tmp_path)
+  batch = valid.batch(np.arange(valid.count + 2))
+  assert examples_of(batch) == wanted and batch['mask'].sum() == store.targets
+  assert marked_example(store, tokenizer, 1) == '<1>long 1?\n⟦1!<1>⟧'
+
+
+@pytest.mark.parametrize('cut', [False, True])
+def test_examples_longer_than_the_context_are_dropped_or_cut(cut, store, tmp_path):
+  lengths = np.diff(store.starts(0, store.documents))
+  firsts = [len(f'x{one["q"]}\n') for one in EXAMPLES]  # tokens before the answer
+  context = 13
+  kept = [first for first, length in zip(firsts, lengths) if length > context and first <= context]
+  assert kept and (lengths > context).sum() > len(kept)
+  layout = Packed(store, context, 'pack', tmp_path, cut)
+  assert (layout.dropped, layout.cut) == ((lengths > context).sum() - cut * len(kept), cut * len(kept))
+  found = examples_of(TrainRows([layout], Mixture([layout.count], [1.0]), context, 0, True).batch(np.arange(layout.count)))
+  assert found.total() == len(EXAMPLES) - layout.dropped and all(targets for _, targets in found)
+  with pytest.raises(UserError, match='^data.context: 2, expected: more'):
+    Packed(store, 2, 'pack', tmp_path, cut)
+
+
+def test_examples_are_held_out_whole(tmp_path):
+  source = open_source(SourceConfig(str(write(tmp_path, EXAMPLES, 'jsonl')), **KINDS['completion']))
+  train, valid = ({one.name: one.turns for one in side} for side in split_source(source, 0.2))
+  assert not {*train} & {*valid} and train | valid == {one.name: one.turns for one in source} and 5 <= len(valid) <= 11
+
+
+@pytest.mark.parametrize('values, field', [({'rows': 'concat'}, 'data.rows'), ({'isolate_documents': False}, 'data.isolate_documents')])
+def test_rows_that_examples_cannot_have(values, field, tmp_path):
+  source = SourceConfig(str(write(tmp_path, EXAMPLES, 'jsonl')), **KINDS['completion'])
+  with pytest.raises(UserError, match=f'^{field}: '):
+    prepare(DataConfig(source, tokenizer=TokenizerConfig('bytes'), context=32, **({'rows': 'pack'} | values)), tmp_path)
