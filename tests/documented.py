@@ -19,7 +19,7 @@ WRITES = {'gptjax.train': 'workdir', 'tools.import_hf': 'workdir', 'tools.export
 OUTPUTS = ('out', 'plot', 'samples', 'picture', 'json')
 
 
-PATHS = re.compile(r'(?<![\w:/])(?:[A-Z]+(?:\.md)?|(?:configs|docs|tools|stores|tokenizers|runs|exports)/[\w./]+)(?![\w/])')
+PATHS = re.compile(r'(?<![\w:/])(?:[A-Z]+(?:\.md)?|(?:configs|docs|examples|tools|stores|tokenizers|runs|exports)/[\w./]+)(?![\w/])')
 
 
 def resolve(commands):
@@ -45,7 +45,7 @@ def resolve(commands):
 
 def run(commands, folder):
   """Runs commands as they are written, in a folder that looks like this repository; returns what each one printed."""
-  for name in ('gptjax', 'tools', 'configs', 'LICENSE', 'README.md'):
+  for name in ('gptjax', 'tools', 'configs', 'examples', 'LICENSE', 'README.md'):
     (folder / name).symlink_to(ROOT / name)
   # The caches of a home folder that tests may fill; compiled programs are shared with the other tests of this machine.
   environment = {**os.environ, 'HOME': str(ROOT / '.jax_cache' / 'home'),

@@ -64,6 +64,18 @@ def test_commands_of_the_guide_to_clusters_run_as_written(tmp_path):
 
 
 @pytest.mark.full
+def test_commands_of_the_guide_to_finetuning_run_as_written(tmp_path, monkeypatch):
+  monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path / 'tfds'))
+  train, *others = commands_of('docs/finetuning.md')
+  shorter = f'{train} --config.steps=60 --config.eval.every=0 --config.checkpoint.every=0'  # as written, it takes minutes
+  _, prepared, scored, answers = run([shorter, *others], tmp_path).values()
+  assert '⟦' in prepared and '500 documents' in prepared
+  score = json.loads(scored.splitlines()[-1])
+  assert {*score['sets']} == {'test'} and score['tokens'] == pytest.approx(15 * 1000, rel=0.2) and score['loss'] < 1.5
+  assert len(answers.splitlines()) >= 2
+
+
+@pytest.mark.full
 def test_commands_of_the_guide_to_models_run_as_written(tmp_path):
   printed = list(run(commands_of('docs/models.md'), tmp_path).values())
   assert len(printed) == 7 and all('roundtrip: all 24 tensors have the same bits' in words for words in printed[1:3])

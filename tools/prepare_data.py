@@ -43,8 +43,7 @@ def main(_) -> None:
     raise UserError('--out', _OUT.value, 'a folder on this machine')
   out = expanded(_OUT.value)
   tokenizer = ByteTokenizer() if _TOKENIZER.value == 'bytes' else load_tokenizer(expanded(_TOKENIZER.value))
-  if source_flags.sources()[0].chat == 'plain':
-    tokenizer = tokenizer.with_plain_chat()
+  tokenizer = tokenizer.for_chat(source_flags.sources()[0].chat)
   recipe = Recipe(_source(), tokenizer, Filters(**{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Filters)}),
                   _contamination(), _DEDUPLICATE.value, _SHARD.value)
   if out.exists():

@@ -115,8 +115,7 @@ def _make_stores(config: DataConfig, cache_dir: Path, processes: int) -> tuple[d
       # 'chars' needs every document that will be encoded, validation included.
       texts = documents(source) if config.tokenizer.kind == 'chars' else sample(train)
       tokenizer = tokenizer or train_tokenizer(config.tokenizer, texts)
-      if config.source.chat == 'plain':
-        tokenizer = tokenizer.with_plain_chat()
+      tokenizer = tokenizer.for_chat(config.source.chat)
       for name, side, use in (('valid', valid, 'validation'), ('train', train, 'training')):
         write_store(folder / name, Recipe(side, tokenizer), processes=processes, title=f'tokenizing for {use}')
   return {source.description: TokenStore.open(directory / 'train')}, {'valid': TokenStore.open(directory / 'valid')}

@@ -45,7 +45,7 @@ class Validation:
       asked = [{'role': 'user', 'content': prompt}] if prompt and run.config.data.source.chat else prompt
       sample, = self._generator(weights, [self._generator.prompt(asked, 'eval.prompt')], max_tokens=settings.sample_tokens,
                                 seeds=[run.config.seed])
-      self._book.sample(step, prompt, sample.text)
+      self._book.sample(step, prompt if asked is prompt else f'{prompt}\n', sample.text)
     return scores.overall.loss
 
   @functools.cached_property

@@ -83,6 +83,12 @@ def test_plain_conversations_survive_saving_and_pickling(tokenizers, tmp_path):
     assert not tokenizers[name].plain_chat
 
 
+def test_a_template_that_is_missing_is_an_error(tokenizers):
+  assert tokenizers['llama3'].for_chat('template') is tokenizers['llama3'] and tokenizers['llama3'].for_chat('plain').plain_chat
+  with pytest.raises(UserError, match=r"^data.source.chat: 'template', expected: plain, since this tokenizer has no chat template"):
+    tokenizers['bytes'].for_chat('template')
+
+
 def test_an_answer_that_the_template_does_not_end_is_an_error(tokenizers, monkeypatch):
   chatml = tokenizers['qwen2']
   monkeypatch.setattr(chatml, 'stop_ids', (chatml.bos_id,) if chatml.bos_id not in chatml.stop_ids else (0,))

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gptjax.config import SourceConfig
-from gptjax.data.sources.source import ASSISTANT, Document, Fields, Malformed, Record, Turn, decoded, truncated, values_of
+from gptjax.data.sources.source import ASSISTANT, Document, Fields, Malformed, Record, Turn, decoded, truncated, value_of
 
 
 def fields_of(config: SourceConfig) -> 'Fields | Examples':
@@ -48,7 +48,9 @@ class Examples:
 
   def _messages(self, record: Mapping[str, Any], index: int) -> list[Turn] | Malformed:
     field, expected = self._config.messages, 'a list of messages, each an object with role and content, which are texts'
-    messages = next(values_of(record, field), None)
+    messages = value_of(record, field, index)
+    if isinstance(messages, Malformed):
+      return messages
     if isinstance(messages, Mapping):  # TFDS has a list per key
       messages = list(_objects(messages))
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:

@@ -137,7 +137,6 @@ def malformed_error(source: Source, part: Part, malformed: Malformed, before: in
   return UserError(place, malformed.value, malformed.expected, names=malformed.names)
 
 
-_MISSING = object()
 _FIELD = re.compile(r'[^.\[\]{}]+(\.[^.\[\]{}]+)*')
 
 
@@ -181,10 +180,9 @@ class Fields:
     return text
 
   def _value(self, record: Mapping[str, Any], field: str, index: int) -> str | Malformed:
-    value = next(values_of(record, field), _MISSING)
-    if value is _MISSING:
-      names = tuple(_full_names(record))
-      return Malformed(field, f'a field that the record has: {", ".join(names) or "none"}', index, names=names)
+    value = value_of(record, field, index)
+    if isinstance(value, Malformed):
+      return value
     expected = f'text{" or a number" * self._template} in the field {field}'
     try:
       if (text := decoded(value)) is not None:
@@ -206,13 +204,21 @@ def decoded(value: Any) -> str | None:
   return unmarked(value)
 
 
-def values_of(record: Any, field: str) -> Iterator[Any]:
+def value_of(record: Mapping[str, Any], field: str, index: int) -> Any:
+  """The value of a field; Malformed if the record does not have it."""
+  for value in _values(record, field):
+    return value
+  names = tuple(_full_names(record))
+  return Malformed(field, f'a field that the record has: {", ".join(names) or "none"}', index, names=names)
+
+
+def _values(record: Any, field: str) -> Iterator[Any]:
   """The values that a name such as 'a.b.c' may mean: that of field 'a.b.c', of c in the object 'a.b', and of 'b.c' or c of b in a."""
   if isinstance(record, Mapping):
     if field in record:
       yield record[field]
     for dot in reversed([at for at, char in enumerate(field) if char == '.']):
-      yield from values_of(record.get(field[:dot]), field[dot + 1:])
+      yield from _values(record.get(field[:dot]), field[dot + 1:])
 
 
 def _full_names(value: Any, prefix: str = '') -> Iterator[str]:

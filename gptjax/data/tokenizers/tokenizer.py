@@ -58,6 +58,8 @@ class Tokenizer(abc.ABC):
   """prepended by `encode` and removed by `decode`: a space where SentencePiece adds one before every text"""
   plain_chat: bool = False
   """whether conversations are written below headings such as '### User:', with eos_id after each answer"""
+  _template: Any = None
+  """the chat template"""
   saved: Mapping[str, object] = {}
   """what FILE has beside the kind"""
 
@@ -145,6 +147,12 @@ class Tokenizer(abc.ABC):
   def encode_parts(self, parts: Sequence[str], source: str = 'text') -> list[np.ndarray]:
     """The ids of consecutive parts of a text; see `in_parts`."""
     return in_parts(parts, lambda text: self.encode(text, source))
+
+  def for_chat(self, style: str) -> 'Tokenizer':
+    """The tokenizer of a source with this data.source.chat. Raises a UserError if it lacks the template."""
+    if style == 'template' and not self._template:
+      raise UserError('data.source.chat', style, f"plain, since this tokenizer has no chat template (kind '{self.kind}')")
+    return self.with_plain_chat() if style == 'plain' else self
 
   def with_plain_chat(self) -> 'Tokenizer':
     """The same tokenizer, whose conversations are written below headings."""

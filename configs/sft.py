@@ -1,0 +1,23 @@
+"""Supervised fine-tuning of an imported model of up to a billion parameters (GPT-2, Qwen 3 0.6B, Llama 3.2 1B) on one accelerator.
+
+Set the model and the data: --config.init_from=runs/MODEL --config.data.tokenizer.path=runs/MODEL/data/tokenizer
+--config.data.source.path=FILE.jsonl --config.data.source.messages=messages --config.data.source.chat=template.
+Expected: not trained yet.
+"""
+
+from gptjax.config import (
+  CheckpointConfig, ComputeConfig, Config, DataConfig, EvalConfig, ObjectiveConfig, OptimizerConfig)
+
+
+def get_config() -> Config:
+  return Config(
+    objective=ObjectiveConfig('sft'),
+    compute=ComputeConfig(dtype='bfloat16', scan=True, remat='full'),
+    data=DataConfig(context=2048, rows='pack', valid_fraction=0.05),
+    optimizer=OptimizerConfig(
+      peak_lr=2e-5,  # a tenth of a pretraining rate or less: the model should keep what it knows
+      schedule='cosine', warmup=30, weight_decay=0.0),
+    steps='2 epochs',
+    batch_size=8, microbatches=8,  # 16,384 tokens per step
+    eval=EvalConfig(every='0.5 epochs', sample_tokens=100),
+    checkpoint=CheckpointConfig(every='1 epoch', keep=2))
