@@ -18,6 +18,7 @@ from tests.acceptance import (  # noqa: F401  (they register their bars)
   evaluation,
   experts,
   faults,
+  finetuning,
   fuzz,
   generation,
   held_out,
