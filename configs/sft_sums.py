@@ -1,6 +1,7 @@
 """Supervised fine-tuning at its smallest: a model of 0.6 million parameters that answers questions about sums, in minutes on 2 cores.
 
-The data is examples/sums.py, so it runs in a folder that has it. Expected: see docs/finetuning.md.
+The data is examples/sums.py, so it runs in a folder that has it. Expected: the right answer to 200 of 200 sums that it has not seen (without
+the working in the answers: 21 of 200).
 """
 
 from gptjax.config import (
@@ -17,10 +18,10 @@ def get_config() -> Config:
       source=SourceConfig(
         'tfds:examples.sums:Sums', messages='messages',
         chat='plain'),  # the tokenizer has no template of its own
-      context=256, rows='pack',
+      context=512, rows='pack',  # three conversations per row, with little padding
       tokenizer=TokenizerConfig(kind='bytes')),  # a digit is a token
     optimizer=OptimizerConfig(name='muon', muon_lr=0.02, peak_lr=5e-3, schedule='linear', final_fraction=0.0, warmup=50, weight_decay=0.1),
     steps=1000,
-    batch_size=8,
+    batch_size=4,
     eval=EvalConfig(every=250, prompt='Add 12 and 34.', sample_tokens=30),
     checkpoint=CheckpointConfig(every=500))

@@ -24,6 +24,7 @@ from gptjax.cache import cache_dir
 from gptjax.config import Config, FaultsConfig, UserError
 from gptjax.data import Batch, Tokenizer, TokenStore, TrainRows, cores, prepare, train_rows
 from gptjax.data import progress
+from gptjax.data.examples import marked_example
 from gptjax.data.progress import counted
 from gptjax.files import expanded, save_figure, writable
 
@@ -60,7 +61,7 @@ def main(config: Config | None) -> None:
     return
   rows, tokenizer, config = _rows(config)
   batch = rows.batch(_batch_rows(config.batch_size))
-  _show_batch(console, batch, tokenizer)
+  _show_batch(console, batch, tokenizer, any(layout.store.weighted for layout in rows.layouts))
   shares = _shares(rows, config)
   _show_shares(console, shares, config)
   if _PLOT.value:
@@ -104,7 +105,8 @@ def _show_store(console: Console, store: TokenStore) -> None:
   tokenizer = store.tokenizer()
   for number in np.unique(np.linspace(0, store.documents - 1, _DOCUMENTS.value).astype(int)):
     start, stop = store.starts(int(number), int(number) + 1)
-    text = tokenizer.decode(store.read([start + 1], [min(stop - start - 1, 4 * _CHARACTERS.value)]).tolist())
+    text = marked_example(store, tokenizer, int(number)) if store.weighted else (
+      tokenizer.decode(store.read([start + 1], [min(stop - start - 1, 4 * _CHARACTERS.value)]).tolist()))
     console.print(f'\n[bold]document {number:,}[/bold], {stop - start - 1:,} tokens and its separator')
     console.print(Text(text[:_CHARACTERS.value] + ('…' if len(text) > _CHARACTERS.value else '')))
   if _VERIFY.value:
@@ -131,25 +133,28 @@ def _show_lengths(console: Console, found: np.ndarray) -> None:
     console.print(f'{edges[k]:>12,} to {edges[k + 1] - 1:<12,} {bar} {counts[k]:,}', markup=False)
 
 
-def _show_batch(console: Console, batch: Batch, tokenizer: Tokenizer) -> None:
+def _show_batch(console: Console, batch: Batch, tokenizer: Tokenizer, has_examples: bool) -> None:
   count = _ROWS.value or len(batch['tokens'])
-  console.print('Each segment has a colour; ▏ marks the start of a document; padding has mask 0.')
+  console.print('Each segment has a colour; ▏ marks the start of a document; padding has mask 0.'
+                + ' Targets are underlined.' * has_examples)
   for number in range(min(count, len(batch['tokens']))):
     tokens, segments, mask = (batch[name][number] for name in ('tokens', 'segments', 'mask'))
     console.print(f'\n[bold]step {_STEP.value:,}, row {number}[/bold]  {segments.max()} segments, {int(mask.sum()):,} targets, '
-                  f'{int((mask == 0).sum()):,} padding')
-    console.print(_colored(tokens.tolist(), segments.tolist(), tokenizer))
+                  f'{int((segments == 0).sum()):,} padding')
+    targets = np.append(False, mask[:-1] > 0) & np.append(False, segments[1:] == segments[:-1]) & has_examples
+    console.print(_colored(tokens.tolist(), segments.tolist(), targets.tolist(), tokenizer))
 
 
-def _colored(tokens: list[int], segments: list[int], tokenizer: Tokenizer) -> Text:
-  text = Text()
-  for segment, group in itertools.groupby(zip(tokens, segments), key=lambda pair: pair[1]):
-    ids = [token for token, _ in group]
+def _colored(tokens: list[int], segments: list[int], targets: list[bool], tokenizer: Tokenizer) -> Text:
+  text, last = Text(), 0
+  for (segment, is_target), group in itertools.groupby(zip(tokens, segments, targets), key=lambda one: one[1:]):
+    ids = [token for token, *_ in group]
     if not segment:
       text.append(f'▏{len(ids):,} padding', 'dim')
       continue
-    start = '▏' if ids[0] == tokenizer.bos_id else ''
-    text.append(start + tokenizer.decode(ids), COLORS[segment % len(COLORS)])
+    start = '▏' if segment != last and ids[0] == tokenizer.bos_id else ''
+    text.append(start + tokenizer.decode(ids), COLORS[segment % len(COLORS)] + ' underline' * is_target)
+    last = segment
   return text
 
 
@@ -208,13 +213,14 @@ def _plot(stores: dict[str, TokenStore], batch: Batch | None, shares: dict[str, 
     edges = np.geomspace(1, max(found.max(), 2), 50)
     histogram.hist(found, edges, histtype='step', label=f'{name}: {counted(store.documents)}', weights=np.full(len(found), 1 / len(found)))
   histogram.set(xscale='log', xlabel='tokens per document', ylabel='fraction of documents', title='Lengths')
+  histogram.xaxis.set_major_formatter('{x:,g}')  # the default labels are formulas
   histogram.legend(loc='upper left', fontsize='small')
   if batch is not None and shares is not None:
     shown, mixed = others
     segments = np.where(batch['segments'] > 0, (batch['segments'] - 1) % 6 + 1, 0)
     colors = matplotlib.colors.ListedColormap(['white', *plt.get_cmap('tab10').colors[:6]])
     shown.imshow(segments, cmap=colors, vmin=0, vmax=6, aspect='auto', interpolation='nearest')
-    padding = 1 - batch['mask'].mean()
+    padding = (batch['segments'] == 0).mean()
     shown.set(xlabel='position in the row', ylabel='row', title=f'Segments of step {_STEP.value:,}; white: padding, {padding:.2%}')
     for name, share in shares.items():
       mixed.plot(np.linspace(0, _STEPS.value, len(share.actual) + 1)[1:], share.actual, label=f'{name}, {share.passes:.2f} passes')

@@ -64,6 +64,7 @@ def draw(records: Sequence[Record], path: Path) -> bool:
   have their own panel. Returns False, without a file, if there is no finite number to plot."""
   from matplotlib import rc_context
   from matplotlib.figure import Figure
+  from matplotlib.ticker import LogFormatter
 
   keys = {key for one in records for key in metrics(one)}
   fractions = {key for key in keys if all(0 <= metrics(one)[key][0] <= 1 for one in records if key in metrics(one))}
@@ -82,6 +83,8 @@ def draw(records: Sequence[Record], path: Path) -> bool:
       axis.set(title=title, xlabel='step', ylabel=unit)
       if min(min(values) for _, values, _ in curves.values()) > 0 and unit == 'value':
         axis.set_yscale('log')
+        axis.yaxis.set_major_formatter(LogFormatter())  # the default labels are formulas
+        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
       axis.legend(fontsize='small', frameon=False)
       axis.grid(alpha=0.3)
     save_figure(figure, path, dpi=130)

@@ -7,6 +7,7 @@ from typing import Any
 from gptjax.checkpoint import PARAMETERS, Checkpoints
 from gptjax.config import Config, MeshConfig, UserError, read_config
 from gptjax.data import Tokenizer, load_tokenizer
+from gptjax.data.tokenizers.export import write_plain_chat
 from gptjax.files import atomic_directory, read_json, write_json
 from gptjax.interop.comparison import Check, compare_logits, compare_tensors, for_each_tensor, our_logits, their_logits
 from gptjax.interop.families import Family, comparable, family_for, parse_config
@@ -55,6 +56,8 @@ def export_run(workdir: Path, folder: Path, *, step: str = 'latest', dtype: str 
       write_json(out / GENERATION, {name: values[name] for name in ('bos_token_id', 'eos_token_id', 'pad_token_id')})
     if not imported['tokenizer']:
       tokenizer.save_hugging_face(out)
+    if tokenizer.plain_chat:
+      write_plain_chat(out, bool(tokenizer.start_ids))
     write_json(out / CONFIG, values)
     writer = Writer(out, {**tensors, **buffers}, shard_bytes)
     for_each_tensor('write', lambda tensor, value: writer.write(tensor.name, value), checkpoints, number, matched, mesh, tensors)

@@ -102,6 +102,12 @@ def test_plain_conversations_have_roles_in_order(roles, tokenizers):
     tokenizers['bytes'].with_plain_chat().conversation([{'role': role, 'content': 'a'} for role in roles])
 
 
+@pytest.mark.parametrize('message', ['text', {'role': 'user'}, {'role': 'user', 'content': None}, {'content': 'a'}])
+def test_messages_that_are_none_are_named(message, tokenizers):
+  with pytest.raises(UserError, match=r'^messages: \[.*a role and a content'):
+    tokenizers['bytes'].with_plain_chat().chat([message])
+
+
 EXAMPLES = [{'q': f'{"long " * (i % 4)}{i}?', 'a': f'{i}!',
              'm': [{'role': 'user', 'content': f'{i}?'}, {'role': 'assistant', 'content': f'{i}!'}]} for i in range(40)]
 KINDS = {'completion': {'prompt': '{q}\\n', 'completion': 'a'}, 'messages': {'messages': 'm', 'chat': 'plain'},

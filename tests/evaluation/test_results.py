@@ -4,7 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from small_stores import make_store, texts
 
@@ -12,7 +14,7 @@ from gptjax.config import SourceConfig, UserError
 from gptjax.data import HeldOut
 from gptjax.data.store import manifest_sha256
 from gptjax.data.tokenizers import ByteTokenizer
-from gptjax.evaluation import Score, Scores, choose_sets, draw, record, table
+from gptjax.evaluation import Score, Scores, choose_sets, draw, record, results, table
 from gptjax.files import json_line
 
 TOKENIZER = ByteTokenizer()
@@ -99,6 +101,18 @@ def test_a_mistake_in_sets_is_one_error_line(held_out, tmp_path):
       choose_sets(wanted, held_out, SourceConfig(), tmp_path)
   with pytest.raises(UserError, match="^--sets: 'c', expected: no names \\(the run has no sets of its own\\)"):
     choose_sets(['c'], HeldOut(TOKENIZER, {}, {}), SourceConfig(), tmp_path)
+
+
+@pytest.mark.parametrize('values', [(3.0, 3000.0), (1.1, 1.2)])
+def test_labels_of_axes_are_numbers(values, tmp_path, monkeypatch):
+  of = lambda value: {'t': {'perplexity': value, 'examples': 1, 'fewshot': 0, 'version': 1}}
+  records = [record(step, None, of(value)) for step, value in enumerate(values)]
+  drawn = []
+  monkeypatch.setattr(results, 'save_figure', lambda figure, path, dpi: (FigureCanvasAgg(figure).draw(), drawn.append(figure)))
+  assert draw(records, tmp_path / 'a.png')
+  labels = [text.get_text() for text in drawn[0].findobj(Text) if text.get_text()]
+  assert '100' in labels if max(values) > 1000 else len(labels) > 5
+  assert not any('$' in label for label in labels)
 
 
 def test_only_finite_numbers_are_plotted(tmp_path):

@@ -12,8 +12,8 @@ from published_tokenizers import FAMILIES, SAMPLE, TEXTS, spm_folder
 
 from gptjax.config import TokenizerConfig, UserError
 from gptjax.data.sources.source import Document
-from gptjax.data.tokenizers import SentencePieceTokenizer, Words, load_tokenizer, train_tokenizer
-from gptjax.data.tokenizers.export import merges_from_scores
+from gptjax.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, Words, load_tokenizer, train_tokenizer
+from gptjax.data.tokenizers.export import merges_from_scores, write_plain_chat
 
 transformers = None
 
@@ -96,6 +96,23 @@ def test_conversations_have_the_ids_of_transformers(name, messages, prompt, tmp_
   tokenizer, reference = load_tokenizer(tmp_path), opened(tmp_path)
   theirs = reference.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False)
   assert tokenizer.chat(messages, prompt).tolist() == theirs
+
+
+@pytest.mark.parametrize('prompt', [True, False])
+@pytest.mark.parametrize('name', ['gpt2', 'bytes'])
+def test_plain_conversations_have_the_same_ids_in_transformers_and_imported_again(name, prompt, tmp_path):
+  if name == 'bytes':
+    plain = ByteTokenizer().with_plain_chat()
+    plain.save_hugging_face(tmp_path)
+  else:
+    FAMILIES[name](tmp_path)
+    plain = load_tokenizer(tmp_path).with_plain_chat()
+  write_plain_chat(tmp_path, bool(plain.start_ids))
+  messages = [*CHATS[1], {'role': 'assistant', 'content': 'It is 19.'}, {'role': 'user', 'content': 'Sure?'}]
+  for some in ([{'role': 'system', 'content': 'Be brief.'}, *messages], messages, messages[:2]):
+    ids = plain.chat(some, prompt).tolist()
+    assert opened(tmp_path).apply_chat_template(some, add_generation_prompt=prompt, return_dict=False) == ids
+    assert load_tokenizer(tmp_path).chat(some, prompt).tolist() == ids
 
 
 def code():

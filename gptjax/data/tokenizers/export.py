@@ -31,6 +31,24 @@ def write_tokenizer(directory: Path, tokenizer: tokenizers.Tokenizer, special_to
   (directory / 'tokenizer_config.json').write_text(json.dumps({**config, **special_tokens}, indent=2) + '\n')
 
 
+_PLAIN_CHAT = """\
+{%- for message in messages %}
+{{- '\\n\\n' if loop.previtem and loop.previtem.role == 'assistant' }}
+{{- '### ' + message.role | capitalize + ':\\n' + message.content }}
+{{- eos_token if message.role == 'assistant' else '\\n\\n' }}
+{%- endfor %}
+{{- '### Assistant:\\n' if add_generation_prompt }}"""
+
+
+def write_plain_chat(directory: Path, begins: bool) -> None:
+  """Adds the template of `Tokenizer.plain_chat` to a folder of files that transformers loads; `begins`: with bos."""
+  (directory / 'chat_template.jinja').write_text('{{- bos_token }}' * begins + _PLAIN_CHAT)
+  path = directory / 'tokenizer_config.json'
+  config = json.loads(path.read_text()) if path.exists() else {}
+  # The template writes eos as text, so texts of users that look like it become it too.
+  path.write_text(json.dumps({**config, 'split_special_tokens': False}, indent=2) + '\n')
+
+
 def byte_tokenizer(alphabet: str) -> tokenizers.Tokenizer:
   """One id per byte; `alphabet` [256] is the character that represents each byte."""
   return _tokenizer(_bpe([*_NAMES, *alphabet]), _BYTE_LEVEL, decoders.ByteLevel())

@@ -119,30 +119,38 @@ class Tokenizer(abc.ABC):
     answer; `options` are other variables of the template, such as enable_thinking. Raises a UserError if the tokenizer has no
     template, or the template rejects the messages.
     """
-    parts = [part for part, _ in self.conversation(messages)]
-    headed = self.encode(_heading(ASSISTANT)) if add_generation_prompt else np.empty(0, np.int32)
-    return np.concatenate([*parts, headed]).astype(np.int32)
+    parts, rest = self._plain_parts(messages)
+    rest += _heading(ASSISTANT) if add_generation_prompt else ''
+    return np.concatenate([*(part for part, _ in parts), self.encode(rest, 'messages')]).astype(np.int32)
 
   def conversation(self, messages: Sequence[Mapping[str, Any]]) -> list[tuple[np.ndarray, int | None]]:
     """The ids of a conversation in parts, each with the number of the message of the assistant that it is, up to the end of the turn, or
     None. Raises a UserError as `chat` does, and where the end of an answer is not an id that ends a turn."""
+    parts, rest = self._plain_parts(messages)
+    return [*parts, (self.encode(rest, 'messages'), None)]
+
+  def _plain_parts(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[np.ndarray, int | None]], str]:
+    """The parts of a conversation below headings up to the end of its last answer, and the text after it."""
     if not self.plain_chat:
       raise UserError('tokenizer', self.kind, 'one with a chat template (chat_template.jinja, or chat_template in tokenizer_config.json), '
                       'or that of a run with data.source.chat=plain')
+    if not all(isinstance(message, Mapping) and isinstance(message.get(key), str) for message in messages for key in ('role', 'content')):
+      raise UserError('messages', messages, 'messages with a role and a content, which are texts')
     roles = [message['role'] for message in messages]
     spoken = roles[roles[:1] == ['system']:]
     if not spoken or spoken != [('user', ASSISTANT)[at % 2] for at in range(len(spoken))]:
       raise UserError('messages', roles, 'user and assistant in turn, perhaps after one message of the system')
     parts: list[tuple[np.ndarray, int | None]] = [(np.array(self.start_ids, np.int32), None)]
+    text = ''
     for number, message in enumerate(messages):
-      heading, content = _heading(message['role']), message['content']
+      text += _heading(message['role'])
       if message['role'] == ASSISTANT:
-        before, answer = self.encode_parts([heading, content], 'messages')
+        before, answer = self.encode_parts([text, message['content']], 'messages')
         parts += [(before, None), (np.append(answer, self.eos_id), number)]
+        text = '\n\n' if number + 1 < len(messages) else ''
       else:
-        gap = '\n\n' if ASSISTANT in roles[:number] else ''
-        parts.append((self.encode(f'{gap}{heading}{content}\n\n', 'messages'), None))
-    return parts
+        text += f'{message["content"]}\n\n'
+    return parts, text
 
   def encode_parts(self, parts: Sequence[str], source: str = 'text') -> list[np.ndarray]:
     """The ids of consecutive parts of a text; see `in_parts`."""
