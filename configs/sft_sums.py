@@ -1,7 +1,7 @@
 """Supervised fine-tuning at its smallest: a model of 0.6 million parameters that answers questions about sums, in minutes on 2 cores.
 
-The data is examples/sums.py, so it runs in a folder that has it. Expected: the right answer to 200 of 200 sums that it has not seen (without
-the working in the answers: 21 of 200).
+The data is examples/sums.py, so it runs in a folder that has it. Expected: the right answer to 200 of 200 sums that it has not seen
+(without the working in the answers: 21 of 200).
 """
 
 from gptjax.config import (
