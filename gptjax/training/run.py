@@ -98,8 +98,7 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
     raise UserError('compute.offloaded', list(config.compute.offloaded), f'none: the device reaches no memory of the host, only {memories}')
   optimizer = make_optimizer(opt)
   objective = make_objective(config)
-  has_examples = any(layout.store.weighted for layout in data.layouts)
-  if has_examples != (config.objective.kind == 'sft'):
+  if config.objective.kind == ('next_token' if (has_examples := any(layout.store.weighted for layout in data.layouts)) else 'sft'):
     raise UserError('objective.kind', config.objective.kind, 'sft for examples' if has_examples else
                     'next_token for documents; for sft, examples: data.source.prompt and completion, or data.source.messages')
   return Run(
