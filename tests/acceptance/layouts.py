@@ -24,9 +24,11 @@ _COUNT = flags.DEFINE_integer('count', 60, 'least number of layouts', lower_boun
 _PART = flags.DEFINE_string('part', '0/1', 'I/N: every N-th layout from the I-th on')
 
 DEVICES, BATCH, BATCHES, CONTEXT, VOCABULARY = 8, 64, 3, 16, 61
-MARGIN = 2e-7
-"""Least distance of the score of a token's last expert from that of the next one. With 1e-7, one of 60 layouts chose another
-expert after 16 steps."""
+MARGIN = 1e-6
+"""Least distance of the score of a token's last expert from that of the next one. With 2e-7, one of 60 layouts chose another
+expert in the last steps."""
+DECIDED = 10
+"""Factor of the routers' initial values: fresh ones, whose scores are all near 1 / experts, leave hardly any data such a margin."""
 WHAT = {
   'model.experts': (0, 4), 'model.tied': (True, False), 'model.dropout': (0.0, 0.1), 'data.isolate_documents': (True, False),
   'optimizer.name': ('adamw', 'muon')}
@@ -116,6 +118,8 @@ def prepare(config: Config) -> Callable[[int], np.ndarray]:
   def follow(data: int) -> np.ndarray:
     with jax.set_mesh(mesh):
       state, figures = initial(), []
+      decided = {name: DECIDED * value for name, value in state.trained.items() if name.endswith('router/kernel')}
+      state = state._replace(trained={**state.trained, **decided})
       for number in range(_STEPS.value):
         rows = batch(BATCHES * data + number % BATCHES, config.data.isolate_documents)
         state, metrics = step(state, put_rows(mesh, rows, BATCH))
