@@ -107,7 +107,9 @@ def _show_store(console: Console, store: TokenStore) -> None:
     start, stop = store.starts(int(number), int(number) + 1)
     text = marked_example(store, tokenizer, int(number)) if store.weighted else (
       tokenizer.decode(store.read([start + 1], [min(stop - start - 1, 4 * _CHARACTERS.value)]).tolist()))
-    console.print(f'\n[bold]document {number:,}[/bold], {stop - start - 1:,} tokens and its separator')
+    size = f'example {number:,}[/bold], {stop - start:,} tokens' if store.weighted else (
+      f'document {number:,}[/bold], {stop - start - 1:,} tokens and its separator')
+    console.print(f'\n[bold]{size}')
     console.print(Text(text[:_CHARACTERS.value] + ('…' if len(text) > _CHARACTERS.value else '')))
   if _VERIFY.value:
     store.verify()

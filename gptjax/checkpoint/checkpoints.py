@@ -43,8 +43,8 @@ class Progress:
   """steps taken, skipped ones included"""
   rows: int = 0
   """number of rows read; this is the complete state of the data"""
-  tokens: int = 0
-  """number of targets seen; counted on the host, since it may exceed an int32"""
+  tokens: float = 0
+  """number of targets seen, times their weights; counted on the host, since it may exceed an int32"""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -172,7 +172,7 @@ class DataConfig(Group, prefix='data.'):
   isolate_documents: bool = True
   """restart attention and positions at each document in a row"""
   long_examples: Literal['drop', 'cut'] = 'drop'
-  """what happens to examples longer than the context: they are dropped, or only their first `context` tokens are kept"""
+  """examples longer than the context: drop them, or cut them to their first `context` tokens, if these have targets"""
   prefetch: Annotated[int, at_least(0), at_most(1000)] = 2
   """number of batches to prepare ahead; 0: none"""
   workers: Annotated[int, at_least(0), at_most(1000)] = 0
@@ -182,6 +182,12 @@ class DataConfig(Group, prefix='data.'):
     super().__post_init__()
     if self.workers and not self.prefetch:
       raise UserError('data.prefetch', 0, '1 or more with data.workers')
+    if self.source.has_examples and self.rows == 'concat':
+      raise UserError('data.rows', self.rows, 'pack or document for examples, which are not cut')
+    if self.source.has_examples and not self.isolate_documents:
+      raise UserError('data.isolate_documents', False, 'true for examples, which do not see each other')
+    if self.source.chat == 'template' and not self.tokenizer.path:
+      raise UserError('data.tokenizer.path', '', 'a tokenizer with a chat template, or data.source.chat=plain')
     unweighted = [component.store for component in self.train if not component.weight]
     if 0 < len(unweighted) < len(self.train):
       raise UserError('data.train: weight', 0.0, f'a weight above 0 for {unweighted[0]} too, or 0 for all components')
@@ -360,6 +366,8 @@ class Config(Group):
     if self.batch_size % self.microbatches:
       expected = f'a divisor of batch_size={self.batch_size}: {divisors(self.batch_size)}'
       raise UserError('microbatches', self.microbatches, expected)
+    if self.data.source.has_examples and self.objective.kind == 'next_token':
+      raise UserError('objective.kind', self.objective.kind, 'sft for examples')
     if self.compute.scan and self.model.expert_every > 1:
       raise UserError('compute.scan', True, 'false with model.expert_every above 1, since the layers of a scan are alike')
     optimizer = self.optimizer

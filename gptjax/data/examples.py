@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gptjax.config import UserError
 from gptjax.data.sources import Document
 from gptjax.data.store import TokenStore
 from gptjax.data.tokenizers import Tokenizer
@@ -17,34 +16,31 @@ class Example(NamedTuple):
   """[n]"""
   weights: np.ndarray
   """[n], of the loss of the id after each; the last is 0"""
-  target_bytes: int
-  """UTF-8 bytes of the turns whose weight is not 0"""
+  target_bytes: float
+  """UTF-8 bytes of the turns, times their weights"""
 
 
 def encode_example(tokenizer: Tokenizer, document: Document) -> Example:
   """Encodes a document with turns. A completion ends with eos_id, an answer in a conversation with the token by which the chat template
-  ends the turn; both are targets. Raises a UserError that names the document for a conversation that the chat template rejects."""
+  ends the turn; both are targets. Raises a UserError for a conversation that the chat template rejects."""
   turns = document.turns
   if turns[0].role:
     messages = [{'role': turn.role, 'content': turn.content} for turn in turns]
-    try:
-      parts = tokenizer.conversation(messages)
-    except UserError as error:
-      raise UserError.from_text(f'{document.name}, {error}') from None
-    others = max((turn.weight for turn in turns if not turn.is_answer), default=0.0)
-    weighted = [(ids, others if number is None else turns[number].weight) for ids, number in parts]
+    of_rest = next(turn.weight for turn in turns if not turn.is_answer)  # equal for all of them
+    weighted = [(ids, of_rest if number is None else turns[number].weight) for ids, number in tokenizer.conversation(messages)]
   else:
     prompt, completion = tokenizer.encode_parts([turn.content for turn in turns], document.name)
     start = np.array(tokenizer.start_ids if len(prompt) or tokenizer.start_ids else [tokenizer.bos_id], np.int32)
     weighted = [(np.append(start, prompt), turns[0].weight), (np.append(completion, tokenizer.eos_id), turns[1].weight)]
   ids = np.concatenate([ids for ids, _ in weighted])
   of_ids = np.concatenate([np.full(len(ids), weight) for ids, weight in weighted])
-  return Example(ids, np.append(of_ids[1:], 0.0), sum(len(turn.content.encode()) for turn in turns if turn.weight))
+  return Example(ids, np.append(of_ids[1:], 0.0), sum(turn.weight * len(turn.content.encode()) for turn in turns))
 
 
 def marked_example(store: TokenStore, tokenizer: Tokenizer, number: int = 0) -> str:
-  """An example of a store as text, with its targets between ⟦ and ⟧, and special ids, which have no text, as <id>."""
+  """The first 1,000 tokens of an example, with its targets between ⟦ and ⟧, and special ids, which have no text, as <id>."""
   start, stop = store.starts(number, number + 1)
+  stop = min(stop, start + 1000)
   ids = store.read([start], [stop - start]).tolist()
   is_target = np.append(False, store.read([start], [stop - start - 1], field='weight') > 0)
   parts = np.split(np.arange(len(ids)), np.flatnonzero(np.diff(is_target)) + 1)

@@ -6,6 +6,7 @@ A workdir has copies of tokenizer and validation sets, with which its model is s
 import dataclasses
 import gzip
 import hashlib
+import itertools
 import json
 import lzma
 import math
@@ -20,10 +21,10 @@ from gptjax.data.folders import open_folder
 from gptjax.data.mixture import Mixture
 from gptjax.data.progress import counted
 from gptjax.data.rows import EvalRows, Layout, Packed, TrainRows, Windows
-from gptjax.data.sources import documents, open_source, sample, split_source
+from gptjax.data.sources import Document, documents, open_source, sample, split_source
 from gptjax.data.store import TokenStore
 from gptjax.data.tokenizing import Recipe, write_store
-from gptjax.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
+from gptjax.data.tokenizers import HEADINGS, Tokenizer, load_tokenizer, train_tokenizer
 from gptjax.files import atomic_directory, read_json
 
 _FORMAT = 4  # To be incremented when the cached data or its meaning changes.
@@ -75,7 +76,8 @@ def prepare(config: DataConfig, cache_dir: Path, processes: int = 1) -> Prepared
   for store in stores:
     store.check()
   _check_rows(config, train.values(), valid.values())
-  tokenizer = first.tokenizer()
+  # That of examples knows how conversations are written.
+  tokenizer = next((found for store in stores if store.weighted and (found := store.tokenizer()).plain_chat), None) or first.tokenizer()
   tags = {tag: [one.name for one in config.valid if tag in one.tags] for each in config.valid for tag in each.tags}
   layouts = [Windows(store, config.context) if config.rows == 'concat' else
              Packed(store, config.context, config.rows, cache_dir, config.long_examples == 'cut') for store in train.values()]
@@ -114,6 +116,8 @@ def _make_stores(config: DataConfig, cache_dir: Path, processes: int) -> tuple[d
       train, valid = split_source(source, config.valid_fraction)
       # 'chars' needs every document that will be encoded, validation included.
       texts = documents(source) if config.tokenizer.kind == 'chars' else sample(train)
+      if config.source.chat == 'plain':
+        texts = itertools.chain(texts, [Document('headings', HEADINGS)])
       tokenizer = tokenizer or train_tokenizer(config.tokenizer, texts)
       tokenizer = tokenizer.for_chat(config.source.chat)
       for name, side, use in (('valid', valid, 'validation'), ('train', train, 'training')):

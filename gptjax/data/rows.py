@@ -24,6 +24,7 @@ Batch = dict[str, np.ndarray]
 
 
 _GROUP = 65_536  # documents that are packed together: enough for dense rows, few enough to be packed in seconds
+_PLAN = 2  # to be incremented when older plans become unreadable
 _PIECE = np.dtype([('position', '<i8'), ('length', '<i8')])
 _ROUNDS = 6  # of a Feistel network
 
@@ -52,7 +53,7 @@ class Packed:
 
   def __init__(self, store: TokenStore, context: int, kind: str, cache_dir: Path, cut: bool = False):
     self.store = store
-    directory = cache_dir / 'plans' / f'{store.sha256[:16]}-{kind}-{context}{"-cut" * (store.weighted and cut)}'
+    directory = cache_dir / 'plans' / f'{store.sha256[:16]}-{kind}-{context}{"-cut" * (store.weighted and cut)}-v{_PLAN}'
     with atomic_directory(directory) as folder:
       if folder:
         _write(folder, store, context, best_fit if kind == 'pack' else lambda lengths, _: [[piece] for piece in range(len(lengths))], cut)
@@ -286,7 +287,7 @@ class EvalRows:
   cached in `cache_dir`."""
 
   def __init__(self, store: TokenStore, context: int, isolate_documents: bool, cache_dir: Path | None = None, cut: bool = False):
-    self.store, self.context, self.isolate_documents = store, context, isolate_documents
+    self.store, self.context, self.isolate_documents = store, context, isolate_documents or store.weighted
     assert cache_dir or not store.weighted
     self._layout = Packed(store, context, 'pack', cache_dir, cut) if store.weighted and cache_dir else Windows(store, context)
     self.count = self._layout.count

@@ -111,7 +111,7 @@ class TokenStore:
     self.targets: float = examples['targets'] if examples else (
       self.tokens if self.end == self.separator else self.tokens - self.documents)
     """ids that are targets, each once; of examples the sum of their weights"""
-    self.target_bytes: int = examples['target_bytes'] if examples else self.bytes
+    self.target_bytes: float = examples['target_bytes'] if examples else self.bytes
     """UTF-8 bytes that the targets stand for"""
     self.sha256: str = manifest['index_sha256']
     """hex digest of ids and documents"""

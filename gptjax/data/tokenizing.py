@@ -69,8 +69,8 @@ class EncodedDocument(NamedTuple):
   """if duplicates are dropped"""
   targets: float = 0.0
   """sum of an example's weights"""
-  target_bytes: int = 0
-  """UTF-8 bytes of an example's answers"""
+  target_bytes: float = 0.0
+  """UTF-8 bytes of an example's turns, times their weights"""
 
 
 @dataclasses.dataclass
@@ -105,7 +105,12 @@ def encode(recipe: Recipe, parts: list[Part]) -> Encoded:
         data = record.text.encode()
         digest = hashlib.blake2b(data, digest_size=16).digest() if recipe.deduplicate else b''
         if record.turns:
-          ids, weights, target_bytes = encode_example(tokenizer, record)
+          try:
+            ids, weights, target_bytes = encode_example(tokenizer, record)
+          except UserError as error:
+            value, _, expected = str(error).partition(', expected: ')
+            malformed.append(Malformed(value, expected, count - 1))
+            continue
           tokens = np.empty(len(ids), dtype)
           tokens['id'], tokens['weight'] = ids, weights
           result.documents.append(EncodedDocument(tokens.tobytes(), len(data), digest, float(weights.sum()), target_bytes))
@@ -252,7 +257,7 @@ class BuildState:
   """records of `file` so far"""
   dropped: dict[str, int] = dataclasses.field(default_factory=dict)
   targets: float = 0.0
-  target_bytes: int = 0
+  target_bytes: float = 0.0
   least_targets: float = math.inf
   """of an example"""
   shards: list[ShardRecord] = dataclasses.field(default_factory=list)

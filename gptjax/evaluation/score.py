@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from gptjax.config import UserError
 from gptjax.data import EvalRows
 from gptjax.inference.forward import forward, dispatch_ahead
 from gptjax.model import AbstractModel, Parameters, Positions
@@ -25,15 +26,15 @@ class Score:
   """exp(loss)"""
   bits_per_byte: float
   """loss of all tokens over the UTF-8 bytes of the text; compares models across tokenizers"""
-  tokens: int
-  """targets scored"""
+  tokens: float
+  """targets scored, times their weights"""
   bytes: float
   """UTF-8 bytes they stand for"""
 
 
-def score_of(nats: float, tokens: int, text_bytes: float) -> Score:
-  """The score of a loss in nats, summed over tokens that stand for `text_bytes` bytes; both are above 0, since all documents have text."""
-  mean = nats / tokens
+def score_of(nats: float, tokens: float, text_bytes: float) -> Score:
+  """The score of a loss in nats, summed over tokens that stand for `text_bytes` bytes; both are above 0."""
+  mean, tokens = nats / tokens, int(tokens) if tokens == int(tokens) else tokens  # weights of examples may be fractions
   return Score(mean, math.exp(min(mean, 700.0)), nats / math.log(2) / text_bytes, tokens, text_bytes)
 
 
@@ -96,10 +97,12 @@ class Scorer:
         filled = np.pad(chosen, (0, self._batch_size - len(chosen)), constant_values=rows.count)
         yield len(chosen), self._sums(parameters, put_rows(self._mesh, rows.batch(filled[mine]), self._batch_size))
 
-    loss, tokens = 0.0, 0
+    loss, tokens = 0.0, 0.0
     for done, (nats, targets) in dispatch_ahead(sums()):  # more batches at once may deadlock on virtual CPU devices
-      loss, tokens = loss + float(nats), tokens + int(targets)
+      loss, tokens = loss + float(nats), tokens + float(targets)
       advance(done)
+    if not tokens:
+      raise UserError('data.valid', rows.store.location, 'rows with targets, which the answers of examples have unless their weight is 0')
     # A part of the rows stands for the same part of the bytes.
     return score_of(loss, tokens, rows.store.target_bytes * tokens / rows.store.targets)
 

@@ -131,7 +131,7 @@ class _Moment(NamedTuple):
   seconds: float
   waited: float
   """seconds of waiting for batches up to it"""
-  tokens: int
+  tokens: float
   """targets seen up to it"""
 
 
@@ -147,7 +147,9 @@ class _Loop:
     self.run, self.source, self.actions, self.fresh, self.options = run, source, actions, fresh, options
     self.checkpoints, self.book, self.peak = checkpoints, book, peak
     self.watchdog, self.interruptions, self.bad_steps = watchdog, interruptions, bad_steps
-    self.flops = flops_per_token(run.config.model, run.config.data.context)
+    stores = [layout.store for layout in run.rows.layouts]
+    read = sum(store.tokens for store in stores) / sum(store.targets for store in stores)  # tokens per target
+    self.flops = flops_per_token(run.config.model, run.config.data.context) * read
     self.check = replica_check(run.abstract_state, run.mesh)
     self.counter = CompileCounter()
     self.compiles = 0
@@ -185,7 +187,7 @@ class _Loop:
     self.bad_steps.resume_from(progress.step)
     self.steps = Steps(self.run, self.source, self.bad_steps, state, progress)
     self.pending: Dispatched | None = None
-    self.tokens = progress.tokens
+    self.tokens: float = progress.tokens
     self.clock: _Moment | None = None  # up to which the speed is logged; the first step is not measured, since it is compiled
 
   def _step(self) -> None:
@@ -210,9 +212,9 @@ class _Loop:
     (step, rows, _, metrics), self.pending = self.pending, None
     # This waits for the step, so that never more than one is ahead. Tokens are counted on the host, since they may exceed an int32.
     bad = bool(metrics['bad'])
-    targets = 0 if bad else int(metrics['targets'])
+    targets = 0 if bad else float(metrics['targets'])
     now = over or self._now()  # before anything is written, since the next step runs meanwhile
-    self.tokens += targets
+    self.tokens += targets if targets % 1 else int(targets)  # weights of examples may be fractions
     self.book.advance(step)
     if bad:
       self._compare()  # the reason may be a device instead of the batch
@@ -222,7 +224,7 @@ class _Loop:
     due = (bad or targets) and (step % self.options.log_every == 0 or step in (1, self.run.steps))
     if due:
       values = {name: value.tolist() for name, value in jax.device_get(metrics).items() if name not in ('targets', 'bad')}
-      self.book.step(step, values | {'tokens': self.tokens} | self._speed(now))
+      self.book.step(step, values | {'tokens': round(self.tokens)} | self._speed(now))
     if due or self.clock is None:
       self.clock = now._replace(tokens=self.tokens)
 

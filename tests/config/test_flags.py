@@ -535,6 +535,8 @@ def configs(draw):
     ('prompt', 'prompt'), ('completion', 'prompt'), ('messages', 'messages'))}
   values |= {'data.source.text': 'text', 'data.source.chat': draw(st.sampled_from(['template', 'plain']))} if examples else {
     'data.source.chat': '', 'data.source.supervised': 'answers'}
+  if examples:
+    values |= {'data.rows': 'pack', 'data.isolate_documents': True, 'data.tokenizer.path': 'tokenizer', 'objective.kind': 'sft'}
   if draw(st.booleans()):
     stores = draw(st.lists(st.text(min_size=1), min_size=1, max_size=3, unique=True))
     weight = draw(st.sampled_from([0.0, 0.5, 2.0]))

@@ -1,6 +1,7 @@
 """Examples: the loss begins with the first token of an answer and ends with the token that ends it; rows have whole examples alone."""
 
 import collections
+import dataclasses
 import json
 import pickle
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from published_tokenizers import FAMILIES, TEXTS
 
-from gptjax.config import DataConfig, SourceConfig, TokenizerConfig, UserError
+from gptjax.config import Component, DataConfig, SourceConfig, TokenizerConfig, UserError, ValidationSet
 from gptjax.data import EvalRows, Mixture, Packed, TokenStore, TrainRows, prepare, tokenizing
 from gptjax.data.examples import encode_example, marked_example
 from gptjax.data.sources import Document, Malformed, open_source, split_source
@@ -50,8 +51,7 @@ def test_a_completion_and_its_end_are_targets(name, tokenizers):
     assert found.ids[:len(asked)].tolist() == asked and found.ids[-1] == tokenizer.eos_id
     assert found.weights.tolist() == [0.0] * (len(asked) - 1) + [1.0] * (len(found.ids) - len(asked)) + [0.0]
     text = tokenizer.decode(found.ids)
-    assert text.startswith(tokenizer.decode(asked)) and len(text) >= len(tokenizer.decode(tokenizer.encode(completion)))
-    if name in ('bytes', 'gpt2', 'llama3'):  # others normalize texts, or begin each with a space
+    if name in ('bytes', 'gpt2', 'llama3'):  # others normalize texts
       assert text == prompt + completion
 
   check()
@@ -62,14 +62,12 @@ def test_answers_of_a_conversation_follow_the_prompt_that_generation_reads(name,
   tokenizer = tokenizers[name] if name in CHATS else tokenizers[name].with_plain_chat()
   parts = tokenizer.conversation(MESSAGES)
   ids, before = np.concatenate([part for part, _ in parts]), np.empty(0, np.int32)
-  assert tokenizer.decode(ids) == tokenizer.decode(tokenizer.chat(MESSAGES, add_generation_prompt=False))
+  assert ids.tolist() == tokenizer.chat(MESSAGES, add_generation_prompt=False).tolist()
   for part, number in parts:
     if number is not None:
-      assert tokenizer.decode(before) == tokenizer.decode(tokenizer.chat(MESSAGES[:number]))
+      assert before.tolist() == tokenizer.chat(MESSAGES[:number]).tolist()
       assert part[-1] in tokenizer.stop_ids and not {*part[:-1].tolist()} & {*tokenizer.stop_ids}
       assert MESSAGES[number]['content'].strip() in tokenizer.decode(part)
-      if number == 1:
-        assert before.tolist() == tokenizer.chat(MESSAGES[:1]).tolist()
     before = np.concatenate([before, part])
   assert [number for _, number in parts if number is not None] == [1, 3]
   found = encode_example(tokenizer, Document('a', '', turns(MESSAGES, 0.5)))
@@ -87,15 +85,78 @@ def test_plain_conversations_survive_saving_and_pickling(tokenizers, tmp_path):
 
 def test_a_template_that_is_missing_is_an_error(tokenizers):
   assert tokenizers['llama3'].for_chat('template') is tokenizers['llama3'] and tokenizers['llama3'].for_chat('plain').plain_chat
-  with pytest.raises(UserError, match=r"^data.source.chat: 'template', expected: plain, since this tokenizer has no chat template"):
+  with pytest.raises(UserError, match=r"^data.source.chat: 'template', expected: plain, or in data.tokenizer.path a tokenizer with"):
     tokenizers['bytes'].for_chat('template')
 
 
-def test_an_answer_that_the_template_does_not_end_is_an_error(tokenizers, monkeypatch):
-  chatml = tokenizers['qwen2']
-  monkeypatch.setattr(chatml, 'stop_ids', (chatml.bos_id,) if chatml.bos_id not in chatml.stop_ids else (0,))
-  with pytest.raises(UserError, match='^messages: .*ends with a token that ends a text'):
-    chatml.conversation(MESSAGES)
+@pytest.mark.parametrize('name', ['llama2', 'mistral'])
+def test_a_completion_gets_no_second_space(name, tokenizers):
+  turns = Turn('', 'the reader: ', False, 0.0), Turn('', 'the words', True, 1.0)
+  assert tokenizers[name].decode(encode_example(tokenizers[name], Document('a', '', turns)).ids) == 'the reader: the words'
+
+
+CHATML = '{% for m in messages %}<|im_start|>{{ m.role }}\n' '{{ m.content }}<|im_end|>\n' '{% endfor %}'
+PROMPT = '{% if add_generation_prompt %}<|im_start|>assistant\n' '{% endif %}'
+LAST = '{% if loop.last %}<|im_end|>{% else %}<|im_start|>{% endif %}'
+OTHER = "{% if m.role == 'assistant' and not loop.last %}<|im_start|>{% else %}<|im_end|>{% endif %}"  # as gpt-oss
+
+
+@pytest.mark.parametrize('template, messages, error', [
+  (CHATML.replace('<|im_end|>', LAST) + PROMPT, MESSAGES, r"^messages\[1\]: 'Three.', .*writes after its generation prompt"),
+  (CHATML.replace('<|im_end|>', '') + PROMPT, MESSAGES, r'^messages\[1\]: .*as it is, and then a token that ends a text: <|im_end|>'),
+  (CHATML.replace('<|im_end|>', OTHER) + PROMPT, MESSAGES, r"^messages\[1\]: 'Three.', .*and then a token that ends a text"),
+  (CHATML.replace('m.content', "m.content.split('*')[-1]") + PROMPT, [MESSAGES[0], {'role': 'assistant', 'content': 'thought*said'}],
+   r"^messages\[1\]: 'thought\*said', .*as it is"),
+  (CHATML + PROMPT, MESSAGES[1:], r"^messages\[0\]: 'Three.', .*after a first message")])
+def test_an_answer_that_generation_would_not_give_so_is_an_error(template, messages, error, tmp_path):
+  FAMILIES['qwen2'](tmp_path)
+  for path in tmp_path.glob('chat_template.jinja'):
+    path.unlink()
+  config = json.loads((tmp_path / 'tokenizer_config.json').read_text())
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps(config | {'chat_template': template}))
+  with pytest.raises(UserError, match=error):
+    load_tokenizer(tmp_path).conversation(messages)
+
+
+def test_examples_do_not_depend_on_the_day(tmp_path):
+  FAMILIES['qwen2'](tmp_path)
+  config = json.loads((tmp_path / 'tokenizer_config.json').read_text())
+  dated = {'chat_template': "{{ strftime_now('%d %b %Y') }}" + CHATML + PROMPT}
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps(config | dated))
+  (tmp_path / 'chat_template.jinja').unlink(missing_ok=True)
+  ids = np.concatenate([part for part, _ in load_tokenizer(tmp_path).conversation(MESSAGES)])
+  assert load_tokenizer(tmp_path).decode(ids).startswith('26 Jul 2024')
+
+
+def test_rejected_conversations_are_malformed_records(tmp_path):
+  records = [{'m': MESSAGES}, {'m': [MESSAGES[0], MESSAGES[0], MESSAGES[1]]}, {'m': MESSAGES}]
+  config = SourceConfig(str(write(tmp_path, records, 'jsonl')), messages='m', chat='plain')
+  recipe = lambda **values: Recipe(open_source(dataclasses.replace(config, **values)), ByteTokenizer().with_plain_chat())
+  with pytest.raises(UserError, match=r'records.jsonl:2: .*user.*user.*expected: user and assistant in turn'):
+    write_store(tmp_path / 'store', recipe())
+  store = write_store(tmp_path / 'store', recipe(skip=0.5))
+  assert store.documents == 2 and store.manifest['malformed'] == 1
+
+
+def test_documents_and_examples_may_share_a_batch(store, tmp_path):
+  (tmp_path / 'text.txt').write_text('one\n' 'two\n' 'three')
+  source = open_source(SourceConfig(str(tmp_path / 'text.txt'), separator='\\n'))
+  documents = write_store(tmp_path / 'documents', Recipe(source, ByteTokenizer()))
+  layouts = [Packed(one, 32, 'pack', tmp_path) for one in (documents, store)]
+  rows = TrainRows(layouts, Mixture([layout.count for layout in layouts], [1.0, 1.0]), 32, 0, True)
+  batch = rows.batch(np.arange(2 * layouts[1].count))
+  found = examples_of(batch)
+  texts = [(ByteTokenizer().decode(tokens), ByteTokenizer().decode(targets)) for tokens, targets in found]
+  assert {('one', 'one'), ('two', 'two'), ('three', 'three'), ('0?\n' '0!', '0!'), ('long 1?\n' '1!', '1!')} <= {*texts}
+
+
+def test_the_weight_of_a_message_is_that_of_its_score(tmp_path):
+  half = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'bcd', 'weight': 0.5}]
+  source = open_source(SourceConfig(str(write(tmp_path, [{'m': half}] * 3, 'jsonl')), **KINDS['messages']))
+  store = write_store(tmp_path / 'store', Recipe(source, ByteTokenizer().with_plain_chat()))
+  assert (store.targets, store.target_bytes) == (3 * 0.5 * 4, 3 * 0.5 * (3))
+  batch = EvalRows(store, 64, False, tmp_path).batch(np.arange(3))
+  assert {*batch['mask'].reshape(-1).tolist()} == {0.0, 0.5} and batch['mask'].sum() == store.targets and 'segments' in batch
 
 
 @pytest.mark.parametrize('roles', [['assistant', 'user'], ['user', 'user'], ['user', 'system', 'assistant'], ['tool'], []])
@@ -144,6 +205,9 @@ def test_records_become_examples(kind, ending, tmp_path):
   ({'m': []}, 'a list of messages'), ({'m': 'text'}, 'a list of messages'), ({'m': [{'role': 'user'}]}, 'role and content'),
   ({'m': [{'role': 'user', 'content': 'a'}]}, 'answers'), ({'m': [{'role': 'assistant', 'content': ''}]}, 'answers'),
   ({'m': [{'role': 'assistant', 'content': 'a', 'weight': 2}]}, 'a weight from 0 to 1'),
+  ({'m': {'role': 'user', 'content': 'a'}}, 'list'),
+  ({'m': [{'role': 'user', 'content': 'a', 'weight': 1}]}, 'of the assistant alone'), ({'m': {'role': ['user'], 'content': []}}, 'list'),
+  ({'m': [{'role': 'assistant', 'content': 'a', 'tool_calls': [1]}]}, 'role, content and weight alone'), ({'m': {'role': 1}}, 'list'),
   ({'m': [{'role': 'assistant', 'content': '\ud800'}]}, 'role and content')])
 def test_records_without_an_example_are_malformed(record, words, tmp_path):
   kind = KINDS['messages' if 'm' in record else 'completion']
@@ -152,7 +216,8 @@ def test_records_without_an_example_are_malformed(record, words, tmp_path):
 
 
 def test_weights_of_messages_and_lists_per_key(tmp_path):
-  messages = {'role': ['user', 'assistant', 'user', 'assistant'], 'content': list('abcd'), 'weight': [None, 0, 1, 0.25]}
+  messages = {'role': ['user', 'assistant', 'user', 'assistant'], 'content': list('abcd'), 'weight': [None, 0, None, 0.25],
+              'name': [''] * 4}
   found, = open_source(SourceConfig(str(write(tmp_path, [{'m': messages}], 'jsonl')), **KINDS['messages']))
   assert [turn.weight for turn in found.turns] == [0.0, 0.0, 0.0, 0.25]
 
@@ -227,11 +292,27 @@ def test_examples_longer_than_the_context_are_dropped_or_cut(cut, store, tmp_pat
 def test_examples_are_held_out_whole(tmp_path):
   source = open_source(SourceConfig(str(write(tmp_path, EXAMPLES, 'jsonl')), **KINDS['completion']))
   train, valid = ({one.name: one.turns for one in side} for side in split_source(source, 0.2))
-  assert not {*train} & {*valid} and train | valid == {one.name: one.turns for one in source} and 5 <= len(valid) <= 11
+  assert not {*train} & {*valid} and train | valid == {one.name: one.turns for one in source} and len(valid) == 8
+  assert [len(list(side)) for side in split_source(source, 0.001)] == [39, 1]
 
 
 @pytest.mark.parametrize('values, field', [({'rows': 'concat'}, 'data.rows'), ({'isolate_documents': False}, 'data.isolate_documents')])
 def test_rows_that_examples_cannot_have(values, field, tmp_path):
   source = SourceConfig(str(write(tmp_path, EXAMPLES, 'jsonl')), **KINDS['completion'])
   with pytest.raises(UserError, match=f'^{field}: '):
-    prepare(DataConfig(source, tokenizer=TokenizerConfig('bytes'), context=32, **({'rows': 'pack'} | values)), tmp_path)
+    DataConfig(source, **({'rows': 'pack'} | values))
+  store = write_store(tmp_path / 'store', Recipe(open_source(source), ByteTokenizer()))
+  with pytest.raises(UserError, match=f'^{field}: '):
+    stores = {'train': (Component(store.location),), 'valid': (ValidationSet('a', store.location),)}
+    prepare(DataConfig(**stores, **({'rows': 'pack'} | values)), tmp_path)
+
+
+def test_a_template_needs_a_tokenizer_that_has_one(tmp_path):
+  with pytest.raises(UserError, match='^data.tokenizer.path: '):
+    DataConfig(SourceConfig('a.jsonl', **(KINDS['chat'] | {'chat': 'template'})), rows='pack')
+
+
+def test_the_tokenizer_of_characters_knows_the_headings(tmp_path):
+  source = SourceConfig(str(write(tmp_path, EXAMPLES, 'jsonl')), **KINDS['chat'])
+  found = prepare(DataConfig(source, tokenizer=TokenizerConfig('chars'), context=64, rows='pack'), tmp_path)
+  assert found.tokenizer.plain_chat and found.example.startswith('<1>### User:\n') and '⟦' in found.example

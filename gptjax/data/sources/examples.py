@@ -1,7 +1,10 @@
 """Examples to fine-tune on: prompts with their completions, and conversations, from the fields of records."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
+from numbers import Real
 from typing import Any
+
+import numpy as np
 
 from gptjax.config import SourceConfig
 from gptjax.data.sources.source import ASSISTANT, Document, Fields, Malformed, Record, Turn, decoded, truncated, value_of
@@ -51,23 +54,23 @@ class Examples:
     messages = value_of(record, field, index)
     if isinstance(messages, Malformed):
       return messages
-    if isinstance(messages, Mapping):  # TFDS has a list per key
-      messages = list(_objects(messages))
-    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
-      return Malformed(truncated(str(messages)), f'{expected}, in the field {field}', index)
+    if not (messages := _objects(messages)):
+      return Malformed(truncated(str(value_of(record, field, index))), f'{expected}, in the field {field}', index)
     turns = []
     for message in messages:
       try:
-        role, content = (decoded(message.get(key)) for key in ('role', 'content')) if isinstance(message, Mapping) else (None, None)
+        role, content = (decoded(message.get(key)) for key in ('role', 'content'))
       except UnicodeError:
         role = content = None
       if role is None or content is None:
         return Malformed(truncated(str(message)), expected, index)
+      if others := [key for key, value in message.items() if key not in ('role', 'content', 'weight') and value not in (None, '', [], {})]:
+        return Malformed(others[0], 'messages with role, content and weight alone', index)
       is_answer, weight = role == ASSISTANT, message.get('weight')
-      if not is_answer or weight is None:
+      if weight is None:
         weight = self._weight(is_answer)
-      elif not (isinstance(weight, int | float) and 0 <= weight <= 1):
-        return Malformed(truncated(str(weight)), 'a weight from 0 to 1', index)
+      elif not is_answer or isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= float(weight) <= 1:
+        return Malformed(truncated(str(weight)), 'a weight from 0 to 1, for messages of the assistant alone', index)
       turns.append(Turn(role, content, is_answer, float(weight)))
     return turns
 
@@ -75,6 +78,11 @@ class Examples:
     return float(is_answer or self._config.supervised == 'all')
 
 
-def _objects(lists: Mapping[str, Iterable[Any]]) -> Iterator[dict[str, Any]]:
-  for values in zip(*lists.values(), strict=True):
-    yield dict(zip(lists, values, strict=True))
+def _objects(messages: Any) -> list[Mapping[str, Any]]:
+  """A list of objects, or an object of lists, as TFDS has them, as a list; empty for anything else."""
+  if isinstance(messages, Mapping):
+    lists = [list(values) if isinstance(values, list | tuple | np.ndarray) else [] for values in messages.values()]
+    if not lists or len({*map(len, lists)}) > 1:
+      return []
+    return [dict(zip(messages, values, strict=True)) for values in zip(*lists, strict=True)]
+  return list(messages) if isinstance(messages, list | tuple) and all(isinstance(one, Mapping) for one in messages) else []

@@ -32,13 +32,18 @@ def split_source(source: Source, fraction: float) -> tuple[Source, Source]:
   rule: _Rule | None
   if not amounts and source.size > _MEASURED_BYTES:
     rule = _by_hash(source, share)
+    if source.has_examples:
+      rule = dataclasses.replace(rule, longest=sys.maxsize, words=rule.words.partition(',')[0])
   else:
     if len(amounts) < 2:
       amounts = {document.name: len(document.text) for document in documents(source)}
     place = next((part.file for part in source.parts()), source.description)
     if not amounts:
       raise UserError('data.source.path', place, 'documents with text')
-    rule = _end(amounts, share) if 1 in (len(amounts), len(source.document_bytes)) else _by_amount(amounts, share)
+    if source.has_examples:
+      rule = _whole(amounts, share)
+    else:
+      rule = _end(amounts, share) if 1 in (len(amounts), len(source.document_bytes)) else _by_amount(amounts, share)
     if not rule:
       raise UserError('data.valid_fraction', fraction, 'a fraction that leaves text for both training and validation of the '
                       f'{sum(amounts.values()):,} characters of {place}')
@@ -113,6 +118,15 @@ def _by_amount(amounts: Mapping[str, int], fraction: Fraction) -> _Rule | None:
   return _Rule(limit, shares, f'{_percent(held / total)} of the text: {words}') if 0 < held < total else None
 
 
+def _whole(amounts: Mapping[str, int], fraction: Fraction) -> _Rule | None:
+  """Holds out a fraction of the examples, and one at least; None if a side would be empty."""
+  count = max(1, round(len(amounts) * fraction))
+  if count >= len(amounts):
+    return None
+  limit = sorted(map(_hash, amounts))[count]
+  return _Rule(limit, {}, f'{count:,} of {counted(len(amounts))}')
+
+
 def _by_hash(source: Source, fraction: Fraction) -> _Rule:
   longest = int(source.size * fraction / _LEAST_HELD_OUT)
   return _Rule(math.ceil(fraction * 2**64), {}, f'about {_percent(fraction)} of the text: documents by a hash of their names, and the end '
@@ -138,8 +152,8 @@ class _Side(Source):
     for record in self.source.read(part):
       if isinstance(record, Document):
         cut = self.rule.cut(record)
-        if record.turns:  # an example stays whole
-          yield record if self.validates == (2 * cut < len(record.text)) else None
+        if record.turns:  # an example is whole on one side
+          yield record if self.validates == (not cut) else None
           continue
         text = record.text[cut:] if self.validates else record.text[:cut]
         yield Document(record.name, text) if text else None

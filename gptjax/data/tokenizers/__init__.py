@@ -2,4 +2,4 @@
 
 from gptjax.data.tokenizers.published import HuggingFaceTokenizer, SentencePieceModel
 from gptjax.data.tokenizers.subwords import Gpt2Tokenizer, SentencePieceTokenizer, VocabularyError, Words, load_tokenizer, train_tokenizer
-from gptjax.data.tokenizers.tokenizer import ByteTokenizer, CharTokenizer, TextStream, Tokenizer
+from gptjax.data.tokenizers.tokenizer import HEADINGS, ByteTokenizer, CharTokenizer, TextStream, Tokenizer

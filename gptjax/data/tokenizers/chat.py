@@ -4,7 +4,7 @@ import datetime
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -14,6 +14,7 @@ from jinja2 import nodes, visitor
 
 from gptjax.config import UserError
 from gptjax.data.folders import library_errors
+from gptjax.data.sources.source import ASSISTANT
 from gptjax.data.tokenizers.published import any_of
 
 
@@ -63,6 +64,39 @@ class ChatTemplate:
     errors = jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError
     with library_errors('messages', roles, f'a conversation that {self._location} accepts', errors):
       return self._template.render(messages=[_plain(message) for message in messages], **variables)
+
+
+_DATE = {'strftime_now': datetime.datetime(2024, 7, 26).strftime}
+"""What templates write as today's date into examples, which must not depend on the day; Llama's write this one where there is no clock."""
+
+
+def answers(render: Callable[[Sequence[Mapping[str, Any]], bool, Mapping[str, object]], str], messages: Sequence[Mapping[str, Any]],
+            tokens: Iterable[str], ends: Mapping[str, str], location: str) -> tuple[str, list[tuple[int, int, int]]]:
+  """A conversation as text, and for each answer the number of its message, its first character and the one after its end.
+
+  An answer begins where a prompt for it ends, and ends with the first control token after the text of the message.
+
+  Args:
+    render: a function (messages, whether to add the generation prompt, variables) -> text.
+    tokens: all control tokens, as they are rendered.
+    ends: those that end a text or a turn, by their names.
+    location: of the template.
+
+  Raises a UserError for an answer that generation would not give so, or not end.
+  """
+  text, spans = render(messages, False, _DATE), []
+  end = re.compile(f'(?:(?!{any_of(tokens)}).)*?(?:{any_of(ends.values())})', re.DOTALL)
+  for number, message in enumerate(messages):
+    if message['role'] == ASSISTANT:
+      start, content = render(messages[:number], True, _DATE) if number else '', message['content'].strip()
+      at = text.find(content, len(start))
+      found = end.match(text, at + len(content)) if at >= 0 else None
+      if not (start and text.startswith(start) and found):
+        why = ('after a first message' if not number else 'after its generation prompt' if not text.startswith(start) else
+               f'as it is, and then a token that ends a text: {", ".join(ends) or "none is defined"}')
+        raise UserError(f'messages[{number}]', content, f'an answer that {location} writes {why}')
+      spans.append((number, len(start), found.end()))
+  return text, spans
 
 
 _SEARCHES = {'split', 'rsplit', 'partition', 'rpartition', 'startswith', 'endswith', 'removeprefix', 'removesuffix', 'strip', 'lstrip',

@@ -168,19 +168,14 @@ class PublishedTokenizer(Tokenizer):
   def conversation(self, messages: Sequence[Mapping[str, Any]]) -> list[tuple[np.ndarray, int | None]]:
     if self.plain_chat or not self._template:
       return super().conversation(messages)
-    text, at = self._rendered(messages, False), [0]
-    numbers: list[int | None] = []
-    ends = {text: alias for text, alias in self._aliases.items() if self._control.get(text) in self.stop_ids}
-    for number, message in enumerate(messages):
-      if message['role'] == ASSISTANT:
-        start = self._rendered(messages[:number], True) if number else ''
-        stop = re.compile(any_of(ends.values())).search(text, len(start)) if start and ends and text.startswith(start) else None
-        if not stop:
-          raise UserError('messages', [one['role'] for one in messages], f'answers that {self.published.template[1]} begins as its '
-                          f'generation prompt does and ends with a token that ends a text: {", ".join(ends) or "none is defined"}')
-        at, numbers = [*at, len(start), stop.end()], [*numbers, None, number]
-    parts = [text[begin:end] for begin, end in itertools.pairwise([*at, len(text)])]
-    return list(zip(in_parts(parts, lambda text: np.array(self._encode_rendered(text), np.int32)), [*numbers, None], strict=True))
+    from gptjax.data.tokenizers.chat import answers
+    ends = {text: self._aliases[text] for text, i in self._control.items() if i in self.stop_ids}
+    text, spans = answers(self._rendered, messages, self._aliases.values(), ends, self.published.template[1])
+    edges = [0, *(edge for _, *span in spans for edge in span), len(text)]
+    numbers = [number for answer, *_ in spans for number in (None, answer)]
+    encode = lambda text: np.array(self._encode_rendered(text), np.int32)
+    parts = in_parts([text[begin:end] for begin, end in itertools.pairwise(edges)], encode, bool(self.prefix))
+    return list(zip(parts, [*numbers, None], strict=True))
 
   def _rendered(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, options: Mapping[str, object] = {}) -> str:
     names = {name: self._aliases.get(text, text) for name, text in self._names.items()}

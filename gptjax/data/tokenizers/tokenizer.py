@@ -21,16 +21,20 @@ FILE = 'gptjax_tokenizer.json'  # written by `Tokenizer.save`, among other files
 SPECIALS = 3  # special ids of our own tokenizers
 
 
-def in_parts(parts: Sequence[str], encode: Callable[[str], np.ndarray]) -> list[np.ndarray]:
+def in_parts(parts: Sequence[str], encode: Callable[[str], np.ndarray], has_prefix: bool) -> list[np.ndarray]:
   """The ids of consecutive parts of a text. A part has the ids that it has in the text, if those before it are the same without it, and
-  else the ids that it has alone. So the ids before a part are those of a prompt that ends there."""
+  else the ids that it has alone. So the ids before a part are those of a prompt that ends there. `has_prefix`: as Tokenizer.prefix."""
+  def alone(part: str) -> np.ndarray:
+    line_end, after = encode('\n'), encode(f'\n{part}')  # after a line end, the part has no prefix
+    return after[len(line_end):] if has_prefix and np.array_equal(after[:len(line_end)], line_end) else encode(part)
+
   found: list[np.ndarray] = []
   text, before = '', np.empty(0, np.int32)
   for part in parts:
     text += part
     ids = encode(text)
     if not np.array_equal(ids[:len(before)], before):
-      ids = np.concatenate([before, encode(part)])
+      ids = np.concatenate([before, alone(part)])
     found.append(ids[len(before):])
     before = ids
   return found
@@ -38,6 +42,10 @@ def in_parts(parts: Sequence[str], encode: Callable[[str], np.ndarray]) -> list[
 
 def _heading(role: str) -> str:
   return f'### {role.capitalize()}:\n'
+
+
+HEADINGS = '\n'.join(map(_heading, ('system', 'user', ASSISTANT)))
+"""All headings of conversations without a template."""
 
 
 class Tokenizer(abc.ABC):
@@ -154,18 +162,18 @@ class Tokenizer(abc.ABC):
 
   def encode_parts(self, parts: Sequence[str], source: str = 'text') -> list[np.ndarray]:
     """The ids of consecutive parts of a text; see `in_parts`."""
-    return in_parts(parts, lambda text: self.encode(text, source))
+    return in_parts(parts, lambda text: self.encode(text, source), bool(self.prefix))
 
   def for_chat(self, style: str) -> 'Tokenizer':
     """The tokenizer of a source with this data.source.chat. Raises a UserError if it lacks the template."""
     if style == 'template' and not self._template:
-      raise UserError('data.source.chat', style, f"plain, since this tokenizer has no chat template (kind '{self.kind}')")
-    return self.with_plain_chat() if style == 'plain' else self
+      raise UserError('data.source.chat', style, f'plain, or in data.tokenizer.path a tokenizer with a chat template (kind {self.kind!r})')
+    return self.with_plain_chat(style == 'plain') if style and (style == 'plain') != self.plain_chat else self
 
-  def with_plain_chat(self) -> 'Tokenizer':
-    """The same tokenizer, whose conversations are written below headings."""
+  def with_plain_chat(self, plain: bool = True) -> 'Tokenizer':
+    """The same tokenizer, whose conversations are written below headings, or by its template."""
     other = copy.copy(self)
-    other.plain_chat = True
+    other.plain_chat = plain
     return other
 
   def save(self, directory: Path) -> None:
