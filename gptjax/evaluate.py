@@ -26,7 +26,7 @@ _MODEL_AXIS = flags.DEFINE_integer(
 _BATCH = flags.DEFINE_integer('batch_size', 0, 'rows of full context length per batch; 0: as in training', lower_bound=0)
 _SETS = flags.DEFINE_list(
   'sets', None, "documents to score instead of all of the run's sets: NAME of one of these, NAME=STORE (from tools.prepare_data with the "
-  "run's tokenizer) or NAME=PATH of text, JSON lines or Parquet; none: no documents")
+  "run's tokenizer) or NAME=PATH of text, JSON lines or Parquet, for a run with examples with the same fields; none: no documents")
 _TASKS = flags.DEFINE_list('tasks', [], "tasks of lm-evaluation-harness: lambada, piqa, or any other in --task_path or the harness")
 _TASK_PATH = flags.DEFINE_string('task_path', 'configs/tasks', 'folder of task files (YAML)')
 _TASK_DATA = flags.DEFINE_string('task_data', '', 'folder of the data of local tasks: lambada/lambada_test.jsonl, piqa/valid.jsonl, ...')

@@ -88,8 +88,8 @@ class Shard:
 class TokenStore:
   """A stream of documents. Opening reads only the manifest; the index is read with the first ids.
 
-  Ranges of ids are read from memory maps or, at a URL, with one request each, all of a call concurrently. Every block is verified
-  against its CRC-32 before it is first used.
+  Ranges of ids, or of weights, are read from memory maps or, at a URL, with one request each, all of a call concurrently. Every
+  block is verified against its CRC-32 before it is first used.
   """
 
   def __init__(self, location: str, manifest: dict[str, Any]):

@@ -44,7 +44,7 @@ def choose_sets(wanted: Sequence[str] | None, held_out: HeldOut, source: SourceC
 
 def _open(name: str, path: str, held_out: HeldOut, source: SourceConfig, cache_dir: Path) -> TokenStore:
   if '://' not in path and not (expanded(path) / MANIFEST).exists():
-    config = dataclasses.replace(source, path=path) if source.has_examples else SourceConfig(path)
+    config = dataclasses.replace(source, path=path, split=SourceConfig.split) if source.has_examples else SourceConfig(path)
     recipe = Recipe(open_source(config, cache_dir), held_out.tokenizer)
     folder = cache_dir / 'data' / f'set-{recipe.fingerprint()[:16]}'
     make = lambda: write_store(folder, recipe, processes=cores(), title=f'tokenizing {name}')

@@ -115,6 +115,13 @@ def test_labels_of_axes_are_numbers(values, tmp_path, monkeypatch):
   assert not any('$' in label for label in labels)
 
 
+def test_files_of_a_run_with_examples_have_such_examples(tmp_path):
+  (tmp_path / 'a.jsonl').write_text('{"q": "one? ", "a": "two"}\n' * 3)
+  source = SourceConfig('tfds:train', split='train[:9]', prompt='q', completion='a')
+  chosen, _ = choose_sets([f'new={tmp_path}/a.jsonl'], HeldOut(TOKENIZER, {}, {}), source, tmp_path / 'cache')
+  assert chosen['new'].weighted and chosen['new'].targets == 3 * 4
+
+
 def test_only_finite_numbers_are_plotted(tmp_path):
   of = lambda *values: [record(step, None, {'t': {'bits': value, 'examples': 1, 'fewshot': 0, 'version': 1}})
                         for step, value in enumerate(values)]
