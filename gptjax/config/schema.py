@@ -182,10 +182,8 @@ class DataConfig(Group, prefix='data.'):
     super().__post_init__()
     if self.workers and not self.prefetch:
       raise UserError('data.prefetch', 0, '1 or more with data.workers')
-    if self.source.has_examples and self.rows == 'concat':
-      raise UserError('data.rows', self.rows, 'pack or document for examples, which are not cut')
-    if self.source.has_examples and not self.isolate_documents:
-      raise UserError('data.isolate_documents', False, 'true for examples, which do not see each other')
+    if self.source.has_examples:
+      self.check_examples()
     if self.source.chat == 'template' and not self.tokenizer.path:
       raise UserError('data.tokenizer.path', '', 'a tokenizer with a chat template, or data.source.chat=plain')
     unweighted = [component.store for component in self.train if not component.weight]
@@ -208,6 +206,13 @@ class DataConfig(Group, prefix='data.'):
       raise UserError('data.valid', [], 'at least one validation set with data.train')
     if self.train and self.source != SourceConfig():
       raise UserError('data.source.path', self.source.path, 'no source together with data.train')
+
+  def check_examples(self) -> None:
+    """Raises a UserError if its rows cannot have examples."""
+    if self.rows == 'concat':
+      raise UserError('data.rows', self.rows, 'pack or document for examples, which are not cut')
+    if not self.isolate_documents:
+      raise UserError('data.isolate_documents', False, 'true for examples, which do not see each other')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ def encode_example(tokenizer: Tokenizer, document: Document) -> Example:
   turns = document.turns
   if turns[0].role:
     messages = [{'role': turn.role, 'content': turn.content} for turn in turns]
-    of_rest = next(turn.weight for turn in turns if not turn.is_answer)  # equal for all of them
+    of_rest = next((turn.weight for turn in turns if not turn.is_answer), 0.0)  # equal for all of them
     weighted = [(ids, of_rest if number is None else turns[number].weight) for ids, number in tokenizer.conversation(messages)]
   else:
     prompt, completion = tokenizer.encode_parts([turn.content for turn in turns], document.name)

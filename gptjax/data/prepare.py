@@ -130,10 +130,8 @@ def _check_rows(config: DataConfig, train: Collection[TokenStore], valid: Collec
   for store in examples:
     if not store.targets:
       raise UserError('data', store.location, 'examples with targets: the weights of all its answers are 0')
-  if examples and config.rows == 'concat':
-    raise UserError('data.rows', config.rows, 'pack or document for examples, which are not cut')
-  if examples and not config.isolate_documents:
-    raise UserError('data.isolate_documents', False, 'true for examples, which do not see each other')
+  if examples:
+    config.check_examples()
   # A row comes from one store; a validation set may be shorter than a row, but not all sets together.
   train_tokens, valid_tokens = max(store.tokens for store in train), sum(store.tokens for store in valid)
   if not examples and config.context > min(train_tokens, valid_tokens):

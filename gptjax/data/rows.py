@@ -171,8 +171,8 @@ class Frame:
     self.starts[:, 0] = True
     self.lengths = np.zeros(count, np.int64)
     """tokens of each row; the rest is padding"""
-    self.weights = np.ones(self.ids.shape, np.float32)
-    """of the loss of the id after each"""
+    self.weights: np.ndarray | None = None
+    """of the loss of the id after each, if there are examples"""
     self.has_examples = np.zeros(count, bool)
     """rows whose pieces are examples, in which a separator may be any token"""
 
@@ -186,6 +186,8 @@ class Frame:
     self.starts.reshape(-1)[places] = True
     self.lengths[slots] = np.add.reduceat(lengths, firsts)
     if layout.store.weighted:
+      if self.weights is None:
+        self.weights = np.ones(self.ids.shape, np.float32)
       layout.store.read(positions, lengths, self.weights.reshape(-1), places, field='weight')
       self.has_examples[slots] = True
 
@@ -196,13 +198,16 @@ class Frame:
     tokens[padded, self.lengths[padded]] = 0  # the last target
     targets[self.starts[:, 1:]] = self.separator  # overwritten by the next piece
     real = np.arange(tokens.shape[1]) < self.lengths[:, None]
-    documents = ~self.has_examples[:, None]
-    masked = real & ~((targets == self.separator) & documents) if self.end != self.separator else real
+    # In documents, a separator starts a document, and is no target if documents have an end of their own.
+    separator = np.where(self.has_examples, -1, self.separator)[:, None] if self.weights is not None else self.separator
+    masked = real & (targets != separator) if self.end != self.separator else real
     mask = masked.astype(np.float32)
-    batch = {'tokens': tokens, 'targets': targets, 'mask': mask * self.weights[:, :-1] if self.has_examples.any() else mask}
+    if self.weights is not None:
+      mask *= self.weights[:, :-1]
+    batch = {'tokens': tokens, 'targets': targets, 'mask': mask}
     if isolate_documents:
       # Each row starts a segment, so all rows can be treated as one sequence of segments.
-      starts = np.flatnonzero(self.starts[:, :-1] | ((tokens == self.separator) & documents))
+      starts = np.flatnonzero(self.starts[:, :-1] | (tokens == separator))
       rows, lengths = starts // tokens.shape[1], np.diff(starts, append=tokens.size)
       numbers = np.arange(1, len(starts) + 1) - np.searchsorted(rows, rows)
       segments = np.repeat(numbers.astype(np.int32), lengths).reshape(tokens.shape)

@@ -44,6 +44,9 @@ def choose_sets(wanted: Sequence[str] | None, held_out: HeldOut, source: SourceC
 
 def _open(name: str, path: str, held_out: HeldOut, source: SourceConfig, cache_dir: Path) -> TokenStore:
   if '://' not in path and not (expanded(path) / MANIFEST).exists():
+    if not source.has_examples and any(store.weighted for store in held_out.valid.values()):
+      raise UserError('--sets', f'{name}={path}', 'NAME=STORE, from tools.prepare_data: this run was trained on stores, and its config '
+                      'does not say which fields of a file have its examples')
     config = dataclasses.replace(source, path=path, split=SourceConfig.split) if source.has_examples else SourceConfig(path)
     recipe = Recipe(open_source(config, cache_dir), held_out.tokenizer)
     folder = cache_dir / 'data' / f'set-{recipe.fingerprint()[:16]}'

@@ -51,7 +51,7 @@ class Norm(nnx.Module):
       return (y if bias is None else y + bias).astype(self.dtype)
 
     if self.dtype != 'float32':  # else the backward pass would keep two arrays in float32, of twice the size of x
-      norm = jax.checkpoint(norm, prevent_cse=False)  # with it, scanned layers' temporaries grew by more than is kept
+      norm = jax.checkpoint(norm, prevent_cse=False)  # whose barrier made the memory of scanned layers grow
     return norm(x, gathered(self.gain), None if self.bias is None else gathered(self.bias))
 
 

@@ -98,9 +98,12 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
     raise UserError('compute.offloaded', list(config.compute.offloaded), f'none: the device reaches no memory of the host, only {memories}')
   optimizer = make_optimizer(opt)
   objective = make_objective(config)
-  if config.objective.kind == ('next_token' if (has_examples := any(layout.store.weighted for layout in data.layouts)) else 'sft'):
-    raise UserError('objective.kind', config.objective.kind, 'sft for examples' if has_examples else
-                    'next_token for documents; for sft, examples: data.source.prompt and completion, or data.source.messages')
+  has_examples = any(layout.store.weighted for layout in data.layouts)
+  if has_examples and config.objective.kind == 'next_token':
+    raise UserError('objective.kind', 'next_token', 'sft for examples')
+  if not has_examples and config.objective.kind == 'sft':
+    raise UserError('objective.kind', 'sft', 'next_token for documents; sft is for examples, with data.source.prompt and completion or '
+                    'data.source.messages')
   return Run(
     config=config, mesh=mesh, model=model, objective=objective, optimizer=optimizer, rows=rows, steps=steps,
     initialize=initializer(model, optimizer, config.zero_stage, mesh, config.seed, frozen),

@@ -85,6 +85,8 @@ def test_plain_conversations_survive_saving_and_pickling(tokenizers, tmp_path):
 
 def test_a_template_that_is_missing_is_an_error(tokenizers):
   assert tokenizers['llama3'].for_chat('template') is tokenizers['llama3'] and tokenizers['llama3'].for_chat('plain').plain_chat
+  again = tokenizers['llama3'].with_plain_chat().for_chat('template')
+  assert again.chat(MESSAGES).tolist() == tokenizers['llama3'].chat(MESSAGES).tolist()
   with pytest.raises(UserError, match=r"^data.source.chat: 'template', expected: plain, or in data.tokenizer.path a tokenizer with"):
     tokenizers['bytes'].for_chat('template')
 
@@ -129,13 +131,13 @@ def test_examples_do_not_depend_on_the_day(tmp_path):
 
 
 def test_rejected_conversations_are_malformed_records(tmp_path):
-  records = [{'m': MESSAGES}, {'m': [MESSAGES[0], MESSAGES[0], MESSAGES[1]]}, {'m': MESSAGES}]
+  records = [{'m': MESSAGES}, {'m': [MESSAGES[0], MESSAGES[0], MESSAGES[1]]}, {'m': MESSAGES}, {'m': [MESSAGES[1]]}]
   config = SourceConfig(str(write(tmp_path, records, 'jsonl')), messages='m', chat='plain')
   recipe = lambda **values: Recipe(open_source(dataclasses.replace(config, **values)), ByteTokenizer().with_plain_chat())
   with pytest.raises(UserError, match=r'records.jsonl:2: .*user.*user.*expected: user and assistant in turn'):
     write_store(tmp_path / 'store', recipe())
   store = write_store(tmp_path / 'store', recipe(skip=0.5))
-  assert store.documents == 2 and store.manifest['malformed'] == 1
+  assert store.documents == 2 and store.manifest['malformed'] == 2
 
 
 def test_documents_and_examples_may_share_a_batch(store, tmp_path):
@@ -150,7 +152,7 @@ def test_documents_and_examples_may_share_a_batch(store, tmp_path):
   assert {('one', 'one'), ('two', 'two'), ('three', 'three'), ('0?\n' '0!', '0!'), ('long 1?\n' '1!', '1!')} <= {*texts}
 
 
-def test_the_weight_of_a_message_is_that_of_its_score(tmp_path):
+def test_the_weight_of_a_message_is_that_of_its_targets(tmp_path):
   half = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'bcd', 'weight': 0.5}]
   source = open_source(SourceConfig(str(write(tmp_path, [{'m': half}] * 3, 'jsonl')), **KINDS['messages']))
   store = write_store(tmp_path / 'store', Recipe(source, ByteTokenizer().with_plain_chat()))
@@ -206,7 +208,8 @@ def test_records_become_examples(kind, ending, tmp_path):
   ({'m': [{'role': 'user', 'content': 'a'}]}, 'answers'), ({'m': [{'role': 'assistant', 'content': ''}]}, 'answers'),
   ({'m': [{'role': 'assistant', 'content': 'a', 'weight': 2}]}, 'a weight from 0 to 1'),
   ({'m': {'role': 'user', 'content': 'a'}}, 'list'),
-  ({'m': [{'role': 'user', 'content': 'a', 'weight': 1}]}, 'of the assistant alone'), ({'m': {'role': ['user'], 'content': []}}, 'list'),
+  ({'m': [{'role': 'user', 'content': 'a', 'weight': 1}]}, 'of other roles'), ({'m': [{'role': '', 'content': 'a'}]}, 'role and content'),
+  ({'m': {'role': ['user'], 'content': []}}, 'list'),
   ({'m': [{'role': 'assistant', 'content': 'a', 'tool_calls': [1]}]}, 'role, content and weight alone'), ({'m': {'role': 1}}, 'list'),
   ({'m': [{'role': 'assistant', 'content': '\ud800'}]}, 'role and content')])
 def test_records_without_an_example_are_malformed(record, words, tmp_path):
@@ -216,7 +219,7 @@ def test_records_without_an_example_are_malformed(record, words, tmp_path):
 
 
 def test_weights_of_messages_and_lists_per_key(tmp_path):
-  messages = {'role': ['user', 'assistant', 'user', 'assistant'], 'content': list('abcd'), 'weight': [None, 0, None, 0.25],
+  messages = {'role': ['user', 'assistant', 'user', 'assistant'], 'content': list('abcd'), 'weight': [None, 0, 0.0, 0.25],
               'name': [''] * 4}
   found, = open_source(SourceConfig(str(write(tmp_path, [{'m': messages}], 'jsonl')), **KINDS['messages']))
   assert [turn.weight for turn in found.turns] == [0.0, 0.0, 0.0, 0.25]
@@ -310,6 +313,16 @@ def test_rows_that_examples_cannot_have(values, field, tmp_path):
 def test_a_template_needs_a_tokenizer_that_has_one(tmp_path):
   with pytest.raises(UserError, match='^data.tokenizer.path: '):
     DataConfig(SourceConfig('a.jsonl', **(KINDS['chat'] | {'chat': 'template'})), rows='pack')
+
+
+def test_a_mixture_has_the_tokenizer_of_its_examples(tmp_path):
+  (tmp_path / 'text.txt').write_text('some text')
+  sources = SourceConfig(str(tmp_path / 'text.txt')), SourceConfig(str(write(tmp_path, EXAMPLES, 'jsonl')), **KINDS['chat'])
+  stores = [write_store(tmp_path / name, Recipe(open_source(source), ByteTokenizer().for_chat(source.chat))).location
+            for name, source in zip(('documents', 'examples'), sources)]
+  for order in (stores, stores[::-1]):
+    found = prepare(DataConfig(train=tuple(map(Component, order)), valid=(ValidationSet('a', stores[0]),), rows='pack'), tmp_path)
+    assert found.tokenizer.plain_chat
 
 
 def test_the_tokenizer_of_characters_knows_the_headings(tmp_path):

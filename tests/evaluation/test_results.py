@@ -11,7 +11,7 @@ from matplotlib.text import Text
 from small_stores import make_store, texts
 
 from gptjax.config import SourceConfig, UserError
-from gptjax.data import HeldOut
+from gptjax.data import HeldOut, Recipe, open_source, write_store
 from gptjax.data.store import manifest_sha256
 from gptjax.data.tokenizers import ByteTokenizer
 from gptjax.evaluation import Score, Scores, choose_sets, draw, record, results, table
@@ -120,6 +120,14 @@ def test_files_of_a_run_with_examples_have_such_examples(tmp_path):
   source = SourceConfig('tfds:train', split='train[:9]', prompt='q', completion='a')
   chosen, _ = choose_sets([f'new={tmp_path}/a.jsonl'], HeldOut(TOKENIZER, {}, {}), source, tmp_path / 'cache')
   assert chosen['new'].weighted and chosen['new'].targets == 3 * 4
+
+
+def test_files_of_a_run_on_stores_of_examples_are_refused(tmp_path):
+  (tmp_path / 'a.jsonl').write_text('{"q": "one? ", "a": "two"}\n' * 3)
+  source = SourceConfig(str(tmp_path / 'a.jsonl'), prompt='q', completion='a')
+  store = write_store(tmp_path / 'store', Recipe(open_source(source), TOKENIZER))
+  with pytest.raises(UserError, match=r"^--sets: 'new=.*a.jsonl', expected: NAME=STORE"):
+    choose_sets([f'new={tmp_path}/a.jsonl'], HeldOut(TOKENIZER, {'valid': store}, {}), SourceConfig(), tmp_path / 'cache')
 
 
 def test_only_finite_numbers_are_plotted(tmp_path):

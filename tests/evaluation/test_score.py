@@ -10,8 +10,10 @@ import pytest
 from tiers import full
 from small_stores import make_store, stream
 
-from gptjax.config import ComputeConfig, MeshConfig
-from gptjax.data import EvalRows
+from gptjax.config import ComputeConfig, MeshConfig, SourceConfig
+from gptjax.data import EvalRows, Recipe, open_source, tokenizing, write_store
+from gptjax.data.examples import encode_example
+from gptjax.data.tokenizers import ByteTokenizer
 from gptjax.evaluation import Scorer, pooled
 from gptjax.model import abstract_model
 from gptjax.sharding import make_mesh
@@ -136,6 +138,21 @@ def test_tags_and_all_sets_count_every_target_alike(model, random_parameters, he
   assert_score(scores.tags['both'], nats, a.tokens + b.tokens, held.bytes + other.bytes)
   assert scores.overall == scores.tags['both'] and scores.tags['one'] == pooled([b])
   assert [*scores.named()] == ['a', 'b', 'tag/both', 'tag/one', 'valid']
+
+
+def test_examples_are_scored_by_their_weights(model, random_parameters, tmp_path, one_device, monkeypatch):
+  (tmp_path / 'a.jsonl').write_text('\n'.join('{"q": "!!!!", "a": "##"}' for _ in range(5)))
+  recipe = Recipe(open_source(SourceConfig(str(tmp_path / 'a.jsonl'), prompt='q', completion='a')), ByteTokenizer())
+  scorer, parameters, found = Scorer(model, next_token(), one_device, 4), random_parameters(model), {}
+  for weight in (1.0, 0.25):
+    def weighted(*args, weight=weight):
+      one = encode_example(*args)
+      return one._replace(weights=weight * one.weights, target_bytes=weight * one.target_bytes)
+    monkeypatch.setattr(tokenizing, 'encode_example', weighted)
+    rows = EvalRows(write_store(tmp_path / str(weight), recipe), CONTEXT, True, tmp_path)
+    found[weight] = scorer(parameters, rows)
+    assert (found[weight].tokens, found[weight].bytes) == (weight * 5 * 3, weight * 5 * 2)
+  assert found[0.25].loss == pytest.approx(found[1.0].loss) and found[0.25].bits_per_byte == pytest.approx(found[1.0].bits_per_byte)
 
 
 def test_one_program_scores_all_sets(model, random_parameters, held, tmp_path, one_device):

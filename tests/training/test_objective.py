@@ -44,7 +44,7 @@ def test_the_step_of_examples_depends_neither_on_packing_nor_microbatches_nor_th
   store = write_store(tmp_path / 'store', Recipe(source, ByteTokenizer()))
   model = ModelConfig(layers=1, width=16, heads=2, vocab_size=259, positions='rope')
   found = {}
-  for kind, microbatches, sizes, stage in (('document', 4, {'data': 1}, 0), ('pack', 1, {'data': 1}, 0),
+  for kind, microbatches, sizes, stage in (('document', 4, {'data': 1}, 0),
                                            ('pack', 1, {'data': 2, 'model': 2, 'context': 2}, 3)):
     rows = EvalRows(store, 32, True, tmp_path) if kind == 'pack' else TrainRows(
       [layout := Packed(store, 32, kind, tmp_path)], Mixture([layout.count], [1.0]), 32, 0, True)

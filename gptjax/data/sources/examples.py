@@ -62,20 +62,26 @@ class Examples:
         role, content = (decoded(message.get(key)) for key in ('role', 'content'))
       except UnicodeError:
         role = content = None
-      if role is None or content is None:
+      if not role or content is None:
         return Malformed(truncated(str(message)), expected, index)
-      if others := [key for key, value in message.items() if key not in ('role', 'content', 'weight') and value not in (None, '', [], {})]:
+      if others := [key for key, value in message.items() if key not in ('role', 'content', 'weight') and not _is_empty(value)]:
         return Malformed(others[0], 'messages with role, content and weight alone', index)
       is_answer, weight = role == ASSISTANT, message.get('weight')
       if weight is None:
         weight = self._weight(is_answer)
-      elif not is_answer or isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= float(weight) <= 1:
-        return Malformed(truncated(str(weight)), 'a weight from 0 to 1, for messages of the assistant alone', index)
+      elif isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= float(weight) <= 1:
+        return Malformed(truncated(str(weight)), 'a weight from 0 to 1', index)
+      elif not is_answer and float(weight) != self._weight(False):
+        return Malformed(truncated(str(weight)), f'no weight but {self._weight(False):g} for messages of other roles than assistant', index)
       turns.append(Turn(role, content, is_answer, float(weight)))
     return turns
 
   def _weight(self, is_answer: bool) -> float:
     return float(is_answer or self._config.supervised == 'all')
+
+
+def _is_empty(value: Any) -> bool:
+  return value is None or (hasattr(value, '__len__') and not len(value))
 
 
 def _objects(messages: Any) -> list[Mapping[str, Any]]:
