@@ -224,6 +224,11 @@ class Checkpoints:
     except Damaged as damaged:
       raise self._unfit(step, str(damaged)) from None
 
+  @property
+  def directory(self) -> Path:
+    """The folder of all of them."""
+    return self._directory
+
   def folder(self, step: int) -> Path:
     """The folder of a checkpoint."""
     return self._directory / str(step)

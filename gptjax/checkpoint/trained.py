@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from gptjax.checkpoint.arrays import PARAMETERS, array_folder, array_metadata, load
-from gptjax.checkpoint.checkpoints import Checkpoints
+from gptjax.checkpoint.adapters import parameter_reader
+from gptjax.checkpoint.arrays import array_folder, array_metadata, load
 from gptjax.checkpoint.manifest import verify
 from gptjax.config import TENSOR_AXIS, Config, MeshConfig, UserError, read_config
 from gptjax.model import AbstractModel, Parameters, attention_backend, stored_model
@@ -47,17 +47,18 @@ def load_trained(workdir: Path, step: str = 'latest', model_axis: int = 0) -> Tr
 
 
 class Restorer:
-  """Restores several checkpoints of a run, as `load_trained` does, onto the same mesh: a program compiled for one serves all."""
+  """Restores several checkpoints of a run, as `load_trained` does, onto the same mesh: a program compiled for one serves all. Adapters are
+  merged into the matrices that they adapt."""
 
   def __init__(self, workdir: Path, model_axis: int = 0):
     self.config = read_config(workdir)
     # The devices that are present decide how the model is computed, but not how its layers are stored.
     compute = dataclasses.replace(self.config.compute, attention='auto', sequence_parallel=False)
-    self.model = stored_model(dataclasses.replace(self.config, compute=compute))
+    self.model = stored_model(dataclasses.replace(self.config, compute=compute)).base
     trained_on = self.config.mesh.sizes[TENSOR_AXIS]
     self.mesh = make_mesh(MeshConfig(**{TENSOR_AXIS: model_axis or (1 if jax.device_count() % trained_on else trained_on)}))
     check_heads(self.config.model, self.mesh)
-    self.checkpoints = Checkpoints(workdir / 'checkpoints', folders=(PARAMETERS,))
+    self.checkpoints = parameter_reader(workdir / 'checkpoints', self.config)
 
   def restore(self, step: int) -> Trained:
     """Restores the parameters of a step in the dtypes that the model computes with; a UserError if they do not fit the run's config."""

@@ -6,7 +6,7 @@ from gptjax.config.flags import describe, docstrings, exit_stack, exit_status, l
 from gptjax.config.mesh import (
   AXES, AXIS_NAMES, BATCH_AXES, EXPERTS_AXIS, LAYERS_AXIS, LOCAL_AXES, REST_AXIS, SLICE_AXES, STATE_AXIS, TENSOR_AXIS, TOKENS_AXIS,
   MeshAxis, MeshConfig, PipelineConfig)
-from gptjax.config.model import TRAINING_ONLY, ComputeConfig, ModelConfig, RopeConfig, RouterConfig
+from gptjax.config.model import TRAINING_ONLY, ComputeConfig, LoraConfig, ModelConfig, RopeConfig, RouterConfig
 from gptjax.config.schema import (
   LEAST_VOCABULARY, CheckpointConfig, Component, Config, DataConfig, Duration, EvalConfig, FaultsConfig, ObjectiveConfig, OptimizerConfig,
   Phase, SourceConfig, TokenizerConfig, ValidationSet, duration_in_steps, in_unit_of_steps, schedule_warning)

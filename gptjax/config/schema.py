@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from gptjax.config.checks import (
   Fraction, FractionBelow1, Group, Limit, NonNegative, NonNegativeFloat, Positive, UserError, at_least, at_most, divisors)
 from gptjax.config.mesh import MeshConfig, PipelineConfig
-from gptjax.config.model import ComputeConfig, ModelConfig
+from gptjax.config.model import ComputeConfig, LoraConfig, ModelConfig
 
 Duration = int | str
 """A length of training: steps (2000), or text with a unit: '2000 steps', '1.5e6 tokens', '3 epochs'."""
@@ -358,6 +358,8 @@ class Config(Group):
   """load what fits of init_from by name (larger or smaller tables: first rows; deeper models: first layers); initialize the rest"""
   frozen: tuple[str, ...] = ()
   """patterns of names of parameters that are not trained; JSON on a command line: '["tokens/*", "blocks/0/*"]'"""
+  lora: LoraConfig = LoraConfig()
+  """adapters"""
   seed: Annotated[int, at_least(0), Limit(lambda seed: seed < 2**32, 'below 2**32')] = 0
   """seed of initialization, data order and dropout"""
 
@@ -373,6 +375,13 @@ class Config(Group):
       raise UserError('microbatches', self.microbatches, expected)
     if self.data.source.has_examples and self.objective.kind == 'next_token':
       raise UserError('objective.kind', self.objective.kind, 'sft for examples')
+    if self.lora.rank and not self.init_from:
+      raise UserError('init_from', '', 'the run whose model lora.rank adapts')
+    if self.lora.rank and self.optimizer.name == 'muon':
+      raise UserError('optimizer.name', 'muon', 'adamw with lora.rank')
+    if self.lora.rank and (self.init_partial or self.frozen):
+      field, value = ('init_partial', True) if self.init_partial else ('frozen', list(self.frozen))
+      raise UserError(field, value, 'its default with lora.rank: all of init_from is read, and adapters alone are trained')
     if self.compute.scan and self.model.expert_every > 1:
       raise UserError('compute.scan', True, 'false with model.expert_every above 1, since the layers of a scan are alike')
     optimizer = self.optimizer

@@ -4,7 +4,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from gptjax.checkpoint import PARAMETERS, Checkpoints
+from gptjax.checkpoint import parameter_reader
 from gptjax.config import Config, MeshConfig, UserError, read_config
 from gptjax.data import Tokenizer, load_tokenizer
 from gptjax.data.tokenizers.export import write_plain_chat
@@ -39,14 +39,14 @@ def export_run(workdir: Path, folder: Path, *, step: str = 'latest', dtype: str 
   tokenizer = load_tokenizer(workdir / 'data' / 'tokenizer')
   imported: dict[str, Any] = read_json(kept / RECORD) if kept.exists() else {'dtypes': {}, 'tokenizer': False}
   family, values = _described(config, kept, tokenizer, dtype)
-  matched = match(family, stored_model(config), config.data.context, imported['dtypes'])
+  matched = match(family, stored_model(config).base, config.data.context, imported['dtypes'])
   tensors = {tensor.name: Entry(imported['dtypes'].get(tensor.name, 'F32') if dtype == 'auto' else DTYPES[dtype], matched.shape(tensor))
              for tensor in matched.tensors}
   buffers = read_header(kept / BUFFERS) if (kept / BUFFERS).exists() else {}
   chosen = check.resolved()
   tokens = chosen.tokens(tokenizer, matched.model, values)
   mesh = make_mesh(MeshConfig())
-  reader = Checkpoints(workdir / 'checkpoints', folders=(PARAMETERS,))
+  reader = parameter_reader(workdir / 'checkpoints', config)
   with contextlib.closing(reader) as checkpoints, atomic_directory(folder, resumes=False) as out:
     assert out, 'the folder did not exist'
     number = checkpoints.resolve(step)

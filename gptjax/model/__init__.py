@@ -14,5 +14,5 @@ from gptjax.model.kernels import attention_backend
 from gptjax.model.layout import Slots, stack_layers, stacked_name, unstack_layers
 from gptjax.model.parameters import (
   AbstractModel, Parameters, abstract_model, active_parameters, attention_flops, flops_per_token, model_of, parameter_count,
-  repeated_products, repeated_weights, slots_of, stored_model)
+  repeated_products, repeated_weights, slots_of, step_flops, stored_model)
 from gptjax.model.transformer import Block, Transformer, empty_cache

@@ -9,8 +9,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-from gptjax.config import ComputeConfig, ModelConfig
-from gptjax.model.weights import Stack, TokenAxis, gathered, lookup, parameter, product
+from gptjax.config import ComputeConfig, LoraConfig, ModelConfig
+from gptjax.model.weights import Stack, TokenAxis, gathered, layer_axes, lookup, parameter, product
 from gptjax.sharding import Axis, token_places
 
 Sums = dict[str, Array]
@@ -18,16 +18,34 @@ Sums = dict[str, Array]
 
 
 class Linear(nnx.Module):
-  """x W + b, with the logical axes of W: (input, output). Layers of a module that read the same x give it the same name, `input`."""
+  """x W + b, with the logical axes of W: (input, output). Layers of a module that read the same x give it the same name, `input`.
+
+  With an adapter it is x W + scale * (x A) B + b.
+  """
 
   def __init__(self, sizes: tuple[int, int], axes: tuple[Axis, Axis], std: float, compute: ComputeConfig, stack: Stack = (),
                bias: bool = False, input: str = ''):
     self.kernel = parameter(nnx.initializers.normal(std), sizes, axes, stack, compute.dtype, input)
     self.bias = parameter(nnx.initializers.zeros, sizes[1:], axes[1:], stack) if bias else None
     self.regather = compute.remat == 'none' and not compute.scan
+    self.lora_a: nnx.Param | None = nnx.data(None)
+    self.lora_b: nnx.Param | None = nnx.data(None)
+    self.lora_scale = 0.0
+
+  def adapt(self, lora: LoraConfig) -> None:
+    """Adds an adapter, which changes nothing at first (arXiv:2106.09685, section 4.1): A is uniform within 1/sqrt(inputs), as in PEFT, and
+    B is zero."""
+    *stack, inputs, outputs = self.kernel.get_value().shape
+    axes, dtype = layer_axes(self.kernel), self.kernel.get_metadata('dtype')
+    uniform = nnx.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
+    self.lora_a = parameter(uniform, (inputs, lora.rank), (axes[0], None), tuple(stack), dtype)
+    self.lora_b = parameter(nnx.initializers.zeros, (lora.rank, outputs), (None, axes[1]), tuple(stack), dtype)
+    self.lora_scale = lora.scale
 
   def __call__(self, x: Float[Array, 'N I'], rows: TokenAxis = None) -> Float[Array, 'N O']:
     y = product(x, self.kernel, rows, regather=self.regather)
+    if self.lora_a is not None and self.lora_b is not None:
+      y = y + self.lora_scale * product(product(x, self.lora_a, rows), self.lora_b, rows)
     return y if self.bias is None else (y.astype(jnp.float32) + gathered(self.bias)).astype(y.dtype)
 
 

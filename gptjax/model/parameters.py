@@ -6,16 +6,17 @@ The layouts of their layers: layout.py.
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
-from gptjax.config import LAYERS_AXIS, ComputeConfig, Config, ModelConfig, UserError
+from gptjax.config import LAYERS_AXIS, ComputeConfig, Config, LoraConfig, ModelConfig, UserError
 from gptjax.model.layout import Slots, deal_layers, stack_layers, unstack_layers
+from gptjax.model.layers import Linear
 from gptjax.model.transformer import Transformer
 from gptjax.model.weights import initial_value
 from gptjax.sharding import AnyMesh, Axis, ParameterSpecs, Weight, Zero, parameter_specs, shared, unsharded_axes
@@ -34,6 +35,7 @@ class AbstractModel:
   graph: Any = dataclasses.field(compare=False)
   variables: dict[str, tuple[tuple, nnx.Param]] = dataclasses.field(compare=False)
   is_transposed: bool = False
+  lora: LoraConfig = LoraConfig()
 
   @property
   def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -96,9 +98,9 @@ class AbstractModel:
     """
     found = set()
     for pattern in patterns:
-      matches = {name: [fnmatchcase(one, pattern) for one in self._unstacked_names(name)] for name in self.shapes}
+      matches = {name: [fnmatchcase(one, pattern) for one in self.unstacked_names(name)] for name in self.shapes}
       if not any(map(any, matches.values())):
-        known = [one for name in self.shapes for one in self._unstacked_names(name)]
+        known = [one for name in self.shapes for one in self.unstacked_names(name)]
         raise UserError(field, pattern, "a pattern that matches parameters, such as 'tokens/*' or 'blocks/0/*'", known)
       if partly := next((name for name, one in matches.items() if any(one) and not all(one)), None):
         unstacked = f'mesh.{LAYERS_AXIS}=1: pipeline stages stack' if self.slots else 'compute.scan=False: a scan stacks'
@@ -106,7 +108,8 @@ class AbstractModel:
       found |= {name for name, one in matches.items() if all(one)}
     return frozenset(found)
 
-  def _unstacked_names(self, name: str) -> list[str]:
+  def unstacked_names(self, name: str) -> list[str]:
+    """The name of a parameter, or those of a stacked one's layers."""
     return [one for one in self._names(name) if one]
 
   def _names(self, name: str) -> list[str]:
@@ -134,6 +137,21 @@ class AbstractModel:
     flat = {path: variable.replace(parameters[name]) for name, (path, variable) in self.variables.items()}
     return nnx.merge(self.graph, nnx.from_flat_state(flat))
 
+  @property
+  def adapters(self) -> frozenset[str]:
+    """Names of the parameters that adapters add."""
+    return frozenset(name for name in self.shapes if name.endswith(('/lora_a', '/lora_b')))
+
+  @property
+  def base(self) -> 'AbstractModel':
+    """The same model without adapters."""
+    return abstract_model(self.config, self.compute, self.context, self.slots)
+
+  def merged(self, parameters: Mapping[str, jax.Array]) -> Parameters:
+    """Parameters of `base` that compute the same: each adapted W is W + scale * A B, added in float32, sharded as W is."""
+    return {name: _merged(x, *(parameters[name.replace('/kernel', f'/lora_{ab}')] for ab in 'ab'), self.lora.scale)
+            if name.replace('/kernel', '/lora_a') in self.adapters else x for name, x in parameters.items() if name not in self.adapters}
+
   def transposed(self) -> 'AbstractModel':
     """The same model with kernels stored as [output, input], as products of few rows read them best: on a CPU 8 rows took 31 ms where
     they took 41. Not for scanned layers, nor the stacked kernels of experts."""
@@ -147,23 +165,50 @@ class AbstractModel:
     return dataclasses.replace(self, variables=variables, is_transposed=True)
 
 
+@functools.partial(jax.jit, static_argnums=3)
+def _merged(w: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+  a, b = (jax.reshard(x.astype('float32'), PartitionSpec()) for x in (a, b))
+  product = jax.numpy.einsum('...ir,...ro->...io', a, b, out_sharding=jax.typeof(w).sharding.spec)
+  return (w.astype('float32') + scale * product).astype(w.dtype)
+
+
 @functools.lru_cache(maxsize=64)  # a run asks some times, the search for a layout hundreds of times, and each takes 0.1 s
-def abstract_model(config: ModelConfig, compute: ComputeConfig, context: int, slots: Slots = ()) -> AbstractModel:
-  """Describes the transformer of a config; nothing is computed or allocated. `slots`: those of layers that pipeline stages share out."""
-  graph, state = nnx.split(Transformer(config, compute, context, slots))
+def abstract_model(config: ModelConfig, compute: ComputeConfig, context: int, slots: Slots = (),
+                   lora: LoraConfig = LoraConfig()) -> AbstractModel:
+  """Describes the transformer of a config; nothing is computed or allocated. `slots`: those of layers that pipeline stages share out.
+
+  Raises a UserError for a pattern of lora.targets that matches no linear layer inside blocks.
+  """
+  module = Transformer(config, compute, context, slots)
+  if lora.rank:
+    _adapt(module, abstract_model(config, compute, context, slots), lora)
+  graph, state = nnx.split(module)
   return AbstractModel(config, compute, context, slots, graph,
-                       {'/'.join(map(str, path)): (path, v) for path, v in nnx.to_flat_state(state)})
+                       {'/'.join(map(str, path)): (path, v) for path, v in nnx.to_flat_state(state)}, lora=lora)
+
+
+def _adapt(module: Transformer, described: AbstractModel, lora: LoraConfig) -> None:
+  linears = {'/'.join(map(str, path)) + '/kernel': one for path, one in nnx.iter_graph(module.blocks) if isinstance(one, Linear)}
+  linears = {f'blocks/{name}': one for name, one in linears.items()}
+  wanted: set[str] = set()
+  for pattern in lora.targets:
+    found = described.matching('lora.targets', [pattern]) & linears.keys()
+    if not found:
+      raise UserError('lora.targets', pattern, 'a pattern that matches matrices of linear layers inside blocks', list(linears))
+    wanted |= found
+  for name in sorted(wanted):
+    linears[name].adapt(lora)
 
 
 def model_of(config: Config) -> AbstractModel:
   """Describes the transformer of a run as its train state has it."""
-  return abstract_model(config.model, config.compute, config.data.context, slots_of(config))
+  return abstract_model(config.model, config.compute, config.data.context, slots_of(config), config.lora)
 
 
 def stored_model(config: Config) -> AbstractModel:
   """Describes the transformer of a run as its checkpoints have it: with layers in order, and stacked if the train state stacks them."""
   slots = tuple(range(config.model.layers)) if slots_of(config) else ()
-  return abstract_model(config.model, config.compute, config.data.context, slots)
+  return abstract_model(config.model, config.compute, config.data.context, slots, config.lora)
 
 
 def slots_of(config: Config) -> Slots:
@@ -210,6 +255,15 @@ def flops_per_token(config: ModelConfig, context: int, *, causal: bool = True) -
   matrix = lambda name: name.endswith('kernel') or (config.tied and name == 'tokens/table')
   weights = sum(size for name, size in active_sizes(config, context).items() if matrix(name))
   return 6 * weights + 3 * attention_flops(config, context, causal=causal)
+
+
+def step_flops(model: AbstractModel, frozen: Collection[str]) -> int | float:
+  """`flops_per_token` of a model with adapters, and without the gradients of frozen matrices: 2 less per weight."""
+  share = model.config.experts_per_token / (model.config.experts or 1)
+  sizes = {name: shape.size * (share if 'experts' in model.axes[name] else 1) for name, shape in model.shapes.items()}
+  matrix = lambda name: name.endswith('kernel') or (model.config.tied and name == 'tokens/table')
+  return (flops_per_token(model.config, model.context) + 6 * sum(sizes[name] for name in model.adapters)
+          - 2 * sum(sizes[name] for name in frozen if matrix(name)))
 
 
 def attention_flops(config: ModelConfig, context: int, *, causal: bool = True) -> int | float:

@@ -15,14 +15,14 @@ from gptjax.config import Config, Fault, UserError
 from gptjax.data import Prepared, cores, prepare
 from gptjax.distributed import all_gather, broadcast, is_primary, process_group
 from gptjax.files import write_json
-from gptjax.model import flops_per_token
+from gptjax.model import step_flops
 from gptjax.sharding import make_mesh
 from gptjax.sharding.chips import peak_flops
 from gptjax.training.guard import MAX_CONSECUTIVE, BadSteps, Rollback, replica_check
 from gptjax.training.interruptions import REQUEUE_EXIT_CODE, Interruptions, StopRequest, Watchdog
 from gptjax.training.logbook import Logbook, NullLogbook
 from gptjax.training.run import Dispatched, Run, Source, Steps, every, header, resolve
-from gptjax.training.workdir import initial_state, lock, open_workdir, restore, wait_until_visible
+from gptjax.training.workdir import initial_state, lock, open_workdir, restore, start_adapters, wait_until_visible
 from gptjax.training.step import TrainState
 from gptjax.training.validation import Validation
 
@@ -76,6 +76,8 @@ def train(config: Config, options: Options) -> int:
     if newest is None:  # before config.json is written, since init_from may be wrong
       state, begun = initial_state(run, data.tokenizer)
     changed = open_workdir(folder, run, data, None if newest is None else progress, options.accept_changes) if is_primary() else []
+    if newest is None and run.config.lora.rank and is_primary():
+      start_adapters(run, folder)
     wait_until_visible(folder)
     if newest is not None:
       state, begun = restore(checkpoints, newest, run)[0], f'checkpoint of step {progress.step}, {progress.tokens:,} tokens'
@@ -149,7 +151,7 @@ class _Loop:
     self.watchdog, self.interruptions, self.bad_steps = watchdog, interruptions, bad_steps
     stores = [layout.store for layout in run.rows.layouts]
     read = sum(store.tokens for store in stores) / sum(store.targets for store in stores)  # tokens per target
-    self.flops = flops_per_token(run.config.model, run.config.data.context) * read
+    self.flops = step_flops(run.model, run.abstract_state.frozen) * read
     self.check = replica_check(run.abstract_state, run.mesh)
     self.counter = CompileCounter()
     self.compiles = 0

@@ -53,7 +53,7 @@ def schedule(config: OptimizerConfig, peak: float, *, steps: int, warmup: int, d
 
 def has_weight_decay(name: str) -> bool:
   """Whether weight decay applies: to matrices and embedding tables, never to biases and gains."""
-  return name.endswith(('kernel', 'table'))
+  return name.endswith(('kernel', 'table', 'lora_a', 'lora_b'))
 
 
 def uses_muon(name: str) -> bool:

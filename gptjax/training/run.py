@@ -20,7 +20,7 @@ from gptjax.checkpoint import Progress
 from gptjax.config import INT32_MAX, TOKENS_AXIS, Config, UserError, duration_in_steps, schedule_warning
 from gptjax.data import EvalRows, Prepared, TrainRows, batches, train_rows
 from gptjax.model import (
-  AbstractModel, active_parameters, attention_backend, expert_backend, flops_per_token, model_of, parameter_count)
+  AbstractModel, active_parameters, attention_backend, expert_backend, model_of, parameter_count, step_flops)
 from gptjax.distributed import all_gather, process_group
 from gptjax.sharding import AnyMesh, check_sizes, describe, process_rows, put_rows
 from gptjax.training.guard import BadSteps
@@ -152,10 +152,12 @@ def header(run: Run, data: Prepared, begun: str, peak: tuple[float, str] | None)
     'parameters': parameter_count(model, config.data.context),
     **({'active parameters': active_parameters(model, config.data.context), 'experts': f'{model.experts_per_token} of {model.experts}, '
         + expert_backend(config.compute)} if model.experts else {}),
+    **({'adapters': f'{sum(x.size for x in run.abstract_state.trained.values()):,} parameters, which alone are trained; rank '
+        f'{config.lora.rank}, scale {config.lora.scale:g}'} if config.lora.rank else {}),
     **({'frozen': f'{frozen:,} of the parameters'} if (frozen := sum(x.size for x in run.abstract_state.frozen.values())) else {}),
     'tokens per step': config.batch_size * config.data.context,
     'steps': f'{run.steps:,}, {run.steps * config.batch_size / run.rows.rows_per_epoch:.2f} epochs',
-    'FLOPs per token': flops_per_token(model, config.data.context),
+    'FLOPs per token': step_flops(run.model, run.abstract_state.frozen),
     'peak FLOP/s': f'{peak[0]:.3g}, {peak[1]}' if peak else 'unknown for this device, so no MFU',
     'attention': attention_backend(model, config.compute, config.data.context) if mesh.shape[TOKENS_AXIS] == 1 else
                  f'{config.compute.context_attention} over mesh.{TOKENS_AXIS}={mesh.shape[TOKENS_AXIS]}',

@@ -33,17 +33,21 @@ class Standard:
     """whether the run's layers are"""
 
   def abstract_state(self, model: AbstractModel) -> TrainState:
-    """The state of a model in the standard layout: shapes, dtypes and shardings."""
+    """The saved state of a model in the standard layout: shapes, dtypes and shardings."""
     with jax.set_mesh(self.mesh):
-      return abstract(initializer(model, self._optimizer, self.zero_stage, self.mesh, 0, frozen_names(model, self._config)), self.mesh)
+      frozen = frozen_names(model, self._config)
+      return self._saved(abstract(initializer(model, self._optimizer, self.zero_stage, self.mesh, 0, frozen), self.mesh))
 
   def parameters(self, parameters: Parameters) -> Parameters:
     """Parameters of the run for forward passes of `model` on `mesh`."""
     return parameters if self.mesh == self._run_mesh else _viewed(self._leave_for_parameters(parameters), self._shardings)
 
   def saved(self, state: TrainState) -> TrainState:
-    """A state as checkpoints hold it: the same arrays if the run's layers are in order."""
-    return state if self.is_in_order else self._leave_for_state(state)
+    """A state as checkpoints hold it: the same arrays if the run's layers are in order; of a run with adapters without the base."""
+    return self._saved(state) if self.is_in_order else self._leave_for_state(self._saved(state))
+
+  def _saved(self, state: TrainState) -> TrainState:
+    return state._replace(frozen={}) if self._config.lora.rank else state
 
   def enter(self, arrays: Mapping[str, jax.Array], wanted: Any) -> Any:
     """The tree `wanted` of the run's shapes and shardings, from arrays by name in the standard layout."""

@@ -40,7 +40,7 @@ class Validation:
                                advance=self._advance)
     self._book.validation(step, scores.named())
     if settings.sample_tokens:
-      weights = self._generator.prepare(parameters)
+      weights = self._generator.prepare(run.standard.model.merged(parameters))
       prompt = unescaped(settings.prompt)
       asked = [{'role': 'user', 'content': prompt}] if prompt and run.config.data.source.chat else prompt
       sample, = self._generator(weights, [self._generator.prompt(asked, 'eval.prompt')], max_tokens=settings.sample_tokens,
@@ -51,4 +51,4 @@ class Validation:
   @functools.cached_property
   def _generator(self) -> inference.Generator:
     standard = self._run.standard
-    return inference.Generator(standard.model, standard.mesh, self._data.tokenizer, standard.zero_stage)
+    return inference.Generator(standard.model.base, standard.mesh, self._data.tokenizer, standard.zero_stage)

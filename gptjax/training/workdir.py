@@ -7,14 +7,15 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
 
 from gptjax import config as configs
-from gptjax.checkpoint import PARAMETERS, Checkpoints, Progress, by_name
+from gptjax.checkpoint import PARAMETERS, Checkpoints, Progress, base_of, by_name, keep_base, parameter_reader
 from gptjax.checkpoint.manifest import MANIFEST
 from gptjax.config import TRAINING_ONLY, Config, UserError, in_unit_of_steps, read_config
 from gptjax.data import Prepared, Tokenizer, export, load_tokenizer
@@ -29,7 +30,7 @@ FREE = ('batch_size', 'microbatches', 'zero_stage', 'mesh.', 'pipeline.', 'compu
 """Fields that a resumed run may change: they affect neither the results, up to rounding, nor the order of the rows."""
 _PRECISION = 'compute.dtype'
 """Changes the rounding, so a change takes --accept_changes."""
-_STRUCTURE = ('model.', 'optimizer.name', 'frozen')
+_STRUCTURE = ('model.', 'optimizer.name', 'frozen', 'lora.')
 """Fields that decide which arrays a checkpoint has, as data.context does with learned positions; a run cannot change them, except for
 dropout."""
 _RESIZED = ('vocab', 'positions', 'layers')
@@ -130,10 +131,22 @@ def _another_run(worst: dict[str, tuple], changes: dict[str, tuple], *, accepted
 def restore(checkpoints: Checkpoints, step: int, run: Run) -> tuple[TrainState, Progress]:
   """The state of a checkpoint, with layers stacked or not as `compute.scan` is now; a UserError if it is damaged, or of another model."""
   before, standard, wanted = stored_model(read_config(checkpoints.folder(step))), run.standard, run.abstract_state
+  saved = wanted._replace(frozen={}) if run.config.lora.rank else wanted
   if standard.is_in_order and before.is_stacked == run.model.is_stacked:
-    return checkpoints.restore(step, wanted)
-  stored, progress = checkpoints.restore(step, standard.abstract_state(before))
-  return standard.enter(by_name(stored), wanted), progress
+    state, progress = checkpoints.restore(step, saved)
+  else:
+    stored, progress = checkpoints.restore(step, standard.abstract_state(before))
+    state = standard.enter(by_name(stored), saved)
+  return (state._replace(frozen=_base(checkpoints, run)) if run.config.lora.rank else state), progress
+
+
+def _base(checkpoints: Checkpoints, run: Run) -> dict[str, jax.Array]:
+  """The parameters that adapters leave as they are."""
+  wanted = run.abstract_state.frozen
+  with jax.set_mesh(run.standard.mesh):
+    found = _Source(base_of(checkpoints.directory)).parameters(run)
+  return {name: jax.device_put(found[name], leaf.sharding) for name, leaf in wanted.items()} if run.standard.mesh == run.mesh else (
+    run.standard.enter(found, wanted))
 
 
 def initial_state(run: Run, tokenizer: Tokenizer) -> tuple[TrainState, str]:
@@ -145,40 +158,70 @@ def initial_state(run: Run, tokenizer: Tokenizer) -> tuple[TrainState, str]:
   path = run.config.init_from
   if not path:
     return run.initialize(), 'fresh parameters'
-  checkpoints, step, folder, tokenizer_folder = _open(expanded(path))
-  config, source_tokenizer = read_config(folder), load_tokenizer(tokenizer_folder)
-  standard, source = run.standard, stored_model(config)
-  in_layout = stack_layers if standard.model.is_stacked else unstack_layers
-  differences = _differences(standard.model, in_layout(source.shapes))
+  source, standard = _Source(expanded(path)), run.standard
+  if run.config.lora.rank and source.config.lora.rank and source.config.lora != run.config.lora:
+    raise UserError('init_from', path, 'a run without adapters (tools.merge_lora makes one of it), or the lora.rank, alpha, stabilized and '
+                    'targets of its adapters, to go on with them')
+  source_tokenizer = load_tokenizer(source.tokenizer)
+  differences = _differences(standard.model.base, source.in_layout(run)(source.model.shapes))
   if source_tokenizer.sha256 != tokenizer.sha256:
-    differences = [f'another tokenizer, of {source_tokenizer.vocab_size:,} ids (data.tokenizer.path={tokenizer_folder})', *differences]
+    differences = [f'another tokenizer, of {source_tokenizer.vocab_size:,} ids (data.tokenizer.path={source.tokenizer})', *differences]
   if differences and not run.config.init_partial:
     raise UserError('init_from', path, 'a run with the same parameters and tokenizer, or --config.init_partial for the parts that fit: '
                     f'{_listed(differences)}')
-  state, shardings = run.initialize(), source.shardings(3, standard.mesh)
+  state = run.initialize()
   initial = standard.parameters(state.parameters)
   with jax.set_mesh(standard.mesh):
-    found = in_layout(checkpoints.restore_parameters(step, {
-      name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shardings[name]) for name, shape in source.shapes.items()}))
+    found = source.parameters(run)
     parameters = {name: _combined(fresh, found.pop(name, None)) for name, fresh in initial.items()}
   if standard.mesh != run.mesh:
     parameters = standard.enter(parameters, run.abstract_state.parameters)
   take = lambda names: {name: parameters[name] for name in names}
-  words = f'parameters of {path}, step {step}' + (f', in part: {_listed(differences)}' if differences else '')
+  words = f'parameters of {path}, step {source.step}' + (f', in part: {_listed(differences)}' if differences else '')
   return state._replace(trained=take(state.trained), frozen=take(state.frozen)), words
 
 
-def _open(path: Path) -> tuple[Checkpoints, int, Path, Path]:
-  """The checkpoints, step, folder of the config and folder of the tokenizer of one checkpoint, or of a workdir's newest."""
-  if (path / MANIFEST).exists() and path.name.isdecimal():
-    return Checkpoints(path.parent, folders=(PARAMETERS,)), int(path.name), path, path / 'tokenizer'
-  if not (path / 'config.json').exists():
-    raise UserError('init_from', str(path), 'a folder that gptjax.train or tools.import_hf made, or one of its checkpoints/STEP')
-  checkpoints = Checkpoints(path / 'checkpoints', folders=(PARAMETERS,))
-  newest = checkpoints.newest()
-  if newest is None:
-    raise UserError('init_from', str(path), 'a run that has a checkpoint')
-  return checkpoints, newest, path, path / 'data' / 'tokenizer'
+class _Source:
+  """One checkpoint, or a workdir's newest, that another run reads parameters from. Raises a UserError if there is none."""
+
+  def __init__(self, path: Path):
+    if (path / MANIFEST).exists() and path.name.isdecimal():
+      folder, directory, self.tokenizer = path, path.parent, path / 'tokenizer'
+    elif (path / 'config.json').exists():
+      folder, directory, self.tokenizer = path, path / 'checkpoints', path / 'data' / 'tokenizer'
+    else:
+      raise UserError('init_from', str(path), 'a folder that gptjax.train or tools.import_hf made, or one of its checkpoints/STEP')
+    self.config = read_config(folder)
+    self.model = stored_model(self.config).base
+    self.checkpoints = parameter_reader(directory, self.config)
+    self.base: _Source | None = _Source(base_of(directory)) if self.config.lora.rank else None
+    newest = int(path.name) if folder.parent == directory else self.checkpoints.newest()
+    if newest is None:
+      raise UserError('init_from', str(path), 'a run that has a checkpoint')
+    self.step: int = newest
+
+  def in_layout(self, run: Run) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """A function that arranges layers as in the standard layout of a run."""
+    return stack_layers if run.standard.model.is_stacked else unstack_layers
+
+  def parameters(self, run: Run) -> dict[str, jax.Array]:
+    """Its parameters on the mesh of the run's standard layout; adapters are merged, unless the run goes on with them."""
+    if self.base is None or not run.config.lora.rank:
+      return self._restored(run, self.checkpoints, self.model, self.model.shapes)
+    model, own = stored_model(self.config), Checkpoints(self.checkpoints.directory, folders=(PARAMETERS,))
+    return self.base.parameters(run) | self._restored(run, own, model, model.adapters)
+
+  def _restored(self, run: Run, checkpoints: Checkpoints, model: AbstractModel, names: Iterable[str]) -> dict[str, jax.Array]:
+    shardings = model.shardings(3, run.standard.mesh)
+    return self.in_layout(run)(checkpoints.restore_parameters(self.step, {
+      name: jax.ShapeDtypeStruct(model.shapes[name].shape, model.shapes[name].dtype, sharding=shardings[name]) for name in names}))
+
+
+def start_adapters(run: Run, workdir: Path) -> None:
+  """Keeps the checkpoint of init_from, or of its base, in the workdir of a new run with adapters."""
+  source = _Source(expanded(run.config.init_from))
+  source = source.base or source
+  keep_base(source.checkpoints.folder(source.step), source.config, workdir)
 
 
 def _differences(model: AbstractModel, found: Mapping[str, jax.ShapeDtypeStruct]) -> list[str]:

@@ -9,5 +9,5 @@ import pytest
 @pytest.fixture(autouse=True, scope='module')
 def references(request):
   """Imports them into the module, or skips its tests where they are not installed."""
-  for name in {'torch', 'transformers'} & vars(request.module).keys():
+  for name in {'torch', 'transformers', 'peft'} & vars(request.module).keys():
     setattr(request.module, name, pytest.importorskip(name, reason='pip install -r requirements-parity.txt'))
