@@ -149,7 +149,8 @@ def initial_state(run: Run, tokenizer: Tokenizer) -> tuple[TrainState, str]:
   config, source_tokenizer = read_config(folder), load_tokenizer(tokenizer_folder)
   standard, source = run.standard, stored_model(config)
   in_layout = stack_layers if standard.model.is_stacked else unstack_layers
-  differences = _differences(standard.model, in_layout(source.shapes))
+  new_head = bool(run.config.model.classes and not config.model.classes)
+  differences = _differences(standard.model, in_layout(source.shapes), new_head)
   if source_tokenizer.sha256 != tokenizer.sha256:
     differences = [f'another tokenizer, of {source_tokenizer.vocab_size:,} ids (data.tokenizer.path={tokenizer_folder})', *differences]
   if differences and not run.config.init_partial:
@@ -181,9 +182,12 @@ def _open(path: Path) -> tuple[Checkpoints, int, Path, Path]:
   return checkpoints, newest, path, path / 'data' / 'tokenizer'
 
 
-def _differences(model: AbstractModel, found: Mapping[str, jax.ShapeDtypeStruct]) -> list[str]:
-  """Descriptions of parameters that are missing, superfluous or of another size; a UserError if a part cannot be taken."""
-  words = []
+def _differences(model: AbstractModel, found: Mapping[str, jax.ShapeDtypeStruct], new_head: bool) -> list[str]:
+  """Descriptions of parameters that are missing, superfluous or of another size; a UserError if a part cannot be taken.
+
+  `new_head`: a model that predicts tokens becomes one that classifies, with a fresh head in place of the other, which is no difference.
+  """
+  words, heads = [], ('lm_head/kernel', 'classifier/kernel') if new_head else ()
   for name, shape in model.shapes.items():
     if name in found and found[name].shape != shape.shape:
       words.append(f'{name} {list(found[name].shape)} for {list(shape.shape)}')
@@ -191,8 +195,8 @@ def _differences(model: AbstractModel, found: Mapping[str, jax.ShapeDtypeStruct]
           ours != theirs and (axis[0] if isinstance(axis, tuple) else axis) not in _RESIZED
           for ours, theirs, axis in zip(shape.shape, found[name].shape, model.axes[name])):
         raise UserError('init_from', words[-1], 'the same sizes; only vocabulary, positions and the number of layers may differ')
-  words += [f'no {name}' for name in model.shapes if name not in found]
-  return words + [f'{name} left out' for name in found if name not in model.shapes]
+  words += [f'no {name}' for name in model.shapes if name not in found and name not in heads]
+  return words + [f'{name} left out' for name in found if name not in model.shapes and name not in heads]
 
 
 def _combined(fresh: jax.Array, found: jax.Array | None) -> jax.Array:
