@@ -53,12 +53,13 @@ def main(_) -> None:
   sets, tags = evaluation.choose_sets([] if _SETS.value == ['none'] else _SETS.value, held_out, restorer.config.data.source, cache)
   if not sets and not _TASKS.value:
     raise UserError('--sets', _SETS.value, 'NAME=STORE or NAME=PATH, or --tasks: an imported model has no validation sets of its own')
-  file, earlier, baselines = workdir / ('evaluation.json' if len(steps) == 1 else 'evaluations.jsonl'), {}, {}
+  file, earlier, baselines, beside = workdir / ('evaluation.json' if len(steps) == 1 else 'evaluations.jsonl'), {}, {}, {}
   if distributed.is_primary():  # before work whose results could not be kept
     writable(file, '--workdir')
     earlier = read_json(file) if len(steps) == 1 and file.exists() else {}
     documents = {name: store for name, store in sets.items() if not store.weighted}
     baselines = data.compression_baselines(held_out.tokenizer, documents) if documents else {}
+    beside = _beside(workdir, restorer.config.data, held_out, sets, tags) if held_out.labels and sets else {}
   records, samples = {}, []
   try:
     with jax.set_mesh(restorer.mesh):
@@ -69,14 +70,22 @@ def main(_) -> None:
         if distributed.is_primary():
           print(trained.description, file=sys.stderr)
         if scores := score(trained.parameters):
-          records[step] = evaluation.record(step, scores, None)
+          records[step] = evaluation.record(step, scores, None, held_out.labels)
         results, asked = answer(trained.parameters)
         del trained  # frees the memory before the next one is loaded
-        records[step] = evaluation.record(step, scores, results)
+        records[step] = evaluation.record(step, scores, results, held_out.labels)
         samples += [{'step': step, **one} for one in asked]
   finally:
     if records and distributed.is_primary():  # also if a later checkpoint or task fails
-      _report(file, earlier, [*records.values()], samples, baselines)
+      _report(file, earlier, [*records.values()], samples, baselines, beside)
+
+
+def _beside(workdir, config, held_out, sets, tags) -> dict[str, Any]:
+  """The figures of the baselines of classifiers, by the names of scores."""
+  from gptjax import data, evaluation
+  groups = {**{name: [name] for name in sets}, **{f'tag/{tag}': names for tag, names in tags.items()}, evaluation.ALL_SETS: [*sets]}
+  longest = 0 if config.long_examples == 'cut' else config.context  # longer ones are dropped
+  return evaluation.class_baselines(data.NaiveBayes.load(workdir / 'data'), sets, groups, held_out.tokenizer, longest)
 
 
 def _documents(restorer, sets, tags, cache) -> Callable[[Any], Any]:
@@ -117,11 +126,16 @@ def _tasks(restorer, tokenizer) -> Callable[[Any], tuple[Any, list]]:
 
 
 def _report(file: Path, earlier: dict[str, Any], records: list[dict[str, Any]], samples: list[dict[str, Any]],
-            baselines: dict[str, float]) -> None:
-  """Prints and writes the results: evaluation.json for one checkpoint, evaluations.jsonl and evaluation.png for several."""
+            baselines: dict[str, float], beside: dict[str, Any]) -> None:
+  """Prints and writes the results: evaluation.json for one checkpoint, evaluations.jsonl and evaluation.png for several, and, of classes,
+  confusion.png for the last."""
   from gptjax import evaluation
   if table := evaluation.table(records):
     print(table)
+  if beside:
+    figures = [evaluation.documents(record) for record in records]
+    print(*(evaluation.class_table(record['step'], one, beside) for record, one in zip(records, figures)), sep='\n')
+    evaluation.draw_confusion(figures[-1], file.with_name('confusion.png'))
   for name, bits in baselines.items():
     print(f'{name} of the same documents: {bits:.4f} bits per byte')
   for record in records:
@@ -130,7 +144,8 @@ def _report(file: Path, earlier: dict[str, Any], records: list[dict[str, Any]], 
   if _SAMPLES.value:
     plain = lambda value: value.tolist() if hasattr(value, 'tolist') else str(value)  # some metrics return numpy values
     write_results(expanded(_SAMPLES.value), ''.join(json.dumps(one, default=plain) + '\n' for one in samples))
-  lines = [json_line(record | ({'baselines': baselines} if 'sets' in record else {})) for record in records]
+  lines = [json_line(record | ({'baselines': baselines} if 'sets' in record else {})
+                     | ({'class_baselines': beside} if beside else {})) for record in records]
   if file.suffix == '.json':
     # Earlier results of the same checkpoint that this evaluation did not repeat, such as documents besides tasks, are kept.
     merged = (earlier if earlier.get('step') == records[0]['step'] else {}) | json.loads(lines[0])

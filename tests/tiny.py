@@ -49,8 +49,8 @@ def put(rows):
 
 
 def trainer(model, optimizer=None, *, compute=ComputeConfig(), context=16, zero_stage=0, microbatches=1, seed=0, z_loss=0.0,
-            frozen=(), pipeline=PipelineConfig()):
-  """(fresh state, train step) on the mesh in force; `optimizer` is a config or one of optax's.
+            frozen=(), pipeline=PipelineConfig(), objective=None):
+  """(fresh state, train step) on the mesh in force; `optimizer` is a config or one of optax's, `objective` by default next_token.
 
   The initial parameters are those of seed 0, whatever `seed`.
   """
@@ -63,8 +63,8 @@ def trainer(model, optimizer=None, *, compute=ComputeConfig(), context=16, zero_
   described = model_of(Config(model=model, compute=compute, data=DataConfig(context=context), pipeline=pipeline,
                               mesh=MeshConfig(**mesh.shape)))
   state = initializer(described, optimizer, zero_stage, mesh, 0, described.matching('frozen', frozen))()
-  return state, train_step(described, next_token(z_loss), optimizer, rates, zero_stage=zero_stage, mesh=mesh, microbatches=microbatches,
-                           seed=seed, pipeline=pipeline)
+  return state, train_step(described, objective or next_token(z_loss), optimizer, rates, zero_stage=zero_stage, mesh=mesh,
+                           microbatches=microbatches, seed=seed, pipeline=pipeline)
 
 
 def write_text(path, sentences=300, seed=0):

@@ -57,12 +57,13 @@ class _Merged(Checkpoints):
     """As for other runs."""
     base, model = base_of(self.directory), self._model
     wanted = {one for name in parameters for one in model.unstacked_names(name)}
-    adapted = wanted | {name.replace('/kernel', f'/lora_{ab}') for name in wanted for ab in 'ab'}
+    trained = {one for name in model.trained_with_adapters for one in model.unstacked_names(name)}
+    own = trained & (wanted | {name.replace('/kernel', f'/lora_{ab}') for name in wanted for ab in 'ab'})
     mesh = next(iter(parameters.values())).sharding.mesh  # type: ignore[union-attr]
     with jax.set_mesh(mesh):
       checkpoints = Checkpoints(base / 'checkpoints', folders=(PARAMETERS,))
-      found = _unstacked(checkpoints, checkpoints.resolve('latest'), stored_model(read_config(base)), wanted, mesh)
-      found |= _unstacked(self, step, stored_model(read_config(self.folder(step))), adapted - found.keys(), mesh)
+      found = _unstacked(checkpoints, checkpoints.resolve('latest'), stored_model(read_config(base)), wanted - trained, mesh)
+      found |= _unstacked(self, step, stored_model(read_config(self.folder(step))), own, mesh)
       merged = model.in_layout(model.merged(found))
       return {name: jax.reshard(merged[name].astype(leaf.dtype), leaf.sharding) for name, leaf in parameters.items()}
 

@@ -9,4 +9,4 @@ from gptjax.config.mesh import (
 from gptjax.config.model import TRAINING_ONLY, ComputeConfig, LoraConfig, ModelConfig, RopeConfig, RouterConfig
 from gptjax.config.schema import (
   LEAST_VOCABULARY, CheckpointConfig, Component, Config, DataConfig, Duration, EvalConfig, FaultsConfig, ObjectiveConfig, OptimizerConfig,
-  Phase, SourceConfig, TokenizerConfig, ValidationSet, duration_in_steps, in_unit_of_steps, schedule_warning)
+  Phase, SourceConfig, TokenizerConfig, ValidationSet, check_objective, duration_in_steps, in_unit_of_steps, schedule_warning)

@@ -122,6 +122,9 @@ class ModelConfig(Group, prefix='model.'):
   """only every n-th layer has experts; the others have a feed-forward layer"""
   router: RouterConfig = RouterConfig()
   """choice of experts"""
+  classes: NonNegative = 0
+  """outputs of a head that classifies texts, in place of the head that predicts tokens; 0: as many as the data has classes, or no such \
+head"""
   dropout: FractionBelow1 = 0.0
   """probability that a feature is dropped after embeddings, attention weights, attention and feed-forward"""
 
@@ -176,6 +179,16 @@ class ModelConfig(Group, prefix='model.'):
   def hidden_width(self) -> int:
     """Feed-forward features, with 0 resolved."""
     return self.mlp_width or 4 * self.width
+
+  @property
+  def head_is_table(self) -> bool:
+    """Whether the output head is the embedding table."""
+    return self.tied and not self.classes
+
+  @property
+  def outputs(self) -> int:
+    """Columns of the output head: classes, or padded token ids."""
+    return self.classes or self.table_rows
 
   @property
   def table_rows(self) -> int:

@@ -68,13 +68,17 @@ class SourceConfig(Group, prefix='data.source.'):
   '### User:', with the end of text after each answer; empty: a prompt and its completion as they are"""
   supervised: Literal['answers', 'all'] = 'answers'
   """targets in the loss of examples: answers (completions, turns of the assistant) with their ends, or all"""
+  label: str = ''
+  """texts to classify: field with the class of data.source.text, a name in data.source.labels or its number there, from 0"""
+  labels: tuple[str, ...] = ()
+  """names of the classes of data.source.label; JSON on a command line: '["ham", "spam"]'"""
   skip: Fraction = 0.0
   """largest fraction of malformed records that may be skipped; more is an error"""
 
   @property
   def has_examples(self) -> bool:
-    """Whether its documents are examples, whose answers are targets."""
-    return bool(self.prompt or self.completion or self.messages)
+    """Whether its documents are examples, whose answers or classes are targets."""
+    return bool(self.prompt or self.completion or self.messages or self.label)
 
   def __post_init__(self):
     super().__post_init__()
@@ -84,11 +88,18 @@ class SourceConfig(Group, prefix='data.source.'):
       raise UserError('data.source.messages', self.messages, 'none with data.source.prompt')
     if self.messages and not self.chat:
       raise UserError('data.source.chat', '', "template, the tokenizer's, or plain, with data.source.messages")
-    if self.has_examples and self.text != SourceConfig.text:
+    has_answers = bool(self.prompt or self.messages)
+    if has_answers and self.text != SourceConfig.text:
       raise UserError('data.source.text', self.text, 'no text with data.source.prompt or messages')
-    for field in () if self.has_examples else ('chat', 'supervised'):
+    for field in () if has_answers else ('chat', 'supervised'):
       if (value := getattr(self, field)) != getattr(SourceConfig, field):
         raise UserError(f'data.source.{field}', value, 'none without data.source.prompt or messages')
+    if self.label and has_answers:
+      raise UserError('data.source.label', self.label, 'none with data.source.prompt or messages')
+    if self.label and (len(self.labels) < 2 or len({*self.labels}) < len(self.labels) or not all(map(str.strip, self.labels))):
+      raise UserError('data.source.labels', list(self.labels), 'the names of two classes or more, each once, as in \'["ham", "spam"]\'')
+    if self.labels and not self.label:
+      raise UserError('data.source.label', '', 'the field with the class of each text, with data.source.labels')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +183,8 @@ class DataConfig(Group, prefix='data.'):
   isolate_documents: bool = True
   """restart attention and positions at each document in a row"""
   long_examples: Literal['drop', 'cut'] = 'drop'
-  """examples longer than the context: drop them, or cut them to their first `context` tokens, if these have targets"""
+  """examples longer than the context: drop them, or cut them to their first `context` tokens, if these have targets, and texts with a
+  class to their end"""
   prefetch: Annotated[int, at_least(0), at_most(1000)] = 2
   """number of batches to prepare ahead; 0: none"""
   workers: Annotated[int, at_least(0), at_most(1000)] = 0
@@ -271,8 +283,18 @@ class ObjectiveConfig(Group, prefix='objective.'):
   """The training objective."""
 
   kind: str = 'next_token'
-  """next_token: all tokens of documents; sft: the answers of examples (supervised fine-tuning); or another name in OBJECTIVES of
-  gptjax/training/objective.py"""
+  """next_token: all tokens of documents; sft: the answers of examples (supervised fine-tuning); classification: the classes of texts; or
+  another name in OBJECTIVES of gptjax/training/objective.py"""
+
+
+def check_objective(kind: str, *, has_examples: bool, has_classes: bool) -> None:
+  """Raises a UserError for an objective of ours that trains on other data: documents, examples with answers, or texts with classes."""
+  expected, data = (('classification', 'texts with data.source.label') if has_classes else
+                    ('sft', 'examples') if has_examples else
+                    ('next_token', 'documents; sft is for examples, with data.source.prompt and completion or data.source.messages, and '
+                     'classification for texts with data.source.label'))
+  if kind in ('next_token', 'sft', 'classification') and kind != expected:
+    raise UserError('objective.kind', kind, f'{expected} for {data}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,7 +306,7 @@ class EvalConfig(Group, prefix='eval.'):
   rows: NonNegative = 0
   """number of validation rows to score during training, evenly spaced; 0: all, as always at the end"""
   sample_tokens: NonNegative = 200
-  """length in tokens of the sample printed with each validation; 0: no sample"""
+  """length in tokens of the sample printed with each validation; 0: no sample, as of a model that classifies"""
   prompt: str = ''
   """prompt of the sample, a message where data.source.chat is set; '\\n', '\\t' and '\\\\' are a line end, a tab and a backslash"""
 
@@ -373,8 +395,8 @@ class Config(Group):
     if self.batch_size % self.microbatches:
       expected = f'a divisor of batch_size={self.batch_size}: {divisors(self.batch_size)}'
       raise UserError('microbatches', self.microbatches, expected)
-    if self.data.source.has_examples and self.objective.kind == 'next_token':
-      raise UserError('objective.kind', self.objective.kind, 'sft for examples')
+    if self.data.source.has_examples:
+      check_objective(self.objective.kind, has_examples=True, has_classes=bool(self.data.source.label))
     if self.lora.rank and not self.init_from:
       raise UserError('init_from', '', 'the run whose model lora.rank adapts')
     if self.lora.rank and self.optimizer.name == 'muon':

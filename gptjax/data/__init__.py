@@ -6,10 +6,11 @@ No module here imports JAX; only Grain, which loads batches, does.
 
 from gptjax.data.filters import Contamination, Filters
 from gptjax.data.mixture import Mixture
+from gptjax.data.naive_bayes import NaiveBayes, classified_texts
 from gptjax.data.prepare import HeldOut, Prepared, compression_baselines, export, open_held_out, prepare, train_rows
 from gptjax.data.progress import ProgressBar
 from gptjax.data.rows import Batch, EvalRows, Packed, TrainRows, Windows, batches
-from gptjax.data.sources import Document, Source, is_json_lines, open_source, split_source
+from gptjax.data.sources import Document, Source, documents, is_json_lines, open_source, split_source
 from gptjax.data.store import TokenStore
 from gptjax.data.tokenizers import TextStream, Tokenizer, load_tokenizer, train_tokenizer
 from gptjax.data.tokenizing import Recipe, cores, write_store

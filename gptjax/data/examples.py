@@ -1,4 +1,7 @@
-"""Examples as tokens with weights: the prompt and the answer are tokenized so that the loss begins with the answer's first token."""
+"""Examples as tokens with weights: the prompt and the answer are tokenized so that the loss begins with the answer's first token.
+
+A text to classify is followed by the number of its class in place of a token's id, which is the one target.
+"""
 
 from typing import NamedTuple
 
@@ -10,19 +13,22 @@ from gptjax.data.tokenizers import Tokenizer
 
 
 class Example(NamedTuple):
-  """Token ids as a model reads them, from the id that starts a prompt to the one that ends the answer."""
+  """Token ids as a model reads them, from the id that starts a prompt to the one that ends the answer, or to the class."""
 
   ids: np.ndarray
   """[n]"""
   weights: np.ndarray
   """[n], of the loss of the id after each; the last is 0"""
   target_bytes: float
-  """UTF-8 bytes of the turns, times their weights"""
+  """UTF-8 bytes of the turns, times their weights, or of the text to classify"""
 
 
 def encode_example(tokenizer: Tokenizer, document: Document) -> Example:
-  """Encodes a document with turns. A completion ends with eos_id, an answer in a conversation with the token by which the chat template
-  ends the turn; both are targets. Raises a UserError for a conversation that the chat template rejects."""
+  """Encodes a document with turns, or with a class. A completion ends with eos_id, an answer in a conversation with the token by which
+  the chat template ends the turn; both are targets. Raises a UserError for a conversation that the chat template rejects."""
+  if document.label is not None:
+    ids = np.array([*tokenizer.start_ids, *tokenizer.encode(document.text, document.name).tolist(), document.label], np.int32)
+    return Example(ids, (np.arange(len(ids)) == len(ids) - 2).astype(float), len(document.text.encode()))
   turns = document.turns
   if turns[0].role:
     messages = [{'role': turn.role, 'content': turn.content} for turn in turns]
@@ -38,13 +44,16 @@ def encode_example(tokenizer: Tokenizer, document: Document) -> Example:
 
 
 def marked_example(store: TokenStore, tokenizer: Tokenizer, number: int = 0) -> str:
-  """The first 1,000 tokens of an example, with its targets between ⟦ and ⟧, and special ids, which have no text, as <id>."""
+  """The first 1,000 tokens of an example, with its targets between ⟦ and ⟧, and special ids, which have no text, as <id>; of a text to
+  classify all tokens, and the name of its class."""
   start, stop = store.starts(number, number + 1)
-  stop = min(stop, start + 1000)
+  stop = stop if store.labels else min(stop, start + 1000)
   ids = store.read([start], [stop - start]).tolist()
   is_target = np.append(False, store.read([start], [stop - start - 1], field='weight') > 0)
   parts = np.split(np.arange(len(ids)), np.flatnonzero(np.diff(is_target)) + 1)
   texts = [_with_specials(tokenizer, [ids[at] for at in part], is_first=not part[0]) for part in parts]
+  if store.labels:
+    texts[-1] = store.labels[ids[-1]]
   return ''.join(f'⟦{text}⟧' if is_target[part[0]] else text for text, part in zip(texts, parts, strict=True))
 
 

@@ -1,6 +1,7 @@
 """Preparation: a data config becomes a tokenizer, token stores and row layouts, each made once and cached.
 
-A workdir has copies of tokenizer and validation sets, with which its model is scored and sampled where the data is not.
+A workdir has copies of tokenizer and validation sets, with which its model is scored and sampled where the data is not, and the counts of
+the words of classes, with which it is compared.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from gptjax.config import Config, DataConfig, Duration, UserError, duration_in_s
 from gptjax.data.examples import marked_example
 from gptjax.data.folders import open_folder
 from gptjax.data.mixture import Mixture
+from gptjax.data.naive_bayes import NaiveBayes, classified_texts
 from gptjax.data.progress import counted
 from gptjax.data.rows import EvalRows, Layout, Packed, TrainRows, Windows
 from gptjax.data.sources import Document, documents, open_source, sample, split_source
@@ -40,6 +42,11 @@ class HeldOut:
   """validation sets by name"""
   tags: dict[str, list[str]]
   """names of the sets with each tag"""
+
+  @property
+  def labels(self) -> tuple[str, ...]:
+    """Names of the classes of its texts, in order."""
+    return next((store.labels for store in self.valid.values()), ())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,6 +80,9 @@ def prepare(config: DataConfig, cache_dir: Path, processes: int = 1) -> Prepared
     if store.tokenizer_sha256 != first.tokenizer_sha256:
       raise UserError('data: store', store.location, f'a store made with the tokenizer of {first.location}, '
                       f'{first.tokenizer_sha256[:12]}, and not {store.tokenizer_sha256[:12]}')
+    if store.labels != first.labels:
+      raise UserError('data: store', store.location, f'a store with the classes of {first.location}, {", ".join(first.labels) or "none"}, '
+                      f'and not {", ".join(store.labels) or "none"}')
   for store in stores:
     store.check()
   _check_rows(config, train.values(), valid.values())
@@ -83,7 +93,8 @@ def prepare(config: DataConfig, cache_dir: Path, processes: int = 1) -> Prepared
              Packed(store, config.context, config.rows, cache_dir, config.long_examples == 'cut') for store in train.values()]
   rows = {name: EvalRows(store, config.context, config.isolate_documents, cache_dir, config.long_examples == 'cut')
           for name, store in valid.items()}
-  parts = [[store.sha256 for store in train.values()], {name: store.sha256 for name, store in valid.items()}, tags, tokenizer.sha256]
+  parts = [[store.sha256 for store in train.values()], {name: store.sha256 for name, store in valid.items()}, tags, tokenizer.sha256,
+           *first.labels]
   return Prepared(tokenizer, valid, tags, layouts, hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16],
                   _description(config, tokenizer, dict(zip(train, layouts)), valid), rows,
                   next((marked_example(store, tokenizer) for store in train.values() if store.weighted), ''))
@@ -132,6 +143,9 @@ def _check_rows(config: DataConfig, train: Collection[TokenStore], valid: Collec
       raise UserError('data', store.location, 'examples with targets: the weights of all its answers are 0')
   if examples:
     config.check_examples()
+  present = {label for store in train for label, count in store.label_counts.items() if count}
+  if len(present) == 1:
+    raise UserError('data', next(iter(train)).location, f'texts of two classes or more: all texts to train on are {present.pop()!r}')
   # A row comes from one store; a validation set may be shorter than a row, but not all sets together.
   train_tokens, valid_tokens = max(store.tokens for store in train), sum(store.tokens for store in valid)
   if not examples and config.context > min(train_tokens, valid_tokens):
@@ -142,7 +156,9 @@ def _check_rows(config: DataConfig, train: Collection[TokenStore], valid: Collec
 def _description(config: DataConfig, tokenizer: Tokenizer, layouts: dict[str, Layout], valid: dict[str, TokenStore]) -> str:
   def amounts(store: TokenStore, layout: Layout | None = None) -> str:
     words = f'{counted(store.documents)}, {store.tokens:,} tokens, {store.bytes:,} bytes'
-    if store.weighted:
+    if store.labels:
+      words += ', of which ' + ', '.join(f'{count:,} {label}' for label, count in store.label_counts.items())
+    elif store.weighted:
       least, mean = store.manifest['examples']['least_targets'], store.targets / store.documents
       words += f', of which {store.targets:,.0f} tokens are targets ({least:,.0f} or more per example, {mean:,.1f} on average)'
     if isinstance(layout, Packed):
@@ -160,7 +176,8 @@ def _description(config: DataConfig, tokenizer: Tokenizer, layouts: dict[str, La
 
 
 def export(prepared: Prepared, directory: Path, replace: bool = False) -> None:
-  """Copies tokenizer and validation sets to a folder. Raises a UserError if it has those of other data, unless `replace` is set."""
+  """Copies tokenizer and validation sets to a folder, with the counts of naive Bayes if texts have classes. Raises a UserError if it has
+  those of other data, unless `replace` is set."""
   if (directory / 'identity.json').exists():
     found = _identity(directory)['fingerprint']
     if found == prepared.fingerprint:
@@ -177,6 +194,10 @@ def export(prepared: Prepared, directory: Path, replace: bool = False) -> None:
     for name, store in prepared.valid.items():
       store.verify()
       open_folder(store.location).copy(folder / 'valid' / name)
+    if prepared.labels:
+      stores = (layout.store for layout in prepared.layouts)
+      texts = itertools.chain.from_iterable(classified_texts(store, prepared.tokenizer) for store in stores)
+      NaiveBayes.fit(texts, len(prepared.labels)).save(folder)
     facts = {'fingerprint': prepared.fingerprint, 'valid': list(prepared.valid), 'tags': prepared.tags}
     (folder / 'identity.json').write_text(json.dumps(facts))
   if directory.exists():

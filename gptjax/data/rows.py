@@ -47,8 +47,8 @@ class Packed:
   """Rows of complete documents; those longer than `context`, the maximum tokens per row, are cut into full rows and a remainder.
 
   The kind is 'pack', a best fit of documents and remainders, or 'document', one piece per row. Examples are never in several pieces: with
-  `cut`, only the first `context` tokens of longer ones are kept, if these have targets; the others are dropped. The pieces of each row are
-  an index in `cache_dir/plans`, made first if necessary; only the needed entries are read.
+  `cut`, only the first `context` tokens of longer ones are kept, if these have targets, and of texts to classify the last; the others are
+  dropped. The pieces of each row are an index in `cache_dir/plans`, made first if necessary; only the needed entries are read.
   """
 
   def __init__(self, store: TokenStore, context: int, kind: str, cache_dir: Path, cut: bool = False):
@@ -112,15 +112,17 @@ def _cut(starts: np.ndarray, context: int) -> np.ndarray:
 
 def _examples(store: TokenStore, starts: np.ndarray, context: int, cut: bool, plan: dict[str, int]) -> np.ndarray:
   """A piece for each example that is not too long, or of which a part is kept; counts the others in the plan."""
-  lengths = np.diff(starts)
+  lengths, firsts = np.diff(starts), starts[:-1].copy()
   long = lengths > context
   for index in np.flatnonzero(long) if cut else ():
-    if store.read([starts[index]], [context], field='weight').any():
+    if store.labels:
+      firsts[index] += lengths[index] - context  # the class is the last target
+    if store.read([firsts[index]], [context], field='weight').any():
       long[index], lengths[index] = False, context
       plan['cut'] += 1
   plan['dropped'] += int(long.sum())
   pieces = np.empty((~long).sum(), _PIECE)
-  pieces['position'], pieces['length'] = starts[:-1][~long], lengths[~long]
+  pieces['position'], pieces['length'] = firsts[~long], lengths[~long]
   return pieces
 
 

@@ -14,7 +14,7 @@ If a tokenizer's bos and eos differ, as Llama's do, the separator is bos, and a 
 because it follows an unrelated text.
 
 In a store of examples, a document is what a model reads and answers: ids that start a prompt, the prompt, the answer, and the id that
-ends it. Beside each id is the weight of the loss of the next one.
+ends it. Beside each id is the weight of the loss of the next one. The last id of a text to classify is the number of its class.
 """
 
 import dataclasses
@@ -107,6 +107,9 @@ class TokenStore:
     examples = manifest.get('examples')
     self.weighted = examples is not None
     """whether it has examples, with weights of the loss"""
+    self.label_counts: dict[str, int] = examples.get('labels', {}) if examples else {}
+    """number of texts of each class, by the classes' names in their order; empty if its texts have none"""
+    self.labels = tuple(self.label_counts)
     self.dtype = token_dtype(self.vocab_size, self.weighted)
     self.targets: float = examples['targets'] if examples else (
       self.tokens if self.end == self.separator else self.tokens - self.documents)

@@ -70,7 +70,9 @@ class EncodedDocument(NamedTuple):
   targets: float = 0.0
   """sum of an example's weights"""
   target_bytes: float = 0.0
-  """UTF-8 bytes of an example's turns, times their weights"""
+  """UTF-8 bytes of an example's turns, times their weights, or of a text to classify"""
+  label: int | None = None
+  """number of its class"""
 
 
 @dataclasses.dataclass
@@ -104,7 +106,7 @@ def encode(recipe: Recipe, parts: list[Part]) -> Encoded:
       else:
         data = record.text.encode()
         digest = hashlib.blake2b(data, digest_size=16).digest() if recipe.deduplicate else b''
-        if record.turns:
+        if recipe.source.has_examples:
           try:
             ids, weights, target_bytes = encode_example(tokenizer, record)
           except UserError as error:
@@ -113,7 +115,7 @@ def encode(recipe: Recipe, parts: list[Part]) -> Encoded:
             continue
           tokens = np.empty(len(ids), dtype)
           tokens['id'], tokens['weight'] = ids, weights
-          result.documents.append(EncodedDocument(tokens.tobytes(), len(data), digest, float(weights.sum()), target_bytes))
+          result.documents.append(EncodedDocument(tokens.tobytes(), len(data), digest, float(weights.sum()), target_bytes, record.label))
         else:
           ids = np.concatenate([separator, tokenizer.encode(record.text, record.name), end], dtype=dtype, casting='unsafe')
           result.documents.append(EncodedDocument(ids.tobytes(), len(data), digest))
@@ -222,8 +224,8 @@ def _build(folder: Path, recipe: Recipe, processes: int, title: str) -> None:
       'malformed_first': state.malformed_first, 'dropped': state.dropped, 'filters': dataclasses.asdict(recipe.filters),
       'deduplicated': recipe.deduplicate, 'decontaminated': recipe.contamination.names if recipe.contamination else [],
       'fingerprint': recipe.fingerprint(),
-      'examples': {'targets': state.targets, 'target_bytes': state.target_bytes, 'least_targets': state.least_targets}
-                  if recipe.source.has_examples else None})
+      'examples': {'targets': state.targets, 'target_bytes': state.target_bytes, 'least_targets': state.least_targets,
+                   'labels': dict(zip(recipe.source.labels, state.label_counts))} if recipe.source.has_examples else None})
   for path in folder.glob(f'{_JOURNAL}*'):  # including files that SQLite leaves beside it in a killed process
     path.unlink()
 
@@ -260,6 +262,8 @@ class BuildState:
   target_bytes: float = 0.0
   least_targets: float = math.inf
   """of an example"""
+  label_counts: list[int] = dataclasses.field(default_factory=list)
+  """of texts, by the number of their class"""
   shards: list[ShardRecord] = dataclasses.field(default_factory=list)
 
 
@@ -332,6 +336,8 @@ def _write_shards(folder: Path, recipe: Recipe, journal: Journal, tasks: Iterabl
         state.targets += sum(document.targets for document in documents)
         state.target_bytes += sum(document.target_bytes for document in documents)
         state.least_targets = min(state.least_targets, *(document.targets for document in documents))
+        counts = collections.Counter(document.label for document in documents)
+        state.label_counts = [before + counts[label] for label, before in enumerate(state.label_counts or [0] * len(recipe.source.labels))]
     state.dropped = dict(sorted((collections.Counter(state.dropped) + encoded.dropped).items()))
     if shard and shard.tokens >= recipe.shard_tokens:
       state.shards.append(shard.close())

@@ -3,7 +3,8 @@
 The modules `harness` and `tasks` are not imported here, since they need the lm_eval package.
 """
 
+from gptjax.evaluation.classes import class_baselines, class_table, draw_confusion
 from gptjax.evaluation.likelihood import LikelihoodScorer, Request
-from gptjax.evaluation.results import draw, record, table
+from gptjax.evaluation.results import ALL_SETS, documents, draw, record, table
 from gptjax.evaluation.score import Score, Scorer, Scores, pooled
 from gptjax.evaluation.sets import choose_sets

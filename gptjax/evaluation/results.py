@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gptjax.evaluation.score import Scores
+from gptjax.evaluation.classes import class_figures
+from gptjax.evaluation.score import Score, Scores
 from gptjax.files import save_figure
 
 Record = dict[str, Any]
-"""`step`; for documents, the fields of Score over all sets together, and `sets` and `tags` with those of each set and tag; for tasks,
-`tasks` with the metrics, METRIC_stderr, examples, fewshot and version of each task."""
+"""`step`; for documents, the fields of Score over all sets together, for classes the `class_figures`, and `sets` and `tags` with those of
+each set and tag; for tasks, `tasks` with the metrics, METRIC_stderr, examples, fewshot and version of each task."""
 
 ALL_SETS = 'all sets'
 """Name of the score of all sets together, which no set may have."""
@@ -20,13 +21,21 @@ _Curve = tuple[list[int], list[float], list[float]]
 """Steps, values and standard errors (0: unknown)."""
 
 
-def record(step: int, scores: Scores | None, tasks: Mapping[str, Mapping[str, Any]] | None) -> Record:
-  """The record of a checkpoint, with `None` results left out."""
-  found: Record = {**dataclasses.asdict(scores.overall), 'step': step, **dataclasses.asdict(scores)} if scores else {'step': step}
+def record(step: int, scores: Scores | None, tasks: Mapping[str, Mapping[str, Any]] | None, labels: Sequence[str] = ()) -> Record:
+  """The record of a checkpoint, with `None` results left out; `labels`: names of the classes."""
+  def figures(score: Score) -> Record:
+    found = dataclasses.asdict(score)
+    return found | class_figures(confusion, labels) if (confusion := found.pop('confusion')) else found
+
+  found: Record = {'step': step}
+  if scores:
+    groups = {'sets': scores.sets, 'tags': scores.tags}
+    found = {**figures(scores.overall), **found, **{group: {name: figures(one) for name, one in some.items()}
+                                                    for group, some in groups.items()}}
   return found | ({'tasks': {name: dict(metrics) for name, metrics in tasks.items()}} if tasks is not None else {})
 
 
-def documents(found: Record) -> dict[str, Mapping[str, float]]:
+def documents(found: Record) -> dict[str, Record]:
   """The document scores of a record by name: NAME, tag/TAG, and, if there are several sets, ALL_SETS."""
   named = {**found.get('sets', {}), **{f'tag/{tag}': score for tag, score in found.get('tags', {}).items()}}
   return named | ({ALL_SETS: found} if len(found.get('sets', {})) > 1 else {})
@@ -41,7 +50,7 @@ def metrics(found: Record) -> dict[tuple[str, str], tuple[float, float | None]]:
 def table(records: Sequence[Record]) -> str:
   """A table for the terminal: a line per step and set (unless there is only one), then a line per step and metric of each task."""
   lines = []
-  rows = [(found['step'], name, score) for found in records for name, score in documents(found).items()]
+  rows = [(found['step'], name, score) for found in records for name, score in documents(found).items() if 'accuracy' not in score]
   if len(rows) > 1:
     lines.append(f'{"step":>9}  {"set":<22}{"loss":>10}{"perplexity":>14}{"bits/byte":>12}{"tokens":>14}')
     for step, name, score in rows:
@@ -68,9 +77,11 @@ def draw(records: Sequence[Record], path: Path) -> bool:
 
   keys = {key for one in records for key in metrics(one)}
   fractions = {key for key in keys if all(0 <= metrics(one)[key][0] <= 1 for one in records if key in metrics(one))}
-  of_sets = lambda field: _curves(records, lambda one: {name: (score[field], None) for name, score in documents(one).items()})
+  of_sets = lambda field: _curves(records, lambda one: {name: (score[field], None) for name, score in documents(one).items()
+                                                        if field in score})
   of_tasks = lambda ours: _curves(records, lambda one: {' '.join(key): value for key, value in metrics(one).items() if key in ours})
   panels = [('held-out text', 'bits per byte', of_sets('bits_per_byte')), ('held-out text', 'nats per token', of_sets('loss')),
+            ('classes of held-out texts', 'accuracy', of_sets('accuracy')), ('classes of held-out texts', 'macro F1', of_sets('macro_f1')),
             ('tasks', 'fraction (bars: standard error)', of_tasks(fractions)), ('tasks', 'value', of_tasks(keys - fractions))]
   panels = [panel for panel in panels if panel[2]]
   if not panels:

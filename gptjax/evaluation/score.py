@@ -11,6 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from gptjax.config import UserError
 from gptjax.data import EvalRows
+from gptjax.evaluation.classes import Confusion, class_figures, confusion_sums, counted
 from gptjax.inference.forward import forward, dispatch_ahead
 from gptjax.model import AbstractModel, Parameters, Positions
 from gptjax.sharding import BATCH_SPEC, padded_batch_size, process_rows, put_rows, batch_psum
@@ -30,19 +31,31 @@ class Score:
   """targets scored, times their weights"""
   bytes: float
   """UTF-8 bytes they stand for"""
+  confusion: Confusion = ()
+  """of texts to classify, whose classes are the targets"""
+
+  @property
+  def logged(self) -> dict[str, float]:
+    """The figures to follow over steps."""
+    if self.confusion:
+      figures = class_figures(self.confusion, range(len(self.confusion)))
+      return {'loss': self.loss, 'accuracy': figures['accuracy'], 'macro_f1': figures['macro_f1']}
+    return {'loss': self.loss, 'perplexity': self.perplexity, 'bits_per_byte': self.bits_per_byte}
 
 
-def score_of(nats: float, tokens: float, text_bytes: float) -> Score:
+def score_of(nats: float, tokens: float, text_bytes: float, confusion: np.ndarray | int = 0) -> Score:
   """The score of a loss in nats, summed over tokens that stand for `text_bytes` bytes; both are above 0."""
   mean, tokens = nats / tokens, int(tokens) if tokens == int(tokens) else tokens  # weights of examples may be fractions
-  return Score(mean, math.exp(min(mean, 700.0)), nats / math.log(2) / text_bytes, tokens, text_bytes)
+  return Score(mean, math.exp(min(mean, 700.0)), nats / math.log(2) / text_bytes, tokens, text_bytes,
+               () if isinstance(confusion, int) else counted(confusion))
 
 
 def pooled(scores: Iterable[Score]) -> Score:
   """The score of several sets as one, in which every target counts equally."""
   scores = list(scores)
   nats = sum(score.loss * score.tokens for score in scores)
-  return score_of(nats, sum(score.tokens for score in scores), sum(score.bytes for score in scores))
+  confusion = sum(np.array(score.confusion) for score in scores) if scores[0].confusion else 0
+  return score_of(nats, sum(score.tokens for score in scores), sum(score.bytes for score in scores), confusion)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +103,7 @@ class Scorer:
     indices = np.arange(rows.count) if not 0 < count < rows.count else np.arange(count) * rows.count // count
     mine = process_rows(self._mesh, self._batch_size)
 
-    def sums() -> Iterator[tuple[int, tuple[jax.Array, jax.Array]]]:
+    def sums() -> Iterator[tuple[int, tuple[jax.Array, ...]]]:
       for start in range(0, len(indices), self._batch_size):
         chosen = indices[start:start + self._batch_size]
         # Rows beyond the last are all padding and count nothing.
@@ -98,21 +111,24 @@ class Scorer:
         yield len(chosen), self._sums(parameters, put_rows(self._mesh, rows.batch(filled[mine]), self._batch_size))
 
     loss, tokens = 0.0, 0.0
-    for done, (nats, targets) in dispatch_ahead(sums()):  # more batches at once may deadlock on virtual CPU devices
+    confusion: np.ndarray | int = 0
+    for done, (nats, targets, *matrix) in dispatch_ahead(sums()):  # more batches at once may deadlock on virtual CPU devices
       loss, tokens = loss + float(nats), tokens + float(targets)
+      confusion = sum((np.asarray(one, int) for one in matrix), confusion)
       advance(done)
     if not tokens:
       raise UserError('data.valid', rows.store.location, 'rows with targets, which the answers of examples have unless their weight is 0')
     # A part of the rows stands for the same part of the bytes.
-    return score_of(loss, tokens, rows.store.target_bytes * tokens / rows.store.targets)
+    return score_of(loss, tokens, rows.store.target_bytes * tokens / rows.store.targets, confusion)
 
 
 @functools.lru_cache(maxsize=16)
 def _summed_scores(model: AbstractModel, objective: Callable, mesh: Mesh, zero_stage: int) -> Callable:
-  """The jitted function (parameters, batch) -> (summed loss, number of targets)."""
+  """The jitted function (parameters, batch) -> (summed loss, number of targets) and, of a classifier, the confusion matrix."""
   def local(module, batch):
     positions = Positions(batch['positions'], batch['segments']) if 'segments' in batch else None
-    _, targets, metrics = objective(module.head, module.hidden(batch['tokens'], positions)[0], batch)
-    return batch_psum((metrics['loss'], targets))
+    hidden = module.hidden(batch['tokens'], positions)[0]
+    _, targets, metrics = objective(module.head, hidden, batch)
+    return batch_psum((metrics['loss'], targets, *[confusion_sums(module.head, hidden, batch)] * bool(model.config.classes)))
 
   return jax.jit(forward(model, mesh, zero_stage, local, (BATCH_SPEC,), PartitionSpec()))

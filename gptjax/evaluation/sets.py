@@ -59,5 +59,8 @@ def _open(name: str, path: str, held_out: HeldOut, source: SourceConfig, cache_d
   if store.tokenizer_sha256 != held_out.tokenizer.sha256:
     raise UserError('--sets', f'{name}={path}', f"a store made with the run's tokenizer {held_out.tokenizer.sha256[:12]}, not "
                     f'{store.tokenizer_sha256[:12]}: tools.prepare_data --tokenizer=WORKDIR/data/tokenizer, or the documents themselves')
+  if store.labels != held_out.labels:
+    raise UserError('--sets', f'{name}={path}', f"a store with the run's classes, {', '.join(held_out.labels) or 'none'}, not "
+                    f'{", ".join(store.labels) or "none"}')
   store.check()
   return store

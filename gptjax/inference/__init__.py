@@ -1,5 +1,6 @@
-"""Text generation with a trained model."""
+"""Text generation and classification with a trained model."""
 
+from gptjax.inference.classifier import Classifier
 from gptjax.inference.decoding import Decoder
 from gptjax.inference.generator import Generator, read_prompts
 from gptjax.inference.sampling import Sampling, suppressed_ids, sample

@@ -44,9 +44,14 @@ class Generator:
     model, mesh: of the parameters.
     tokenizer: of the prompts and of the text; its end-of-text ids end a continuation.
     zero_stage: how `prepare` shards the parameters; see `Decoder`.
+
+  Raises:
+    UserError: a model that classifies texts.
   """
 
   def __init__(self, model: AbstractModel, mesh: Mesh, tokenizer: Tokenizer, zero_stage: int = 0):
+    if model.config.classes:
+      raise UserError('model.classes', model.config.classes, '0 to generate text: this model classifies texts, with gptjax.classify')
     self.tokenizer = tokenizer
     self._vocab_size = model.config.vocab_size
     self._decoder = Decoder(model, mesh, suppressed_ids(tokenizer, model.config), zero_stage)

@@ -22,6 +22,7 @@ from gptjax.model.weights import initial_value
 from gptjax.sharding import AnyMesh, Axis, ParameterSpecs, Weight, Zero, parameter_specs, shared, unsharded_axes
 
 Parameters = dict[str, jax.Array]
+CLASSIFIER = 'classifier/kernel'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +133,7 @@ class AbstractModel:
   def merge(self, parameters: Mapping[str, jax.Array | Weight]) -> Transformer:
     """The module with these values; free of cost inside a traced function."""
     table = parameters['tokens/table']
-    if self.config.tied and isinstance(table, Weight) and table.shard:  # the embedding and the head read it
+    if self.config.head_is_table and isinstance(table, Weight) and table.shard:  # the embedding and the head read it
       parameters = {**parameters, 'tokens/table': shared(table, self.dtypes['tokens/table'])}
     flat = {path: variable.replace(parameters[name]) for name, (path, variable) in self.variables.items()}
     return nnx.merge(self.graph, nnx.from_flat_state(flat))
@@ -141,6 +142,11 @@ class AbstractModel:
   def adapters(self) -> frozenset[str]:
     """Names of the parameters that adapters add."""
     return frozenset(name for name in self.shapes if name.endswith(('/lora_a', '/lora_b')))
+
+  @property
+  def trained_with_adapters(self) -> frozenset[str]:
+    """Names of the parameters that a run with adapters trains: theirs, and the head of classes."""
+    return self.adapters | (self.shapes.keys() & {CLASSIFIER})
 
   @property
   def base(self) -> 'AbstractModel':
@@ -223,7 +229,7 @@ def slots_of(config: Config) -> Slots:
     raise UserError(field, value, f'at most model.layers={model.layers} chunks of layers in all stages together')
   shapes = abstract_model(model, ComputeConfig(scan=True), 1).shapes
   layers = sum(shape.size for name, shape in shapes.items() if name.startswith('blocks/') and name.endswith('kernel'))
-  return deal_layers(model.layers, stages, chunks, model.layers * model.width * model.table_rows / layers)
+  return deal_layers(model.layers, stages, chunks, model.layers * model.width * model.outputs / layers)
 
 
 @functools.cache  # the search for a layout calls both many times
@@ -252,7 +258,7 @@ def flops_per_token(config: ModelConfig, context: int, *, causal: bool = True) -
   A multiply and an add are two FLOPs; the backward pass costs twice the forward; only matrix products count: 6 per weight of every
   matrix that the token passes (embedding lookups pass none; of the experts, its own), and 3 times the `attention_flops`.
   """
-  matrix = lambda name: name.endswith('kernel') or (config.tied and name == 'tokens/table')
+  matrix = lambda name: name.endswith('kernel') or (config.head_is_table and name == 'tokens/table')
   weights = sum(size for name, size in active_sizes(config, context).items() if matrix(name))
   return 6 * weights + 3 * attention_flops(config, context, causal=causal)
 

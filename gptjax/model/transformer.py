@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from gptjax.config import TENSOR_AXIS, ComputeConfig, ModelConfig
@@ -63,7 +64,9 @@ class Transformer(nnx.Module):
     self.is_stacked = compute.scan or bool(slots)
     self.blocks = block(config.layers - 1, (len(self.slots),)) if self.is_stacked else nnx.List(map(block, range(config.layers)))
     self.norm = Norm(config.width, 'embed', config, compute)
-    self.lm_head = None if config.tied else Linear((config.width, config.table_rows), ('embed', vocab), 0.02, compute)
+    head = lambda axis: Linear((config.width, config.outputs), ('embed', axis), 0.02, compute)
+    self.lm_head = None if config.tied or config.classes else head(vocab)
+    self.classifier = head(None) if config.classes else None
 
   def hidden(self, tokens: Int[Array, 'B T'], positions: Positions | None = None, cache: Caches | None = None,
              keys: Key[Array, 'B'] | None = None) -> tuple[Float[Array, 'N D'], Caches | None, Sums]:
@@ -145,13 +148,15 @@ class Transformer(nnx.Module):
   @property
   def head(self) -> Head:
     """The output head, which reads hidden states."""
+    if self.classifier is not None:
+      return Head(self.classifier.kernel, False, self.config.classes)
     param = self.tokens.table if self.lm_head is None else self.lm_head.kernel
     return Head(param, self.lm_head is None, self.config.vocab_size, self.config.logit_cap)
 
   def __call__(self, tokens: Int[Array, 'B T'], positions: Positions | None = None) -> Float[Array, 'B T V']:
-    """Logits of the next token at every position."""
+    """Logits of the next token, or of the classes, at every position."""
     logits = self.head.logits(self.hidden(tokens, positions)[0])
-    return jax.lax.reshape(logits, (*tokens.shape, logits.shape[-1]), out_sharding=spec(None, None, ('vocab', self.config.table_rows)))
+    return jax.lax.reshape(logits, (*tokens.shape, logits.shape[-1]), out_sharding=PartitionSpec(None, *jax.typeof(logits).sharding.spec))
 
 
 def _kept(compute: ComputeConfig):

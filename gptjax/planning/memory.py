@@ -68,7 +68,7 @@ def analytic_memory(config: Config, sizes: dict[str, int]) -> Memory:
   one_layer = dataclasses.replace(config.model, layers=1)
   kept = dataclasses.replace(config.compute, remat='none', saved=(), offloaded=())
   # The logits of a chunk in float32, and their gradient in the compute dtype.
-  ids = config.model.table_rows / sizes[TENSOR_AXIS]
+  ids = config.model.outputs / sizes[TENSOR_AXIS]
   logits = min(rows * tokens, max(CHUNK_ROWS, CHUNK_BYTES // (4 * ids))) * ids * (4 + item)
   return Memory(
     parameters=state['parameters'], optimizer=state['optimizer'], gathered=gathered,

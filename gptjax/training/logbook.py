@@ -89,7 +89,7 @@ class Logbook:
     """Records the Score of each validation set, by name."""
     metrics: dict[str, float] = {}
     for name, score in scores.items():
-      figures = {'loss': score.loss, 'perplexity': score.perplexity, 'bits_per_byte': score.bits_per_byte}
+      figures = score.logged
       metrics |= {f'eval/{name}/{figure}': value for figure, value in figures.items()}
       self.say(f'step {step}  {name}: ' + '  '.join(f'{figure} {value:.4f}' for figure, value in figures.items()))
     self._write('metrics.jsonl', {'step': step, **metrics})

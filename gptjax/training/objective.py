@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -45,9 +46,23 @@ def next_token(z_loss: float = 0.0) -> ObjectiveFunction:
   return objective
 
 
+@functools.cache
+def classification(z_loss: float = 0.0) -> ObjectiveFunction:
+  """Cross-entropy of the class of each text, which is the target of its last token, and the fraction of texts whose class is predicted."""
+  entropy = next_token(z_loss)
+
+  def objective(head: Head, hidden: Float[Array, 'N D'], batch: Batch) -> ObjectiveSums:
+    sums = entropy(head, hidden, batch)
+    _, right = head.log_probabilities(jax.lax.stop_gradient(hidden), batch['targets'].reshape(-1))
+    return sums._replace(metrics=sums.metrics | {'accuracy': jnp.sum(batch['mask'].reshape(-1) * right)})
+
+  return objective
+
+
 OBJECTIVES: dict[str, Callable[[Config], ObjectiveFunction]] = {
   'next_token': lambda config: next_token(config.z_loss),
   'sft': lambda config: next_token(config.z_loss),  # the mask of examples has their answers alone
+  'classification': lambda config: classification(config.z_loss),
 }
 """By their name in objective.kind."""
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from gptjax import config as configs
 from gptjax.checkpoint import Progress
-from gptjax.config import INT32_MAX, TOKENS_AXIS, Config, UserError, duration_in_steps, schedule_warning
+from gptjax.config import INT32_MAX, TOKENS_AXIS, Config, UserError, check_objective, duration_in_steps, schedule_warning
 from gptjax.data import EvalRows, Prepared, TrainRows, batches, train_rows
 from gptjax.model import (
   AbstractModel, active_parameters, attention_backend, expert_backend, model_of, parameter_count, step_flops)
@@ -35,7 +35,7 @@ class Run:
   """A resolved run; all durations are in steps."""
 
   config: Config
-  """with the vocabulary's size filled in"""
+  """with the vocabulary's size and the number of classes filled in"""
   mesh: Mesh
   model: AbstractModel
   objective: ObjectiveFunction
@@ -73,14 +73,21 @@ class Run:
 def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
   """Builds a Run; to be called, like all that uses it, under `jax.set_mesh(mesh)`.
 
-  Raises a UserError for sizes that the mesh does not divide, a vocabulary too small for the tokenizer, or durations that do not fit.
+  Raises a UserError for sizes that the mesh does not divide, a vocabulary too small for the tokenizer, another number of classes than
+  the data has, or durations that do not fit.
   """
   tokens, size = data.tokenizer.vocab_size, config.model.vocab_size
   if 0 < size <= data.tokenizer.largest_id:
     needed = f'at least {data.tokenizer.largest_id + 1} for the ids of the tokenizer'
     raise UserError('model.vocab_size', size,
                     f'{needed}, or in data.tokenizer.path the tokenizer of init_from' if config.init_from else f'0, or {needed}')
-  config = configs.override(config, {'model.vocab_size': size or tokens})
+  classes = len(data.labels)
+  if config.model.classes not in (0, classes):
+    raise UserError('model.classes', config.model.classes, f'0, or {classes}, the number of data.source.labels: {", ".join(data.labels)}'
+                    if classes else '0 without data.source.label')
+  if classes > (size or tokens):
+    raise UserError('data.source.labels', f'{classes:,} names', f'at most as many as token ids, {size or tokens:,}')
+  config = configs.override(config, {'model.vocab_size': size or tokens, 'model.classes': classes})
   # Before training starts, this reports a prompt that cannot be encoded.
   data.tokenizer.encode(configs.unescaped(config.eval.prompt), 'eval.prompt')
   check_sizes(config, mesh)
@@ -98,12 +105,7 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
     raise UserError('compute.offloaded', list(config.compute.offloaded), f'none: the device reaches no memory of the host, only {memories}')
   optimizer = make_optimizer(opt)
   objective = make_objective(config)
-  has_examples = any(layout.store.weighted for layout in data.layouts)
-  if has_examples and config.objective.kind == 'next_token':
-    raise UserError('objective.kind', 'next_token', 'sft for examples')
-  if not has_examples and config.objective.kind == 'sft':
-    raise UserError('objective.kind', 'sft', 'next_token for documents; sft is for examples, with data.source.prompt and completion or '
-                    'data.source.messages')
+  check_objective(config.objective.kind, has_examples=any(layout.store.weighted for layout in data.layouts), has_classes=classes > 0)
   return Run(
     config=config, mesh=mesh, model=model, objective=objective, optimizer=optimizer, rows=rows, steps=steps,
     initialize=initializer(model, optimizer, config.zero_stage, mesh, config.seed, frozen),

@@ -39,7 +39,7 @@ class Validation:
     scores = self._scorer.sets(parameters, run.valid, self._data.tags, count=0 if step == run.steps else settings.rows,
                                advance=self._advance)
     self._book.validation(step, scores.named())
-    if settings.sample_tokens:
+    if settings.sample_tokens and not run.config.model.classes:
       weights = self._generator.prepare(run.standard.model.merged(parameters))
       prompt = unescaped(settings.prompt)
       asked = [{'role': 'user', 'content': prompt}] if prompt and run.config.data.source.chat else prompt

@@ -163,7 +163,8 @@ def initial_state(run: Run, tokenizer: Tokenizer) -> tuple[TrainState, str]:
     raise UserError('init_from', path, 'a run without adapters (tools.merge_lora makes one of it), or the lora.rank, alpha, stabilized and '
                     'targets of its adapters, to go on with them')
   source_tokenizer = load_tokenizer(source.tokenizer)
-  differences = _differences(standard.model.base, source.in_layout(run)(source.model.shapes))
+  new_head = bool(run.config.model.classes and not source.config.model.classes)
+  differences = _differences(standard.model.base, source.in_layout(run)(source.model.shapes), new_head)
   if source_tokenizer.sha256 != tokenizer.sha256:
     differences = [f'another tokenizer, of {source_tokenizer.vocab_size:,} ids (data.tokenizer.path={source.tokenizer})', *differences]
   if differences and not run.config.init_partial:
@@ -209,7 +210,7 @@ class _Source:
     if self.base is None or not run.config.lora.rank:
       return self._restored(run, self.checkpoints, self.model, self.model.shapes)
     model, own = stored_model(self.config), Checkpoints(self.checkpoints.directory, folders=(PARAMETERS,))
-    return self.base.parameters(run) | self._restored(run, own, model, model.adapters)
+    return self.base.parameters(run) | self._restored(run, own, model, model.trained_with_adapters)
 
   def _restored(self, run: Run, checkpoints: Checkpoints, model: AbstractModel, names: Iterable[str]) -> dict[str, jax.Array]:
     shardings = model.shardings(3, run.standard.mesh)
@@ -224,9 +225,12 @@ def start_adapters(run: Run, workdir: Path) -> None:
   keep_base(source.checkpoints.folder(source.step), source.config, workdir)
 
 
-def _differences(model: AbstractModel, found: Mapping[str, jax.ShapeDtypeStruct]) -> list[str]:
-  """Descriptions of parameters that are missing, superfluous or of another size; a UserError if a part cannot be taken."""
-  words = []
+def _differences(model: AbstractModel, found: Mapping[str, jax.ShapeDtypeStruct], new_head: bool) -> list[str]:
+  """Descriptions of parameters that are missing, superfluous or of another size; a UserError if a part cannot be taken.
+
+  `new_head`: a model that predicts tokens becomes one that classifies, with a fresh head in place of the other, which is no difference.
+  """
+  words, heads = [], ('lm_head/kernel', 'classifier/kernel') if new_head else ()
   for name, shape in model.shapes.items():
     if name in found and found[name].shape != shape.shape:
       words.append(f'{name} {list(found[name].shape)} for {list(shape.shape)}')
@@ -234,8 +238,8 @@ def _differences(model: AbstractModel, found: Mapping[str, jax.ShapeDtypeStruct]
           ours != theirs and (axis[0] if isinstance(axis, tuple) else axis) not in _RESIZED
           for ours, theirs, axis in zip(shape.shape, found[name].shape, model.axes[name])):
         raise UserError('init_from', words[-1], 'the same sizes; only vocabulary, positions and the number of layers may differ')
-  words += [f'no {name}' for name in model.shapes if name not in found]
-  return words + [f'{name} left out' for name in found if name not in model.shapes]
+  words += [f'no {name}' for name in model.shapes if name not in found and name not in heads]
+  return words + [f'{name} left out' for name in found if name not in model.shapes and name not in heads]
 
 
 def _combined(fresh: jax.Array, found: jax.Array | None) -> jax.Array:

@@ -530,13 +530,15 @@ def configs(draw):
       'mesh.data': draw(st.just(-1) | st.integers(1, 64)), 'zero_stage': draw(st.integers(0, 3)),
       'microbatches': microbatches, 'batch_size': microbatches * draw(st.integers(1, 64)),
   }
-  examples, some = draw(st.sampled_from(['', 'prompt', 'messages'])), st.text('a"é #', min_size=1)
+  examples, some = draw(st.sampled_from(['', 'prompt', 'messages', 'label'])), st.text('a"é #', min_size=1)
   values |= {f'data.source.{name}': draw(some) if examples == kind else '' for name, kind in (
-    ('prompt', 'prompt'), ('completion', 'prompt'), ('messages', 'messages'))}
-  values |= {'data.source.text': 'text', 'data.source.chat': draw(st.sampled_from(['template', 'plain']))} if examples else {
-    'data.source.chat': '', 'data.source.supervised': 'answers'}
+    ('prompt', 'prompt'), ('completion', 'prompt'), ('messages', 'messages'), ('label', 'label'))}
+  values |= {'data.source.labels': ('a"', 'é', 'b') if examples == 'label' else ()}
+  values |= {'data.source.text': 'text', 'data.source.chat': draw(st.sampled_from(['template', 'plain']))} if examples in (
+    'prompt', 'messages') else {'data.source.chat': '', 'data.source.supervised': 'answers'}
   if examples:
-    values |= {'data.rows': 'pack', 'data.isolate_documents': True, 'data.tokenizer.path': 'tokenizer', 'objective.kind': 'sft'}
+    values |= {'data.rows': 'pack', 'data.isolate_documents': True, 'data.tokenizer.path': 'tokenizer',
+               'objective.kind': 'classification' if examples == 'label' else 'sft'}
   if draw(st.booleans()):
     stores = draw(st.lists(st.text(min_size=1), min_size=1, max_size=3, unique=True))
     weight = draw(st.sampled_from([0.0, 0.5, 2.0]))

@@ -7,11 +7,14 @@ from typing import Any
 import numpy as np
 
 from gptjax.config import SourceConfig
+from gptjax.data.sources.classes import ClassifiedTexts
 from gptjax.data.sources.source import ASSISTANT, Document, Fields, Malformed, Record, Turn, decoded, truncated, value_of
 
 
-def fields_of(config: SourceConfig) -> 'Fields | Examples':
-  """What a source makes of its records: documents or examples. Raises a UserError for a template that is invalid."""
+def fields_of(config: SourceConfig) -> 'Fields | Examples | ClassifiedTexts':
+  """What a source makes of its records: documents, examples or texts with a class. Raises a UserError for a template that is invalid."""
+  if config.label:
+    return ClassifiedTexts(config)
   return Examples(config) if config.has_examples else Fields(config.text)
 
 

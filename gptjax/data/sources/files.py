@@ -69,6 +69,7 @@ class FileSource(Source):
 
   def __init__(self, files: Sequence[File], description: str, config: SourceConfig, kind: str, option: str):
     self.files, self.description, self.skip, self.has_examples = files, description, config.skip, config.has_examples
+    self.labels = config.labels
     self.size = sum(file.size for file in files)
     self._kind, self._option = kind, option
 

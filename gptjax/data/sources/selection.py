@@ -143,7 +143,8 @@ class _Side(Source):
   def __init__(self, source: Source, validates: bool, rule: _Rule):
     self.source, self.validates, self.rule, self.held_out = source, validates, rule, rule.words
     self.description = f'{source.description}, {"validation" if validates else "training"} side'
-    self.size, self.skip, self.numbering, self.has_examples = source.size, source.skip, source.numbering, source.has_examples
+    self.size, self.skip, self.numbering = source.size, source.skip, source.numbering
+    self.has_examples, self.labels = source.has_examples, source.labels
 
   def parts(self) -> Iterator[Part]:
     return self.source.parts()
@@ -152,7 +153,7 @@ class _Side(Source):
     for record in self.source.read(part):
       if isinstance(record, Document):
         cut = self.rule.cut(record)
-        if record.turns:  # an example is whole on one side
+        if self.has_examples:  # each is whole on one side
           yield record if self.validates == (not cut) else None
           continue
         text = record.text[cut:] if self.validates else record.text[:cut]

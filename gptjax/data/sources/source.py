@@ -35,6 +35,8 @@ class Document:
   text: str
   turns: tuple[Turn, ...] = ()
   """of an example"""
+  label: int | None = None
+  """number of the class of a text to classify"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +92,8 @@ class Source(abc.ABC):
   """description of what a split has held out"""
   has_examples: bool = False
   """whether its documents are examples"""
+  labels: tuple[str, ...] = ()
+  """names of the classes of its texts"""
   part_bytes: int = 8 * 2**20
   """approximate bytes of text per part"""
   numbering: str = ', record '

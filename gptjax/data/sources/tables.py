@@ -10,6 +10,7 @@ from typing import Any
 
 from gptjax.config import SourceConfig, UserError
 from gptjax.data.folders import library_errors
+from gptjax.data.sources.classes import ClassifiedTexts
 from gptjax.data.sources.examples import Examples, fields_of
 from gptjax.data.sources.files import File, FileSource, opened
 from gptjax.data.sources.source import Fields, Part, Record, Source
@@ -22,7 +23,7 @@ _MAX_PARTS_PER_GROUP = 8  # few, because reading a part that starts inside a row
 class TableSource(Source):
   """Rows with named fields. A part is a range of the rows of a file, or of the split of a dataset."""
 
-  fields: Fields | Examples
+  fields: Fields | Examples | ClassifiedTexts
   length: int
   """rows of the split"""
   split: str
@@ -118,7 +119,7 @@ class HuggingFace(TableSource):
 
   def __init__(self, config: SourceConfig):
     self.fields, self.split = fields_of(config), config.split
-    self.skip, self.has_examples = config.skip, config.has_examples
+    self.skip, self.has_examples, self.labels = config.skip, config.has_examples, config.labels
     name = config.path.removeprefix('hf:')
     folder = os.path.expanduser(name)
     # The hub's client and the libraries below it raise errors of many classes: no such dataset, no access, no network.

@@ -32,7 +32,7 @@ class TfdsRecords(TableSource):
 
   def __init__(self, config: SourceConfig):
     self.fields, self.split = fields_of(config), config.split
-    self.skip, self.has_examples = config.skip, config.has_examples
+    self.skip, self.has_examples, self.labels = config.skip, config.has_examples, config.labels
     self._path = config.path
     with library_errors('data.source.path', config.path, _EXPECTED):
       builder = _prepared(config.path.removeprefix('tfds:'))
