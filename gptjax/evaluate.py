@@ -7,6 +7,7 @@
 import contextlib
 import json
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from absl import flags
 
 from gptjax import config as configs
 from gptjax import distributed
-from gptjax.config import UserError
+from gptjax.config import TENSOR_AXIS, UserError
 from gptjax.files import expanded, json_line, read_json, writable, write_atomic, write_results
 from gptjax.start import start
 
@@ -94,12 +95,27 @@ def _documents(restorer, sets, tags, cache) -> Callable[[Any], Any]:
   config = restorer.config
   rows = {name: data.EvalRows(store, config.data.context, config.data.isolate_documents, cache, config.data.long_examples == 'cut')
           for name, store in sets.items()}
+  if config.objective.needs_reference:
+    _add_references(restorer, rows)
   scorer = evaluation.Scorer(restorer.model, training.make_objective(config), restorer.mesh, _BATCH.value or config.microbatch_size)
 
   def score(parameters):
     with data.ProgressBar('documents', sum(one.count for one in rows.values()), 'rows', shown=distributed.is_primary()) as work:
       return scorer.sets(parameters, rows, tags, advance=work.advance)
   return score
+
+
+def _add_references(restorer, rows) -> None:
+  """Gives rows of pairs the log-probabilities of the reference in the workdir."""
+  from gptjax import checkpoint, training
+  with tempfile.TemporaryDirectory() as folder:
+    reference = checkpoint.Restorer(restorer.checkpoints.directory.with_name(training.REFERENCE), restorer.mesh.shape[TENSOR_AXIS])
+    parameters = reference.restore(reference.checkpoints.resolve('latest')).parameters
+    training.write_columns(Path(folder), rows.values(), parameters, reference.model, restorer.mesh, 0,
+                           _BATCH.value or restorer.config.microbatch_size)
+    training.use_columns(Path(folder), rows.values())
+    for one in rows.values():
+      one.layout.column.load()
 
 
 def _tasks(restorer, tokenizer) -> Callable[[Any], tuple[Any, list]]:

@@ -14,18 +14,18 @@ from gptjax.config import Config, read_config, to_json
 from gptjax.files import atomic_directory
 from gptjax.model import AbstractModel, Parameters, stored_model, unstack_layers
 
-_BASE = 'base'
+BASE = 'base'
+"""Folder of a workdir: the run whose model its adapters adapt."""
 
 
-def keep_base(checkpoint: Path, config: Config, workdir: Path) -> None:
-  """Keeps a checkpoint of a run with this config as the base of a new run in `workdir`: `base` there is the folder of a run.
-
-  Its files are links to the checkpoint's where the disk allows them, else copies.
-  """
-  shutil.rmtree(workdir / _BASE, ignore_errors=True)  # of a run that ended before its first checkpoint
-  with atomic_directory(workdir / _BASE, resumes=False) as folder:
+def keep_run(checkpoint: Path, config: Config, target: Path) -> None:
+  """Makes `target` the folder of a run of one checkpoint of a run with this config, by links where the disk allows them, else by copies."""
+  shutil.rmtree(target, ignore_errors=True)  # of a run that ended before its first checkpoint
+  with atomic_directory(target, resumes=False) as folder:
     assert folder
     shutil.copytree(checkpoint, folder / 'checkpoints' / checkpoint.name, ignore=shutil.ignore_patterns(TRAINING), copy_function=_link)
+    if config.lora.rank:
+      shutil.copytree(base_of(checkpoint.parent), folder / BASE, copy_function=_link)
     (folder / 'config.json').write_text(to_json(config))
 
 
@@ -38,7 +38,7 @@ def _link(source: str, target: str) -> None:
 
 def base_of(checkpoints: Path) -> Path:
   """The folder of the base, given that of a run's checkpoints."""
-  return checkpoints.with_name(_BASE)
+  return checkpoints.with_name(BASE)
 
 
 def parameter_reader(checkpoints: Path, config: Config) -> Checkpoints:

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from gptjax.config.checks import UserError
-from gptjax.config.schema import DURATIONS, Config, Duration
+from gptjax.config.durations import DURATIONS, Duration
+from gptjax.config.schema import Config
 
 Value = int | float | str | tuple
 """Type of a field's value; bool is an int, and a tuple holds dataclasses or values."""

@@ -1,7 +1,6 @@
 """The transformer of a run: its function, and separately how it is computed."""
 
 import dataclasses
-import math
 from typing import Annotated, Literal
 
 from gptjax.config.checks import (
@@ -238,31 +237,3 @@ kernel for gradients, for TPUs; auto: by the device"""
   def plain(self) -> 'ComputeConfig':
     """The config for inference in the same dtype: layers one by one, nothing recomputed, attention by the device's backend."""
     return ComputeConfig(dtype=self.dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraConfig(Group, prefix='lora.'):
-  """Low-rank adaptation (LoRA, arXiv:2106.09685): matrices W of the model that init_from names stay as they are, and W + scale * A B takes
-  their place, of which only A [inputs, rank] and B [rank, outputs] are trained and saved."""
-
-  rank: NonNegative = 0
-  """columns of A and rows of B; 0: no adapters, all of the model is trained"""
-  alpha: PositiveFloat = 16.0
-  """scale = alpha / rank"""
-  stabilized: bool = False
-  """scale = alpha / rank^0.5 (rsLoRA, arXiv:2312.03732)"""
-  targets: tuple[str, ...] = ('blocks/*/kernel',)
-  """patterns of names of linear layers' matrices; JSON on a command line: '["blocks/*/attention/q/kernel", "blocks/*/mlp/*/kernel"]'"""
-
-  def __post_init__(self):
-    super().__post_init__()
-    if self.rank and not self.targets:
-      raise UserError('lora.targets', [], 'patterns of names of matrices')
-    for name in () if self.rank else ('alpha', 'stabilized', 'targets'):
-      if (value := getattr(self, name)) != getattr(LoraConfig, name):
-        raise UserError(f'lora.{name}', value, 'its default unless lora.rank is above 0')
-
-  @property
-  def scale(self) -> float:
-    """Factor of A B."""
-    return self.alpha / (math.sqrt(self.rank) if self.stabilized else self.rank)

@@ -9,7 +9,7 @@ from gptjax.data.mixture import Mixture
 from gptjax.data.naive_bayes import NaiveBayes, classified_texts
 from gptjax.data.prepare import HeldOut, Prepared, compression_baselines, export, open_held_out, prepare, train_rows
 from gptjax.data.progress import ProgressBar
-from gptjax.data.rows import Batch, EvalRows, Packed, TrainRows, Windows, batches
+from gptjax.data.rows import Batch, Column, EvalRows, Packed, TrainRows, Windows, batches
 from gptjax.data.sources import Document, Source, documents, is_json_lines, open_source, split_source
 from gptjax.data.store import TokenStore
 from gptjax.data.tokenizers import TextStream, Tokenizer, load_tokenizer, train_tokenizer

@@ -3,12 +3,13 @@
 A text to classify is followed by the number of its class in place of a token's id, which is the one target.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from gptjax.data.sources import Document
-from gptjax.data.store import TokenStore
+from gptjax.data.sources import Document, Turn
+from gptjax.data.store import PART_END, TokenStore
 from gptjax.data.tokenizers import Tokenizer
 
 
@@ -18,24 +19,32 @@ class Example(NamedTuple):
   ids: np.ndarray
   """[n]"""
   weights: np.ndarray
-  """[n], of the loss of the id after each; the last is 0"""
+  """[n], of the loss of the id after each; the last is 0, or PART_END if another part follows"""
   target_bytes: float
   """UTF-8 bytes of the turns, times their weights, or of the text to classify"""
 
 
 def encode_example(tokenizer: Tokenizer, document: Document) -> Example:
-  """Encodes a document with turns, or with a class. A completion ends with eos_id, an answer in a conversation with the token by which
-  the chat template ends the turn; both are targets. Raises a UserError for a conversation that the chat template rejects."""
+  """Encodes a document with turns and its further parts behind them, or with a class. A completion ends with eos_id, an answer in a
+  conversation with the token by which the chat template ends the turn; both are targets. Raises a UserError for a conversation that the
+  chat template rejects."""
   if document.label is not None:
     ids = np.array([*tokenizer.start_ids, *tokenizer.encode(document.text, document.name).tolist(), document.label], np.int32)
     return Example(ids, (np.arange(len(ids)) == len(ids) - 2).astype(float), len(document.text.encode()))
-  turns = document.turns
+  parts = [_encode_turns(tokenizer, turns, document.name) for turns in (document.turns, *document.others)]
+  for part in parts[:-1]:
+    part.weights[-1] = PART_END
+  ids, weights = (np.concatenate([part[at] for part in parts]) for at in (0, 1))
+  return Example(ids, weights, sum(part.target_bytes for part in parts))
+
+
+def _encode_turns(tokenizer: Tokenizer, turns: Sequence[Turn], name: str) -> Example:
   if turns[0].role:
     messages = [{'role': turn.role, 'content': turn.content} for turn in turns]
     of_rest = next((turn.weight for turn in turns if not turn.is_answer), 0.0)  # equal for all of them
     weighted = [(ids, of_rest if number is None else turns[number].weight) for ids, number in tokenizer.conversation(messages)]
   else:
-    prompt, completion = tokenizer.encode_parts([turn.content for turn in turns], document.name)
+    prompt, completion = tokenizer.encode_parts([turn.content for turn in turns], name)
     start = np.array(tokenizer.start_ids if len(prompt) or tokenizer.start_ids else [tokenizer.bos_id], np.int32)
     weighted = [(np.append(start, prompt), turns[0].weight), (np.append(completion, tokenizer.eos_id), turns[1].weight)]
   ids = np.concatenate([ids for ids, _ in weighted])

@@ -15,7 +15,7 @@ from gptjax.config import UserError
 from gptjax.data.folders import LocalFolder
 from gptjax.data.mixture import Mixture
 from gptjax.data.progress import ProgressBar
-from gptjax.data.store import TokenStore
+from gptjax.data.store import PART_END, TokenStore
 from gptjax.data.tokenizing import end_with_parent
 from gptjax.files import atomic_directory, write_atomic
 
@@ -47,12 +47,13 @@ class Packed:
   """Rows of complete documents; those longer than `context`, the maximum tokens per row, are cut into full rows and a remainder.
 
   The kind is 'pack', a best fit of documents and remainders, or 'document', one piece per row. Examples are never in several pieces: with
-  `cut`, only the first `context` tokens of longer ones are kept, if these have targets, and of texts to classify the last; the others are
-  dropped. The pieces of each row are an index in `cache_dir/plans`, made first if necessary; only the needed entries are read.
+  `cut`, only the first `context` tokens of longer ones are kept, if these have targets, and of texts to classify the last; the others,
+  and pairs, are dropped. The pieces of each row are an index in `cache_dir/plans`, made first if necessary; only the needed entries are
+  read.
   """
 
   def __init__(self, store: TokenStore, context: int, kind: str, cache_dir: Path, cut: bool = False):
-    self.store = store
+    self.store, self.context = store, context
     directory = cache_dir / 'plans' / f'{store.sha256[:16]}-{kind}-{context}{"-cut" * (store.weighted and cut)}-v{_PLAN}'
     with atomic_directory(directory) as folder:
       if folder:
@@ -65,6 +66,10 @@ class Packed:
     self.dropped: int = plan['dropped']
     self.cut: int = plan['cut']
     """examples that are too long"""
+    self.name = directory.name
+    """of store, kind and context"""
+    self.column: Column | None = None
+    """log-probabilities of a reference"""
 
   def pieces(self, rows: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """See Layout."""
@@ -117,7 +122,7 @@ def _examples(store: TokenStore, starts: np.ndarray, context: int, cut: bool, pl
   for index in np.flatnonzero(long) if cut else ():
     if store.labels:
       firsts[index] += lengths[index] - context  # the class is the last target
-    if store.read([firsts[index]], [context], field='weight').any():
+    if store.parts == 1 and store.read([firsts[index]], [context], field='weight').any():
       long[index], lengths[index] = False, context
       plan['cut'] += 1
   plan['dropped'] += int(long.sum())
@@ -152,6 +157,28 @@ def best_fit(lengths: np.ndarray, context: int) -> list[list[int]]:
   return rows
 
 
+class Column:
+  """A float32 per token of the rows of a layout, in a file [rows, T]; each process maps it itself."""
+
+  def __init__(self, path: Path, rows: int, context: int):
+    self._path, self._shape = path, (rows, context)
+    self._values: np.ndarray | None = None
+
+  def __reduce__(self):
+    return Column, (self._path, *self._shape)
+
+  def load(self) -> None:
+    """Maps the file, which may then be removed."""
+    if self._values is None:
+      self._values = np.memmap(self._path, np.float32, 'r', shape=self._shape)
+
+  def read(self, rows: np.ndarray) -> np.ndarray:
+    """Of rows [n], as [n, T]."""
+    self.load()
+    assert self._values is not None
+    return self._values[rows]
+
+
 Layout = Windows | Packed
 """Cuts a `store` into `count` rows that contain each of its targets once.
 
@@ -175,6 +202,8 @@ class Frame:
     """tokens of each row; the rest is padding"""
     self.weights: np.ndarray | None = None
     """of the loss of the id after each, if there are examples"""
+    self.reference: np.ndarray | None = None
+    """log-probabilities of the targets under a reference, if the layouts have a column of them"""
     self.has_examples = np.zeros(count, bool)
     """rows whose pieces are examples, in which a separator may be any token"""
 
@@ -192,6 +221,10 @@ class Frame:
         self.weights = np.ones(self.ids.shape, np.float32)
       layout.store.read(positions, lengths, self.weights.reshape(-1), places, field='weight')
       self.has_examples[slots] = True
+    if isinstance(layout, Packed) and layout.column is not None:
+      if self.reference is None:
+        self.reference = np.zeros((len(self.ids), self.ids.shape[1] - 1), np.float32)
+      self.reference[slots] = layout.column.read(rows)
 
   def batch(self, isolate_documents: bool) -> Batch:
     """The model's inputs. Padding has segment 0, mask 0 and an arbitrary id."""
@@ -205,8 +238,11 @@ class Frame:
     masked = real & (targets != separator) if self.end != self.separator else real
     mask = masked.astype(np.float32)
     if self.weights is not None:
-      mask *= self.weights[:, :-1]
+      mask *= np.maximum(self.weights[:, :-1], 0)
+      self.starts[:, 1:] |= self.weights[:, :-1] == PART_END
     batch = {'tokens': tokens, 'targets': targets, 'mask': mask}
+    if self.reference is not None:
+      batch['reference'] = self.reference
     if isolate_documents:
       # Each row starts a segment, so all rows can be treated as one sequence of segments.
       starts = np.flatnonzero(self.starts[:, :-1] | (tokens == separator))
@@ -294,17 +330,27 @@ class EvalRows:
   cached in `cache_dir`."""
 
   def __init__(self, store: TokenStore, context: int, isolate_documents: bool, cache_dir: Path | None = None, cut: bool = False):
-    self.store, self.context, self.isolate_documents = store, context, isolate_documents or store.weighted
     assert cache_dir or not store.weighted
-    self._layout = Packed(store, context, 'pack', cache_dir, cut) if store.weighted and cache_dir else Windows(store, context)
-    self.count = self._layout.count
+    layout = Packed(store, context, 'pack', cache_dir, cut) if store.weighted and cache_dir else Windows(store, context)
+    self._set(layout, isolate_documents or store.weighted)
+
+  @classmethod
+  def of(cls, layout: 'Layout', isolate_documents: bool) -> 'EvalRows':
+    """The rows of a layout, in order."""
+    rows = cls.__new__(cls)
+    rows._set(layout, isolate_documents)
+    return rows
+
+  def _set(self, layout: 'Layout', isolate_documents: bool) -> None:
+    self.layout, self.store, self.context, self.isolate_documents = layout, layout.store, layout.context, isolate_documents
+    self.count = layout.count
 
   def batch(self, rows: np.ndarray) -> Batch:
     """Rows at indices [n] as in TrainRows.batch; those from `count` on are padding, to fill the last batch."""
     rows = np.asarray(rows, np.int64)
     frame = Frame(len(rows), self.context, self.store)
     slots = np.flatnonzero(rows < self.count)
-    frame.fill(self._layout, slots, rows[slots], np.zeros(len(slots), np.uint64))
+    frame.fill(self.layout, slots, rows[slots], np.zeros(len(slots), np.uint64))
     return frame.batch(self.isolate_documents)
 
 

@@ -14,7 +14,9 @@ If a tokenizer's bos and eos differ, as Llama's do, the separator is bos, and a 
 because it follows an unrelated text.
 
 In a store of examples, a document is what a model reads and answers: ids that start a prompt, the prompt, the answer, and the id that
-ends it. Beside each id is the weight of the loss of the next one. The last id of a text to classify is the number of its class.
+ends it. Beside each id is the weight of the loss of the next one. Several parts of an example, such as the two of a pair of answers, lie
+one behind the other, and the last id of each but the last has PART_END for a weight.
+The last id of a text to classify is the number of its class.
 """
 
 import dataclasses
@@ -36,6 +38,7 @@ from gptjax.files import json_object, sync, write_json
 VERSION = 2  # to be incremented when older stores become unreadable
 BLOCK = 2**14  # bytes per checksum: a row of 1,024 ids spans one or two blocks
 MANIFEST, INDEX, TOKENIZER = 'manifest.json', 'index.bin', 'tokenizer'
+PART_END = -1.0
 RECORD = np.dtype([('tokens', '<i8'), ('documents', '<i8'), ('sha256', 'S64')])
 
 
@@ -116,6 +119,8 @@ class TokenStore:
     """ids that are targets, each once; of examples the sum of their weights"""
     self.target_bytes: float = examples['target_bytes'] if examples else self.bytes
     """UTF-8 bytes that the targets stand for"""
+    self.parts: int = examples.get('parts', 1) if examples else 1
+    """parts of an example: 2 in pairs"""
     self.sha256: str = manifest['index_sha256']
     """hex digest of ids and documents"""
     self.tokenizer_sha256: str = manifest['tokenizer_sha256']

@@ -22,7 +22,7 @@ from gptjax.config import UserError
 from gptjax.data.examples import encode_example
 from gptjax.data.filters import Contamination, Filters
 from gptjax.data.progress import ProgressBar, announce
-from gptjax.data.sources import Malformed, Part, Source, malformed_error
+from gptjax.data.sources import Malformed, Part, Source, malformed_error, with_mismatched
 from gptjax.data.store import MANIFEST, VERSION, Shard, ShardRecord, ShardWriter, TokenStore, finish_store, token_dtype, shard_name
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.files import atomic_directory
@@ -73,6 +73,7 @@ class EncodedDocument(NamedTuple):
   """UTF-8 bytes of an example's turns, times their weights, or of a text to classify"""
   label: int | None = None
   """number of its class"""
+  parts: int = 1
 
 
 @dataclasses.dataclass
@@ -93,7 +94,8 @@ def encode(recipe: Recipe, parts: list[Part]) -> Encoded:
   result = Encoded()
   for part in parts:
     count, malformed = 0, []
-    for record in recipe.source.read(part):
+    records = recipe.source.read(part)
+    for record in with_mismatched(records) if recipe.source.has_examples else records:
       count += 1
       if isinstance(record, Malformed):
         malformed.append(record)
@@ -115,7 +117,8 @@ def encode(recipe: Recipe, parts: list[Part]) -> Encoded:
             continue
           tokens = np.empty(len(ids), dtype)
           tokens['id'], tokens['weight'] = ids, weights
-          result.documents.append(EncodedDocument(tokens.tobytes(), len(data), digest, float(weights.sum()), target_bytes, record.label))
+          result.documents.append(EncodedDocument(tokens.tobytes(), len(data), digest, float(weights[weights > 0].sum()), target_bytes,
+                                                  record.label, 1 + len(record.others)))
         else:
           ids = np.concatenate([separator, tokenizer.encode(record.text, record.name), end], dtype=dtype, casting='unsafe')
           result.documents.append(EncodedDocument(ids.tobytes(), len(data), digest))
@@ -225,7 +228,8 @@ def _build(folder: Path, recipe: Recipe, processes: int, title: str) -> None:
       'deduplicated': recipe.deduplicate, 'decontaminated': recipe.contamination.names if recipe.contamination else [],
       'fingerprint': recipe.fingerprint(),
       'examples': {'targets': state.targets, 'target_bytes': state.target_bytes, 'least_targets': state.least_targets,
-                   'labels': dict(zip(recipe.source.labels, state.label_counts))} if recipe.source.has_examples else None})
+                   'parts': state.parts, 'labels': dict(zip(recipe.source.labels, state.label_counts))}
+                  if recipe.source.has_examples else None})
   for path in folder.glob(f'{_JOURNAL}*'):  # including files that SQLite leaves beside it in a killed process
     path.unlink()
 
@@ -264,6 +268,8 @@ class BuildState:
   """of an example"""
   label_counts: list[int] = dataclasses.field(default_factory=list)
   """of texts, by the number of their class"""
+  parts: int = 1
+  """of examples"""
   shards: list[ShardRecord] = dataclasses.field(default_factory=list)
 
 
@@ -335,6 +341,7 @@ def _write_shards(folder: Path, recipe: Recipe, journal: Journal, tasks: Iterabl
       if recipe.source.has_examples:
         state.targets += sum(document.targets for document in documents)
         state.target_bytes += sum(document.target_bytes for document in documents)
+        state.parts = documents[0].parts
         state.least_targets = min(state.least_targets, *(document.targets for document in documents))
         counts = collections.Counter(document.label for document in documents)
         state.label_counts = [before + counts[label] for label, before in enumerate(state.label_counts or [0] * len(recipe.source.labels))]

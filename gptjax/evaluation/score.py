@@ -1,5 +1,6 @@
 """Scores of a model over held-out documents."""
 
+import collections
 import dataclasses
 import functools
 import math
@@ -33,6 +34,10 @@ class Score:
   """UTF-8 bytes they stand for"""
   confusion: Confusion = ()
   """of texts to classify, whose classes are the targets"""
+  figures: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  """of pairs: means over them of the objective's other metrics; `loss` is then in nats per pair, and perplexity and bits are NaN"""
+  pairs: int = 0
+  """number of them, if they are what is scored"""
 
   @property
   def logged(self) -> dict[str, float]:
@@ -40,6 +45,8 @@ class Score:
     if self.confusion:
       figures = class_figures(self.confusion, range(len(self.confusion)))
       return {'loss': self.loss, 'accuracy': figures['accuracy'], 'macro_f1': figures['macro_f1']}
+    if self.pairs:
+      return {'loss': self.loss, **self.figures}
     return {'loss': self.loss, 'perplexity': self.perplexity, 'bits_per_byte': self.bits_per_byte}
 
 
@@ -50,9 +57,18 @@ def score_of(nats: float, tokens: float, text_bytes: float, confusion: np.ndarra
                () if isinstance(confusion, int) else counted(confusion))
 
 
+def score_of_pairs(sums: Mapping[str, float], pairs: int, tokens: float, text_bytes: float) -> Score:
+  """The score of sums over pairs of an objective's metrics, 'loss' among them."""
+  means = {name: float(value) / pairs for name, value in sums.items()}
+  return Score(means.pop('loss'), math.nan, math.nan, int(tokens), text_bytes, figures=means, pairs=pairs)
+
+
 def pooled(scores: Iterable[Score]) -> Score:
   """The score of several sets as one, in which every target counts equally."""
   scores = list(scores)
+  if pairs := sum(score.pairs for score in scores):
+    sums = {name: sum(score.logged[name] * score.pairs for score in scores) for name in scores[0].logged}
+    return score_of_pairs(sums, pairs, sum(score.tokens for score in scores), sum(score.bytes for score in scores))
   nats = sum(score.loss * score.tokens for score in scores)
   confusion = sum(np.array(score.confusion) for score in scores) if scores[0].confusion else 0
   return score_of(nats, sum(score.tokens for score in scores), sum(score.bytes for score in scores), confusion)
@@ -103,32 +119,33 @@ class Scorer:
     indices = np.arange(rows.count) if not 0 < count < rows.count else np.arange(count) * rows.count // count
     mine = process_rows(self._mesh, self._batch_size)
 
-    def sums() -> Iterator[tuple[int, tuple[jax.Array, ...]]]:
+    def sums() -> Iterator[tuple[int, dict[str, jax.Array]]]:
       for start in range(0, len(indices), self._batch_size):
         chosen = indices[start:start + self._batch_size]
         # Rows beyond the last are all padding and count nothing.
         filled = np.pad(chosen, (0, self._batch_size - len(chosen)), constant_values=rows.count)
         yield len(chosen), self._sums(parameters, put_rows(self._mesh, rows.batch(filled[mine]), self._batch_size))
 
-    loss, tokens = 0.0, 0.0
+    totals = collections.Counter[str]()
     confusion: np.ndarray | int = 0
-    for done, (nats, targets, *matrix) in dispatch_ahead(sums()):  # more batches at once may deadlock on virtual CPU devices
-      loss, tokens = loss + float(nats), tokens + float(targets)
-      confusion = sum((np.asarray(one, int) for one in matrix), confusion)
+    for done, found in dispatch_ahead(sums()):  # more batches at once may deadlock on virtual CPU devices
+      confusion = confusion + np.asarray(found.pop('confusion'), int) if 'confusion' in found else confusion
+      totals.update({name: float(value) for name, value in found.items()})
       advance(done)
+    tokens, pairs = totals.pop('targets'), totals.pop('terms', 0)
     if not tokens:
       raise UserError('data.valid', rows.store.location, 'rows with targets, which the answers of examples have unless their weight is 0')
-    # A part of the rows stands for the same part of the bytes.
-    return score_of(loss, tokens, rows.store.target_bytes * tokens / rows.store.targets, confusion)
+    text_bytes = rows.store.target_bytes * tokens / rows.store.targets  # a part of the rows stands for the same part of the bytes
+    return score_of_pairs(totals, round(pairs), tokens, text_bytes) if pairs else score_of(totals['loss'], tokens, text_bytes, confusion)
 
 
 @functools.lru_cache(maxsize=16)
 def _summed_scores(model: AbstractModel, objective: Callable, mesh: Mesh, zero_stage: int) -> Callable:
-  """The jitted function (parameters, batch) -> (summed loss, number of targets) and, of a classifier, the confusion matrix."""
+  """The jitted function (parameters, batch) -> sums of the objective and, of a classifier, its confusion matrix."""
   def local(module, batch):
     positions = Positions(batch['positions'], batch['segments']) if 'segments' in batch else None
     hidden = module.hidden(batch['tokens'], positions)[0]
-    _, targets, metrics = objective(module.head, hidden, batch)
-    return batch_psum((metrics['loss'], targets, *[confusion_sums(module.head, hidden, batch)] * bool(model.config.classes)))
+    sums = objective(module.head, hidden, batch).named
+    return batch_psum(sums | ({'confusion': confusion_sums(module.head, hidden, batch)} if model.config.classes else {}))
 
   return jax.jit(forward(model, mesh, zero_stage, local, (BATCH_SPEC,), PartitionSpec()))

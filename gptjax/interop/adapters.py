@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from gptjax import config as configs
-from gptjax.checkpoint import PARAMETERS, Checkpoints, Progress, Retention, keep_base, parameter_reader
+from gptjax.checkpoint import BASE, PARAMETERS, Checkpoints, Progress, Retention, keep_run, parameter_reader
 from gptjax.config import Config, LoraConfig, MeshConfig, UserError, read_config
 from gptjax.files import atomic_directory, read_json, write_json
 from gptjax.interop.families import Tensor, family_for
@@ -140,7 +140,7 @@ def import_adapters(folder: Path, base: Path, workdir: Path) -> str:
       parameters[name.replace('/kernel', '/lora_b')] = np.pad(b * np.float32(scale / lora.scale), more[::-1])
     parameters = stack_layers(parameters) if model.is_stacked else parameters
     with contextlib.closing(parameter_reader(base / 'checkpoints', config_of_base := read_config(base))) as checkpoints:
-      keep_base(checkpoints.folder(checkpoints.resolve('latest')), config_of_base, out)
+      keep_run(checkpoints.folder(checkpoints.resolve('latest')), config_of_base, out / BASE)
     _write_run(out, config, base, {name: jax.numpy.asarray(parameters[name]) for name in sorted(model.adapters)})
   return f'adapters of {len(found)} matrices, rank {rank}, {sum(x.size for x in parameters.values()):,} parameters'
 

@@ -21,8 +21,9 @@ from gptjax.sharding.chips import peak_flops
 from gptjax.training.guard import MAX_CONSECUTIVE, BadSteps, Rollback, replica_check
 from gptjax.training.interruptions import REQUEUE_EXIT_CODE, Interruptions, StopRequest, Watchdog
 from gptjax.training.logbook import Logbook, NullLogbook
+from gptjax.training.reference import add_references
 from gptjax.training.run import Dispatched, Run, Source, Steps, every, header, resolve
-from gptjax.training.workdir import initial_state, lock, open_workdir, restore, start_adapters, wait_until_visible
+from gptjax.training.workdir import initial_state, keep_sources, lock, open_workdir, restore, wait_until_visible
 from gptjax.training.step import TrainState
 from gptjax.training.validation import Validation
 
@@ -76,9 +77,10 @@ def train(config: Config, options: Options) -> int:
     if newest is None:  # before config.json is written, since init_from may be wrong
       state, begun = initial_state(run, data.tokenizer)
     changed = open_workdir(folder, run, data, None if newest is None else progress, options.accept_changes) if is_primary() else []
-    if newest is None and run.config.lora.rank and is_primary():
-      start_adapters(run, folder)
+    if newest is None and is_primary():
+      keep_sources(run, folder)
     wait_until_visible(folder)
+    add_references(run, folder)
     if newest is not None:
       state, begun = restore(checkpoints, newest, run)[0], f'checkpoint of step {progress.step}, {progress.tokens:,} tokens'
     elif config.init_from:  # a run that resumes does not read the other run again

@@ -1,37 +1,20 @@
 """Objectives: functions of the head, the hidden states and the batch, which a step minimizes.
 
 An objective sees the tokens of one device and returns sums over them; the step adds them up over microbatches and devices and divides by
-the number of targets. A new one is a function here and a name in OBJECTIVES.
+the number of targets, or of other terms. A new one is a function and a name in OBJECTIVES.
 """
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gptjax.config import Config, UserError
-from gptjax.model import Head, Sums
-
-Batch = dict[str, Array]
-"""tokens, targets, mask [B, T] of one device; positions and segments too where documents are isolated. Under context
-parallelism the tokens of a row are divided over devices, in the order of `token_order`."""
-
-
-class ObjectiveSums(NamedTuple):
-  """Sums over the tokens of some rows."""
-
-  loss: Float[Array, '']
-  """the optimizer gets its gradient, divided by the targets of the complete batch"""
-  targets: Float[Array, '']
-  """number of targets"""
-  metrics: Sums
-  """reported per target; 'loss' is required, in nats, comparable between training and validation"""
-
-
-ObjectiveFunction = Callable[[Head, Float[Array, 'N D'], Batch], ObjectiveSums]
+from gptjax.model import Head
+from gptjax.training.preferences import preference
+from gptjax.training.sums import Batch, ObjectiveFunction, ObjectiveSums
 
 
 @functools.cache
@@ -62,6 +45,7 @@ def classification(z_loss: float = 0.0) -> ObjectiveFunction:
 OBJECTIVES: dict[str, Callable[[Config], ObjectiveFunction]] = {
   'next_token': lambda config: next_token(config.z_loss),
   'sft': lambda config: next_token(config.z_loss),  # the mask of examples has their answers alone
+  'preference': lambda config: preference(config.objective),
   'classification': lambda config: classification(config.z_loss),
 }
 """By their name in objective.kind."""

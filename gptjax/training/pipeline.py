@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from gptjax.config import LAYERS_AXIS
 from gptjax.model import AbstractModel, Parameters, Sums, positions_of
 from gptjax.sharding import Factors, Places, Schedule, Tick, Weight, assign_places, spec
-from gptjax.training.objective import Batch, ObjectiveFunction
+from gptjax.training.sums import Batch, ObjectiveFunction
 
 
 class _State(NamedTuple):
@@ -141,8 +141,8 @@ class _Stage:
 
   def _loss(self, variables: Parameters, y, microbatch):
     module, batch = self._module(self._outer, variables), self._part(microbatch)[0]
-    total, targets, metrics = self._objective(module.head, module.norm(y), batch)
-    return total, {'targets': targets, **metrics}
+    sums = self._objective(module.head, module.norm(y), batch)
+    return sums.loss, sums.named
 
   def _forward(self, x, microbatch, chunk):
     """The output of a chunk of layers, the sums that they add, and what must be kept for the vjp."""

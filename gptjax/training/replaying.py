@@ -17,6 +17,7 @@ from gptjax.data.progress import announce
 from gptjax.files import complete_lines, json_line, read_json
 from gptjax.sharding import make_mesh
 from gptjax.training.guard import BadSteps
+from gptjax.training.reference import add_references
 from gptjax.training.run import Steps, resolve
 from gptjax.training.workdir import initial_state, restore
 
@@ -63,6 +64,7 @@ def replay(workdir: Path, step: int, cache_dir: Path) -> Iterator[Replayed]:
   mesh = make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     run = resolve(config, data, mesh)
+    add_references(run, workdir)
     if before is None:
       state, progress, words = initial_state(run, data.tokenizer)[0], Progress(), 'the start: no checkpoint before it is left'
     else:

@@ -24,9 +24,10 @@ from gptjax.model import (
 from gptjax.distributed import all_gather, process_group
 from gptjax.sharding import AnyMesh, check_sizes, describe, process_rows, put_rows
 from gptjax.training.guard import BadSteps
-from gptjax.training.objective import ObjectiveFunction, make_objective
+from gptjax.training.objective import make_objective
 from gptjax.training.optimizer import learning_rates, make_optimizer
 from gptjax.training.standard import Standard
+from gptjax.training.sums import ObjectiveFunction
 from gptjax.training.step import TrainState, abstract, frozen_names, initializer, train_step
 
 
@@ -105,7 +106,10 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
     raise UserError('compute.offloaded', list(config.compute.offloaded), f'none: the device reaches no memory of the host, only {memories}')
   optimizer = make_optimizer(opt)
   objective = make_objective(config)
-  check_objective(config.objective.kind, has_examples=any(layout.store.weighted for layout in data.layouts), has_classes=classes > 0)
+  parts = {layout.store.parts for layout in data.layouts if layout.store.weighted} or {0}
+  if len(parts) > 1 or (parts > {1} and not all(layout.store.weighted for layout in data.layouts)):
+    raise UserError('data.train', sorted(parts), 'stores of pairs alone, or without pairs')
+  check_objective(config.objective, parts=max(parts), has_classes=classes > 0)
   return Run(
     config=config, mesh=mesh, model=model, objective=objective, optimizer=optimizer, rows=rows, steps=steps,
     initialize=initializer(model, optimizer, config.zero_stage, mesh, config.seed, frozen),

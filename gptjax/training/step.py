@@ -19,7 +19,7 @@ from gptjax.config import LAYERS_AXIS, Config, PipelineConfig, UserError
 from gptjax.model import AbstractModel, Parameters, load_metrics, positions_of
 from gptjax.sharding import TOKENS_SPEC, AnyMesh, ParameterSpecs, batch_psum, batch_shard_map, make_schedule, row_numbers
 from gptjax.training.guard import LossStatistics, initial_statistics, is_good_step
-from gptjax.training.objective import Batch, ObjectiveFunction
+from gptjax.training.sums import Batch, ObjectiveFunction
 from gptjax.training.optimizer import Rates, is_balance, update
 from gptjax.training.pipeline import pipelined_gradients
 
@@ -91,8 +91,8 @@ def summed_gradients(model: AbstractModel, objective: ObjectiveFunction, zero_st
   def loss(variables, weights, batch, keys):
     module = model.merge(weights | {name: weights[name].with_variable(variable) for name, variable in variables.items()})
     hidden, _, layers = module.hidden(batch['tokens'], positions_of(batch), keys=keys)
-    total, targets, metrics = objective(module.head, hidden, batch)
-    return total + layers.pop('loss', 0), {'targets': targets, **metrics, **layers}
+    sums = objective(module.head, hidden, batch)
+    return sums.loss + layers.pop('loss', 0), sums.named | layers
 
   def local(trained, frozen, batch, key):
     weights = zero.weights(trained) | zero.weights(frozen, differentiated=False)
@@ -140,9 +140,9 @@ def train_step(model: AbstractModel, objective: ObjectiveFunction, optimizer: op
                pipeline: PipelineConfig = PipelineConfig()) -> Callable[[TrainState, Batch], tuple]:
   """The jitted step: (state, batch) -> (state, metrics), with the old state's memory reused.
 
-  The gradient is that of the summed loss, divided by the number of target tokens of the complete batch, regardless of microbatches and
-  devices; `pipeline` is for several stages. A bad step, by `is_good_step`, or one without targets leaves parameters and optimizer state as
-  they were, bit by bit.
+  The gradient is that of the summed loss, divided by the number of target tokens (or terms) of the complete batch, regardless of
+  microbatches and devices; `pipeline` is for several stages. A bad step, by `is_good_step`, or one without targets leaves parameters and
+  optimizer state as they were, bit by bit.
   """
   specs = model.specs(zero_stage, mesh)
   gradients = summed_gradients(model, objective, zero_stage, mesh, microbatches, pipeline)
@@ -151,8 +151,9 @@ def train_step(model: AbstractModel, objective: ObjectiveFunction, optimizer: op
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     gradient, sums = gradients(state.trained, state.frozen, batch, key)
     targets = sums.pop('targets')
-    empty = targets == 0
-    divisor = jnp.where(empty, 1, targets)
+    terms = sums.pop('terms', targets)
+    empty = terms == 0
+    divisor = jnp.where(empty, 1, terms)
     norm = optax.tree.norm({name: g for name, g in gradient.items() if not is_balance(name)}) / divisor
     gradient = {name: g * (1 / divisor) for name, g in gradient.items()}  # XLA would write g / divisor to memory
     parameters = _put(state.trained, specs, 'optimizer')

@@ -15,7 +15,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from gptjax import config as configs
-from gptjax.checkpoint import PARAMETERS, Checkpoints, Progress, base_of, by_name, keep_base, parameter_reader
+from gptjax.checkpoint import BASE, PARAMETERS, Checkpoints, Progress, base_of, by_name, keep_run, parameter_reader
 from gptjax.checkpoint.manifest import MANIFEST
 from gptjax.config import TRAINING_ONLY, Config, UserError, in_unit_of_steps, read_config
 from gptjax.data import Prepared, Tokenizer, export, load_tokenizer
@@ -33,6 +33,8 @@ _PRECISION = 'compute.dtype'
 _STRUCTURE = ('model.', 'optimizer.name', 'frozen', 'lora.')
 """Fields that decide which arrays a checkpoint has, as data.context does with learned positions; a run cannot change them, except for
 dropout."""
+REFERENCE = 'reference'
+"""Folder of a workdir: the run whose model is the reference of the objective."""
 _RESIZED = ('vocab', 'positions', 'layers')
 """Logical axes of which init_partial takes a part: the first rows of a table, the first layers of a stack."""
 
@@ -144,7 +146,7 @@ def _base(checkpoints: Checkpoints, run: Run) -> dict[str, jax.Array]:
   """The parameters that adapters leave as they are."""
   wanted = run.abstract_state.frozen
   with jax.set_mesh(run.standard.mesh):
-    found = _Source(base_of(checkpoints.directory)).parameters(run)
+    found = Source(base_of(checkpoints.directory)).parameters(run)
   return {name: jax.device_put(found[name], leaf.sharding) for name, leaf in wanted.items()} if run.standard.mesh == run.mesh else (
     run.standard.enter(found, wanted))
 
@@ -158,7 +160,7 @@ def initial_state(run: Run, tokenizer: Tokenizer) -> tuple[TrainState, str]:
   path = run.config.init_from
   if not path:
     return run.initialize(), 'fresh parameters'
-  source, standard = _Source(expanded(path)), run.standard
+  source, standard = Source(expanded(path)), run.standard
   if run.config.lora.rank and source.config.lora.rank and source.config.lora != run.config.lora:
     raise UserError('init_from', path, 'a run without adapters (tools.merge_lora makes one of it), or the lora.rank, alpha, stabilized and '
                     'targets of its adapters, to go on with them')
@@ -182,7 +184,7 @@ def initial_state(run: Run, tokenizer: Tokenizer) -> tuple[TrainState, str]:
   return state._replace(trained=take(state.trained), frozen=take(state.frozen)), words
 
 
-class _Source:
+class Source:
   """One checkpoint, or a workdir's newest, that another run reads parameters from. Raises a UserError if there is none."""
 
   def __init__(self, path: Path):
@@ -195,7 +197,7 @@ class _Source:
     self.config = read_config(folder)
     self.model = stored_model(self.config).base
     self.checkpoints = parameter_reader(directory, self.config)
-    self.base: _Source | None = _Source(base_of(directory)) if self.config.lora.rank else None
+    self.base: Source | None = Source(base_of(directory)) if self.config.lora.rank else None
     newest = int(path.name) if folder.parent == directory else self.checkpoints.newest()
     if newest is None:
       raise UserError('init_from', str(path), 'a run that has a checkpoint')
@@ -205,9 +207,9 @@ class _Source:
     """A function that arranges layers as in the standard layout of a run."""
     return stack_layers if run.standard.model.is_stacked else unstack_layers
 
-  def parameters(self, run: Run) -> dict[str, jax.Array]:
-    """Its parameters on the mesh of the run's standard layout; adapters are merged, unless the run goes on with them."""
-    if self.base is None or not run.config.lora.rank:
+  def parameters(self, run: Run, merged: bool = False) -> dict[str, jax.Array]:
+    """Its parameters on the mesh of the run's standard layout; adapters are merged if that is asked for, or the run has none."""
+    if self.base is None or not run.config.lora.rank or merged:
       return self._restored(run, self.checkpoints, self.model, self.model.shapes)
     model, own = stored_model(self.config), Checkpoints(self.checkpoints.directory, folders=(PARAMETERS,))
     return self.base.parameters(run) | self._restored(run, own, model, model.trained_with_adapters)
@@ -218,11 +220,15 @@ class _Source:
       name: jax.ShapeDtypeStruct(model.shapes[name].shape, model.shapes[name].dtype, sharding=shardings[name]) for name in names}))
 
 
-def start_adapters(run: Run, workdir: Path) -> None:
-  """Keeps the checkpoint of init_from, or of its base, in the workdir of a new run with adapters."""
-  source = _Source(expanded(run.config.init_from))
-  source = source.base or source
-  keep_base(source.checkpoints.folder(source.step), source.config, workdir)
+def keep_sources(run: Run, workdir: Path) -> None:
+  """Keeps what a new run reads again in its workdir: the base of its adapters, and the reference of its objective."""
+  if not (run.config.lora.rank or run.config.objective.needs_reference):
+    return
+  source = Source(expanded(run.config.init_from))
+  for folder, one, needed in ((BASE, source.base or source, run.config.lora.rank),
+                              (REFERENCE, source, run.config.objective.needs_reference)):
+    if needed:
+      keep_run(one.checkpoints.folder(one.step), one.config, workdir / folder)
 
 
 def _differences(model: AbstractModel, found: Mapping[str, jax.ShapeDtypeStruct], new_head: bool) -> list[str]:

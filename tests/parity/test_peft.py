@@ -49,11 +49,12 @@ def their_logits(model, count):
     return model.eval()(torch.tensor(TOKENS[None])).logits[0, -count:].numpy()
 
 
-@pytest.mark.parametrize('changes', [{}, full({'lora.stabilized': True, 'lora.targets': ('blocks/*/attention/[qv]/kernel', 'blocks/1/mlp/*')})])
+@pytest.mark.parametrize('changes', [{}, full({'lora.stabilized': True, 'lora.targets': ('blocks/*/attention/[qv]/*', 'blocks/1/mlp/*')})])
 def test_peft_opens_ours(changes, base, tmp_path):
   folder, source, kind = base
-  settings = tiny_config(write_text(tmp_path / 'text.txt', 40), steps=3, eval__every=0, optimizer__peak_lr=0.03, data__tokenizer__kind='bytes')
-  settings = configs.override(settings, {'lora.rank': 3, 'init_from': str(source), 'data.tokenizer.path': str(source / 'data' / 'tokenizer'), **changes})
+  settings = tiny_config(write_text(tmp_path / 'text.txt', 40), steps=3, eval__every=0, optimizer__peak_lr=0.03,
+                         data__tokenizer__path=str(source / 'data' / 'tokenizer'), init_from=str(source))
+  settings = configs.override(settings, {'lora.rank': 3, **changes})
   settings = configs.override(settings, {f'model.{name}': value for name, value in configs.flatten(read_config(source).model).items()})
   run(configs.override(settings, {'data.context': 64}), tmp_path / 'run', tmp_path)
   export_adapters(tmp_path / 'run', tmp_path / 'adapter', base=str(folder))
@@ -84,7 +85,8 @@ def test_ours_opens_pefts(rslora, base, tmp_path):
   first = {'gpt2': 'c_attn'}.get(kind, 'q_proj')
   module = {'gpt2': 'transformer.h.1.attn.c_attn'}.get(kind, 'model.layers.1.self_attn.q_proj')
   model = saved_by_peft(folder, tmp_path / 'adapter', r=4, lora_alpha=6, use_rslora=rslora, fan_in_fan_out=kind == 'gpt2',
-                        target_modules=[first, 'c_fc' if kind == 'gpt2' else 'down_proj'], rank_pattern={module: 2}, alpha_pattern={module: 9})
+                        target_modules=[first, 'c_fc' if kind == 'gpt2' else 'down_proj'], rank_pattern={module: 2},
+                        alpha_pattern={module: 9})
   import_adapters(tmp_path / 'adapter', source, tmp_path / 'run')
   ours = logits(tmp_path / 'run')
   theirs = their_logits(model, len(ours))
@@ -97,8 +99,8 @@ def test_other_kinds_of_adapters_are_refused(base, tmp_path):
   saved_by_peft(folder, tmp_path / 'adapter', r=2, target_modules=[target], fan_in_fan_out=kind == 'gpt2')
   file = tmp_path / 'adapter' / 'adapter_config.json'
   values = json.loads(file.read_text())
-  for name, value in {'peft_type': 'IA3', 'use_dora': True, 'bias': 'all', 'modules_to_save': ['lm_head'], 'init_lora_weights': 'pissa', 'r': 0,
-                      'lora_bias': True, 'layer_replication': [[0, 2]], 'new_field': 3}.items():
+  for name, value in {'peft_type': 'IA3', 'use_dora': True, 'bias': 'all', 'modules_to_save': ['lm_head'], 'r': 0, 'lora_bias': True,
+                      'init_lora_weights': 'pissa', 'layer_replication': [[0, 2]], 'new_field': 3}.items():
     file.write_text(json.dumps(values | {name: value}))
     with pytest.raises(UserError, match=f'adapter_config.json: {name}: '):
       import_adapters(tmp_path / 'adapter', source, tmp_path / 'run')
@@ -110,7 +112,8 @@ def test_other_kinds_of_adapters_are_refused(base, tmp_path):
   for tensors, words in (({name.replace(target, 'c_atn'): good[name], name.replace(target, 'c_atn').replace('A', 'B'): good[name].T.copy()},
                           'linear layers of the model'),
                          ({name: good[name]}, r'A \[rank, inputs\] and B'), ({'base_model.model.lm_head.weight': good[name]}, 'plain LoRA'),
-                         ({one: np.concatenate([value, value], int('lora_A' in one)) for one, value in good.items()}, 'outputs and inputs of this layer'),
+                         ({one: np.concatenate([value, value], int('lora_A' in one)) for one, value in good.items()},
+                          'outputs and inputs of this layer'),
                          ({}, 'one layer or more')):
     save_file(tensors, weights)
     with pytest.raises(UserError, match=words):

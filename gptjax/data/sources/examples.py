@@ -1,6 +1,7 @@
 """Examples to fine-tune on: prompts with their completions, and conversations, from the fields of records."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
@@ -23,37 +24,59 @@ class Examples:
 
   def __init__(self, config: SourceConfig):
     self._config = config
-    self._fields = [Fields(getattr(config, name), f'data.source.{name}') for name in ('prompt', 'completion') if config.prompt]
-    self.names = list(dict.fromkeys(name for fields in self._fields for name in fields.names)) or [config.messages]
-    self.text = repr([config.prompt, config.completion, config.messages, config.chat, config.supervised])
+    self._answers = ('chosen', 'rejected') if config.chosen else ('completion',)
+    self._fields = [Fields(getattr(config, name), f'data.source.{name}') for name in ('prompt', *self._answers) if config.prompt]
+    conversations = {} if config.prompt else {name: getattr(config, name) for name in ('messages', 'chosen', 'rejected')}
+    self._conversations = {name: value for name, value in conversations.items() if value}
+    self.names = list(dict.fromkeys([*(name for fields in self._fields for name in fields.names), *self._conversations.values()]))
+    self.text = repr([config.prompt, config.completion, config.messages, config.chosen, config.rejected, config.mismatched, config.chat,
+                      config.supervised])
     """everything that the examples of a record depend on"""
 
   def check(self, names: list[str], place: str) -> None:
     """Raises a UserError if a field does not exist; `names` are the full names of all columns of `place`."""
-    for fields in self._fields or [Fields(self._config.messages, 'data.source.messages')]:
+    for fields in self._fields or [Fields(value, f'data.source.{name}') for name, value in self._conversations.items()]:
       fields.check(names, place)
 
   def record(self, name: str, record: Mapping[str, Any], index: int) -> Record:
     """The example in a record, whose answers must have text."""
-    turns = self._messages(record, index) if self._config.messages else self._completion(record, index)
-    if isinstance(turns, Malformed):
-      return turns
-    text = '\n'.join(turn.content for turn in turns)
-    answers = [turn for turn in turns if turn.is_answer]
-    if not answers or not all(turn.content.strip() for turn in answers):
-      return Malformed(truncated(text), 'an example whose answers (completion, or turns of the assistant) have text', index)
-    return Document(name, text, tuple(turns))
-
-  def _completion(self, record: Mapping[str, Any], index: int) -> list[Turn] | Malformed:
-    texts = [fields.value(record, index) for fields in self._fields]
-    if malformed := next((text for text in texts if isinstance(text, Malformed)), None):
+    found = ([self._messages(field, record, index) for field in self._conversations.values()] if self._conversations else
+             self._completions(record, index))
+    parts = [part for part in found if not isinstance(part, Malformed)]
+    if malformed := next((part for part in found if isinstance(part, Malformed)), None):
       return malformed
-    prompt, completion = map(str, texts)
-    roles = ('user', ASSISTANT) if self._config.chat else ('', '')
-    return [Turn(roles[0], prompt, False, self._weight(False)), Turn(roles[1], completion, True, 1.0)]
+    text = '\n'.join(turn.content for part in parts for turn in part)
+    for part in parts:
+      answers = [turn for turn in part if turn.is_answer]
+      if not answers or not all(turn.content.strip() for turn in answers):
+        return Malformed(truncated(text), 'an example whose answers (completion, or turns of the assistant) have text', index)
+    return self._pair(name, text, parts, index) if len(parts) > 1 else Document(name, text, tuple(parts[0]))
 
-  def _messages(self, record: Mapping[str, Any], index: int) -> list[Turn] | Malformed:
-    field, expected = self._config.messages, 'a list of messages, each an object with role and content, which are texts'
+  def _completions(self, record: Mapping[str, Any], index: int) -> list[list[Turn] | Malformed]:
+    """The prompt with each of its answers."""
+    prompt, *answers = [fields.value(record, index) for fields in self._fields]
+    roles = ('user', ASSISTANT) if self._config.chat else ('', '')
+
+    def part(answer: str | Malformed) -> list[Turn] | Malformed:
+      if isinstance(prompt, Malformed):
+        return prompt
+      if isinstance(answer, Malformed):
+        return answer
+      return [Turn(roles[0], prompt, False, self._weight(False)), Turn(roles[1], answer, True, 1.0)]
+    return list(map(part, answers))
+
+  def _pair(self, name: str, text: str, parts: list[list[Turn]], index: int) -> Record:
+    """Two answers to the same turns, of which the rest are targets."""
+    chosen, rejected = parts
+    common = next((at for at, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(map(len, parts)))
+    expected = 'two answers, which differ, to the same messages'
+    if not common or any([turn.role for turn in part[common:]] != [part[-1].role] or not part[-1].is_answer for part in parts):
+      return Malformed(truncated(text), expected, index)
+    only = [(*(turn._replace(weight=0.0) for turn in part[:common]), part[-1]) for part in parts]
+    return Document(name, text, only[0], others=(only[1],), mismatched=self._config.mismatched)
+
+  def _messages(self, field: str, record: Mapping[str, Any], index: int) -> list[Turn] | Malformed:
+    expected = 'a list of messages, each an object with role and content, which are texts'
     messages = value_of(record, field, index)
     if isinstance(messages, Malformed):
       return messages
@@ -81,6 +104,19 @@ class Examples:
 
   def _weight(self, is_answer: bool) -> float:
     return float(is_answer or self._config.supervised == 'all')
+
+
+def with_mismatched(records: Iterable[Record]) -> list[Record]:
+  """Records in which each pair that asks for it has a third part: its prompt with the chosen answer of the pair before, of the first pair
+  with that of the last; of a single pair with its own rejected answer."""
+  records = list(records)
+  pairs = [record for record in records if isinstance(record, Document) and record.mismatched]
+  before = dict(zip(map(id, pairs), [*pairs[-1:], *pairs[:-1]]))
+
+  def third(record: Document) -> Document:
+    answer = before[id(record)].turns[-1] if len(pairs) > 1 else record.others[0][-1]
+    return dataclasses.replace(record, others=(*record.others, (*record.turns[:-1], answer)))
+  return [third(record) if isinstance(record, Document) and record.mismatched else record for record in records]
 
 
 def _is_empty(value: Any) -> bool:

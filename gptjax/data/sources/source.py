@@ -37,6 +37,10 @@ class Document:
   """of an example"""
   label: int | None = None
   """number of the class of a text to classify"""
+  others: tuple[tuple[Turn, ...], ...] = ()
+  """further parts of an example: of a pair, the one with the rejected answer"""
+  mismatched: bool = False
+  """whether `with_mismatched` adds a part"""
 
 
 @dataclasses.dataclass(frozen=True)
