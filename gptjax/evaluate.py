@@ -36,6 +36,12 @@ _FEWSHOT = flags.DEFINE_integer(
   'num_fewshot', None, 'few-shot examples before each question of a task; default: as the task specifies', lower_bound=0)
 _ADD_BOS = flags.DEFINE_enum('add_bos', 'auto', ['auto', 'true', 'false'], "whether every context of a task begins with the tokenizer's "
                               "bos; auto: as in transformers: for our tokenizers except GPT-2's, and for published ones that specify it")
+_REWARDS = flags.DEFINE_list(
+  'rewards', [], 'rewards of completions drawn for the prompts of examples, in place of their loss: exact, number, length or functions in '
+  '--reward_file; default: those of a run with objective.kind=grpo')
+_REWARD_FILE = flags.DEFINE_string('reward_file', None, 'file of Python with functions (row, text) -> number for --rewards')
+_COMPLETIONS = flags.DEFINE_integer('completions', 8, 'completions drawn for each prompt with rewards', lower_bound=1)
+_MAX_TOKENS = flags.DEFINE_integer('max_tokens', 0, 'maximum tokens of such a completion; 0: as in training, or 64', lower_bound=0)
 _SAMPLES = flags.DEFINE_string('samples', None, 'file for the requests and responses of tasks, one JSON object per example')
 
 
@@ -64,7 +70,7 @@ def main(_) -> None:
   records, samples = {}, []
   try:
     with jax.set_mesh(restorer.mesh):
-      score = _documents(restorer, sets, tags, cache) if sets else lambda parameters: None
+      score = _documents(restorer, held_out.tokenizer, sets, tags, cache) if sets else lambda parameters: None
       answer = _tasks(restorer, held_out.tokenizer) if _TASKS.value else lambda parameters: (None, [])
       for step in steps:
         trained = restorer.restore(step)
@@ -89,20 +95,35 @@ def _beside(workdir, config, held_out, sets, tags) -> dict[str, Any]:
   return evaluation.class_baselines(data.NaiveBayes.load(workdir / 'data'), sets, groups, held_out.tokenizer, longest)
 
 
-def _documents(restorer, sets, tags, cache) -> Callable[[Any], Any]:
+def _documents(restorer, tokenizer, sets, tags, cache) -> Callable[[Any], Any]:
   """Returns a function from parameters to the scores of the sets."""
   from gptjax import data, evaluation, training
   config = restorer.config
   rows = {name: data.EvalRows(store, config.data.context, config.data.isolate_documents, cache, config.data.long_examples == 'cut')
           for name, store in sets.items()}
-  if config.objective.needs_reference:
-    _add_references(restorer, rows)
-  scorer = evaluation.Scorer(restorer.model, training.make_objective(config), restorer.mesh, _BATCH.value or config.microbatch_size)
+  scorer: Any
+  if _REWARDS.value or config.objective.kind == 'grpo':
+    scorer = _pass_scorer(restorer, tokenizer)
+  else:
+    if config.objective.needs_reference:
+      _add_references(restorer, rows)
+    scorer = evaluation.Scorer(restorer.model, training.make_objective(config), restorer.mesh, _BATCH.value or config.microbatch_size)
 
   def score(parameters):
     with data.ProgressBar('documents', sum(one.count for one in rows.values()), 'rows', shown=distributed.is_primary()) as work:
       return scorer.sets(parameters, rows, tags, advance=work.advance)
   return score
+
+
+def _pass_scorer(restorer, tokenizer):
+  """Scores sets by the completions that the model draws."""
+  from gptjax import training
+  config, objective = restorer.config, restorer.config.objective
+  if _REWARDS.value:
+    objective = configs.ObjectiveConfig('grpo', rewards=tuple(map(configs.Reward, _REWARDS.value)),
+                                        max_tokens=_MAX_TOKENS.value or (objective.max_tokens if objective.kind == 'grpo' else 64))
+  return training.PassScorer(restorer.model, restorer.mesh, tokenizer, 0, config, objective, _COMPLETIONS.value,
+                             expanded(_REWARD_FILE.value, '--reward_file') if _REWARD_FILE.value else None)
 
 
 def _add_references(restorer, rows) -> None:

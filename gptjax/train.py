@@ -24,6 +24,7 @@ _HANG = flags.DEFINE_float(
 _RESTARTS = flags.DEFINE_integer(
   'max_restarts', 0, 'maximum number of restarts after crashes, as long as the run makes progress; 0: run without supervision',
   lower_bound=0)
+_REWARDS = flags.DEFINE_string('reward_file', None, 'file of Python with functions (row, text) -> number for objective.rewards')
 _PRINT = flags.DEFINE_bool('print_config', False, 'print the config with all overrides, and exit')
 
 
@@ -47,7 +48,8 @@ def main(config: configs.Config) -> int:
   cache = start(config)
   from gptjax import training
   options = training.Options(workdir, cache, log_every=_LOG_EVERY.value, stop_at=_STOP_AT.value, profile_steps=profile_steps,
-                             accept_changes=_ACCEPT.value, hang_timeout=_HANG.value)
+                             accept_changes=_ACCEPT.value, hang_timeout=_HANG.value,
+                             reward_file=expanded(_REWARDS.value, '--reward_file') if _REWARDS.value else None)
   try:
     return training.train(config, options)
   except OSError as error:

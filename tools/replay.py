@@ -16,6 +16,7 @@ from gptjax.files import expanded
 from gptjax.start import start
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a run', required=True)
+_REWARDS = flags.DEFINE_string('reward_file', None, 'file of Python with the rewards of the run, as for gptjax.train')
 _STEP = flags.DEFINE_integer('step', None, 'a logged step', required=True, lower_bound=1)
 _TOLERANCE = flags.DEFINE_float('tolerance', 0.0, 'largest accepted relative difference; 0: bitwise equality', lower_bound=0)
 
@@ -27,7 +28,7 @@ def main(_) -> int:
   from gptjax.training.replaying import replay
   table = Table('step', Column('field', overflow='fold'), 'logged', 'now', 'relative difference')
   worst, steps = 0.0, 0
-  for one in replay(workdir, _STEP.value, cache):
+  for one in replay(workdir, _STEP.value, cache, expanded(_REWARDS.value, '--reward_file') if _REWARDS.value else None):
     worst, steps = max(worst, one.difference), steps + 1
     for name, away in one.differences.items():
       if away or one.step == _STEP.value:

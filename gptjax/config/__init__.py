@@ -10,5 +10,5 @@ from gptjax.config.mesh import (
   AXES, AXIS_NAMES, BATCH_AXES, EXPERTS_AXIS, LAYERS_AXIS, LOCAL_AXES, REST_AXIS, SLICE_AXES, STATE_AXIS, TENSOR_AXIS, TOKENS_AXIS,
   MeshAxis, MeshConfig, PipelineConfig)
 from gptjax.config.model import TRAINING_ONLY, ComputeConfig, ModelConfig, RopeConfig, RouterConfig
-from gptjax.config.objective import LoraConfig, ObjectiveConfig, check_objective
+from gptjax.config.objective import LoraConfig, ObjectiveConfig, Reward, check_objective
 from gptjax.config.schema import CheckpointConfig, Config, EvalConfig, FaultsConfig, OptimizerConfig, schedule_warning

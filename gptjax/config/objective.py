@@ -2,11 +2,37 @@
 
 import dataclasses
 import math
+import re
 from typing import Annotated, Literal
 
-from gptjax.config.checks import Group, Limit, NonNegative, NonNegativeFloat, PositiveFloat, UserError
+from gptjax.config.checks import (
+  Group, Limit, NonNegative, NonNegativeFloat, Positive, PositiveFloat, UserError, at_least, at_most)
 
-PreferenceLoss = Literal['', 'dpo', 'robust', 'ipo', 'hinge', 'dpo_norm', 'apo_zero', 'apo_down', 'kto', 'simpo', 'orpo']
+PREFERENCE_LOSSES = ('dpo', 'robust', 'ipo', 'hinge', 'dpo_norm', 'apo_zero', 'apo_down', 'kto', 'simpo', 'orpo')
+POLICY_LOSSES = ('grpo', 'dr_grpo', 'dapo', 'gspo', 'rloo')
+_Loss = Literal['', 'dpo', 'robust', 'ipo', 'hinge', 'dpo_norm', 'apo_zero', 'apo_down', 'kto', 'simpo', 'orpo', 'grpo', 'dr_grpo', 'dapo',
+                'gspo', 'rloo']
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward(Group, prefix='objective.rewards: '):
+  """A reward of a completion."""
+
+  name: str
+  """exact, number, format or length of gptjax/training/rewards.py, or a function in the file of --reward_file"""
+  weight: float = 1.0
+  """its factor in the sum of all rewards"""
+  pattern: str = ''
+  """format: regular expression that the complete text must match"""
+
+  def __post_init__(self):
+    super().__post_init__()
+    if bool(self.pattern) != (self.name == 'format'):
+      raise UserError('objective.rewards: pattern', self.pattern, 'a regular expression for format, and none for other rewards')
+    try:
+      re.compile(self.pattern)
+    except re.error as error:
+      raise UserError('objective.rewards: pattern', self.pattern, f'a regular expression ({error})') from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,9 +41,10 @@ class ObjectiveConfig(Group, prefix='objective.'):
 
   kind: str = 'next_token'
   """next_token: all tokens of documents; sft: the answers of examples (supervised fine-tuning); classification: the classes of texts;
-  preference: pairs of answers; or another name in OBJECTIVES of gptjax/training/objective.py"""
-  loss: PreferenceLoss = ''
-  """of preference; empty: dpo. simpo and orpo need no reference, the model of init_from"""
+  preference: pairs of answers; grpo: rewards of completions that the model draws; or another name in OBJECTIVES of
+  gptjax/training/objective.py"""
+  loss: _Loss = ''
+  """of preference (empty: dpo; simpo and orpo need no reference, the model of init_from) or of grpo (empty: grpo)"""
   beta: PositiveFloat = 0.1
   """preference: factor of rewards; orpo: weight of the odds ratio"""
   smoothing: Annotated[float, Limit(lambda value: 0 <= value < 0.5, 'at least 0 and below 0.5')] = 0.0
@@ -26,25 +53,50 @@ class ObjectiveConfig(Group, prefix='objective.'):
   """simpo: subtracted from the difference of rewards (gamma)"""
   chosen_weight: NonNegativeFloat = 0.0
   """preference: weight of the mean cross-entropy per token of the chosen answer, which is added (arXiv:2404.19733); orpo: 1 more"""
+  rewards: tuple[Reward, ...] = ()
+  """grpo: what is rewarded; JSON on a command line: '[{"name": "exact"}, {"name": "length", "weight": 0.1}]'"""
+  group: Annotated[int, at_least(2), at_most(10_000)] = 8
+  """grpo: completions of each prompt; a step takes batch_size / group prompts"""
+  max_tokens: Positive = 256
+  """grpo: tokens after which a completion is cut"""
+  rollout_steps: Annotated[int, at_least(1), at_most(1000)] = 1
+  """grpo: steps whose completions are drawn together, before the first of them; above 1, later ones are off policy, and clipped"""
+  clip: NonNegativeFloat = 0.0
+  """grpo: the ratio to the policy that drew a token is clipped at 1 - clip; 0: 0.2, gspo 3e-4; rloo clips nothing"""
+  clip_high: NonNegativeFloat = 0.0
+  """grpo: and at 1 + clip_high; 0: as clip, dapo 0.28, gspo 4e-4"""
+  kl: NonNegativeFloat = 0.0
+  """grpo: weight of the divergence from the model of init_from, per token (k3 of http://joschu.net/blog/kl-approx.html)"""
+  count_truncated: bool = True
+  """grpo: train on completions that were cut at max_tokens; false: leave them out, but not out of the group's mean"""
 
   def __post_init__(self):
     super().__post_init__()
-    if self.kind != 'preference':
-      for name in ('loss', 'beta', 'smoothing', 'margin', 'chosen_weight'):
+    mine = {'preference': ('beta', 'smoothing', 'margin', 'chosen_weight'),
+            'grpo': ('rewards', 'group', 'max_tokens', 'rollout_steps', 'clip', 'clip_high', 'kl', 'count_truncated')}
+    for kind, names in mine.items():
+      for name in names if self.kind != kind else ():
         if (value := getattr(self, name)) != getattr(ObjectiveConfig, name):
-          raise UserError(f'objective.{name}', value, 'its default unless objective.kind is preference')
-    for name, losses in (('smoothing', ('', 'dpo', 'dpo_norm', 'robust')), ('margin', ('simpo',))):
-      if (value := getattr(self, name)) != getattr(ObjectiveConfig, name) and self.loss not in losses:
+          raise UserError(f'objective.{name}', value, f'its default unless objective.kind is {kind}')
+    losses = {'preference': PREFERENCE_LOSSES, 'grpo': POLICY_LOSSES}.get(self.kind, ())
+    if self.loss and self.loss not in losses:
+      raise UserError('objective.loss', self.loss, f'{", ".join(losses) or "none"} with objective.kind={self.kind}')
+    for name, allowed in (('smoothing', ('', 'dpo', 'dpo_norm', 'robust')), ('margin', ('simpo',))):
+      if (value := getattr(self, name)) != getattr(ObjectiveConfig, name) and self.loss not in allowed:
         raise UserError(f'objective.{name}', value, f'its default with objective.loss={self.loss or "dpo"}')
+    if self.kind == 'grpo' and not self.rewards:
+      raise UserError('objective.rewards', [], 'one or more: \'[{"name": "exact"}]\'')
+    if len({one.name for one in self.rewards}) < len(self.rewards):
+      raise UserError('objective.rewards: name', [one.name for one in self.rewards], 'each name once')
 
   @property
   def needs_reference(self) -> bool:
     """Whether the loss reads log-probabilities of the model of init_from."""
-    return self.kind == 'preference' and self.loss not in ('simpo', 'orpo')
+    return (self.kind == 'preference' and self.loss not in ('simpo', 'orpo')) or (self.kind == 'grpo' and self.kl > 0)
 
 
 _DATA = {
-  'next_token': 'documents', 'sft': 'examples', 'classification': 'texts with data.source.label',
+  'next_token': 'documents', 'sft': 'examples', 'grpo': 'examples', 'classification': 'texts with data.source.label',
   'preference': 'pairs, of data.source.chosen and rejected, with data.source.mismatched for objective.loss=kto and else without'}
 
 
@@ -56,6 +108,7 @@ def check_objective(objective: ObjectiveConfig, *, parts: int, has_classes: bool
     has_classes: whether they are texts with classes.
   """
   found = 'classification' if has_classes else ('next_token', 'sft', 'preference', 'preference')[parts]
+  found = 'grpo' if (found, objective.kind) == ('sft', 'grpo') else found
   wrong = objective.kind in _DATA and objective.kind != found
   if wrong or (objective.kind == 'preference' and (parts == 3) != (objective.loss == 'kto')):
     raise UserError('objective.kind', objective.kind, f'{found} for {_DATA[found]}; ' + (

@@ -73,6 +73,8 @@ class EvalConfig(Group, prefix='eval.'):
   """number of validation rows to score during training, evenly spaced; 0: all, as always at the end"""
   sample_tokens: NonNegative = 200
   """length in tokens of the sample printed with each validation; 0: no sample, as of a model that classifies"""
+  completions: Positive = 8
+  """with objective.kind=grpo, completions drawn for each held-out prompt: for the mean reward, pass@1 and pass@N"""
   prompt: str = ''
   """prompt of the sample, a message where data.source.chat is set; '\\n', '\\t' and '\\\\' are a line end, a tab and a backslash"""
 
@@ -164,10 +166,12 @@ class Config(Group):
     if self.data.source.has_examples:
       check_objective(self.objective, parts=self.data.source.parts, has_classes=bool(self.data.source.label))
     if self.objective.needs_reference and not self.init_from:
-      raise UserError('init_from', '', f'the reference of objective.loss={self.objective.loss or "dpo"}: the run to start from')
-    if self.objective.kind == 'preference' and (weight := self.model.router.balance_loss or self.model.router.z_loss):
+      raise UserError('init_from', '', f'the run to start from, which is the reference of objective.loss={self.objective.loss or "dpo"}')
+    if self.objective.kind == 'grpo':
+      self._check_rollouts()
+    if self.objective.kind in ('preference', 'grpo') and (weight := self.model.router.balance_loss or self.model.router.z_loss):
       raise UserError('model.router.balance_loss' if self.model.router.balance_loss else 'model.router.z_loss', weight,
-                      '0 with objective.kind=preference, whose loss counts pairs and not tokens')
+                      f'0 with objective.kind={self.objective.kind}, whose loss does not count tokens')
     if self.lora.rank and not self.init_from:
       raise UserError('init_from', '', 'the run whose model lora.rank adapts')
     if self.lora.rank and self.optimizer.name == 'muon':
@@ -187,3 +191,12 @@ class Config(Group):
       raise UserError('checkpoint.keep_every', checkpoint.keep_every, '0 unless checkpoint.every or checkpoint.minutes is above 0')
     if checkpoint.keep_best and self.eval.rows:
       raise UserError('eval.rows', self.eval.rows, '0 with checkpoint.keep_best: scores of different rows are not comparable')
+
+  def _check_rollouts(self) -> None:
+    size = self.objective.group
+    if self.batch_size % size:
+      raise UserError('batch_size', self.batch_size, f'a multiple of objective.group={size}: complete groups of completions')
+    if self.data.rows != 'document':
+      raise UserError('data.rows', self.data.rows, 'document with objective.kind=grpo: a row is a prompt')
+    if self.objective.max_tokens >= self.data.context:
+      raise UserError('objective.max_tokens', self.objective.max_tokens, f'below data.context={self.data.context}: rows have prompts too')

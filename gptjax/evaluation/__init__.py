@@ -6,5 +6,5 @@ The modules `harness` and `tasks` are not imported here, since they need the lm_
 from gptjax.evaluation.classes import class_baselines, class_table, draw_confusion
 from gptjax.evaluation.likelihood import LikelihoodScorer, Request
 from gptjax.evaluation.results import ALL_SETS, documents, draw, record, table
-from gptjax.evaluation.score import Score, Scorer, Scores, pooled
+from gptjax.evaluation.score import Score, Scorer, Scores, pooled, score_of_examples
 from gptjax.evaluation.sets import choose_sets

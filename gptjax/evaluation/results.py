@@ -25,9 +25,9 @@ def record(step: int, scores: Scores | None, tasks: Mapping[str, Mapping[str, An
   """The record of a checkpoint, with `None` results left out; `labels`: names of the classes."""
   def figures(score: Score) -> Record:
     found = dataclasses.asdict(score)
-    confusion, means, pairs = (found.pop(name) for name in ('confusion', 'figures', 'pairs'))
-    if pairs:
-      return {'loss': score.loss, **means, 'pairs': pairs, 'tokens': score.tokens}
+    confusion, means, examples = (found.pop(name) for name in ('confusion', 'figures', 'examples'))
+    if examples:
+      return {'loss': score.loss, **means, 'examples': examples, 'tokens': score.tokens}
     return found | class_figures(confusion, labels) if confusion else found
 
   found: Record = {'step': step}
@@ -54,14 +54,14 @@ def table(records: Sequence[Record]) -> str:
   """A table for the terminal: a line per step and set (unless there is only one), then a line per step and metric of each task."""
   lines = []
   rows = [(found['step'], name, score) for found in records for name, score in documents(found).items()]
-  pairs = [row for row in rows if 'pairs' in row[2]]
+  pairs = [row for row in rows if 'examples' in row[2]]
   if pairs:
-    names = [name for name in pairs[0][2] if name not in ('pairs', 'tokens')]
-    lines.append(f'{"step":>9}  {"set":<22}' + ''.join(f'{name:>{max(len(name) + 2, 10)}}' for name in names) + f'{"pairs":>9}')
+    names = [name for name in pairs[0][2] if name not in ('examples', 'tokens')]
+    lines.append(f'{"step":>9}  {"set":<22}' + ''.join(f'{name:>{max(len(name) + 2, 10)}}' for name in names) + f'{"examples":>10}')
     for step, name, score in pairs:
       lines.append(f'{step:>9}  {name:<22}' + ''.join(f'{_short(score[one]):>{max(len(one) + 2, 10)}}' for one in names)
-                   + f'{score["pairs"]:>9,}')
-  rows = [row for row in rows if 'accuracy' not in row[2] and 'pairs' not in row[2]]
+                   + f'{score["examples"]:>10,}')
+  rows = [row for row in rows if 'accuracy' not in row[2] and 'examples' not in row[2]]
   if len(rows) > 1:
     lines.append(f'{"step":>9}  {"set":<22}{"loss":>10}{"perplexity":>14}{"bits/byte":>12}{"tokens":>14}')
     for step, name, score in rows:
@@ -92,7 +92,7 @@ def draw(records: Sequence[Record], path: Path) -> bool:
                                                         if field in score})
   of_tasks = lambda ours: _curves(records, lambda one: {' '.join(key): value for key, value in metrics(one).items() if key in ours})
   panels = [('held-out text', 'bits per byte', of_sets('bits_per_byte')), (
-              'held-out text', 'nats per pair' if any('pairs' in one for one in records) else 'nats per token', of_sets('loss')),
+              'held-out text', 'per pair or prompt' if any('examples' in one for one in records) else 'nats per token', of_sets('loss')),
             ('held-out classes or pairs', 'accuracy', of_sets('accuracy')), ('classes of held-out texts', 'macro F1', of_sets('macro_f1')),
             ('held-out pairs', 'margin', of_sets('margin')),
             ('tasks', 'fraction (bars: standard error)', of_tasks(fractions)), ('tasks', 'value', of_tasks(keys - fractions))]

@@ -35,9 +35,9 @@ class Score:
   confusion: Confusion = ()
   """of texts to classify, whose classes are the targets"""
   figures: Mapping[str, float] = dataclasses.field(default_factory=dict)
-  """of pairs: means over them of the objective's other metrics; `loss` is then in nats per pair, and perplexity and bits are NaN"""
-  pairs: int = 0
-  """number of them, if they are what is scored"""
+  """of pairs, means over them of the objective's other metrics; of prompts, those of `PassScorer`; perplexity and bits are then NaN"""
+  examples: int = 0
+  """number of pairs or prompts, if these are scored"""
 
   @property
   def logged(self) -> dict[str, float]:
@@ -45,7 +45,7 @@ class Score:
     if self.confusion:
       figures = class_figures(self.confusion, range(len(self.confusion)))
       return {'loss': self.loss, 'accuracy': figures['accuracy'], 'macro_f1': figures['macro_f1']}
-    if self.pairs:
+    if self.examples:
       return {'loss': self.loss, **self.figures}
     return {'loss': self.loss, 'perplexity': self.perplexity, 'bits_per_byte': self.bits_per_byte}
 
@@ -57,18 +57,18 @@ def score_of(nats: float, tokens: float, text_bytes: float, confusion: np.ndarra
                () if isinstance(confusion, int) else counted(confusion))
 
 
-def score_of_pairs(sums: Mapping[str, float], pairs: int, tokens: float, text_bytes: float) -> Score:
-  """The score of sums over pairs of an objective's metrics, 'loss' among them."""
-  means = {name: float(value) / pairs for name, value in sums.items()}
-  return Score(means.pop('loss'), math.nan, math.nan, int(tokens), text_bytes, figures=means, pairs=pairs)
+def score_of_examples(sums: Mapping[str, float], examples: int, tokens: float, text_bytes: float) -> Score:
+  """The score of sums over pairs or prompts of their figures, 'loss' among them."""
+  means = {name: float(value) / examples for name, value in sums.items()}
+  return Score(means.pop('loss'), math.nan, math.nan, int(tokens), text_bytes, figures=means, examples=examples)
 
 
 def pooled(scores: Iterable[Score]) -> Score:
   """The score of several sets as one, in which every target counts equally."""
   scores = list(scores)
-  if pairs := sum(score.pairs for score in scores):
-    sums = {name: sum(score.logged[name] * score.pairs for score in scores) for name in scores[0].logged}
-    return score_of_pairs(sums, pairs, sum(score.tokens for score in scores), sum(score.bytes for score in scores))
+  if examples := sum(score.examples for score in scores):
+    sums = {name: sum(score.logged[name] * score.examples for score in scores) for name in scores[0].logged}
+    return score_of_examples(sums, examples, sum(score.tokens for score in scores), sum(score.bytes for score in scores))
   nats = sum(score.loss * score.tokens for score in scores)
   confusion = sum(np.array(score.confusion) for score in scores) if scores[0].confusion else 0
   return score_of(nats, sum(score.tokens for score in scores), sum(score.bytes for score in scores), confusion)
@@ -136,7 +136,7 @@ class Scorer:
     if not tokens:
       raise UserError('data.valid', rows.store.location, 'rows with targets, which the answers of examples have unless their weight is 0')
     text_bytes = rows.store.target_bytes * tokens / rows.store.targets  # a part of the rows stands for the same part of the bytes
-    return score_of_pairs(totals, round(pairs), tokens, text_bytes) if pairs else score_of(totals['loss'], tokens, text_bytes, confusion)
+    return score_of_examples(totals, round(pairs), tokens, text_bytes) if pairs else score_of(totals['loss'], tokens, text_bytes, confusion)
 
 
 @functools.lru_cache(maxsize=16)

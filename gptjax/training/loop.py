@@ -22,6 +22,7 @@ from gptjax.training.guard import MAX_CONSECUTIVE, BadSteps, Rollback, replica_c
 from gptjax.training.interruptions import REQUEUE_EXIT_CODE, Interruptions, StopRequest, Watchdog
 from gptjax.training.logbook import Logbook, NullLogbook
 from gptjax.training.reference import add_references
+from gptjax.training.rollouts import source_of
 from gptjax.training.run import Dispatched, Run, Source, Steps, every, header, resolve
 from gptjax.training.workdir import initial_state, keep_sources, lock, open_workdir, restore, wait_until_visible
 from gptjax.training.step import TrainState
@@ -49,6 +50,8 @@ class Options:
   """first and last step of a profiler trace"""
   accept_changes: bool = False
   """resume with a config that computes other values than the workdir's"""
+  reward_file: Path | None = None
+  """file of Python with the user's own rewards"""
   hang_timeout: float = 0.0
   """seconds without progress after which the process ends; 0: none"""
 
@@ -98,9 +101,10 @@ def train(config: Config, options: Options) -> int:
       checkpoints.prepare(run.standard.saved(state))
     watchdog = stack.enter_context(Watchdog(options.hang_timeout, folder))
     interruptions = stack.enter_context(Interruptions(mesh, run.config.checkpoint.minutes))
-    validation = Validation(run, data, book, watchdog.progress)
-    loop = _Loop(run, run.batches, [(validation.due, validation)], lambda: initial_state(run, data.tokenizer)[0], options, checkpoints,
-                 book, peak and peak[0], watchdog, interruptions, bad_steps)
+    source = source_of(run, data, folder, options.reward_file)
+    validation = Validation(run, data, book, watchdog.progress, options.reward_file)
+    loop = _Loop(run, source, [(validation.due, validation)], lambda: initial_state(run, data.tokenizer)[0], options, checkpoints, book,
+                 peak and peak[0], watchdog, interruptions, bad_steps)
     return loop.run_to(last, state, progress)
 
 
@@ -195,9 +199,10 @@ class _Loop:
     self.clock: _Moment | None = None  # up to which the speed is logged; the first step is not measured, since it is compiled
 
   def _step(self) -> None:
-    before = self.counter.count
     ended = self.pending and self.pending.metrics['bad'].is_ready()  # type: ignore[attr-defined]  # jax declares it for ArrayImpl only
     over = self._now() if ended else None
+    self.steps.load()
+    before = self.counter.count  # without the programs that draw completions
     dispatched = self.steps.dispatch()
     self.compiles += self.counter.count - before
     if self.counter.count > before and self.compiles > 1:  # slow, but no reason to end a run

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from gptjax.config import Config, UserError
 from gptjax.model import Head
+from gptjax.training.policy import policy_gradient
 from gptjax.training.preferences import preference
 from gptjax.training.sums import Batch, ObjectiveFunction, ObjectiveSums
 
@@ -46,6 +47,7 @@ OBJECTIVES: dict[str, Callable[[Config], ObjectiveFunction]] = {
   'next_token': lambda config: next_token(config.z_loss),
   'sft': lambda config: next_token(config.z_loss),  # the mask of examples has their answers alone
   'preference': lambda config: preference(config.objective),
+  'grpo': lambda config: policy_gradient(config.objective),
   'classification': lambda config: classification(config.z_loss),
 }
 """By their name in objective.kind."""

@@ -18,6 +18,7 @@ from gptjax.files import complete_lines, json_line, read_json
 from gptjax.sharding import make_mesh
 from gptjax.training.guard import BadSteps
 from gptjax.training.reference import add_references
+from gptjax.training.rollouts import source_of
 from gptjax.training.run import Steps, resolve
 from gptjax.training.workdir import initial_state, restore
 
@@ -44,7 +45,7 @@ class Replayed:
     return max(self.differences.values())
 
 
-def replay(workdir: Path, step: int, cache_dir: Path) -> Iterator[Replayed]:
+def replay(workdir: Path, step: int, cache_dir: Path, reward_file: Path | None = None) -> Iterator[Replayed]:
   """Repeats the steps of a run from the newest checkpoint before a step up to it, and yields those that were logged.
 
   Nothing is written in the workdir. Raises a UserError if the step was not logged, or the data of the run has changed.
@@ -70,7 +71,8 @@ def replay(workdir: Path, step: int, cache_dir: Path) -> Iterator[Replayed]:
     else:
       state, progress, words = *restore(checkpoints, before, run), f'checkpoint {before}'
     announce(f'from {words}, {step - progress.step} steps')
-    steps, tokens = Steps(run, run.batches, BadSteps(config.faults, workdir, writes=True), state, progress), progress.tokens
+    source, bad_steps = source_of(run, data, workdir, reward_file, writes=False), BadSteps(config.faults, workdir, writes=True)
+    steps, tokens = Steps(run, source, bad_steps, state, progress), progress.tokens
     del state  # the first step reuses its memory
     with contextlib.closing(steps):
       while steps.step < step:

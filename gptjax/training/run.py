@@ -54,8 +54,8 @@ class Run:
   warning: str
   """what the config cannot mean; '': nothing"""
 
-  def batches(self, row: int) -> Generator[dict[str, np.ndarray], None, None]:
-    """The batches from a row on, each with the rows of this process."""
+  def batches(self, row: int, state: Callable[[], TrainState]) -> Generator[dict[str, np.ndarray], None, None]:
+    """The batches from a row on, each with the rows of this process; they do not depend on the state."""
     config = self.config
     return batches(self.rows, row, config.batch_size, process_rows(self.mesh, config.batch_size), prefetch=config.data.prefetch,
                    workers=config.data.workers)
@@ -185,8 +185,9 @@ def _commit() -> str:
     return 'unknown'
 
 
-Source = Callable[[int], Generator[dict[str, np.ndarray], None, None]]
-"""(row) -> the batches from that row on, each with the rows of this process; `Run.batches` is one."""
+Source = Callable[[int, Callable[[], TrainState]], Generator[dict[str, np.ndarray], None, None]]
+"""(row, a function that returns the state before the next step) -> the batches from that row on, each with the rows of this process;
+`Run.batches` is one."""
 
 
 class Dispatched(NamedTuple):
@@ -206,27 +207,34 @@ class Steps:
   def __init__(self, run: Run, source: Source, bad_steps: BadSteps, state: TrainState, progress: Progress):
     self._run, self._source, self._bad_steps = run, source, bad_steps
     self.state, self.step, self.row = state, progress.step, progress.rows
+    self._loaded: tuple[int, dict[str, np.ndarray]] | None = None
     self.waited = 0.0
     """seconds of waiting for batches"""
-    self._batches = source(self.row)
+    self._batches = source(self.row, lambda: self.state)
     self._waits = jax.process_count() > 1 and jax.default_backend() == 'cpu'
+
+  def load(self) -> None:
+    """Waits for the next batch, which may be drawn from the model."""
+    size = self._run.config.batch_size
+    row = self._bad_steps.next_row(self.row, size)
+    if row > self.row:
+      self._batches.close()
+      self._batches = self._source(row, lambda: self.state)
+    start = time.perf_counter()
+    self._loaded = row, next(self._batches)
+    self.waited += time.perf_counter() - start
 
   def dispatch(self) -> Dispatched:
     """Dispatches the next step without waiting for it, and donates the state before it. The first call compiles the step."""
-    size = self._run.config.batch_size
-    row = self._bad_steps.next_row(self.row, size)
-    skipped = row - self.row
-    if skipped:
-      self._batches.close()
-      self._batches = self._source(row)
-    start = time.perf_counter()
-    batch = next(self._batches)
-    self.waited += time.perf_counter() - start
+    if self._loaded is None:
+      self.load()
+      assert self._loaded
+    (row, batch), self._loaded, size = self._loaded, None, self._run.config.batch_size
     placed = put_rows(self._run.mesh, batch, size)
     if self._waits:
       self._compile(placed)
     self.state, metrics = self._run.step(self.state, placed)
-    self.step, self.row = self.step + 1, row + size
+    skipped, self.step, self.row = row - self.row, self.step + 1, row + size
     return Dispatched(self.step, (row, self.row), skipped, metrics)
 
   def _compile(self, batch: dict[str, jax.Array]) -> None:

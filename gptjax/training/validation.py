@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 
@@ -11,6 +12,7 @@ from gptjax.data import Prepared
 from gptjax.evaluation import Scorer
 from gptjax.model import Parameters
 from gptjax.training.logbook import Logbook
+from gptjax.training.passes import PassScorer
 from gptjax.training.run import Run, every
 from gptjax.training.step import TrainState
 
@@ -18,9 +20,15 @@ from gptjax.training.step import TrainState
 class Validation:
   """Scores the validation sets of a run and writes a sample; `advance` is called whenever some rows are scored."""
 
-  def __init__(self, run: Run, data: Prepared, book: Logbook, advance: Callable[[int], None]):
+  def __init__(self, run: Run, data: Prepared, book: Logbook, advance: Callable[[int], None], reward_file: Path | None = None):
     self._run, self._data, self._book, self._advance = run, data, book, advance
     standard = run.standard
+    self._scorer: Scorer | PassScorer
+    self._draws = run.config.objective.kind == 'grpo'
+    if self._draws:
+      self._scorer = PassScorer(standard.model.base, standard.mesh, data.tokenizer, standard.zero_stage, run.config, run.config.objective,
+                                run.config.eval.completions, reward_file)
+      return
     self._scorer = Scorer(standard.model, run.objective, standard.mesh, run.config.microbatch_size, standard.zero_stage)
 
   def due(self, step: int) -> bool:
@@ -36,7 +44,8 @@ class Validation:
 
   def _validate(self, step: int, parameters: Parameters) -> float:
     run, settings = self._run, self._run.config.eval
-    scores = self._scorer.sets(parameters, run.valid, self._data.tags, count=0 if step == run.steps else settings.rows,
+    merged = run.standard.model.merged(parameters) if self._draws else parameters
+    scores = self._scorer.sets(merged, run.valid, self._data.tags, count=0 if step == run.steps else settings.rows,
                                advance=self._advance)
     self._book.validation(step, scores.named())
     if settings.sample_tokens and not run.config.model.classes:

@@ -167,7 +167,7 @@ def test_a_run_begins_at_its_reference_learns_and_goes_on_bit_by_bit(rank, tuned
 
 
 @pytest.mark.parametrize('changes, words', [
-  ({'init_from': ''}, "init_from: '', expected: the reference"),
+  ({'init_from': ''}, "init_from: '', expected: the run to start from, which is the reference"),
   ({'objective__loss': 'kto'}, 'objective.kind: .*mismatched'),
   ({'data__source__mismatched': True}, 'objective.kind: .*objective.loss is dpo'),
   ({'objective__kind': 'sft'}, "objective.kind: 'sft', expected: preference for pairs"),

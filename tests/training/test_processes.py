@@ -161,7 +161,7 @@ def test_processes_on_cpus_wait_for_each_other_once_the_step_is_compiled(monkeyp
   monkeypatch.setattr(training_run, 'put_rows', lambda mesh, batch, size: batch)
   run = Mock(spec=training_run.Run, config=Config(batch_size=4), mesh=None, step=Step())
   bad_steps = Mock(spec=training_run.BadSteps, next_row=lambda row, size: row)
-  source = lambda row: ({} for _ in range(3))
+  source = lambda row, state: ({} for _ in range(3))
   steps = training_run.Steps(run, source, bad_steps, Mock(spec=training_run.TrainState), Progress())
   for _ in range(3):
     steps.dispatch()
