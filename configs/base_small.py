@@ -18,7 +18,7 @@ def get_config() -> Config:
       tokenizer=TokenizerConfig(kind='bpe', vocab_size=4096)),
     optimizer=OptimizerConfig(
       name='muon', muon_lr=0.02, peak_lr=5e-3, schedule='linear', final_fraction=0.0, warmup=50, b1=0.9, b2=0.95, weight_decay=0.1),
-    steps=1300,
+    steps=1000,
     batch_size=8,
-    eval=EvalConfig(every=650, rows=64, prompt='She', sample_tokens=60),
+    eval=EvalConfig(every=500, rows=64, prompt='She', sample_tokens=60),
     checkpoint=CheckpointConfig(every=0))
