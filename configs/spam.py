@@ -18,8 +18,8 @@ def get_config() -> Config:
     data=DataConfig(
       source=SourceConfig(label='label', labels=('ham', 'spam')),
       valid_fraction=0.125,  # with examples/spam.py 70 % of all messages to train on, 10 % for validation, 20 % for the test
-      context=256,  # the longest message has fewer tokens
-      rows='pack',
+      context=256, rows='pack',  # five messages per row
+      long_examples='cut',  # one message in a thousand; else it would not be scored
       tokenizer=TokenizerConfig(kind='bpe', vocab_size=1024)),  # pieces of words: most words are too rare to be learned
     optimizer=OptimizerConfig(peak_lr=3e-3, schedule='linear', final_fraction=0.0, warmup=20, weight_decay=0.1),
     steps='6 epochs',  # of about 25 steps; then the loss of validation grows

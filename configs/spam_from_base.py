@@ -14,9 +14,9 @@ def get_config() -> Config:
     data=DataConfig(
       source=SourceConfig(label='label', labels=('ham', 'spam')),
       valid_fraction=0.125,
-      context=256, rows='pack'),
-    optimizer=OptimizerConfig(peak_lr=1e-3, schedule='linear', final_fraction=0.0, warmup=20, weight_decay=0.1),
-    steps='4 epochs',
+      context=256, rows='pack', long_examples='cut'),  # as in spam.py
+    optimizer=OptimizerConfig(peak_lr=5e-4, schedule='linear', final_fraction=0.0, warmup=20, weight_decay=0.1),
+    steps='6 epochs',
     batch_size=8,
     eval=EvalConfig(every='1 epoch'),
     checkpoint=CheckpointConfig(every=0))
