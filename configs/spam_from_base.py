@@ -1,7 +1,8 @@
 """Classification of texts from a base model: the spam of configs/spam.py, from the model of configs/base_small.py.
 
 Set the base, its tokenizer and the data: --config.init_from=runs/base --config.data.tokenizer.path=runs/base/data/tokenizer
---config.data.source.path=data/spam/train.jsonl. Expected: RESULT
+--config.data.source.path=data/spam/train.jsonl. Expected: at least
+the 97.1 % of naive Bayes, the mean of five splits; not reached yet: 96.0 % on the first of them.
 """
 
 from gptjax.config import CheckpointConfig, Config, DataConfig, EvalConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, SourceConfig
