@@ -1,4 +1,4 @@
-"""Own data: the SMS Spam Collection as texts to classify, with as many of one class as of the other.
+"""Own data: the SMS Spam Collection as texts to classify, as many of one class as of the other.
 
 The file SMSSpamCollection (archive.ics.uci.edu/dataset/228) has a message per line, after its class and a tab. This writes
 FOLDER/train.jsonl with 80 % of the messages, of which configs/spam.py holds out an eighth for validation, and FOLDER/test.jsonl with 20 %:
@@ -10,7 +10,9 @@ import json
 import random
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
+
+from gptjax import config as configs
 
 _FILE = flags.DEFINE_string('file', None, 'the file SMSSpamCollection', required=True)
 _OUT = flags.DEFINE_string('out', None, 'folder for train.jsonl and test.jsonl', required=True)
@@ -41,4 +43,4 @@ def main(_) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  configs.run(main, needs_config=False)

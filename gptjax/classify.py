@@ -40,8 +40,8 @@ def main(_) -> None:
   held_out = data.open_held_out(workdir / 'data')
   texts = [('--text', unescaped(_TEXT.value))]
   if _TEXTS.value:
-    separator = '' if data.is_json_lines(_TEXTS.value) else '\\n'
-    source = data.open_source(SourceConfig(_TEXTS.value, text=trained.config.data.source.text, separator=separator), cache)
+    fields = {'text': trained.config.data.source.text} if data.is_json_lines(_TEXTS.value) else {'separator': '\\n'}
+    source = data.open_source(SourceConfig(_TEXTS.value, **fields), cache)
     texts = [(one.name, one.text.strip('\n')) for one in data.documents(source)]
   with jax.set_mesh(trained.mesh):
     classifier = inference.Classifier(trained.model, trained.mesh, held_out.tokenizer)

@@ -66,13 +66,23 @@ def test_commands_of_the_guide_to_clusters_run_as_written(tmp_path):
 @pytest.mark.full
 def test_commands_of_the_guide_to_finetuning_run_as_written(tmp_path, monkeypatch):
   monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path / 'tfds'))
-  train, *others = commands_of('docs/finetuning.md')
-  shorter = f'{train} --config.steps=60 --config.eval.every=0 --config.checkpoint.every=0'  # as written, it takes minutes
-  _, prepared, scored, answers = run([shorter, *others], tmp_path).values()
+  words = (ROOT / 'README.md').read_text().split()
+  messages = (f'{"spam" if i % 3 == 2 else "ham"}\t{" ".join(words[8 * i:8 * i + 8])}{" WIN CASH NOW" * (i % 3 == 2)}' for i in range(180))
+  (tmp_path / 'SMSSpamCollection').write_text('\n'.join(messages))
+  (tmp_path / 'data/books').mkdir(parents=True)
+  for name in ('a', 'b'):
+    (tmp_path / f'data/books/{name}.txt').write_text(''.join(path.read_text() for path in (ROOT / 'docs').glob('*.md')))
+  steps = {'sft_sums': 60, 'spam': 30, 'base_small': 2, 'spam_from_base': 2}  # as written, they take minutes
+  shorter = [f'{command} --config.steps={steps[recipe[1]]} --config.eval.every=0 --config.checkpoint.every=0'
+             if (recipe := re.search(r'--config=configs/(\w+).py', command)) else command for command in commands_of('docs/finetuning.md')]
+  _, prepared, scored, answers, made, _, spam, one, _, _, tuned = run(shorter, tmp_path).values()
   assert '⟦' in prepared and '500 documents' in prepared
   score = json.loads(scored.splitlines()[-1])
   assert {*score['sets']} == {'test'} and score['tokens'] == pytest.approx(29 * 1000, rel=0.1) and score['loss'] < 1.5
   assert len(answers.splitlines()) >= 2
+  assert made == 'data/spam/train.jsonl: 96 messages\ndata/spam/test.jsonl: 24 messages\n' and {*one.split()[::2]} == {'ham', 'spam'}
+  figures = [json.loads(text.splitlines()[-1])['sets']['test'] for text in (spam, tuned)]
+  assert [found['texts'] for found in figures] == [24, 24] and figures[0]['accuracy'] > 0.8
 
 
 @pytest.mark.full

@@ -124,6 +124,11 @@ def _evaluation(path: pathlib.Path) -> dict[str, Any]:
   return found
 
 
+def _measure(evaluation: Row) -> tuple[str, str]:
+  """The field by which a model is compared with baselines, and its name: accuracy if it classifies texts."""
+  return ('accuracy', 'accuracy') if 'accuracy' in evaluation else ('bits_per_byte', 'bits per byte')
+
+
 def series(rows: Iterable[Row], name: str) -> tuple[Float[np.ndarray, ' N'], Float[np.ndarray, ' N']]:
   """Returns a metric's steps, ascending, and values (null: NaN); of steps that were repeated after a resume, the later ones."""
   points: list[tuple[float, float]] = []
@@ -189,7 +194,7 @@ def _figure(name: str, note: str, unit: str, draw: Callable[[axes.Axes], None],
   return re.sub('<g id="[^"]*"', '<g', text)
 
 
-def _pictures(config: Config, rows: Sequence[Row], baselines: Mapping[str, float]) -> str:
+def _pictures(config: Config, rows: Sequence[Row], baselines: Mapping[str, float], measure: tuple[str, str]) -> str:
   def scores(ax: axes.Axes, metric: str) -> None:
     names = sorted({found[1] for row in rows for key in row if (found := re.fullmatch(f'eval/(?!tag/)(.+)/{metric}', key))})
     for n, name in enumerate(names):
@@ -208,8 +213,8 @@ def _pictures(config: Config, rows: Sequence[Row], baselines: Mapping[str, float
     for first in steps[~np.isfinite(values)][:1]:
       ax.axvline(first, color=_COLORS['bad'], linestyle=':', label='not finite from here')
 
-  def bits(ax: axes.Axes) -> None:
-    scores(ax, 'bits_per_byte')
+  def measured(ax: axes.Axes) -> None:
+    scores(ax, measure[0])
     for value, name in sorted((value, name) for name, value in baselines.items() if math.isfinite(value)):
       ax.axhline(value, color=_COLORS['muted'], linestyle='--', linewidth=0.8)
       ax.text(1, value, f'{name}\n', transform=ax.get_yaxis_transform(), ha='right', va='center', in_layout=False)
@@ -221,7 +226,7 @@ def _pictures(config: Config, rows: Sequence[Row], baselines: Mapping[str, float
   clipped = f'before clipping to {clip:g}' if clip else 'never clipped'
   loss = 'Loss', '', 'nats per token', losses
   return (_figure(*loss, (7.4, 3.3), kind='wide') + _figure(*loss, (3.7, 2.9), kind='narrow') + '<div class="grid">'
-          + _figure('Validation', 'while training', 'bits per byte', bits)
+          + _figure('Validation', 'while training', measure[1], measured)
           + _figure('Learning rate', schedule, 'rate', metric('learning_rate', smoothed=False), zero=True)
           + _figure('Gradient norm', clipped, 'global L2 norm', metric('grad_norm'))
           + _figure('Speed', 'all devices', 'tokens per second', metric('tokens_per_second'), zero=True) + '</div>')
@@ -249,8 +254,9 @@ def _against(ours: float, baseline: float) -> str:
 
 def verdict(evaluation: Row, baselines: Mapping[str, float], rows: Iterable[Row]) -> str:
   """Returns a one-sentence summary: the score, its comparison with the baselines, and any reason for doubt."""
-  score, step = evaluation.get('bits_per_byte', math.nan), evaluation.get('step', math.inf)
-  text = f'Validation {score:.2f} bits per byte' if math.isfinite(score) else 'The validation loss is not finite'
+  field, unit = _measure(evaluation)
+  score, step = evaluation.get(field, math.nan), evaluation.get('step', math.inf)
+  text = f'Validation {score:.2f} {unit}' if math.isfinite(score) else 'The validation loss is not finite'
   compared = [f'{words} {name}' for name, value in baselines.items() if (words := _against(score, value))]
   text += f' at step {_shown(step)}' + f', {" and ".join(compared)}' * bool(compared)
   if not evaluation:
@@ -267,23 +273,26 @@ def verdict(evaluation: Row, baselines: Mapping[str, float], rows: Iterable[Row]
 
 
 def _scores(evaluation: Row, baselines: Mapping[str, float], rows: Sequence[Row]) -> str:
-  """Returns the final scores, and a bar chart of bits per byte and its baselines."""
-  score = evaluation.get('bits_per_byte', math.nan)
-  names = ('nats per token', 'perplexity', 'bits per byte', 'tokens scored')
-  found = {name: evaluation[metric] for name, metric in zip(names, _SCORES) if evaluation}
+  """Returns the final scores, and a bar chart of bits per byte, or of accuracy, and its baselines."""
+  field, unit = _measure(evaluation)
+  score = evaluation.get(field, math.nan)
+  shown = ('loss', 'accuracy', 'macro_f1', 'texts') if field == 'accuracy' else _SCORES[:4]
+  names = ('nats per text', 'accuracy', 'macro F1', 'texts scored') if field == 'accuracy' else (
+    'nats per token', 'perplexity', 'bits per byte', 'tokens scored')
+  found = {name: evaluation[metric] for name, metric in zip(names, shown) if evaluation}
   for name, metric, form in (('median tokens/s', 'tokens_per_second', '{:,.0f}'), ('median MFU', 'mfu', '{:.1%}')):
     values = series(rows, metric)[1]
     if np.isfinite(values).any():
       found[name] = form.format(np.nanmedian(values)).replace('%', ' %')
   tiles = ''.join(f'<div><dt>{name}</dt><dd>{_shown(value)}</dd></div>' for name, value in found.items())
   longest = max((value for value in (score, *baselines.values()) if math.isfinite(value)), default=1)
-  bars = '<tr><th></th><th colspan="2">bits per byte</th><th>the model is</th></tr>'
+  bars = '<tr><th></th><th colspan="2">' + unit + '</th><th>the model is</th></tr>'
   for name, value in [('this model', score), *baselines.items()]:
     kind, words = ('', _against(score, value)) if name in baselines else ('model', '')
     bar = f'<i style="width: {100 * value / longest:.1f}%"></i>' if 0 < value <= longest else ''
     cells = ''.join(f'<td>{cell}</td>' for cell in (html.escape(name), f'{value:.3f}', bar, words))
     bars += f'<tr class="{kind}">{cells}</tr>'
-  named = [(name, *(one[metric] for metric in _SCORES[:4]))
+  named = [(name, *(one[metric] for metric in shown))
            for group in ('sets', 'tags') for name, one in evaluation.get(group, {}).items()]
   sets = _table(named, 'set or tag', *names) if named else ''
   return f'<dl>{tiles}</dl>' + f'<table class="bars">{bars}</table>' * bool(baselines) + sets
@@ -302,12 +311,14 @@ def page(workdir: pathlib.Path) -> str:
   [header], evaluation = _objects(workdir / 'run.json'), _evaluation(workdir / 'evaluation.json')
   samples = _objects(workdir / 'samples.jsonl', 'step') if (workdir / 'samples.jsonl').is_file() else []
   baselines = {name: value for name, value in evaluation.get('baselines', {}).items() if not math.isnan(value)}
+  for name, groups in evaluation.get('class_baselines', {}).items():  # all sets together, or the only one
+    baselines[name] = [*groups.values()][-1]['accuracy']
   changed = differences(Config(), config)
   fields = [(line.partition(' = ')[0] in changed, html.escape(line)) for line in describe(config).split('\n')]
   texts = [[html.escape(_shown(sample.get(name, ''))) for name in ('step', 'prompt', 'text')] for sample in samples]
   return _PAGE.format(
       title=html.escape(workdir.resolve().name), css=_CSS, verdict=html.escape(verdict(evaluation, baselines, rows)),
-      scores=_scores(evaluation, baselines, rows), pictures=_pictures(config, rows, baselines),
+      scores=_scores(evaluation, baselines, rows), pictures=_pictures(config, rows, baselines, _measure(evaluation)),
       samples=''.join(f'step {step}<pre><b>{prompt}</b>{text}</pre>' for step, prompt, text in texts[:-6:-1]) or 'none',
       run=_table((name.replace('_', ' '), value) for name, value in header.items()),
       changed=_table([(name, *values[::-1]) for name, values in changed.items()], 'field', 'this run', 'default'),

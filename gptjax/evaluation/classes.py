@@ -45,10 +45,11 @@ def class_baselines(bayes: NaiveBayes, stores: Mapping[str, TokenStore], groups:
   """The figures of the majority class and of naive Bayes on the texts of groups of sets; `longest` as in `classified_texts`."""
   found: dict[str, dict[str, np.ndarray]] = {'majority class': {}, 'naive Bayes': {}}
   for name, store in stores.items():
-    texts, labels = zip(*classified_texts(store, tokenizer, longest), strict=True)
-    for baseline, predicted in (('majority class', np.full(len(texts), bayes.majority)), ('naive Bayes', bayes.predict(texts))):
+    texts = list(classified_texts(store, tokenizer, longest))
+    labels, predicted = np.array([label for _, label in texts], int), bayes.predict(text for text, _ in texts)
+    for baseline, classes in (('majority class', np.full_like(predicted, bayes.majority)), ('naive Bayes', predicted)):
       found[baseline][name] = np.zeros((len(store.labels),) * 2, int)
-      np.add.at(found[baseline][name], (np.array(labels), predicted), 1)
+      np.add.at(found[baseline][name], (labels, classes), 1)
   names = next(iter(stores.values())).labels
   return {baseline: {group: class_figures(np.sum([matrices[name] for name in members], 0), names) for group, members in groups.items()}
           for baseline, matrices in found.items()}

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from gptjax.config import SLICE_AXES, Config, UserError
+from gptjax.config import SLICE_AXES, Config, UserError, override
 from gptjax.model import active_parameters, model_of, parameter_count
 from gptjax.planning.collectives import Collective, collectives
 from gptjax.planning.memory import Memory, analytic_memory
@@ -80,6 +80,7 @@ def estimate(config: Config, topology: Topology) -> Estimate:
   devices, sizes that it does not divide, attention that the devices cannot run, or a duration in epochs."""
   if not config.model.vocab_size:
     raise UserError('model.vocab_size', 0, 'the number of token ids: a plan reads no tokenizer')
+  config = override(config, {'model.classes': config.model.classes or len(config.data.source.labels)})
   sizes = topology.mesh_sizes(config)
   mesh, context = abstract_mesh(sizes), config.data.context
   check_sizes(config, mesh)

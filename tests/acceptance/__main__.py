@@ -13,6 +13,7 @@ from absl import flags
 from gptjax import config as configs
 from tests.acceptance import (  # noqa: F401  (they register their bars)
   chats,
+  classifying,
   datasets,
   early_signals,
   evaluation,

@@ -93,6 +93,13 @@ def test_fields_that_do_not_go_together(values, field):
     SourceConfig(**values)
 
 
+@pytest.mark.parametrize('path', ['texts.txt', ''])
+def test_documents_without_fields_have_no_label(path, tmp_path):
+  (tmp_path / 'texts.txt').write_text('a text')
+  with pytest.raises(UserError, match="^data.source.label: 'label', expected: none for .*: they have no records"):
+    open_source(SourceConfig(path and str(tmp_path / path), label='label', labels=LABELS), tmp_path)
+
+
 def test_texts_are_held_out_with_their_classes(tmp_path):
   train, valid = ([(one.text, one.label) for one in side] for side in split_source(open_source(source(tmp_path, RECORDS)), 0.2))
   assert len(valid) == 8 and sorted(train + valid) == sorted((record['text'], LABELS.index(record['label'])) for record in RECORDS)

@@ -98,7 +98,7 @@ def open_source(config: SourceConfig, cache_dir: Path | None = None) -> Source:
   return _FORMATS[kind].open(by_kind[kind], description, config)
 
 
-_EXAMPLES = ('prompt', 'messages')
+_EXAMPLES = ('prompt', 'messages', 'label')
 _UNUSED = {**dict.fromkeys(('text', *_EXAMPLES), 'they have no records'),
            'split': 'only tfds: and hf: datasets have splits', 'separator': 'a record is a document'}
 
