@@ -165,7 +165,7 @@ def test_fields_that_keep_the_run_the_same_may_change(settings, stopped, tmp_pat
   other.parent.mkdir()
   other.write_bytes(pathlib.Path(settings.data.source.path).read_bytes())
   values = {
-    'steps': 9, 'batch_size': 8, 'microbatches': 1, 'zero_stage': 0, 'z_loss': 0.01, 'mesh.data': 4, 'mesh.model': 2,
+    'steps': 9, 'batch_size': 8, 'microbatches': 1, 'zero_stage': 0, 'z_loss': 0.01, 'mesh.data': 1,
     'eval.every': 5, 'eval.rows': 0, 'eval.sample_tokens': 0, 'checkpoint.every': 2, 'checkpoint.keep': 1,
     'checkpoint.keep_best': True, 'optimizer.peak_lr': 2e-3, 'optimizer.muon_lr': 0.01, 'optimizer.schedule': 'wsd',
     'optimizer.warmup': 1, 'optimizer.decay': 2, 'optimizer.final_fraction': 0.0, 'optimizer.b1': 0.8,
