@@ -19,6 +19,7 @@ import flax.nnx, jax, matplotlib.figure, optax, orbax.checkpoint
 import gptjax.evaluation, gptjax.inference, gptjax.interop, gptjax.training
 
 gc.freeze()
+gc.set_threshold(200_000, 50, 100)  # as of the tests
 for line in sys.stdin:
   child = os.fork()
   if not child:

@@ -7,6 +7,7 @@ import os
 import pathlib
 import random
 import subprocess
+import zlib
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ from gptjax.config import (
 from gptjax.model import model_of
 from gptjax.sharding import put_rows
 from gptjax.training.replaying import CLOCK
-from gptjax.training import Options, initializer, learning_rates, make_optimizer, next_token, train, train_step
+from gptjax.training import Options, abstract, initializer, learning_rates, make_optimizer, next_token, train, train_step
 
 DURATIONS = {'steps': 100, 'warmup': 2, 'decay': 0}
 NO_RATES = lambda count: {}  # for optimizers of optax, which have their own; one object, so that equal steps are compiled once
@@ -48,11 +49,31 @@ def put(rows):
   return put_rows(mesh, rows, len(rows['tokens']))
 
 
+def drawn_state(described, initialize, mesh):
+  """The state that `initialize` makes, but with parameters drawn on the host by their names: nothing is compiled for it."""
+  def value(name, layer_shape):
+    if not name or name.endswith(('bias', 'balance')):
+      return np.zeros(layer_shape, np.float32)
+    if name.endswith('gain'):
+      return np.ones(layer_shape, np.float32)
+    return 0.02 * np.random.default_rng(zlib.crc32(name.encode())).standard_normal(layer_shape, np.float32)
+
+  state = abstract(initialize, mesh)
+  parameters = {}
+  for name in state.parameters:
+    names, shape = described._names(name), described.shapes[name].shape
+    stacked = 'layers' in described.axes[name]
+    parameters[name] = np.stack([value(one, shape[1:]) for one in names]) if stacked else value(names[0], shape)
+  host = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state)  # moments and statistics begin with zeros
+  host = host._replace(**{role: {name: parameters[name] for name in getattr(state, role)} for role in ('trained', 'frozen')})
+  return jax.device_put(host, jax.tree.map(lambda leaf: leaf.sharding, state))
+
+
 def trainer(model, optimizer=None, *, compute=ComputeConfig(), context=16, zero_stage=0, microbatches=1, seed=0, z_loss=0.0,
-            frozen=(), pipeline=PipelineConfig(), objective=None):
+            frozen=(), pipeline=PipelineConfig(), objective=None, drawn=True):
   """(fresh state, train step) on the mesh in force; `optimizer` is a config or one of optax's, `objective` by default next_token.
 
-  The initial parameters are those of seed 0, whatever `seed`.
+  The initial parameters are `drawn_state`'s, or those of a run of seed 0, whatever `seed`.
   """
   if optimizer is None or isinstance(optimizer, OptimizerConfig):
     settings = optimizer or OptimizerConfig()
@@ -62,7 +83,8 @@ def trainer(model, optimizer=None, *, compute=ComputeConfig(), context=16, zero_
   mesh = jax.sharding.get_mesh()
   described = model_of(Config(model=model, compute=compute, data=DataConfig(context=context), pipeline=pipeline,
                               mesh=MeshConfig(**mesh.shape)))
-  state = initializer(described, optimizer, zero_stage, mesh, 0, described.matching('frozen', frozen))()
+  initialize = initializer(described, optimizer, zero_stage, mesh, 0, described.matching('frozen', frozen))
+  state = drawn_state(described, initialize, mesh) if drawn else initialize()
   return state, train_step(described, objective or next_token(z_loss), optimizer, rates, zero_stage=zero_stage, mesh=mesh,
                            microbatches=microbatches, seed=seed, pipeline=pipeline)
 

@@ -47,7 +47,7 @@ def reference(folder):
 
 
 @given(text=TEXTS)
-@settings(max_examples=500, deadline=None, database=None)
+@settings(max_examples=200, deadline=None, database=None)
 def test_ids_equal_those_of_the_tokenizers_package(ours, reference, text):
   ids = ours.encode(text)
   assert ids.dtype == np.int32
@@ -56,7 +56,7 @@ def test_ids_equal_those_of_the_tokenizers_package(ours, reference, text):
 
 
 @given(text=st.text(alphabet=TEXT))
-@settings(max_examples=500, deadline=None, database=None)
+@settings(max_examples=200, deadline=None, database=None)
 def test_ids_of_training_like_text_equal_those_of_the_tokenizers_package(ours, reference, text):
   assert ours.encode(text).tolist() == reference.encode(text).ids
 

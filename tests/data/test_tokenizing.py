@@ -182,14 +182,14 @@ def test_small_parts_are_combined_and_compressed_ones_count_decompressed():
   assert sizes == [[41_944, 8_056], [1, 1, 1], [1, 1, 1]]
 
 
-COMMAND = [sys.executable, '-m', 'tools.prepare_data', '--tokenizer=bytes', '--deduplicate', '--shard_tokens=2000000']
+COMMAND = [sys.executable, '-m', 'tools.prepare_data', '--tokenizer=bytes', '--deduplicate', '--shard_tokens=1300000']
 
 
 def test_a_killed_command_resumes_and_leaves_no_process(tmp_path):
   path = tmp_path / 'lines.jsonl'
   with path.open('w') as file:
-    for document in documents(120_000):
-      file.write(json.dumps({'text': document.text + document.name}) + '\n')
+    for number, document in enumerate(documents(800) * 100):
+      file.write(json.dumps({'text': f'{document.text}{number}'}) + '\n')
   command = [*COMMAND, f'--source={path}', '--processes=2']
   subprocess.run([*command, f'--out={tmp_path}/straight'], check=True, cwd=ROOT, capture_output=True)
   process = subprocess.Popen([*command, f'--out={tmp_path}/store'], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

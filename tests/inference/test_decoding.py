@@ -29,6 +29,12 @@ def style(style):
 of_one_style = pytest.mark.parametrize('style', ['modern'], indirect=True)
 
 
+@pytest.fixture
+def shallow(style):
+  """One layer, for what does not depend on their number."""
+  return dataclasses.replace(style, layers=1)
+
+
 def draw(decoder, parameters, prompts, most, sampling=GREEDY, seeds=None):
   """(ids [B, most], log-probabilities [B, most])"""
   steps = decoder(decoder.prepare(parameters), prompts, sampling, range(len(prompts)) if seeds is None else seeds, most)
@@ -88,8 +94,8 @@ def test_greedy_text_of_unequal_prompts_is_that_of_full_forward_passes(style, sc
 
 @pytest.mark.parametrize('style', ['modern', full('gpt2')], indirect=True)
 @pytest.mark.parametrize('context', [1, 11])
-def test_text_goes_on_beyond_the_context(style, context, one_device, random_parameters):
-  model = abstract_model(style, ComputeConfig(), context)
+def test_text_goes_on_beyond_the_context(shallow, context, one_device, random_parameters):
+  model = abstract_model(shallow, ComputeConfig(), context)
   parameters = random_parameters(model)
   decoder = Decoder(model, one_device)
   for lengths in ((1, 4), (11, 12), (13, 30)):  # shorter than the context, as long, longer
@@ -102,8 +108,8 @@ def test_text_goes_on_beyond_the_context(style, context, one_device, random_para
 
 
 @of_one_style
-def test_a_row_is_the_same_alone_and_beside_others(style, one_device, random_parameters):
-  model = abstract_model(style, ComputeConfig(), 64)
+def test_a_row_is_the_same_alone_and_beside_others(shallow, one_device, random_parameters):
+  model = abstract_model(shallow, ComputeConfig(), 64)
   parameters = random_parameters(model)
   decoder = Decoder(model, one_device)
   prompts = prompts_of(3, 9, 1, 30, 2)
@@ -117,8 +123,8 @@ def test_a_row_is_the_same_alone_and_beside_others(style, one_device, random_par
 
 @of_one_style
 @pytest.mark.parametrize('zero_stage, sizes', [full(0, (2, 4)), full(3, (8, 1)), (3, (4, 2))])
-def test_text_is_the_same_on_one_device_and_spread_over_eight(style, zero_stage, sizes, random_parameters):
-  model = abstract_model(style, ComputeConfig(), 64)
+def test_text_is_the_same_on_one_device_and_spread_over_eight(shallow, zero_stage, sizes, random_parameters):
+  model = abstract_model(shallow, ComputeConfig(), 64)
   texts = []
   for shape in ((1, 1), sizes):
     with jax.set_mesh(mesh := make_mesh(MeshConfig(*shape))):
@@ -131,8 +137,8 @@ def test_text_is_the_same_on_one_device_and_spread_over_eight(style, zero_stage,
 @of_one_style
 @pytest.mark.parametrize('heads, kv_heads, mesh, rows', [
   (8, 2, '1x1', 1), (8, 2, '1x8', 2), full(8, 1, '2x4', 2), (12, 6, '2x4', 4), full(8, 2, '4x2', 4)], indirect=['mesh'])
-def test_a_step_copies_no_cache_and_devices_hold_the_keys_of_their_queries(style, heads, kv_heads, mesh, rows, random_parameters):
-  model = abstract_model(dataclasses.replace(style, heads=heads, head_size=16, kv_heads=kv_heads), ComputeConfig(), 512)
+def test_a_step_copies_no_cache_and_devices_hold_the_keys_of_their_queries(shallow, heads, kv_heads, mesh, rows, random_parameters):
+  model = abstract_model(dataclasses.replace(shallow, heads=heads, head_size=16, kv_heads=kv_heads), ComputeConfig(), 512)
   decoder = Decoder(model, mesh)
   parameters = decoder.prepare(random_parameters(model))
   batch = decoder._batch(prompts_of(*[3] * rows), [[1]] * rows, range(rows), GREEDY)
@@ -162,21 +168,21 @@ def test_text_is_the_same_where_model_does_not_divide_the_key_heads(style, heads
 
 
 @of_one_style
-def test_forbidden_and_padded_ids_never_appear(style, one_device, random_parameters):
-  model = abstract_model(style, ComputeConfig(), 64)
+def test_forbidden_and_padded_ids_never_appear(shallow, one_device, random_parameters):
+  model = abstract_model(shallow, ComputeConfig(), 64)
   parameters = random_parameters(model)
   free, _ = draw(Decoder(model, one_device), parameters, [[9]], 20)
   forbidden = tuple(sorted(set(free[0].tolist())))[:6]
   decoder = Decoder(model, one_device, forbidden)
   assert draw(decoder, parameters, [[9]], 20)[0][0].tolist() == recomputed(model, parameters, [9], 20, forbidden)[0]
   wild, _ = draw(decoder, parameters, [[9]] * 8, 60, Sampling(temperature=50.0))
-  assert set(wild.flatten().tolist()) == set(range(style.vocab_size)) - set(forbidden)  # and all others do
+  assert set(wild.flatten().tolist()) == set(range(shallow.vocab_size)) - set(forbidden)  # and all others do
 
 
 @of_one_style
-def test_ids_of_prompt_and_text_are_penalized(style, one_device, random_parameters):
+def test_ids_of_prompt_and_text_are_penalized(shallow, one_device, random_parameters):
   # A tied head likes to repeat; and the text outgrows the context.
-  model = abstract_model(dataclasses.replace(style, tied=True), ComputeConfig(), 24)
+  model = abstract_model(dataclasses.replace(shallow, tied=True), ComputeConfig(), 24)
   parameters = random_parameters(model)
   prompts = prompts_of(9, 9)
   ids, _ = draw(Decoder(model, one_device), parameters, prompts, 40, Sampling(0.0, repetition_penalty=1.7))
@@ -185,8 +191,8 @@ def test_ids_of_prompt_and_text_are_penalized(style, one_device, random_paramete
 
 
 @of_one_style
-def test_a_bucket_of_shapes_is_compiled_once(style, one_device, random_parameters):
-  model = abstract_model(style, ComputeConfig(), 64)
+def test_a_bucket_of_shapes_is_compiled_once(shallow, one_device, random_parameters):
+  model = abstract_model(shallow, ComputeConfig(), 64)
   decoder = Decoder(model, one_device)
   weights = decoder.prepare(random_parameters(model))
   run = lambda lengths, most: list(decoder(weights, prompts_of(*lengths), Sampling(), range(len(lengths)), most))
@@ -203,8 +209,8 @@ def test_a_bucket_of_shapes_is_compiled_once(style, one_device, random_parameter
 
 
 @of_one_style
-def test_preparing_and_decoding_leave_the_parameters_alone(style, one_device, random_parameters):
-  model = abstract_model(style, ComputeConfig(), 8)
+def test_preparing_and_decoding_leave_the_parameters_alone(shallow, one_device, random_parameters):
+  model = abstract_model(shallow, ComputeConfig(), 8)
   parameters = random_parameters(model)
   before = jax.tree.map(np.array, parameters)
   draw(Decoder(model, one_device), parameters, [[1]], 10)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import full
 
 from gptjax.config import UserError
 from gptjax.inference import Sampling, sample
@@ -39,10 +40,11 @@ def draws(logits, sampling, seed, count=20_000):
 
 
 @pytest.mark.parametrize('sampling', [
-    Sampling(1.0), Sampling(0.5), Sampling(3.0), Sampling(1.0, top_k=1), Sampling(1.0, top_k=3), Sampling(0.7, top_k=7),
-    Sampling(1.0, top_k=8), Sampling(1.0, top_k=100), Sampling(1.0, top_p=0.9), Sampling(1.0, top_p=0.5),
-    Sampling(2.0, top_p=0.8), Sampling(1.0, top_p=0.01), Sampling(1.0, top_k=3, top_p=0.8),
-    Sampling(1.5, top_k=5, top_p=0.95), Sampling(1.0, min_p=0.3), Sampling(2.0, min_p=0.5), Sampling(1.0, top_k=6, top_p=0.99, min_p=0.2),
+    full(Sampling(1.0)), full(Sampling(0.5)), Sampling(3.0), full(Sampling(1.0, top_k=1)), full(Sampling(1.0, top_k=3)),
+    Sampling(0.7, top_k=7), full(Sampling(1.0, top_k=8)), Sampling(1.0, top_k=100), full(Sampling(1.0, top_p=0.9)),
+    full(Sampling(1.0, top_p=0.5)), Sampling(2.0, top_p=0.8), Sampling(1.0, top_p=0.01), full(Sampling(1.0, top_k=3, top_p=0.8)),
+    Sampling(1.5, top_k=5, top_p=0.95), full(Sampling(1.0, min_p=0.3)), Sampling(2.0, min_p=0.5),
+    Sampling(1.0, top_k=6, top_p=0.99, min_p=0.2),
 ], ids=str)
 def test_samples_follow_the_distribution(sampling):
   probabilities = distribution(LOGITS, sampling)

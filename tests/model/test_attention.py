@@ -44,12 +44,12 @@ def plain_attention(score, q, k, v, segments):
 
 
 @pytest.mark.parametrize('length, key_heads, score', [
-    (BLOCK - 1, 1, PLAIN), (BLOCK, 4, PLAIN), (2 * BLOCK + 2, 2, PLAIN),
+    (BLOCK - 1, 1, PLAIN), full(BLOCK, 4, PLAIN), (2 * BLOCK + 2, 2, PLAIN),
     (PARTS * BLOCK + 3, 2, PLAIN),  # more blocks than parts: they run one after the other, and the last is short
-    (2 * BLOCK + 2, 2, ScoreConfig(0.5, cap=1.5)), (2 * BLOCK + 2, 2, ScoreConfig(0.5, window=1)),
-    (5 * BLOCK + 3, 2, ScoreConfig(0.5, window=BLOCK)), (5 * BLOCK + 3, 4, ScoreConfig(0.5, 2.0, BLOCK // 2 + 1)),
-    (5 * BLOCK, 2, ScoreConfig(0.5, window=3 * BLOCK)), (PARTS * BLOCK + 3, 2, ScoreConfig(0.5, window=2 * BLOCK + 5)),
-    (2 * BLOCK, 2, ScoreConfig(0.5, window=3 * BLOCK))])
+    full(2 * BLOCK + 2, 2, ScoreConfig(0.5, cap=1.5)), full(2 * BLOCK + 2, 2, ScoreConfig(0.5, window=1)),
+    full(5 * BLOCK + 3, 2, ScoreConfig(0.5, window=BLOCK)), (5 * BLOCK + 3, 4, ScoreConfig(0.5, 2.0, BLOCK // 2 + 1)),
+    full(5 * BLOCK, 2, ScoreConfig(0.5, window=3 * BLOCK)), (PARTS * BLOCK + 3, 2, ScoreConfig(0.5, window=2 * BLOCK + 5)),
+    full(2 * BLOCK, 2, ScoreConfig(0.5, window=3 * BLOCK))])
 def test_blocks_equal_the_square_and_the_formula(length, key_heads, score):
   q, k, v = draw(0, 2, 4, length, 8), draw(1, 2, key_heads, length, 8), draw(2, 2, key_heads, length, 8)
   segments = np.sort(np.random.default_rng(3).integers(0, 3, (2, length)), 1)
@@ -81,10 +81,14 @@ def test_memory_grows_with_the_context_and_not_with_its_square(length, expected)
   assert temporaries(length) < max(expected * 1.3 * temporaries(1024), 1024 * 1024 * 2 * 4)
 
 
-@pytest.mark.parametrize('segmented, fused', [(False, True), (True, False), full(True, True), full(False, False)])
-@pytest.mark.parametrize('key_heads, score', [
-    full(1, PLAIN), (2, PLAIN), full(4, PLAIN), full(2, ScoreConfig(0.3, cap=2.0)), full(2, ScoreConfig(0.3, window=60)),
-    (4, ScoreConfig(0.3, 2.0, LANES + 5))])
+KERNELS = [(False, True), (True, False), (True, True), (False, False)]
+BOTH = ScoreConfig(0.3, 2.0, LANES + 5)
+SCORES = [(1, PLAIN), (2, PLAIN), (4, PLAIN), (2, ScoreConfig(0.3, cap=2.0)), (2, ScoreConfig(0.3, window=60)), (4, BOTH)]
+FEW = [(2, PLAIN, False, True), (4, BOTH, True, False)]
+
+
+@pytest.mark.parametrize('key_heads, score, segmented, fused', [
+    *FEW, *(full(*one) for one in (score + kernel for score in SCORES for kernel in KERNELS) if one not in FEW)])
 def test_splash_kernels_equal_the_square(key_heads, score, segmented, fused, monkeypatch):
   length = 2 * LANES
   monkeypatch.setattr(kernels, 'MAX_FUSED', length if fused else 0)

@@ -95,7 +95,7 @@ def test_no_key_or_no_rate_drops_nothing():
 
 
 @pytest.mark.usefixtures('one_device')
-@pytest.mark.parametrize('scan', [False, True])
+@pytest.mark.parametrize('scan', [full(False), True])  # with equal masks: test_transformer.py
 def test_every_position_of_every_layer_has_its_own_mask(scan):
   # All parameters are zero but one that adds 1 everywhere: a feature is zero at the end just where it was dropped.
   config = ModelConfig(layers=3, width=32, heads=4, vocab_size=8, norm='rmsnorm', dropout=0.5)

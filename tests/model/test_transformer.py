@@ -84,6 +84,7 @@ def test_a_document_gets_the_logits_it_gets_alone(style, random_parameters):
     np.testing.assert_array_equal(logits(parameters, other, place)[:, here], together[:, here])
 
 
+@pytest.mark.parametrize('style', ['modern', full('gpt2')], indirect=True)
 def test_without_segments_the_earlier_document_is_seen(style, random_parameters):
   described = abstract_model(style, ComputeConfig(), 8)
   parameters = random_parameters(described)
@@ -99,9 +100,10 @@ def test_attention_in_blocks_gives_the_logits_of_the_full_square(style, random_p
   np.testing.assert_allclose(run('blocks'), run('xla'), 1e-5, 1e-5)
 
 
-@pytest.mark.parametrize('changes', [
-  {}, full({'window': 5}), {'window': 5, 'global_every': 2},
-  full({'window': 16, 'attention_cap': 2.0})], ids=str)
+@pytest.mark.parametrize('style, changes', [
+  ('gpt2', {}), ('modern', {'window': 5, 'global_every': 2}), full('modern', {}), full('gpt2', {'window': 5, 'global_every': 2}),
+  *(full(style, changes) for style in ('gpt2', 'modern') for changes in ({'window': 5}, {'window': 16, 'attention_cap': 2.0}))],
+  indirect=['style'], ids=str)
 def test_reading_with_a_cache_gives_the_logits_of_the_complete_text(style, changes, random_parameters):
   prompt, batch, length = 12, 2, 26
   config = dataclasses.replace(style, **changes)
@@ -149,6 +151,7 @@ def test_recomputation_changes_no_gradient(style, scan, random_parameters):
   assert_close(run('full'), none)
 
 
+@pytest.mark.parametrize('style', ['modern', full('gpt2')], indirect=True)
 def test_shared_key_heads_equal_repeated_ones(style, random_parameters):
   grouped = abstract_model(dataclasses.replace(style, kv_heads=2), ComputeConfig(), 16)
   repeated = abstract_model(dataclasses.replace(style, kv_heads=4), ComputeConfig(), 16)

@@ -154,7 +154,7 @@ def test_so_it_does_for_any_text(exported):
   tokenizer, reference, _ = exported
 
   @given(text=ANY)
-  @settings(max_examples=200, deadline=None, database=None)
+  @settings(max_examples=100, deadline=None, database=None)
   def same(text):
     if tokenizer.kind == 'chars':
       text = ''.join(character for character in text if character in tokenizer.characters)

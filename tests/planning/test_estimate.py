@@ -6,6 +6,7 @@ import math
 
 import pytest
 from commands import run_module
+from tiers import full
 
 from gptjax import config as configs
 from gptjax.config import MeshConfig, UserError
@@ -38,7 +39,7 @@ def test_remat_is_paid_for_in_compute(large, at_stage):
   assert none.executed == none.flops == dots.flops == full.flops < dots.executed < full.executed < 4 / 3 * full.flops
 
 
-@pytest.mark.parametrize('global_every, keys', [(0, 32 * 3840.0625), (4, 24 * 3840.0625 + 8 * 16384.5)])
+@pytest.mark.parametrize('global_every, keys', [full(0, 32 * 3840.0625), (4, 24 * 3840.0625 + 8 * 16384.5)])
 def test_recomputed_attention_is_that_of_each_layers_window(global_every, keys):
   # Mistral 7B at 32k tokens: the first 4096 see 2048.5 on average, the others 4096.
   model = configs.ModelConfig(layers=32, width=4096, heads=32, kv_heads=8, mlp_width=14336, vocab_size=32000, window=4096,

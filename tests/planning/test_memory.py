@@ -31,6 +31,7 @@ def test_activations_grow_with_layers_and_shrink_with_remat(style):
     assert three - one == 2 * 24 * style.width * 4
 
 
+@pytest.mark.parametrize('style', ['modern', full('gpt2')], indirect=True)
 @pytest.mark.parametrize('remat', ['none', full('dots'), full('full')])
 def test_a_part_of_a_long_row_is_counted_for_all_of_it(style, remat, monkeypatch):
   compute = ComputeConfig(attention='splash', remat=remat, scan=True)
@@ -49,6 +50,7 @@ def test_devices_may_have_too_few_tokens_for_a_kernel(tiny):
   assert of(4).activations == pytest.approx(of(2).activations / 2)  # 32 and 64 tokens
 
 
+@pytest.mark.parametrize('style', ['modern', full('gpt2')], indirect=True)
 def test_tensor_parallelism_splits_a_row_and_sequence_parallelism_all_of_it(style):
   large = lambda model, **compute: size(style, model, layers=8, scan=True, **compute)
   assert large(2) < large(1) and large(2, sequence_parallel=True) < large(2)

@@ -43,7 +43,7 @@ print(json.dumps({'one': losses(configs.MeshConfig(data=1)), 'four': losses(mesh
 
 
 def test_a_new_axis_is_one_row_of_the_table(tmp_path):
-  shutil.copytree(ROOT / 'gptjax', tmp_path / 'gptjax', ignore=shutil.ignore_patterns('__pycache__'))
+  shutil.copytree(ROOT / 'gptjax', tmp_path / 'gptjax')  # with __pycache__: to compile all modules takes a second
   table = tmp_path / 'gptjax/config/mesh.py'
   row = "\n  MeshAxis('island', 1, 'islands of devices', batch=True, crosses_slices=True),"
   table.write_text(table.read_text().replace('AXES = (', f'AXES = ({row}', 1))

@@ -25,6 +25,7 @@ def test_no_complete_state_is_made_under_stage_3(mesh, scan):
   assert memory.temp_size_in_bytes < 0.3 * model
 
 
+@pytest.mark.parametrize('style', ['modern', full('gpt2')], indirect=True)
 @pytest.mark.parametrize('mesh', ['4x2'], indirect=True)
 def test_the_abstract_state_is_that_of_the_state_that_is_made(style, mesh):
   described = abstract_model(style, ComputeConfig(), 16)

@@ -31,6 +31,12 @@ def settings(cache):
   return config(write_text(cache / 'text.txt'), steps=10, eval__every=0, checkpoint__every=3, checkpoint__keep=5)
 
 
+@pytest.fixture(scope='module')
+def straight(settings, cache):
+  """The records of an undisturbed run."""
+  return run(settings, cache / 'straight', cache)
+
+
 @pytest.mark.parametrize('mesh, zero_stage, microbatches', [
   ('1x1', 0, 1), full('4x2', 0, 2), ('4x2', 3, 1)], indirect=['mesh'])
 @pytest.mark.parametrize('where', ['loss', 'gradient'])
@@ -109,8 +115,7 @@ def bad_steps(workdir):
   return [json.loads(line) for line in (workdir / 'bad_steps.jsonl').read_text().splitlines()]
 
 
-def test_stop_ends_the_run_and_names_the_batch(settings, cache, tmp_path, spoil):
-  straight = run(settings, tmp_path / 'straight', cache)
+def test_stop_ends_the_run_and_names_the_batch(settings, straight, cache, tmp_path, spoil):
   spoil(8)
   with pytest.raises(UserError, match=r'^loss: nan, expected: .*step 8 is bad.*rows 28 to 31; its update was not applied$'):
     train(settings, options(tmp_path / 'run', cache))
@@ -148,8 +153,7 @@ def test_a_run_that_never_finds_a_target_is_an_error(settings, cache, tmp_path, 
     train(settings, options(tmp_path / 'run', cache))
 
 
-def test_rollback_restores_a_checkpoint_and_skips_the_batch(settings, cache, tmp_path, spoil, capsys):
-  straight = run(settings, tmp_path / 'straight', cache)
+def test_rollback_restores_a_checkpoint_and_skips_the_batch(settings, straight, cache, tmp_path, spoil, capsys):
   spoil(8)
   settings = configs.override(settings, {'faults.bad_step': 'rollback'})
   lines = run(settings, tmp_path / 'run', cache)

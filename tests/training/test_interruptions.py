@@ -111,8 +111,8 @@ def test_a_hang_ends_with_every_stack_and_a_second_signal_at_once(settings, cach
 
 def test_the_clock_requests_saves(settings, cache, tmp_path, monkeypatch):
   checkpoints = configs.override(settings, {'checkpoint.minutes': 1e-9, 'checkpoint.keep': 100})
-  run(checkpoints, tmp_path, cache)
-  assert Checkpoints(tmp_path / 'checkpoints').steps() == [*range(1, 9)]
+  run(checkpoints, tmp_path, cache, stop_at=3)
+  assert Checkpoints(tmp_path / 'checkpoints').steps() == [1, 2, 3]
 
 
 def test_processes_agree_on_requests_one_step_later():

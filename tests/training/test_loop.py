@@ -1,6 +1,8 @@
 """One run from start to end: what it writes, how often it compiles, and that mistakes leave nothing behind."""
 
 import collections
+import contextlib
+import io
 import json
 import shutil
 from types import SimpleNamespace
@@ -25,40 +27,49 @@ def text(cache):
   return write_text(cache / 'text.txt')
 
 
-@pytest.fixture
-def compiled(monkeypatch):
+@contextlib.contextmanager
+def compiled_programs():
   """Names of the programs compiled so far, with the step at which each was, in order."""
   found, now = [], [0]
   heard = lambda event, _, fun_name='', **rest: found.append((now[0], fun_name)) if 'backend_compile' in event else None
   jax.monitoring.register_event_duration_secs_listener(heard)
   start = loop._Loop._step
-  monkeypatch.setattr(loop._Loop, '_step', lambda self: (now.__setitem__(0, now[0] + 1), start(self)))
-  yield found
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop._Loop, '_step', lambda self: (now.__setitem__(0, now[0] + 1), start(self)))
+    yield found
   jax.monitoring.unregister_event_duration_listener(heard)
 
 
-def test_a_run_compiles_its_step_once_and_nothing_later(tmp_path, text, cache, compiled):
-  settings = config(text, mesh__data=2, optimizer__name='muon', model__dropout=0.1, steps=13, eval__every=3,
-                    eval__sample_tokens=20, checkpoint__every=2)
-  run(settings, tmp_path / 'one', cache)
-  assert [name for _, name in compiled].count('jit(step)') == 1
-  assert not [name for step, name in compiled if step > 3]  # by then all has been done once
-  run(settings, tmp_path / 'again', cache)
-  assert [name for _, name in compiled].count('jit(step)') == 1  # an equal run of the same process compiles nothing again
+@pytest.fixture(scope='module')
+def complete(text, cache):
+  """A run with all that a run does, its records, and what it wrote and compiled; its seed is no other run's of these tests."""
+  settings = config(text, seed=11, mesh__data=2, model__dropout=0.1, steps=10, eval__every=4, eval__sample_tokens=6,
+                    eval__prompt=r'the\n', checkpoint__every=3)
+  out, err = io.StringIO(), io.StringIO()
+  with compiled_programs() as compiled, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    lines = run(settings, cache / 'complete', cache, log_every=3)
+  return SimpleNamespace(settings=settings, workdir=cache / 'complete', lines=lines, compiled=compiled, out=out.getvalue(),
+                         err=err.getvalue())
+
+
+def test_a_run_compiles_its_step_once_and_nothing_later(complete, tmp_path, cache):
+  assert [name for _, name in complete.compiled].count('jit(step)') == 1
+  assert not [name for step, name in complete.compiled if step > 4]  # by then all has been done once
+  with compiled_programs() as compiled:
+    run(complete.settings, tmp_path, cache, stop_at=5)
+  assert 'jit(step)' not in [name for _, name in compiled]  # an equal run of the same process compiles nothing again
 
 
 def test_a_step_that_is_compiled_again_is_reported_and_the_run_continues(tmp_path, text, cache, monkeypatch, capsys):
   dispatch = Steps.dispatch
   monkeypatch.setattr(Steps, 'dispatch', lambda self: (self.step == 5 and self._run.step.clear_cache(), dispatch(self))[1])
-  lines = run(config(text, seed=3), tmp_path, cache)
+  lines = run(config(text, seed=3, eval__every=0), tmp_path, cache)
   assert [line['step'] for line in lines if 'loss' in line] == [*range(1, 9)]
   assert capsys.readouterr().err.count('step 6: compiled again, 2 times so far') == 1
 
 
-def test_a_run_writes_all_its_records(tmp_path, text, cache, capsys):
-  settings = config(text, mesh__data=2, steps=10, eval__every=4, eval__sample_tokens=6, eval__prompt=r'the\n',
-                    checkpoint__every=3)
-  lines = run(settings, tmp_path, cache, log_every=3)
+def test_a_run_writes_all_its_records(complete, text, cache):
+  settings, workdir, lines = complete.settings, complete.workdir, complete.lines
   assert [(line['step'], 'loss' in line) for line in lines] == [
     (1, True), (3, True), (4, False), (6, True), (8, False), (9, True), (10, True), (10, False)]
   data = prepare(settings.data, cache)
@@ -69,18 +80,17 @@ def test_a_run_writes_all_its_records(tmp_path, text, cache, capsys):
   assert {*steps[0]} == {'step', 'loss', 'grad_norm', 'learning_rate', 'tokens'}
   assert {*lines[-1]} == {'step', 'eval/valid/loss', 'eval/valid/perplexity', 'eval/valid/bits_per_byte'}
   assert steps[-1]['loss'] < steps[0]['loss'] and lines[-1]['eval/valid/loss'] < lines[2]['eval/valid/loss']
-  samples = records(tmp_path, 'samples.jsonl')
+  samples = records(workdir, 'samples.jsonl')
   assert [(line['step'], line['prompt']) for line in samples] == [(step, 'the\n') for step in (4, 8, 10)]
   assert all(0 < len(line['text']) <= 6 and {*line['text']} <= {*text.read_text()} for line in samples)
-  assert Checkpoints(tmp_path / 'checkpoints').steps() == [9, 10]
-  kept = configs.from_json((tmp_path / 'config.json').read_text())
+  assert Checkpoints(workdir / 'checkpoints').steps() == [9, 10]
+  kept = configs.from_json((workdir / 'config.json').read_text())
   assert kept == configs.override(settings, {'model.vocab_size': data.tokenizer.vocab_size})
-  header = json.loads((tmp_path / 'run.json').read_text())
+  header = json.loads((workdir / 'run.json').read_text())
   assert header['mesh'] == 'data 2 x model 1, ZeRO stage 0' and header['device'].startswith('2 of 8 cpu')
-  captured = capsys.readouterr()
-  assert captured.err.index('compiling the step') < captured.err.index('step 1/10')
-  assert captured.out == '' and all(f'{name}  {value}' in captured.err for name, value in header.items())
-  assert {path.split('/')[0] for path in files_below(tmp_path)} == {
+  assert complete.err.index('compiling the step') < complete.err.index('step 1/10')
+  assert complete.out == '' and all(f'{name}  {value}' in complete.err for name, value in header.items())
+  assert {path.split('/')[0] for path in files_below(workdir)} == {
     'checkpoints', 'config.json', 'data', 'lock', 'metrics.jsonl', 'run.json', 'samples.jsonl', 'tensorboard'}
 
 
@@ -104,7 +114,7 @@ def test_the_speed_is_over_the_time_between_two_steps(peak, tmp_path, text, cach
 
 
 def test_a_run_that_is_done_does_nothing(tmp_path, text, cache, capsys):
-  settings = config(text, steps=4, optimizer__warmup=4)
+  settings = config(text, steps=4, eval__every=0, optimizer__warmup=4, optimizer__schedule='constant')
   lines = run(settings, tmp_path, cache)
   assert 'warning  the learning rate stays below its peak: optimizer.warmup is 4 steps, ' in capsys.readouterr().err
   assert run(settings, tmp_path, cache) == lines
@@ -114,25 +124,26 @@ def test_a_run_that_is_done_does_nothing(tmp_path, text, cache, capsys):
 
 
 def test_a_trace_ends_with_the_run_at_the_latest(tmp_path, text, cache):
-  run(config(text, steps=4), tmp_path, cache, profile_steps=(3, 99))
+  settings = config(text, eval__every=0)
+  run(settings, tmp_path, cache, profile_steps=(3, 99), stop_at=4)
   assert any(path.endswith('.xplane.pb') for path in files_below(tmp_path))
   jax.profiler.start_trace(tmp_path / 'other')  # which would fail during another trace
   jax.profiler.stop_trace()
-  with pytest.raises(UserError, match=r"^--profile_steps: '7:8', expected: a first step of at most 6"):
-    run(config(text, steps=6), tmp_path, cache, profile_steps=(7, 8), accept_changes=True)
-  run(config(text, steps=6), tmp_path, cache, profile_steps=(3, 4), accept_changes=True)  # which the process before traced
+  with pytest.raises(UserError, match=r"^--profile_steps: '9:9', expected: a first step of at most 8"):
+    run(settings, tmp_path, cache, profile_steps=(9, 9))
+  run(settings, tmp_path, cache, profile_steps=(3, 4), stop_at=6)  # which the process before traced
 
 
 def test_a_run_that_diverges_is_logged_and_keeps_the_best_checkpoint(tmp_path, text, cache):
   # At such a rate the second validation is of parameters that give no number.
-  settings = config(text, steps=6, eval__every=2, eval__rows=0, checkpoint__every=2, checkpoint__keep=1,
+  settings = config(text, eval__every=2, eval__rows=0, checkpoint__every=2, checkpoint__keep=1,
                     checkpoint__keep_best=True, faults__bad_step='skip')
   run(settings, tmp_path, cache, stop_at=2)
   lines = run(configs.override(settings, {'optimizer.peak_lr': 1e30}), tmp_path, cache, accept_changes=True)
   losses = [line['eval/valid/loss'] for line in lines if 'eval/valid/loss' in line]
-  assert losses[0] > 0 and losses[1:] == [None, None]
+  assert losses[0] > 0 and losses[1:] == [None, None, None]
   checkpoints = Checkpoints(tmp_path / 'checkpoints')
-  assert checkpoints.steps() == [2, 6] and checkpoints.resolve('best') == 2
+  assert checkpoints.steps() == [2, 8] and checkpoints.resolve('best') == 2
 
 
 @pytest.mark.parametrize('values, message', [
@@ -157,7 +168,7 @@ def test_a_mistake_leaves_no_workdir(values, message, tmp_path, text, cache):
 
 def test_a_run_on_a_full_disk_continues_and_saves_when_there_is_space(tmp_path, text, cache, monkeypatch, capsys):
   monkeypatch.setattr(loop, 'RETRY', 0.01)
-  settings = config(text, steps=12, eval__every=0, checkpoint__every=2)
+  settings = config(text, eval__every=0, checkpoint__every=2)
   straight = run(settings, tmp_path / 'straight', cache)
   with small_disk(tmp_path / 'disk', '700k') as disk:
     filler = disk / 'filler'
@@ -176,7 +187,7 @@ def test_a_run_on_a_full_disk_continues_and_saves_when_there_is_space(tmp_path, 
     filler.write_bytes(b'x' * (used.free - 20_000))
     assert run(settings, disk / 'run', cache) == straight
     assert capsys.readouterr().err.count('a disk with space left; trying again') >= 3
-    assert Checkpoints(disk / 'run' / 'checkpoints').newest() == 12
+    assert Checkpoints(disk / 'run' / 'checkpoints').newest() == 8
 
 
 def test_equal_failures_to_save_are_reported_less_and_less_often(monkeypatch):
@@ -202,7 +213,7 @@ def test_equal_failures_to_save_are_reported_less_and_less_often(monkeypatch):
 
 def test_a_run_whose_disk_stays_full_ends_with_one_line_and_keeps_what_it_had(tmp_path, text, cache, monkeypatch):
   monkeypatch.setattr(loop, 'RETRY', 0.01)
-  settings = config(text, steps=12, eval__every=0, checkpoint__every=2)
+  settings = config(text, eval__every=0, checkpoint__every=2)
   with small_disk(tmp_path / 'disk', '700k') as disk:
     run(settings, disk / 'run', cache, stop_at=4)
     (disk / 'filler').write_bytes(b'x' * (shutil.disk_usage(disk).free - 20_000))

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec
+from tiers import full
 
 from gptjax.config import ComputeConfig, ModelConfig, OptimizerConfig
 from gptjax.model import abstract_model
@@ -144,7 +145,7 @@ def muon(gradients, parameter, *, beta, rate, decay):
   return changes
 
 
-@pytest.mark.parametrize('shape', [(16, 40), (40, 16), (16, 16), (3, 16, 40)])
+@pytest.mark.parametrize('shape', [full((16, 40)), (40, 16), full((16, 16)), (3, 16, 40)])
 def test_muon_is_newton_schulz_of_the_momentum_of_each_matrix(shape, one_device):
   config = OptimizerConfig(**CONSTANT, name='muon', muon_lr=0.03, weight_decay=0.2, momentum=0.9)
   transformation = make_optimizer(config)
@@ -186,8 +187,8 @@ def sharded(tree):
   return jax.device_put(tree, {name: jax.NamedSharding(jax.sharding.get_mesh(), spec(x)) for name, x in tree.items()})
 
 
-@pytest.mark.parametrize('mesh', ['1x1', '4x2'], indirect=True)
-@pytest.mark.parametrize('clip', [0.5, 1e3, 0.0])
+@pytest.mark.parametrize('clip, mesh', [(0.5, '4x2'), (0.0, '1x1'), full(0.5, '1x1'), full(0.0, '4x2'), full(1e3, '1x1'), full(1e3, '4x2')],
+                         indirect=['mesh'])
 def test_adamw_is_that_of_optax(clip, mesh):
   config = OptimizerConfig(clip=clip, peak_lr=0.1, schedule='linear', weight_decay=0.3)
   rate = schedule(config, 0.1, **NOW)

@@ -6,6 +6,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from tiers import full
 
 import tiny
 from gptjax import config as configs
@@ -94,7 +95,8 @@ def per_layer(config, state):
 
 
 @pytest.mark.parametrize('before, after', [
-  ('one device', 'uneven'), ('uneven', 'chunks'), ('chunks', 'even'), ('even', 'one device'), ('chunks', 'scan'), ('scan', 'chunks')])
+  ('one device', 'chunks'), ('chunks', 'scan'), full('one device', 'uneven'), full('uneven', 'chunks'), full('chunks', 'even'),
+  full('even', 'one device'), full('scan', 'chunks')])
 def test_a_state_is_the_same_in_every_layout(before, after):
   optimizer = make_optimizer(OptimizerConfig())
   old, old_mesh = layout(before)
