@@ -19,9 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax.config import (
-    Component, Config, Duration, ModelConfig, Phase, RopeConfig, UserError, ValidationSet, describe, differences, flatten, from_json, load,
+    Component, Config, Duration, ModelConfig, Phase, Reward, RopeConfig, UserError, ValidationSet, describe, differences, flatten, from_json, load,
     override, read_config, run, to_json, unescaped)
 from gptjax.config.fields import FIELDS, item_type
+from gptjax.config.objective import POLICY_LOSSES, PREFERENCE_LOSSES
 from gptjax.files import atomic_directory, atomic_file, sync, write_atomic
 
 TEXTS = [name for name, hint in FIELDS.items() if hint is str]
@@ -518,6 +519,32 @@ def _values(hint):
 
 
 @st.composite
+def _objectives(draw, values, examples):
+  """Fields of objective.* and lora.* that belong to the kind of data, and what they require of others."""
+  fixed = {name: value for name, value in flatten(Config()).items() if name.startswith(('objective.', 'lora.'))}
+  fixed = {**fixed, 'objective.kind': values['objective.kind'], 'data.source.mismatched': False}
+  if examples == 'pairs':
+    loss = draw(st.sampled_from(['', *PREFERENCE_LOSSES]))
+    mine = {'objective.loss': loss, 'objective.beta': values['objective.beta'], 'objective.chosen_weight': values['objective.chosen_weight']}
+    if loss in ('', 'dpo', 'dpo_norm', 'robust'):
+      mine['objective.smoothing'] = values['objective.smoothing'] / 2
+    if loss == 'simpo':
+      mine['objective.margin'] = values['objective.margin']
+    fixed |= mine | {'data.source.mismatched': loss == 'kto', 'data.source.supervised': 'answers', 'data.long_examples': 'drop',
+                     'init_from': 'run'}
+  if examples == 'grpo':
+    group, tokens = draw(st.integers(2, 16)), draw(st.integers(1, 1000))
+    fixed |= {name: values[name] for name in ('objective.clip', 'objective.clip_high', 'objective.kl', 'objective.count_truncated')} | {
+      'objective.loss': draw(st.sampled_from(['', *POLICY_LOSSES])), 'objective.rewards': (Reward('exact', 0.5), Reward('format', 1.0, 'a+')),
+      'objective.group': group, 'objective.max_tokens': tokens, 'objective.rollout_steps': draw(st.integers(1, 9)), 'init_from': 'run',
+      'data.context': tokens + draw(st.integers(1, 100)), 'data.rows': 'document', 'batch_size': values['batch_size'] * group}
+  if draw(st.booleans()):
+    fixed |= {name: value for name, value in values.items() if name.startswith('lora.')} | {
+      'lora.targets': ('blocks/*',), 'init_from': 'run', 'init_partial': False, 'frozen': (), 'optimizer.name': 'adamw'}
+  return fixed
+
+
+@st.composite
 def configs(draw):
   """Any valid config: by type, and where fields depend on each other, as they do."""
   values = {name: draw(_values(hint)) for name, hint in FIELDS.items()}
@@ -530,15 +557,17 @@ def configs(draw):
       'mesh.data': draw(st.just(-1) | st.integers(1, 64)), 'zero_stage': draw(st.integers(0, 3)),
       'microbatches': microbatches, 'batch_size': microbatches * draw(st.integers(1, 64)),
   }
-  examples, some = draw(st.sampled_from(['', 'prompt', 'messages', 'label'])), st.text('a"é #', min_size=1)
-  values |= {f'data.source.{name}': draw(some) if examples == kind else '' for name, kind in (
-    ('prompt', 'prompt'), ('completion', 'prompt'), ('messages', 'messages'), ('label', 'label'))}
+  examples, some = draw(st.sampled_from(['', 'prompt', 'messages', 'label', 'pairs', 'grpo'])), st.text('a"é #', min_size=1)
+  values |= {f'data.source.{name}': draw(some) if examples in kinds else '' for name, kinds in (
+    ('prompt', ('prompt', 'pairs', 'grpo')), ('completion', ('prompt', 'grpo')), ('messages', ('messages',)), ('label', ('label',)),
+    ('chosen', ('pairs',)), ('rejected', ('pairs',)))}
   values |= {'data.source.labels': ('a"', 'é', 'b') if examples == 'label' else ()}
-  values |= {'data.source.text': 'text', 'data.source.chat': draw(st.sampled_from(['template', 'plain']))} if examples in (
-    'prompt', 'messages') else {'data.source.chat': '', 'data.source.supervised': 'answers'}
+  values |= {'data.source.text': 'text', 'data.source.chat': draw(st.sampled_from(['template', 'plain']))} if examples not in (
+    '', 'label') else {'data.source.chat': '', 'data.source.supervised': 'answers'}
   if examples:
     values |= {'data.rows': 'pack', 'data.isolate_documents': True, 'data.tokenizer.path': 'tokenizer',
-               'objective.kind': 'classification' if examples == 'label' else 'sft'}
+               'objective.kind': {'label': 'classification', 'pairs': 'preference', 'grpo': 'grpo'}.get(examples, 'sft')}
+  values |= draw(_objectives(values, examples))
   if draw(st.booleans()):
     stores = draw(st.lists(st.text(min_size=1), min_size=1, max_size=3, unique=True))
     weight = draw(st.sampled_from([0.0, 0.5, 2.0]))
@@ -555,7 +584,7 @@ def configs(draw):
     values['data.workers'] = 0
   if values['pipeline.schedule'] != 'Interleaved1F1B':
     values['pipeline.chunks'] = 1
-  experts = draw(st.integers(0, 64))
+  experts = 0 if examples in ('pairs', 'grpo') else draw(st.integers(0, 64))
   values |= {'model.experts': experts, 'model.expert_every': 1, 'model.experts_per_token': draw(st.integers(1, max(experts, 1)))}
   if not experts:
     values |= {name: value for name, value in flatten(Config()).items()

@@ -33,7 +33,7 @@ def metrics_of(store, folder, kind, sizes, *, stage=0, microbatches=1, model=MOD
   count = -(-layout.count // 8) * 8
   rows = EvalRows(store, 32, True, folder) if kind == 'pack' else TrainRows([layout], Mixture([layout.count], [1.0]), 32, 0, True)
   with jax.set_mesh(make_mesh(MeshConfig(**sizes))):
-    state, step = trainer(model, context=32, zero_stage=stage, microbatches=microbatches, compute=compute, pipeline=pipeline,
+    state, step = trainer(model, context=32, zero_stage=stage, microbatches=microbatches, compute=compute, pipeline=pipeline, drawn=False,
                           objective=classification())
     _, metrics = step(state, put(rows.batch(np.arange(count))))
   return [float(metrics[name]) for name in ('loss', 'accuracy', 'grad_norm', 'targets')]

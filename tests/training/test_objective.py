@@ -29,7 +29,7 @@ def test_the_loss_is_that_of_the_models_logits_over_unmasked_targets(z_loss, sty
     return batch_psum(found), jax.reshard(model(rows['tokens'], positions), jax.P(None, None, None))
 
   run = jax.jit(batch_shard_map(local, (zero.in_specs, BATCH_SPEC), (jax.P(), BATCH_SPEC)))
-  (total, count, metrics), logits = run(random_parameters(described), put(rows))
+  (total, count, metrics, _), logits = run(random_parameters(described), put(rows))
   logits = np.asarray(logits, np.float64)[..., :50]
   normalizer = np.log(np.exp(logits).sum(-1))
   losses = normalizer - np.take_along_axis(logits, rows['targets'][..., None], -1)[..., 0]
