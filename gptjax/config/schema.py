@@ -183,8 +183,8 @@ class DataConfig(Group, prefix='data.'):
   isolate_documents: bool = True
   """restart attention and positions at each document in a row"""
   long_examples: Literal['drop', 'cut'] = 'drop'
-  """examples longer than the context: drop them, or cut them to their first `context` tokens, if these have targets, and texts with a
-  class to their end"""
+  """examples longer than the context: drop them, or cut them to their first tokens, if these have targets, and texts to classify to \
+their last"""
   prefetch: Annotated[int, at_least(0), at_most(1000)] = 2
   """number of batches to prepare ahead; 0: none"""
   workers: Annotated[int, at_least(0), at_most(1000)] = 0
