@@ -140,3 +140,13 @@ def divisors(n: int) -> str:
   """Returns the divisors of n in ascending order, for an error."""
   small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
   return ', '.join(map(str, [*small, *(n // d for d in reversed(small) if d * d < n)]))
+
+
+def check_objective(kind: str, *, has_examples: bool, has_classes: bool) -> None:
+  """Raises a UserError for an objective of ours that trains on other data: documents, examples with answers, or texts with classes."""
+  expected, data = (('classification', 'texts with data.source.label') if has_classes else
+                    ('sft', 'examples') if has_examples else
+                    ('next_token', 'documents; sft is for examples, with data.source.prompt and completion or data.source.messages, and '
+                     'classification for texts with data.source.label'))
+  if kind in ('next_token', 'sft', 'classification') and kind != expected:
+    raise UserError('objective.kind', kind, f'{expected} for {data}')

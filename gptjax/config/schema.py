@@ -6,7 +6,8 @@ import re
 from typing import Annotated, Literal
 
 from gptjax.config.checks import (
-  Fraction, FractionBelow1, Group, Limit, NonNegative, NonNegativeFloat, Positive, UserError, at_least, at_most, divisors)
+  Fraction, FractionBelow1, Group, Limit, NonNegative, NonNegativeFloat, Positive, UserError, at_least, at_most, check_objective,
+  divisors)
 from gptjax.config.mesh import MeshConfig, PipelineConfig
 from gptjax.config.model import ComputeConfig, ModelConfig
 
@@ -285,16 +286,6 @@ class ObjectiveConfig(Group, prefix='objective.'):
   kind: str = 'next_token'
   """next_token: all tokens of documents; sft: the answers of examples (supervised fine-tuning); classification: the classes of texts; or
   another name in OBJECTIVES of gptjax/training/objective.py"""
-
-
-def check_objective(kind: str, *, has_examples: bool, has_classes: bool) -> None:
-  """Raises a UserError for an objective of ours that trains on other data: documents, examples with answers, or texts with classes."""
-  expected, data = (('classification', 'texts with data.source.label') if has_classes else
-                    ('sft', 'examples') if has_examples else
-                    ('next_token', 'documents; sft is for examples, with data.source.prompt and completion or data.source.messages, and '
-                     'classification for texts with data.source.label'))
-  if kind in ('next_token', 'sft', 'classification') and kind != expected:
-    raise UserError('objective.kind', kind, f'{expected} for {data}')
 
 
 @dataclasses.dataclass(frozen=True)
