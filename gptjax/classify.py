@@ -6,6 +6,7 @@
 
 import json
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -40,7 +41,7 @@ def main(_) -> None:
   held_out = data.open_held_out(workdir / 'data')
   texts = [('--text', unescaped(_TEXT.value))]
   if _TEXTS.value:
-    fields = {'text': trained.config.data.source.text} if data.is_json_lines(_TEXTS.value) else {'separator': '\\n'}
+    fields: dict[str, Any] = {'text': trained.config.data.source.text} if data.is_json_lines(_TEXTS.value) else {'separator': '\\n'}
     source = data.open_source(SourceConfig(_TEXTS.value, **fields), cache)
     texts = [(one.name, one.text.strip('\n')) for one in data.documents(source)]
   with jax.set_mesh(trained.mesh):

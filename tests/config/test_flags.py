@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax.config import (
-    Component, Config, Duration, ModelConfig, Phase, Reward, RopeConfig, UserError, ValidationSet, describe, differences, flatten, from_json, load,
-    override, read_config, run, to_json, unescaped)
+    Component, Config, Duration, ModelConfig, Phase, Reward, RopeConfig, UserError, ValidationSet, describe, differences, flatten,
+    from_json, load, override, read_config, run, to_json, unescaped)
 from gptjax.config.fields import FIELDS, item_type
 from gptjax.config.objective import POLICY_LOSSES, PREFERENCE_LOSSES
 from gptjax.files import atomic_directory, atomic_file, sync, write_atomic
@@ -525,7 +525,7 @@ def _objectives(draw, values, examples):
   fixed = {**fixed, 'objective.kind': values['objective.kind'], 'data.source.mismatched': False}
   if examples == 'pairs':
     loss = draw(st.sampled_from(['', *PREFERENCE_LOSSES]))
-    mine = {'objective.loss': loss, 'objective.beta': values['objective.beta'], 'objective.chosen_weight': values['objective.chosen_weight']}
+    mine = {'objective.loss': loss, **{name: values[name] for name in ('objective.beta', 'objective.chosen_weight')}}
     if loss in ('', 'dpo', 'dpo_norm', 'robust'):
       mine['objective.smoothing'] = values['objective.smoothing'] / 2
     if loss == 'simpo':
@@ -535,7 +535,8 @@ def _objectives(draw, values, examples):
   if examples == 'grpo':
     group, tokens = draw(st.integers(2, 16)), draw(st.integers(1, 1000))
     fixed |= {name: values[name] for name in ('objective.clip', 'objective.clip_high', 'objective.kl', 'objective.count_truncated')} | {
-      'objective.loss': draw(st.sampled_from(['', *POLICY_LOSSES])), 'objective.rewards': (Reward('exact', 0.5), Reward('format', 1.0, 'a+')),
+      'objective.loss': draw(st.sampled_from(['', *POLICY_LOSSES])),
+      'objective.rewards': (Reward('exact', 0.5), Reward('format', 1.0, 'a+')),
       'objective.group': group, 'objective.max_tokens': tokens, 'objective.rollout_steps': draw(st.integers(1, 9)), 'init_from': 'run',
       'data.context': tokens + draw(st.integers(1, 100)), 'data.rows': 'document', 'batch_size': values['batch_size'] * group}
   if draw(st.booleans()):
