@@ -26,6 +26,7 @@ from tests.acceptance import (  # noqa: F401  (they register their bars)
   interop,
   parallelism,
   processes,
+  reinforcement,
   restoring,
   sharding,
   training,
