@@ -116,7 +116,8 @@ def killed_posttraining(folder: Path) -> Result:
     told.append(f'{kind}: killed at steps {", ".join(map(str, moments))} of {len(runs)} runs, {len(figures(runs[-1]))} lines of metrics')
   return Result('a GRPO run, with rollouts of two steps, and a run with adapters, each killed (-9) at 10 random moments: metrics and train '
                 'state are bitwise those of an uninterrupted run',
-                '; '.join(told) + ('; equal' if not wrong else f'; {"; ".join(wrong[:5])}'), not wrong, 'kill -9 of python -m gptjax.train --config=RECIPE --workdir=DIR, and the same command again')
+                '; '.join(told) + ('; equal' if not wrong else f'; {"; ".join(wrong[:5])}'), not wrong,
+                'kill -9 of python -m gptjax.train --config=RECIPE --workdir=DIR, and the same command again')
 
 
 def _sums(folder: Path) -> None:
