@@ -1,6 +1,7 @@
 """Sums with reversed digits, half learned: the start of configs/addition_grpo.py, in a minute on 2 cores.
 
-Set the data, from examples/addition.py: --config.data.source.path=data/addition/train.jsonl.
+Set the data, from examples/addition.py: --config.data.source.path=data/addition/train.jsonl. Expected: half of the sums that it has not
+seen right after 180 to 260 steps, by seed, and 97 % after 700.
 """
 
 from gptjax.config import (

@@ -59,7 +59,9 @@ def dpo_own_answers(folder: Path) -> Result:
   _sums(folder)
   (workdir, step), flags = _half_learned(folder, 0)
   _own_pairs(workdir, step, folder)
-  test = f'--sets=test={folder}/test.jsonl'
+  source = json.dumps({'path': f'{folder}/test.jsonl', 'prompt': 'prompt', 'completion': 'completion'})
+  python('tools.prepare_data', f'--source={source}', f'--tokenizer={workdir}/data/tokenizer', f'--out={folder}/store')
+  test = f'--sets=test={folder}/store'  # runs on pairs read files of pairs
   exact = {'start': evaluate(workdir, f'--step={step}', test, *EXACT)}
   lines = {}
   for name, more in (('plain', []), ('with likelihood', ['--config.objective.chosen_weight=1'])):

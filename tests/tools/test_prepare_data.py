@@ -74,8 +74,8 @@ def test_evaluation_sets_are_sources_or_stores(home, tmp_path):
   (['--source={home}/empty.txt'], "data.source.path: '{home}/empty.txt', expected: files that are not empty"),
   (['--source={home}/qa.jsonl', '--text=question', '--decontaminate=a={home}/qa.jsonl'], "{home}/qa.jsonl:1: 'text', expected: a field"),
   (['--source={home}/qa.jsonl', '--text=question', '--decontaminate=a'], "--decontaminate: 'a', expected: NAME=SOURCE"),
-  (['--source={"path": "x", "txt": 1}'], '--source.txt: 1, expected: path, split, text, separator, prompt, completion, messages, chat, '
-   'supervised, skip; did you mean text?'),
+  (['--source={"path": "x", "txt": 1}'], '--source.txt: 1, expected: path, split, text, separator, prompt, completion, messages, chosen, '
+   'rejected, mismatched, chat, supervised, label, labels, skip; did you mean text?'),
   (['--source={home}/qa.jsonl', '--min_chars=-1'], '--min_chars: -1, expected: 0 or more characters'),
   (['--source={home}/qa.jsonl', '--source={home}/binary.txt'], "--source: '{home}/binary.txt', expected: one source"),
   (['--source={home}/qa.jsonl', '--out={home}/store'], "--out: '{home}/store', expected: another folder"),
