@@ -1,6 +1,7 @@
 """Every command of the guides does what they say, in their order."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -66,12 +67,17 @@ def test_commands_of_the_guide_to_clusters_run_as_written(tmp_path):
 @pytest.mark.full
 def test_commands_of_the_guide_to_finetuning_run_as_written(tmp_path, monkeypatch):
   monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path / 'tfds'))
-  train, *others = commands_of('docs/finetuning.md')
-  shorter = f'{train} --config.steps=60 --config.eval.every=0 --config.checkpoint.every=0'  # as written, it takes minutes
-  _, prepared, scored, answers = run([shorter, *others], tmp_path).values()
+  steps = {'sft_sums': 60, 'preferences': 20}  # as written, they take minutes
+  shorter = [f'{command} --config.steps={steps[recipe[1]]} --config.eval.every=0 --config.checkpoint.every=0'
+             if (recipe := re.search(r'--config=configs/(\w+).py', command)) else command for command in commands_of('docs/finetuning.md')]
+  _, prepared, scored, answers, _, gladly, merged, _, preferred = run(shorter, tmp_path).values()
   assert '⟦' in prepared and '500 documents' in prepared
   score = json.loads(scored.splitlines()[-1])
   assert {*score['sets']} == {'test'} and score['tokens'] == pytest.approx(29 * 1000, rel=0.1) and score['loss'] < 1.5
+  assert 'Gladly. ' in gladly and 'Gladly' not in answers and 'merged step 60' in merged
+  first, *_, last = map(json.loads, (tmp_path / 'runs/sums_preferred/metrics.jsonl').read_text().splitlines())
+  assert first['loss'] == pytest.approx(math.log(2), abs=1e-5)
+  assert json.loads(preferred.splitlines()[-1])['accuracy'] == pytest.approx(last['eval/valid/accuracy'])
   assert len(answers.splitlines()) >= 2
 
 

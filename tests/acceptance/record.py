@@ -16,7 +16,8 @@ from gptjax.config import UserError
 from tools.bench.machine import machine
 
 _DATA = flags.DEFINE_string(
-  'data', '', 'folder with tinyshakespeare/input.txt, books/{train,valid}/*.txt, gsm8k/train.jsonl, gpt2_bpe/, lambada/ and piqa/')
+  'data', '', 'folder with tinyshakespeare/input.txt, books/{train,valid}/*.txt, gsm8k/train.jsonl, '
+  'instructions/instruction-data-with-preference.json, gpt2_bpe/, lambada/ and piqa/')
 _OUT = Path('docs/bars.md')
 
 CLOCK = {'tokens_per_second', 'mfu', 'data_wait'}
