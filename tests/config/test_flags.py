@@ -517,6 +517,35 @@ def _values(hint):
   }[hint]
 
 
+_EXAMPLES = {'prompt': ('prompt', 'completion'), 'messages': ('messages',), 'label': ('label',), 'pairs': ('prompt', 'chosen', 'rejected')}
+
+
+def _trained_for(draw, values):
+  """Fields of examples, of the objective and of adapters that agree."""
+  examples, some = draw(st.sampled_from(['', *_EXAMPLES])), st.text('a"é #', min_size=1)
+  kind = {'label': 'classification', 'pairs': 'preference'}.get(examples, 'sft' if examples else values['objective.kind'])
+  loss, defaults = draw(st.sampled_from(['', 'ipo', 'kto', 'simpo'])) if examples == 'pairs' else '', flatten(Config())
+  default = lambda *starts: {name: value for name, value in defaults.items() if name.startswith(starts)}
+  found = {f'data.source.{name}': draw(some) if name in _EXAMPLES.get(examples, ()) else ''
+           for name in ('prompt', 'completion', 'messages', 'label', 'chosen', 'rejected')}
+  found |= {'data.source.labels': ('a"', 'é', 'b') if examples == 'label' else (), 'data.source.mismatched': loss == 'kto',
+            'objective.loss': loss, 'objective.smoothing': 0.0 if loss else values['objective.smoothing'] / 3}
+  found |= {'data.source.text': 'text', 'data.source.chat': draw(st.sampled_from(['template', 'plain']))} if examples not in (
+    '', 'label') else {'data.source.chat': '', 'data.source.supervised': 'answers'}
+  if examples:
+    found |= {'data.rows': 'pack', 'data.isolate_documents': True, 'data.tokenizer.path': 'tokenizer'}
+  if examples == 'pairs':
+    found |= {'data.source.supervised': 'answers', 'data.long_examples': 'drop', 'init_from': 'runs/a',
+              **default('model.router.balance_loss', 'model.router.z_loss')}
+  else:
+    found |= default('objective.')
+  found |= default('objective.margin') if loss != 'simpo' else {}
+  rank = draw(st.integers(0, 64))
+  found |= {'lora.rank': rank, 'lora.targets': ('blocks/*',), 'init_from': 'runs/a', 'init_partial': False, 'frozen': (),
+            'optimizer.name': 'adamw'} if rank else default('lora.')
+  return found | {'objective.kind': kind}
+
+
 @st.composite
 def configs(draw):
   """Any valid config: by type, and where fields depend on each other, as they do."""
@@ -530,15 +559,7 @@ def configs(draw):
       'mesh.data': draw(st.just(-1) | st.integers(1, 64)), 'zero_stage': draw(st.integers(0, 3)),
       'microbatches': microbatches, 'batch_size': microbatches * draw(st.integers(1, 64)),
   }
-  examples, some = draw(st.sampled_from(['', 'prompt', 'messages', 'label'])), st.text('a"é #', min_size=1)
-  values |= {f'data.source.{name}': draw(some) if examples == kind else '' for name, kind in (
-    ('prompt', 'prompt'), ('completion', 'prompt'), ('messages', 'messages'), ('label', 'label'))}
-  values |= {'data.source.labels': ('a"', 'é', 'b') if examples == 'label' else ()}
-  values |= {'data.source.text': 'text', 'data.source.chat': draw(st.sampled_from(['template', 'plain']))} if examples in (
-    'prompt', 'messages') else {'data.source.chat': '', 'data.source.supervised': 'answers'}
-  if examples:
-    values |= {'data.rows': 'pack', 'data.isolate_documents': True, 'data.tokenizer.path': 'tokenizer',
-               'objective.kind': 'classification' if examples == 'label' else 'sft'}
+  values |= _trained_for(draw, values)
   if draw(st.booleans()):
     stores = draw(st.lists(st.text(min_size=1), min_size=1, max_size=3, unique=True))
     weight = draw(st.sampled_from([0.0, 0.5, 2.0]))
