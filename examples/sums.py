@@ -12,11 +12,15 @@ import tensorflow_datasets as tfds
 QUESTIONS = ('What is {a} + {b}?', 'Add {a} and {b}.', 'I have {a} and get {b} more. How many are these?', 'Please tell me {a} plus {b}')
 
 
-def worked(a: int, b: int) -> str:
-  """The answer with its working, digit by digit from the right: a small model learns that much sooner than the result alone."""
+def worked(a: int, b: int, *, right: bool = True) -> str:
+  """The answer with its working, digit by digit from the right: a small model learns that much sooner than the result alone.
+
+  A wrong one forgets to carry the one, or carries one that is not there.
+  """
   ones = a % 10 + b % 10
-  tens = [f'{a // 10} + {b // 10}', ' + 1' * (ones > 9), f' = {a // 10 + b // 10 + ones // 10}']
-  return f'{a % 10} + {b % 10} = {ones}, {"".join(tens)}: {a + b}.'
+  carry = (ones > 9) == right
+  tens = a // 10 + b // 10 + carry
+  return f'{a % 10} + {b % 10} = {ones}, {a // 10} + {b // 10}{" + 1" * carry} = {tens}: {10 * tens + ones % 10}.'
 
 
 class Sums(tfds.core.GeneratorBasedBuilder):

@@ -14,7 +14,8 @@ def commands_of(page, language='sh'):
   return [line for block in blocks for line in block.splitlines()]
 
 
-WRITES = {'gptjax.train': 'workdir', 'tools.import_hf': 'workdir', 'tools.export_hf': 'folder'}
+WRITES = {'gptjax.train': 'workdir', 'tools.import_hf': 'workdir', 'tools.export_hf': 'folder', 'tools.export_peft': 'folder',
+          'tools.import_peft': 'workdir'}
 """The flag that names what a module writes; OUTPUTS do so for all."""
 OUTPUTS = ('out', 'plot', 'samples', 'picture', 'json')
 

@@ -1,6 +1,7 @@
 """Every command of the guides does what they say, in their order."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -72,17 +73,28 @@ def test_commands_of_the_guide_to_finetuning_run_as_written(tmp_path, monkeypatc
   (tmp_path / 'data/books').mkdir(parents=True)
   for name in ('a', 'b'):
     (tmp_path / f'data/books/{name}.txt').write_text(''.join(path.read_text() for path in (ROOT / 'docs').glob('*.md')))
-  steps = {'sft_sums': 60, 'spam': 30, 'base_small': 2, 'spam_from_base': 2}  # as written, they take minutes
-  shorter = [f'{command} --config.steps={steps[recipe[1]]} --config.eval.every=0 --config.checkpoint.every=0'
-             if (recipe := re.search(r'--config=configs/(\w+).py', command)) else command for command in commands_of('docs/finetuning.md')]
-  _, prepared, scored, answers, made, _, spam, one, _, _, tuned = run(shorter, tmp_path).values()
+  # As written, they take minutes.
+  steps = {'sft_sums': 60, 'spam': 30, 'base_small': 2, 'spam_from_base': 2, 'preferences': 20, 'addition_grpo': 2}
+  recipe = lambda command: (re.findall(r'--config=configs/(\w+).py', command) or [''])[0]
+  shorter = [f'{command} --config.steps={steps[recipe(command)]} --config.eval.every=0 --config.checkpoint.every=0'
+             if recipe(command) in steps else command for command in commands_of('docs/finetuning.md')]
+  (_, prepared, scored, answers, made, _, spam, one, _, _, tuned, _, gladly, merged, _, preferred, sums, _, half, _,
+   rewarded) = run(shorter, tmp_path).values()
   assert '⟦' in prepared and '500 documents' in prepared
   score = json.loads(scored.splitlines()[-1])
   assert {*score['sets']} == {'test'} and score['tokens'] == pytest.approx(29 * 1000, rel=0.1) and score['loss'] < 1.5
+  assert 'Gladly. ' in gladly and 'Gladly' not in answers and 'merged step 60' in merged
+  first, *_, last = map(json.loads, (tmp_path / 'runs/sums_preferred/metrics.jsonl').read_text().splitlines())
+  assert first['loss'] == pytest.approx(math.log(2), abs=1e-5)
+  assert json.loads(preferred.splitlines()[-1])['accuracy'] == pytest.approx(last['eval/valid/accuracy'])
   assert len(answers.splitlines()) >= 2
   assert made == 'data/spam/train.jsonl: 96 messages\ndata/spam/test.jsonl: 24 messages\n' and {*one.split()[::2]} == {'ham', 'spam'}
   figures = [json.loads(text.splitlines()[-1])['sets']['test'] for text in (spam, tuned)]
   assert [found['texts'] for found in figures] == [24, 24] and figures[0]['accuracy'] > 0.8
+  assert sums.splitlines()[0] == 'valid.jsonl: 2,500 sums'
+  figures = [json.loads(line) for line in half.splitlines() if line.startswith('{')]
+  assert [one['step'] for one in figures] == [140, 160, 180, 200] and figures[0]['pass@1'] < figures[-1]['pass@1'] < figures[-1]['pass@8']
+  assert json.loads(rewarded.splitlines()[-1])['examples'] == 2500
 
 
 @pytest.mark.full

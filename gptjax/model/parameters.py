@@ -148,6 +148,10 @@ class AbstractModel:
     """Names of the parameters that a run with adapters trains: theirs, and the head of classes."""
     return self.adapters | (self.shapes.keys() & {CLASSIFIER})
 
+  def frozen(self, patterns: Sequence[str]) -> frozenset[str]:
+    """Names of the parameters that match the patterns of Config.frozen, or of a model with adapters all that a run with them keeps."""
+    return frozenset(self.shapes) - self.trained_with_adapters if self.lora.rank else self.matching('frozen', patterns)
+
   @property
   def base(self) -> 'AbstractModel':
     """The same model without adapters."""

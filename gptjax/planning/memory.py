@@ -10,7 +10,8 @@ from jax.sharding import use_abstract_mesh
 
 from gptjax import config as configs
 from gptjax.config import (
-  BATCH_AXES, LAYERS_AXIS, STATE_AXIS, TENSOR_AXIS, TOKENS_AXIS, ComputeConfig, Config, ModelConfig, OptimizerConfig)
+  BATCH_AXES, LAYERS_AXIS, STATE_AXIS, TENSOR_AXIS, TOKENS_AXIS, ComputeConfig, Config, LoraConfig, ModelConfig,
+  OptimizerConfig)
 from gptjax.model import Slots, abstract_model, slots_of
 from gptjax.model.head import CHUNK_BYTES, CHUNK_ROWS
 from gptjax.planning.program import for_platform
@@ -60,7 +61,8 @@ def analytic_memory(config: Config, sizes: dict[str, int]) -> Memory:
     config = dataclasses.replace(config, compute=for_platform(shared, 'tpu').compute)
   stage, context, item = config.zero_stage, config.data.context, COMPUTE[config.compute.dtype][1]
   compute = ComputeConfig(scan=config.compute.scan, dtype=config.compute.dtype)  # other settings do not change the state
-  state = _state_bytes(config.model, compute, context, slots_of(config), config.optimizer, config.frozen, stage, tuple(sizes.items()))
+  state = _state_bytes(config.model, compute, context, slots_of(config), config.optimizer, config.frozen, config.lora, stage,
+                       tuple(sizes.items()))
   gathered = float(state.get('gathered', 0))
   if stage == 3 and sizes[STATE_AXIS] > 1:
     layers, experts, rest, _ = elements(config, sizes)
@@ -86,12 +88,12 @@ def kept_parts(config: Config, sizes: dict[str, int]) -> float:
 
 @functools.cache
 def _state_bytes(model: ModelConfig, compute: ComputeConfig, context: int, slots: Slots, optimizer: OptimizerConfig,
-                 frozen: tuple[str, ...], stage: int, sizes: tuple[tuple[str, int], ...]) -> dict[str, int]:
+                 frozen: tuple[str, ...], lora: LoraConfig, stage: int, sizes: tuple[tuple[str, int], ...]) -> dict[str, int]:
   mesh = abstract_mesh(dict(sizes))
   with jax.set_mesh(None), use_abstract_mesh(mesh):
-    described = abstract_model(model, compute, context, slots)
+    described = abstract_model(model, compute, context, slots, lora)
     transformation = make_optimizer(optimizer)
-    return state_bytes(described, transformation, stage, mesh, described.matching('frozen', frozen))
+    return state_bytes(described, transformation, stage, mesh, described.frozen(frozen))
 
 
 @functools.cache

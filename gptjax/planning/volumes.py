@@ -11,8 +11,8 @@ import math
 from typing import NamedTuple
 
 from gptjax.config import (
-  BATCH_AXES, EXPERTS_AXIS, LAYERS_AXIS, LOCAL_AXES, STATE_AXIS, TENSOR_AXIS, TOKENS_AXIS, ComputeConfig, Config, ModelConfig,
-  PipelineConfig)
+  BATCH_AXES, EXPERTS_AXIS, LAYERS_AXIS, LOCAL_AXES, STATE_AXIS, TENSOR_AXIS, TOKENS_AXIS, ComputeConfig, Config, LoraConfig,
+  ModelConfig, PipelineConfig)
 from gptjax.model import Slots, abstract_model, exchanges, repeated_products, slots_of
 from gptjax.planning.collectives import Collective, totals
 from gptjax.sharding import Schedule, abstract_mesh, make_schedule
@@ -36,18 +36,18 @@ class Elements(NamedTuple):
 
 def elements(config: Config, sizes: dict[str, int], trained: bool = False) -> Elements:
   """Counts the parameters of one device, or those that are trained."""
-  frozen = config.frozen if trained else ()
-  return _elements(config.model, config.compute.scan, config.data.context, slots_of(config), frozen, tuple(sizes.items()))
+  frozen, lora = (config.frozen, config.lora) if trained else ((), LoraConfig())
+  return _elements(config.model, config.compute.scan, config.data.context, slots_of(config), frozen, lora, tuple(sizes.items()))
 
 
 @functools.cache
-def _elements(model: ModelConfig, scan: bool, context: int, slots: Slots, frozen: tuple[str, ...],
+def _elements(model: ModelConfig, scan: bool, context: int, slots: Slots, frozen: tuple[str, ...], lora: LoraConfig,
               axes: tuple[tuple[str, int], ...]) -> Elements:
   mesh = abstract_mesh(dict(axes))
-  described = abstract_model(model, ComputeConfig(scan=scan), context, slots)
+  described = abstract_model(model, ComputeConfig(scan=scan), context, slots, lora)
   unsharded, stored = described.shardings(0, mesh), described.shardings(3, mesh)
   counts = [0, 0, 0, 0]
-  for name in described.shapes.keys() - described.matching('frozen', frozen):
+  for name in described.shapes.keys() - described.frozen(frozen):
     shape = described.shapes[name]
     block = 'experts' if 'experts' in described.axes[name] else 'layers' if name.startswith('blocks/') else 'rest'
     small = unsharded[name] == stored[name] and mesh.shape[STATE_AXIS] > 1

@@ -61,9 +61,7 @@ def initializer(model: AbstractModel, optimizer: optax.GradientTransformation, z
 def frozen_names(model: AbstractModel, config: Config) -> frozenset[str]:
   """Names of the parameters that match config.frozen, or with adapters all others; raises a UserError if a pattern matches none, or the
   patterns match all."""
-  if config.lora.rank:
-    return frozenset(model.shapes) - model.trained_with_adapters
-  names = model.matching('frozen', config.frozen)
+  names = model.frozen(config.frozen)
   if len(names) == len(model.shapes):
     raise UserError('frozen', list(config.frozen), 'patterns that leave parameters to train')
   return names

@@ -23,6 +23,7 @@ from tests.acceptance import (  # noqa: F401  (they register their bars)
   fuzz,
   generation,
   held_out,
+  instructions,
   interop,
   parallelism,
   processes,

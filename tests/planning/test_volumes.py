@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from gptjax.config import MeshConfig
+from gptjax.config import LoraConfig, MeshConfig
 from gptjax.model import parameter_count
 from gptjax.planning import analytic_memory, theoretical
 from gptjax.planning.collectives import totals
@@ -57,6 +57,14 @@ def test_frozen_parameters_have_neither_gradients_nor_optimizer_state(large):
   data = (('data',), 'reduce-scatter', 'f32')
   assert some[data] == pytest.approx(share * every[data], rel=0.01)
   assert {kind for kind in every if every[kind] != some[kind]} == {data}
+
+
+def test_adapters_alone_have_gradients_and_optimizer_state(large):
+  adapted = dataclasses.replace(large, lora=LoraConfig(rank=16, targets=('blocks/*/mlp/up/kernel',)), init_from='runs/base')
+  every, some = (analytic_memory(config, SIZES) for config in (large, adapted))
+  each = 40 * 16 * (5120 + 13824 / 4) / 16  # model does not split A
+  assert some.optimizer == pytest.approx(8 * each, rel=0.01) and some.gradients == pytest.approx(4 * each, rel=0.01)
+  assert some.parameters == pytest.approx(every.parameters + 4 * each, rel=1e-3)
 
 
 @pytest.mark.parametrize('remat, norm_at, sums', [
