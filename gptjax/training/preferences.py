@@ -88,6 +88,8 @@ LOSSES: dict[str, Callable[[Pairs, ObjectiveConfig], Float[Array, 'B P']]] = {
   'dpo': _dpo, 'robust': _robust, 'hinge': _hinge, 'ipo': _ipo, 'dpo_norm': _dpo, 'apo_zero': _apo_zero, 'apo_down': _apo_down,
   'kto': _kto, 'simpo': _simpo, 'orpo': _orpo}
 """By their name in objective.loss."""
+EQUAL = 1e-4
+"""Rewards count as equal if the differences r that they come from, in nats, are: rounding makes smaller ones."""
 MEANS = ('ipo', 'dpo_norm', 'simpo', 'orpo')
 """Losses with r of means over tokens; dpo_norm is DPO with these (arXiv:2411.15124, section 5.1.2)."""
 
@@ -121,7 +123,8 @@ def preference(config: ObjectiveConfig) -> ObjectiveFunction:
     kl = sums(jnp.square(policy - reference) / 2)[..., :2].sum(-1)
     gap = pairs.chosen - pairs.rejected
     metrics = {'loss': losses, 'reward_chosen': pairs.chosen, 'reward_rejected': pairs.rejected, 'margin': gap,
-               'accuracy': (jnp.sign(gap) + 1) / 2, 'length_chosen': lengths[..., 0], 'length_rejected': lengths[..., 1]}
+               'accuracy': (jnp.sign(jnp.where(jnp.abs(gap) < config.beta * EQUAL, 0, gap)) + 1) / 2,
+               'length_chosen': lengths[..., 0], 'length_rejected': lengths[..., 1]}
     metrics |= ({'kl': kl} if has_reference else {}) | ({'divergence': jnp.broadcast_to(divergence, kl.shape)} if parts == 3 else {})
     total = lambda values: jnp.sum(jnp.where(counted, values, 0))
     shared = {name: jax.lax.stop_gradient(total(values)) / context_size() for name, values in metrics.items()}

@@ -123,7 +123,7 @@ def test_the_gradient_at_the_start_is_that_of_the_difference_of_likelihoods(stor
     direction = {name: rng.standard_normal(value.shape, np.float32) for name, value in start.trained.items()}
     ahead, behind = ({name: float(value) for name, value in at(
       {name: value + sign * 2e-4 * direction[name] for name, value in start.trained.items()})[1].items()} for sign in (1, -1))
-  assert metrics['loss'] == pytest.approx(np.log(2), abs=1e-6) and abs(metrics['margin']) < 1e-6
+  assert metrics['loss'] == pytest.approx(np.log(2), abs=1e-6) and abs(metrics['margin']) < 1e-6 and metrics['accuracy'] == 0.5
   slope = sum(float((gradient[name] * direction[name]).sum()) for name in gradient)
   assert slope == pytest.approx((ahead['loss'] - behind['loss']) / 4e-4, rel=0.01) and abs(slope) > 0.01
   assert slope == pytest.approx(-(ahead['margin'] - behind['margin']) / 2 / 4e-4, rel=0.01)
