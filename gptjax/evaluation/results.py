@@ -80,8 +80,8 @@ def _short(value: float) -> str:
 
 
 def draw(records: Sequence[Record], path: Path) -> bool:
-  """Writes a PNG with bits per byte and loss of each set, and metrics of tasks, over steps; metrics between 0 and 1, such as accuracies,
-  have their own panel. Returns False, without a file, if there is no finite number to plot."""
+  """Writes a PNG with bits per byte and loss of each set, or the figures of classes, pairs and prompts, and metrics of tasks, over steps;
+  metrics between 0 and 1, such as accuracies, have their own panel. Returns False, without a file, if there is no finite number to plot."""
   from matplotlib import rc_context
   from matplotlib.figure import Figure
   from matplotlib.ticker import LogFormatter
@@ -91,8 +91,14 @@ def draw(records: Sequence[Record], path: Path) -> bool:
   of_sets = lambda field: _curves(records, lambda one: {name: (score[field], None) for name, score in documents(one).items()
                                                         if field in score})
   of_tasks = lambda ours: _curves(records, lambda one: {' '.join(key): value for key, value in metrics(one).items() if key in ours})
-  panels = [('held-out text', 'bits per byte', of_sets('bits_per_byte')), (
-              'held-out text', 'per pair or prompt' if any('examples' in one for one in records) else 'nats per token', of_sets('loss')),
+  passed = _curves(records, lambda one: {f'{name} {figure}': (score[figure], None) for name, score in documents(one).items()
+                                         for figure in score if figure.startswith('pass@') or figure == 'greedy'})
+  rewarded = any('reward' in one for one in records)  # their loss is minus the reward
+  per_pair = any('margin' in one for one in records)
+  panels = [('held-out text', 'bits per byte', of_sets('bits_per_byte')),
+            ('held-out pairs' if per_pair else 'held-out text', 'nats per pair' if per_pair else 'nats per token',
+             {} if rewarded else of_sets('loss')),
+            ('held-out prompts', 'reward', of_sets('reward')), ('held-out prompts', 'fraction that passes', passed),
             ('held-out classes or pairs', 'accuracy', of_sets('accuracy')), ('classes of held-out texts', 'macro F1', of_sets('macro_f1')),
             ('held-out pairs', 'margin', of_sets('margin')),
             ('tasks', 'fraction (bars: standard error)', of_tasks(fractions)), ('tasks', 'value', of_tasks(keys - fractions))]
