@@ -14,7 +14,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -26,7 +26,29 @@ from gptjax.config import INT32_MAX, Config, UserError, describe, differences, f
 from gptjax.files import expanded, writable
 
 Row = Mapping[str, Any]
-_SCORES = ('loss', 'perplexity', 'bits_per_byte', 'tokens', 'step')
+
+
+class _Kind(NamedTuple):
+  """What is scored, and the figures that the page shows."""
+
+  measure: tuple[str, str]
+  """the field by which a model is compared, and its name"""
+  fields: tuple[str, ...]
+  names: tuple[str, ...]
+  loss: str = 'nats per token'
+  """unit"""
+
+
+_KINDS = {
+  'documents': _Kind(('bits_per_byte', 'bits per byte'), ('loss', 'perplexity', 'bits_per_byte', 'tokens'),
+                     ('nats per token', 'perplexity', 'bits per byte', 'tokens scored')),
+  'texts': _Kind(('accuracy', 'accuracy'), ('loss', 'accuracy', 'macro_f1', 'texts'),
+                 ('nats per text', 'accuracy', 'macro F1', 'texts scored'), 'nats per text'),
+  'margin': _Kind(('accuracy', 'pair accuracy'), ('loss', 'accuracy', 'margin', 'examples'),
+                  ('nats per pair', 'pair accuracy', 'margin', 'pairs scored'), 'nats per pair'),
+  'reward': _Kind(('reward', 'reward'), ('reward', 'pass@1', 'greedy', 'examples'), ('reward', 'pass@1', 'greedy', 'prompts scored'),
+                  'of the policy')}
+"""By a field that only results of this kind have; of documents none."""
 
 # matplotlib has no CSS variables: each of these colours is a placeholder that is replaced by a variable in the SVG.
 _COLORS = {name: f'#0a0b{n:02x}' for n, name in enumerate(
@@ -114,19 +136,21 @@ def _evaluation(path: pathlib.Path) -> dict[str, Any]:
   [found] = _objects(path) if path.is_file() else [{}]
   if not {*found} - {'step', 'tasks'}:
     return {}
-  _check_numbers(found, _SCORES, f'{path}:1')
+  fields = _kind(found).fields
+  _check_numbers(found, (*fields, 'step'), f'{path}:1')
   found['baselines'] = found.get('baselines') or {}
   _check_numbers(found['baselines'], found['baselines'], f'{path}: baselines')
   for group in ('sets', 'tags'):
     _check_numbers(found.setdefault(group, {}), (), f'{path}: {group}')
     for name, score in found[group].items():
-      _check_numbers(score, _SCORES[:4], f'{path}: {group}: {name}')
+      _check_numbers(score, fields, f'{path}: {group}: {name}')
   return found
 
 
-def _measure(evaluation: Row) -> tuple[str, str]:
-  """The field by which a model is compared with baselines, and its name: accuracy if it classifies texts."""
-  return ('accuracy', 'accuracy') if 'accuracy' in evaluation else ('bits_per_byte', 'bits per byte')
+def _kind(evaluation: Row, objective: str = '') -> _Kind:
+  """The kind of results, or if there are none that of an objective."""
+  expected = {'classification': 'texts', 'preference': 'margin', 'grpo': 'reward'}.get(objective, 'documents')
+  return _KINDS[next((name for name in _KINDS if name in evaluation), 'documents' if evaluation else expected)]
 
 
 def series(rows: Iterable[Row], name: str) -> tuple[Float[np.ndarray, ' N'], Float[np.ndarray, ' N']]:
@@ -194,7 +218,7 @@ def _figure(name: str, note: str, unit: str, draw: Callable[[axes.Axes], None],
   return re.sub('<g id="[^"]*"', '<g', text)
 
 
-def _pictures(config: Config, rows: Sequence[Row], baselines: Mapping[str, float], measure: tuple[str, str]) -> str:
+def _pictures(config: Config, rows: Sequence[Row], baselines: Mapping[str, float], kind: _Kind) -> str:
   def scores(ax: axes.Axes, metric: str) -> None:
     names = sorted({found[1] for row in rows for key in row if (found := re.fullmatch(f'eval/(?!tag/)(.+)/{metric}', key))})
     for n, name in enumerate(names):
@@ -204,7 +228,8 @@ def _pictures(config: Config, rows: Sequence[Row], baselines: Mapping[str, float
   def losses(ax: axes.Axes) -> None:
     steps, values = series(rows, 'loss')
     _curve(ax, steps, values, label='training')
-    scores(ax, 'loss')
+    if kind is not _KINDS['reward']:  # whose validation loss is another figure
+      scores(ax, 'loss')
     xy = np.concatenate([np.empty((0, 2)), *(line.get_xydata() for line in ax.get_lines())])
     late = xy[np.isfinite(xy[:, 1]) & (xy[:, 0] > 0.02 * steps.max(initial=0)), 1]
     if len(late) >= 100 and np.ptp(late):  # the initial decrease would use most of the height
@@ -214,7 +239,9 @@ def _pictures(config: Config, rows: Sequence[Row], baselines: Mapping[str, float
       ax.axvline(first, color=_COLORS['bad'], linestyle=':', label='not finite from here')
 
   def measured(ax: axes.Axes) -> None:
-    scores(ax, measure[0])
+    if kind is _KINDS['reward']:
+      _curve(ax, *series(rows, 'reward'), label='training')
+    scores(ax, kind.measure[0])
     for value, name in sorted((value, name) for name, value in baselines.items() if math.isfinite(value)):
       ax.axhline(value, color=_COLORS['muted'], linestyle='--', linewidth=0.8)
       ax.text(1, value, f'{name}\n', transform=ax.get_yaxis_transform(), ha='right', va='center', in_layout=False)
@@ -224,9 +251,9 @@ def _pictures(config: Config, rows: Sequence[Row], baselines: Mapping[str, float
 
   schedule, clip = config.optimizer.schedule, config.optimizer.clip
   clipped = f'before clipping to {clip:g}' if clip else 'never clipped'
-  loss = 'Loss', '', 'nats per token', losses
+  loss = 'Loss', '', kind.loss, losses
   return (_figure(*loss, (7.4, 3.3), kind='wide') + _figure(*loss, (3.7, 2.9), kind='narrow') + '<div class="grid">'
-          + _figure('Validation', 'while training', measure[1], measured)
+          + _figure('Validation', 'while training', kind.measure[1], measured)
           + _figure('Learning rate', schedule, 'rate', metric('learning_rate', smoothed=False), zero=True)
           + _figure('Gradient norm', clipped, 'global L2 norm', metric('grad_norm'))
           + _figure('Speed', 'all devices', 'tokens per second', metric('tokens_per_second'), zero=True) + '</div>')
@@ -254,7 +281,7 @@ def _against(ours: float, baseline: float) -> str:
 
 def verdict(evaluation: Row, baselines: Mapping[str, float], rows: Iterable[Row]) -> str:
   """Returns a one-sentence summary: the score, its comparison with the baselines, and any reason for doubt."""
-  field, unit = _measure(evaluation)
+  field, unit = _kind(evaluation).measure
   score, step = evaluation.get(field, math.nan), evaluation.get('step', math.inf)
   text = f'Validation {score:.2f} {unit}' if math.isfinite(score) else 'The validation loss is not finite'
   compared = [f'{words} {name}' for name, value in baselines.items() if (words := _against(score, value))]
@@ -274,11 +301,8 @@ def verdict(evaluation: Row, baselines: Mapping[str, float], rows: Iterable[Row]
 
 def _scores(evaluation: Row, baselines: Mapping[str, float], rows: Sequence[Row]) -> str:
   """Returns the final scores, and a bar chart of bits per byte, or of accuracy, and its baselines."""
-  field, unit = _measure(evaluation)
+  (field, unit), shown, names, _ = _kind(evaluation)
   score = evaluation.get(field, math.nan)
-  shown = ('loss', 'accuracy', 'macro_f1', 'texts') if field == 'accuracy' else _SCORES[:4]
-  names = ('nats per text', 'accuracy', 'macro F1', 'texts scored') if field == 'accuracy' else (
-    'nats per token', 'perplexity', 'bits per byte', 'tokens scored')
   found = {name: evaluation[metric] for name, metric in zip(names, shown) if evaluation}
   for name, metric, form in (('median tokens/s', 'tokens_per_second', '{:,.0f}'), ('median MFU', 'mfu', '{:.1%}')):
     values = series(rows, metric)[1]
@@ -318,7 +342,7 @@ def page(workdir: pathlib.Path) -> str:
   texts = [[html.escape(_shown(sample.get(name, ''))) for name in ('step', 'prompt', 'text')] for sample in samples]
   return _PAGE.format(
       title=html.escape(workdir.resolve().name), css=_CSS, verdict=html.escape(verdict(evaluation, baselines, rows)),
-      scores=_scores(evaluation, baselines, rows), pictures=_pictures(config, rows, baselines, _measure(evaluation)),
+      scores=_scores(evaluation, baselines, rows), pictures=_pictures(config, rows, baselines, _kind(evaluation, config.objective.kind)),
       samples=''.join(f'step {step}<pre><b>{prompt}</b>{text}</pre>' for step, prompt, text in texts[:-6:-1]) or 'none',
       run=_table((name.replace('_', ' '), value) for name, value in header.items()),
       changed=_table([(name, *values[::-1]) for name, values in changed.items()], 'field', 'this run', 'default'),

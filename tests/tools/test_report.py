@@ -117,6 +117,24 @@ def test_sets_and_tags_have_rows_of_their_own(workdir: pathlib.Path):
   assert 'tag/old' not in found.text  # one line a set is enough for a picture
 
 
+@pytest.mark.parametrize('score, words', [
+    ({'loss': 0.61, 'accuracy': 0.86, 'margin': 0.4, 'kl': 2.0, 'examples': 110, 'tokens': 5000},
+     ('0.86 pair accuracy', 'nats per pair', '>110<')),
+    ({'loss': -0.5, 'reward': 0.5, 'pass@1': 0.25, 'pass@8': 0.75, 'greedy': 0.625, 'examples': 40, 'tokens': 90},
+     ('0.50 reward', 'pass@1', '>0.625<', 'prompts scored')),
+    ({'loss': 0.3, 'perplexity': 1.3, 'bits_per_byte': 0.1, 'tokens': 9, 'accuracy': 0.9, 'macro_f1': 0.8, 'texts': 9},
+     ('0.90 accuracy', 'macro F1', 'nats per text'))])
+def test_pairs_prompts_and_texts_have_figures_of_their_own(workdir: pathlib.Path, score: dict, words: tuple[str, ...]):
+  (workdir / 'evaluation.json').write_text(json.dumps(score | {'step': 200, 'sets': {'valid': score}}))
+  write_lines(workdir / 'metrics.jsonl', [training_line(step) | {'reward': 0.1 * step} for step in range(1, 5)])
+  text = page(workdir)
+  assert all(word in text for word in words) and 'nan' not in text
+  with pytest.raises(UserError, match='evaluation.json:1: '):
+    (workdir / 'evaluation.json').write_text(json.dumps({name: value for name, value in score.items() if name != 'loss'}
+                                                        | {'step': 200, [*score][1]: 'x'}))
+    page(workdir)
+
+
 def test_page_loads_nothing_and_follows_from_its_files_alone(workdir: pathlib.Path):
   text = page(workdir)
   assert_self_contained(text, Page(text))
