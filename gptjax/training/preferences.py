@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from gptjax.config import BATCH_AXES, TOKENS_AXIS, ObjectiveConfig
 from gptjax.model import Head
@@ -134,7 +134,7 @@ def preference(config: ObjectiveConfig) -> ObjectiveFunction:
   return objective
 
 
-def _part_sums(values: Float[Array, 'B T'], segments: Float[Array, 'B T'], parts: int) -> Float[Array, 'B P S']:
+def _part_sums(values: Float[Array, 'B T'], segments: Int[Array, 'B T'], parts: int) -> Float[Array, 'B P S']:
   """Sums over the tokens of each part of a row's pairs, S parts each. Devices that share rows all get the sums of complete rows, and
   gradients with respect to their own tokens."""
   rows = jnp.arange(len(values))[:, None]
