@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import dataclasses
 import json
 import sys
 import tempfile
@@ -103,8 +104,11 @@ def _documents(restorer, tokenizer, sets, tags, cache) -> Callable[[Any], Any]:
           for name, store in sets.items()}
   scorer: Any
   if _REWARDS.value or config.objective.kind == 'grpo':
+    _check_sets(sets, 1, '--rewards' if _REWARDS.value else '--sets')
     scorer = _pass_scorer(restorer, tokenizer)
   else:
+    if config.objective.kind == 'preference':
+      _check_sets(sets, 3 if config.objective.loss == 'kto' else 2, '--sets')
     if config.objective.needs_reference:
       _add_references(restorer, rows)
     scorer = evaluation.Scorer(restorer.model, training.make_objective(config), restorer.mesh, _BATCH.value or config.microbatch_size)
@@ -115,13 +119,26 @@ def _documents(restorer, tokenizer, sets, tags, cache) -> Callable[[Any], Any]:
   return score
 
 
+def _check_sets(sets, parts: int, flag: str) -> None:
+  """Raises a UserError for a set that is not of examples with so many parts."""
+  kinds = {1: 'prompts with one answer each', 2: 'pairs of answers', 3: 'pairs of answers with mismatched parts'}
+  for name, store in sets.items():
+    if store.labels or store.examples_of != parts:
+      raise UserError(flag, name, f'sets of {kinds[parts]}')
+
+
 def _pass_scorer(restorer, tokenizer):
   """Scores sets by the completions that the model draws."""
   from gptjax import training
   config, objective = restorer.config, restorer.config.objective
+  if config.model.classes:
+    raise UserError('--rewards', _REWARDS.value, 'none for a run with objective.kind=classification, which draws no text')
+  config = dataclasses.replace(config, batch_size=_BATCH.value, microbatches=1) if _BATCH.value else config
   if _REWARDS.value:
     objective = configs.ObjectiveConfig('grpo', rewards=tuple(map(configs.Reward, _REWARDS.value)),
                                         max_tokens=_MAX_TOKENS.value or (objective.max_tokens if objective.kind == 'grpo' else 64))
+  elif _MAX_TOKENS.value:
+    objective = dataclasses.replace(objective, max_tokens=_MAX_TOKENS.value)
   return training.PassScorer(restorer.model, restorer.mesh, tokenizer, 0, config, objective, _COMPLETIONS.value,
                              expanded(_REWARD_FILE.value, '--reward_file') if _REWARD_FILE.value else None)
 
@@ -130,10 +147,10 @@ def _add_references(restorer, rows) -> None:
   """Gives rows of pairs the log-probabilities of the reference in the workdir."""
   from gptjax import checkpoint, training
   with tempfile.TemporaryDirectory() as folder:
-    reference = checkpoint.Restorer(restorer.checkpoints.directory.with_name(training.REFERENCE), restorer.mesh.shape[TENSOR_AXIS])
+    reference = checkpoint.Restorer(restorer.checkpoints.directory.with_name(checkpoint.REFERENCE), restorer.mesh.shape[TENSOR_AXIS])
     parameters = reference.restore(reference.checkpoints.resolve('latest')).parameters
     training.write_columns(Path(folder), rows.values(), parameters, reference.model, restorer.mesh, 0,
-                           _BATCH.value or restorer.config.microbatch_size)
+                           _BATCH.value or restorer.config.microbatch_size, shared=False)
     training.use_columns(Path(folder), rows.values())
     for one in rows.values():
       one.layout.column.load()
@@ -185,7 +202,9 @@ def _report(file: Path, earlier: dict[str, Any], records: list[dict[str, Any]], 
                      | ({'class_baselines': beside} if beside else {})) for record in records]
   if file.suffix == '.json':
     # Earlier results of the same checkpoint that this evaluation did not repeat, such as documents besides tasks, are kept.
-    merged = (earlier if earlier.get('step') == records[0]['step'] else {}) | json.loads(lines[0])
+    kept = earlier if earlier.get('step') == records[0]['step'] else {}
+    kept = {name: value for name, value in kept.items() if name == 'tasks'} if 'sets' in records[0] else kept
+    merged = kept | json.loads(lines[0])
     write_atomic(file, json_line(merged) + '\n')
   else:
     write_atomic(file, '\n'.join(lines) + '\n')

@@ -14,8 +14,8 @@ from gptjax.config import Config, read_config, to_json
 from gptjax.files import atomic_directory
 from gptjax.model import AbstractModel, Parameters, stored_model, unstack_layers
 
-BASE = 'base'
-"""Folder of a workdir: the run whose model its adapters adapt."""
+BASE, REFERENCE = 'base', 'reference'
+"""Folders of a workdir: the run whose model its adapters adapt, and the one whose model is the reference of its objective."""
 
 
 def keep_run(checkpoint: Path, config: Config, target: Path) -> None:

@@ -90,6 +90,11 @@ class ObjectiveConfig(Group, prefix='objective.'):
       raise UserError('objective.rewards: name', [one.name for one in self.rewards], 'each name once')
 
   @property
+  def rows_per_example(self) -> int:
+    """Rows of a run per row of its data: completions of a prompt."""
+    return self.group if self.kind == 'grpo' else 1
+
+  @property
   def needs_reference(self) -> bool:
     """Whether the loss reads log-probabilities of the model of init_from."""
     return (self.kind == 'preference' and self.loss not in ('simpo', 'orpo')) or (self.kind == 'grpo' and self.kl > 0)

@@ -166,12 +166,15 @@ class Config(Group):
     if self.data.source.has_examples:
       check_objective(self.objective, parts=self.data.source.parts, has_classes=bool(self.data.source.label))
     if self.objective.needs_reference and not self.init_from:
-      raise UserError('init_from', '', f'the run to start from, which is the reference of objective.loss={self.objective.loss or "dpo"}')
+      name = 'kl' if self.objective.kind == 'grpo' else f'loss={self.objective.loss or "dpo"}'
+      raise UserError('init_from', '', f'the run to start from, which is the reference of objective.{name}')
     if self.objective.kind == 'grpo':
       self._check_rollouts()
-    if self.objective.kind in ('preference', 'grpo') and (weight := self.model.router.balance_loss or self.model.router.z_loss):
-      raise UserError('model.router.balance_loss' if self.model.router.balance_loss else 'model.router.z_loss', weight,
-                      f'0 with objective.kind={self.objective.kind}, whose loss does not count tokens')
+    if self.objective.kind in ('preference', 'grpo'):
+      for field, value in (('z_loss', self.z_loss), ('model.router.balance_loss', self.model.router.balance_loss),
+                           ('model.router.z_loss', self.model.router.z_loss)):
+        if value:
+          raise UserError(field, value, f'0 with objective.kind={self.objective.kind}, whose loss does not count tokens')
     if self.lora.rank and not self.init_from:
       raise UserError('init_from', '', 'the run whose model lora.rank adapts')
     if self.lora.rank and self.optimizer.name == 'muon':
@@ -193,6 +196,8 @@ class Config(Group):
       raise UserError('eval.rows', self.eval.rows, '0 with checkpoint.keep_best: scores of different rows are not comparable')
 
   def _check_rollouts(self) -> None:
+    if self.data.source.supervised != 'answers':
+      raise UserError('data.source.supervised', self.data.source.supervised, 'answers with objective.kind=grpo')
     size = self.objective.group
     if self.batch_size % size:
       raise UserError('batch_size', self.batch_size, f'a multiple of objective.group={size}: complete groups of completions')

@@ -107,8 +107,9 @@ def train_rows(config: Config, data: Prepared) -> TrainRows:
 
   def first_row(start: Duration) -> int:
     # A step takes batch_size rows, so the number of steps at batch size 1 is a number of rows.
-    rows = duration_in_steps('data.phases: start', start, batch_size=1, context=config.data.context, rows_per_epoch=sum(counts))
-    return rows * config.batch_size if in_unit_of_steps(start) else rows
+    each = config.objective.rows_per_example
+    rows = duration_in_steps('data.phases: start', start, batch_size=1, context=config.data.context, rows_per_epoch=sum(counts) * each)
+    return (rows * config.batch_size if in_unit_of_steps(start) else rows) // each
 
   mixture = Mixture(counts, [part.weight for part in parts] or [1.0],
                     [math.ceil(part.epochs * count) for part, count in zip(parts, counts)],

@@ -121,6 +121,8 @@ class TokenStore:
     """UTF-8 bytes that the targets stand for"""
     self.parts: int = examples.get('parts', 1) if examples else 1
     """parts of an example: 2 in pairs"""
+    self.examples_of: int = self.parts if self.weighted else 0
+    """parts of its examples; 0 for documents"""
     self.sha256: str = manifest['index_sha256']
     """hex digest of ids and documents"""
     self.tokenizer_sha256: str = manifest['tokenizer_sha256']

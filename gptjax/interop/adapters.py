@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from gptjax import config as configs
-from gptjax.checkpoint import BASE, PARAMETERS, Checkpoints, Progress, Retention, keep_run, parameter_reader
+from gptjax.checkpoint import BASE, PARAMETERS, REFERENCE, Checkpoints, Progress, Retention, keep_run, parameter_reader
 from gptjax.config import Config, LoraConfig, MeshConfig, UserError, read_config
 from gptjax.files import atomic_directory, read_json, write_json
 from gptjax.interop.families import Tensor, family_for
@@ -130,7 +130,8 @@ def import_adapters(folder: Path, base: Path, workdir: Path) -> str:
   rank = max(a.shape[1] for a, _, _ in found.values())
   stabilized, alpha = bool(values.get('use_rslora')), float(values['lora_alpha'])
   lora = LoraConfig(rank, alpha, stabilized, tuple(_patterns([*found], config.model.layers)))
-  config = dataclasses.replace(config, lora=lora, init_from=str(base.absolute()), init_partial=False, frozen=())
+  config = dataclasses.replace(config, lora=lora, init_from=str(base.absolute()), init_partial=False, frozen=(),
+                               optimizer=dataclasses.replace(config.optimizer, name='adamw'))  # muon trains no adapters
   with atomic_directory(workdir, resumes=False) as out:
     assert out, 'the workdir did not exist'
     model, parameters = stored_model(config), {}
@@ -151,10 +152,20 @@ def _check(values: dict[str, Any], file: str) -> None:
   for name in ('r', 'lora_alpha'):
     if not isinstance(value := values.get(name), int | float) or value <= 0:
       raise UserError(f'{file}: {name}', value, 'a number above 0')
+  for name in ('rank_pattern', 'alpha_pattern'):
+    if not _are_patterns(values.get(name) or {}):
+      raise UserError(f'{file}: {name}', values[name], 'an object of numbers above 0, by regular expressions')
   for name, value in values.items():
     allowed = _HARMLESS.get(name, (None, False, {}, []))
     if name not in (*_READ, *_WITHOUT_EFFECT) and value not in allowed:
       raise UserError(f'{file}: {name}', value, f'{", ".join(map(repr, allowed))}: gptjax applies plain LoRA and rsLoRA alone')
+
+
+def _are_patterns(found: Any) -> bool:
+  try:
+    return isinstance(found, dict) and all(re.compile(key) and isinstance(value, int | float) and value > 0 for key, value in found.items())
+  except re.error:
+    return False
 
 
 def _modules(file: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
@@ -227,5 +238,8 @@ def _write_run(folder: Path, config: Config, source: Path, parameters: dict[str,
   """Writes config, the tokenizer and validation sets of another run, and parameters as the checkpoint of step 0."""
   (folder / 'config.json').write_text(configs.to_json(config))
   shutil.copytree(source / 'data', folder / 'data')
-  with contextlib.closing(Checkpoints(folder / 'checkpoints', Retention(), (folder / 'config.json',))) as checkpoints:
+  if config.objective.needs_reference:
+    shutil.copytree(source / REFERENCE, folder / REFERENCE)
+  extra = tuple(folder / name for name in ('config.json', 'data/identity.json', 'data/tokenizer'))
+  with contextlib.closing(Checkpoints(folder / 'checkpoints', Retention(), extra)) as checkpoints:
     checkpoints.save(Progress(), {'trained': parameters}, None, waits=True)

@@ -202,8 +202,8 @@ def _adapt(module: Transformer, described: AbstractModel, lora: LoraConfig) -> N
   linears = {f'blocks/{name}': one for name, one in linears.items()}
   wanted: set[str] = set()
   for pattern in lora.targets:
-    found = described.matching('lora.targets', [pattern]) & linears.keys()
-    if not found:
+    names = (one for name in linears for one in described.unstacked_names(name))
+    if not any(fnmatchcase(one, pattern) for one in names) or not (found := described.matching('lora.targets', [pattern]) & linears.keys()):
       raise UserError('lora.targets', pattern, 'a pattern that matches matrices of linear layers inside blocks', list(linears))
     wanted |= found
   for name in sorted(wanted):

@@ -10,4 +10,3 @@ from gptjax.training.policy import policy_gradient
 from gptjax.training.preferences import preference
 from gptjax.training.step import TrainState, abstract, frozen_names, initializer, state_bytes, train_step
 from gptjax.training.sums import Batch, ObjectiveFunction, ObjectiveSums
-from gptjax.training.workdir import REFERENCE

@@ -22,9 +22,10 @@ from gptjax.training.guard import MAX_CONSECUTIVE, BadSteps, Rollback, replica_c
 from gptjax.training.interruptions import REQUEUE_EXIT_CODE, Interruptions, StopRequest, Watchdog
 from gptjax.training.logbook import Logbook, NullLogbook
 from gptjax.training.reference import add_references
+from gptjax.training.rewards import make_rewards
 from gptjax.training.rollouts import source_of
 from gptjax.training.run import Dispatched, Run, Source, Steps, every, header, resolve
-from gptjax.training.workdir import initial_state, keep_sources, lock, open_workdir, restore, wait_until_visible
+from gptjax.training.workdir import initial_state, keep_sources, lock, open_workdir, restore, starting_point, wait_until_visible
 from gptjax.training.step import TrainState
 from gptjax.training.validation import Validation
 
@@ -63,6 +64,7 @@ def train(config: Config, options: Options) -> int:
   assert jax.process_count() == process_group().count, 'processes of one run join through gptjax.start'
   with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
     run = resolve(config, data, mesh)
+    make_rewards(config.objective.rewards, options.reward_file)  # before the workdir exists, reports a reward that is unknown
     last, folder = min(run.steps, options.stop_at or run.steps), options.workdir
     if is_primary():
       stack.enter_context(lock(folder))
@@ -78,10 +80,11 @@ def train(config: Config, options: Options) -> int:
     bad_steps = BadSteps(config.faults, folder, writes=is_primary())
     _check_rows(run, progress, last, bad_steps)
     if newest is None:  # before config.json is written, since init_from may be wrong
-      state, begun = initial_state(run, data.tokenizer)
+      start = starting_point(run)
+      state, begun = initial_state(run, data.tokenizer, start)
     changed = open_workdir(folder, run, data, None if newest is None else progress, options.accept_changes) if is_primary() else []
     if newest is None and is_primary():
-      keep_sources(run, folder)
+      keep_sources(run, folder, start)
     wait_until_visible(folder)
     add_references(run, folder)
     if newest is not None:
@@ -101,7 +104,7 @@ def train(config: Config, options: Options) -> int:
       checkpoints.prepare(run.standard.saved(state))
     watchdog = stack.enter_context(Watchdog(options.hang_timeout, folder))
     interruptions = stack.enter_context(Interruptions(mesh, run.config.checkpoint.minutes))
-    source = source_of(run, data, folder, options.reward_file)
+    source = source_of(run, data, folder, options.reward_file, watchdog.progress)
     validation = Validation(run, data, book, watchdog.progress, options.reward_file)
     loop = _Loop(run, source, [(validation.due, validation)], lambda: initial_state(run, data.tokenizer)[0], options, checkpoints, book,
                  peak and peak[0], watchdog, interruptions, bad_steps)
@@ -119,9 +122,9 @@ def _prepare(config: Config, cache_dir: Path) -> Prepared:
 
 
 def _check_rows(run: Run, done: Progress, last: int, bad_steps: BadSteps) -> None:
-  rows, size = run.rows.mixture.rows, run.config.batch_size
-  if rows is None:
+  if run.rows.mixture.rows is None:
     return
+  rows, size = run.rows.mixture.rows * run.config.objective.rows_per_example, run.config.batch_size
   taken = done.rows + bad_steps.excluded_after(done.rows)
   if taken + (last - done.step) * size > rows:
     most = done.step + max(rows - taken, 0) // size
@@ -157,6 +160,8 @@ class _Loop:
     self.watchdog, self.interruptions, self.bad_steps = watchdog, interruptions, bad_steps
     stores = [layout.store for layout in run.rows.layouts]
     read = sum(store.tokens for store in stores) / sum(store.targets for store in stores)  # tokens per target
+    if run.config.objective.kind == 'grpo':
+      self.peak = None  # drawing completions is most of the work
     self.flops = step_flops(run.model, run.abstract_state.frozen) * read
     self.check = replica_check(run.abstract_state, run.mesh)
     self.counter = CompileCounter()

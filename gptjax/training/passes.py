@@ -33,12 +33,13 @@ class PassScorer:
                completions: int, reward_file: Path | None):
     self._tokenizer, self._config, self._objective, self._completions = tokenizer, config, objective, completions
     self._functions = make_rewards(objective.rewards, reward_file)
-    self._drawing = Drawing(model, mesh, tokenizer, zero_stage, objective.max_tokens, config.microbatch_size)
+    self._advance: Callable[[int], None] = lambda rows: None
+    self._drawing = Drawing(model, mesh, tokenizer, zero_stage, objective.max_tokens, config.microbatch_size, lambda rows: self._advance(0))
 
   def sets(self, parameters: Parameters, sets: Mapping[str, EvalRows], tags: Mapping[str, Iterable[str]], *, count: int = 0,
            advance: Callable[[int], None] = lambda rows: None) -> Scores:
     """As those of `Scorer`; parameters without adapters."""
-    weights = self._drawing.prepare(parameters)
+    weights, self._advance = self._drawing.prepare(parameters), advance
     scores = {name: self._score(weights, rows, count, advance) for name, rows in sets.items()}
     return Scores(scores, {tag: pooled(scores[name] for name in names) for tag, names in tags.items()})
 

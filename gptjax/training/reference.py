@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from gptjax.checkpoint import REFERENCE
 from gptjax.data import Batch, Column, EvalRows, Packed, ProgressBar
 from gptjax.distributed import broadcast, is_primary
 from gptjax.files import atomic_file
@@ -15,11 +16,7 @@ from gptjax.inference.forward import dispatch_ahead, forward
 from gptjax.model import AbstractModel, Parameters, Positions
 from gptjax.sharding import BATCH_SPEC, padded_batch_size, process_rows, put_rows
 from gptjax.training.run import Run
-from gptjax.training.workdir import REFERENCE, Source
-
-COLUMNS = 'log_probabilities'
-"""Folder of a workdir with a file per set of rows."""
-
+from gptjax.training.workdir import COLUMNS, Source
 
 def add_references(run: Run, workdir: Path) -> None:
   """Gives the rows of a run the column that its objective needs, from files in the workdir, which are made first where they are missing."""
@@ -28,7 +25,7 @@ def add_references(run: Run, workdir: Path) -> None:
   isolate = run.config.data.isolate_documents
   rows = [*(EvalRows.of(layout, isolate) for layout in run.rows.layouts), *run.valid.values()]
   folder, standard = workdir / COLUMNS, run.standard
-  if not all((folder / _file(one)).exists() for one in rows):
+  if not broadcast('columns', all((folder / _file(one)).exists() for one in rows)):
     with jax.set_mesh(standard.mesh):
       parameters = Source(workdir / REFERENCE).parameters(run, merged=True)
       write_columns(folder, rows, parameters, standard.model.base, standard.mesh, 3, run.config.microbatch_size)
@@ -48,14 +45,15 @@ def use_columns(folder: Path, rows: Iterable[EvalRows]) -> None:
 
 
 def write_columns(folder: Path, rows: Iterable[EvalRows], parameters: Parameters, model: AbstractModel, mesh: Mesh, zero_stage: int,
-                  batch_size: int) -> None:
-  """Writes the log-probability of each target under the parameters, 0 where the mask is; in nats. All processes must call this."""
+                  batch_size: int, shared: bool = True) -> None:
+  """Writes the log-probability of each target under the parameters, 0 where the mask is; in nats. All processes must call this; process 0
+  alone writes to a folder that is `shared`."""
   for one in {_file(one): one for one in rows}.values():
     if broadcast('column', (folder / _file(one)).exists()):
       continue
     with ProgressBar('reference', one.count, 'rows', shown=is_primary()) as progress:
       found = [*_computed(one.batch, one.count, parameters, model, mesh, zero_stage, batch_size, progress.advance)]
-    if is_primary():
+    if is_primary() or not shared:
       folder.mkdir(exist_ok=True)
       with atomic_file(folder / _file(one)) as partial:
         np.concatenate(found).tofile(partial)

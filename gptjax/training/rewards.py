@@ -4,9 +4,11 @@ A row has `prompt` and `answer`, texts of the data; `tokens`, the length of the 
 reward is such a function in the file that --reward_file names.
 """
 
-import importlib.util
+import importlib.machinery
 import math
 import re
+import sys
+import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,10 +89,10 @@ def _format(pattern: re.Pattern) -> RewardFunction:
 def _load(file: Path) -> dict[str, RewardFunction]:
   """The public functions of a file of Python."""
   try:
-    spec = importlib.util.spec_from_file_location('rewards_of_the_user', file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    loader = importlib.machinery.SourceFileLoader('rewards_of_the_user', str(file))
+    module = types.ModuleType(loader.name)
+    sys.modules[loader.name] = module  # as dataclasses expect
+    loader.exec_module(module)
   except Exception as error:
     raise UserError('--reward_file', str(file), f'a file of Python that can be imported ({type(error).__name__}: {error})') from error
   return {name: value for name, value in vars(module).items() if callable(value) and not name.startswith('_')}
@@ -103,6 +105,8 @@ def rewarded(functions: Mapping[str, RewardFunction], row: Mapping[str, Any], te
     try:
       value = function(row, text)
       found[name] = math.nan if value is None else float(value)
+      if value is not None and not math.isfinite(found[name]):
+        raise ValueError(f'it is {value}')
     except Exception as error:
       raise UserError(f'reward {name}', text[:60], f'a number or None ({type(error).__name__}: {error})') from error
   return found

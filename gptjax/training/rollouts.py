@@ -4,6 +4,7 @@ Row i of a run is completion i % group of prompt i // group, a function of the s
 rollout. So a run resumes anywhere; inside of a rollout it reads the rest of it from a file.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, UserError
 from gptjax.data import Batch, Prepared, Tokenizer
 from gptjax.data.rows import mix
@@ -30,7 +32,8 @@ from gptjax.training.rewards import RewardFunction, make_rewards, rewarded
 from gptjax.training.run import Run, Source
 from gptjax.training.step import TrainState
 
-FILE = 'rollout.npz'
+FILE = 'rollout-{}.npz'
+"""In a workdir, of a rollout of several steps, by its first row."""
 
 
 class Prompt(NamedTuple):
@@ -48,6 +51,8 @@ def prompts_of(batch: Batch, tokenizer: Tokenizer) -> Iterator[Prompt]:
       here = np.flatnonzero(segments == number)
       answered = np.flatnonzero(mask[here] > 0)
       if len(answered):
+        if not answered[0]:
+          raise UserError('data', tokenizer.decode(tokens[here].tolist())[:60], 'examples with a prompt before what is a target')
         first = answered[np.flatnonzero(np.diff(answered, prepend=-2) > 1)[-1]]  # of the last run of targets
         ids, answer = tokens[here[:first + 1]].tolist(), targets[here[first:answered[-1] + 1]].tolist()
         yield Prompt(ids, {'prompt': tokenizer.decode(ids), 'answer': tokenizer.decode([x for x in answer if x not in tokenizer.stop_ids])})
@@ -67,9 +72,10 @@ class Completions(NamedTuple):
 class Drawing:
   """Draws completions at temperature 1, or the most likely ones, up to a limit of tokens."""
 
-  def __init__(self, model: AbstractModel, mesh: Mesh, tokenizer: Tokenizer, zero_stage: int, limit: int, batch_size: int):
+  def __init__(self, model: AbstractModel, mesh: Mesh, tokenizer: Tokenizer, zero_stage: int, limit: int, batch_size: int,
+               progress: Callable[[int], None]):
     self._decoder = Decoder(model, mesh, suppressed_ids(tokenizer, model.config), zero_stage)
-    self._tokenizer, self._limit, self._batch_size = tokenizer, limit, batch_size
+    self._tokenizer, self._limit, self._batch_size, self._progress = tokenizer, limit, batch_size, progress
     self.prepare = self._decoder.prepare
 
   def __call__(self, parameters: Parameters, prompts: Sequence[list[int]], seeds: Sequence[int], temperature: float = 1.0) -> Completions:
@@ -86,6 +92,7 @@ class Drawing:
       ended |= np.isin(ids, self._tokenizer.stop_ids)
       if ended.all():
         break
+    self._progress(0)
     ids, logprobs = (np.stack(part, 1) for part in zip(*found, strict=True))
     stops = np.isin(ids, self._tokenizer.stop_ids)
     lengths = np.where(ended, stops.argmax(1) + 1, ids.shape[1])
@@ -104,10 +111,11 @@ def judged(functions: Mapping[str, RewardFunction], prompts: Sequence[Prompt], d
   return {name: np.array(found, float) for name, found in broadcast('rewards', values).items()}
 
 
-def source_of(run: Run, data: Prepared, workdir: Path, reward_file: Path | None, writes: bool = True) -> Source:
+def source_of(run: Run, data: Prepared, workdir: Path, reward_file: Path | None, progress: Callable[[int], None] = lambda rows: None,
+              writes: bool = True) -> Source:
   """The batches of a run: rows of its data, or completions that its model draws; with `writes`, those of a rollout of several steps are
   kept in the workdir."""
-  return Rollouts(run, data, workdir, reward_file, writes) if run.config.objective.kind == 'grpo' else run.batches
+  return Rollouts(run, data, workdir, reward_file, progress, writes) if run.config.objective.kind == 'grpo' else run.batches
 
 
 class Rollouts:
@@ -116,13 +124,13 @@ class Rollouts:
   Raises a UserError for a prompt without space for objective.max_tokens in a row.
   """
 
-  def __init__(self, run: Run, data: Prepared, workdir: Path, reward_file: Path | None, writes: bool):
+  def __init__(self, run: Run, data: Prepared, workdir: Path, reward_file: Path | None, progress: Callable[[int], None], writes: bool):
     self._run, self._tokenizer, self._workdir = run, data.tokenizer, workdir
     self._writes = writes and run.config.objective.rollout_steps > 1
     settings, standard = run.config.objective, run.standard
     self._functions = make_rewards(settings.rewards, reward_file)
     self._drawing = Drawing(standard.model.base, standard.mesh, data.tokenizer, standard.zero_stage, settings.max_tokens,
-                            run.config.microbatch_size)
+                            run.config.microbatch_size, progress)
     self._reference = reference_of(run, workdir) if settings.kl else None
     self._size = run.config.batch_size * settings.rollout_steps
     self._mine = process_rows(run.mesh, run.config.batch_size)
@@ -130,7 +138,7 @@ class Rollouts:
   def __call__(self, row: int, state: Callable[[], TrainState]) -> Generator[Batch, None, None]:
     """The batches from a row on."""
     size = self._run.config.batch_size
-    first = row // self._size * self._size
+    first = row // self._size * self._size if self._size > size else row
     rows = self._kept(first) if row > first else None
     while True:
       if rows is None:
@@ -146,6 +154,8 @@ class Rollouts:
     group = settings.group
     numbers = np.arange(first // group, (first + self._size) // group)
     each = list(prompts_of(run.rows.batch(numbers), self._tokenizer))
+    if len(each) < len(numbers):
+      raise UserError('data', self._run.rows.layouts[0].store.location, 'examples with targets: the weights of all answers of one are 0')
     for prompt in each:
       check_space(prompt, run.config, settings.max_tokens)
     prompts = [prompt for prompt in each for _ in range(group)]
@@ -161,7 +171,8 @@ class Rollouts:
       rows['reference'] = self._reference(rows)
     if self._writes:
       if is_primary():
-        with atomic_file(self._workdir / FILE) as partial, partial.open('wb') as file:
+        self._remove_unneeded()
+        with atomic_file(self._workdir / FILE.format(first)) as partial, partial.open('wb') as file:
           arrays: dict[str, Any] = {name.replace('/', '|'): values for name, values in rows.items()}
           np.savez(file, first_row=first, **arrays)
       broadcast('rollout')
@@ -183,7 +194,8 @@ class Rollouts:
       rows['first'][index, start] = 1
     if not settings.count_truncated:
       rows['mask'] *= drawn.ended[:, None]
-    rows['weight'] = token_weights(rows['mask'], loss, settings.max_tokens)
+    rows['weight'] = np.concatenate([token_weights(mask, loss, settings.max_tokens)
+                                     for mask in np.split(rows['mask'], settings.rollout_steps)])
     rows['advantage'] = (rows['mask'] * advantages(totals, loss).reshape(-1, 1)).astype(np.float32)
     deviation = np.repeat(spread(totals), settings.group)
     figures = {'reward': totals.reshape(-1), **{f'reward_{name}': values for name, values in rewards.items()}, 'reward_std': deviation,
@@ -192,15 +204,25 @@ class Rollouts:
 
   def _kept(self, first: int) -> Batch:
     """The rows of a rollout that was drawn before this process began."""
-    path = self._workdir / FILE
+    path = self._workdir / FILE.format(first)
     try:
       with np.load(path) as found:
         rows = {name.replace('|', '/'): found[name] for name in found.files}
     except (OSError, ValueError):
       rows = {}
     if rows.pop('first_row', -1) != first or len(rows['tokens']) != self._size:
-      raise UserError('checkpoint', str(path), f'the completions from row {first:,} on, in whose rollout the run stopped')
+      raise UserError('checkpoint', str(path), f'the completions from row {first:,} on, in whose rollout the run stopped; batch_size and '
+                      'objective.rollout_steps as they were then')
     return rows
+
+  def _remove_unneeded(self) -> None:
+    """Removes rollouts in which no checkpoint lies."""
+    checkpoints = Checkpoints(self._workdir / 'checkpoints')
+    with contextlib.suppress(UserError):  # a damaged checkpoint; it is reported elsewhere
+      needed = {checkpoints.progress(step).rows // self._size * self._size for step in checkpoints.steps()}
+      for path in self._workdir.glob(FILE.format('*')):
+        if int(path.stem.rpartition('-')[2]) < min(needed, default=0):
+          path.unlink(missing_ok=True)
 
 
 def check_space(prompt: Prompt, config: Config, max_tokens: int) -> None:

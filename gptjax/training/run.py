@@ -109,6 +109,10 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
   parts = {layout.store.parts for layout in data.layouts if layout.store.weighted} or {0}
   if len(parts) > 1 or (parts > {1} and not all(layout.store.weighted for layout in data.layouts)):
     raise UserError('data.train', sorted(parts), 'stores of pairs alone, or without pairs')
+  for name, store in data.valid.items():
+    if max(parts) > 1 or config.objective.kind == 'grpo':
+      if store.examples_of != max(parts):
+        raise UserError('data.valid', name, 'a store of the same kind of examples as those to train on')
   check_objective(config.objective, parts=max(parts), has_classes=classes > 0)
   return Run(
     config=config, mesh=mesh, model=model, objective=objective, optimizer=optimizer, rows=rows, steps=steps,
@@ -129,7 +133,8 @@ def every(count: int, step: int) -> bool:
 def in_steps(config: Config, rows: TrainRows, field: str) -> int:
   """A field's duration in steps; raises a UserError if they are more than a device can count."""
   value, context = configs.flatten(config)[field], config.data.context
-  found = duration_in_steps(field, value, batch_size=config.batch_size, context=context, rows_per_epoch=rows.rows_per_epoch)
+  found = duration_in_steps(field, value, batch_size=config.batch_size, context=context,
+                            rows_per_epoch=rows.rows_per_epoch * config.objective.rows_per_example)
   if found > INT32_MAX:
     raise UserError(field, value, f'at most {INT32_MAX:,} steps (it is {found:.3g})')
   return found
@@ -162,7 +167,7 @@ def header(run: Run, data: Prepared, begun: str, peak: tuple[float, str] | None)
         f'{config.lora.rank}, scale {config.lora.scale:g}'} if config.lora.rank else {}),
     **({'frozen': f'{frozen:,} of the parameters'} if (frozen := sum(x.size for x in run.abstract_state.frozen.values())) else {}),
     'tokens per step': config.batch_size * config.data.context,
-    'steps': f'{run.steps:,}, {run.steps * config.batch_size / run.rows.rows_per_epoch:.2f} epochs',
+    'steps': f'{run.steps:,}, {run.steps * config.batch_size / run.rows.rows_per_epoch / config.objective.rows_per_example:.2f} epochs',
     'FLOPs per token': step_flops(run.model, run.abstract_state.frozen),
     'peak FLOP/s': f'{peak[0]:.3g}, {peak[1]}' if peak else 'unknown for this device, so no MFU',
     'attention': attention_backend(model, config.compute, config.data.context) if mesh.shape[TOKENS_AXIS] == 1 else

@@ -150,7 +150,7 @@ def train_step(model: AbstractModel, objective: ObjectiveFunction, optimizer: op
     gradient, sums = gradients(state.trained, state.frozen, batch, key)
     targets = sums.pop('targets')
     terms = sums.pop('terms', targets)
-    empty = terms == 0
+    empty = (terms == 0) | (targets == 0)
     divisor = jnp.where(empty, 1, terms)
     norm = optax.tree.norm({name: g for name, g in gradient.items() if not is_balance(name)}) / divisor
     gradient = {name: g * (1 / divisor) for name, g in gradient.items()}  # XLA would write g / divisor to memory

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import fcntl
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,7 +16,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from gptjax import config as configs
-from gptjax.checkpoint import BASE, PARAMETERS, Checkpoints, Progress, base_of, by_name, keep_run, parameter_reader
+from gptjax.checkpoint import BASE, PARAMETERS, REFERENCE, Checkpoints, Progress, base_of, by_name, keep_run, parameter_reader
 from gptjax.checkpoint.manifest import MANIFEST
 from gptjax.config import TRAINING_ONLY, Config, UserError, in_unit_of_steps, read_config
 from gptjax.data import Prepared, Tokenizer, export, load_tokenizer
@@ -33,8 +34,8 @@ _PRECISION = 'compute.dtype'
 _STRUCTURE = ('model.', 'optimizer.name', 'frozen', 'lora.')
 """Fields that decide which arrays a checkpoint has, as data.context does with learned positions; a run cannot change them, except for
 dropout."""
-REFERENCE = 'reference'
-"""Folder of a workdir: the run whose model is the reference of the objective."""
+COLUMNS = 'log_probabilities'
+"""Folder of a workdir with the log-probabilities under the reference, a file per set of rows."""
 _RESIZED = ('vocab', 'positions', 'layers')
 """Logical axes of which init_partial takes a part: the first rows of a table, the first layers of a stack."""
 
@@ -85,6 +86,10 @@ def open_workdir(workdir: Path, run: Run, data: Prepared, done: Progress | None,
   never = {name: change for name, change in bound.items() if name.startswith(structure) and name not in TRAINING_ONLY}
   if never or (bound and not accept):
     raise _another_run(never or bound, bound, accepted=not (never or vocabulary))
+  if done and config.objective.needs_reference and not (workdir / REFERENCE).exists():
+    field, was = ('kl', old.objective.kl) if config.objective.kind == 'grpo' else ('loss', old.objective.loss)
+    raise UserError(f'objective.{field}', getattr(config.objective, field),
+                    f'{was!r}, with which this workdir was started: it has no reference')
   export(data, workdir / 'data', replace=(accept and not vocabulary) or not done)
   if vocabulary:
     raise _another_run({'model.vocab_size': vocabulary}, {}, accepted=False)
@@ -151,16 +156,20 @@ def _base(checkpoints: Checkpoints, run: Run) -> dict[str, jax.Array]:
     run.standard.enter(found, wanted))
 
 
-def initial_state(run: Run, tokenizer: Tokenizer) -> tuple[TrainState, str]:
-  """The state of step 0, and a description of its parameters.
+def starting_point(run: Run) -> 'Source | None':
+  """The checkpoint that init_from names; None if parameters are fresh. All processes must call this."""
+  return Source(expanded(run.config.init_from)) if run.config.init_from else None
+
+
+def initial_state(run: Run, tokenizer: Tokenizer, source: 'Source | None' = None) -> tuple[TrainState, str]:
+  """The state of step 0, and a description of its parameters; `source` is the `starting_point`, by default as it is now.
 
   They are fresh, or those of `init_from`: a workdir, of which the newest checkpoint is taken, or the folder of one checkpoint. Raises a
   UserError if there is no such checkpoint, or if it fits only in part and the config does not allow that by `init_partial`.
   """
-  path = run.config.init_from
-  if not path:
+  path, standard, source = run.config.init_from, run.standard, source or starting_point(run)
+  if source is None:
     return run.initialize(), 'fresh parameters'
-  source, standard = Source(expanded(path)), run.standard
   if run.config.lora.rank and source.config.lora.rank and source.config.lora != run.config.lora:
     raise UserError('init_from', path, 'a run without adapters (tools.merge_lora makes one of it), or the lora.rank, alpha, stabilized and '
                     'targets of its adapters, to go on with them')
@@ -220,11 +229,11 @@ class Source:
       name: jax.ShapeDtypeStruct(model.shapes[name].shape, model.shapes[name].dtype, sharding=shardings[name]) for name in names}))
 
 
-def keep_sources(run: Run, workdir: Path) -> None:
+def keep_sources(run: Run, workdir: Path, source: 'Source | None') -> None:
   """Keeps what a new run reads again in its workdir: the base of its adapters, and the reference of its objective."""
-  if not (run.config.lora.rank or run.config.objective.needs_reference):
+  shutil.rmtree(workdir / COLUMNS, ignore_errors=True)  # of a run that ended before its first checkpoint
+  if source is None:
     return
-  source = Source(expanded(run.config.init_from))
   for folder, one, needed in ((BASE, source.base or source, run.config.lora.rank),
                               (REFERENCE, source, run.config.objective.needs_reference)):
     if needed:

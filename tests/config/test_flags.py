@@ -523,6 +523,7 @@ def _objectives(draw, values, examples):
   """Fields of objective.* and lora.* that belong to the kind of data, and what they require of others."""
   fixed = {name: value for name, value in flatten(Config()).items() if name.startswith(('objective.', 'lora.'))}
   fixed = {**fixed, 'objective.kind': values['objective.kind'], 'data.source.mismatched': False}
+  fixed |= {'z_loss': 0.0} if examples in ('pairs', 'grpo') else {}
   if examples == 'pairs':
     loss = draw(st.sampled_from(['', *PREFERENCE_LOSSES]))
     mine = {'objective.loss': loss, **{name: values[name] for name in ('objective.beta', 'objective.chosen_weight')}}
@@ -535,7 +536,7 @@ def _objectives(draw, values, examples):
   if examples == 'grpo':
     group, tokens = draw(st.integers(2, 16)), draw(st.integers(1, 1000))
     fixed |= {name: values[name] for name in ('objective.clip', 'objective.clip_high', 'objective.kl', 'objective.count_truncated')} | {
-      'objective.loss': draw(st.sampled_from(['', *POLICY_LOSSES])),
+      'objective.loss': draw(st.sampled_from(['', *POLICY_LOSSES])), 'data.source.supervised': 'answers',
       'objective.rewards': (Reward('exact', 0.5), Reward('format', 1.0, 'a+')),
       'objective.group': group, 'objective.max_tokens': tokens, 'objective.rollout_steps': draw(st.integers(1, 9)), 'init_from': 'run',
       'data.context': tokens + draw(st.integers(1, 100)), 'data.rows': 'document', 'batch_size': values['batch_size'] * group}

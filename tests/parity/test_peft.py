@@ -100,7 +100,8 @@ def test_other_kinds_of_adapters_are_refused(base, tmp_path):
   file = tmp_path / 'adapter' / 'adapter_config.json'
   values = json.loads(file.read_text())
   for name, value in {'peft_type': 'IA3', 'use_dora': True, 'bias': 'all', 'modules_to_save': ['lm_head'], 'r': 0, 'lora_bias': True,
-                      'init_lora_weights': 'pissa', 'layer_replication': [[0, 2]], 'new_field': 3}.items():
+                      'init_lora_weights': 'pissa', 'alpha_pattern': {'(': 3}, 'rank_pattern': ['x'], 'layer_replication': [[0, 2]],
+                      'new_field': 3}.items():
     file.write_text(json.dumps(values | {name: value}))
     with pytest.raises(UserError, match=f'adapter_config.json: {name}: '):
       import_adapters(tmp_path / 'adapter', source, tmp_path / 'run')

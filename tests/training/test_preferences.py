@@ -164,6 +164,10 @@ def test_a_run_begins_at_its_reference_learns_and_goes_on_bit_by_bit(rank, tuned
   one, other = (Contents(tmp_path / name / 'checkpoints' / '6') for name in ('run', 'again'))
   for (name, a), (_, b) in zip(one.read([*one.shapes]), other.read([*other.shapes]), strict=True):
     assert np.array_equal(a, b), name
+  # A run that ended before its first checkpoint may start again from another model, which is then the reference.
+  shutil.rmtree(tmp_path / 'again' / 'checkpoints')
+  restarted = run(pairs(tuned, init_from=str(tmp_path / 'run'), lora__rank=rank), tmp_path / 'again', cache)
+  assert restarted[0]['kl'] == pytest.approx(0, abs=1e-6) and restarted[0]['margin'] == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize('changes, words', [

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -138,6 +139,25 @@ def test_a_run_begins_on_policy_and_goes_on_bit_by_bit(changes, source, cache, t
   one, other = (Contents(tmp_path / name / 'checkpoints' / '5') for name in ('run', 'again'))
   for (name, a), (_, b) in zip(one.read([*one.shapes]), other.read([*other.shapes]), strict=True):
     assert np.array_equal(a, b), name
+  # A kill may lose the newest checkpoint, and with it later rollouts.
+  shutil.rmtree(tmp_path / 'run' / 'checkpoints' / '5')
+  assert run(settings, tmp_path / 'run', cache) == found
+  if 'objective__rollout_steps' not in changes:
+    shutil.rmtree(tmp_path / 'run' / 'checkpoints' / '5')
+    larger = run(configs.override(settings, {'batch_size': 32}), tmp_path / 'run', cache)
+    assert [line['step'] for line in larger] == [line['step'] for line in found] and larger != found
+
+
+@pytest.mark.full
+def test_a_step_whose_completions_are_all_left_out_changes_nothing():
+  with jax.set_mesh(make_mesh(MeshConfig(data=1))):
+    objective = policy_gradient(ObjectiveConfig('grpo', rewards=(Reward('exact'),), count_truncated=False))
+    state, step = trainer(MODEL, context=12, objective=objective)
+    before = jax.device_get(state)
+    rows = completions()
+    after, metrics = step(state, put(rows | {'mask': 0 * rows['mask'], 'weight': 0 * rows['mask'], 'advantage': 0 * rows['mask']}))
+  assert not metrics['bad'] and all(np.array_equal(before.trained[name], value) for name, value in after.trained.items())
+  assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(before.optimizer), jax.tree.leaves(after.optimizer), strict=True))
 
 
 def test_completions_are_those_of_their_prompts_and_rewards_those_of_their_texts(source, cache, tmp_path):
@@ -147,10 +167,11 @@ def test_completions_are_those_of_their_prompts_and_rewards_those_of_their_texts
     data = prepare(settings.data, cache)
     new = resolve(settings, data, mesh)
     state = initial_state(new, data.tokenizer)[0]
-    batches = Rollouts(new, data, tmp_path, None, True)(0, lambda: state)
+    batches = Rollouts(new, data, tmp_path, None, lambda rows: None, True)(0, lambda: state)
     batch = next(batches)
     second = next(batches)
-    np.testing.assert_array_equal(next(Rollouts(new, data, tmp_path, None, True)(16, lambda: state))['tokens'], second['tokens'])
+    again = next(Rollouts(new, data, tmp_path, None, lambda rows: None, True)(16, lambda: state))
+    np.testing.assert_array_equal(again['tokens'], second['tokens'])
   assert not np.array_equal(batch['tokens'], second['tokens'])
   prompts = [*prompts_of(new.rows.batch(np.arange(4)), data.tokenizer)]
   assert all(prompt.row['prompt'][0] + prompt.row['prompt'][1] != '' and len(prompt.row['answer']) == 1 for prompt in prompts)
@@ -176,7 +197,10 @@ def test_completions_are_those_of_their_prompts_and_rewards_those_of_their_texts
   ({'objective__loss': 'dpo'}, "objective.loss: 'dpo', expected: grpo, dr_grpo"),
   ({'data__rows': 'pack'}, "data.rows: 'pack', expected: document"),
   ({'objective__kl': 0.1, 'init_from': ''}, "init_from: '', expected: the run to start from"),
+  ({'data__source__supervised': 'all'}, "data.source.supervised: 'all', expected: answers with objective.kind=grpo"),
+  ({'z_loss': 0.1}, 'z_loss: 0.1, expected: 0 with objective.kind=grpo'),
   ({'objective__beta': 0.2}, 'objective.beta: 0.2, expected: its default unless objective.kind is preference')])
 def test_mistakes(changes, words, source, cache, tmp_path):
   with pytest.raises(UserError, match=words):
     train(drawn(source, **changes), options(tmp_path / 'run', cache))
+  assert not (tmp_path / 'run').exists() or 'max_tokens' in str(changes)

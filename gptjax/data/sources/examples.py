@@ -1,7 +1,7 @@
 """Examples to fine-tune on: prompts with their completions, and conversations, from the fields of records."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
 from typing import Any
 
@@ -106,17 +106,26 @@ class Examples:
     return float(is_answer or self._config.supervised == 'all')
 
 
-def with_mismatched(records: Iterable[Record]) -> list[Record]:
+def with_mismatched(records: Iterable[Record]) -> Iterator[Record]:
   """Records in which each pair that asks for it has a third part: its prompt with the chosen answer of the pair before, of the first pair
   with that of the last; of a single pair with its own rejected answer."""
-  records = list(records)
-  pairs = [record for record in records if isinstance(record, Document) and record.mismatched]
-  before = dict(zip(map(id, pairs), [*pairs[-1:], *pairs[:-1]]))
+  records = iter(records)
+  for record in records:
+    if isinstance(record, Document) and record.mismatched:
+      yield from _rotated([record, *records])
+    else:
+      yield record
 
-  def third(record: Document) -> Document:
-    answer = before[id(record)].turns[-1] if len(pairs) > 1 else record.others[0][-1]
-    return dataclasses.replace(record, others=(*record.others, (*record.turns[:-1], answer)))
-  return [third(record) if isinstance(record, Document) and record.mismatched else record for record in records]
+
+def _rotated(records: list[Record]) -> Iterator[Record]:
+  pairs = [record for record in records if isinstance(record, Document)]
+  before = iter([*pairs[-1:], *pairs[:-1]])
+  for record in records:
+    if isinstance(record, Document):
+      answer = next(before).turns[-1] if len(pairs) > 1 else record.others[0][-1]
+      yield dataclasses.replace(record, others=(*record.others, (*record.turns[:-1], answer)), mismatched=False)
+    else:
+      yield record
 
 
 def _is_empty(value: Any) -> bool:
