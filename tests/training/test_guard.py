@@ -16,7 +16,7 @@ from tiny import batch, config, options, put, records, run, small_disk, trainer,
 
 from gptjax import config as configs
 from gptjax.checkpoint import Checkpoints, Progress
-from gptjax.config import Fault, FaultsConfig, ModelConfig, UserError
+from gptjax.config import Config, Fault, FaultsConfig, ModelConfig, UserError
 from gptjax.data import prepare, train_rows
 from gptjax.training import loop, train
 from gptjax.training import run as resolving
@@ -204,7 +204,7 @@ def test_skipped_rows_reduce_the_available_rows(tmp_path):
 
   def of_rows(rows):
     run = mock.Mock(spec=Run)
-    run.rows, run.config = SimpleNamespace(mixture=SimpleNamespace(rows=rows)), SimpleNamespace(batch_size=4)
+    run.rows, run.config = SimpleNamespace(mixture=SimpleNamespace(rows=rows)), Config(batch_size=4)
     return run
 
   loop._check_rows(of_rows(40), Progress(6, 24), 10, bad)
