@@ -1,17 +1,24 @@
 """Prompts with a checkable answer: sums whose digits are reversed, as JSON lines for training, validation and test.
 
-  python examples/addition.py --out=data/addition
-  python examples/addition.py --file=addition.txt --out=data/addition
+  python -m examples.addition --out=data/addition
+  python -m examples.addition --file=addition.txt --out=data/addition
 
 A record is {"prompt": "16+75=", "completion": "19"}: the last digit of 91 comes first, so that a carry is known when it is needed. Without
 a file of lines such as '16+75  _91', the pairs are drawn: 50,000 of numbers of up to three digits, none twice in either order.
 """
 
-import argparse
 import json
 import random
 import re
 from pathlib import Path
+
+from absl import flags
+
+from gptjax import config as configs
+
+_FILE = flags.DEFINE_string('file', None, "file of lines such as '16+75  _91'; default: the pairs are drawn")
+_OUT = flags.DEFINE_string('out', None, 'folder for train.jsonl, valid.jsonl and test.jsonl', required=True)
+_HELD_OUT = flags.DEFINE_integer('held_out', 2500, 'sums in each of valid.jsonl and test.jsonl', lower_bound=1)
 
 
 def pairs_in(file: Path) -> list[tuple[int, int]]:
@@ -29,22 +36,16 @@ def drawn_pairs(count: int, rng: random.Random) -> list[tuple[int, int]]:
   return [*found.values()]
 
 
-def main() -> None:
-  parser = argparse.ArgumentParser(description='makes train.jsonl, valid.jsonl and test.jsonl of sums')
-  parser.add_argument('--file', type=Path, help="file of lines such as '16+75  _91'; default: the pairs are drawn")
-  parser.add_argument('--out', type=Path, required=True, help='folder to write')
-  parser.add_argument('--held_out', type=int, default=2500, help='sums in each of valid.jsonl and test.jsonl')
-  arguments = parser.parse_args()
-  rng = random.Random(0)
-  pairs = pairs_in(arguments.file) if arguments.file else drawn_pairs(50_000, rng)
+def main(_) -> None:
+  rng, size, out = random.Random(0), _HELD_OUT.value, Path(_OUT.value)
+  pairs = pairs_in(Path(_FILE.value)) if _FILE.value else drawn_pairs(50_000, rng)
   rng.shuffle(pairs)
-  arguments.out.mkdir(parents=True, exist_ok=True)
-  size = arguments.held_out
+  out.mkdir(parents=True, exist_ok=True)
   for name, part in (('valid', pairs[:size]), ('test', pairs[size:2 * size]), ('train', pairs[2 * size:])):
     lines = [json.dumps({'prompt': f'{a}+{b}=', 'completion': str(a + b)[::-1]}) for a, b in part]
-    (arguments.out / f'{name}.jsonl').write_text('\n'.join(lines) + '\n')
+    (out / f'{name}.jsonl').write_text('\n'.join(lines) + '\n')
     print(f'{name}.jsonl: {len(lines):,} sums')
 
 
 if __name__ == '__main__':
-  main()
+  configs.run(main, needs_config=False)
