@@ -123,7 +123,7 @@ def _check_sets(sets, parts: int, flag: str) -> None:
   """Raises a UserError for a set that is not of examples with so many parts."""
   kinds = {1: 'prompts with one answer each', 2: 'pairs of answers', 3: 'pairs of answers with mismatched parts'}
   for name, store in sets.items():
-    if store.labels or store.examples_of != parts:
+    if store.labels or store.parts != parts:
       raise UserError(flag, name, f'sets of {kinds[parts]}')
 
 
@@ -139,8 +139,8 @@ def _pass_scorer(restorer, tokenizer):
                                         max_tokens=_MAX_TOKENS.value or (objective.max_tokens if objective.kind == 'grpo' else 64))
   elif _MAX_TOKENS.value:
     objective = dataclasses.replace(objective, max_tokens=_MAX_TOKENS.value)
-  return training.PassScorer(restorer.model, restorer.mesh, tokenizer, 0, config, objective, _COMPLETIONS.value,
-                             expanded(_REWARD_FILE.value, '--reward_file') if _REWARD_FILE.value else None)
+  rewards = training.make_rewards(objective.rewards, expanded(_REWARD_FILE.value, '--reward_file') if _REWARD_FILE.value else None)
+  return training.PassScorer(restorer.model, restorer.mesh, tokenizer, 0, config, objective, _COMPLETIONS.value, rewards)
 
 
 def _add_references(restorer, rows) -> None:

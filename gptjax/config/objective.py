@@ -3,15 +3,14 @@
 import dataclasses
 import math
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from gptjax.config.checks import (
   Group, Limit, NonNegative, NonNegativeFloat, Positive, PositiveFloat, UserError, at_least, at_most)
 
-PREFERENCE_LOSSES = ('dpo', 'robust', 'ipo', 'hinge', 'dpo_norm', 'apo_zero', 'apo_down', 'kto', 'simpo', 'orpo')
-POLICY_LOSSES = ('grpo', 'dr_grpo', 'dapo', 'gspo', 'rloo')
-_Loss = Literal['', 'dpo', 'robust', 'ipo', 'hinge', 'dpo_norm', 'apo_zero', 'apo_down', 'kto', 'simpo', 'orpo', 'grpo', 'dr_grpo', 'dapo',
-                'gspo', 'rloo']
+_PreferenceLoss = Literal['dpo', 'robust', 'ipo', 'hinge', 'dpo_norm', 'apo_zero', 'apo_down', 'kto', 'simpo', 'orpo']
+_PolicyLoss = Literal['grpo', 'dr_grpo', 'dapo', 'gspo', 'rloo']
+PREFERENCE_LOSSES, POLICY_LOSSES = get_args(_PreferenceLoss), get_args(_PolicyLoss)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +42,7 @@ class ObjectiveConfig(Group, prefix='objective.'):
   """next_token: all tokens of documents; sft: the answers of examples (supervised fine-tuning); classification: the classes of texts;
   preference: pairs of answers; grpo: rewards of completions that the model draws; or another name in OBJECTIVES of
   gptjax/training/objective.py"""
-  loss: _Loss = ''
+  loss: Literal['', _PreferenceLoss, _PolicyLoss] = ''
   """of preference (empty: dpo; simpo and orpo need no reference, the model of init_from) or of grpo (empty: grpo)"""
   beta: PositiveFloat = 0.1
   """preference: factor of rewards; orpo: weight of the odds ratio"""

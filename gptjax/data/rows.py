@@ -345,6 +345,10 @@ class EvalRows:
     self.layout, self.store, self.context, self.isolate_documents = layout, layout.store, layout.context, isolate_documents
     self.count = layout.count
 
+  def spaced(self, count: int) -> np.ndarray:
+    """Indices of `count` rows, evenly spaced; 0: of all."""
+    return np.arange(self.count) if not 0 < count < self.count else np.arange(count) * self.count // count
+
   def batch(self, rows: np.ndarray) -> Batch:
     """Rows at indices [n] as in TrainRows.batch; those from `count` on are padding, to fill the last batch."""
     rows = np.asarray(rows, np.int64)

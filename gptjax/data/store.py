@@ -119,10 +119,8 @@ class TokenStore:
     """ids that are targets, each once; of examples the sum of their weights"""
     self.target_bytes: float = examples['target_bytes'] if examples else self.bytes
     """UTF-8 bytes that the targets stand for"""
-    self.parts: int = examples.get('parts', 1) if examples else 1
-    """parts of an example: 2 in pairs"""
-    self.examples_of: int = self.parts if self.weighted else 0
-    """parts of its examples; 0 for documents"""
+    self.parts: int = examples.get('parts', 1) if examples else 0
+    """of an example: 2 or 3 in pairs; 0 in documents"""
     self.sha256: str = manifest['index_sha256']
     """hex digest of ids and documents"""
     self.tokenizer_sha256: str = manifest['tokenizer_sha256']

@@ -116,7 +116,7 @@ class Scorer:
   def __call__(self, parameters: Parameters, rows: EvalRows, *, count: int = 0,
                advance: Callable[[int], None] = lambda rows: None) -> Score:
     """The score of parameters on `count` of the rows, evenly spaced; 0: all. `advance` is called with the number of rows of every batch."""
-    indices = np.arange(rows.count) if not 0 < count < rows.count else np.arange(count) * rows.count // count
+    indices = rows.spaced(count)
     mine = process_rows(self._mesh, self._batch_size)
 
     def sums() -> Iterator[tuple[int, dict[str, jax.Array]]]:

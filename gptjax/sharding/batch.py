@@ -94,6 +94,11 @@ def batch_psum(tree: Any, axes: tuple[str, ...] = LOCAL_AXES) -> Any:
   return jax.tree.map(lambda x: jax.lax.psum(x, axes), tree) if axes else tree
 
 
+def tokens_psum(x: Array) -> Array:
+  """The sum over the devices that share rows, for all of them; its gradient is that with respect to this device's part."""
+  return x + jax.lax.stop_gradient(batch_psum(x, (TOKENS_AXIS,)) - x)
+
+
 def manual_psum(tree: Any, axis: str) -> Any:
   """The sums over a mesh axis of arrays that a shard_map makes local to a device; outside of it arrays are complete."""
   mesh = jax.sharding.get_abstract_mesh()

@@ -64,7 +64,7 @@ def train(config: Config, options: Options) -> int:
   assert jax.process_count() == process_group().count, 'processes of one run join through gptjax.start'
   with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
     run = resolve(config, data, mesh)
-    make_rewards(config.objective.rewards, options.reward_file)  # before the workdir exists, reports a reward that is unknown
+    rewards = make_rewards(config.objective.rewards, options.reward_file)  # before the workdir exists, since one may be unknown
     last, folder = min(run.steps, options.stop_at or run.steps), options.workdir
     if is_primary():
       stack.enter_context(lock(folder))
@@ -104,8 +104,8 @@ def train(config: Config, options: Options) -> int:
       checkpoints.prepare(run.standard.saved(state))
     watchdog = stack.enter_context(Watchdog(options.hang_timeout, folder))
     interruptions = stack.enter_context(Interruptions(mesh, run.config.checkpoint.minutes))
-    source = source_of(run, data, folder, options.reward_file, watchdog.progress)
-    validation = Validation(run, data, book, watchdog.progress, options.reward_file)
+    source = source_of(run, data, folder, rewards, watchdog.progress)
+    validation = Validation(run, data, book, watchdog.progress, rewards)
     loop = _Loop(run, source, [(validation.due, validation)], lambda: initial_state(run, data.tokenizer)[0], options, checkpoints, book,
                  peak and peak[0], watchdog, interruptions, bad_steps)
     return loop.run_to(last, state, progress)

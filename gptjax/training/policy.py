@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from gptjax.config import TOKENS_AXIS, ObjectiveConfig
+from gptjax.config import ObjectiveConfig
 from gptjax.model import Head
-from gptjax.sharding import batch_psum, context_size
+from gptjax.sharding import context_size, tokens_psum
 from gptjax.training.sums import Batch, ObjectiveFunction, ObjectiveSums
 
 
@@ -96,6 +96,5 @@ def policy_gradient(config: ObjectiveConfig) -> ObjectiveFunction:
 
 def _row_sums(values: Float[Array, 'B T']) -> Float[Array, 'B 1']:
   """Sums over complete rows; their gradients are those with respect to this device's tokens."""
-  own = values.sum(-1, keepdims=True)
-  return own + jax.lax.stop_gradient(batch_psum(own, (TOKENS_AXIS,)) - own)
+  return tokens_psum(values.sum(-1, keepdims=True))
 

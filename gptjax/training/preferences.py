@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
 from jaxtyping import Array, Float, Int
 
-from gptjax.config import BATCH_AXES, TOKENS_AXIS, ObjectiveConfig
+from gptjax.config import BATCH_AXES, ObjectiveConfig
 from gptjax.model import Head
-from gptjax.sharding import batch_psum, context_size
+from gptjax.sharding import batch_psum, context_size, tokens_psum
 from gptjax.training.sums import Batch, ObjectiveFunction, ObjectiveSums
 
 
@@ -140,5 +140,4 @@ def _part_sums(values: Float[Array, 'B T'], segments: Int[Array, 'B T'], parts: 
   rows = jnp.arange(len(values))[:, None]
   size = values.shape[1] * context_size() // (2 * parts)  # a part has two tokens or more
   own = jnp.zeros((len(values), 1 + size * parts), values.dtype).at[rows, segments].add(values)
-  complete = own + jax.lax.stop_gradient(batch_psum(own, (TOKENS_AXIS,)) - own)
-  return complete[:, 1:].reshape(len(values), size, parts)
+  return tokens_psum(own)[:, 1:].reshape(len(values), size, parts)

@@ -18,6 +18,7 @@ from gptjax.files import complete_lines, json_line, read_json
 from gptjax.sharding import make_mesh
 from gptjax.training.guard import BadSteps
 from gptjax.training.reference import add_references
+from gptjax.training.rewards import make_rewards
 from gptjax.training.rollouts import source_of
 from gptjax.training.run import Steps, resolve
 from gptjax.training.workdir import initial_state, restore
@@ -71,7 +72,8 @@ def replay(workdir: Path, step: int, cache_dir: Path, reward_file: Path | None =
     else:
       state, progress, words = *restore(checkpoints, before, run), f'checkpoint {before}'
     announce(f'from {words}, {step - progress.step} steps')
-    source, bad_steps = source_of(run, data, workdir, reward_file, writes=False), BadSteps(config.faults, workdir, writes=True)
+    source = source_of(run, data, workdir, make_rewards(config.objective.rewards, reward_file), writes=False)
+    bad_steps = BadSteps(config.faults, workdir, writes=True)
     steps, tokens = Steps(run, source, bad_steps, state, progress), progress.tokens
     del state  # the first step reuses its memory
     with contextlib.closing(steps):

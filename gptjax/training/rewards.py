@@ -16,6 +16,8 @@ from typing import Any
 from gptjax.config import Reward, UserError
 
 RewardFunction = Callable[[Mapping[str, Any], str], float | None]
+Rewards = Mapping[str, RewardFunction]
+"""By the names in objective.rewards."""
 
 
 def exact(row: Mapping[str, Any], text: str) -> float:
@@ -98,7 +100,7 @@ def _load(file: Path) -> dict[str, RewardFunction]:
   return {name: value for name, value in vars(module).items() if callable(value) and not name.startswith('_')}
 
 
-def rewarded(functions: Mapping[str, RewardFunction], row: Mapping[str, Any], text: str) -> dict[str, float]:
+def rewarded(functions: Rewards, row: Mapping[str, Any], text: str) -> dict[str, float]:
   """The value of each reward, NaN for None. Raises a UserError for a function that fails, or returns no number."""
   found = {}
   for name, function in functions.items():

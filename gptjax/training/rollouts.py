@@ -28,7 +28,7 @@ from gptjax.model import AbstractModel, Parameters
 from gptjax.sharding import process_rows
 from gptjax.training.policy import advantages, spread, token_weights
 from gptjax.training.reference import reference_of
-from gptjax.training.rewards import RewardFunction, make_rewards, rewarded
+from gptjax.training.rewards import Rewards, rewarded
 from gptjax.training.run import Run, Source
 from gptjax.training.step import TrainState
 
@@ -101,7 +101,13 @@ class Drawing:
                        [self._tokenizer.decode(row[:-1] if end else row) for row, end in zip(rows, ended, strict=True)])
 
 
-def judged(functions: Mapping[str, RewardFunction], prompts: Sequence[Prompt], drawn: Completions, limit: int) -> dict[str, np.ndarray]:
+def seeds_of(seed: int, first: int, count: int) -> list[int]:
+  """Seeds of the completions from number `first` on."""
+  numbers = np.arange(first, first + count, dtype=np.uint64)
+  return (mix(mix(np.full(1, seed, np.uint64)) + numbers) >> np.uint64(32)).tolist()
+
+
+def judged(functions: Rewards, prompts: Sequence[Prompt], drawn: Completions, limit: int) -> dict[str, np.ndarray]:
   """The value of each reward of each completion [n]; functions are called in process 0 alone."""
   values = None
   if is_primary():
@@ -111,11 +117,11 @@ def judged(functions: Mapping[str, RewardFunction], prompts: Sequence[Prompt], d
   return {name: np.array(found, float) for name, found in broadcast('rewards', values).items()}
 
 
-def source_of(run: Run, data: Prepared, workdir: Path, reward_file: Path | None, progress: Callable[[int], None] = lambda rows: None,
+def source_of(run: Run, data: Prepared, workdir: Path, rewards: Rewards, progress: Callable[[int], None] = lambda rows: None,
               writes: bool = True) -> Source:
   """The batches of a run: rows of its data, or completions that its model draws; with `writes`, those of a rollout of several steps are
   kept in the workdir."""
-  return Rollouts(run, data, workdir, reward_file, progress, writes) if run.config.objective.kind == 'grpo' else run.batches
+  return Rollouts(run, data, workdir, rewards, progress, writes) if run.config.objective.kind == 'grpo' else run.batches
 
 
 class Rollouts:
@@ -124,11 +130,11 @@ class Rollouts:
   Raises a UserError for a prompt without space for objective.max_tokens in a row.
   """
 
-  def __init__(self, run: Run, data: Prepared, workdir: Path, reward_file: Path | None, progress: Callable[[int], None], writes: bool):
+  def __init__(self, run: Run, data: Prepared, workdir: Path, rewards: Rewards, progress: Callable[[int], None], writes: bool):
     self._run, self._tokenizer, self._workdir = run, data.tokenizer, workdir
     self._writes = writes and run.config.objective.rollout_steps > 1
     settings, standard = run.config.objective, run.standard
-    self._functions = make_rewards(settings.rewards, reward_file)
+    self._functions = rewards
     self._drawing = Drawing(standard.model.base, standard.mesh, data.tokenizer, standard.zero_stage, settings.max_tokens,
                             run.config.microbatch_size, progress)
     self._reference = reference_of(run, workdir) if settings.kl else None
@@ -159,10 +165,9 @@ class Rollouts:
     for prompt in each:
       check_space(prompt, run.config, settings.max_tokens)
     prompts = [prompt for prompt in each for _ in range(group)]
-    seeds = mix(mix(np.full(1, run.config.seed, np.uint64)) + np.arange(first, first + self._size, dtype=np.uint64)) >> np.uint64(32)
     with jax.set_mesh(run.standard.mesh):
       weights = self._drawing.prepare(run.standard.model.merged(run.standard.parameters(parameters)))
-      drawn = self._drawing(weights, [prompt.ids for prompt in prompts], seeds.tolist())
+      drawn = self._drawing(weights, [prompt.ids for prompt in prompts], seeds_of(run.config.seed, first, self._size))
     del weights
     rewards = judged(self._functions, prompts, drawn, settings.max_tokens)
     total = sum(reward.weight * rewards[reward.name] for reward in settings.rewards)

@@ -106,12 +106,12 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
     raise UserError('compute.offloaded', list(config.compute.offloaded), f'none: the device reaches no memory of the host, only {memories}')
   optimizer = make_optimizer(opt)
   objective = make_objective(config)
-  parts = {layout.store.parts for layout in data.layouts if layout.store.weighted} or {0}
-  if len(parts) > 1 or (parts > {1} and not all(layout.store.weighted for layout in data.layouts)):
+  parts = {layout.store.parts for layout in data.layouts}
+  if len(parts) > 1 and max(parts) > 1:
     raise UserError('data.train', sorted(parts), 'stores of pairs alone, or without pairs')
   for name, store in data.valid.items():
     if max(parts) > 1 or config.objective.kind == 'grpo':
-      if store.examples_of != max(parts):
+      if store.parts != max(parts):
         raise UserError('data.valid', name, 'a store of the same kind of examples as those to train on')
   check_objective(config.objective, parts=max(parts), has_classes=classes > 0)
   return Run(

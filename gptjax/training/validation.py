@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 
@@ -13,6 +12,7 @@ from gptjax.evaluation import Scorer
 from gptjax.model import Parameters
 from gptjax.training.logbook import Logbook
 from gptjax.training.passes import PassScorer
+from gptjax.training.rewards import Rewards
 from gptjax.training.run import Run, every
 from gptjax.training.step import TrainState
 
@@ -20,14 +20,14 @@ from gptjax.training.step import TrainState
 class Validation:
   """Scores the validation sets of a run and writes a sample; `advance` is called whenever some rows are scored."""
 
-  def __init__(self, run: Run, data: Prepared, book: Logbook, advance: Callable[[int], None], reward_file: Path | None = None):
+  def __init__(self, run: Run, data: Prepared, book: Logbook, advance: Callable[[int], None], rewards: Rewards):
     self._run, self._data, self._book, self._advance = run, data, book, advance
     standard = run.standard
     self._scorer: Scorer | PassScorer
     self._draws = run.config.objective.kind == 'grpo'
     if self._draws:
       self._scorer = PassScorer(standard.model.base, standard.mesh, data.tokenizer, standard.zero_stage, run.config, run.config.objective,
-                                run.config.eval.completions, reward_file)
+                                run.config.eval.completions, rewards)
       return
     self._scorer = Scorer(standard.model, run.objective, standard.mesh, run.config.microbatch_size, standard.zero_stage)
 
