@@ -14,8 +14,9 @@ from gptjax.config import Config, read_config, to_json
 from gptjax.files import atomic_directory
 from gptjax.model import AbstractModel, Parameters, stored_model, unstack_layers
 
-BASE, REFERENCE = 'base', 'reference'
-"""Folders of a workdir: the run whose model its adapters adapt, and the one whose model is the reference of its objective."""
+BASE, REFERENCE, TEACHER = 'base', 'reference', 'teacher'
+"""Folders of a workdir: the run whose model its adapters adapt, and those whose models are the reference and the teacher of its
+objective."""
 
 
 def keep_run(checkpoint: Path, config: Config, target: Path) -> None:

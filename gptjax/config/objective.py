@@ -10,7 +10,8 @@ from gptjax.config.checks import (
 
 _PreferenceLoss = Literal['dpo', 'robust', 'ipo', 'hinge', 'dpo_norm', 'apo_zero', 'apo_down', 'kto', 'simpo', 'orpo']
 _PolicyLoss = Literal['grpo', 'dr_grpo', 'dapo', 'gspo', 'rloo']
-PREFERENCE_LOSSES, POLICY_LOSSES = get_args(_PreferenceLoss), get_args(_PolicyLoss)
+_DistillationLoss = Literal['forward_kl', 'reverse_kl']
+_LOSSES = {'preference': get_args(_PreferenceLoss), 'grpo': get_args(_PolicyLoss), 'distillation': get_args(_DistillationLoss)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +41,11 @@ class ObjectiveConfig(Group, prefix='objective.'):
 
   kind: str = 'next_token'
   """next_token: all tokens of documents; sft: the answers of examples (supervised fine-tuning); classification: the classes of texts;
-  preference: pairs of answers; grpo: rewards of completions that the model draws; or another name in OBJECTIVES of
-  gptjax/training/objective.py"""
-  loss: Literal['', _PreferenceLoss, _PolicyLoss] = ''
-  """of preference (empty: dpo; simpo and orpo need no reference, the model of init_from) or of grpo (empty: grpo)"""
+  preference: pairs of answers; grpo: rewards of completions that the model draws; distillation: the probabilities of a teacher; or another
+  name in OBJECTIVES of gptjax/training/objective.py"""
+  loss: Literal['', _PreferenceLoss, _PolicyLoss, _DistillationLoss] = ''
+  """of preference (empty: dpo; simpo and orpo need no reference, the model of init_from), of grpo (empty: grpo) or of distillation (empty:
+  forward_kl, KL(teacher || model); reverse_kl: KL(model || teacher))"""
   beta: PositiveFloat = 0.1
   """preference: factor of rewards; orpo: weight of the odds ratio"""
   smoothing: Annotated[float, Limit(lambda value: 0 <= value < 0.5, 'at least 0 and below 0.5')] = 0.0
@@ -57,7 +59,7 @@ class ObjectiveConfig(Group, prefix='objective.'):
   group: Annotated[int, at_least(2), at_most(10_000)] = 8
   """grpo: completions of each prompt; a step takes batch_size / group prompts"""
   max_tokens: Positive = 256
-  """grpo: tokens after which a completion is cut"""
+  """grpo, own_samples: tokens after which a completion is cut"""
   rollout_steps: Annotated[int, at_least(1), at_most(1000)] = 1
   """grpo: steps whose completions are drawn together, before the first of them; above 1, later ones are off policy, and clipped"""
   clip: NonNegativeFloat = 0.0
@@ -69,15 +71,28 @@ class ObjectiveConfig(Group, prefix='objective.'):
   count_truncated: bool = True
   """grpo: train on completions that were cut at max_tokens; false: leave them out, but not out of the group's mean"""
 
+  teacher: str = ''
+  """distillation: workdir of a run or an imported model with the same tokenizer, or one checkpoint in it"""
+  temperature: PositiveFloat = 1.0
+  """distillation: divisor of the logits of both models (arXiv:1503.02531)"""
+  own_samples: bool = False
+  """distillation: on answers that the model draws for the prompts of examples, in place of those in the data"""
+
   def __post_init__(self):
     super().__post_init__()
     mine = {'preference': ('beta', 'smoothing', 'margin', 'chosen_weight'),
-            'grpo': ('rewards', 'group', 'max_tokens', 'rollout_steps', 'clip', 'clip_high', 'kl', 'count_truncated')}
+            'grpo': ('rewards', 'group', 'rollout_steps', 'clip', 'clip_high', 'kl', 'count_truncated'),
+            'distillation': ('teacher', 'temperature', 'own_samples')}
     for kind, names in mine.items():
       for name in names if self.kind != kind else ():
         if (value := getattr(self, name)) != getattr(ObjectiveConfig, name):
           raise UserError(f'objective.{name}', value, f'its default unless objective.kind is {kind}')
-    losses = {'preference': PREFERENCE_LOSSES, 'grpo': POLICY_LOSSES}.get(self.kind, ())
+    if self.max_tokens != ObjectiveConfig.max_tokens and not self.draws:
+      raise UserError('objective.max_tokens', self.max_tokens, 'its default unless the model draws completions: objective.kind=grpo, or '
+                      'objective.own_samples')
+    if self.kind == 'distillation' and not self.teacher:
+      raise UserError('objective.teacher', '', 'the run or imported model to learn from')
+    losses = _LOSSES.get(self.kind, ())
     if self.loss and self.loss not in losses:
       raise UserError('objective.loss', self.loss, f'{", ".join(losses) or "none"} with objective.kind={self.kind}')
     for name, allowed in (('smoothing', ('', 'dpo', 'dpo_norm', 'robust')), ('margin', ('simpo',))):
@@ -94,13 +109,20 @@ class ObjectiveConfig(Group, prefix='objective.'):
     return self.group if self.kind == 'grpo' else 1
 
   @property
+  def draws(self) -> bool:
+    """Whether the rows of a step are completions that the model draws."""
+    return self.kind == 'grpo' or self.own_samples
+
+  @property
   def needs_reference(self) -> bool:
     """Whether the loss reads log-probabilities of the model of init_from."""
     return (self.kind == 'preference' and self.loss not in ('simpo', 'orpo')) or (self.kind == 'grpo' and self.kl > 0)
 
 
 _DATA = {
-  'next_token': 'documents', 'sft': 'examples', 'grpo': 'examples', 'classification': 'texts with data.source.label',
+  'next_token': 'documents', 'sft': 'examples', 'grpo': 'examples',
+  'distillation': 'documents or examples, with objective.own_samples examples',
+  'classification': 'texts with data.source.label',
   'preference': 'pairs, of data.source.chosen and rejected, with data.source.mismatched for objective.loss=kto and else without'}
 
 
@@ -112,7 +134,8 @@ def check_objective(objective: ObjectiveConfig, *, parts: int, has_classes: bool
     has_classes: whether they are texts with classes.
   """
   found = 'classification' if has_classes else ('next_token', 'sft', 'preference', 'preference')[parts]
-  found = 'grpo' if (found, objective.kind) == ('sft', 'grpo') else found
+  also = {'next_token': () if objective.draws else ('distillation',), 'sft': ('grpo', 'distillation')}.get(found, ())
+  found = objective.kind if objective.kind in also else found
   wrong = objective.kind in _DATA and objective.kind != found
   if wrong or (objective.kind == 'preference' and (parts == 3) != (objective.loss == 'kto')):
     raise UserError('objective.kind', objective.kind, f'{found} for {_DATA[found]}; ' + (

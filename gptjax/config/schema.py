@@ -168,13 +168,15 @@ class Config(Group):
     if self.objective.needs_reference and not self.init_from:
       name = 'kl' if self.objective.kind == 'grpo' else f'loss={self.objective.loss or "dpo"}'
       raise UserError('init_from', '', f'the run to start from, which is the reference of objective.{name}')
-    if self.objective.kind == 'grpo':
+    if self.objective.draws:
       self._check_rollouts()
     if self.objective.kind in ('preference', 'grpo'):
       for field, value in (('z_loss', self.z_loss), ('model.router.balance_loss', self.model.router.balance_loss),
                            ('model.router.z_loss', self.model.router.z_loss)):
         if value:
           raise UserError(field, value, f'0 with objective.kind={self.objective.kind}, whose loss does not count tokens')
+    if self.objective.kind == 'distillation' and self.z_loss:
+      raise UserError('z_loss', self.z_loss, '0 with objective.kind=distillation: the teacher determines the normalizer')
     if self.lora.rank and not self.init_from:
       raise UserError('init_from', '', 'the run whose model lora.rank adapts')
     if self.lora.rank and self.optimizer.name == 'muon':
@@ -196,12 +198,12 @@ class Config(Group):
       raise UserError('eval.rows', self.eval.rows, '0 with checkpoint.keep_best: scores of different rows are not comparable')
 
   def _check_rollouts(self) -> None:
+    cause, size = 'objective.kind=grpo' if self.objective.kind == 'grpo' else 'objective.own_samples', self.objective.rows_per_example
     if self.data.source.supervised != 'answers':
-      raise UserError('data.source.supervised', self.data.source.supervised, 'answers with objective.kind=grpo')
-    size = self.objective.group
+      raise UserError('data.source.supervised', self.data.source.supervised, f'answers with {cause}')
     if self.batch_size % size:
       raise UserError('batch_size', self.batch_size, f'a multiple of objective.group={size}: complete groups of completions')
     if self.data.rows != 'document':
-      raise UserError('data.rows', self.data.rows, 'document with objective.kind=grpo: a row is a prompt')
+      raise UserError('data.rows', self.data.rows, f'document with {cause}: a row is a prompt')
     if self.objective.max_tokens >= self.data.context:
       raise UserError('objective.max_tokens', self.objective.max_tokens, f'below data.context={self.data.context}: rows have prompts too')

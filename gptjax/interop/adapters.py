@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from gptjax import config as configs
-from gptjax.checkpoint import BASE, PARAMETERS, REFERENCE, Checkpoints, Progress, Retention, keep_run, parameter_reader
+from gptjax.checkpoint import BASE, PARAMETERS, REFERENCE, TEACHER, Checkpoints, Progress, Retention, keep_run, parameter_reader
 from gptjax.config import Config, LoraConfig, MeshConfig, UserError, read_config
 from gptjax.files import atomic_directory, read_json, write_json
 from gptjax.interop.families import Tensor, family_for
@@ -238,8 +238,9 @@ def _write_run(folder: Path, config: Config, source: Path, parameters: dict[str,
   """Writes config, the tokenizer and validation sets of another run, and parameters as the checkpoint of step 0."""
   (folder / 'config.json').write_text(configs.to_json(config))
   shutil.copytree(source / 'data', folder / 'data')
-  if config.objective.needs_reference:
-    shutil.copytree(source / REFERENCE, folder / REFERENCE)
+  for name in (REFERENCE, TEACHER):
+    if (source / name).exists():
+      shutil.copytree(source / name, folder / name)
   extra = tuple(folder / name for name in ('config.json', 'data/identity.json', 'data/tokenizer'))
   with contextlib.closing(Checkpoints(folder / 'checkpoints', Retention(), extra)) as checkpoints:
     checkpoints.save(Progress(), {'trained': parameters}, None, waits=True)

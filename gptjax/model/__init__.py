@@ -8,7 +8,7 @@ from gptjax.model.attention import Cache, Caches, Positions, left_padded, positi
 from gptjax.model.dispatch import exchanges
 from gptjax.model.experts import load_metrics
 from gptjax.model.grouped import expert_backend
-from gptjax.model.head import Head
+from gptjax.model.head import FixedHead, Head
 from gptjax.model.layers import Sums
 from gptjax.model.kernels import attention_backend
 from gptjax.model.layout import Slots, stack_layers, stacked_name, unstack_layers

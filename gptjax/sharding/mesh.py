@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gptjax.config import (
   AXES, AXIS_NAMES, BATCH_AXES, EXPERTS_AXIS, LOCAL_AXES, REST_AXIS, SLICE_AXES, STATE_AXIS, TENSOR_AXIS, TOKENS_AXIS, Config, MeshConfig,
@@ -110,6 +110,11 @@ def gathered(spec: PartitionSpec) -> PartitionSpec:
     entry = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
     return tuple(name for name in entry if name not in _FOLDED[1:]) or None
   return PartitionSpec(*map(names, spec))
+
+
+def viewed(x: jax.Array, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
+  """The same array by the names of another mesh of the same devices; nothing is moved."""
+  return jax.make_array_from_single_device_arrays(x.shape, NamedSharding(mesh, spec), [shard.data for shard in x.addressable_shards])
 
 
 def describe(mesh: AnyMesh) -> str:

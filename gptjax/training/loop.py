@@ -27,6 +27,7 @@ from gptjax.training.rollouts import source_of
 from gptjax.training.run import Dispatched, Run, Source, Steps, every, header, resolve
 from gptjax.training.workdir import initial_state, keep_sources, lock, open_workdir, restore, starting_point, wait_until_visible
 from gptjax.training.step import TrainState
+from gptjax.training.teacher import teacher_flops, teacher_of
 from gptjax.training.validation import Validation
 
 RETRY = 30.0
@@ -80,11 +81,11 @@ def train(config: Config, options: Options) -> int:
     bad_steps = BadSteps(config.faults, folder, writes=is_primary())
     _check_rows(run, progress, last, bad_steps)
     if newest is None:  # before config.json is written, since init_from may be wrong
-      start = starting_point(run)
+      start, teacher = starting_point(run), teacher_of(run, data.tokenizer)
       state, begun = initial_state(run, data.tokenizer, start)
     changed = open_workdir(folder, run, data, None if newest is None else progress, options.accept_changes) if is_primary() else []
     if newest is None and is_primary():
-      keep_sources(run, folder, start)
+      keep_sources(run, folder, start, teacher)
     wait_until_visible(folder)
     add_references(run, folder)
     if newest is not None:
@@ -93,7 +94,8 @@ def train(config: Config, options: Options) -> int:
       checkpoints.save(progress, run.standard.saved(state), None, waits=True)
     peak = peak_flops(list(mesh.devices.flatten()))
     book = stack.enter_context(contextlib.closing(Logbook(folder, progress.step, run.steps) if is_primary() else NullLogbook()))
-    facts = header(run, data, begun, peak)
+    flops = step_flops(run.model, run.abstract_state.frozen) + teacher_flops(run, folder)
+    facts = header(run, data, begun, peak, flops)
     book.header(facts | ({'changed': '; '.join(changed)} if changed else {}))
     if progress.step >= last:
       book.say(f'nothing to do: step {progress.step} of {last} is done')
@@ -107,7 +109,7 @@ def train(config: Config, options: Options) -> int:
     source = source_of(run, data, folder, rewards, watchdog.progress)
     validation = Validation(run, data, book, watchdog.progress, rewards)
     loop = _Loop(run, source, [(validation.due, validation)], lambda: initial_state(run, data.tokenizer)[0], options, checkpoints, book,
-                 peak and peak[0], watchdog, interruptions, bad_steps)
+                 peak and peak[0], flops, watchdog, interruptions, bad_steps)
     return loop.run_to(last, state, progress)
 
 
@@ -149,20 +151,20 @@ class _Moment(NamedTuple):
 class _Loop:
   """One process's part of a run, with batches from `source`, and `actions` after steps.
 
-  `fresh` makes the state of step 0; `peak` is in FLOP/s of all devices, None if unknown.
+  `fresh` makes the state of step 0; `peak` is in FLOP/s of all devices, None if unknown; `flops` are per token.
   """
 
   def __init__(self, run: Run, source: Source, actions: Sequence[Action], fresh: Callable[[], TrainState], options: Options,
-               checkpoints: Checkpoints, book: Logbook, peak: float | None, watchdog: Watchdog, interruptions: Interruptions,
+               checkpoints: Checkpoints, book: Logbook, peak: float | None, flops: float, watchdog: Watchdog, interruptions: Interruptions,
                bad_steps: BadSteps):
     self.run, self.source, self.actions, self.fresh, self.options = run, source, actions, fresh, options
     self.checkpoints, self.book, self.peak = checkpoints, book, peak
     self.watchdog, self.interruptions, self.bad_steps = watchdog, interruptions, bad_steps
     stores = [layout.store for layout in run.rows.layouts]
     read = sum(store.tokens for store in stores) / sum(store.targets for store in stores)  # tokens per target
-    if run.config.objective.kind == 'grpo':
+    if run.config.objective.draws:
       self.peak = None  # drawing completions is most of the work
-    self.flops = step_flops(run.model, run.abstract_state.frozen) * read
+    self.flops = flops * read
     self.check = replica_check(run.abstract_state, run.mesh)
     self.counter = CompileCounter()
     self.compiles = 0

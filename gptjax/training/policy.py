@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from gptjax.config import ObjectiveConfig
 from gptjax.model import Head
 from gptjax.sharding import context_size, tokens_psum
-from gptjax.training.sums import Batch, ObjectiveFunction, ObjectiveSums
+from gptjax.training.sums import Batch, ObjectiveFunction, ObjectiveSums, reported
 
 
 def advantages(rewards: Float[np.ndarray, 'P G'], loss: str) -> Float[np.ndarray, 'P G']:
@@ -88,8 +88,7 @@ def policy_gradient(config: ObjectiveConfig) -> ObjectiveFunction:
       divergence = jnp.expm1(ahead) - ahead
       total = total + config.kl * jnp.sum(batch['weight'] * divergence)
       metrics |= {'kl': jnp.sum(means * divergence), 'loss': metrics['loss'] + config.kl * jnp.sum(batch['weight'] * divergence)}
-    metrics |= {name.removeprefix('metric/'): jnp.sum(value) for name, value in batch.items() if name.startswith('metric/')}
-    return ObjectiveSums(total, jnp.sum(mask), jax.tree.map(jax.lax.stop_gradient, metrics), jnp.sum(batch['first']))
+    return ObjectiveSums(total, jnp.sum(mask), jax.tree.map(jax.lax.stop_gradient, metrics | reported(batch)), jnp.sum(batch['first']))
 
   return objective
 

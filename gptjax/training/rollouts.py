@@ -25,12 +25,13 @@ from gptjax.inference import Sampling
 from gptjax.inference.decoding import Decoder
 from gptjax.inference.sampling import suppressed_ids
 from gptjax.model import AbstractModel, Parameters
-from gptjax.sharding import process_rows
+from gptjax.sharding import process_rows, put_rows
 from gptjax.training.policy import advantages, spread, token_weights
 from gptjax.training.reference import reference_of
 from gptjax.training.rewards import Rewards, rewarded
 from gptjax.training.run import Run, Source
 from gptjax.training.step import TrainState
+from gptjax.training.teacher import Teacher
 
 FILE = 'rollout-{}.npz'
 """In a workdir, of a rollout of several steps, by its first row."""
@@ -119,13 +120,20 @@ def judged(functions: Rewards, prompts: Sequence[Prompt], drawn: Completions, li
 
 def source_of(run: Run, data: Prepared, workdir: Path, rewards: Rewards, progress: Callable[[int], None] = lambda rows: None,
               writes: bool = True) -> Source:
-  """The batches of a run: rows of its data, or completions that its model draws; with `writes`, those of a rollout of several steps are
-  kept in the workdir."""
-  return Rollouts(run, data, workdir, rewards, progress, writes) if run.config.objective.kind == 'grpo' else run.batches
+  """The batches of a run on its mesh: rows of its data, or completions that its model draws, for distillation with the teacher's hidden
+  states. With `writes`, completions of a rollout of several steps are kept in the workdir."""
+  rows = Rollouts(run, data, workdir, rewards, progress, writes) if run.config.objective.draws else run.batches
+  teacher = Teacher(run, workdir) if run.config.objective.kind == 'distillation' else lambda batch: batch
+
+  def source(row: int, state: Callable[[], TrainState]) -> Generator[dict[str, Any], None, None]:
+    with contextlib.closing(rows(row, state)) as batches:
+      for batch in batches:
+        yield teacher(put_rows(run.mesh, batch, run.config.batch_size))
+  return source
 
 
 class Rollouts:
-  """A `Source` of batches of completions.
+  """The batches of completions, each with the rows of this process.
 
   Raises a UserError for a prompt without space for objective.max_tokens in a row.
   """
@@ -157,7 +165,7 @@ class Rollouts:
   def _drawn(self, first: int, parameters: Parameters) -> Batch:
     """The rows of the rollout that begins at row `first`."""
     run, settings = self._run, self._run.config.objective
-    group = settings.group
+    group = settings.rows_per_example
     numbers = np.arange(first // group, (first + self._size) // group)
     each = list(prompts_of(run.rows.batch(numbers), self._tokenizer))
     if len(each) < len(numbers):
@@ -169,9 +177,11 @@ class Rollouts:
       weights = self._drawing.prepare(run.standard.model.merged(run.standard.parameters(parameters)))
       drawn = self._drawing(weights, [prompt.ids for prompt in prompts], seeds_of(run.config.seed, first, self._size))
     del weights
-    rewards = judged(self._functions, prompts, drawn, settings.max_tokens)
-    total = sum(reward.weight * rewards[reward.name] for reward in settings.rewards)
-    rows = self._rows(prompts, drawn, rewards, np.asarray(total).reshape(-1, group))
+    rows = self._rows(prompts, drawn)
+    if settings.kind == 'grpo':
+      self._judge(rows, drawn, judged(self._functions, prompts, drawn, settings.max_tokens))
+    else:  # per token
+      rows['metric/truncated'] = rows['mask'] * ~drawn.ended[:, None]
     if self._reference:
       rows['reference'] = self._reference(rows)
     if self._writes:
@@ -183,9 +193,9 @@ class Rollouts:
       broadcast('rollout')
     return rows
 
-  def _rows(self, prompts: Sequence[Prompt], drawn: Completions, rewards: Mapping[str, np.ndarray], totals: np.ndarray) -> Batch:
-    settings, context = self._run.config.objective, self._run.config.data.context
-    count, loss = len(prompts), settings.loss or 'grpo'
+  def _rows(self, prompts: Sequence[Prompt], drawn: Completions) -> Batch:
+    """Prompts with their completions, whose tokens are the targets."""
+    context, count = self._run.config.data.context, len(prompts)
     zeros = lambda kind=np.float32: np.zeros((count, context), kind)
     rows: dict[str, np.ndarray] = {name: zeros(np.int32) for name in ('tokens', 'targets', 'segments')}
     rows |= {name: zeros() for name in ('mask', 'old', 'first')}
@@ -197,6 +207,13 @@ class Rollouts:
       rows['mask'][index, start:len(text) - 1] = 1
       rows['old'][index, start:len(text) - 1] = logprobs
       rows['first'][index, start] = 1
+    return rows
+
+  def _judge(self, rows: Batch, drawn: Completions, rewards: Mapping[str, np.ndarray]) -> None:
+    """Adds advantages, weights and metrics."""
+    settings = self._run.config.objective
+    loss = settings.loss or 'grpo'
+    totals = np.asarray(sum(reward.weight * rewards[reward.name] for reward in settings.rewards)).reshape(-1, settings.group)
     if not settings.count_truncated:
       rows['mask'] *= drawn.ended[:, None]
     rows['weight'] = np.concatenate([token_weights(mask, loss, settings.max_tokens)
@@ -205,7 +222,7 @@ class Rollouts:
     deviation = np.repeat(spread(totals), settings.group)
     figures = {'reward': totals.reshape(-1), **{f'reward_{name}': values for name, values in rewards.items()}, 'reward_std': deviation,
                'groups_without_spread': deviation == 0, 'truncated': ~drawn.ended}
-    return rows | {f'metric/{name}': rows['first'] * np.nan_to_num(values).astype(np.float32)[:, None] for name, values in figures.items()}
+    rows |= {f'metric/{name}': rows['first'] * np.nan_to_num(values).astype(np.float32)[:, None] for name, values in figures.items()}
 
   def _kept(self, first: int) -> Batch:
     """The rows of a rollout that was drawn before this process began."""

@@ -20,9 +20,9 @@ from gptjax.checkpoint import Progress
 from gptjax.config import INT32_MAX, TOKENS_AXIS, Config, UserError, check_objective, duration_in_steps, schedule_warning
 from gptjax.data import EvalRows, Prepared, TrainRows, batches, train_rows
 from gptjax.model import (
-  AbstractModel, active_parameters, attention_backend, expert_backend, model_of, parameter_count, step_flops)
+  AbstractModel, active_parameters, attention_backend, expert_backend, model_of, parameter_count)
 from gptjax.distributed import all_gather, process_group
-from gptjax.sharding import AnyMesh, check_sizes, describe, process_rows, put_rows
+from gptjax.sharding import AnyMesh, check_sizes, describe, process_rows
 from gptjax.training.guard import BadSteps
 from gptjax.training.objective import make_objective
 from gptjax.training.optimizer import learning_rates, make_optimizer
@@ -110,7 +110,7 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
   if len(parts) > 1 and max(parts) > 1:
     raise UserError('data.train', sorted(parts), 'stores of pairs alone, or without pairs')
   for name, store in data.valid.items():
-    if max(parts) > 1 or config.objective.kind == 'grpo':
+    if max(parts) > 1 or config.objective.draws:
       if store.parts != max(parts):
         raise UserError('data.valid', name, 'a store of the same kind of examples as those to train on')
   check_objective(config.objective, parts=max(parts), has_classes=classes > 0)
@@ -148,8 +148,9 @@ def check_unsharded(model: AbstractModel, config: Config, mesh: AnyMesh) -> None
                     f'parameters that stays unsharded, or sizes that divide ({"; ".join(reasons)})')
 
 
-def header(run: Run, data: Prepared, begun: str, peak: tuple[float, str] | None) -> dict[str, Any]:
-  """The facts of a run that its figures depend on; `begun` describes the initial state, and `peak` is from `peak_flops`."""
+def header(run: Run, data: Prepared, begun: str, peak: tuple[float, str] | None, flops: float) -> dict[str, Any]:
+  """The facts of a run that its figures depend on; `begun` describes the initial state, `peak` is from `peak_flops`, and `flops` are per
+  token."""
   config, mesh = run.config, run.mesh
   devices, model = mesh.devices.flatten(), config.model
   fraction, reasons = run.model.unsharded(config.zero_stage, mesh)
@@ -168,7 +169,7 @@ def header(run: Run, data: Prepared, begun: str, peak: tuple[float, str] | None)
     **({'frozen': f'{frozen:,} of the parameters'} if (frozen := sum(x.size for x in run.abstract_state.frozen.values())) else {}),
     'tokens per step': config.batch_size * config.data.context,
     'steps': f'{run.steps:,}, {run.steps * config.batch_size / run.rows.rows_per_epoch / config.objective.rows_per_example:.2f} epochs',
-    'FLOPs per token': step_flops(run.model, run.abstract_state.frozen),
+    'FLOPs per token': flops,
     'peak FLOP/s': f'{peak[0]:.3g}, {peak[1]}' if peak else 'unknown for this device, so no MFU',
     'attention': attention_backend(model, config.compute, config.data.context) if mesh.shape[TOKENS_AXIS] == 1 else
                  f'{config.compute.context_attention} over mesh.{TOKENS_AXIS}={mesh.shape[TOKENS_AXIS]}',
@@ -190,9 +191,8 @@ def _commit() -> str:
     return 'unknown'
 
 
-Source = Callable[[int, Callable[[], TrainState]], Generator[dict[str, np.ndarray], None, None]]
-"""(row, a function that returns the state before the next step) -> the batches from that row on, each with the rows of this process;
-`Run.batches` is one."""
+Source = Callable[[int, Callable[[], TrainState]], Generator[dict[str, Any], None, None]]
+"""(row, a function that returns the state before the next step) -> the batches from that row on, on the mesh."""
 
 
 class Dispatched(NamedTuple):
@@ -212,7 +212,7 @@ class Steps:
   def __init__(self, run: Run, source: Source, bad_steps: BadSteps, state: TrainState, progress: Progress):
     self._run, self._source, self._bad_steps = run, source, bad_steps
     self.state, self.step, self.row = state, progress.step, progress.rows
-    self._loaded: tuple[int, dict[str, np.ndarray]] | None = None
+    self._loaded: tuple[int, dict[str, Any]] | None = None
     self.waited = 0.0
     """seconds of waiting for batches"""
     self._batches = source(self.row, lambda: self.state)
@@ -235,14 +235,13 @@ class Steps:
       self.load()
       assert self._loaded
     (row, batch), self._loaded, size = self._loaded, None, self._run.config.batch_size
-    placed = put_rows(self._run.mesh, batch, size)
     if self._waits:
-      self._compile(placed)
-    self.state, metrics = self._run.step(self.state, placed)
+      self._compile(batch)
+    self.state, metrics = self._run.step(self.state, batch)
     skipped, self.step, self.row = row - self.row, self.step + 1, row + size
     return Dispatched(self.step, (row, self.row), skipped, metrics)
 
-  def _compile(self, batch: dict[str, jax.Array]) -> None:
+  def _compile(self, batch: dict[str, Any]) -> None:
     """Compiles the step on CPUs, and waits until the other processes have done so: only the first one finds its programs in the cache, and
     Gloo allows the others 30 seconds to come to the first exchange."""
     self._run.step.lower(self.state, batch).compile()

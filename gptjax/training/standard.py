@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gptjax.checkpoint import by_name
 from gptjax.config import Config
 from gptjax.model import AbstractModel, Parameters, model_of, stored_model
-from gptjax.sharding import folded, gathered, unfolded
+from gptjax.sharding import folded, gathered, unfolded, viewed
 from gptjax.training.step import TrainState, abstract, frozen_names, initializer
 
 
@@ -40,7 +40,8 @@ class Standard:
 
   def parameters(self, parameters: Parameters) -> Parameters:
     """Parameters of the run for forward passes of `model` on `mesh`."""
-    return parameters if self.mesh == self._run_mesh else _viewed(self._leave_for_parameters(parameters), self._shardings)
+    return parameters if self.mesh == self._run_mesh else {
+      name: viewed(x, self.mesh, self._shardings[name].spec) for name, x in self._leave_for_parameters(parameters).items()}
 
   def saved(self, state: TrainState) -> TrainState:
     """A state as checkpoints hold it: the same arrays if the run's layers are in order; of a run with adapters without the base."""
@@ -56,7 +57,7 @@ class Standard:
       found = self._run_model.in_layout({name: _gathered(x) for name, x in arrays.items()})
       return [_placed(found[name], x.sharding.spec) for name, x in by_name(wanted).items()]
 
-    here = _viewed(dict(arrays), {name: self._on_run_mesh(x.sharding) for name, x in arrays.items()})
+    here = {name: viewed(x, self._run_mesh, unfolded(x.sharding.spec)) for name, x in arrays.items()}  # type: ignore[attr-defined]
     return jax.tree.unflatten(jax.tree.structure(wanted), convert(here))
 
   @functools.cached_property
@@ -83,9 +84,6 @@ class Standard:
     return jax.jit(lambda tree: jax.tree.unflatten(jax.tree.structure(tree), [
       one(name, x, spec) for (name, x), spec in zip(by_name(tree).items(), specs, strict=True)]))
 
-  def _on_run_mesh(self, sharding: Any) -> NamedSharding:
-    return NamedSharding(self._run_mesh, unfolded(sharding.spec))
-
 
 def _gathered(x: jax.Array) -> jax.Array:
   return jax.reshard(x, gathered(jax.typeof(x).sharding.spec))
@@ -94,9 +92,3 @@ def _gathered(x: jax.Array) -> jax.Array:
 def _placed(x: jax.Array, spec: PartitionSpec) -> jax.Array:
   # In two steps, an exchange and a slice: XLA would replicate the array over all devices to do both at once.
   return jax.reshard(jax.reshard(x, gathered(spec)), spec)
-
-
-def _viewed(arrays: Parameters, shardings: Mapping[str, NamedSharding]) -> Parameters:
-  """The same arrays by the names of another mesh of the same devices; nothing is moved."""
-  return {name: jax.make_array_from_single_device_arrays(x.shape, shardings[name], [shard.data for shard in x.addressable_shards])
-          for name, x in arrays.items()}

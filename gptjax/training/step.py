@@ -24,6 +24,10 @@ from gptjax.training.optimizer import Rates, is_balance, update
 from gptjax.training.pipeline import pipelined_gradients
 
 
+_CONSTANTS = {'teacher_head'}
+"""Entries of a batch that all rows share."""
+
+
 class TrainState(NamedTuple):
   """Training state: parameters, optimizer state and statistics for the detection of bad steps."""
 
@@ -86,7 +90,7 @@ def summed_gradients(model: AbstractModel, objective: ObjectiveFunction, zero_st
   """
   zero, stages = model.zero(zero_stage, mesh), mesh.shape[LAYERS_AXIS]
 
-  def loss(variables, weights, batch, keys):
+  def loss(variables, weights, batch, keys, objective):
     module = model.merge(weights | {name: weights[name].with_variable(variable) for name, variable in variables.items()})
     hidden, _, layers = module.hidden(batch['tokens'], positions_of(batch), keys=keys)
     sums = objective(module.head, hidden, batch)
@@ -97,15 +101,17 @@ def summed_gradients(model: AbstractModel, objective: ObjectiveFunction, zero_st
     variables = {name: weights[name].variable for name in trained}
     numbers = row_numbers(batch['tokens'].shape[0])
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(numbers) if model.config.dropout else None
+    constants = {name: batch.pop(name) for name in _CONSTANTS & batch.keys()}
+    complete = lambda head, hidden, rows: objective(head, hidden, rows | constants)
 
     if stages > 1:
       schedule = make_schedule(pipeline.schedule, stages, microbatches, pipeline.chunks)
       parts = _split(batch, microbatches), _split(keys, microbatches)
-      gradient, sums = pipelined_gradients(model, objective, schedule, weights, sorted(trained), *parts)
+      gradient, sums = pipelined_gradients(model, complete, schedule, weights, sorted(trained), *parts)
       return zero.reduce(gradient), batch_psum(sums)
 
     def gradients(rows, keys):
-      (_, sums), gradient = jax.value_and_grad(loss, has_aux=True)(variables, weights, rows, keys)
+      (_, sums), gradient = jax.value_and_grad(loss, has_aux=True)(variables, weights, rows, keys, complete)
       return gradient, sums
 
     if microbatches == 1:
@@ -120,7 +126,8 @@ def summed_gradients(model: AbstractModel, objective: ObjectiveFunction, zero_st
 
   def summed(trained, frozen, batch, key):
     specs = lambda parameters: {name: zero.in_specs[name] for name in parameters}
-    run = batch_shard_map(local, (specs(trained), specs(frozen), TOKENS_SPEC, PartitionSpec()), (zero.out_specs(trained), PartitionSpec()))
+    rows = {name: PartitionSpec() if name in _CONSTANTS else TOKENS_SPEC for name in batch}
+    run = batch_shard_map(local, (specs(trained), specs(frozen), rows, PartitionSpec()), (zero.out_specs(trained), PartitionSpec()))
     gradient, sums = run(zero.enter(trained), zero.enter(frozen), batch, key)
     return zero.leave(gradient), sums
 

@@ -1,15 +1,17 @@
 """What an objective gets of a batch, and the sums that it returns."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gptjax.model import Head, Sums
 
-Batch = dict[str, Array]
+Batch = dict[str, Any]
 """tokens, targets, mask [B, T] of one device; positions and segments too where documents are isolated. Under context
-parallelism the tokens of a row are divided over devices, in the order of `token_order`."""
+parallelism the tokens of a row are divided over devices, in the order of `token_order`. In distillation `teacher` has the teacher's
+hidden states [B, T, H], and `teacher_head` its FixedHead."""
 
 
 class ObjectiveSums(NamedTuple):
@@ -31,3 +33,8 @@ class ObjectiveSums(NamedTuple):
 
 
 ObjectiveFunction = Callable[[Head, Float[Array, 'N D'], Batch], ObjectiveSums]
+
+
+def reported(batch: Batch) -> Sums:
+  """Sums of the entries of a batch that are only reported: those whose names begin with 'metric/'."""
+  return {name.removeprefix('metric/'): jnp.sum(value) for name, value in batch.items() if name.startswith('metric/')}

@@ -16,7 +16,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from gptjax import config as configs
-from gptjax.checkpoint import BASE, PARAMETERS, REFERENCE, Checkpoints, Progress, base_of, by_name, keep_run, parameter_reader
+from gptjax.checkpoint import BASE, PARAMETERS, REFERENCE, TEACHER, Checkpoints, Progress, base_of, by_name, keep_run, parameter_reader
 from gptjax.checkpoint.manifest import MANIFEST
 from gptjax.config import TRAINING_ONLY, Config, UserError, in_unit_of_steps, read_config
 from gptjax.data import Prepared, Tokenizer, export, load_tokenizer
@@ -31,8 +31,8 @@ FREE = ('batch_size', 'microbatches', 'zero_stage', 'mesh.', 'pipeline.', 'compu
 """Fields that a resumed run may change: they affect neither the results, up to rounding, nor the order of the rows."""
 _PRECISION = 'compute.dtype'
 """Changes the rounding, so a change takes --accept_changes."""
-_STRUCTURE = ('model.', 'optimizer.name', 'frozen', 'lora.')
-"""Fields that decide which arrays a checkpoint has, as data.context does with learned positions; a run cannot change them, except for
+_STRUCTURE = ('model.', 'optimizer.name', 'frozen', 'lora.', 'objective.teacher')
+"""Fields that decide which arrays a workdir has, as data.context does with learned positions; a run cannot change them, except for
 dropout."""
 COLUMNS = 'log_probabilities'
 """Folder of a workdir with the log-probabilities under the reference, a file per set of rows."""
@@ -86,6 +86,8 @@ def open_workdir(workdir: Path, run: Run, data: Prepared, done: Progress | None,
   never = {name: change for name, change in bound.items() if name.startswith(structure) and name not in TRAINING_ONLY}
   if never or (bound and not accept):
     raise _another_run(never or bound, bound, accepted=not (never or vocabulary))
+  if done and config.objective.kind == 'distillation' and not (workdir / TEACHER).exists():
+    raise UserError('objective.kind', 'distillation', f'{old.objective.kind!r}, with which this workdir was started: it has no teacher')
   if done and config.objective.needs_reference and not (workdir / REFERENCE).exists():
     field, was = ('kl', old.objective.kl) if config.objective.kind == 'grpo' else ('loss', old.objective.loss)
     raise UserError(f'objective.{field}', getattr(config.objective, field),
@@ -194,22 +196,23 @@ def initial_state(run: Run, tokenizer: Tokenizer, source: 'Source | None' = None
 
 
 class Source:
-  """One checkpoint, or a workdir's newest, that another run reads parameters from. Raises a UserError if there is none."""
+  """One checkpoint, or a workdir's newest, that another run reads parameters from. Raises a UserError, of a config's field, if there is
+  none."""
 
-  def __init__(self, path: Path):
+  def __init__(self, path: Path, field: str = 'init_from'):
     if (path / MANIFEST).exists() and path.name.isdecimal():
       folder, directory, self.tokenizer = path, path.parent, path / 'tokenizer'
     elif (path / 'config.json').exists():
       folder, directory, self.tokenizer = path, path / 'checkpoints', path / 'data' / 'tokenizer'
     else:
-      raise UserError('init_from', str(path), 'a folder that gptjax.train or tools.import_hf made, or one of its checkpoints/STEP')
+      raise UserError(field, str(path), 'a folder that gptjax.train or tools.import_hf made, or one of its checkpoints/STEP')
     self.config = read_config(folder)
     self.model = stored_model(self.config).base
     self.checkpoints = parameter_reader(directory, self.config)
     self.base: Source | None = Source(base_of(directory)) if self.config.lora.rank else None
     newest = int(path.name) if folder.parent == directory else self.checkpoints.newest()
     if newest is None:
-      raise UserError('init_from', str(path), 'a run that has a checkpoint')
+      raise UserError(field, str(path), 'a run that has a checkpoint')
     self.step: int = newest
 
   def in_layout(self, run: Run) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
@@ -229,14 +232,12 @@ class Source:
       name: jax.ShapeDtypeStruct(model.shapes[name].shape, model.shapes[name].dtype, sharding=shardings[name]) for name in names}))
 
 
-def keep_sources(run: Run, workdir: Path, source: 'Source | None') -> None:
-  """Keeps what a new run reads again in its workdir: the base of its adapters, and the reference of its objective."""
+def keep_sources(run: Run, workdir: Path, source: 'Source | None', teacher: 'Source | None') -> None:
+  """Keeps what a new run reads again in its workdir: the base of its adapters, the reference and the teacher of its objective."""
   shutil.rmtree(workdir / COLUMNS, ignore_errors=True)  # of a run that ended before its first checkpoint
-  if source is None:
-    return
-  for folder, one, needed in ((BASE, source.base or source, run.config.lora.rank),
-                              (REFERENCE, source, run.config.objective.needs_reference)):
-    if needed:
+  base, reference = run.config.lora.rank > 0, run.config.objective.needs_reference
+  for folder, one in ((BASE, source and base and (source.base or source)), (REFERENCE, reference and source), (TEACHER, teacher)):
+    if one:
       keep_run(one.checkpoints.folder(one.step), one.config, workdir / folder)
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from gptjax.config import MeshConfig
-from gptjax.model import Head, head
+from gptjax.model import FixedHead, Head, head
 from gptjax.sharding import BATCH_SPEC, batch_shard_map, make_mesh, spec, batch_psum
 
 TOKENS, WIDTH, IDS, TABLE = 48, 16, 29, 32
@@ -117,6 +117,46 @@ def test_log_probabilities_their_gradients_and_the_likeliest_ids_are_numpys(tran
   *_, expected_dh, expected_dw = reference(hidden, weight, targets, weights, 0.0, cap)  # of the losses, whose sign is the other one
   np.testing.assert_allclose(dh, -expected_dh, rtol=1e-4, atol=1e-4)
   np.testing.assert_allclose(dw.T if transposed else dw, -expected_dw, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('mesh', [full('1x1'), full('8x1'), '2x4'], indirect=True)
+@pytest.mark.parametrize('reverse, temperature, cap, common, in_chunks, transposed', [
+  (False, 1.0, 0.0, IDS, False, True), (True, 2.0, 3.0, IDS - 4, True, False), full(False, 0.5, 3.0, IDS - 4, False, True),
+  full(True, 1.0, 0.0, IDS, True, True)])
+def test_the_divergence_and_its_gradients_are_numpys(reverse, temperature, cap, common, in_chunks, transposed, mesh, monkeypatch):
+  if in_chunks:
+    monkeypatch.setattr(head, 'CHUNK_ROWS', 5)
+    monkeypatch.setattr(head, 'CHUNK_BYTES', 0)
+  hidden, weight, targets, mask = examples(0.3)  # small logits, which no float32 has to round
+  rng = np.random.default_rng(1)
+  taught, rows = rng.standard_normal((TOKENS, 6), np.float32), rng.standard_normal((TABLE, 6), np.float32)
+
+  def local(hidden, weight, targets, mask, taught, rows):
+    def total(hidden, weight):
+      return head_of(weight, transposed, cap).divergence(
+        hidden, targets, mask, FixedHead(rows, common, 2.0), taught, reverse, temperature)
+    (losses, (dh, dw)) = jax.value_and_grad(total, (0, 1), has_aux=True)(hidden, weight)
+    return batch_psum(losses), dh, batch_psum(dw)
+
+  region = batch_shard_map(local, (BATCH_SPEC, jax.P(), BATCH_SPEC, BATCH_SPEC, BATCH_SPEC, jax.P()), (jax.P(), BATCH_SPEC, jax.P()))
+  divided = lambda x: place(mesh, x, *BATCH_SPEC)
+  (divergence, entropy), dh, dw = jax.jit(region)(
+    divided(hidden), on_mesh(mesh, weight.T if transposed else weight, transposed), divided(targets), divided(mask), divided(taught),
+    place(mesh, rows, *spec(('vocab', TABLE), None)))
+
+  bent = lambda logits, cap: cap * np.tanh(logits / cap) if cap else logits
+  logits = bent(hidden.astype(np.float64) @ weight[:, :IDS], cap)
+  softmax = lambda x: np.exp(x) / np.exp(x).sum(-1, keepdims=True)
+  p = softmax(bent(taught.astype(np.float64) @ rows[:common].T, 2.0) / temperature)
+  q = softmax(logits[:, :common] / temperature)
+  each = (q * np.log(q / p) if reverse else p * np.log(p / q)).sum(-1)
+  slope = np.zeros_like(logits)
+  slope[:, :common] = q * (np.log(q / p) - each[:, None]) if reverse else q - p
+  slope *= temperature * mask[:, None] * (1 - np.square(logits / cap) if cap else 1)
+  np.testing.assert_allclose(divergence, temperature**2 * (each * mask).sum(), rtol=1e-5)
+  np.testing.assert_allclose(entropy, (-np.log(softmax(logits)[np.arange(TOKENS), targets]) * mask).sum(), rtol=1e-5)
+  np.testing.assert_allclose(dh, slope @ weight[:, :IDS].T, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(np.asarray(dw.T if transposed else dw)[:, :IDS], hidden.T @ slope, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('mesh', ['2x4'], indirect=True)

@@ -158,7 +158,6 @@ def test_processes_on_cpus_wait_for_each_other_once_the_step_is_compiled(monkeyp
 
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   monkeypatch.setattr(training_run, 'all_gather', lambda name, value: events.append('waited'))
-  monkeypatch.setattr(training_run, 'put_rows', lambda mesh, batch, size: batch)
   run = Mock(spec=training_run.Run, config=Config(batch_size=4), mesh=None, step=Step())
   bad_steps = Mock(spec=training_run.BadSteps, next_row=lambda row, size: row)
   source = lambda row, state: ({} for _ in range(3))
