@@ -255,6 +255,8 @@ def _pictures(config: Config, rows: Sequence[Row], baselines: Mapping[str, float
   return (_figure(*loss, (7.4, 3.3), kind='wide') + _figure(*loss, (3.7, 2.9), kind='narrow') + '<div class="grid">'
           + _figure('Validation', 'while training', kind.measure[1], measured)
           + _figure('Learning rate', schedule, 'rate', metric('learning_rate', smoothed=False), zero=True)
+          + (_figure('Divergence', 'from the teacher', 'nats per token', metric('kl'), zero=True)
+             if config.objective.kind == 'distillation' else '')
           + _figure('Gradient norm', clipped, 'global L2 norm', metric('grad_norm'))
           + _figure('Speed', 'all devices', 'tokens per second', metric('tokens_per_second'), zero=True) + '</div>')
 

@@ -18,12 +18,12 @@ from gptjax.files import write_json
 from gptjax.model import step_flops
 from gptjax.sharding import make_mesh
 from gptjax.sharding.chips import peak_flops
+from gptjax.training.batches import source_of
 from gptjax.training.guard import MAX_CONSECUTIVE, BadSteps, Rollback, replica_check
 from gptjax.training.interruptions import REQUEUE_EXIT_CODE, Interruptions, StopRequest, Watchdog
 from gptjax.training.logbook import Logbook, NullLogbook
 from gptjax.training.reference import add_references
 from gptjax.training.rewards import make_rewards
-from gptjax.training.rollouts import source_of
 from gptjax.training.run import Dispatched, Run, Source, Steps, every, header, resolve
 from gptjax.training.workdir import initial_state, keep_sources, lock, open_workdir, restore, starting_point, wait_until_visible
 from gptjax.training.step import TrainState

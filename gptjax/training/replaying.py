@@ -16,10 +16,10 @@ from gptjax.data import prepare
 from gptjax.data.progress import announce
 from gptjax.files import complete_lines, json_line, read_json
 from gptjax.sharding import make_mesh
+from gptjax.training.batches import source_of
 from gptjax.training.guard import BadSteps
 from gptjax.training.reference import add_references
 from gptjax.training.rewards import make_rewards
-from gptjax.training.rollouts import source_of
 from gptjax.training.run import Steps, resolve
 from gptjax.training.workdir import initial_state, restore
 

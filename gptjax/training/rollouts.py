@@ -25,13 +25,12 @@ from gptjax.inference import Sampling
 from gptjax.inference.decoding import Decoder
 from gptjax.inference.sampling import suppressed_ids
 from gptjax.model import AbstractModel, Parameters
-from gptjax.sharding import process_rows, put_rows
+from gptjax.sharding import process_rows
 from gptjax.training.policy import advantages, spread, token_weights
 from gptjax.training.reference import reference_of
 from gptjax.training.rewards import Rewards, rewarded
-from gptjax.training.run import Run, Source
+from gptjax.training.run import Run
 from gptjax.training.step import TrainState
-from gptjax.training.teacher import Teacher
 
 FILE = 'rollout-{}.npz'
 """In a workdir, of a rollout of several steps, by its first row."""
@@ -116,20 +115,6 @@ def judged(functions: Rewards, prompts: Sequence[Prompt], drawn: Completions, li
             for prompt, ids, text in zip(prompts, drawn.ids, drawn.texts, strict=True)]
     values = {name: [None if math.isnan(one[name]) else one[name] for one in each] for name in functions}
   return {name: np.array(found, float) for name, found in broadcast('rewards', values).items()}
-
-
-def source_of(run: Run, data: Prepared, workdir: Path, rewards: Rewards, progress: Callable[[int], None] = lambda rows: None,
-              writes: bool = True) -> Source:
-  """The batches of a run on its mesh: rows of its data, or completions that its model draws, for distillation with the teacher's hidden
-  states. With `writes`, completions of a rollout of several steps are kept in the workdir."""
-  rows = Rollouts(run, data, workdir, rewards, progress, writes) if run.config.objective.draws else run.batches
-  teacher = Teacher(run, workdir) if run.config.objective.kind == 'distillation' else lambda batch: batch
-
-  def source(row: int, state: Callable[[], TrainState]) -> Generator[dict[str, Any], None, None]:
-    with contextlib.closing(rows(row, state)) as batches:
-      for batch in batches:
-        yield teacher(put_rows(run.mesh, batch, run.config.batch_size))
-  return source
 
 
 class Rollouts:

@@ -23,7 +23,7 @@ from tools.row_digests import digests
 
 def main(config: configs.Config) -> int:
   from gptjax.checkpoint import Checkpoints, manifest
-  from gptjax.training import loop, run
+  from gptjax.training import batches, loop
   save, restore, digest = Checkpoints.save, loop.restore, manifest._digest
 
   def keep_and_save(self, progress, state, *more, **named):
@@ -35,10 +35,10 @@ def main(config: configs.Config) -> int:
     _keep(f'restored-{step}', run.standard.saved(state))
     return state, progress
 
-  batches, place = itertools.count(), run.put_rows
+  numbers, place = itertools.count(), batches.put_rows
 
   def place_and_tell(mesh, batch, size):
-    placed, number = place(mesh, batch, size), next(batches)
+    placed, number = place(mesh, batch, size), next(numbers)
     with Path(flags.FLAGS.workdir, f'rows.{process_group().index}').open('a' if number else 'w') as file:
       file.writelines(f'{number} {row} {digest}\n' for row, digest in digests(placed))
     return placed
@@ -51,7 +51,7 @@ def main(config: configs.Config) -> int:
 
   manifest._digest = digest_and_tell
   Checkpoints.save, loop.restore = keep_and_save, restore_and_keep
-  run.put_rows = place_and_tell
+  batches.put_rows = place_and_tell
   return train.main(config)
 
 

@@ -94,13 +94,13 @@ def run(config: Config, workdir: Path, cache: Path) -> Trained:
 
 def disturbance(where: str, config: Config, cache: Path):
   """A context in which something is not finite once."""
-  from gptjax.training import loop
+  from gptjax.training import batches, loop
   from gptjax.training import run as resolving
   if where == 'one device':
     return mock.patch.object(loop._Loop, '_after_step', _erring(loop._Loop._after_step))
   tokens = _batch(config, cache)
   if where == 'batch':
-    place = resolving.put_rows
+    place = batches.put_rows
 
     def spoiled(mesh, batch, size):
       if (batch['tokens'] == tokens).all():
@@ -109,7 +109,7 @@ def disturbance(where: str, config: Config, cache: Path):
         batch = batch | {'mask': mask}
       return place(mesh, batch, size)
 
-    return mock.patch.object(resolving, 'put_rows', spoiled)
+    return mock.patch.object(batches, 'put_rows', spoiled)
   return mock.patch.object(resolving, 'make_objective', lambda config: _with_bad_gradient(int(tokens.sum())))
 
 

@@ -19,7 +19,7 @@ from gptjax.checkpoint import Checkpoints, Progress
 from gptjax.config import Config, Fault, FaultsConfig, ModelConfig, UserError
 from gptjax.data import prepare, train_rows
 from gptjax.training import loop, train
-from gptjax.training import run as resolving
+from gptjax.training import batches as feeding
 from gptjax.training.guard import WARMUP, BadSteps, Rollback, initial_statistics, is_good_step, replica_check
 from gptjax.training.run import Run
 
@@ -96,7 +96,7 @@ def test_a_spike_is_distinguished_from_usual_values():
 @pytest.fixture
 def spoil(settings, cache, monkeypatch):
   """A function (step, value=NaN): replaces the ones in the mask of a step of the undisturbed run; of all steps if it is None."""
-  rows, place = train_rows(settings, prepare(settings.data, cache)), resolving.put_rows
+  rows, place = train_rows(settings, prepare(settings.data, cache)), feeding.put_rows
 
   def spoil(step, value=np.nan):
     bad = rows.batch(4 * ((step or 1) - 1) + np.arange(4))['tokens']
@@ -106,7 +106,7 @@ def spoil(settings, cache, monkeypatch):
         batch = batch | {'mask': np.where(batch['mask'] > 0, value, batch['mask']).astype(np.float32)}
       return place(mesh, batch, size)
 
-    monkeypatch.setattr(resolving, 'put_rows', spoiled)
+    monkeypatch.setattr(feeding, 'put_rows', spoiled)
 
   return spoil
 
