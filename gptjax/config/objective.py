@@ -72,7 +72,7 @@ class ObjectiveConfig(Group, prefix='objective.'):
   """grpo: train on completions that were cut at max_tokens; false: leave them out, but not out of the group's mean"""
 
   teacher: str = ''
-  """distillation: workdir of a run or an imported model with the same tokenizer, or one checkpoint in it"""
+  """distillation: workdir of a run or an imported model with the same vocabulary, or one checkpoint in it"""
   temperature: PositiveFloat = 1.0
   """distillation: divisor of the logits of both models (arXiv:1503.02531)"""
   own_samples: bool = False

@@ -35,8 +35,9 @@ def teacher_of(run: Run, tokenizer: Tokenizer) -> Source | None:
   source = Source(expanded(path), 'objective.teacher')
   if source.config.model.classes:
     raise UserError('objective.teacher', path, 'a model of tokens; this one classifies texts')
-  if load_tokenizer(source.tokenizer).sha256 != tokenizer.sha256:
-    raise UserError('objective.teacher', path, f'a run with the tokenizer of this one; data.tokenizer.path={source.tokenizer} is its own')
+  if load_tokenizer(source.tokenizer).pieces != tokenizer.pieces:  # chat templates and such may differ
+    raise UserError('objective.teacher', path, f'a model with the vocabulary of this run; its own is in '
+                    f'data.tokenizer.path={source.tokenizer}')
   if source.config.model.positions == 'learned' and source.config.data.context < context:
     raise UserError('objective.teacher', path, f'a run with learned positions up to data.context={context}; it has '
                     f'{source.config.data.context}')

@@ -120,7 +120,7 @@ def test_it_learns_from_its_own_samples_and_goes_on_bit_by_bit(teacher, cache, t
   ({'objective__teacher': ''}, "objective.teacher: '', expected: the run or imported model to learn from"),
   ({'objective__teacher': 'nowhere'}, "objective.teacher: '.*nowhere', expected: a folder that gptjax.train or tools.import_hf made"),
   ({'data__tokenizer__path': '', 'data__tokenizer__kind': 'bytes'},
-   'objective.teacher: .*expected: a run with the tokenizer of this one; data.tokenizer.path=.* is its own'),
+   'objective.teacher: .*expected: a model with the vocabulary of this run; its own is in data.tokenizer.path='),
   ({'data__context': 32}, 'objective.teacher: .*learned positions up to data.context=32; it has 16'),
   ({'mesh__model': 4, 'model__heads': 4}, 'mesh.model: 4, expected: a divisor of model.heads=2'),
   ({'objective__loss': 'dpo'}, "objective.loss: 'dpo', expected: forward_kl, reverse_kl"),
