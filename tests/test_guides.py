@@ -74,12 +74,14 @@ def test_commands_of_the_guide_to_finetuning_run_as_written(tmp_path, monkeypatc
   for name in ('a', 'b'):
     (tmp_path / f'data/books/{name}.txt').write_text(''.join(path.read_text() for path in (ROOT / 'docs').glob('*.md')))
   # As written, they take minutes.
-  steps = {'sft_sums': 60, 'spam': 30, 'base_small': 2, 'spam_from_base': 2, 'preferences': 20, 'addition_grpo': 2}
+  steps = {'sft_sums': 60, 'spam': 30, 'base_small': 2, 'spam_from_base': 2, 'preferences': 20, 'addition_grpo': 2, 'addition_distilled': 2}
   recipe = lambda command: (re.findall(r'--config=configs/(\w+).py', command) or [''])[0]
   shorter = [f'{command} --config.steps={steps[recipe(command)]} --config.eval.every=0 --config.checkpoint.every=0'
              if recipe(command) in steps else command for command in commands_of('docs/finetuning.md')]
+  shorter = [f'{command} --stop_at=220' if recipe(command) == 'addition_sft' and '--stop_at' not in command else command
+             for command in shorter]
   (_, prepared, scored, answers, made, _, spam, one, _, _, tuned, _, gladly, merged, _, preferred, sums, _, half, _,
-   rewarded) = run(shorter, tmp_path).values()
+   rewarded, _, _, taught) = run(shorter, tmp_path).values()
   assert '⟦' in prepared and '500 documents' in prepared
   score = json.loads(scored.splitlines()[-1])
   assert {*score['sets']} == {'test'} and score['tokens'] == pytest.approx(29 * 1000, rel=0.1) and score['loss'] < 1.5
@@ -95,6 +97,7 @@ def test_commands_of_the_guide_to_finetuning_run_as_written(tmp_path, monkeypatc
   figures = [json.loads(line) for line in half.splitlines() if line.startswith('{')]
   assert [one['step'] for one in figures] == [140, 160, 180, 200] and figures[0]['pass@1'] < figures[-1]['pass@1'] < figures[-1]['pass@8']
   assert json.loads(rewarded.splitlines()[-1])['examples'] == 2500
+  assert 0 < json.loads(taught.splitlines()[-1])['pass@1'] < 1
 
 
 @pytest.mark.full

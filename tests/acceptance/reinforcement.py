@@ -75,9 +75,9 @@ def distilled_addition(folder: Path) -> Result:
                 f'{start["pass@8"]:.3f} -> {own["pass@8"]:.3f}, in {used[-1]:.0f} CPU s; on the answers of the data {text["pass@1"]:.3f}, '
                 f'SFT on them {sft["pass@1"]:.3f}')
     gains.append(own['pass@1'] - start['pass@1'])
-  return Result('distillation on the model\'s own answers, from the same starts, with the run after 700 steps for a teacher, 200 steps of '
-                '128 answers, 3 seeds: pass@1 at least 20 points up on every seed, at most 120 CPU-seconds per run; forward KL and SFT on the '
-                'answers of the data told beside it', '; '.join(told), min(gains) >= 0.2 and max(used) <= 120,
+  return Result("distillation on the model's own answers, from the same starts, with the run after 700 steps for a teacher, 200 steps of "
+                '128 answers, 3 seeds: pass@1 at least 20 points up on every seed, at most 120 CPU-seconds per run; forward KL and SFT on '
+                'the answers of the data told beside it', '; '.join(told), min(gains) >= 0.2 and max(used) <= 120,
                 'python -m gptjax.train --config=configs/addition_distilled.py ...; python -m gptjax.evaluate --sets=test=FILE')
 
 
