@@ -55,13 +55,21 @@ def load(path: str) -> Config:
     raise _no_recipe(path)
   if path.endswith('.json'):
     return read_json(file)
-  # Compiled rather than imported: an import would write a __pycache__ next to the recipes, and trust it.
-  recipe: dict[str, Any] = {'__name__': 'recipe', '__file__': path}
+  config = returned(path, file, 'get_config', Config, 'a recipe, a Python file with get_config() -> Config')
+  return override(config, flatten(config), where=f'{path}: ')  # dataclasses do not check types
+
+
+def returned(path: str, file: pathlib.Path, function: str, kind: type, expected: str) -> Any:
+  """What a function of a Python file returns, which is to be of this kind; a UserError, with the line, if that fails.
+
+  The file is compiled rather than imported: an import would write a __pycache__ next to it, and trust that.
+  """
+  module: dict[str, Any] = {'__name__': 'recipe', '__file__': path}
   try:
-    exec(compile(file.read_bytes(), path, 'exec'), recipe)
-    if not callable(recipe.get('get_config')):
-      raise UserError(path, 'no get_config', 'a recipe, a Python file with get_config() -> Config')
-    config = recipe['get_config']()
+    exec(compile(file.read_bytes(), path, 'exec'), module)
+    if not callable(module.get(function)):
+      raise UserError(path, f'no {function}', expected)
+    found = module[function]()
   except UserError:
     raise
   except Exception as error:
@@ -69,10 +77,10 @@ def load(path: str) -> Config:
     if isinstance(error, SyntaxError) and error.filename == path:
       lines.append(error.lineno)
     place = f'{path}:{lines[-1]}' if lines else path
-    raise UserError(place, error, 'a recipe whose get_config() returns a Config') from error
-  if not isinstance(config, Config):
-    raise UserError(f'{path}: get_config()', type(config).__name__, 'a gptjax.config.Config')
-  return override(config, flatten(config), where=f'{path}: ')  # dataclasses do not check types
+    raise UserError(place, error, f'{expected.partition(",")[0]} whose {function}() returns a {kind.__name__}') from error
+  if not isinstance(found, kind):
+    raise UserError(f'{path}: {function}()', type(found).__name__, f'a {kind.__module__.rpartition(".")[0]}.{kind.__name__}')
+  return found
 
 
 def _no_recipe(path: str) -> UserError:
@@ -165,13 +173,17 @@ def _parse_command_line(argv: Sequence[str], *, needs_config: bool | None) -> Co
       raise _no_recipe('')
     return None
   values = {name: parse(FIELDS.get(name), text) for name, text in texts.items()}
-  base = load(recipe)
+  return resolved(load(recipe), values, where='--config.')
+
+
+def resolved(base: Config, values: Mapping[str, object], where: str = '') -> Config:
+  """`override`, after the architecture was taken from the run that init_from names, if one is there and must fit completely."""
   if not values.get('init_partial', base.init_partial):
-    base = _with_architecture(base, str(values.get('init_from') or base.init_from), values)
-  return override(base, values, where='--config.')
+    base = _with_architecture(base, str(values.get('init_from') or base.init_from), values, where)
+  return override(base, values, where=where)
 
 
-def _with_architecture(config: Config, init_from: str, given: Mapping[str, object]) -> Config:
+def _with_architecture(config: Config, init_from: str, given: Mapping[str, object], where: str) -> Config:
   """A config with the model of the run in `init_from` if there is one, but with its own dropout.
 
   Raises a UserError for a `given` value that contradicts that model, unless it only adapts it.
@@ -185,7 +197,7 @@ def _with_architecture(config: Config, init_from: str, given: Mapping[str, objec
   model = {f'model.{name}': value for name, value in flatten(read_config(folder).model).items()}
   for name, value in given.items():
     if name in model and value != model[name] and not name.startswith(_ADAPTED):
-      raise UserError(f'--config.{name}', value, f'{shown(model[name])}, as in {folder}, whose parameters the run starts from')
+      raise UserError(f'{where}{name}', value, f'{shown(model[name])}, as in {folder}, whose parameters the run starts from')
   return override(config, {name: value for name, value in model.items() if name not in TRAINING_ONLY})
 
 

@@ -11,7 +11,8 @@ from gptjax.config.checks import (
 _PreferenceLoss = Literal['dpo', 'robust', 'ipo', 'hinge', 'dpo_norm', 'apo_zero', 'apo_down', 'kto', 'simpo', 'orpo']
 _PolicyLoss = Literal['grpo', 'dr_grpo', 'dapo', 'gspo', 'rloo']
 _DistillationLoss = Literal['forward_kl', 'reverse_kl']
-_LOSSES = {'preference': get_args(_PreferenceLoss), 'grpo': get_args(_PolicyLoss), 'distillation': get_args(_DistillationLoss)}
+LOSSES: dict[str, tuple[str, ...]] = {'preference': get_args(_PreferenceLoss), 'grpo': get_args(_PolicyLoss),
+                                      'distillation': get_args(_DistillationLoss)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,7 @@ class ObjectiveConfig(Group, prefix='objective.'):
                       'objective.own_samples')
     if self.kind == 'distillation' and not self.teacher:
       raise UserError('objective.teacher', '', 'the run or imported model to learn from')
-    losses = _LOSSES.get(self.kind, ())
+    losses = LOSSES.get(self.kind, ())
     if self.loss and self.loss not in losses:
       raise UserError('objective.loss', self.loss, f'{", ".join(losses) or "none"} with objective.kind={self.kind}')
     for name, allowed in (('smoothing', ('', 'dpo', 'dpo_norm', 'robust')), ('margin', ('simpo',))):

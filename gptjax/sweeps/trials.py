@@ -1,0 +1,116 @@
+"""A sweep and its trials: what `get_sweep()` returns, and the checked config of every point."""
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from gptjax import config as configs
+from gptjax.config import Config, UserError
+from gptjax.sweeps.points import Point, Points, Space
+
+
+@dataclasses.dataclass(frozen=True)
+class Halving:
+  """Early stopping by asynchronous successive halving (ASHA, arXiv:1810.05934): every trial runs to the first rung; of those that have
+  reached a rung, the best 1 / `reduction` go on."""
+
+  rungs: Sequence[int]
+  """steps, ascending, before the last step of the recipe"""
+  reduction: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Adaptive:
+  """Points that depend on the results so far: a tree-structured Parzen estimator (TPE), by Optuna."""
+
+  count: int
+  space: Space
+  seed: int = 0
+  startup: int = 10
+  """points that are drawn at random first"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+  """Variations of a recipe."""
+
+  recipe: str
+  """a Python file with get_config(), or a run's config.json"""
+  points: Points | Adaptive
+  metric: str = 'eval/valid/loss'
+  """name in metrics.jsonl of what the sweep minimizes: its last value"""
+  maximize: bool = False
+  """whether it is maximized"""
+  overrides: Point = dataclasses.field(default_factory=dict)
+  """values of fields for all trials"""
+  halving: Halving | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+  """One point, and the config that it makes of the recipe."""
+
+  name: str
+  """of its workdir: its overrides, and a hash of the complete config"""
+  point: Point
+  config: Config
+
+
+def load_sweep(path: Path) -> Sweep:
+  """The sweep of a Python file with `get_sweep() -> Sweep`; a UserError, with the line, if that fails."""
+  if not path.is_file():
+    raise UserError('--sweep', str(path), 'a sweep, a Python file with get_sweep() -> gptjax.sweeps.Sweep')
+  sweep = configs.returned(str(path), path, 'get_sweep', Sweep, 'a sweep, a Python file with get_sweep() -> Sweep')
+  _check(sweep, path)
+  return sweep
+
+
+def _check(sweep: Sweep, path: Path) -> None:
+  points, halving = sweep.points, sweep.halving
+  if isinstance(points, Adaptive):
+    if not (isinstance(points.count, int) and points.count > 0 and isinstance(points.space, dict) and points.space):
+      raise UserError(f'{path}: points', f'Adaptive of {points.count!r} points', 'a number of points above 0, and a space with fields')
+    if halving:
+      raise UserError(f'{path}: halving', 'with Adaptive points', 'one of both: points that adapt learn from complete trials')
+  elif not (isinstance(points, list) and points and all(isinstance(point, dict) for point in points)):
+    raise UserError(f'{path}: points', str(points)[:60], 'a list of one or more points, as from values() and product(), or Adaptive')
+  if halving and (not halving.rungs or list(halving.rungs) != sorted(set(halving.rungs)) or halving.rungs[0] < 1 or halving.reduction < 2):
+    raise UserError(f'{path}: halving', f'rungs {list(halving.rungs)}, reduction {halving.reduction}',
+                    'one or more steps in ascending order, and a reduction of at least 2')
+
+
+def make_trials(sweep: Sweep, points: Iterable[Point], path: Path) -> list[Trial]:
+  """The trial of each point. Raises a UserError for the first wrong one, which says how many are: nothing has started then."""
+  base, trials, wrong = configs.load(sweep.recipe), [], []
+  points = list(points)
+  for point in points:
+    try:
+      trials.append(_trial(base, sweep.overrides | point, point))
+      _check_rungs(sweep, trials[-1].config)
+    except UserError as error:
+      wrong.append(str(error))
+  if wrong:
+    more = f'; {len(wrong)} of {len(points)} trials are wrong' if len(points) > 1 else ''
+    raise UserError.from_text(f'{path}: {wrong[0]}{more}')
+  return list({trial.config: trial for trial in reversed(trials)}.values())[::-1]  # points may differ and mean the same
+
+
+def _trial(base: Config, values: Point, point: Point) -> Trial:
+  config = configs.resolved(base, values)
+  digest = hashlib.sha256(configs.to_json(config).encode()).hexdigest()[:10]
+  short = {name: name.rpartition('.')[2] for name in point}
+  words = [f'{name if list(short.values()).count(last) > 1 else last}={value}' for (name, last), value in
+           zip(short.items(), point.values())]
+  return Trial(f'{re.sub(r"[^A-Za-z0-9._=+,-]+", "-", ",".join(words))[:100]}{"-" * bool(words)}{digest}', point, config)
+
+
+def _check_rungs(sweep: Sweep, config: Config) -> None:
+  if not sweep.halving:
+    return
+  rungs, every = list(sweep.halving.rungs), config.eval.every
+  if isinstance(config.steps, int) and rungs[-1] >= config.steps:
+    raise UserError('halving: rungs', rungs, f'steps below the last, {config.steps}')
+  if sweep.metric.startswith('eval/') and isinstance(every, int) and (not every or any(rung % every for rung in rungs)):
+    raise UserError('halving: rungs', rungs, f'multiples of eval.every={every}, which is when {sweep.metric} is measured')

@@ -1,0 +1,253 @@
+"""Workers share a folder: every trial is finished once, whoever is killed; early stopping and adaptive points choose what their rules say."""
+
+import csv
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import ROOT
+
+from gptjax.config import UserError
+from gptjax.sweeps import Adaptive, Choice, Halving, LogUniform, Queue, Sweep, Uniform, Worker, places, product, status_of, values
+from gptjax.sweeps import worker as working
+from gptjax.sweeps.claims import Claims
+from gptjax.sweeps.points import draws
+from gptjax.sweeps.results import add_rung, end_trial
+from gptjax.sweeps.sampling import adaptive_point
+
+TRAIN = '''
+import json, pathlib, signal, sys, time
+flags = dict(one.lstrip('-').partition('=')[::2] for one in sys.argv[1:])
+folder, config = pathlib.Path(flags['workdir']), json.loads(pathlib.Path(flags['config']).read_text())
+file = folder / 'metrics.jsonl'
+lines = file.read_text().splitlines() if file.exists() else []
+if config['seed'] == 13:
+  print('a line\\nit broke')
+  sys.exit(1)
+stopping = []
+signal.signal(signal.SIGTERM, lambda *_: stopping.append(1))
+for step in range(len(lines) + 1, int(flags.get('stop_at', config['steps'])) + 1):
+  loss = config['optimizer']['peak_lr'] * 100 + config['seed'] / 1000 + 1 / step
+  with file.open('a') as out:
+    out.write(json.dumps({'step': step, 'loss': loss}) + '\\n')
+  time.sleep(SECONDS)
+  if stopping:
+    sys.exit(75)
+'''
+"""A trainer that writes a line per step, goes on where it was, and saves at a signal."""
+
+
+def sweep_of(folder, points, seconds=0.0, steps=6, **settings):
+  path = folder / 'sweep.py'
+  path.write_text('')
+  (folder / 'train.py').write_text(TRAIN.replace('SECONDS', str(seconds)))
+  return Sweep('configs/default.py', points, metric='loss', overrides={'steps': steps}, **settings), path
+
+
+def work(queue, folder, workers=2, beat=0.4, monkeypatch=None):
+  lines, lock, stop = [], threading.Lock(), threading.Event()
+  monkeypatch.setattr(working, 'PROGRAM', (str(folder / 'train.py'),))
+  threads = [threading.Thread(target=Worker(queue, lock, place, [], beat, stop, lines.append).run) for place in places(workers)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  return lines
+
+
+def test_every_trial_runs_once_and_failures_are_told_at_once(tmp_path, monkeypatch):
+  sweep, path = sweep_of(tmp_path, product(values('optimizer.peak_lr', 1e-3, 2e-3), values('seed', 0, 13)))
+  queue = Queue(sweep, path, tmp_path, 0.4)
+  lines = work(queue, tmp_path, monkeypatch=monkeypatch)
+  statuses = {trial.name: status_of(queue.folder(trial)) for trial in queue.trials}
+  assert sorted(status.name for status in statuses.values()) == ['done', 'done', 'failed', 'failed']
+  assert sum(line.startswith('started') for line in lines) == 4
+  assert sum('status 1; the end of its log:\n  a line\n  it broke' in line for line in lines) == 2
+  done, failed = (next(one for one in statuses.values() if one.name == name) for name in ('done', 'failed'))
+  assert done.metrics['step'] == 6 and failed.error == 'status 1: it broke'
+  assert not [name for trial in queue.trials for name in os.listdir(queue.folder(trial)) if name.startswith('claim')]
+  assert not any(line.startswith('started') for line in work(Queue(sweep, path, tmp_path, 0.4), tmp_path, monkeypatch=monkeypatch))
+  (tmp_path / 'train.py').write_text((tmp_path / 'train.py').read_text().replace('== 13', '== 14'))
+  again = Queue(sweep, path, tmp_path, 0.4)
+  again.forget_failures()
+  assert sum(line.startswith('started') for line in work(again, tmp_path, monkeypatch=monkeypatch)) == 2
+  assert {status_of(again.folder(trial)).name for trial in again.trials} == {'done'}
+
+
+def test_a_claim_of_a_dead_worker_is_taken_over_once_and_its_owner_notices(tmp_path):
+  beat = 0.2
+  mine, first, second = (Claims(beat) for _ in range(3))
+  claim = mine.take(tmp_path)
+  assert claim and mine.take(tmp_path) is None
+  alive = time.monotonic() + 3 * beat
+  while time.monotonic() < alive:
+    assert claim.beat() and first.take(tmp_path) is None and second.take(tmp_path) is None
+    time.sleep(beat / 4)
+  died, found = time.monotonic(), []
+  while not found:
+    found = [taken for claims in (first, second) if (taken := claims.take(tmp_path))]
+    time.sleep(beat / 20)
+  assert time.monotonic() - died < 2 * beat and len(found) == 1
+  assert not claim.beat() and found[0].beat()
+  claim.release()  # of one that does not count leaves the other
+  assert found[0].beat() and mine.take(tmp_path) is None
+  found[0].release()
+  assert Claims(beat).take(tmp_path)
+
+
+def test_of_many_workers_one_gets_a_claim(tmp_path):
+  for number in range(20):
+    folder, found, barrier = tmp_path / str(number), [], threading.Barrier(8)
+    folder.mkdir()
+
+    def take(folder=folder, found=found, barrier=barrier):
+      claims = Claims(1)
+      barrier.wait()
+      found.append(claims.take(folder))
+    threads = [threading.Thread(target=take) for _ in range(8)]
+    for thread in threads:
+      thread.start()
+    for thread in threads:
+      thread.join()
+    assert sum(one is not None for one in found) == 1
+
+
+SCRIPT = '''
+import sys
+from gptjax.sweeps import worker
+worker.PROGRAM = (sys.argv.pop(1),)
+sys.argv[0] = 'sweep'
+from gptjax import sweep
+sweep.script()
+'''
+
+
+@pytest.mark.full
+def test_a_sweep_whose_processes_are_killed_ends_as_an_undisturbed_one(tmp_path):
+  rng = random.Random(0)
+  sweep_of(tmp_path, [], seconds=0.03)
+  (tmp_path / 'sweep.py').write_text(
+    'from gptjax.sweeps import Sweep, product, seeds, values\ndef get_sweep():\n  return Sweep("configs/default.py", '
+    'product(values("optimizer.peak_lr", 1e-3, 2e-3), seeds(6)), metric="loss", overrides={"steps": 20})\n')
+
+  def start(out):
+    command = [sys.executable, '-c', SCRIPT, str(tmp_path / 'train.py'), f'--sweep={tmp_path}/sweep.py', f'--out={out}', '--workers=4',
+               '--heartbeat=0.5']
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+  assert start(tmp_path / 'calm').wait() == 0
+  kills = 0
+  while (process := start(tmp_path / 'disturbed')) and kills < 8:
+    time.sleep(rng.uniform(0.5, 4))
+    if process.poll() is not None:
+      break
+    kills += 1
+    process.send_signal(signal.SIGKILL if kills % 3 else signal.SIGTERM)
+    process.wait()
+  assert process.wait() == 0 and kills
+  read = lambda out: [{name: value for name, value in row.items() if name != 'seconds'} for row in csv.DictReader((out / 'trials.csv').open())]
+  assert read(tmp_path / 'calm') == read(tmp_path / 'disturbed')
+  for folder in (tmp_path / 'calm' / 'trials').iterdir():
+    assert (folder / 'metrics.jsonl').read_text() == (tmp_path / 'disturbed' / 'trials' / folder.name / 'metrics.jsonl').read_text()
+  best = (tmp_path / 'disturbed' / 'best.py').read_text()
+  assert "'optimizer.peak_lr': 0.001" in best and (tmp_path / 'disturbed' / 'report.html').exists()
+
+
+def test_successive_halving_goes_on_with_the_best(tmp_path):
+  rates = np.linspace(1, 9, 27)
+  sweep, path = sweep_of(tmp_path, values('optimizer.peak_lr', *rates.tolist()), steps=18, halving=Halving((2, 6), 3))
+  queue, order = Queue(sweep, path, tmp_path, 10), []
+  while job := queue.next():
+    rate = job.trial.point['optimizer.peak_lr']
+    (job.folder / 'metrics.jsonl').write_text(json.dumps({'step': job.stop_at or 18, 'loss': rate}) + '\n')
+    order.append((round(rate, 3), job.stop_at))
+    if job.stop_at:
+      add_rung(job.folder, job.stop_at, rate)
+    else:
+      end_trial(job.folder, 'done', 1.0)
+    job.claim.release()
+  assert queue.is_over() and len(order) == len(set(order))
+  by_stop = {stop: [rate for rate, at in order if at == stop] for stop in (2, 6, 0)}
+  assert len(by_stop[2]) == 27 and len(by_stop[6]) >= 9 and by_stop[0][0] == 1.0  # worst last: the best came first
+  for trial in queue.trials:  # each choice can be checked by what it saw
+    found = json.loads((queue.folder(trial) / 'rungs.json').read_text())
+    for seen in found['promoted'].values():
+      assert trial.name in sorted(seen, key=lambda name: (seen[name], name))[:len(seen) // 3]
+  steps = sum({2: 2, 6: 4, 0: 12}[at] for _, at in order)
+  assert steps < 0.4 * 27 * 18
+
+
+def test_a_trial_that_was_chosen_goes_on_after_its_worker_died(tmp_path):
+  sweep, path = sweep_of(tmp_path, values('seed', 0, 1), halving=Halving((2,), 2))
+  queue = Queue(sweep, path, tmp_path, 0.05)
+  for _ in range(2):
+    job = queue.next()
+    add_rung(job.folder, 2, float(job.trial.point['seed']))
+    job.claim.release()
+  job = queue.next()
+  assert job.trial.point == {'seed': 0} and job.stop_at == 0 and Queue(sweep, path, tmp_path, 0.05).next() is None
+  other = Queue(sweep, path, tmp_path, 0.05)
+  assert other.next() is None and not other.is_over()
+  time.sleep(0.1)
+  again = other.next()
+  assert again and again.trial == job.trial and not job.claim.beat()
+
+
+def table(rate, batch):
+  """The loss at a point of a grid of 20 x 10."""
+  x, y = (rate - 12) / 5, (batch - 4) / 3
+  return 1 + x * x + 0.7 * y * y + 0.5 * x * y + 0.05 * math.sin(9 * x + 4 * y)
+
+
+@pytest.mark.full
+def test_adaptive_points_beat_random_ones_and_are_never_drawn_twice():
+  space = {'rate': Choice(*range(20)), 'batch': Choice(*range(10))}
+  best = min(table(rate, batch) for rate in range(20) for batch in range(10))
+  regret = lambda points: min(table(**point) for point in points) - best
+  found = {'adaptive': [], 'random': []}
+  for seed in range(12):
+    points = []
+    for _ in range(32):
+      points.append(adaptive_point(Adaptive(32, space, seed), points, {n: table(**point) for n, point in enumerate(points)}))
+    assert len({repr(point) for point in points}) == 32
+    found['adaptive'].append(regret(points))
+    found['random'].append(regret(draws(32, space, seed)))
+  assert np.median(found['adaptive']) < np.median(found['random'])
+
+
+def test_adaptive_points_depend_on_the_known_results_alone(tmp_path, monkeypatch):
+  space = {'optimizer.peak_lr': LogUniform(1e-4, 1e-1), 'seed': Choice(0, 1, 2), 'optimizer.schedule': Choice('cosine', 'linear'),
+           'optimizer.weight_decay': Uniform(0, 0.3)}
+  sweep, path = sweep_of(tmp_path, Adaptive(7, space, seed=3, startup=3), steps=2)
+  queue = Queue(sweep, path, tmp_path, 0.4)
+  work(queue, tmp_path, monkeypatch=monkeypatch)
+  assert len(queue.trials) == 7 and {status_of(queue.folder(trial)).name for trial in queue.trials} == {'done'}
+  files = [json.loads(file.read_text()) for file in sorted((tmp_path / 'draws').iterdir())]
+  points = [one['point'] for one in files]
+  for number, one in enumerate(files):  # replayed from what each knew
+    known = {int(index): value for index, value in one['results'].items()}
+    assert adaptive_point(sweep.points, points[:number], known) == one['point']
+  assert [trial.name for trial in Queue(sweep, path, tmp_path, 0.4).trials] == [trial.name for trial in queue.trials]
+  changed = Sweep('configs/default.py', Adaptive(9, {'seed': Choice(0, 1)}), metric='loss', overrides={'steps': 2})
+  with pytest.raises(UserError, match='points: space: .*another --out'):
+    Queue(changed, path, tmp_path, 0.4).next()
+
+
+def test_places_divide_cores(monkeypatch):
+  monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {3, 4, 5})
+  monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+  monkeypatch.setattr(Path, 'glob', lambda self, pattern: iter(()))
+  assert [place.cores for place in places(2)] == [[3, 5], [4]] and [place.cores for place in places(4)][3] == [3]
+  monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '2,3,6')
+  assert [place.environment for place in places(2)] == [{'CUDA_VISIBLE_DEVICES': '2,6'}, {'CUDA_VISIBLE_DEVICES': '3'}]
+  with pytest.raises(UserError, match='--workers: 4, expected: at most 3'):
+    places(4)
