@@ -1,7 +1,8 @@
 """Distillation at its smallest: half learned sums with reversed digits are learned from a better model, on the model's own answers.
 
 The start and the teacher are checkpoints of configs/addition_sft.py in runs/addition, as docs/finetuning.md makes them; the data is that of
-examples/addition.py. Expected: EXPECTED
+examples/addition.py. Expected, for 3 seeds: the fraction of sampled answers to 2,500 unseen sums
+that are right goes from 0.31, 0.31 and 0.40 to 0.79, 0.84 and 0.91 (the teacher: 0.95, 0.94 and 0.98), in 30 CPU-seconds.
 """
 
 from gptjax.config import (

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps, figure, ticker
 
-from gptjax.files import complete_lines, write_atomic
+from gptjax.files import complete_lines
 from gptjax.sweeps.queue import Queue
-from gptjax.sweeps.results import Status
+from gptjax.sweeps.results import Status, write_shared
 
 _ENOUGH = 12
 """Trials from which on the importance of fields is shown."""
@@ -54,7 +54,7 @@ def write(queue: Queue, statuses: Sequence[Status], out: Path) -> None:
   if done:
     best = trials[done[0]]
     recipe = _recipe(sweep.recipe, sweep.overrides | best.point)
-    write_atomic(out / 'best.py', recipe)
+    write_shared(out / 'best.py', recipe)
     given = ', '.join(f'{name} = {value}' for name, value in best.point.items())
     verdict = f'{sweep.metric} {scores[done[0]]:.4f} with {given or "no change"}'
     points, values = [trials[one].point for one in done], np.array([scores[one] for one in done])
@@ -75,8 +75,8 @@ def write(queue: Queue, statuses: Sequence[Status], out: Path) -> None:
   classes = {row: statuses[one].name for row, one in enumerate(order, 1)} | ({1: 'best'} if done else {})
   body += f'<h2>Trials</h2><div class="table">{_table(rows, classes)}</div>'
   body += f'<h2>The best config, best.py</h2><pre>{html.escape(recipe)}</pre>' if done else ''
-  write_atomic(out / 'report.html', _PAGE.format(title=html.escape(f'Sweep of {sweep.recipe} in {out.name}'), verdict=html.escape(verdict),
-                                                 body=body))
+  title = html.escape(f'Sweep of {sweep.recipe} in {out.name}')
+  write_shared(out / 'report.html', _PAGE.format(title=title, verdict=html.escape(verdict), body=body))
 
 
 def _score(status: Status, metric: str) -> float:

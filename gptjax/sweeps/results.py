@@ -5,15 +5,18 @@ import csv
 import io
 import json
 import os
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptjax.config import UserError
-from gptjax.files import read_json, write_atomic, write_json
+from gptjax.files import read_json, write_json
 from gptjax.sweeps.claims import is_claimed
 from gptjax.sweeps.trials import Sweep, Trial
 
+_LEFT = 600
+"""Seconds after which a file that is not renamed will not be."""
 RESULT, RUNGS = 'result.json', 'rungs.json'
 """In the workdir of a trial: how it ended, and its values at the rungs of successive halving."""
 _TAIL = 2**16
@@ -98,4 +101,15 @@ def write_table(path: Path, trials: Sequence[Trial], statuses: Iterable[Status])
   table = csv.DictWriter(text, ['trial', 'status', *fields, 'step', 'loss', *scores, 'seconds'], lineterminator=os.linesep)
   table.writeheader()
   table.writerows({name: '' if value is None else value for name, value in row.items()} for row in rows)
-  write_atomic(path, text.getvalue())
+  write_shared(path, text.getvalue())
+
+
+def write_shared(path: Path, text: str) -> None:
+  """Writes a file that other processes may write at the same moment: the last one counts, and a reader sees one of them."""
+  partial = path.with_name(f'.{path.name}.{os.uname().nodename}.{os.getpid()}')
+  partial.write_text(text, encoding='utf-8')
+  partial.rename(path)
+  for left in path.parent.glob(f'.{path.name}.*'):  # by a process that was killed
+    with contextlib.suppress(FileNotFoundError):
+      if time.time() - left.stat().st_mtime > _LEFT:
+        left.unlink()

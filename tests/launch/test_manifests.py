@@ -1,4 +1,4 @@
-"""The JobSet manifests: jobs and pods by Kubernetes' own schema, the JobSet around them by its reference, and all counts agree."""
+"""The manifests of runs and sweeps: jobs and pods by Kubernetes' schema, the JobSet around them by its reference; all counts agree."""
 
 import math
 import re
@@ -11,6 +11,7 @@ from commands import ROOT, run_module
 from gptjax import config as configs
 
 MANIFESTS = {name: (ROOT / f'tools/launch/jobset_{name}.yaml').read_text() for name in ('tpu', 'gpu')}
+SWEEP = (ROOT / 'tools/launch/sweep_job.yaml').read_text()
 CHIPS = {'tpu': 'google.com/tpu', 'gpu': 'nvidia.com/gpu'}
 KUBERNETES = '1.30'
 """The oldest release that the manifests are written for."""
@@ -98,6 +99,34 @@ def resolved(args):
 @pytest.mark.parametrize('kind', MANIFESTS)
 def test_a_cluster_would_take_it(kind):
   check(kind, MANIFESTS[kind])
+
+
+def check_sweep(text):
+  """Raises for a Job that a cluster would refuse, or that ends before its sweep."""
+  job = yaml.safe_load(text)
+  kubernetes_validate.validate(job, KUBERNETES, strict=True)
+  spec, pod = job['spec'], job['spec']['template']['spec']
+  assert spec['completions'] == spec['parallelism'] and spec['completionMode'] == 'Indexed' and spec['backoffLimit'] > 0
+  (container,) = pod['containers']
+  assert pod['restartPolicy'] == 'Never' and {one['name'] for one in container['volumeMounts']} == {one['name'] for one in pod['volumes']}
+  assert [(rule['action'], rule['onExitCodes']['containerName'], rule['onExitCodes']['values'])
+          for rule in spec['podFailurePolicy']['rules']] == [('FailJob', container['name'], [1, 2]), ('Ignore', container['name'], [75])]
+  done = run_module(container['command'][2], *container['args'], only_parse=True)
+  assert container['command'][:2] == ['python', '-m'] and done.returncode == 0, done.stderr
+
+
+def test_a_cluster_would_take_the_job_of_a_sweep():
+  check_sweep(SWEEP)
+
+
+@pytest.mark.parametrize('right, wrong', [
+  ('parallelism: 8', 'parallelism: 4'), ('backoffLimit: 100', 'backoffLimit: 0'), ('values: [1, 2]', 'values: [2]'),
+  ('values: [75]', 'values: [57]'), ('completionMode: Indexed', 'completionMode: Any'), ('--out=', '--output='),
+  ('restartPolicy: Never', 'restartPolicy: Always'), ('mountPath: /data', 'path: /data')])
+def test_a_mistake_in_the_job_of_a_sweep_is_found(right, wrong):
+  assert SWEEP.count(right) == 1
+  with pytest.raises((AssertionError, KeyError, kubernetes_validate.ValidationError)):
+    check_sweep(SWEEP.replace(right, wrong))
 
 
 @pytest.mark.parametrize(('kind', 'right', 'wrong'), [

@@ -1,5 +1,6 @@
 """tools/launch/slurm.sbatch on a real Slurm: two virtual nodes of two pretended GPUs each, on loopback."""
 
+import csv
 import json
 import os
 import shutil
@@ -194,6 +195,49 @@ def test_a_task_that_fails_ends_the_others_and_the_job(cluster, tmp_path, probe)
   number = cluster.submit(tmp_path / 'run', *probe(FAIL))
   assert cluster.wait_for(number, 'COMPLETED', 'FAILED', seconds=30)[0] == 'FAILED'
   assert 'task 1: Exited with exit code 3' in (tmp_path / 'run.out').read_text()
+
+
+TRIAL = """
+import json, pathlib, signal, sys, time
+flags = dict(one.lstrip('-').partition('=')[::2] for one in sys.argv[1:])
+file = pathlib.Path(flags['workdir']) / 'metrics.jsonl'
+steps = len(file.read_text().splitlines()) if file.exists() else 0
+ends = []
+signal.signal(signal.SIGTERM, lambda *_: ends.append(1))
+for step in range(steps + 1, 11):
+  with file.open('a') as out:
+    out.write(json.dumps({'step': step, 'loss': 1 / step}) + '\\n')
+  time.sleep(0.1)
+  if ends:
+    sys.exit(75)
+"""
+
+
+@pytest.mark.full
+def test_the_tasks_of_an_array_share_the_trials_of_a_sweep(cluster, tmp_path):
+  (tmp_path / 'trial.py').write_text(TRIAL)
+  (tmp_path / 'sweep.py').write_text('from gptjax.sweeps import Sweep, seeds\n'
+                                     'def get_sweep():\n  return Sweep("configs/default.py", seeds(24), metric="loss")\n')
+  (tmp_path / 'program.py').write_text('import sys\nsys.argv[0] = "-m"\nfrom gptjax.sweeps import worker\n'
+                                       'worker.PROGRAM = (sys.argv.pop(1),)\nfrom gptjax import sweep\nsweep.script()')
+  number = cluster.ask(
+    'sbatch', '--parsable', '--array=0-5', f'--output={tmp_path}/%a.out', f'--chdir={ROOT}', ROOT / 'tools/launch/sweep.sbatch',
+    sys.executable, tmp_path / 'program.py', tmp_path / 'trial.py', f'--sweep={tmp_path}/sweep.py', f'--out={tmp_path}/out',
+    '--heartbeat=1', PYTHONPATH=str(ROOT)).strip()
+  trials = tmp_path / 'out' / 'trials'
+  cluster.until(lambda: trials.exists() and len(list(trials.glob('*/metrics.jsonl'))) >= 6)
+  first = cluster.ask('squeue', '--noheader', '--format=%A', f'--job={number}_0').strip()
+  # As before its time limit. scancel signals tasks of arrays, but waits for more.
+  cluster.ask('timeout', '2', 'scancel', '--batch', '--signal=USR1', first, check=False)
+  cluster.until(lambda: 'requeued' in (tmp_path / '0.out').read_text())
+  cluster.ask('scontrol', 'update', f'JobId={first}', 'StartTime=now')
+  cluster.until(lambda: not cluster.ask('squeue', '--noheader', f'--job={number}', check=False).strip(), seconds=120)
+  logs = '\n'.join(file.read_text() for file in sorted(tmp_path.glob('?.out')))
+  with (tmp_path / 'out' / 'trials.csv').open() as file:
+    rows = list(csv.DictReader(file))
+  assert len(rows) == 24 and {(row['status'], row['step'], row['loss']) for row in rows} == {('done', '10', '0.1')}, logs
+  assert all(len((trials / row['trial'] / 'metrics.jsonl').read_text().splitlines()) == 10 for row in rows)
+  assert sum(line.startswith('done ') for line in logs.splitlines()) == 24
 
 
 @pytest.mark.full

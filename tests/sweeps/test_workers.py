@@ -1,4 +1,4 @@
-"""Workers share a folder: every trial is finished once, whoever is killed; early stopping and adaptive points choose what their rules say."""
+"""Workers share a folder: every trial is finished once, whoever is killed; early stopping and adaptive points follow their rules."""
 
 import csv
 import json
@@ -123,9 +123,9 @@ def test_of_many_workers_one_gets_a_claim(tmp_path):
 
 SCRIPT = '''
 import sys
+sys.argv[0] = '-m'  # as of python -m, which handles signals
 from gptjax.sweeps import worker
 worker.PROGRAM = (sys.argv.pop(1),)
-sys.argv[0] = 'sweep'
 from gptjax import sweep
 sweep.script()
 '''
@@ -154,7 +154,7 @@ def test_a_sweep_whose_processes_are_killed_ends_as_an_undisturbed_one(tmp_path)
     process.send_signal(signal.SIGKILL if kills % 3 else signal.SIGTERM)
     process.wait()
   assert process.wait() == 0 and kills
-  read = lambda out: [{name: value for name, value in row.items() if name != 'seconds'} for row in csv.DictReader((out / 'trials.csv').open())]
+  read = lambda out: [row | {'seconds': ''} for row in csv.DictReader((out / 'trials.csv').open())]
   assert read(tmp_path / 'calm') == read(tmp_path / 'disturbed')
   for folder in (tmp_path / 'calm' / 'trials').iterdir():
     assert (folder / 'metrics.jsonl').read_text() == (tmp_path / 'disturbed' / 'trials' / folder.name / 'metrics.jsonl').read_text()
