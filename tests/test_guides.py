@@ -101,6 +101,18 @@ def test_commands_of_the_guide_to_finetuning_run_as_written(tmp_path, monkeypatc
 
 
 @pytest.mark.full
+def test_commands_of_the_guide_to_sweeps_run_as_written(tmp_path):
+  planned, swept = run(commands_of('docs/sweeps.md'), tmp_path).values()
+  assert '6 trials, 6 left: about' in planned and swept.startswith('6 done see ')
+  out = tmp_path / 'sweeps/first'
+  assert len((out / 'trials.csv').read_text().splitlines()) == 7 and '<svg' in (out / 'report.html').read_text()
+  sweep, settings = {}, {}
+  exec('\n'.join(commands_of('docs/sweeps.md', 'python')), sweep)
+  exec((out / 'best.py').read_text(), settings)
+  assert len(sweep['get_sweep']().points) == 6 and settings['get_config']().steps == 60
+
+
+@pytest.mark.full
 def test_commands_of_the_guide_to_models_run_as_written(tmp_path):
   printed = list(run(commands_of('docs/models.md'), tmp_path).values())
   assert len(printed) == 7 and all('roundtrip: all 24 tensors have the same bits' in words for words in printed[1:3])
