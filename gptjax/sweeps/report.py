@@ -24,7 +24,8 @@ _CURVES = 200
 """Curves that are drawn: those of the best trials."""
 _PAGE = '''<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'"><title>{title}</title><style>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<title>{title}</title><style>
 body {{ margin: 0 auto; padding: 2rem 1.1rem 4rem; max-width: 62rem; color: #1e2124; background: #fdfdfb;
   font: 1rem/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums }}
 h1 {{ font-size: 1rem; font-weight: 500; color: #686d73; margin: 0 }} h2 {{ margin: 2.2rem 0 .6rem; font-size: 1.2rem }}
@@ -58,9 +59,9 @@ def write(queue: Queue, statuses: Sequence[Status], out: Path) -> None:
     given = ', '.join(f'{name} = {value}' for name, value in best.point.items())
     verdict = f'{sweep.metric} {scores[done[0]]:.4f} with {given or "no change"}'
     points, values = [trials[one].point for one in done], np.array([scores[one] for one in done])
-    pictures = [_figure('Curves', 'training loss', 'loss', lambda ax: _curves(ax, [queue.folder(trials[one]) for one in done]), (7.4, 3.2))]
+    pictures = [_figure('Curves', 'training loss', 'loss', lambda ax: _curves(ax, [queue.folder(trials[one]) for one in done]), (5.4, 2.9))]
     if len(fields) > 1:
-      pictures.append(_figure('Parallel coordinates', 'dark: best', '', lambda ax: _parallel(ax, fields, points, values), (7.4, 3.2)))
+      pictures.append(_figure('Parallel coordinates', 'dark: best', '', lambda ax: _parallel(ax, fields, points, values), (5.4, 2.9)))
     one_slice = functools.partial(_slice, points=points, values=values)
     slices = [_figure(name, '', sweep.metric, functools.partial(one_slice, name=name), (3.4, 2.3)) for name in fields]
     body = ''.join(pictures) + f'<h2>Slices</h2><div class="grid">{"".join(slices)}</div>' * bool(slices)
@@ -104,7 +105,7 @@ def _places(values: Sequence[Any]) -> tuple[np.ndarray, list[str], bool]:
   """Places of values on an axis, their names where they are not numbers, and whether the axis is logarithmic."""
   if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
     found = np.array(values, float)
-    return found, [], bool(found.min() > 0 and found.max() > 9 * found.min())
+    return found, [], bool(found.min() > 0 and found.max() > 30 * found.min())
   names = sorted({str(value) for value in values})
   return np.array([names.index(str(value)) for value in values], float), names, False
 
@@ -112,7 +113,10 @@ def _places(values: Sequence[Any]) -> tuple[np.ndarray, list[str], bool]:
 def _slice(ax: Any, *, name: str, points: Sequence[dict], values: np.ndarray) -> None:
   places, names, log = _places([point.get(name, '') for point in points])
   ax.scatter(places, values, s=10, color='#2b7bc0', alpha=0.7, linewidths=0, rasterized=len(values) > 300)
-  ax.set_xscale('log' if log else 'linear')
+  if log:
+    ax.set_xscale('log')
+    ax.xaxis.set_major_locator(ticker.LogLocator(numticks=5))
+    ax.xaxis.set_major_formatter('{x:g}')
   if names:
     ax.set_xticks(range(len(names)), names, rotation=20 if len(names) > 3 else 0)
   elif len(set(places)) <= 8:

@@ -28,6 +28,7 @@ from tests.acceptance import (  # noqa: F401  (they register their bars)
   parallelism,
   processes,
   reinforcement,
+  sweeping,
   restoring,
   sharding,
   training,
