@@ -11,12 +11,12 @@ from gptjax.config import CheckpointConfig, Config, DataConfig, EvalConfig, Mode
 def get_config() -> Config:
   return Config(
     objective=ObjectiveConfig('classification'),
-    model=ModelConfig(dropout=0.1),  # the rest is that of the base model
+    model=ModelConfig(dropout=0.2),  # the rest is that of the base model
     data=DataConfig(
       source=SourceConfig(label='label', labels=('ham', 'spam')),
       valid_fraction=0.125,
       context=256, rows='pack', long_examples='cut'),  # as in spam.py
-    optimizer=OptimizerConfig(peak_lr=5e-4, schedule='linear', final_fraction=0.0, warmup=20, weight_decay=0.1),
+    optimizer=OptimizerConfig(peak_lr=1e-3, schedule='linear', final_fraction=0.0, warmup=20, weight_decay=0.1),
     steps='6 epochs',
     batch_size=8,
     eval=EvalConfig(every='1 epoch'),
