@@ -38,6 +38,8 @@ def main(_: object) -> int:
   (out / 'trials').mkdir(parents=True, exist_ok=True)
   if _RETRY_FAILED.value:
     queue.forget_failures()
+  if older := sweeps.of_other_code(queue):
+    print(f'{len(older):,} trials were trained by other code, {older[0]} for one; another --out trains them again', file=sys.stderr)
   interrupted = _work(queue, sweeps.places(_WORKERS.value), out)
   statuses = [sweeps.status_of(queue.folder(trial)) for trial in queue.trials]
   sweeps.write_table(out / 'trials.csv', queue.trials, statuses)

@@ -8,4 +8,4 @@ from gptjax.sweeps.points import (
 from gptjax.sweeps.queue import Queue
 from gptjax.sweeps.results import Status, status_of, write_table
 from gptjax.sweeps.trials import Adaptive, Halving, Sweep, Trial, load_sweep, make_trials
-from gptjax.sweeps.worker import Worker, places
+from gptjax.sweeps.worker import Worker, of_other_code, places

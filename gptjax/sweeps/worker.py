@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 from gptjax import config as configs
 from gptjax.config import UserError
-from gptjax.files import write_atomic, write_json
+from gptjax.files import read_json, write_atomic, write_json
 from gptjax.sweeps.queue import Job, Queue
-from gptjax.sweeps.results import add_rung, end_trial, metric_of
+from gptjax.sweeps.results import add_rung, end_trial, metric_of, status_of
 
 PROGRAM = '-m', 'gptjax.train'
 """Arguments of Python that train a trial."""
@@ -156,3 +156,9 @@ def environment() -> dict[str, str]:
     code.update(file.read_bytes())
   versions = {name: metadata.version(name) for name in ('jax', 'flax', 'optax', 'orbax-checkpoint')}
   return {'code': code.hexdigest()[:12], 'python': platform.python_version(), **versions, 'host': platform.node()}
+
+
+def of_other_code(queue: Queue) -> list[str]:
+  """Names of the trials that are done and whose code was not that of this process."""
+  code, done = environment()['code'], [trial for trial in queue.trials if status_of(queue.folder(trial)).name == 'done']
+  return [trial.name for trial in done if read_json(queue.folder(trial) / 'trial.json')['code'] != code]

@@ -17,7 +17,8 @@ import pytest
 from commands import ROOT
 
 from gptjax.config import UserError
-from gptjax.sweeps import Adaptive, Choice, Halving, LogUniform, Queue, Sweep, Uniform, Worker, places, product, status_of, values
+from gptjax.sweeps import (
+  Adaptive, Choice, Halving, LogUniform, Queue, Sweep, Uniform, Worker, of_other_code, places, product, status_of, values)
 from gptjax.sweeps import worker as working
 from gptjax.sweeps.claims import Claims
 from gptjax.sweeps.points import draws
@@ -81,6 +82,10 @@ def test_every_trial_runs_once_and_failures_are_told_at_once(tmp_path, monkeypat
   again.forget_failures()
   assert sum(line.startswith('started') for line in work(again, tmp_path, monkeypatch=monkeypatch)) == 2
   assert {status_of(again.folder(trial)).name for trial in again.trials} == {'done'}
+  assert not of_other_code(again)
+  file = again.folder(again.trials[1]) / 'trial.json'
+  file.write_text(file.read_text().replace('"code": "', '"code": "0'))
+  assert of_other_code(again) == [again.trials[1].name]
 
 
 def test_a_claim_of_a_dead_worker_is_taken_over_once_and_its_owner_notices(tmp_path):
