@@ -1,6 +1,8 @@
 """Workers: each claims a trial, runs it as a process of its own, records how it ended, and takes the next."""
 
+import contextlib
 import ctypes
+import fcntl
 import hashlib
 import os
 import platform
@@ -86,6 +88,10 @@ class Worker:
 
   def _run(self, job: Job) -> None:
     begun = time.monotonic()
+    while _is_in_use(job.folder) and job.claim.beat() and not self._stop.is_set():
+      time.sleep(_POLL)
+    if self._stop.is_set() or not job.claim.beat():
+      return job.claim.release()
     self._describe(job)
     self._say(f'started  {job.trial.name}' + (f' to step {job.stop_at}' if job.stop_at else ''))
     log = job.folder / 'log.txt'
@@ -94,7 +100,8 @@ class Worker:
     with log.open('ab') as file:
       process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
                                  env={**os.environ, **self._place.environment}, preexec_fn=_die_with_parent)
-    os.sched_setaffinity(process.pid, self._place.cores)  # before it starts threads
+    with contextlib.suppress(ProcessLookupError):  # one that has ended already
+      os.sched_setaffinity(process.pid, self._place.cores)  # before it starts threads
     if self._watched(process, job):
       self._record(job, process.returncode, time.monotonic() - begun)
     job.claim.release()
@@ -143,6 +150,18 @@ class Worker:
     write_atomic(job.folder / 'trial_config.json', configs.to_json(job.trial.config))
     write_json(job.folder / 'trial.json', {
       'trial': job.trial.name, 'recipe': self._queue.sweep.recipe, 'overrides': job.trial.point, 'flags': self._flags, **environment()})
+
+
+def _is_in_use(folder: Path) -> bool:
+  """Whether a process still trains in a workdir: that of a worker which slept, and was taken for dead."""
+  try:
+    with (folder / 'lock').open() as file:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except FileNotFoundError:
+    return False
+  except BlockingIOError:
+    return True
+  return False
 
 
 def _die_with_parent() -> None:

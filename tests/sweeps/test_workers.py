@@ -1,6 +1,7 @@
 """Workers share a folder: every trial is finished once, whoever is killed; early stopping and adaptive points follow their rules."""
 
 import csv
+import fcntl
 import json
 import math
 import os
@@ -107,6 +108,20 @@ def test_a_claim_of_a_dead_worker_is_taken_over_once_and_its_owner_notices(tmp_p
   assert found[0].beat() and mine.take(tmp_path) is None
   found[0].release()
   assert Claims(beat).take(tmp_path)
+
+
+def test_a_trial_waits_until_nobody_trains_in_its_workdir(tmp_path, monkeypatch):
+  sweep, path = sweep_of(tmp_path, values('seed', 0))
+  queue = Queue(sweep, path, tmp_path, 0.4)
+  (folder := queue.folder(queue.trials[0])).mkdir(parents=True)
+  with (folder / 'lock').open('w') as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    working_thread = threading.Thread(target=work, args=(queue, tmp_path), kwargs={'monkeypatch': monkeypatch})
+    working_thread.start()
+    time.sleep(1)
+    assert not (folder / 'metrics.jsonl').exists() and status_of(folder).name == 'running'
+  working_thread.join()
+  assert status_of(folder).name == 'done'
 
 
 def test_of_many_workers_one_gets_a_claim(tmp_path):
