@@ -29,6 +29,7 @@ from tests.acceptance import (  # noqa: F401  (they register their bars)
   processes,
   reinforcement,
   restoring,
+  scaling,
   sharding,
   training,
 )
