@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from commands import run_module
+from documented import ROOT, commands_of, run
 
 from experiments.scaling_law.fit import Law
 from experiments.scaling_law.trials import counted, read
@@ -128,3 +129,20 @@ def test_a_mistake_in_the_command_is_one_line(tmp_path, flags, error):
   given = {'trials': f'{tmp_path}/trials.csv', 'recipe': recipe(tmp_path)} | dict(one[2:].split('=', 1) for one in flags)
   done = run_module('experiments.scaling_law.analyse', *(f'--{name}={value}' for name, value in given.items()))
   assert done.returncode == 2 and done.stderr.count('\n') == 1 and done.stderr.startswith('error: ') and error in done.stderr, done.stderr
+
+
+@pytest.mark.full
+def test_commands_of_the_page_run_as_written(tmp_path):
+  (tmp_path / 'runs/NAME').mkdir(parents=True)
+  sweep(tmp_path / 'runs/NAME/trials.csv')
+  commands = [command.replace('configs/NAME.py', str(recipe(tmp_path))) for command in commands_of('experiments/scaling_law/README.md')]
+  first, second = run([f'{command} --resamples=40' for command in commands], tmp_path).values()
+  assert second.startswith(first.rstrip()) and json.loads(second.splitlines()[-1])['fields'] == {'model.width': 256}
+  assert (tmp_path / 'scaling.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_every_experiment_is_in_the_table_with_its_question_and_answer():
+  table = [line.split('|') for line in (ROOT / 'experiments/README.md').read_text().splitlines() if line.startswith('| [')]
+  pages = [path.parent.name for path in sorted((ROOT / 'experiments').glob('*/README.md'))]
+  assert [row[1].strip() for row in table] == [f'[{name}]({name}/README.md)' for name in pages]
+  assert all(row[2].strip().endswith('?') and row[3].strip() for row in table)

@@ -68,10 +68,10 @@ def test_the_same_seed_gives_the_same_intervals():
 
 
 def test_a_prediction_is_wider_than_the_uncertainty_of_the_law():
-  found = fit(*runs(noise=0.01), resamples=20)
+  found = fit(*runs(noise=0.01), resamples=40)
   loss, (low, high) = found.prediction(1e6, 1e8)  # among the runs, where the law itself is known well
   narrow = found.interval(lambda law: law.loss(np.array([1e6]), np.array([1e8]))[0])
-  assert low < narrow[0] < loss < narrow[1] < high and high - low > 0.03 * loss
+  assert low < narrow[0] < loss < narrow[1] < high and high - low > 0.02 * loss
 
 
 def test_the_optimum_has_the_lowest_loss_of_its_budget():
