@@ -55,6 +55,9 @@ def test_the_command_prints_and_draws_the_law_and_predicts(tmp_path):
   printed = {line[:32].strip(): line[32:].split() for line in lines[5:] if line}
   for name, value in vars(LAW).items():
     assert float(printed[name][0]) == pytest.approx(value, rel=0.01) and printed[name][2] == 'to'
+  largest = read(tmp_path / 'trials.csv', RECIPE).compute.max()
+  best = [float(printed[f'best {name} for C = 6 N D = {largest:.3g}'][0]) for name in 'ND']
+  assert best == pytest.approx(LAW.optimum(largest), rel=0.02)
   assert sum('(4 runs)' in line for line in lines) == 3
   last, n, d, c = json.loads(lines[-1]), *counted(override(RECIPE, larger), '')
   assert last['eval/valid/loss'] == pytest.approx(LAW.loss(np.array([n]), np.array([d]))[0], abs=2e-3)
