@@ -111,7 +111,7 @@ def _set_up_jax(typed=False):
   if typed:
     import jaxtyping
     packages = {folder.name for folder in (ROOT / 'gptjax').iterdir() if folder.is_dir()} - {'config', 'data'}  # they check themselves
-    jaxtyping.install_import_hook([f'gptjax.{name}' for name in packages], 'tiers.checked')
+    jaxtyping.install_import_hook([*(f'gptjax.{name}' for name in packages), 'experiments'], 'tiers.checked')
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_num_cpu_devices', 8)
   # Most of a test's time is its compile: made quickly, and kept from run to run.

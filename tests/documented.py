@@ -46,7 +46,7 @@ def resolve(commands):
 
 def run(commands, folder):
   """Runs commands as they are written, in a folder that looks like this repository; returns what each one printed."""
-  for name in ('gptjax', 'tools', 'configs', 'examples', 'LICENSE', 'README.md'):
+  for name in ('gptjax', 'tools', 'configs', 'examples', 'experiments', 'LICENSE', 'README.md'):
     (folder / name).symlink_to(ROOT / name)
   # The caches of a home folder that tests may fill; compiled programs are shared with the other tests of this machine.
   environment = {**os.environ, 'HOME': str(ROOT / '.jax_cache' / 'home'),

@@ -30,6 +30,7 @@ from tests.acceptance import (  # noqa: F401  (they register their bars)
   reinforcement,
   sweeping,
   restoring,
+  scaling,
   sharding,
   training,
 )

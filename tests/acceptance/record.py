@@ -17,7 +17,8 @@ from tools.bench.machine import machine
 
 _DATA = flags.DEFINE_string(
   'data', '', 'folder with tinyshakespeare/input.txt, books/{train,valid}/*.txt, gsm8k/train.jsonl, sms_spam/SMSSpamCollection, '
-  'addition/addition.txt, instructions/instruction-data-with-preference.json, gpt2_bpe/, lambada/ and piqa/')
+  'addition/addition.txt, instructions/instruction-data-with-preference.json, chinchilla/svg_extracted_data.csv, gpt2_bpe/, lambada/ '
+  'and piqa/')
 _OUT = Path('docs/bars.md')
 
 CLOCK = {'tokens_per_second', 'mfu', 'data_wait'}
