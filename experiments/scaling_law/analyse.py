@@ -1,4 +1,4 @@
-"""The scaling law of a sweep: python -m experiments.scaling_law.analyse --trials=FILE.csv --recipe=configs/NAME.py
+"""The scaling law of a sweep: python -m experiments.scaling_law.analyse --trials=FILE.csv --recipe=FILE
 
 It counts parameters and FLOPs of the runs, fits the law and the IsoFLOP curves, prints both with intervals, and draws them. `--predict`
 adds the loss of a run that is not in the sweep: the recipe with other values of some fields.
@@ -11,10 +11,11 @@ from absl import flags
 from gptjax import config as configs
 
 _TRIALS = flags.DEFINE_string('trials', None, 'CSV file of a sweep', required=True)
-_RECIPE = flags.DEFINE_string('recipe', None, 'recipe of the sweep, whose fields its columns override', required=True)
+_RECIPE = flags.DEFINE_string('recipe', None, 'recipe of the sweep, or config.json of one of its trials', required=True)
 _LOSS = flags.DEFINE_string('loss', 'eval/valid/loss', 'column with the loss, in nats per token')
 _PICTURE = flags.DEFINE_string('picture', None, 'PNG file for a picture')
-_PREDICT = flags.DEFINE_string('predict', None, """fields of a run to predict, as '{"model.width": 256, "steps": 4000}'""")
+_PREDICT = flags.DEFINE_string(
+  'predict', None, """run to predict, with all fields that the sweep varies: '{"model.width": 256, "steps": 4000}'""")
 _RESAMPLES = flags.DEFINE_integer('resamples', 1000, 'random choices of the runs, from which intervals follow', lower_bound=40)
 _SEED = flags.DEFINE_integer('seed', 0, 'of these choices', lower_bound=0)
 
@@ -33,9 +34,11 @@ def main(_: object) -> None:
   from gptjax.files import expanded, json_object, writable
   picture = writable(_PICTURE.value, '--picture') if _PICTURE.value else None
   recipe = configs.load(_RECIPE.value)
-  fields = json_object('--predict', _PREDICT.value) if _PREDICT.value else None
-  wanted = None if fields is None else counted(configs.override(recipe, fields, '--predict: '), '--predict')
   runs = read(expanded(_TRIALS.value, '--trials'), recipe, _LOSS.value)
+  fields = json_object('--predict', _PREDICT.value) if _PREDICT.value else None
+  if fields is not None and (missing := [name for name in runs.fields if name not in fields]):
+    raise configs.UserError('--predict', _PREDICT.value, f'a value for every field that the sweep varies; not there: {", ".join(missing)}')
+  wanted = None if fields is None else counted(configs.override(recipe, fields, '--predict: '), '--predict')
   found = fit(runs.parameters, runs.tokens, runs.loss, _RESAMPLES.value, _SEED.value)
   curves = isoflop(runs.parameters, runs.compute, runs.loss, _RESAMPLES.value, _SEED.value)
   print(described(runs, found, curves))

@@ -115,11 +115,12 @@ def fit(parameters: Runs, tokens: Runs, loss: Runs, resamples: int = 1000, seed:
     if value < 1.01 * _LEAST_EXPONENT:
       raise UserError(name, value, f'runs whose loss falls with {variable}, so that a law can be fitted')
   rng = np.random.default_rng(seed)
+  start = dataclasses.replace(law, E=max(law.E, loss.min() / 10))  # near 0 the gradient for log E vanishes
   laws: list[Law] = []
   while len(laws) < resamples:
     rows = rng.integers(len(loss), size=len(loss))
     if min(len({*parameters[rows]}), len({*tokens[rows]})) >= SIZES and len({*rows}) >= LEAST - 1:
-      laws.append(minimized(parameters[rows], tokens[rows], loss[rows], [law]))
+      laws.append(minimized(parameters[rows], tokens[rows], loss[rows], [start]))
   residuals = np.log(loss / law.loss(parameters, tokens))
   value, _ = objective(_constants(law), np.log(parameters), np.log(tokens), np.log(loss))
   return Fit(law, value, tuple(laws), residuals)

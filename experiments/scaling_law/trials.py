@@ -13,6 +13,9 @@ from gptjax.config import Config, UserError, duration_in_steps, override
 from gptjax.config.fields import FIELDS, parse
 from gptjax.model import active_parameters, flops_per_token
 
+_COUNTED = ('model.', 'data.context', 'batch_size', 'steps')
+"""Beginnings of the fields from which N, D and C follow."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Trials:
@@ -28,10 +31,13 @@ class Trials:
   """nats per token"""
   left_out: int
   """runs without a loss, or that ended before their last step"""
+  fields: list[str]
+  """columns from which N, D and C follow"""
 
 
 def read(path: Path, recipe: Config, measured: str = 'eval/valid/loss') -> Trials:
-  """Reads the runs of a sweep over a recipe; `measured` is the column with the loss.
+  """Reads the runs of a sweep over a recipe; `measured` is the column with the loss. What the sweep overrides for all runs is not in the
+  CSV, and must be in the recipe.
 
   Raises a UserError for a missing column, a value that is not valid, or a loss that is not finite.
   """
@@ -50,12 +56,15 @@ def read(path: Path, recipe: Config, measured: str = 'eval/valid/loss') -> Trial
       raise UserError(place, ','.join(one for one in row.values() if isinstance(one, str)), f'{len(columns)} columns')
     config = override(recipe, {name: parse(FIELDS[name], text) for name, text in row.items() if name in FIELDS and text}, f'{place}: ')
     parameters, tokens, compute = counted(config, place)
-    if not row[measured] or int(_number(place, row, 'step', str(_steps(config, place)))) < _steps(config, place):
+    steps = _steps(config, place)
+    if not row[measured] or (step := _number(place, row, 'step', str(steps))) < steps:
       left_out += 1
+    elif step > steps:
+      raise UserError(f'{place}: step', int(step), f'at most steps={steps}; what the sweep overrides for all runs must be in the recipe')
     else:
       found.append((parameters, tokens, compute, _number(place, row, measured)))
   n, d, c, loss = np.array(found, float).reshape(-1, 4).T
-  return Trials(n, d, c, loss, left_out)
+  return Trials(n, d, c, loss, left_out, [name for name in columns if name in FIELDS and name.startswith(_COUNTED)])
 
 
 def counted(config: Config, place: str) -> tuple[float, float, float]:

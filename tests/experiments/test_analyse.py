@@ -10,7 +10,7 @@ from documented import ROOT, commands_of, run
 
 from experiments.scaling_law.fit import Law
 from experiments.scaling_law.trials import counted, read
-from gptjax.config import Config, UserError, override
+from gptjax.config import Config, UserError, override, to_json
 from gptjax.model import flops_per_token, parameter_count
 
 LAW = Law(E=1.5, A=60.0, B=400.0, alpha=0.3, beta=0.35)
@@ -46,7 +46,7 @@ def recipe(folder):
 
 def test_the_command_prints_and_draws_the_law_and_predicts(tmp_path):
   sweep(tmp_path / 'trials.csv')
-  larger = {'model.layers': 1, 'model.width': 192, 'steps': 1000}
+  larger = {'model.layers': 1, 'model.width': 192, 'steps': 1000, 'batch_size': 4}
   done = run_module('experiments.scaling_law.analyse', f'--trials={tmp_path}/trials.csv', f'--recipe={recipe(tmp_path)}',
                     f'--picture={tmp_path}/law.png', f'--predict={json.dumps(larger)}', '--resamples=40')
   assert done.returncode == 0, done.stderr
@@ -97,6 +97,7 @@ def test_runs_that_have_not_ended_are_left_out(tmp_path):
   (lambda row: row | {'eval/valid/loss': 'low'}, {}, "trials.csv:2: eval/valid/loss: 'low', expected: a finite number above 0"),
   (lambda row: row | {'model.width': 17}, {}, 'model.heads: 4, expected: a divisor of model.width=17'),
   (lambda row: row | {'model.width': 'wide'}, {}, "trials.csv:2: model.width: 'wide', expected: an integer"),
+  (lambda row: row | {'step': row['steps'] + 1}, {}, 'expected: at most steps='),
   (lambda row: row | {'steps': '2 epochs'}, {}, "trials.csv:2: steps: '2 epochs', expected: steps or tokens"),
   (lambda row: row, {'measured': 'eval/vald/loss'}, 'expected: a table with a column eval/vald/loss; did you mean eval/valid/loss?'),
   (lambda row: row, {'recipe': Config()}, 'trials.csv:2: model.vocab_size: 0, expected: the number of token ids')])
@@ -123,7 +124,8 @@ def test_a_file_that_is_no_table_is_one_line(tmp_path, text, error):
 @pytest.mark.full
 @pytest.mark.parametrize('flags, error', [
   (['--trials=nowhere.csv'], 'nowhere.csv'), (['--picture=law.jpg'], "--picture: 'law.jpg', expected: a file that ends in .png"),
-  (['--predict={"model.widht": 256}'], '--predict: model.widht: 256, expected: '),
+  (['--predict={"model.layers": 1, "model.width": 9, "steps": 9, "batch_size": 1, "modl": 256}'], '--predict: modl: 256, expected: '),
+  (['--predict={"model.width": 256, "batch_size": 4}'], 'every field that the sweep varies; not there: model.layers, steps'),
   (['--predict=256'], "--predict: '256', expected: a JSON object"), (['--resamples=1'], "--resamples: '1', expected: "),
   ([], 'runs: 3, expected: 6 or more: the law has five constants'),
   (['--recipe=configs/nothing.py'], "--recipe: 'configs/nothing.py', expected: a recipe")])
@@ -136,11 +138,13 @@ def test_a_mistake_in_the_command_is_one_line(tmp_path, flags, error):
 
 @pytest.mark.full
 def test_commands_of_the_page_run_as_written(tmp_path):
-  (tmp_path / 'runs/NAME').mkdir(parents=True)
-  sweep(tmp_path / 'runs/NAME/trials.csv')
-  commands = [command.replace('configs/NAME.py', str(recipe(tmp_path))) for command in commands_of('experiments/scaling_law/README.md')]
+  (tmp_path / 'sweeps/NAME/trials/TRIAL').mkdir(parents=True)
+  fixed = ('model.layers', 'batch_size')
+  sweep(tmp_path / 'sweeps/NAME/trials.csv', change=lambda row: {name: value for name, value in row.items() if name not in fixed})
+  (tmp_path / 'sweeps/NAME/trials/TRIAL/config.json').write_text(to_json(override(RECIPE, MODELS[0])))
+  commands = commands_of('experiments/scaling_law/README.md')
   first, second = run([f'{command} --resamples=40' for command in commands], tmp_path).values()
-  assert second.startswith(first.rstrip()) and json.loads(second.splitlines()[-1])['fields'] == {'model.width': 256}
+  assert second.startswith(first.rstrip()) and json.loads(second.splitlines()[-1])['fields'] == {'model.width': 256, 'steps': 4000}
   assert (tmp_path / 'scaling.png').read_bytes().startswith(b'\x89PNG')
 
 

@@ -85,6 +85,12 @@ def test_the_optimum_has_the_lowest_loss_of_its_budget():
   assert LAW.optimum(1e20)[0] / LAW.optimum(1e15)[0] == pytest.approx(1e5 ** a) and a + b == pytest.approx(1)
 
 
+def test_an_irreducible_loss_of_nothing_is_in_doubt_as_well():
+  found = fit(*runs(noise=0.01, seed=4, law=dataclasses.replace(LAW, E=1e-3)), resamples=20)
+  low, high = found.interval(lambda law: law.E)
+  assert found.law.E < 1e-6 and low < 1e-3 < high
+
+
 def test_starts_that_are_far_away_lead_to_the_same_law():
   data = runs(noise=0.003)
   expected = fit(*data, resamples=0).law
