@@ -1,7 +1,7 @@
 """Trains every config of a sweep: python -m gptjax.sweep --sweep=experiments/NAME/sweep.py --out=DIR --workers=4"""
 
 import collections
-import math
+import json
 import os
 import shlex
 import sys
@@ -23,12 +23,17 @@ _RETRY_FAILED = flags.DEFINE_bool('retry_failed', False, 'run trials again that 
 _HEARTBEAT = flags.DEFINE_float('heartbeat', 10.0, 'seconds between signs of life of a worker; a trial of a worker that gives none for 1.5 '
                                 'times as long is taken over', lower_bound=0.1)
 _TRAIN_FLAGS = flags.DEFINE_string('train_flags', '', "more flags of gptjax.train for all trials, such as '--log_every=100'")
+_ALLOWED = 'log_every', 'cache_dir', 'hang_timeout', 'reward_file', 'cpu_devices'
+"""of _TRAIN_FLAGS"""
 
 
 def main(_: object) -> int:
   from gptjax import sweeps
   from gptjax.sweeps import report
   path, out = expanded(_SWEEP.value, '--sweep'), expanded(_OUT.value, '--out')
+  if out.is_file():
+    raise configs.UserError('--out', str(out), 'a folder')
+  _train_flags()  # a mistake is reported before anything starts
   sweep = sweeps.load_sweep(path)
   queue = sweeps.Queue(sweep, path, out, _HEARTBEAT.value)
   if _DRY_RUN.value:
@@ -36,18 +41,44 @@ def main(_: object) -> int:
     print(described(queue, _WORKERS.value))
     return 0
   (out / 'trials').mkdir(parents=True, exist_ok=True)
+  _check_same(sweep, out)
   if _RETRY_FAILED.value:
     queue.forget_failures()
   if older := sweeps.of_other_code(queue):
     print(f'{len(older):,} trials were trained by other code, {older[0]} for one; another --out trains them again', file=sys.stderr)
   interrupted = _work(queue, sweeps.places(_WORKERS.value), out)
   statuses = [sweeps.status_of(queue.folder(trial)) for trial in queue.trials]
-  sweeps.write_table(out / 'trials.csv', queue.trials, statuses)
+  sweeps.write_table(out / 'trials.csv', sweep, queue.trials, statuses)
   if interrupted:
     return os.EX_TEMPFAIL
   report.write(queue, statuses, out)
-  print(_counted(statuses), f'see {out / "report.html"}', flush=True)
+  print(f'{_counted(statuses)}; see {out / "report.html"}', flush=True)
   return 1 if any(status.name == 'failed' for status in statuses) else 0
+
+
+def _check_same(sweep, out) -> None:
+  """Raises a UserError if other choices were made in the folder, whose values cannot be compared with those of this sweep."""
+  from gptjax.files import read_json
+  from gptjax.sweeps.results import write_shared
+  now = {'recipe': sweep.recipe, 'metric': sweep.metric, 'maximize': sweep.maximize, 'halving': repr(sweep.halving)}
+  if (out / 'sweep.json').exists():
+    for name, value in read_json(out / 'sweep.json').items():
+      if now[name] != value:
+        raise configs.UserError(name, now[name], f'{value!r}, with which {out} was started; another --out for another sweep')
+  write_shared(out / 'sweep.json', json.dumps(now))
+
+
+def _train_flags() -> list[str]:
+  """--train_flags as a list; a UserError for one that would make a trial another one."""
+  try:
+    found = shlex.split(_TRAIN_FLAGS.value)
+  except ValueError as error:
+    raise configs.UserError('--train_flags', _TRAIN_FLAGS.value, f'flags as a shell reads them ({error})') from None
+  for flag in found:
+    if flag.lstrip('-').partition('=')[0] not in _ALLOWED or '=' not in flag:
+      raise configs.UserError('--train_flags', flag, f'{", ".join(f"--{name}=VALUE" for name in _ALLOWED)}; the sweep sets '
+                              'fields of the config')
+  return found
 
 
 def _work(queue, places, out):
@@ -58,7 +89,7 @@ def _work(queue, places, out):
 
   def work(place) -> None:
     try:
-      sweeps.Worker(queue, lock, place, shlex.split(_TRAIN_FLAGS.value), _HEARTBEAT.value, stop, board.say).run()
+      sweeps.Worker(queue, lock, place, _train_flags(), _HEARTBEAT.value, stop, board.say).run()
     except BaseException as error:
       failures.append(error)
       stop.set()
@@ -66,17 +97,21 @@ def _work(queue, places, out):
   threads = [threading.Thread(target=work, args=(place,), name=f'worker {number}') for number, place in enumerate(places)]
   interrupted = None
   with board:
-    for thread in threads:
-      thread.start()
-    while any(thread.is_alive() for thread in threads):
-      try:
-        for thread in threads:
-          thread.join(0.5 / len(threads))
+    try:
+      for thread in threads:
+        thread.start()
+      while any(thread.is_alive() for thread in threads):
+        threads[0].join(0.5)
+        time.sleep(0.05)
         board.show(lock, out)
-      except KeyboardInterrupt as error:
-        interrupted = error
-        stop.set()
-        board.say(f'{error}: trials that run are being saved; the same command goes on')
+    except KeyboardInterrupt as error:
+      interrupted = error
+      board.say(f'{error}: trials that run are being saved; the same command goes on')
+    finally:
+      stop.set()
+      for thread in threads:
+        if thread.ident:
+          thread.join()
   if failures:
     raise failures[0]
   return interrupted
@@ -116,7 +151,7 @@ class _Board:
     with lock:  # an adaptive queue adds trials
       trials = list(self._queue.trials)
     statuses = [sweeps.status_of(self._queue.folder(trial)) for trial in trials]
-    sweeps.write_table(out / 'trials.csv', trials, statuses)
+    sweeps.write_table(out / 'trials.csv', self._queue.sweep, trials, statuses)
     if self._live:
       self._live.update(_table(trials, statuses, self._queue.sweep), refresh=True)
     self._looked = time.monotonic()
@@ -131,7 +166,8 @@ def _table(trials, statuses, sweep):
   sign = -1 if sweep.maximize else 1
   pairs = list(zip(trials, statuses))
   running = [pair for pair in pairs if pair[1].name == 'running']
-  done = sorted((pair for pair in pairs if pair[1].name == 'done'), key=lambda pair: sign * (pair[1].metrics.get(sweep.metric) or math.inf))
+  scores = [(sign * value, pair) for pair in pairs if pair[1].name == 'done' and (value := pair[1].metrics.get(sweep.metric)) is not None]
+  done = [pair for _, pair in sorted(scores, key=lambda score: score[0])]
   for trial, status in running[:10] + done[:5]:
     step, *figures = (status.metrics.get(name) for name in ('step', 'loss', sweep.metric))
     table.add_row(trial.name, status.name, str(step or ''), *('' if one is None else f'{one:.4f}' for one in figures))

@@ -5,6 +5,7 @@ every beat; a worker that sees it untouched for one and a half beats, by its own
 """
 
 import os
+import re
 import socket
 import threading
 import time
@@ -22,17 +23,13 @@ class Claim:
 
   def beat(self) -> bool:
     """Shows that its owner lives; returns whether it still counts: an owner that slept may have lost it."""
-    try:
-      os.utime(_path(self._folder, self._number))
-    except FileNotFoundError:
-      return False
-    return max(_numbers(self._folder), default=0) == self._number
+    os.utime(_path(self._folder, self._number))
+    return max(_numbers(self._folder)) == self._number
 
   def release(self) -> None:
-    """Lets others claim the trial, unless one has done so."""
-    for number in _numbers(self._folder):
-      if number <= self._number:
-        _path(self._folder, number).unlink(missing_ok=True)
+    """Lets others claim the trial, unless one has done so. The file stays, empty, since a number that was used again could be that of two
+    owners."""
+    os.truncate(_path(self._folder, self._number), 0)
 
 
 class Claims:
@@ -40,40 +37,42 @@ class Claims:
 
   def __init__(self, beat: float):
     self.beat = beat
-    self._seen: dict[Path, tuple[tuple[int, int, int], float]] = {}
+    self._seen: dict[Path, tuple[tuple[int, int], float]] = {}
     self._lock = threading.Lock()
 
   def take(self, folder: Path) -> Claim | None:
     """Claims the trial in a folder; None if another worker has it."""
     with self._lock:
       number = max(_numbers(folder), default=0)
-      if number and not self._is_stale(folder, number):
+      if number and not self._is_free(folder, number):
         return None
+    mine = folder / f'claimed.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}'
+    mine.write_text(f'process {os.getpid()} on {socket.gethostname()} since {time.strftime("%Y-%m-%d %H:%M:%S")}, beat {self.beat:g} s\n')
     try:
-      descriptor = os.open(_path(folder, number + 1), os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+      os.link(mine, _path(folder, number + 1))  # unlike a rename, fails if another worker was faster; its text is complete
     except FileExistsError:
       return None
-    with os.fdopen(descriptor, 'w') as file:
-      file.write(f'process {os.getpid()} on {socket.gethostname()} since {time.strftime("%Y-%m-%d %H:%M:%S")}\n')
+    finally:
+      mine.unlink()
     return Claim(folder, number + 1)
 
-  def _is_stale(self, folder: Path, number: int) -> bool:
-    """Whether a claim has not changed for so long that its owner is dead."""
-    try:
-      found = _path(folder, number).stat()
-    except FileNotFoundError:  # released at this moment
+  def _is_free(self, folder: Path, number: int) -> bool:
+    """Whether a claim was released, or has not changed for so long, by the beat of its owner, that this is dead."""
+    path = _path(folder, number)
+    found, known = path.stat(), self._seen.get(folder)
+    if not found.st_size:
+      return True
+    if known is None or known[0] != (number, found.st_mtime_ns):
+      self._seen[folder] = (number, found.st_mtime_ns), time.monotonic()
       return False
-    print_of = number, found.st_mtime_ns, found.st_ino
-    known = self._seen.get(folder)
-    if known is None or known[0] != print_of:
-      self._seen[folder] = print_of, time.monotonic()
-      return False
-    return time.monotonic() - known[1] >= STALE * self.beat
+    beat = re.search(r'beat (\S+) s', path.read_text())
+    return beat is not None and time.monotonic() - known[1] >= STALE * float(beat[1])
 
 
 def is_claimed(folder: Path) -> bool:
   """Whether some worker, dead or alive, claims a trial."""
-  return bool(_numbers(folder))
+  number = max(_numbers(folder), default=0)
+  return number > 0 and _path(folder, number).stat().st_size > 0
 
 
 def _path(folder: Path, number: int) -> Path:

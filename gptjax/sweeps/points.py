@@ -67,6 +67,8 @@ class Uniform:
   def __post_init__(self):
     if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high) or (self.log and self.low <= 0):
       raise UserError(type(self).__name__, [self.low, self.high], 'two numbers in order' + ', above 0' * self.log)
+    if self.integer and (self.low % 1 or self.high % 1):
+      raise UserError(type(self).__name__, [self.low, self.high], 'whole numbers with integer=True')
 
   def draw(self, generator: random.Random) -> float:
     """One number."""

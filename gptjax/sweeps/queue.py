@@ -50,7 +50,7 @@ class Queue:
     """Makes trials that failed run again."""
     for trial in self.trials:
       if status_of(self.folder(trial)).name == 'failed':
-        (self.folder(trial) / RESULT).unlink()
+        (self.folder(trial) / RESULT).unlink(missing_ok=True)
 
   def next(self) -> Job | None:
     """Claims a trial; None if there is none to claim, now or at all."""

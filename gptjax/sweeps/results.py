@@ -63,16 +63,24 @@ def metric_of(sweep: Sweep, folder: Path, step: int = 0) -> float:
 
 def end_trial(folder: Path, status: str, seconds: float, error: str = '') -> None:
   """Records that a trial is over: done or failed."""
-  write_json(folder / RESULT, {'status': status, 'seconds': round(seconds, 1), 'error': error, 'metrics': last_metrics(folder)})
+  total = round(spent(folder, seconds), 1)
+  write_json(folder / RESULT, {'status': status, 'seconds': total, 'error': error, 'metrics': last_metrics(folder)})
+
+
+def spent(folder: Path, seconds: float) -> float:
+  """Adds to the seconds that processes of a trial have run, and returns the sum."""
+  with (folder / 'seconds').open('a') as file:
+    file.write(f'{seconds:.1f}\n')
+  return sum(map(float, (folder / 'seconds').read_text().split()))
 
 
 def status_of(folder: Path) -> Status:
   """The status of the trial in a folder, which may not exist yet."""
-  if (folder / RESULT).exists():
+  with contextlib.suppress(UserError):  # there is none, or another worker removes it at this moment
     found = read_json(folder / RESULT)
     return Status(found['status'], found['metrics'], found['error'], found['seconds'])
   try:
-    return Status('running' if is_claimed(folder) else 'waiting', last_metrics(folder))
+    return Status('running' if is_claimed(folder) else 'stopped' if rungs_of(folder) else 'waiting', last_metrics(folder))
   except FileNotFoundError:
     return Status('waiting', {})
 
@@ -89,10 +97,11 @@ def add_rung(folder: Path, step: int, value: float) -> None:
   write_json(folder / RUNGS, found)
 
 
-def write_table(path: Path, trials: Sequence[Trial], statuses: Iterable[Status]) -> None:
-  """Writes trials.csv: a line per trial, with its overrides and the last of its metrics."""
+def write_table(path: Path, sweep: Sweep, trials: Sequence[Trial], statuses: Iterable[Status]) -> None:
+  """Writes trials.csv: a line per trial, with its overrides, the last of its losses, and the metric of the sweep."""
   rows, statuses = [], list(statuses)
-  scores = sorted({name for status in statuses for name in status.metrics if name.startswith('eval/') and name.endswith('/loss')})
+  losses = {name for status in statuses for name in status.metrics if name.startswith('eval/') and name.endswith('/loss')}
+  scores = sorted(losses | {sweep.metric} - {'loss', 'step'})
   fields = list(dict.fromkeys(name for trial in trials for name in trial.point))
   for trial, status in zip(trials, statuses, strict=True):
     figures = {name: status.metrics.get(name) for name in ('step', 'loss', *scores)}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gptjax import config as configs
 from gptjax.config import Config, UserError
-from gptjax.sweeps.points import Point, Points, Space
+from gptjax.sweeps.points import Choice, Point, Points, Space, Uniform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,15 +70,27 @@ def load_sweep(path: Path) -> Sweep:
 def _check(sweep: Sweep, path: Path) -> None:
   points, halving = sweep.points, sweep.halving
   if isinstance(points, Adaptive):
-    if not (isinstance(points.count, int) and points.count > 0 and isinstance(points.space, dict) and points.space):
-      raise UserError(f'{path}: points', f'Adaptive of {points.count!r} points', 'a number of points above 0, and a space with fields')
+    if not (isinstance(points.count, int) and points.count > 0 and isinstance(points.space, dict) and points.space
+            and all(isinstance(field, (Uniform, Choice)) for field in points.space.values())):
+      raise UserError(f'{path}: points', f'Adaptive of {points.count!r} points', 'a number of points above 0, and a space of Uniform, '
+                      'LogUniform and Choice by field')
     if halving:
       raise UserError(f'{path}: halving', 'with Adaptive points', 'one of both: points that adapt learn from complete trials')
-  elif not (isinstance(points, list) and points and all(isinstance(point, dict) for point in points)):
+  elif not (isinstance(points, list) and points and all(isinstance(point, dict) and all(
+      isinstance(name, str) for name in point) for point in points)):
     raise UserError(f'{path}: points', str(points)[:60], 'a list of one or more points, as from values() and product(), or Adaptive')
+  for name, kind, words in (('recipe', str, 'the path of a recipe'), ('metric', str, 'a name in metrics.jsonl'),
+                            ('maximize', bool, 'true or false'), ('overrides', dict, '{field: value}')):
+    if not isinstance(value := getattr(sweep, name), kind):
+      raise UserError(f'{path}: {name}', str(value), words)
+  if halving and not (isinstance(halving, Halving) and isinstance(halving.rungs, (list, tuple)) and isinstance(halving.reduction, int)
+                      and all(isinstance(rung, int) for rung in halving.rungs)):
+    raise UserError(f'{path}: halving', str(halving), 'Halving of a list of steps, as Halving((100, 300), reduction=3)')
   if halving and (not halving.rungs or list(halving.rungs) != sorted(set(halving.rungs)) or halving.rungs[0] < 1 or halving.reduction < 2):
     raise UserError(f'{path}: halving', f'rungs {list(halving.rungs)}, reduction {halving.reduction}',
                     'one or more steps in ascending order, and a reduction of at least 2')
+  if halving and isinstance(points, list) and len(points) < (least := halving.reduction**len(halving.rungs)):
+    raise UserError(f'{path}: halving', f'{len(points)} points', f'{least} or more, of which one reaches the end')
 
 
 def make_trials(sweep: Sweep, points: Iterable[Point], path: Path) -> list[Trial]:

@@ -20,7 +20,7 @@ from gptjax import config as configs
 from gptjax.config import UserError
 from gptjax.files import read_json, write_atomic, write_json
 from gptjax.sweeps.queue import Job, Queue
-from gptjax.sweeps.results import add_rung, end_trial, metric_of, status_of
+from gptjax.sweeps.results import add_rung, end_trial, metric_of, spent, status_of
 
 PROGRAM = '-m', 'gptjax.train'
 """Arguments of Python that train a trial."""
@@ -104,6 +104,8 @@ class Worker:
       os.sched_setaffinity(process.pid, self._place.cores)  # before it starts threads
     if self._watched(process, job):
       self._record(job, process.returncode, time.monotonic() - begun)
+    elif job.claim.beat():
+      spent(job.folder, time.monotonic() - begun)
     job.claim.release()
 
   def _watched(self, process: subprocess.Popen, job: Job) -> bool:
@@ -129,6 +131,7 @@ class Worker:
       value = metric_of(self._queue.sweep, job.folder, job.stop_at) if status == 0 else 0.0
       if status == 0 and job.stop_at:
         add_rung(job.folder, job.stop_at, value)
+        spent(job.folder, seconds)
         return self._say(f'paused   {job.trial.name} at step {job.stop_at}, {self._shown(value)}')
     except UserError as wrong:
       status, error = 2, str(wrong)
@@ -155,7 +158,7 @@ class Worker:
 def _is_in_use(folder: Path) -> bool:
   """Whether a process still trains in a workdir: that of a worker which slept, and was taken for dead."""
   try:
-    with (folder / 'lock').open() as file:
+    with (folder / 'lock').open('r+') as file:  # on NFS an exclusive lock needs a file that can be written
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except FileNotFoundError:
     return False

@@ -16,12 +16,12 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from gptjax.checkpoint import TEACHER
-from gptjax.config import BATCH_AXES, LAYERS_AXIS, TOKENS_AXIS, UserError
+from gptjax.config import BATCH_AXES, LAYERS_AXIS, TENSOR_AXIS, TOKENS_AXIS, UserError, divisors
 from gptjax.data import Tokenizer, load_tokenizer
 from gptjax.files import expanded
 from gptjax.inference.forward import forward
 from gptjax.model import AbstractModel, FixedHead, flops_per_token, positions_of, stored_model
-from gptjax.sharding import BATCH_SPEC, TOKENS_SPEC, batch_shards, check_heads, spec, token_order, viewed
+from gptjax.sharding import BATCH_SPEC, TOKENS_SPEC, batch_shards, spec, token_order, viewed
 from gptjax.training.run import Run
 from gptjax.training.sums import Batch
 from gptjax.training.workdir import Source
@@ -32,7 +32,7 @@ def teacher_of(run: Run, tokenizer: Tokenizer) -> Source | None:
   if run.config.objective.kind != 'distillation':
     return None
   path, context = run.config.objective.teacher, run.config.data.context
-  source = Source(expanded(path), 'objective.teacher')
+  source = Source(expanded(path, 'objective.teacher'), 'objective.teacher')
   if source.config.model.classes:
     raise UserError('objective.teacher', path, 'a model of tokens; this one classifies texts')
   if load_tokenizer(source.tokenizer).pieces != tokenizer.pieces:  # chat templates and such may differ
@@ -41,8 +41,14 @@ def teacher_of(run: Run, tokenizer: Tokenizer) -> Source | None:
   if source.config.model.positions == 'learned' and source.config.data.context < context:
     raise UserError('objective.teacher', path, f'a run with learned positions up to data.context={context}; it has '
                     f'{source.config.data.context}')
-  check_heads(source.config.model, run.standard.mesh)
+  _check_mesh(source, run)
   return source
+
+
+def _check_mesh(source: Source, run: Run) -> None:
+  heads, parts = source.config.model.heads, run.mesh.shape[TENSOR_AXIS]
+  if heads % parts:
+    raise UserError(f'mesh.{TENSOR_AXIS}', parts, f'a divisor of the {heads} heads of objective.teacher too: {divisors(heads)}')
 
 
 def teacher_flops(run: Run, workdir: Path) -> float:
@@ -57,6 +63,7 @@ class Teacher:
 
   def __init__(self, run: Run, workdir: Path):
     source, standard = Source(workdir / TEACHER, 'objective.teacher'), run.standard
+    _check_mesh(source, run)
     compute = dataclasses.replace(standard.model.compute, scan=source.config.compute.scan, attention='auto', sequence_parallel=False)
     self._mesh = standard.mesh
     self._model = stored_model(dataclasses.replace(source.config, compute=compute)).base

@@ -49,10 +49,18 @@ def test_points_that_mean_the_same_are_one_trial(tmp_path):
   ("return Sweep('configs/default.py', {'a': 1})", 'points: .*a list of one or more points|sweep.py:4: TypeCheckError'),
   ("return Sweep('configs/default.py', [{}], halving=Halving([]))", r'halving: .rungs \[\], reduction 4'),
   ("return Sweep('configs/default.py', [{}], halving=Halving([9, 3]))", 'in ascending order'),
-  ("return Sweep('configs/default.py', [{'steps': 9}], metric='loss', halving=Halving([9]))", r'halving: rungs: \[9\], .*: steps below'),
-  ("return Sweep('configs/default.py', [{'steps': 9, 'eval.every': 2}], halving=Halving([3]))", 'multiples of eval.every=2'),
+  ("return Sweep('configs/default.py', seeds(4), overrides={'steps': 9}, metric='loss', halving=Halving([9]))", 'steps below'),
+  ("return Sweep('configs/default.py', seeds(4), overrides={'steps': 9, 'eval.every': 2}, halving=Halving([3]))", 'of eval.every=2'),
   ("return Sweep('configs/default.py', Adaptive(4, {'model.width': Choice(8)}), halving=Halving([3]))", 'one of both'),
   ("return Sweep('configs/default.py', Adaptive(0, {}))", 'a number of points above 0'),
+  ("return Sweep('configs/default.py', Adaptive(3, {'seed': [1, 2]}))", 'a space of Uniform|TypeCheckError'),
+  ("return Sweep('configs/default.py', [{}, {'seed': 1}], metric='loss', halving=Halving([5], 3))", '2 points., expected: 3 or more'),
+  ("return Sweep('configs/default.py', [{}], halving=(100,))", 'Halving of a list of steps|TypeCheckError'),
+  ("return Sweep('configs/default.py', [{}], halving=Halving(100))", 'Halving of a list of steps|TypeCheckError'),
+  ("return Sweep('configs/default.py', [{}], overrides=None)", 'overrides: .*field: value|TypeCheckError'),
+  ("return Sweep('configs/default.py', [{1: 2}])", 'a list of one or more points|TypeCheckError'),
+  ("return Sweep(None, [{}])", 'the path of a recipe|TypeCheckError'),
+  ("return Sweep('configs/default.py', draws(3, {'seed': Uniform(0.5, 3, integer=True)}))", 'whole numbers'),
   ('return 3', r"get_sweep\(\): 'int', expected: a gptjax.sweeps.Sweep"),
   ('return Sweep(', 'sweep.py:4: .*expected: a sweep whose get_sweep'),
   ('return 1 / 0', 'sweep.py:4: .*division by zero'),
@@ -87,5 +95,10 @@ def test_the_command_says_so_in_one_line_and_makes_nothing(tmp_path):
   (tmp_path / 'sweep.py').write_text(f'{HEAD}def get_sweep():\n  return Sweep("configs/default.py", [{{"x": 1}}])\n')
   done = run_module('gptjax.sweep', f'--sweep={tmp_path}/sweep.py', f'--out={tmp_path}/out')
   assert done.returncode == 2 and done.stderr.startswith('error: ') and done.stderr.count('\n') == 1 and not (tmp_path / 'out').exists()
+  (tmp_path / 'sweep.py').write_text(f'{HEAD}def get_sweep():\n  return Sweep("configs/default.py", [{{}}])\n')
+  for flags, words in (('--train_flags=--stop_at=5', '--train_flags: '), ("--train_flags='", 'No closing quotation'),
+                       (f'--out={tmp_path}/sweep.py', '--out: ')):
+    done = run_module('gptjax.sweep', f'--sweep={tmp_path}/sweep.py', *([] if 'out' in flags else [f'--out={tmp_path}/out']), flags)
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count('\n') == 1, done.stderr
   done = run_module('gptjax.sweep', f'--sweep={tmp_path}/none.py', f'--out={tmp_path}/out')
   assert done.returncode == 2 and 'a Python file with get_sweep()' in done.stderr

@@ -21,15 +21,17 @@ from gptjax.config import UserError
 from gptjax.sweeps import (
   Adaptive, Choice, Halving, LogUniform, Queue, Sweep, Uniform, Worker, of_other_code, places, product, status_of, values)
 from gptjax.sweeps import worker as working
-from gptjax.sweeps.claims import Claims
+from gptjax.sweeps.claims import Claims, is_claimed
 from gptjax.sweeps.points import draws
 from gptjax.sweeps.results import add_rung, end_trial
 from gptjax.sweeps.sampling import adaptive_point
 
 TRAIN = '''
-import json, pathlib, signal, sys, time
+import fcntl, json, pathlib, signal, sys, time
 flags = dict(one.lstrip('-').partition('=')[::2] for one in sys.argv[1:])
 folder, config = pathlib.Path(flags['workdir']), json.loads(pathlib.Path(flags['config']).read_text())
+lock = (folder / 'lock').open('a')
+fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 file = folder / 'metrics.jsonl'
 lines = file.read_text().splitlines() if file.exists() else []
 if config['seed'] == 13:
@@ -76,7 +78,7 @@ def test_every_trial_runs_once_and_failures_are_told_at_once(tmp_path, monkeypat
   assert sum('status 1; the end of its log:\n  a line\n  it broke' in line for line in lines) == 2
   done, failed = (next(one for one in statuses.values() if one.name == name) for name in ('done', 'failed'))
   assert done.metrics['step'] == 6 and failed.error == 'status 1: it broke'
-  assert not [name for trial in queue.trials for name in os.listdir(queue.folder(trial)) if name.startswith('claim')]
+  assert not any(is_claimed(queue.folder(trial)) for trial in queue.trials)
   assert not any(line.startswith('started') for line in work(Queue(sweep, path, tmp_path, 0.4), tmp_path, monkeypatch=monkeypatch))
   (tmp_path / 'train.py').write_text((tmp_path / 'train.py').read_text().replace('== 13', '== 14'))
   again = Queue(sweep, path, tmp_path, 0.4)
@@ -107,7 +109,13 @@ def test_a_claim_of_a_dead_worker_is_taken_over_once_and_its_owner_notices(tmp_p
   claim.release()  # of one that does not count leaves the other
   assert found[0].beat() and mine.take(tmp_path) is None
   found[0].release()
-  assert Claims(beat).take(tmp_path)
+  last = Claims(beat).take(tmp_path)
+  assert last and not claim.beat()  # the first owner, which still sleeps, never counts again
+  claim.release()
+  assert last.beat() and not Claims(beat).take(tmp_path)
+  short = Claims(beat / 100)  # of workers with another beat
+  time.sleep(beat / 2)
+  assert short.take(tmp_path) is None and short.take(tmp_path) is None
 
 
 def test_a_trial_waits_until_nobody_trains_in_its_workdir(tmp_path, monkeypatch):
@@ -195,6 +203,7 @@ def test_successive_halving_goes_on_with_the_best(tmp_path):
     else:
       end_trial(job.folder, 'done', 1.0)
     job.claim.release()
+  assert {status_of(queue.folder(trial)).name for trial in queue.trials} == {'done', 'stopped'}
   assert queue.is_over() and len(order) == len(set(order))
   by_stop = {stop: [rate for rate, at in order if at == stop] for stop in (2, 6, 0)}
   assert len(by_stop[2]) == 27 and len(by_stop[6]) >= 9 and by_stop[0][0] == 1.0  # worst last: the best came first

@@ -122,7 +122,7 @@ def test_it_learns_from_its_own_samples_and_goes_on_bit_by_bit(teacher, cache, t
   ({'data__tokenizer__path': '', 'data__tokenizer__kind': 'bytes'},
    'objective.teacher: .*expected: a model with the vocabulary of this run; its own is in data.tokenizer.path='),
   ({'data__context': 32}, 'objective.teacher: .*learned positions up to data.context=32; it has 16'),
-  ({'mesh__model': 4, 'model__heads': 4}, 'mesh.model: 4, expected: a divisor of model.heads=2'),
+  ({'mesh__model': 4, 'model__heads': 4}, 'mesh.model: 4, expected: a divisor of the 2 heads of objective.teacher too'),
   ({'objective__loss': 'dpo'}, "objective.loss: 'dpo', expected: forward_kl, reverse_kl"),
   ({'objective__max_tokens': 3}, 'objective.max_tokens: 3, expected: its default unless the model draws completions'),
   ({'objective__own_samples': True, 'objective__max_tokens': 3, 'data__rows': 'pack'}, 'document with objective.own_samples'),
