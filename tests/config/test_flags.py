@@ -22,7 +22,7 @@ from gptjax.config import (
     Component, Config, Duration, ModelConfig, Phase, Reward, RopeConfig, UserError, ValidationSet, describe, differences, flatten,
     from_json, load, override, read_config, run, to_json, unescaped)
 from gptjax.config.fields import FIELDS, item_type
-from gptjax.config.objective import POLICY_LOSSES, PREFERENCE_LOSSES
+from gptjax.config.objective import _LOSSES
 from gptjax.files import atomic_directory, atomic_file, sync, write_atomic
 
 TEXTS = [name for name, hint in FIELDS.items() if hint is str]
@@ -525,7 +525,7 @@ def _objectives(draw, values, examples):
   fixed = {**fixed, 'objective.kind': values['objective.kind'], 'data.source.mismatched': False}
   fixed |= {'z_loss': 0.0} if examples in ('pairs', 'grpo') else {}
   if examples == 'pairs':
-    loss = draw(st.sampled_from(['', *PREFERENCE_LOSSES]))
+    loss = draw(st.sampled_from(['', *_LOSSES['preference']]))
     mine = {'objective.loss': loss, **{name: values[name] for name in ('objective.beta', 'objective.chosen_weight')}}
     if loss in ('', 'dpo', 'dpo_norm', 'robust'):
       mine['objective.smoothing'] = values['objective.smoothing'] / 2
@@ -536,7 +536,7 @@ def _objectives(draw, values, examples):
   if examples == 'grpo':
     group, tokens = draw(st.integers(2, 16)), draw(st.integers(1, 1000))
     fixed |= {name: values[name] for name in ('objective.clip', 'objective.clip_high', 'objective.kl', 'objective.count_truncated')} | {
-      'objective.loss': draw(st.sampled_from(['', *POLICY_LOSSES])), 'data.source.supervised': 'answers',
+      'objective.loss': draw(st.sampled_from(['', *_LOSSES['grpo']])), 'data.source.supervised': 'answers',
       'objective.rewards': (Reward('exact', 0.5), Reward('format', 1.0, 'a+')),
       'objective.group': group, 'objective.max_tokens': tokens, 'objective.rollout_steps': draw(st.integers(1, 9)), 'init_from': 'run',
       'data.context': tokens + draw(st.integers(1, 100)), 'data.rows': 'document', 'batch_size': values['batch_size'] * group}
