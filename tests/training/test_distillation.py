@@ -86,7 +86,8 @@ def test_the_run_depends_neither_on_the_mesh_nor_on_microbatches(changes, teache
   one = [json.loads(line) for line in (cache / key / 'metrics.jsonl').read_text().splitlines()]
   found = run(student(teacher, **(both | changes)), tmp_path / 'run', cache)
   compared = lambda lines: [line[name] for line in lines for name in ('loss', 'kl', 'grad_norm') if name in line]
-  assert compared(found) == pytest.approx(compared(one), rel=1e-5) and len(compared(found)) == 12
+  # Divergences of some thousandths are differences of logarithms near 1, which float32 rounds by 1e-7.
+  assert compared(found) == pytest.approx(compared(one), rel=1e-5, abs=1e-7) and len(compared(found)) == 12
 
 
 @pytest.mark.parametrize('changes', [
