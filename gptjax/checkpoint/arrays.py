@@ -70,6 +70,8 @@ def _context() -> ocp.Context:
   context = ocp.Context()
   # Weights do not compress, and without compression a save needs no second copy of the state in memory.
   context.array.saving.use_compression = False
+  # A replica writes its part of a large array. A part is cut out by a program of its own, compiled for each array and each device.
+  context.array.saving.min_slice_bytes_for_replica_parallel = 2**20
   context.pytree.loading.partial_load = True
   context.file.path_class = _LocalPath
   return context

@@ -19,7 +19,7 @@ from gptjax.config import TENSOR_AXIS, TOKENS_AXIS, ComputeConfig, ModelConfig
 from gptjax.model import grouped
 from gptjax.model.dispatch import exchanges, route
 from gptjax.model.layers import MLP, Linear, Sums
-from gptjax.model.weights import Stack, TokenAxis, all_rows, gathered, layer_axes, parameter, tensor_psum
+from gptjax.model.weights import Stack, TokenAxis, all_rows, gathered, layer_axes, normal, parameter, tensor_psum
 from gptjax.sharding import Weight, as_weight, manual_psum, spec, tensor_shard_map
 
 
@@ -31,7 +31,7 @@ class Experts(nnx.Module):
     hidden = ('mlp', features)
 
     def matrix(shape, axes, std):
-      return parameter(nnx.initializers.normal(std), (count, *shape), ('experts', *axes), stack, compute.dtype)
+      return parameter(normal(std), (count, *shape), ('experts', *axes), stack, compute.dtype)
 
     exact = dataclasses.replace(compute, dtype='float32')  # a rounded logit may choose another expert
     self.router = Linear((width, count), ('embed', None), 0.02, exact, stack)

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from gptjax.config import ComputeConfig, LoraConfig, ModelConfig
-from gptjax.model.weights import Stack, TokenAxis, gathered, layer_axes, lookup, parameter, product
+from gptjax.model.weights import Stack, TokenAxis, gathered, layer_axes, lookup, normal, parameter, product, uniform
 from gptjax.sharding import Axis, token_places
 
 Sums = dict[str, Array]
@@ -25,7 +25,7 @@ class Linear(nnx.Module):
 
   def __init__(self, sizes: tuple[int, int], axes: tuple[Axis, Axis], std: float, compute: ComputeConfig, stack: Stack = (),
                bias: bool = False, input: str = ''):
-    self.kernel = parameter(nnx.initializers.normal(std), sizes, axes, stack, compute.dtype, input)
+    self.kernel = parameter(normal(std), sizes, axes, stack, compute.dtype, input)
     self.bias = parameter(nnx.initializers.zeros, sizes[1:], axes[1:], stack) if bias else None
     self.regather = compute.remat == 'none' and not compute.scan
     self.lora_a: nnx.Param | None = nnx.data(None)
@@ -37,8 +37,7 @@ class Linear(nnx.Module):
     B is zero."""
     *stack, inputs, outputs = self.kernel.get_value().shape
     axes, dtype = layer_axes(self.kernel), self.kernel.get_metadata('dtype')
-    uniform = nnx.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
-    self.lora_a = parameter(uniform, (inputs, lora.rank), (axes[0], None), tuple(stack), dtype)
+    self.lora_a = parameter(uniform(1 / math.sqrt(inputs)), (inputs, lora.rank), (axes[0], None), tuple(stack), dtype)
     self.lora_b = parameter(nnx.initializers.zeros, (lora.rank, outputs), (None, axes[1]), tuple(stack), dtype)
     self.lora_scale = lora.scale
 
@@ -77,7 +76,7 @@ class Embedding(nnx.Module):
   """A table of vectors, looked up by id; those of tokens may be scaled."""
 
   def __init__(self, rows: int, width: int, axis: Axis, compute: ComputeConfig, scaled: bool = False):
-    self.table = parameter(nnx.initializers.normal(0.02), (rows, width), (axis, 'embed'), (), compute.dtype)
+    self.table = parameter(normal(0.02), (rows, width), (axis, 'embed'), (), compute.dtype)
     self.scale = math.sqrt(width) if scaled else None
 
   def __call__(self, ids: Int[Array, 'N'], rows: TokenAxis = None) -> Float[Array, 'N D']:

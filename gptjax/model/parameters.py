@@ -18,7 +18,7 @@ from gptjax.config import LAYERS_AXIS, ComputeConfig, Config, LoraConfig, ModelC
 from gptjax.model.layout import Slots, deal_layers, stack_layers, unstack_layers
 from gptjax.model.layers import Linear
 from gptjax.model.transformer import Transformer
-from gptjax.model.weights import initial_value
+from gptjax.model.weights import initial_values
 from gptjax.sharding import AnyMesh, Axis, ParameterSpecs, Weight, Zero, parameter_specs, shared, unsharded_axes
 
 Parameters = dict[str, jax.Array]
@@ -121,7 +121,8 @@ class AbstractModel:
 
   def initialize(self, key: jax.Array, shardings: dict[str, NamedSharding]) -> Parameters:
     """Fresh parameters with these shardings, equal on every mesh, scanned or not; to be traced under jit."""
-    draw = lambda key: {name: initial_value(self._names(name), v, key) for name, (_, v) in self.variables.items()}
+    variables = {name: (self._names(name), v) for name, (_, v) in self.variables.items()}
+    draw = lambda key: initial_values(variables, shardings, key)
     # Explicit axes would draw complete parameters and cut them afterwards; with Auto axes each device draws its own part.
     return jax.sharding.auto_axes(draw, out_sharding=shardings)(key)
 

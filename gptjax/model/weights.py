@@ -4,16 +4,18 @@ Activations are those of one device's tokens; `model` may split matrices, and un
 (at ZeRO stage 3) gathers a weight, again in the backward pass, so that nothing holds it in between. Its gradient is summed in float32.
 """
 
+import collections
+import dataclasses
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.nn.initializers import Initializer
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from gptjax.config import TENSOR_AXIS
@@ -27,7 +29,7 @@ TokenAxis = str | None
 all tokens of its part of the batch."""
 
 
-def parameter(init: Initializer, shape: tuple[int, ...], axes: tuple[Axis, ...], stack: Stack, dtype: str = 'float32',
+def parameter(init: Callable[..., jax.Array], shape: tuple[int, ...], axes: tuple[Axis, ...], stack: Stack, dtype: str = 'float32',
               input: str = '') -> nnx.Param:
   """A float32 parameter without values: its shape, initializer, logical axes (stacked: 'layers' too), the dtype in which it is read, and
   the name of the input that it is multiplied with, if others are too."""
@@ -35,17 +37,49 @@ def parameter(init: Initializer, shape: tuple[int, ...], axes: tuple[Axis, ...],
   return nnx.Param(value, init=init, axes=('layers',) * len(stack) + axes, size=shape[0], dtype=dtype, input=input)
 
 
-def initial_value(names: Sequence[str], param: nnx.Param, key: jax.Array) -> Array:
-  """The value of a `parameter` at step 0: a function of the key and of its name alone, such as 'blocks/3/mlp/up/kernel'.
+@dataclasses.dataclass(frozen=True)
+class Random:
+  """An initializer: random values times a factor."""
+
+  draw: Callable[..., jax.Array]
+  """(key, shape, dtype) -> values"""
+  factor: float
+
+  def __call__(self, key: jax.Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> jax.Array:
+    return self.draw(key, shape, dtype) * jnp.array(self.factor, dtype)
+
+
+normal = functools.partial(Random, jax.random.normal)
+uniform = functools.partial(Random, functools.partial(jax.random.uniform, minval=-1.0))
+
+
+def initial_values(parameters: Mapping[str, tuple[Sequence[str], nnx.Param]], shardings: Mapping[str, NamedSharding],
+                   key: jax.Array) -> dict[str, jax.Array]:
+  """The values of `parameter`s at step 0, each a function of the key and of its name alone, such as 'blocks/3/mlp/up/kernel'.
 
   A stacked parameter has a name per layer, and its layers are drawn like parameters with these names; those without a name are zero.
+  Random ones of equal shapes and shardings are drawn by one loop: one draw after the other takes as long to compile as the train step.
   """
-  init, shape = param.get_metadata('init'), param.get_value().shape
-  numbers = np.array([int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], 'big') for name in names], np.uint32)
-  if 'layers' not in param.get_metadata('axes'):
-    return init(jax.random.fold_in(key, numbers[0]), shape, jnp.float32)
-  values = jax.vmap(lambda number: init(jax.random.fold_in(key, number), shape[1:], jnp.float32))(numbers)
-  return values if all(names) else values * np.reshape([bool(name) for name in names], (-1,) + (1,) * (len(shape) - 1))
+  values: dict[str, jax.Array] = {}
+  alike: dict[tuple, list[tuple[str, np.uint32]]] = collections.defaultdict(list)
+  for name, (names, param) in parameters.items():
+    init, shape, numbers = param.get_metadata('init'), param.get_value().shape, _numbers(names)
+    if 'layers' in param.get_metadata('axes'):
+      layers = jax.vmap(lambda number: init(jax.random.fold_in(key, number), shape[1:], jnp.float32))(numbers)
+      values[name] = layers if all(names) else layers * np.reshape([bool(one) for one in names], (-1,) + (1,) * (len(shape) - 1))
+    elif isinstance(init, Random):
+      alike[init, shape, shardings[name] if shardings[name].mesh.size > 1 else None].append((name, *numbers))
+    else:
+      values[name] = init(jax.random.fold_in(key, numbers[0]), shape, jnp.float32)
+  for (init, shape, _), members in alike.items():
+    draw = lambda number: init(jax.random.fold_in(key, number), shape, jnp.float32)
+    together, seeds = zip(*members)
+    values |= zip(together, jax.lax.map(draw, np.stack(seeds)) if len(members) > 1 else [draw(seeds[0])])
+  return values
+
+
+def _numbers(names: Sequence[str]) -> np.ndarray:
+  return np.array([int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], 'big') for name in names], np.uint32)
 
 
 def layer_axes(param: nnx.Param) -> tuple[Axis, ...]:

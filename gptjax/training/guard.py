@@ -187,12 +187,13 @@ def replica_check(state: Any, mesh: Mesh) -> Callable[[Any], str]:
 def _cached_check(leaves: tuple[tuple[str, PartitionSpec], ...], mesh: Mesh) -> Callable[[Any], str]:
   """`leaves`: path and sharding of each array of the state."""
   paths, specs = zip(*leaves)
-  digest = _digest if mesh.size > 1 else lambda part: jnp.uint32(0)  # one device has no replicas, and hashing takes time
+  copies = mesh.size > 1  # one device has no replicas, and hashing takes time
 
   def local(*parts):
     finite = [jnp.all(jnp.isfinite(part)).astype(jnp.uint32) if path.startswith(_FINITE) else jnp.uint32(1)
               for path, part in zip(paths, parts)]
-    return jnp.stack([jnp.stack([digest(part) for part in parts]), jnp.stack(finite)])[(None,) * len(AXIS_NAMES)]
+    digests = jnp.stack([_digest(part) for part in parts]) if copies else jnp.zeros(len(parts), jnp.uint32)
+    return jnp.stack([digests, jnp.stack(finite)])[(None,) * len(AXIS_NAMES)]
 
   @jax.jit
   def facts(state):
@@ -201,7 +202,7 @@ def _cached_check(leaves: tuple[tuple[str, PartitionSpec], ...], mesh: Mesh) -> 
 
   def check(state: Any) -> str:
     digests, finite = np.moveaxis(np.asarray(facts(state)), -2, 0)
-    differ = [(path, _deviating(digests[..., i], spec, mesh)) for i, (path, spec) in enumerate(zip(paths, specs))]
+    differ = [(path, _deviating(digests[..., i], spec, mesh)) for i, (path, spec) in enumerate(zip(paths, specs))] if copies else []
     infinite = [(path, _named(mesh.devices[finite[..., i] == 0])) for i, path in enumerate(paths)]
     return _listed('state', infinite, 'not finite') or _listed('replicas', differ, 'differ')
 

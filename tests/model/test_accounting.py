@@ -68,7 +68,7 @@ def test_attention_counts_the_keys_in_the_window_of_each_layer(window, global_ev
                                           ('names', ('attention_out', 'mlp_norm'))])
 @pytest.mark.parametrize('style, norm_at', [('modern', 'pre'), ('modern', 'post'), full('gpt2', 'sandwich')], indirect=['style'])
 def test_recomputed_flops_are_those_of_the_traced_program(style, norm_at, remat, saved, matrix_products):
-  config, context = dataclasses.replace(style, norm_at=norm_at, head_size=10), 12
+  config, context = dataclasses.replace(style, norm_at=norm_at, head_size=10, layers=1), 12
 
   def traced(**compute):
     described = abstract_model(config, ComputeConfig(attention='xla', **compute), context)

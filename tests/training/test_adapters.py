@@ -42,7 +42,7 @@ def adapted(source, cache):
 
 def test_the_model_begins_as_its_base_and_only_adapters_change_and_are_saved(source, adapted, cache, tmp_path):
   (settings, folder), (_, workdir, found) = source, adapted
-  whole = run(configs.override(settings, {'init_from': str(folder), 'steps': 1}), tmp_path / 'whole', cache)
+  whole = run(configs.override(settings, {'init_from': str(folder)}), tmp_path / 'whole', cache, stop_at=1)
   assert found[0]['loss'] == whole[0]['loss'] and found[0]['loss'] != found[2]['loss']
   names = [name for name in Contents(workdir / 'checkpoints' / '4').shapes if name.startswith(('trained', 'frozen'))]
   assert len(names) == 2 * 5 * 2 and all(name.endswith(('/lora_a', '/lora_b')) for name in names)

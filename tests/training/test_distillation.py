@@ -4,7 +4,6 @@ import json
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiers import full
@@ -22,11 +21,11 @@ from gptjax.training.workdir import initial_state
 
 @pytest.fixture(scope='module')
 def teacher(cache):
-  """The config and workdir of a run on digits, the teacher, whose model has two layers."""
+  """The config and workdir of a run on digits, the teacher."""
   lines = [{'q': f'{i % 10}{i // 10 % 10}=', 'a': f'{(i + i // 10) % 10}'} for i in range(100)]
   (cache / 'digits.jsonl').write_text('\n'.join(map(json.dumps, lines)))
   settings = config(cache / 'digits.jsonl', objective__kind='sft', data__source__prompt='q', data__source__completion='a',
-                    data__rows='document', steps=6, eval__every=0, data__context=16, batch_size=16, model__layers=2, model__tied=False)
+                    data__rows='document', steps=6, eval__every=0, data__context=16, batch_size=16, model__tied=False)
   run(settings, cache / 'teacher', cache)
   return settings, cache / 'teacher'
 
@@ -40,8 +39,8 @@ def student(teacher, **changes):
 
 
 def logits(model, parameters, batch):
-  batch = {name: jnp.asarray(values) for name, values in batch.items()}
-  return np.asarray(model.merge(parameters)(batch['tokens'], positions_of(batch)), np.float64)
+  compute = jax.jit(lambda parameters, batch: model.merge(parameters)(batch['tokens'], positions_of(batch)))
+  return np.asarray(compute(parameters, batch), np.float64)
 
 
 @pytest.mark.parametrize('loss, temperature, layout', [
@@ -87,7 +86,8 @@ def test_the_run_depends_neither_on_the_mesh_nor_on_microbatches(changes, teache
   one = [json.loads(line) for line in (cache / key / 'metrics.jsonl').read_text().splitlines()]
   found = run(student(teacher, **(both | changes)), tmp_path / 'run', cache)
   compared = lambda lines: [line[name] for line in lines for name in ('loss', 'kl', 'grad_norm') if name in line]
-  assert compared(found) == pytest.approx(compared(one), rel=1e-5) and len(compared(found)) == 12
+  # Divergences of some thousandths are differences of logarithms near 1, which float32 rounds by 1e-7.
+  assert compared(found) == pytest.approx(compared(one), rel=1e-5, abs=1e-7) and len(compared(found)) == 12
 
 
 @pytest.mark.parametrize('changes', [
@@ -137,13 +137,14 @@ def test_mistakes(changes, words, teacher, cache, tmp_path):
 
 
 def test_a_run_keeps_its_teacher(teacher, cache, tmp_path):
-  run(student(teacher, steps=2), tmp_path / 'run', cache)
+  alike = {'model__width': 16, 'model__tied': False}
+  run(student(teacher, **alike), tmp_path / 'run', cache, stop_at=2)
   shutil.copytree(teacher[1], tmp_path / 'other')
   with pytest.raises(UserError, match='objective.teacher: .*with which this workdir was started'):
-    train(student(teacher, objective__teacher=str(tmp_path / 'other')), options(tmp_path / 'run', cache, accept_changes=True))
-  run(configs.override(student(teacher), {'objective.kind': 'sft', 'objective.teacher': ''}), tmp_path / 'sft', cache, stop_at=2)
-  with pytest.raises(UserError, match="objective.*with which this workdir was started"):
-    train(student(teacher), options(tmp_path / 'sft', cache, accept_changes=True))
+    train(student(teacher, objective__teacher=str(tmp_path / 'other'), **alike), options(tmp_path / 'run', cache, accept_changes=True))
+  # The teacher's own run has none.
+  with pytest.raises(UserError, match="objective.teacher: .*expected: '', with which this workdir was started"):
+    train(student(teacher, steps=9, **alike), options(tmp_path / 'other', cache, accept_changes=True))
 
 
 @pytest.mark.full

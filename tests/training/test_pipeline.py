@@ -38,7 +38,7 @@ def losses(mesh, pipeline=PipelineConfig(), model=MODEL, **values):
 
 @functools.cache
 def losses_of_one_device(model, optimizer):
-  return losses(MeshConfig(data=1), model=model, optimizer=optimizer)
+  return losses(MeshConfig(data=1), model=model, optimizer=optimizer, compute=ComputeConfig(scan=True))  # one layer to compile
 
 
 def assert_like_one_device(mesh, pipeline, model=MODEL, optimizer=None, **values):
