@@ -173,22 +173,22 @@ def _parse_command_line(argv: Sequence[str], *, needs_config: bool | None) -> Co
       raise _no_recipe('')
     return None
   values = {name: parse(FIELDS.get(name), text) for name, text in texts.items()}
-  return resolved(load(recipe), values, where='--config.')
+  return resolved(load(recipe), values, where='--config.', workdir=str(getattr(flags.FLAGS, 'workdir', None) or ''))
 
 
-def resolved(base: Config, values: Mapping[str, object], where: str = '') -> Config:
-  """`override`, after the architecture was taken from the run that init_from names, if one is there and must fit completely."""
+def resolved(base: Config, values: Mapping[str, object], where: str = '', workdir: str = '') -> Config:
+  """`override`, after the architecture was taken from the run that init_from names, if one is there and must fit completely; or from
+  that in `workdir`, if it has begun."""
   if not values.get('init_partial', base.init_partial):
-    base = _with_architecture(base, str(values.get('init_from') or base.init_from), values, where)
+    base = _with_architecture(base, str(values.get('init_from') or base.init_from), values, where, workdir)
   return override(base, values, where=where)
 
 
-def _with_architecture(config: Config, init_from: str, given: Mapping[str, object], where: str) -> Config:
+def _with_architecture(config: Config, init_from: str, given: Mapping[str, object], where: str, workdir: str) -> Config:
   """A config with the model of the run in `init_from` if there is one, but with its own dropout.
 
   Raises a UserError for a `given` value that contradicts that model, unless it only adapts it.
   """
-  workdir = str(getattr(flags.FLAGS, 'workdir', None) or '')
   if workdir and any(pathlib.Path(os.path.expanduser(workdir), 'checkpoints').glob('*/config.json')):
     init_from = workdir if init_from else ''  # a run that resumes does not read the other one
   folder = pathlib.Path(os.path.expanduser(init_from))
