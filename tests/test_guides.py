@@ -103,7 +103,7 @@ def test_commands_of_the_guide_to_finetuning_run_as_written(tmp_path, monkeypatc
 @pytest.mark.full
 def test_commands_of_the_guide_to_sweeps_run_as_written(tmp_path):
   planned, swept = run(commands_of('docs/sweeps.md'), tmp_path).values()
-  assert '6 trials, 6 left: about' in planned and swept.startswith('6 done see ')
+  assert '6 trials, 6 left: about' in planned and swept.startswith('6 done; see ')
   out = tmp_path / 'sweeps/first'
   assert len((out / 'trials.csv').read_text().splitlines()) == 7 and '<svg' in (out / 'report.html').read_text()
   sweep, settings = {}, {}
