@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import fcntl
+import functools
 import hashlib
 import os
 import platform
@@ -171,6 +172,7 @@ def _die_with_parent() -> None:
   _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: the trial of a worker that is killed ends, so that another worker can go on
 
 
+@functools.cache  # a trial is claimed meanwhile
 def environment() -> dict[str, str]:
   """The code, versions and machine of this process."""
   code = hashlib.sha256()
