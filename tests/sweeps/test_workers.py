@@ -173,15 +173,15 @@ def test_a_sweep_whose_processes_are_killed_ends_as_an_undisturbed_one(tmp_path)
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
   assert start(tmp_path / 'calm').wait() == 0
-  kills = 0
-  while (process := start(tmp_path / 'disturbed')) and kills < 8:
-    time.sleep(rng.uniform(0.5, 4))
-    if process.poll() is not None:
-      break
-    kills += 1
-    process.send_signal(signal.SIGKILL if kills % 3 else signal.SIGTERM)
+  written = lambda: sum(file.read_text().count('\n') for file in (tmp_path / 'disturbed').glob('trials/*/metrics.jsonl'))
+  for kill, lines in enumerate(sorted(rng.sample(range(12 * 20 - 20), 8))):  # of progress, not of time: a machine may be fast or busy
+    process = start(tmp_path / 'disturbed')
+    while written() <= lines and process.poll() is None:
+      time.sleep(0.01)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM if kill % 3 == 2 else signal.SIGKILL)
     process.wait()
-  assert process.wait() == 0 and kills
+  assert start(tmp_path / 'disturbed').wait() == 0
   read = lambda out: [row | {'seconds': ''} for row in csv.DictReader((out / 'trials.csv').open())]
   assert read(tmp_path / 'calm') == read(tmp_path / 'disturbed')
   for folder in (tmp_path / 'calm' / 'trials').iterdir():

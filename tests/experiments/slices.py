@@ -1,0 +1,28 @@
+"""One trial of an experiment, run again."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from commands import run_module
+
+from gptjax.config import to_json
+from gptjax.sweeps import make_trials
+
+needs_the_same_library = pytest.mark.skipif(
+  sys.version_info[:2] != (3, 11), reason='the experiments were measured on the standard library of Python 3.11, which is their data')
+
+
+def rerun(sweep, folder, point):
+  """The last of every metric of the trial of a Sweep at a point, such as {'seed': 0, 'optimizer.peak_lr': 0.002}."""
+  points = [one for one in sweep.points if point.items() <= one.items()]
+  assert len(points) == 1, f'{point} is in {len(points)} points'
+  trial, = make_trials(sweep, points, Path('sweep.py'))
+  (folder / 'config.json').write_text(to_json(trial.config))
+  done = run_module('gptjax.train', f'--config={folder}/config.json', f'--workdir={folder}/{trial.name}', '--cpu_devices=1')
+  assert done.returncode == 0, done.stderr
+  found = {}
+  for line in (folder / trial.name / 'metrics.jsonl').read_text().splitlines():
+    found |= json.loads(line)
+  return found
