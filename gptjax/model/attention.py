@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from gptjax.config import ComputeConfig, ModelConfig, RopeConfig
 from gptjax.model.context_attention import context_attention
 from gptjax.model.kernels import KERNELS, ScoreConfig, attention_backend
-from gptjax.model.layers import Linear, Norm, capped, drop, keep_weights, weight_keys
+from gptjax.model.layers import Linear, Norm, capped, drop, keep_weights, matrix_std, weight_keys
 from gptjax.model.weights import Stack, TokenAxis
 from gptjax.sharding import context_size, divisible, spec, token_places
 
@@ -220,11 +220,11 @@ class Attention(nnx.Module):
   def __init__(self, config: ModelConfig, compute: ComputeConfig, stack: Stack = ()):
     queries, keys = config.heads * config.head_width, config.key_heads * config.head_width
     heads, kv_heads, bias = ('heads', config.heads), ('kv_heads', config.key_heads), config.bias or config.qkv_bias
-    self.q = Linear((config.width, queries), ('embed', heads), 0.02, compute, stack, bias, 'x')
-    self.k = Linear((config.width, keys), ('embed', kv_heads), 0.02, compute, stack, bias, 'x')
-    self.v = Linear((config.width, keys), ('embed', kv_heads), 0.02, compute, stack, bias, 'x')
-    # As in GPT-2, smaller for the outputs that add to the residual stream, two per layer.
-    self.out = Linear((queries, config.width), (heads, 'embed'), 0.02 / math.sqrt(2 * config.layers), compute, stack, config.bias)
+    std = matrix_std(config)
+    self.q = Linear((config.width, queries), ('embed', heads), std, compute, stack, bias, 'x')
+    self.k = Linear((config.width, keys), ('embed', kv_heads), std, compute, stack, bias, 'x')
+    self.v = Linear((config.width, keys), ('embed', kv_heads), std, compute, stack, bias, 'x')
+    self.out = Linear((queries, config.width), (heads, 'embed'), matrix_std(config, residual=True), compute, stack, config.bias)
     def norm(size, axis):
       if config.qk_norm == 'none':
         return None

@@ -63,7 +63,8 @@ class Transformer(nnx.Module):
     block = lambda layer, stack=(): Block(config, compute, stack, config.has_experts(layer))
     self.is_stacked = compute.scan or bool(slots)
     self.blocks = block(config.layers - 1, (len(self.slots),)) if self.is_stacked else nnx.List(map(block, range(config.layers)))
-    self.norm = Norm(config.width, 'embed', config, compute)
+    # By muP logits shrink as the width grows; gains that start lower are the same as a factor, and the function stays that of the family.
+    self.norm = Norm(config.width, 'embed', config, compute, gain=1 / config.width_ratio)
     head = lambda axis: Linear((config.width, config.outputs), ('embed', axis), 0.02, compute)
     self.lm_head = None if config.tied or config.classes else head(vocab)
     self.classifier = head(None) if config.classes else None
