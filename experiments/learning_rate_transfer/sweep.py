@@ -1,48 +1,42 @@
 """Peak learning rates by width, in factors of 2, for three ways to train: python -m gptjax.sweep --sweep=FILE --out=FOLDER."""
 
-from collections.abc import Sequence
-
-from gptjax.sweeps import Sweep, chain, defaults, product, seeds, values, zipped
+from gptjax.sweeps import Sweep, chain, product, seeds, values, zipped
 from gptjax.sweeps.points import Points
 
 BASE = 64
 WIDTHS = (64, 128, 256, 512)
 HEAD = 32
-"""features per head at every width: muP scales scores otherwise if the size of heads varies"""
+"""features per head at every width: by muP, scores would change with their size"""
 
 
 def get_sweep() -> Sweep:
-  """The small version."""
-  points = chain(
-    adamw((64,), 4, 8, 16, 32, 64), adamw((128,), 2, 4, 8, 16, 32), adamw((256, 512), 1, 2, 4, 8, 16),
-    mup(BASE, (128, 256, 512), 4, 8, 16, 32, 64),  # at the base width muP is the standard parametrization
-    muon((64, 128, 256, 512), 4, 8, 16, 32, 64))
-  return Sweep('configs/experiment.py', product(points, seeds(1)), overrides=BUDGET)
+  """The small version: 41,000 tokens per run."""
+  points = points_of({64: (0.5, 1, 2, 4, 8), 512: (0.125, 0.25, 0.5, 1, 2), 256: (0.25, 0.5, 1, 2, 4), 128: (0.5, 1, 2, 4, 8)},
+                     {width: (0.5, 1, 2, 4, 8) for width in (512, 256, 128)},  # at the base width, muP is standard
+                     {width: (8, 16, 32, 64) for width in WIDTHS}, BASE, HEAD)
+  return Sweep('configs/experiment.py', product(points, seeds(1)), overrides={
+    'batch_size': 2, 'steps': 160, 'optimizer.warmup': 16, 'optimizer.peak_lr': 0.002, 'data.valid_fraction': 0.004,
+    'model.qk_norm': 'none',  # which would make the loss less sensitive to the rate (arXiv:2309.14322)
+    'model.tied': False})
 
 
-BUDGET = {'batch_size': 4, 'steps': 100, 'optimizer.warmup': 10, 'data.valid_fraction': 0.004}
+Rates = dict[int, tuple[float, ...]]
+"""Peak rates in thousandths, by width."""
 
 
-def adamw(widths: Sequence[int], *thousandths: float, base: int = 0) -> Points:
-  """AdamW at these widths and peak rates, in thousandths."""
-  return product(defaults(sizes(widths), model__mup_base=base, optimizer__name='adamw'), values('optimizer.peak_lr', *map(_rate, thousandths)))
+def points_of(standard: Rates, mup: Rates, muon: Rates, base: int, head: int) -> Points:
+  """AdamW in standard parametrization, then with muP, then Muon, whose AdamW for embeddings and head keeps the rate of the recipe; with
+  heads of `head` features and a feed-forward layer in proportion."""
+  return chain(
+    *(product(_model(width, head, 0), values('optimizer.name', 'adamw'), _rates('peak_lr', rates)) for width, rates in standard.items()),
+    *(product(_model(width, head, base), values('optimizer.name', 'adamw'), _rates('peak_lr', rates)) for width, rates in mup.items()),
+    *(product(_model(width, head, 0), values('optimizer.name', 'muon'), _rates('muon_lr', rates)) for width, rates in muon.items()))
 
 
-def mup(base: int, widths: Sequence[int], *thousandths: float) -> Points:
-  """The same with muP."""
-  return adamw(widths, *thousandths, base=base)
+def _model(width: int, head: int, base: int) -> Points:
+  return zipped(values('model.width', width), values('model.heads', width // head), values('model.mlp_width', width * 11 // 4),
+                values('model.mup_base', base))
 
 
-def muon(widths: Sequence[int], *thousandths: float) -> Points:
-  """Muon at these rates for the matrices of blocks; AdamW's for the others stays that of the recipe."""
-  return product(defaults(sizes(widths), model__mup_base=0, optimizer__name='muon'), values('optimizer.muon_lr', *map(_rate, thousandths)))
-
-
-def sizes(widths: Sequence[int]) -> Points:
-  """Models of these widths, with heads and feed-forward features in proportion."""
-  return zipped(values('model.width', *widths), values('model.heads', *(width // HEAD for width in widths)),
-                values('model.mlp_width', *(width * 11 // 4 for width in widths)))
-
-
-def _rate(thousandths: float) -> float:
-  return thousandths / 1000
+def _rates(name: str, thousandths: tuple[float, ...]) -> Points:
+  return values(f'optimizer.{name}', *(rate / 1000 for rate in thousandths))
