@@ -12,8 +12,8 @@ HEAD = 32
 def get_sweep() -> Sweep:
   """The small version: 41,000 tokens per run."""
   points = points_of({64: (0.5, 1, 2, 4, 8), 512: (0.125, 0.25, 0.5, 1, 2), 256: (0.25, 0.5, 1, 2, 4), 128: (0.5, 1, 2, 4, 8)},
-                     {width: (0.5, 1, 2, 4, 8) for width in (512, 256, 128)},  # at the base width, muP is standard
-                     {width: (8, 16, 32, 64) for width in WIDTHS}, BASE, HEAD)
+                     dict.fromkeys((512, 256, 128), (0.5, 1, 2, 4, 8)),  # at the base width, muP is standard
+                     dict.fromkeys(WIDTHS, (8, 16, 32, 64)), BASE, HEAD)
   return Sweep('configs/experiment.py', product(points, seeds(1)), overrides={
     'batch_size': 2, 'steps': 160, 'optimizer.warmup': 16, 'optimizer.peak_lr': 0.002, 'data.valid_fraction': 0.004,
     'model.qk_norm': 'none',  # which would make the loss less sensitive to the rate (arXiv:2309.14322)
