@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Int
 from matplotlib.figure import Figure
 
@@ -18,10 +19,11 @@ from gptjax.config import ComputeConfig, MeshConfig, OptimizerConfig
 from gptjax.files import save_figure
 from gptjax.model import Transformer, abstract_model
 from gptjax.model.attention import positions_of
+from gptjax.model.layers import MLP
 from gptjax.sharding import make_mesh
 from gptjax.training import initializer, learning_rates, make_optimizer, next_token, train_step
 
-STEPS, RATE = 10, 0.004
+STEPS, RATE = 10, 0.002
 ROWS, CONTEXT = 4, 64
 """One batch, which every step sees again."""
 KINDS = {'AdamW, standard': False, 'AdamW, muP': True}
@@ -77,7 +79,9 @@ def activations(model: Transformer, tokens: Int[Array, 'B T']) -> dict[str, Arra
   positions = positions_of({'tokens': tokens})
   x = model.embed(tokens, positions, None)
   found = {'embedding': x}
+  assert isinstance(model.blocks, nnx.List), 'layers are not stacked'
   for number, block in enumerate(model.blocks, 1):
+    assert block.attention_norm is not None and block.mlp_norm is not None and isinstance(block.mlp, MLP), 'norms come first'
     y = block.attention_norm(x)
     q, k = (part(y).reshape(*tokens.shape, model.config.heads, -1) for part in (block.attention.q, block.attention.k))
     found[f'scores {number}'] = jnp.einsum('bthc,bshc->bhts', q, k) / math.sqrt(model.config.head_width)

@@ -97,7 +97,7 @@ def _adamw(config: OptimizerConfig, width_ratio: float) -> optax.GradientTransfo
   # Names of links become parts of the names of a checkpoint's arrays.
   return optax.named_chain(
     ('adam', _scale_by_adam(config.b1, config.b2, config.eps)),
-    ('width', optax.stateless(by_width)),  # before the decay, whose strength shall not depend on the width (arXiv:2309.14322)
+    ('width', optax.stateless(by_width)),  # before the decay, whose strength shall not depend on the width (arXiv:2510.19093)
     ('decay', optax.add_decayed_weights(config.weight_decay, _by_name(has_weight_decay))),
     ('rate', _scale_by_rate('learning_rate')))
 

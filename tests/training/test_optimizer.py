@@ -122,6 +122,8 @@ def test_by_mup_updates_shrink_as_the_width_grows_and_decay_does_not(optimizer, 
   config = OptimizerConfig(**CONSTANT, name=optimizer, weight_decay=0.1)
   parameters = some(0)
   change = lambda gradients, *ratio: first_update(config, gradients, parameters, *ratio)[0]
+  states = [jax.tree.structure(make_optimizer(config, ratio).init(parameters)) for ratio in (1.0, 4.0)]
+  assert states[0] == states[1]  # so that checkpoints are alike
   decay = change(jax.tree.map(jnp.zeros_like, parameters))
   base, same, wide = change(some(1)), change(some(1), 1.0), change(some(1), 4.0)
   for name in parameters:
