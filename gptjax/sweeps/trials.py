@@ -1,18 +1,18 @@
 """A sweep and its trials: what `get_sweep()` returns, and the checked config of every point."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from gptjax import config as configs
 from gptjax.config import Config, UserError, flatten
 from gptjax.config.fields import FIELDS, checked
 from gptjax.sweeps.points import Choice, Point, Points, Space, Uniform
+
+_USUAL = flatten(Config())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,23 +126,12 @@ def make_trials(sweep: Sweep, points: Iterable[Point], path: Path) -> list[Trial
 
 def _trial(base: Config, values: Point, point: Point) -> Trial:
   config = configs.resolved(base, values)
-  usual = _usual()
-  changed = {name: value for name, value in _plain(config).items() if value != usual[name]}
-  digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:10]
+  changed = {name: value for name, value in flatten(config).items() if value != _USUAL[name]}
+  digest = hashlib.sha256(json.dumps(changed, sort_keys=True, default=dataclasses.asdict).encode()).hexdigest()[:10]
   short = {name: name.rpartition('.')[2] for name in point}
   words = [f'{name if list(short.values()).count(last) > 1 else last}={value}' for (name, last), value in
            zip(short.items(), point.values())]
   return Trial(f'{re.sub(r"[^A-Za-z0-9._=+,-]+", "-", ",".join(words))[:100]}{"-" * bool(words)}{digest}', point, config)
-
-
-def _plain(config: Config) -> dict[str, Any]:
-  """Values by dotted name, as in JSON."""
-  return flatten(json.loads(configs.to_json(config)))
-
-
-@functools.cache
-def _usual() -> dict[str, Any]:
-  return _plain(Config())
 
 
 def _check_metric(sweep: Sweep, config: Config) -> None:
