@@ -16,8 +16,9 @@ from gptjax.files import expanded
 _SWEEP = flags.DEFINE_string('sweep', None, 'a Python file with get_sweep() -> gptjax.sweeps.Sweep', required=True)
 _OUT = flags.DEFINE_string('out', None, 'folder of the sweep, which all workers share: trials.csv, report.html, and trials/ with a workdir '
                            'per trial', required=True)
-_WORKERS = flags.DEFINE_integer('workers', 1, 'trials that run at a time on this machine, among which its cores, GPUs or TPU chips are '
-                                'divided; the same command on other machines, or in tasks of a Slurm array, adds workers', lower_bound=1)
+_WORKERS = flags.DEFINE_integer('workers', 1, 'trials that run at a time on this machine, among which its cores and GPUs are divided; TPU '
+                                'chips are given one per worker; the same command on other machines, or in tasks of a Slurm array, adds '
+                                'workers', lower_bound=1)
 _DRY_RUN = flags.DEFINE_bool('dry_run', False, 'print the trials with their parameters, FLOPs and an estimate of the time; train nothing')
 _RETRY_FAILED = flags.DEFINE_bool('retry_failed', False, 'run trials again that failed')
 _HEARTBEAT = flags.DEFINE_float('heartbeat', 10.0, 'seconds between signs of life of a worker; a trial of a worker that gives none for 1.5 '

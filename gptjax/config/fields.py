@@ -89,6 +89,8 @@ def _checked_object(hint: Any, value: Any, name: str) -> Any:
 
 
 def _rebuild(group: Any, values: Mapping[str, object], prefix: str = '') -> Any:
+  if prefix and not any(name.startswith(prefix) for name in values):  # it has been validated
+    return group
   new = {name: _rebuild(old, values, f'{prefix}{name}.') if dataclasses.is_dataclass(old) else values.get(prefix + name, old)
          for name, old in vars(group).items()}
   return dataclasses.replace(group, **new)

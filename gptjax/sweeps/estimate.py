@@ -24,7 +24,8 @@ _IDS = {'chars': 100, 'bytes': 259}
 
 def described(queue: Queue, workers: int) -> str:
   """A table of all trials, and the time of those that are left; of an adaptive sweep the first points."""
-  trials, sweep = list(queue.trials), queue.sweep
+  sweep = queue.sweep
+  trials = [*queue.trials, *queue.preview()]
   flops = [_flops(trial.config) for trial in trials]
   statuses = [status_of(queue.folder(trial)) for trial in trials]
   ended = [(found, status.seconds) for found, status in zip(flops, statuses) if status.name == 'done' and found and status.seconds]

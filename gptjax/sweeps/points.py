@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from gptjax.config import UserError
@@ -91,13 +91,17 @@ class Choice:
   options: tuple[Any, ...]
 
   def __init__(self, *options: Any):
-    object.__setattr__(self, 'options', options)
+    object.__setattr__(self, 'options', tuple(map(_listed, options)))
     if not options:
       raise UserError('Choice', [], 'one or more values')
 
   def draw(self, generator: random.Random) -> Any:
     """One of them."""
     return generator.choice(self.options)
+
+
+def _listed(value: Any) -> Any:
+  return [_listed(one) for one in value] if isinstance(value, (list, tuple)) else value  # as it comes back from a file
 
 
 Space = Mapping[str, Uniform | Choice]
@@ -109,12 +113,13 @@ def draws(count: int, space: Space, seed: int = 0) -> Points:
   return unique_draws(count, space, random.Random(seed), [])
 
 
-def unique_draws(count: int, space: Space, generator: random.Random, before: Sequence[Point]) -> Points:
-  """Random points that are neither among those `before` nor equal."""
+def unique_draws(count: int, space: Space, generator: random.Random, before: Sequence[Point],
+                 is_valid: Callable[[Point], bool] = lambda point: True) -> Points:
+  """Random points that are neither among those `before` nor equal, and valid."""
   seen, found = {_key(point) for point in before}, []
   for _ in range(count):
     point = next((one for one in ({name: field.draw(generator) for name, field in space.items()} for _ in range(1000))
-                  if _key(one) not in seen), None)
+                  if _key(one) not in seen and is_valid(one)), None)
     if point is None:
       break
     seen.add(_key(point))

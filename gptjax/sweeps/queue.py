@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from gptjax.config import UserError
 from gptjax.files import read_json, write_json
 from gptjax.sweeps.claims import Claim, Claims, is_claimed
 from gptjax.sweeps.points import Point
@@ -114,10 +115,9 @@ class Queue:
       status = status_of(self.folder(trial))
       if status.name in ('done', 'failed'):
         results[index] = None if status.name == 'failed' else metric_of(self.sweep, self.folder(trial))
-    point = adaptive_point(adaptive, self._draws, results)
+    point = self._point_after(self._draws, results)
     if point is None:
       return False
-    make_trials(self.sweep, [point], self._path)  # a point whose config is wrong ends the sweep
     file = self._draw_file(number)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f'{file.name}.{os.uname().nodename}.{os.getpid()}.{id(self)}')
@@ -129,6 +129,31 @@ class Queue:
     finally:
       partial.unlink()
     return True
+
+  def preview(self) -> list[Trial]:
+    """The next points of an adaptive sweep that do not depend on results."""
+    trials, adaptive = self.trials, self.sweep.points
+    points, count = list(self._draws), min(adaptive.startup, adaptive.count) if isinstance(adaptive, Adaptive) else 0
+    while len(points) < count and (point := self._point_after(points, {})):
+      points.append(point)
+    return make_trials(self.sweep, points[len(trials):], self._path)
+
+  def _point_after(self, points: Sequence[Point], results: dict[int, float | None]) -> Point | None:
+    """The next point of an adaptive sweep, whose config passes its checks; a UserError if not even the first one can."""
+    wrong = []
+
+    def is_valid(point: Point) -> bool:
+      try:
+        return bool(make_trials(self.sweep, [point], self._path))
+      except UserError as error:
+        wrong.append(error)
+        return False
+
+    assert isinstance(self.sweep.points, Adaptive)
+    found = adaptive_point(self.sweep.points, points, results, is_valid)
+    if found is None and not points:
+      raise wrong[0]
+    return found
 
   def _draw_file(self, number: int) -> Path:
     return self._out / 'draws' / f'{number:05}.json'

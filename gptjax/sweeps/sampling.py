@@ -1,7 +1,7 @@
 """Points that depend on results: each is a function of the sweep, its number, and the results that were known when it was drawn."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gptjax.config import UserError
@@ -9,11 +9,12 @@ from gptjax.sweeps.points import Choice, Point, Uniform, unique_draws
 from gptjax.sweeps.trials import Adaptive
 
 _ATTEMPTS = 20
-"""Points that the estimator is asked for until one is new; then a random one is."""
+"""Points that the estimator is asked for until one is new and valid; then a random one is."""
 
 
-def adaptive_point(adaptive: Adaptive, before: Sequence[Point], results: Mapping[int, float | None]) -> Point | None:
-  """The point after those `before`; None if the space has no other.
+def adaptive_point(adaptive: Adaptive, before: Sequence[Point], results: Mapping[int, float | None],
+                   is_valid: Callable[[Point], bool] = lambda point: True) -> Point | None:
+  """The point after those `before`; None if the space has no other that is valid.
 
   Args:
     results: by the number of a point, the value of a trial that is over, of which less is better; None: it failed. Others are running.
@@ -31,9 +32,9 @@ def adaptive_point(adaptive: Adaptive, before: Sequence[Point], results: Mapping
     study.add_trials([_trial(optuna, adaptive, spaces, point, number, results) for number, point in enumerate(before)])
     found = study.ask(spaces).params
     point = {name: _decoded(field, found[name]) for name, field in adaptive.space.items()}
-    if repr(point) not in seen:
+    if repr(point) not in seen and is_valid(point):
       return point
-  return next(iter(unique_draws(1, adaptive.space, random.Random(f'{adaptive.seed} {len(before)}'), before)), None)
+  return next(iter(unique_draws(1, adaptive.space, random.Random(f'{adaptive.seed} {len(before)}'), before, is_valid)), None)
 
 
 def _optuna() -> Any:

@@ -2,13 +2,17 @@
 
 import dataclasses
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from gptjax import config as configs
-from gptjax.config import Config, UserError
+from gptjax.config import Config, UserError, flatten
+from gptjax.config.fields import FIELDS, checked
 from gptjax.sweeps.points import Choice, Point, Points, Space, Uniform
+
+_USUAL = flatten(Config())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Trial:
   """One point, and the config that it makes of the recipe."""
 
   name: str
-  """of its workdir: its overrides, and a hash of the complete config"""
+  """of its workdir: its overrides, and a hash of all values that are not the defaults, so that a new field changes no name"""
   point: Point
   config: Config
 
@@ -74,6 +78,7 @@ def _check(sweep: Sweep, path: Path) -> None:
             and all(isinstance(field, (Uniform, Choice)) for field in points.space.values())):
       raise UserError(f'{path}: points', f'Adaptive of {points.count!r} points', 'a number of points above 0, and a space of Uniform, '
                       'LogUniform and Choice by field')
+    _check_space(points.space, path)
     if halving:
       raise UserError(f'{path}: halving', 'with Adaptive points', 'one of both: points that adapt learn from complete trials')
   elif not (isinstance(points, list) and points and all(isinstance(point, dict) and all(
@@ -93,6 +98,15 @@ def _check(sweep: Sweep, path: Path) -> None:
     raise UserError(f'{path}: halving', f'{len(points)} points', f'{least} or more, of which one reaches the end')
 
 
+def _check_space(space: Space, path: Path) -> None:
+  """Raises a UserError for a field that does not exist, or a value that it never takes; combinations are checked as they are drawn."""
+  for name, field in space.items():
+    if name not in FIELDS:
+      configs.override(Config(), {name: None}, f'{path}: points: ')  # says which field may be meant
+    for value in field.options if isinstance(field, Choice) else map(int if field.integer else float, (field.low, field.high)):
+      checked(FIELDS[name], value, f'{path}: points: {name}')
+
+
 def make_trials(sweep: Sweep, points: Iterable[Point], path: Path) -> list[Trial]:
   """The trial of each point. Raises a UserError for the first wrong one, which says how many are: nothing has started then."""
   base, trials, wrong = configs.load(sweep.recipe), [], []
@@ -101,6 +115,7 @@ def make_trials(sweep: Sweep, points: Iterable[Point], path: Path) -> list[Trial
     try:
       trials.append(_trial(base, sweep.overrides | point, point))
       _check_rungs(sweep, trials[-1].config)
+      _check_metric(sweep, trials[-1].config)
     except UserError as error:
       wrong.append(str(error))
   if wrong:
@@ -111,11 +126,20 @@ def make_trials(sweep: Sweep, points: Iterable[Point], path: Path) -> list[Trial
 
 def _trial(base: Config, values: Point, point: Point) -> Trial:
   config = configs.resolved(base, values)
-  digest = hashlib.sha256(configs.to_json(config).encode()).hexdigest()[:10]
+  changed = {name: value for name, value in flatten(config).items() if value != _USUAL[name]}
+  digest = hashlib.sha256(json.dumps(changed, sort_keys=True, default=dataclasses.asdict).encode()).hexdigest()[:10]
   short = {name: name.rpartition('.')[2] for name in point}
   words = [f'{name if list(short.values()).count(last) > 1 else last}={value}' for (name, last), value in
            zip(short.items(), point.values())]
   return Trial(f'{re.sub(r"[^A-Za-z0-9._=+,-]+", "-", ",".join(words))[:100]}{"-" * bool(words)}{digest}', point, config)
+
+
+def _check_metric(sweep: Sweep, config: Config) -> None:
+  """Raises a UserError for a metric of a validation set that the trial does not have."""
+  sets = {'valid', *(name for valid in config.data.valid for name in (valid.name, *valid.tags))}
+  if sweep.metric.startswith('eval/') and (given := sweep.metric.split('/')[1]) not in sets:
+    raise UserError('metric', sweep.metric, f'eval/NAME/FIGURE, with one of the validation sets and tags: {", ".join(sorted(sets))}',
+                    sets, given)
 
 
 def _check_rungs(sweep: Sweep, config: Config) -> None:

@@ -45,17 +45,24 @@ def places(workers: int) -> list[Place]:
   name, devices = _accelerators()
   if devices and workers > len(devices):
     raise UserError('--workers', workers, f'at most {len(devices)}, the number of accelerators of this machine')
+  is_tpu = name.startswith('TPU')
+  if is_tpu and workers not in (1, len(devices)):  # how several chips of one process are wired depends on the host
+    raise UserError('--workers', workers, f'1 or {len(devices)}: all TPU chips of this machine for one trial, or one for each')
+
   def environment(worker: int) -> dict[str, str]:
     mine = devices[worker::workers] if workers > 1 else []
-    one_chip = {'TPU_CHIPS_PER_PROCESS_BOUNDS': '1,1,1', 'TPU_PROCESS_BOUNDS': '1,1,1'} if name.startswith('TPU') else {}
-    return {name: ','.join(mine[:1] if one_chip else mine), **one_chip} if mine else {}
+    one_chip = {'TPU_CHIPS_PER_PROCESS_BOUNDS': '1,1,1', 'TPU_PROCESS_BOUNDS': '1,1,1'} if is_tpu else {}
+    return {name: ','.join(mine), **one_chip} if mine else {}
+
   return [Place(cores[worker::workers] or [cores[worker % len(cores)]], environment(worker)) for worker in range(workers)]
 
 
 def _accelerators() -> tuple[str, list[str]]:
-  if visible := os.environ.get('CUDA_VISIBLE_DEVICES'):
-    return 'CUDA_VISIBLE_DEVICES', visible.split(',')
-  for name, pattern in (('CUDA_VISIBLE_DEVICES', 'nvidia[0-9]*'), ('TPU_VISIBLE_CHIPS', 'accel[0-9]*')):
+  visible = os.environ.get('CUDA_VISIBLE_DEVICES')
+  if visible is not None:  # an empty one hides all GPUs
+    return 'CUDA_VISIBLE_DEVICES', [one for one in visible.split(',') if one.strip() not in ('', '-1')]
+  for name, pattern in (('CUDA_VISIBLE_DEVICES', 'nvidia[0-9]*'), ('TPU_VISIBLE_CHIPS', 'accel[0-9]*'),
+                        ('TPU_VISIBLE_CHIPS', 'vfio/[0-9]*')):
     if found := list(Path('/dev').glob(pattern)):
       return name, list(map(str, range(len(found))))
   return '', []
@@ -96,6 +103,7 @@ class Worker:
     self._describe(job)
     self._say(f'started  {job.trial.name}' + (f' to step {job.stop_at}' if job.stop_at else ''))
     log = job.folder / 'log.txt'
+    logged = log.stat().st_size if log.exists() else 0
     command = [sys.executable, *PROGRAM, f'--config={job.folder / "trial_config.json"}', f'--workdir={job.folder}', '--cluster=none',
                *self._flags, *([f'--stop_at={job.stop_at}'] if job.stop_at else [])]
     with log.open('ab') as file:
@@ -104,7 +112,7 @@ class Worker:
     with contextlib.suppress(ProcessLookupError):  # one that has ended already
       os.sched_setaffinity(process.pid, self._place.cores)  # before it starts threads
     if self._watched(process, job):
-      self._record(job, process.returncode, time.monotonic() - begun)
+      self._record(job, process.returncode, time.monotonic() - begun, logged)
     elif job.claim.beat():
       spent(job.folder, time.monotonic() - begun)
     job.claim.release()
@@ -126,7 +134,8 @@ class Worker:
       time.sleep(_POLL)
     return process.returncode != os.EX_TEMPFAIL and not (stopping and process.returncode) and job.claim.beat()
 
-  def _record(self, job: Job, status: int, seconds: float) -> None:
+  def _record(self, job: Job, status: int, seconds: float, logged: int) -> None:
+    """Records how a process ended, whose log begins after `logged` bytes."""
     error = ''
     try:
       value = metric_of(self._queue.sweep, job.folder, job.stop_at) if status == 0 else 0.0
@@ -139,7 +148,7 @@ class Worker:
     if status == 0:
       end_trial(job.folder, 'done', seconds)
       return self._say(f'done     {job.trial.name}, {self._shown(value)}')
-    lines = (job.folder / 'log.txt').read_text(errors='replace').splitlines()[-_LINES:]
+    lines = (job.folder / 'log.txt').read_bytes()[logged:].decode(errors='replace').splitlines()[-_LINES:]
     reason = f'signal {signal.Signals(-status).name}' if status < 0 else f'status {status}'
     end_trial(job.folder, 'failed', seconds, error or f'{reason}: {lines[-1] if lines else ""}')
     shown = [f'failed   {job.trial.name} with {reason}; the end of its log:', *(f'  {line}' for line in lines), error]

@@ -34,6 +34,13 @@ def test_trials_are_the_recipe_with_their_overrides(tmp_path):
   assert other[0].name.isascii() and len(other[0].name) < 120 and ' ' not in other[0].name and '/' not in other[0].name
 
 
+def test_names_depend_on_values_that_are_not_the_defaults(tmp_path):
+  (tmp_path / 'recipe.py').write_text('from gptjax.config import Config\nget_config = Config\n')
+  names = [trial.name for trial in load(tmp_path, f"return Sweep('{tmp_path}/recipe.py', [{{}}, {{'seed': 0}}, {{'seed': 3}}])")]
+  # Fixed: later versions, which have more fields, must find the trials of earlier ones.
+  assert names == ['44136fa355', 'seed=3-1391dc1f10']
+
+
 def test_points_that_mean_the_same_are_one_trial(tmp_path):
   points = "[{'seed': 0}, {'seed': 0, 'steps': 9}, {}]"
   assert len(load(tmp_path, f"return Sweep('configs/default.py', {points}, overrides={{'steps': 9}})")) == 1
@@ -57,6 +64,10 @@ def test_points_that_mean_the_same_are_one_trial(tmp_path):
   ("return Sweep('configs/default.py', [{}, {'seed': 1}], metric='loss', halving=Halving([5], 3))", '2 points., expected: 3 or more'),
   ("return Sweep('configs/default.py', [{}], halving=(100,))", 'Halving of a list of steps|TypeCheckError'),
   ("return Sweep('configs/default.py', [{}], halving=Halving(100))", 'Halving of a list of steps|TypeCheckError'),
+  ("return Sweep('configs/default.py', Adaptive(3, {'modl.width': Choice(3)}))", 'points: modl.width.*did you mean model.width'),
+  ("return Sweep('configs/default.py', Adaptive(3, {'model.width': Choice(8, 'x')}))", "points: model.width: 'x', expected: an integer"),
+  ("return Sweep('configs/default.py', Adaptive(3, {'model.width': Uniform(8, 64)}))", 'points: model.width: 8.0, expected: an integer'),
+  ("return Sweep('configs/default.py', [{}], metric='eval/vaild/loss')", "metric: 'eval/vaild/loss', expected: eval/NAME.*mean valid"),
   ("return Sweep('configs/default.py', [{}], overrides=None)", 'overrides: .*field: value|TypeCheckError'),
   ("return Sweep('configs/default.py', [{1: 2}])", 'a list of one or more points|TypeCheckError'),
   ("return Sweep(None, [{}])", 'the path of a recipe|TypeCheckError'),

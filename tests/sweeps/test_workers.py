@@ -271,6 +271,41 @@ def test_adaptive_points_depend_on_the_known_results_alone(tmp_path, monkeypatch
     Queue(changed, path, tmp_path, 2).next()
 
 
+def test_combinations_that_are_wrong_are_not_drawn(tmp_path):
+  space = {'model.heads': Choice(1, 3, 5, 7), 'model.width': Choice(30, 42, 70)}
+  sweep, path = sweep_of(tmp_path, Adaptive(12, space, startup=3), steps=2)
+  queue, drawn = Queue(sweep, path, tmp_path, 2), []
+  preview = [trial.name for trial in queue.preview()]
+  while job := queue.next():
+    (job.folder / 'metrics.jsonl').write_text(json.dumps({'step': 2, 'loss': job.trial.point['model.heads']}) + '\n')
+    end_trial(job.folder, 'done', 1.0)
+    job.claim.release()
+    drawn.append(job.trial.point)
+  assert len(preview) == 3 and [trial.name for trial in queue.trials][:3] == preview
+  assert sorted((point['model.heads'], point['model.width']) for point in drawn) == [
+    (heads, width) for heads in (1, 3, 5, 7) for width in (30, 42, 70) if width % heads == 0]
+  impossible = Sweep('configs/default.py', Adaptive(4, {'model.heads': Choice(7, 9)}), overrides={'model.width': 64})
+  with pytest.raises(UserError, match='model.heads: .*expected'):
+    Queue(impossible, path, tmp_path / 'other', 2).next()
+
+
+def test_options_that_are_tuples_are_found_again(tmp_path):
+  sweep, path = sweep_of(tmp_path, Adaptive(3, {'frozen': Choice(('tokens/*',), ('tokens/*', 'head/*'), ())}), steps=2)
+  queue = Queue(sweep, path, tmp_path, 2)
+  names = [queue.next().trial.name for _ in range(3)]
+  assert len(set(names)) == 3 and [trial.name for trial in Queue(sweep, path, tmp_path, 2).trials] == names
+
+
+def test_the_end_of_a_log_is_that_of_the_last_attempt(tmp_path, monkeypatch):
+  sweep, path = sweep_of(tmp_path, values('seed', 0))
+  queue = Queue(sweep, path, tmp_path, 2)
+  (folder := queue.folder(queue.trials[0])).mkdir(parents=True)
+  (folder / 'log.txt').write_text('of an earlier attempt\n')
+  (tmp_path / 'train.py').write_text('import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n')
+  lines = work(queue, tmp_path, 1, monkeypatch=monkeypatch)
+  assert status_of(folder).error == 'signal SIGKILL: ' and 'earlier' not in ''.join(lines)
+
+
 def test_places_divide_cores(monkeypatch):
   monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {3, 4, 5})
   monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
@@ -280,3 +315,10 @@ def test_places_divide_cores(monkeypatch):
   assert [place.environment for place in places(2)] == [{'CUDA_VISIBLE_DEVICES': '2,6'}, {'CUDA_VISIBLE_DEVICES': '3'}]
   with pytest.raises(UserError, match='--workers: 4, expected: at most 3'):
     places(4)
+  monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+  assert [place.environment for place in places(2)] == [{}, {}]
+  monkeypatch.delenv('CUDA_VISIBLE_DEVICES')
+  monkeypatch.setattr(Path, 'glob', lambda self, pattern: iter(range(4)) if pattern == 'vfio/[0-9]*' else iter(()))
+  assert [place.environment['TPU_VISIBLE_CHIPS'] for place in places(4)] == ['0', '1', '2', '3'] and places(1)[0].environment == {}
+  with pytest.raises(UserError, match='--workers: 2, expected: 1 or 4'):
+    places(2)
