@@ -69,6 +69,9 @@ class Groups(dict[str, dict[int, Run]]):
         raise UserError(label(point), f'two runs with seed {run.seed}', 'runs that differ by their seeds alone')
       group[run.seed] = run
 
+  def __missing__(self, name: str) -> dict[int, Run]:
+    raise UserError('--trials', name, f'a group of the table: {"; ".join(self)}'[:400])
+
   def mean(self, name: str, metric: str) -> Interval:
     """The interval of a metric over the seeds of a group."""
     return interval(run.metrics[metric] for run in self[name].values())
