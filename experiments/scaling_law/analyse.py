@@ -13,6 +13,7 @@ from gptjax import config as configs
 _TRIALS = flags.DEFINE_string('trials', None, 'CSV file of a sweep', required=True)
 _RECIPE = flags.DEFINE_string('recipe', None, 'recipe of the sweep, or config.json of one of its trials', required=True)
 _LOSS = flags.DEFINE_string('loss', 'eval/valid/loss', 'column with the loss, in nats per token')
+_LEAST_STEPS = flags.DEFINE_integer('least_steps', 1, 'shorter runs are left out: to what they learn first no law applies', lower_bound=1)
 _PICTURE = flags.DEFINE_string('picture', None, 'PNG file for a picture')
 _PREDICT = flags.DEFINE_string(
   'predict', None, """run to predict, with all fields that the sweep varies: '{"model.width": 256, "steps": 4000}'""")
@@ -34,7 +35,7 @@ def main(_: object) -> None:
   from gptjax.files import expanded, json_object, writable
   picture = writable(_PICTURE.value, '--picture') if _PICTURE.value else None
   recipe = configs.load(_RECIPE.value)
-  runs = read(expanded(_TRIALS.value, '--trials'), recipe, _LOSS.value)
+  runs = read(expanded(_TRIALS.value, '--trials'), recipe, _LOSS.value, _LEAST_STEPS.value)
   fields = json_object('--predict', _PREDICT.value) if _PREDICT.value else None
   if fields is not None and (missing := [name for name in runs.fields if name not in fields]):
     raise configs.UserError('--predict', _PREDICT.value, f'a value for every field that the sweep varies; not there: {", ".join(missing)}')

@@ -29,7 +29,7 @@ def described(runs: Trials, found: Fit, curves: IsoFlop) -> str:
   rows += [] if math.isnan(curves.exponent) else [('a, best N ~ C^a', f'{curves.exponent:.5g}', _ends(curves.interval))]
   ratio = runs.compute / (6 * runs.parameters * runs.tokens)
   return '\n'.join([
-    f'{len(runs.loss)} runs; left out, without a loss or their last steps: {runs.left_out}',
+    f'{len(runs.loss)} runs; left out, without a loss or their last steps, or short: {runs.left_out}',
     f'N {_range(runs.parameters)}, D {_range(runs.tokens)}, C {_range(runs.compute)} FLOPs, which is {_range(ratio)} times 6 N D',
     f'residuals {np.std(found.residuals):.2%} of the loss, objective {found.objective:.6g}', '',
     f'{"L = E + A / N^alpha + B / D^beta":45}   interval of {CONFIDENCE:.0%}',

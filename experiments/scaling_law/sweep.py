@@ -11,10 +11,8 @@ from gptjax.model import flops_per_token
 from gptjax.sweeps import Point, Points, Sweep
 
 RECIPE = 'experiments/scaling_law/recipe.py'
-BUDGETS = {1e11: (16, 32, 48, 64), 2e11: (16, 32, 48, 64), 4e11: (16, 32, 48, 64, 80), 8e11: (32, 48, 64, 80)}
+BUDGETS = {2e11: (32, 48, 64, 80, 96), 4e11: (32, 48, 64, 80, 96), 8e11: (32, 48, 64, 96, 128), 16e11: (48, 64, 96, 128)}
 """FLOPs of a run, and the widths that divide them."""
-RATE = 5e-3
-"""at width 64"""
 
 
 def get_sweep() -> Sweep:
@@ -22,9 +20,9 @@ def get_sweep() -> Sweep:
 
 
 def shape(width: int) -> Point:
-  """A model of two layers with heads of 16, and its learning rate, which falls with the square root of the width."""
+  """A model of two layers with heads of 16, and its learning rate: the recipe's at width 64, falling with the square root of the width."""
   return {'model.width': width, 'model.heads': width // 16, 'model.mlp_width': width * 11 // 4,
-          'optimizer.peak_lr': round(RATE * math.sqrt(64 / width), 5)}
+          'optimizer.peak_lr': round(5e-3 * math.sqrt(64 / width), 5)}
 
 
 def isoflop(recipe: str, budgets: Mapping[float, Sequence[int]], shape: Callable[[int], Point], fixed: Point | None = None) -> Points:

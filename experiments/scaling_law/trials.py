@@ -30,14 +30,14 @@ class Trials:
   loss: Runs
   """nats per token"""
   left_out: int
-  """runs without a loss, or that ended before their last step"""
+  """runs without a loss, or that ended before their last step, or that are shorter than asked for"""
   fields: list[str]
   """columns from which N, D and C follow"""
 
 
-def read(path: Path, recipe: Config, measured: str = 'eval/valid/loss') -> Trials:
-  """Reads the runs of a sweep over a recipe; `measured` is the column with the loss. What the sweep overrides for all runs is not in the
-  CSV, and must be in the recipe.
+def read(path: Path, recipe: Config, measured: str = 'eval/valid/loss', least_steps: int = 1) -> Trials:
+  """Reads the runs of a sweep over a recipe; `measured` is the column with the loss, and shorter runs than `least_steps` are left out.
+  What the sweep overrides for all runs is not in the CSV, and must be in the recipe.
 
   Raises a UserError for a missing column, a value that is not valid, or a loss that is not finite.
   """
@@ -57,7 +57,7 @@ def read(path: Path, recipe: Config, measured: str = 'eval/valid/loss') -> Trial
     config = override(recipe, {name: parse(FIELDS[name], text) for name, text in row.items() if name in FIELDS and text}, f'{place}: ')
     parameters, tokens, compute = counted(config, place)
     steps = _steps(config, place)
-    if not row[measured] or (step := _number(place, row, 'step', str(steps))) < steps:
+    if steps < least_steps or not row[measured] or (step := _number(place, row, 'step', str(steps))) < steps:
       left_out += 1
     elif step > steps:
       raise UserError(f'{place}: step', int(step), f'at most steps={steps}; what the sweep overrides for all runs must be in the recipe')
