@@ -1,14 +1,19 @@
-"""Bars of scaling laws: the fit to Chinchilla's runs that others published, and what they found by it."""
+"""Bars of scaling laws: the fit to Chinchilla's runs that others published, what they found by it, and a prediction of our own."""
 
 import csv
+import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from experiments.scaling_law import predicted, sweep
 from experiments.scaling_law.fit import fit
 from experiments.scaling_law.published import CHINCHILLA, EPOCH, kaplan_exponent
-from tests.acceptance.record import Result, bar, given
+from gptjax.config import to_json
+from gptjax.sweeps import Sweep, make_trials
+from tests.acceptance.record import Result, bar, given, python
 
 _RUNS = 'chinchilla/svg_extracted_data.csv'
 _DIGITIZED_BADLY = 5
@@ -54,3 +59,31 @@ def scaling_without_embeddings(folder: Path) -> Result:
                 "DeepMind's, to 0.01", ', '.join(f"{name}'s {local:.4f} (of all parameters {all_of_them:.4f})"
                                                  for name, (local, all_of_them) in found.items()), met,
                 'python -m tests.acceptance --only=scaling_without_embeddings')
+
+
+def _trained(folder: Path, runs: Sweep, steps: int) -> float:
+  """The validation loss of the one trial with these steps, on the books of --data."""
+  books = dataclasses.replace(runs, overrides={**runs.overrides, 'data.source.path': str(given('books/train'))})
+  trial, = make_trials(books, [point for point in books.points if point['steps'] == steps], Path('sweep.py'))
+  folder.mkdir()
+  (folder / 'config.json').write_text(to_json(trial.config))
+  python('gptjax.train', f'--config={folder}/config.json', f'--workdir={folder}/run', '--cpu_devices=1')
+  return json.loads((folder / 'run/metrics.jsonl').read_text().splitlines()[-1])['eval/valid/loss']
+
+
+@bar
+def scaling_law(folder: Path) -> Result:
+  files = Path('experiments/scaling_law')
+  committed = json.loads((files / 'prediction.json').read_text())
+  printed = python('experiments.scaling_law.analyse', f'--trials={files}/trials.csv', f'--recipe={sweep.RECIPE}', '--least_steps=700',
+                   '--resamples=200', f'--predict={json.dumps(committed["fields"])}').stdout.splitlines()[-1]
+  with (files / 'trials.csv').open(newline='') as file:
+    stated = {int(row['steps']): float(row['eval/valid/loss']) for row in csv.DictReader(file)}
+  again = _trained(folder / 'slice', sweep.get_sweep(), 779)
+  measured, expected = _trained(folder / 'predicted', predicted.get_sweep(), predicted.STEPS), committed['eval/valid/loss']
+  met = json.loads(printed) == committed and abs(measured / expected - 1) <= 0.02 and abs(again / stated[779] - 1) <= 0.02
+  same = 'the committed prediction' if json.loads(printed) == committed else printed
+  return Result('the loss of a model of twice the parameters of any fitted, predicted before its run: within 2 %; the run of 779 steps '
+                'again within 2 %; analyse prints the committed prediction', f'predicted {expected:.4f}, measured {measured:.4f} '
+                f'({measured / expected - 1:+.2%}); run of 779 steps {again:.4f} after {stated[779]:.4f}; analyse prints {same}', met,
+                'python -m tests.acceptance --data=FOLDER --only=scaling_law')

@@ -1,17 +1,27 @@
 """One trial of an experiment, run again."""
 
+import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
-from commands import run_module
+from commands import ROOT, run_module
 
 from gptjax.config import to_json
 from gptjax.sweeps import make_trials
 
 needs_the_same_library = pytest.mark.skipif(
   sys.version_info[:2] != (3, 11), reason='the experiments were measured on the standard library of Python 3.11, which is their data')
+
+
+def on_books(sweep):
+  """A Sweep over books, with those of the folder GPTJAX_DATA, or of data/ in this repository; skips the test where there are none."""
+  folder = Path(os.environ.get('GPTJAX_DATA') or ROOT / 'data', 'books/train')
+  if not folder.is_dir():
+    pytest.skip(f'books are no part of the repository, and {folder} is not there: GPTJAX_DATA names a folder that has books/train/*.txt')
+  return dataclasses.replace(sweep, overrides={**sweep.overrides, 'data.source.path': str(folder)})
 
 
 def rerun(sweep, folder, point):

@@ -51,7 +51,7 @@ def test_the_command_prints_and_draws_the_law_and_predicts(tmp_path):
                     f'--picture={tmp_path}/law.png', f'--predict={json.dumps(larger)}', '--resamples=40')
   assert done.returncode == 0, done.stderr
   lines = done.stdout.splitlines()
-  assert lines[0] == '12 runs; left out, without a loss or their last steps: 0'
+  assert lines[0] == '12 runs; left out, without a loss or their last steps, or short: 0'
   printed = {line[:32].strip(): line[32:].split() for line in lines[5:] if line}
   for name, value in vars(LAW).items():
     assert float(printed[name][0]) == pytest.approx(value, rel=0.01) and printed[name][2] == 'to'
@@ -89,6 +89,12 @@ def test_runs_that_have_not_ended_are_left_out(tmp_path):
   sweep(tmp_path / 'trials.csv', MODELS[:1], lambda row: row | next(ends))
   found = read(tmp_path / 'trials.csv', RECIPE)
   assert len(found.loss) == len(found.compute) == 1 and found.left_out == 2
+
+
+def test_short_runs_are_left_out(tmp_path):
+  steps = sorted(row['steps'] for row in sweep(tmp_path / 'trials.csv', MODELS[:1]))
+  found = read(tmp_path / 'trials.csv', RECIPE, least_steps=steps[1])
+  assert found.tokens.tolist() == [one * 4 * 64 for one in steps[1:]] and found.left_out == 1
 
 
 @pytest.mark.parametrize('change, options, error', [
@@ -142,7 +148,7 @@ def test_commands_of_the_page_run_as_written(tmp_path):
   fixed = ('model.layers', 'batch_size')
   sweep(tmp_path / 'sweeps/NAME/trials.csv', change=lambda row: {name: value for name, value in row.items() if name not in fixed})
   (tmp_path / 'sweeps/NAME/trials/TRIAL/config.json').write_text(to_json(override(RECIPE, MODELS[0])))
-  commands = commands_of('experiments/scaling_law/README.md')
+  commands = [one for one in commands_of('experiments/scaling_law/README.md') if '=sweeps/NAME/' in one]
   first, second = run([f'{command} --resamples=40' for command in commands], tmp_path).values()
   assert second.startswith(first.rstrip()) and json.loads(second.splitlines()[-1])['fields'] == {'model.width': 256, 'steps': 4000}
   assert (tmp_path / 'scaling.png').read_bytes().startswith(b'\x89PNG')
