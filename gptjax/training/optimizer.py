@@ -1,4 +1,4 @@
-"""Learning rate, optimizers and their update: AdamW and Muon from optax, applied by the role of each parameter."""
+"""Learning rate, optimizers and their update: AdamW, Muon and Lion from optax, applied by the role of each parameter."""
 
 import functools
 import math
@@ -23,7 +23,7 @@ SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 Rates = dict[str, jax.Array]
-"""Learning rates of one step by name: learning_rate is adamw's, muon_learning_rate muon's."""
+"""Learning rates of one step by name: learning_rate is adamw's and lion's, muon_learning_rate muon's."""
 
 
 @functools.lru_cache(maxsize=16)
@@ -106,7 +106,14 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
                          _by_name(lambda name: 'muon' if uses_muon(name) else 'adamw'))
 
 
-OPTIMIZERS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {'adamw': _adamw, 'muon': _muon}
+def _lion(config: OptimizerConfig) -> optax.GradientTransformation:
+  return optax.named_chain(
+    ('lion', optax.scale_by_lion(config.b1, config.b2)),
+    ('decay', optax.add_decayed_weights(config.weight_decay, _by_name(has_weight_decay))),
+    ('rate', _scale_by_rate('learning_rate')))
+
+
+OPTIMIZERS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {'adamw': _adamw, 'muon': _muon, 'lion': _lion}
 """Functions that make an optimizer from a config, by config.name."""
 
 
