@@ -46,6 +46,11 @@ class OptimizerConfig(Group, prefix='optimizer.'):
   clip: NonNegativeFloat = 1.0
   """global gradient norm to clip to; 0: no clipping"""
 
+  def __post_init__(self):
+    super().__post_init__()
+    if self.name == 'lion' and not self.b2:
+      raise UserError('optimizer.b2', self.b2, 'a number above 0 with optimizer.name=lion')
+
 
 def schedule_warning(config: OptimizerConfig, *, steps: int, warmup: int, decay: int) -> str:
   """Returns why a run of `steps` steps does not reach its peak learning rate, as in a short trial of a recipe; '' if it does.

@@ -108,7 +108,7 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
 
 def _lion(config: OptimizerConfig) -> optax.GradientTransformation:
   return optax.named_chain(
-    ('lion', optax.scale_by_lion(config.b1, config.b2)),
+    ('lion', _scale_by_lion(config.b1, config.b2)),
     ('decay', optax.add_decayed_weights(config.weight_decay, _by_name(has_weight_decay))),
     ('rate', _scale_by_rate('learning_rate')))
 
@@ -124,7 +124,7 @@ def update(optimizer: optax.GradientTransformation, gradient: Any, norm: jax.Arr
   A step that is not `good` leaves both bitwise unchanged.
   """
   updates, new = optax.with_extra_args_support(optimizer).update(gradient, state, parameters, norm=norm, good=good, rates=rates)
-  selected = lambda node: isinstance(node, optax.ScaleByAdamState)  # by `_scale_by_adam`
+  selected = lambda node: isinstance(node, (optax.ScaleByAdamState, optax.ScaleByLionState))  # by `_scale_by_adam`, `_scale_by_lion`
   state = jax.tree.map(lambda new, old: new if selected(new) else optax.tree.where(good, new, old), new, state, is_leaf=selected)
   return optax.tree.where(good, optax.apply_updates(parameters, updates), parameters), state
 
@@ -144,6 +144,22 @@ def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransforma
     return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square), new
 
   return optax.GradientTransformationExtraArgs(adam.init, update)
+
+
+def _scale_by_lion(b1: float, b2: float) -> optax.GradientTransformationExtraArgs:
+  """optax.scale_by_lion (arXiv:2302.06675), selected as `_scale_by_adam` does and for the same reason.
+
+  The direction is the sign of b1 m + (1 - b1) g. The new moment n = b2 m + (1 - b2) g gives the same as r n + (1 - r) g with r = b1 / b2,
+  so that nothing reads the old moment m once it is replaced.
+  """
+  lion, r = optax.scale_by_lion(b1, b2), b1 / b2
+
+  def update(updates, state, parameters=None, *, good=True, **_):
+    _, new = lion.update(updates, state)
+    new = optax.tree.where(good, new, state)
+    return jax.tree.map(lambda moment, g: jnp.sign(r * moment + (1 - r) * g), new.mu, updates), new
+
+  return optax.GradientTransformationExtraArgs(lion.init, update)
 
 
 def _scale_by_rate(name: str) -> optax.GradientTransformationExtraArgs:
