@@ -142,6 +142,9 @@ class Config(Group):
   """rows (sequences) per step, over all devices"""
   microbatches: Positive = 1
   """number of microbatches per batch (gradient accumulation), which saves memory"""
+  gradient_noise: bool = False
+  """log gradient_square and gradient_variance, unbiased estimates whose means over steps have the gradient noise scale in targets as
+  their quotient, variance over square (arXiv:1812.06162); measured between microbatches and devices, so there must be two of either"""
   objective: ObjectiveConfig = ObjectiveConfig()
   """what is trained for"""
   z_loss: NonNegativeFloat = 0.0
