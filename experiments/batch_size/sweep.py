@@ -1,20 +1,30 @@
 """python -m gptjax.sweep --sweep=experiments/batch_size/sweep.py --out=sweeps/batch_size --workers=2 --train_flags=--log_every=1"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from gptjax.sweeps import Points, Sweep, chain, product, seeds, values
 
+BATCHES = (2, 4, 8, 16, 32)
+"""Rows of 128 tokens."""
 TOKENS = 204_800
-"""Of every run: 200 steps of the recipe's batches."""
+"""Of every run: 200 steps of 8 rows."""
+RATE = 5e-3
+"""At 8 rows: the best of the recipe in experiments/optimizers."""
 
 
-def points(rates: Mapping[int, Sequence[float]], best: Mapping[int, float], count: int = 3) -> Points:
-  """For each batch size all rates with one seed, then the best with `count` seeds."""
-  def one(rows: int, tried: Sequence[float]) -> Points:
-    return product(values('batch_size', rows), values('optimizer.peak_lr', *tried))
+def rate(rows: int, base: float, at: int) -> float:
+  """The rule for Adam: it grows with the square root of the batch (arXiv:2205.10287)."""
+  return float(f'{base * (rows / at)**0.5:.3g}')
 
-  return chain(*(product(one(rows, tried), seeds(1)) for rows, tried in rates.items()),
-               *(product(one(rows, [rate]), seeds(count)) for rows, rate in best.items()))
+
+def points(batches: Sequence[int], base: float, at: int, count: int = 3) -> Points:
+  """Every batch size at the rate of the rule, which is `base` for `at` rows, with `count` seeds; the first and the last also at half and
+  twice that rate."""
+  def one(rows: int, *factors: float) -> Points:
+    return product(values('batch_size', rows), values('optimizer.peak_lr', *(factor * rate(rows, base, at) for factor in factors)))
+
+  return chain(*(product(one(rows, 1.0), seeds(count)) for rows in batches),
+               *(product(one(rows, 0.5, 2.0), seeds(1)) for rows in (batches[0], batches[-1])))
 
 
 def budget(tokens: int) -> dict[str, object]:
@@ -22,8 +32,5 @@ def budget(tokens: int) -> dict[str, object]:
   return {'steps': f'{tokens} tokens', 'optimizer.warmup': f'{tokens // 10} tokens', 'microbatches': 2, 'gradient_noise': True}
 
 
-RATES = {2: (1.25e-3, 2.5e-3, 5e-3), 4: (2.5e-3, 5e-3, 1e-2), 8: (2.5e-3, 5e-3, 1e-2), 16: (2.5e-3, 5e-3, 1e-2), 32: (5e-3, 1e-2, 2e-2)}
-
-
 def get_sweep() -> Sweep:
-  return Sweep('configs/experiment.py', points(RATES, {}), overrides=budget(TOKENS))
+  return Sweep('configs/experiment.py', points(BATCHES, RATE, at=8), overrides=budget(TOKENS))
