@@ -4,7 +4,6 @@ The steps are those of the sweep's recipe on random rows. Blocks of steps altern
 are counted, so that other load on the machine matters little.
 """
 
-import dataclasses
 import time
 
 import numpy as np
@@ -29,7 +28,7 @@ def main(_: object) -> None:
     batch = sharding.put_rows(mesh, {'tokens': tokens, 'targets': tokens, 'mask': np.ones(shape, np.float32)}, shape[0])
 
     def begin(name: str):
-      settings = dataclasses.replace(config.optimizer, name=name)
+      settings = configs.override(config, {'optimizer.name': name}).optimizer
       optimizer = training.make_optimizer(settings)
       rates = training.learning_rates(settings, steps=400, warmup=40, decay=0)
       step = training.train_step(described, training.next_token(), optimizer, rates, zero_stage=0, mesh=mesh, microbatches=1, seed=0)
