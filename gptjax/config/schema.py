@@ -17,8 +17,8 @@ class OptimizerConfig(Group, prefix='optimizer.'):
   """The optimizer and the learning rate."""
 
   name: Literal['adamw', 'muon', 'lion'] = 'adamw'
-  """adamw (arXiv:1711.05101), muon for the matrices of blocks with adamw for all other parameters, or lion (arXiv:2302.06675), which moves
-  every parameter by a sign and keeps one moment"""
+  """adamw (arXiv:1711.05101), muon for the matrices of blocks with adamw for all other parameters, or lion (arXiv:2302.06675), which moves \
+every parameter by a sign and keeps one moment"""
   peak_lr: NonNegativeFloat = 1e-3
   """peak learning rate of adamw and lion; that of lion is 3 to 10 times lower"""
   muon_lr: NonNegativeFloat = 0.02
@@ -143,8 +143,8 @@ class Config(Group):
   microbatches: Positive = 1
   """number of microbatches per batch (gradient accumulation), which saves memory"""
   gradient_noise: bool = False
-  """log gradient_square and gradient_variance, unbiased estimates whose means over steps have the gradient noise scale in targets as
-  their quotient, variance over square (arXiv:1812.06162); measured between microbatches and devices, so there must be two of either"""
+  """log gradient_square and gradient_variance, unbiased estimates; the ratio of their means over steps, variance over square, is the \
+gradient noise scale in targets (arXiv:1812.06162); measured between microbatches or devices, of which there must be two"""
   objective: ObjectiveConfig = ObjectiveConfig()
   """what is trained for"""
   z_loss: NonNegativeFloat = 0.0
