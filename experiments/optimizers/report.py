@@ -56,9 +56,9 @@ def compared(found: list[Run], curves: Curves, costs: dict[str, Interval]) -> st
   groups, rows = best(found), []
   for name in RATE:
     seeds = groups[f'name={name}']
-    mean, half = groups.difference(f'name={name}', 'name=adamw', LOSS)
-    cells = [TITLES[name], told(groups.mean(f'name={name}', LOSS), 3), '' if name == 'adamw' else f'{mean:+.3f} ± {half:.3f}',
-             told(costs[name], 2)]
+    more = groups.difference(f'name={name}', 'name=adamw', LOSS)
+    words = '' if name == 'adamw' else '+' * (more[0] > 0) + told(more, 3)
+    cells = [TITLES[name], told(groups.mean(f'name={name}', LOSS), 3), words, told(costs[name], 2)]
     for target in TARGETS:
       steps = interval(reached(curves[run.trial], target) for run in seeds.values())
       cells += [told(steps, 0), f'{steps[0] * costs[name][0] / 1000:.1f}'] if np.isfinite(steps[0]) else ['not reached', '']
@@ -83,7 +83,7 @@ def draw(found: list[Run], curves: Curves, path: Path) -> None:
   left.set_title('one seed at every rate', fontsize=10)
   left.legend(frameon=False, fontsize=9)
   right.set(xlabel='step', ylabel='loss of 64 held-out rows', ylim=(1.5, 3.5))
-  right.set_title('three seeds at the best rate', fontsize=10)
+  right.set_title('all seeds at the best rate', fontsize=10)
   for axes in (left, right):
     axes.spines[['top', 'right']].set_visible(False)
   save_figure(figure, path, dpi=100)

@@ -1,20 +1,15 @@
-"""The experiment batch_size: its sweeps, its tables and one trial again."""
+"""The experiment batch_size: its sweeps and its averages."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import ROOT, run_module
-from slices import needs_the_same_library, rerun
 
 from experiments.batch_size import large
-from experiments.batch_size.report import LOSS, PARTS, at_rule, averaged, scale
+from experiments.batch_size.report import PARTS, averaged, scale
 from experiments.batch_size.sweep import get_sweep, rate
-from experiments.runs import read
 from gptjax.config import duration_in_steps
 from gptjax.sweeps import make_trials
-
-FOLDER = ROOT / 'experiments/batch_size'
 
 
 @pytest.mark.parametrize('sweep', [get_sweep(), large.get_sweep()], ids=['small', 'large'])
@@ -29,31 +24,9 @@ def test_all_batch_sizes_train_on_equal_tokens_and_have_parts_to_compare(sweep):
   assert max(tokens) < 1.01 * min(tokens)
 
 
-def test_the_tables_are_those_of_the_trials():
-  done = run_module('experiments.batch_size.analyse', f'--trials={FOLDER}/trials.csv')
-  assert done.returncode == 0, done.stderr
-  assert all(table in (FOLDER / 'README.md').read_text() for table in done.stdout.strip().split('\n\n'))
-
-
 def test_the_noise_scale_is_the_ratio_of_means():
   lines = np.stack([np.arange(100.0), np.tile([1.0, 3.0], 50), np.tile([10.0, 50.0], 50)], 1)
   found = averaged(lines)
   assert found.shape == (PARTS, 3) and found[-1, 0] == 99 and found[-1, 1] == pytest.approx(2.2)
   assert scale(lines) == 15 and scale(averaged(lines[:80])) == pytest.approx(15)
   assert rate(8, 5e-3, 8) == 5e-3 and rate(32, 5e-3, 8) == 1e-2
-
-
-@pytest.mark.parametrize('flag, message', [
-  ('--out=nowhere', "--out: 'nowhere', expected: the folder of the sweep"), ('--trials=nowhere.csv', 'nowhere.csv')])
-def test_a_mistake_is_one_line(flag, message):
-  given = ['--trials=' + str(FOLDER / 'trials.csv'), flag]
-  done = run_module('experiments.batch_size.analyse', *given)
-  assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and message in done.stderr, done.stderr
-
-
-@pytest.mark.full
-@needs_the_same_library
-def test_the_slice_finds_the_stated_loss(tmp_path):
-  mean, half = at_rule(read(FOLDER / 'trials.csv')).mean('batch_size=32', LOSS)
-  found = rerun(get_sweep(), tmp_path, {'seed': 0, 'batch_size': 32, 'optimizer.peak_lr': rate(32, 5e-3, 8)})
-  assert abs(found[LOSS] - mean) <= half and found['gradient_variance'] > 0
