@@ -22,7 +22,7 @@ def points(rates: Mapping[str, Sequence[float]], best: Mapping[str, float], coun
                *(product(one(name, [rate]), seeds(count)) for name, rate in best.items()))
 
 
-RATES = {'adamw': (2.5e-3, 5e-3, 1e-2, 2e-2), 'muon': (1e-2, 2e-2, 4e-2, 8e-2), 'lion': (2.5e-4, 5e-4, 1e-3, 2e-3)}
+RATES = {'adamw': (2.5e-3, 5e-3, 1e-2, 2e-2), 'muon': (1e-2, 2e-2, 4e-2, 8e-2), 'lion': (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)}
 BEST = {'adamw': 5e-3, 'muon': 2e-2, 'lion': 2e-3}
 TARGETS = (2.4, 2.1)
 """Losses of which the steps are counted, in nats per byte."""
