@@ -28,7 +28,7 @@ class Run:
   seed: int
   metrics: dict[str, float]
   """its last step, losses and seconds, by column"""
-  trial: str
+  trial: str = ''
   """its name, which is that of its folder"""
 
 
@@ -107,6 +107,9 @@ class Groups(dict[str, dict[int, Run]]):
       if run.seed in group:
         raise UserError(label(point), f'two runs with seed {run.seed}', 'runs that differ by their seeds alone')
       group[run.seed] = run
+
+  def __missing__(self, name: str) -> dict[int, Run]:
+    raise UserError('--trials', name, f'a group of the table: {"; ".join(self)}'[:400])
 
   def mean(self, name: str, metric: str) -> Interval:
     """The interval of a metric over the seeds of a group."""

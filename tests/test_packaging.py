@@ -45,7 +45,7 @@ def test_a_wheel_has_every_file_and_claims_one_name(installed):
 
 @pytest.mark.full
 def test_an_installed_program_runs_from_an_empty_folder(installed, tmp_path):
-  programs = ['gptjax.train', 'gptjax.evaluate', 'gptjax.classify', 'gptjax.generate', 'gptjax.plan']
+  programs = ['gptjax.train', 'gptjax.evaluate', 'gptjax.classify', 'gptjax.generate', 'gptjax.plan', 'gptjax.sweep', 'gptjax.serve']
   tools = [f'gptjax.tools.{path.stem}' for path in (ROOT / 'tools').glob('*.py') if "__name__ == '__main__'" in path.read_text()]
   for name in [*programs, *tools, 'gptjax.tools.launch.local']:
     done = run(installed, tmp_path, name, '--help')

@@ -77,7 +77,7 @@ def trainer(model, optimizer=None, *, compute=ComputeConfig(), context=16, zero_
   """
   if optimizer is None or isinstance(optimizer, OptimizerConfig):
     settings = optimizer or OptimizerConfig()
-    optimizer, rates = make_optimizer(settings), learning_rates(settings, **DURATIONS)
+    optimizer, rates = make_optimizer(settings, model.width_ratio), learning_rates(settings, **DURATIONS)
   else:
     rates = NO_RATES
   mesh = jax.sharding.get_mesh()

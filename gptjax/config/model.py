@@ -53,7 +53,7 @@ class RouterConfig(Group, prefix='model.router.'):
   """weight of the squared log-normalizer of the router's logits (arXiv:2202.08906), of all layers"""
 
 
-TRAINING_ONLY = ('model.dropout', 'model.router.balance_loss', 'model.router.z_loss')
+TRAINING_ONLY = ('model.dropout', 'model.mup_base', 'model.router.balance_loss', 'model.router.z_loss')
 """Fields that change how a model is trained, and not the function that its parameters stand for."""
 
 
@@ -126,6 +126,9 @@ class ModelConfig(Group, prefix='model.'):
 head"""
   dropout: FractionBelow1 = 0.0
   """probability that a feature is dropped after embeddings, attention weights, attention and feed-forward"""
+  mup_base: NonNegative = 0
+  """width at which learning rates were chosen: initial values and AdamW's rates follow the maximal update parametrization (muP, \
+arXiv:2203.03466), so that the rates suit model.width too; 0: standard parametrization"""
 
   def __post_init__(self):
     super().__post_init__()
@@ -139,6 +142,8 @@ head"""
       raise UserError('model.heads', self.heads, f'an even model.width/model.heads for rope, not {self.head_width}')
     if self.global_every and not self.window:
       raise UserError('model.global_every', self.global_every, '0 unless model.window is set for the other layers')
+    if self.mup_base and self.scaled_embedding:
+      raise UserError('model.scaled_embedding', True, 'False with model.mup_base: by muP, embeddings do not grow with the width')
     self._check_experts()
 
   def _check_experts(self) -> None:
@@ -183,6 +188,11 @@ head"""
   def head_is_table(self) -> bool:
     """Whether the output head is the embedding table."""
     return self.tied and not self.classes
+
+  @property
+  def width_ratio(self) -> float:
+    """The width relative to the base model of muP; 1 in standard parametrization."""
+    return self.width / (self.mup_base or self.width)
 
   @property
   def outputs(self) -> int:

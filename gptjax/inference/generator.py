@@ -102,7 +102,7 @@ class Generator:
     """
     ends = self.ends(stop_ids)
     continues = [any(self.tokenizer.pieces[i] for i in prompt) for prompt in prompts]
-    rows = [_Row(TextStream(self.tokenizer, one), tuple(stop), ends) for one in continues]
+    rows = [Text(TextStream(self.tokenizer, one), tuple(stop), ends) for one in continues]
     steps = self._decoder(parameters, prompts, sampling, range(len(rows)) if seeds is None else seeds, max_tokens)
     for ids, logprobs in steps:
       for index, row in enumerate(rows):
@@ -116,7 +116,7 @@ class Generator:
     return [*rows]
 
 
-class _Row(Continuation):
+class Text(Continuation):
   """A continuation that grows. A suffix that could be the start of a stop string is held back."""
 
   def __init__(self, stream: TextStream, stop: tuple[str, ...], ends: set[int]):

@@ -151,7 +151,7 @@ def family_for(config: ModelConfig, context: int) -> Family:
 def comparable(config: ModelConfig) -> Json:
   """The fields of a config that define the function it computes, with their defaults resolved."""
   config = _resolved(config)
-  values = {name: value for name, value in vars(config).items() if name not in ('vocab_multiple', 'dropout')}
+  values = {name: value for name, value in vars(config).items() if name not in ('vocab_multiple', 'dropout', 'mup_base')}
   values['router'] = dataclasses.replace(config.router, balance_loss=0.0, z_loss=0.0)
   if config.positions != 'rope':
     del values['rope']

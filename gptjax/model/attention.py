@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from gptjax.config import ComputeConfig, ModelConfig, RopeConfig
 from gptjax.model.context_attention import context_attention
 from gptjax.model.kernels import KERNELS, ScoreConfig, attention_backend
-from gptjax.model.layers import Linear, Norm, capped, drop, keep_weights, weight_keys
+from gptjax.model.layers import Linear, Norm, capped, drop, keep_weights, matrix_std, weight_keys
 from gptjax.model.weights import Stack, TokenAxis
 from gptjax.sharding import context_size, divisible, spec, token_places
 
@@ -43,8 +43,8 @@ class Positions(NamedTuple):
   """position of each token in its document"""
   segments: Int[Array, 'B T'] | None = None
   """document of each token; None: a row is one document"""
-  cached: Int[Array, ''] | None = None
-  """tokens per row in the cache, padding included; None: there is no cache, or it is empty"""
+  cached: Int[Array, ''] | Int[Array, 'B'] | None = None
+  """tokens in the cache, padding included: of all rows, or of each row; None: there is no cache, or it is empty"""
   padding: Int[Array, 'B'] | None = None
   """tokens of padding at the start of each cached row"""
   mask: Float[Array, 'B T'] | None = None
@@ -220,11 +220,11 @@ class Attention(nnx.Module):
   def __init__(self, config: ModelConfig, compute: ComputeConfig, stack: Stack = ()):
     queries, keys = config.heads * config.head_width, config.key_heads * config.head_width
     heads, kv_heads, bias = ('heads', config.heads), ('kv_heads', config.key_heads), config.bias or config.qkv_bias
-    self.q = Linear((config.width, queries), ('embed', heads), 0.02, compute, stack, bias, 'x')
-    self.k = Linear((config.width, keys), ('embed', kv_heads), 0.02, compute, stack, bias, 'x')
-    self.v = Linear((config.width, keys), ('embed', kv_heads), 0.02, compute, stack, bias, 'x')
-    # As in GPT-2, smaller for the outputs that add to the residual stream, two per layer.
-    self.out = Linear((queries, config.width), (heads, 'embed'), 0.02 / math.sqrt(2 * config.layers), compute, stack, config.bias)
+    std = matrix_std(config)
+    self.q = Linear((config.width, queries), ('embed', heads), std, compute, stack, bias, 'x')
+    self.k = Linear((config.width, keys), ('embed', kv_heads), std, compute, stack, bias, 'x')
+    self.v = Linear((config.width, keys), ('embed', kv_heads), std, compute, stack, bias, 'x')
+    self.out = Linear((queries, config.width), (heads, 'embed'), matrix_std(config, residual=True), compute, stack, config.bias)
     def norm(size, axis):
       if config.qk_norm == 'none':
         return None
@@ -256,7 +256,7 @@ class Attention(nnx.Module):
       if positions.cached is None:
         y = attention(config, self.compute, score, q, k, v, positions.segments, keys)
         return y, None if cache is None else Cache(_prefilled(cache.keys, k), _prefilled(cache.values, v))
-      return _decode(score, q, k, v, positions, cache)
+      return (_extend if positions.cached.ndim else _decode)(score, q, k, v, positions, cache)
 
     if config.global_every and not isinstance(layer, int):
       y, cache = jax.lax.cond((layer + 1) % config.global_every == 0, functools.partial(mix, True), functools.partial(mix, False), q, k, v)
@@ -303,6 +303,22 @@ def _decode(score: ScoreConfig, q: Float[Array, 'B H 1 C'], k: Float[Array, 'B K
   token = cached - (cached - jnp.arange(size)) % size  # the token in each place; below 0: none yet
   padding = jnp.zeros(q.shape[0], jnp.int32) if positions.padding is None else positions.padding
   return _ungrouped(attend(score, _grouped(q, cache.keys), *cache, (token >= padding[:, None])[:, None])), cache
+
+
+def _extend(score: ScoreConfig, q: Float[Array, 'B H T C'], k: Float[Array, 'B K T C'], v: Float[Array, 'B K T C'],
+            positions: Positions, cache: Cache) -> tuple[Float[Array, 'B H T C'], Cache]:
+  """Attention of T more tokens per row to themselves and those before them, where every row has as many as it has.
+
+  The cache must keep all tokens of a row, each in the place of its position; tokens whose place it does not have are dropped.
+  """
+  place, position = jnp.arange(cache.keys.shape[2]), positions.values
+  write = lambda old, new: jax.vmap(lambda old, new, at: old.at[:, at].set(new, mode='drop'))(old, new, position)
+  cache = Cache(write(cache.keys, k), write(cache.values, v))
+  distance = position[:, :, None] - place
+  mask = distance >= 0
+  if score.window:
+    mask = mask & (distance < score.window)
+  return _ungrouped(attend(score, _grouped(q, cache.keys), *cache, mask)), cache
 
 
 def _for_queries(x: Float[Array, 'B K T C']) -> Float[Array, 'B L T C']:

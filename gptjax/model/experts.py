@@ -5,7 +5,6 @@ A device routes its own tokens and holds its part of the experts, and of each ex
 
 import dataclasses
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -18,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from gptjax.config import TENSOR_AXIS, TOKENS_AXIS, ComputeConfig, ModelConfig
 from gptjax.model import grouped
 from gptjax.model.dispatch import exchanges, route
-from gptjax.model.layers import MLP, Linear, Sums
+from gptjax.model.layers import MLP, Linear, Sums, matrix_std
 from gptjax.model.weights import Stack, TokenAxis, all_rows, gathered, layer_axes, normal, parameter, tensor_psum
 from gptjax.sharding import Weight, as_weight, manual_psum, spec, tensor_shard_map
 
@@ -34,11 +33,12 @@ class Experts(nnx.Module):
       return parameter(normal(std), (count, *shape), ('experts', *axes), stack, compute.dtype)
 
     exact = dataclasses.replace(compute, dtype='float32')  # a rounded logit may choose another expert
-    self.router = Linear((width, count), ('embed', None), 0.02, exact, stack)
+    # Its outputs do not grow with the width, so that by muP its variance falls with the square (arXiv:2203.03466, table 8).
+    self.router = Linear((width, count), ('embed', None), 0.02 / config.width_ratio, exact, stack)
     self.balance = parameter(nnx.initializers.zeros, (count,), (None,), stack) if config.router.bias else None
-    self.up = Matrix(matrix((width, features), ('embed', hidden), 0.02))
-    self.gate = Matrix(matrix((width, features), ('embed', hidden), 0.02)) if config.mlp != 'gelu' else None
-    self.down = Matrix(matrix((features, width), (hidden, 'embed'), 0.02 / math.sqrt(2 * config.layers)))
+    self.up = Matrix(matrix((width, features), ('embed', hidden), matrix_std(config)))
+    self.gate = Matrix(matrix((width, features), ('embed', hidden), matrix_std(config))) if config.mlp != 'gelu' else None
+    self.down = Matrix(matrix((features, width), (hidden, 'embed'), matrix_std(config, residual=True)))
     shared = dataclasses.replace(config, mlp_width=config.shared_experts * features)
     self.shared = MLP(shared, compute, stack) if config.shared_experts else None
     self.config, self.compute = config, compute

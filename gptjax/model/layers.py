@@ -51,9 +51,10 @@ class Linear(nnx.Module):
 class Norm(nnx.Module):
   """LayerNorm (arXiv:1607.06450) or RMSNorm (arXiv:1910.07467) over the last axis, in float32; RMSNorm may store its gains minus 1."""
 
-  def __init__(self, size: int, axis: Axis, config: ModelConfig, compute: ComputeConfig, stack: Stack = ()):
+  def __init__(self, size: int, axis: Axis, config: ModelConfig, compute: ComputeConfig, stack: Stack = (), gain: float = 1.0):
+    """`gain`: the initial one of all features."""
     self.offset = config.norm == 'rmsnorm1p'
-    self.gain = parameter(nnx.initializers.zeros if self.offset else nnx.initializers.ones, (size,), (axis,), stack)
+    self.gain = parameter(nnx.initializers.constant(gain - 1 if self.offset else gain), (size,), (axis,), stack)
     self.centered = config.norm == 'layernorm'
     self.bias = parameter(nnx.initializers.zeros, (size,), (axis,), stack) if self.centered and config.bias else None
     self.eps = config.norm_eps
@@ -84,16 +85,22 @@ class Embedding(nnx.Module):
     return x if self.scale is None else x * jnp.asarray(self.scale, x.dtype)
 
 
+def matrix_std(config: ModelConfig, residual: bool = False) -> float:
+  """The standard deviation of a block's initial matrices: 0.02; as in GPT-2, smaller for those whose outputs add to the residual stream,
+  two per layer. By muP the variance falls as the width grows (arXiv:2203.03466, table 8)."""
+  return 0.02 / math.sqrt(config.width_ratio) / (math.sqrt(2 * config.layers) if residual else 1)
+
+
 class MLP(nnx.Module):
   """The feed-forward layer: GELU between two matrices, or a gated one, SwiGLU or GEGLU (arXiv:2002.05202)."""
 
   def __init__(self, config: ModelConfig, compute: ComputeConfig, stack: Stack = ()):
     wide, axes = (config.width, config.hidden_width), ('embed', ('mlp', config.hidden_width))
-    self.up = Linear(wide, axes, 0.02, compute, stack, config.bias, 'x')
-    self.gate = Linear(wide, axes, 0.02, compute, stack, config.bias, 'x') if config.mlp != 'gelu' else None
+    self.up = Linear(wide, axes, matrix_std(config), compute, stack, config.bias, 'x')
+    self.gate = Linear(wide, axes, matrix_std(config), compute, stack, config.bias, 'x') if config.mlp != 'gelu' else None
     # Computed again in the backward pass: JAX would keep a second array of this width. gelu's tanh approximation is jax's default.
     self.activation = jax.checkpoint(jax.nn.silu if config.mlp == 'swiglu' else jax.nn.gelu)
-    self.down = Linear(wide[::-1], axes[::-1], 0.02 / math.sqrt(2 * config.layers), compute, stack, config.bias)
+    self.down = Linear(wide[::-1], axes[::-1], matrix_std(config, residual=True), compute, stack, config.bias)
 
   def __call__(self, x: Float[Array, 'N D'], rows: TokenAxis) -> Float[Array, 'N D']:
     up = checkpoint_name(self.up(x), 'up')

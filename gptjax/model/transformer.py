@@ -63,7 +63,8 @@ class Transformer(nnx.Module):
     block = lambda layer, stack=(): Block(config, compute, stack, config.has_experts(layer))
     self.is_stacked = compute.scan or bool(slots)
     self.blocks = block(config.layers - 1, (len(self.slots),)) if self.is_stacked else nnx.List(map(block, range(config.layers)))
-    self.norm = Norm(config.width, 'embed', config, compute)
+    # By muP logits shrink as the width grows; gains that start lower are the same as a factor, and the function stays that of the family.
+    self.norm = Norm(config.width, 'embed', config, compute, gain=1 / config.width_ratio)
     head = lambda axis: Linear((config.width, config.outputs), ('embed', axis), 0.02, compute)
     self.lm_head = None if config.tied or config.classes else head(vocab)
     self.classifier = head(None) if config.classes else None
@@ -75,7 +76,8 @@ class Transformer(nnx.Module):
     Args:
       tokens: ids, of this device's rows and of its tokens in them.
       positions: positions and segments; default: each row is one document from position 0.
-      cache: an empty one, or that of earlier tokens, for one more token per row. Only for layers that are not scanned.
+      cache: an empty one, or that of earlier tokens: for one more token per row, or for more if positions.cached has the tokens of each
+        row. Only for layers that are not scanned.
       keys: for dropout, one per row; None: no dropout.
     """
     positions = positions or positions_of({'tokens': tokens})
@@ -171,11 +173,11 @@ def _kept(compute: ComputeConfig):
   return None
 
 
-def empty_cache(config: ModelConfig, compute: ComputeConfig, batch: int, size: int) -> Caches:
-  """A cache for `size` tokens of `batch` sequences, in the compute dtype; layers with a window keep no more than that. Each device
-  holds the key heads that its queries read."""
+def empty_cache(config: ModelConfig, compute: ComputeConfig, batch: int, size: int, complete: bool = False) -> Caches:
+  """A cache for `size` tokens of `batch` sequences, in the compute dtype; layers with a window keep no more than that, unless the cache is
+  to be `complete`. Each device holds the key heads that its queries read."""
   heads = divisible('kv_heads', config.key_heads)
   def layer(index):
-    kept = size if config.sees_all(index) else min(size, config.window)
+    kept = size if complete or config.sees_all(index) else min(size, config.window)
     return jnp.zeros((batch, heads, kept, config.head_width), compute.dtype, out_sharding=spec(None, ('kv_heads', heads), None, None))
   return tuple(Cache(layer(index), layer(index)) for index in range(config.layers))

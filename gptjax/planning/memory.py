@@ -92,7 +92,7 @@ def _state_bytes(model: ModelConfig, compute: ComputeConfig, context: int, slots
   mesh = abstract_mesh(dict(sizes))
   with jax.set_mesh(None), use_abstract_mesh(mesh):
     described = abstract_model(model, compute, context, slots, lora)
-    transformation = make_optimizer(optimizer)
+    transformation = make_optimizer(optimizer, model.width_ratio)
     return state_bytes(described, transformation, stage, mesh, described.frozen(frozen))
 
 

@@ -103,7 +103,7 @@ def compile_on(mesh: Mesh, config: Config, options: dict[str, str | bool] | None
   steps = durations(config)
   with jax.set_mesh(mesh):
     model = model_of(config)
-    optimizer = make_optimizer(config.optimizer)
+    optimizer = make_optimizer(config.optimizer, config.model.width_ratio)
     state = abstract(initializer(model, optimizer, config.zero_stage, mesh, config.seed, frozen_names(model, config)), mesh)
     step: Any = train_step(model, make_objective(config), optimizer, learning_rates(config.optimizer, **steps),
                            zero_stage=config.zero_stage, mesh=mesh, microbatches=config.microbatches, seed=config.seed,

@@ -61,16 +61,22 @@ def uses_muon(name: str) -> bool:
   return name.startswith('blocks/') and name.endswith('kernel')
 
 
+def follows_width(name: str) -> bool:
+  """Whether the rate of AdamW or Lion for a parameter falls as the width grows by muP: of the matrices inside blocks, as their inputs grow,
+  and of the final norm, whose gains scale the logits; embeddings, head, biases and other gains keep theirs (arXiv:2203.03466, table 8)."""
+  return uses_muon(name) or name.startswith('norm/')
+
+
 def is_balance(name: str) -> bool:
   """Whether a parameter is the bias of a router, whose gradient is the excess of each expert's load: it counts in no norm."""
   return name.endswith('mlp/balance')
 
 
 @functools.lru_cache(maxsize=16)
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-  """Clipping by global norm (arXiv:1211.5063), then the optimizer of the config, for `update`."""
+def make_optimizer(config: OptimizerConfig, width_ratio: float = 1.0) -> optax.GradientTransformation:
+  """Clipping by global norm (arXiv:1211.5063), then the optimizer of the config, for `update`; `width_ratio`: that of the ModelConfig."""
   clip = _clip_by_global_norm(config.clip) if config.clip else optax.identity()  # a resumed run may switch it
-  return _balancing(optax.named_chain(('clip', clip), ('update', OPTIMIZERS[config.name](config))), config.balance_rate)
+  return _balancing(optax.named_chain(('clip', clip), ('update', OPTIMIZERS[config.name](config, width_ratio))), config.balance_rate)
 
 
 def _balancing(optimizer: optax.GradientTransformation, rate: float) -> optax.GradientTransformationExtraArgs:
@@ -84,15 +90,24 @@ def _balancing(optimizer: optax.GradientTransformation, rate: float) -> optax.Gr
   return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
 
-def _adamw(config: OptimizerConfig) -> optax.GradientTransformation:
+def _adamw(config: OptimizerConfig, width_ratio: float) -> optax.GradientTransformation:
+  return _by_element(('adam', _scale_by_adam(config.b1, config.b2, config.eps)), config, width_ratio)
+
+
+def _by_element(direction: tuple[str, optax.GradientTransformation], config: OptimizerConfig, width_ratio: float):
+  """An optimizer whose direction has elements of about 1, whatever the gradient's size, so that it follows muP as Adam does."""
+  def by_width(updates, _):
+    return {name: jax.tree.map(lambda x: x / width_ratio, update) if follows_width(name) else update for name, update in updates.items()}
+
   # Names of links become parts of the names of a checkpoint's arrays.
   return optax.named_chain(
-    ('adam', _scale_by_adam(config.b1, config.b2, config.eps)),
+    direction,
+    ('width', optax.stateless(by_width)),  # before the decay, whose strength shall not depend on the width (arXiv:2510.19093)
     ('decay', optax.add_decayed_weights(config.weight_decay, _by_name(has_weight_decay))),
     ('rate', _scale_by_rate('learning_rate')))
 
 
-def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
+def _muon(config: OptimizerConfig, width_ratio: float) -> optax.GradientTransformation:
   """Muon for the matrices inside blocks, AdamW for all other parameters."""
   matrix_axes = lambda tree: jax.tree.map(lambda x: contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), tree)  # the last two
   # An orthogonal matrix maps to vectors of equal length; this keeps the change of each output the same for every shape.
@@ -102,18 +117,15 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
     ('shape', optax.stateless(scale_by_shape)),
     ('decay', optax.add_decayed_weights(config.weight_decay)),
     ('rate', _scale_by_rate('muon_learning_rate')))
-  return optax.partition({'muon': muon, 'adamw': _adamw(config)},
+  return optax.partition({'muon': muon, 'adamw': _adamw(config, width_ratio)},
                          _by_name(lambda name: 'muon' if uses_muon(name) else 'adamw'))
 
 
-def _lion(config: OptimizerConfig) -> optax.GradientTransformation:
-  return optax.named_chain(
-    ('lion', _scale_by_lion(config.b1, config.b2)),
-    ('decay', optax.add_decayed_weights(config.weight_decay, _by_name(has_weight_decay))),
-    ('rate', _scale_by_rate('learning_rate')))
+def _lion(config: OptimizerConfig, width_ratio: float) -> optax.GradientTransformation:
+  return _by_element(('lion', _scale_by_lion(config.b1, config.b2)), config, width_ratio)
 
 
-OPTIMIZERS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {'adamw': _adamw, 'muon': _muon, 'lion': _lion}
+OPTIMIZERS: dict[str, Callable[[OptimizerConfig, float], optax.GradientTransformation]] = {'adamw': _adamw, 'muon': _muon, 'lion': _lion}
 """Functions that make an optimizer from a config, by config.name."""
 
 

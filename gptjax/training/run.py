@@ -104,7 +104,7 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
   memories = [memory.kind for memory in jax.local_devices()[0].addressable_memories()]
   if config.compute.offloaded and 'pinned_host' not in memories:
     raise UserError('compute.offloaded', list(config.compute.offloaded), f'none: the device reaches no memory of the host, only {memories}')
-  optimizer = make_optimizer(opt)
+  optimizer = make_optimizer(opt, config.model.width_ratio)
   objective = make_objective(config)
   parts = {layout.store.parts for layout in data.layouts}
   if len(parts) > 1 and max(parts) > 1:

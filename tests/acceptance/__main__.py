@@ -25,6 +25,7 @@ from tests.acceptance import (  # noqa: F401  (they register their bars)
   held_out,
   instructions,
   interop,
+  learning_rates,
   parallelism,
   processes,
   reinforcement,

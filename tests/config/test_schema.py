@@ -44,6 +44,7 @@ def test_an_invalid_duration_is_an_error_that_names_its_field(value):
     (ModelConfig, {'dropout': 1.0}, 'model.dropout: 1.0, expected: at least 0 and below 1'),
     (RopeConfig, {'theta': 0.0}, 'model.rope.theta: 0.0, expected: a number above 0'),
     (RopeConfig, {'low': 4.0}, 'model.rope.high: 4.0, expected: a number above model.rope.low=4.0, which is above 0'),
+    (ModelConfig, {'mup_base': 64, 'scaled_embedding': True}, 'model.scaled_embedding: True, expected: False with model.mup_base'),
     (ModelConfig, {'global_every': 2}, 'model.global_every: 2, expected: 0 unless model.window is set for the other layers'),
     (ModelConfig, {'head_size': 7, 'positions': 'rope'}, 'model.head_size: 7, expected: an even number for rope'),
     (TokenizerConfig, {'vocab_size': 10}, 'data.tokenizer.vocab_size: 10, expected: 300 or more'),

@@ -247,7 +247,7 @@ def test_a_folder_without_a_tokenizer_needs_another_one(tmp_path):
 
 @pytest.mark.parametrize('model', [
   full({}), {'compute__scan': True, 'model__positions': 'rope', 'model__norm': 'rmsnorm', 'model__mlp': 'swiglu', 'model__bias': False,
-       'model__tied': False, 'model__kv_heads': 1}])
+       'model__tied': False, 'model__kv_heads': 1, 'model__mup_base': 8}])
 def test_a_run_trained_here_becomes_a_folder_of_its_family(tmp_path, model):
   settings = tiny_config(write_text(tmp_path / 'text.txt'), steps=2, optimizer__warmup=1, eval__every=0, **model)
   run(settings, tmp_path / 'run', tmp_path / 'cache')

@@ -9,7 +9,7 @@ import pytest
 from tiers import full
 from flax import nnx
 
-from gptjax.config import ComputeConfig
+from gptjax.config import ComputeConfig, ModelConfig
 from gptjax.model import abstract_model, stack_layers
 
 
@@ -73,3 +73,20 @@ def test_initial_values_depend_on_names_and_not_on_what_else_the_model_has(style
   for name in one:
     if '/down/' not in name and '/out/' not in name:  # their spread depends on the number of layers
       np.testing.assert_array_equal(one[name], untied[name], err_msg=name)
+
+
+@pytest.mark.parametrize('norm, gain', [('layernorm', 1 / 4), full('rmsnorm', 1 / 4), full('rmsnorm1p', 1 / 4 - 1)])
+def test_by_mup_initial_values_depend_on_the_width(norm, gain, one_device):
+  def draw(**values):
+    model = ModelConfig(layers=2, width=64, heads=4, vocab_size=64, tied=False, experts=4, expert_every=2, norm=norm, **values)
+    described = abstract_model(model, ComputeConfig(), 16)
+    return jax.jit(lambda: described.initialize(jax.random.key(0), described.shardings(0, one_device)))()
+
+  standard, base, wide = draw(), draw(mup_base=64), draw(mup_base=16)
+  for name, value in standard.items():
+    np.testing.assert_array_equal(base[name], value, err_msg=name)
+    if name == 'norm/gain':
+      np.testing.assert_array_equal(wide[name], np.full(64, gain, np.float32))
+    else:  # arXiv:2203.03466, table 8: the variance of hidden matrices falls as the width, that of outputs, as the router's, as its square
+      shrinks = 1 if not name.startswith('blocks/') or not name.endswith('kernel') else 4 if 'router' in name else 2
+      np.testing.assert_allclose(wide[name] * shrinks, value, 1e-5, err_msg=name)

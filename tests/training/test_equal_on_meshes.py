@@ -14,7 +14,7 @@ from gptjax.sharding import make_mesh
 
 STEPS = 6
 ODD = ModelConfig(layers=2, width=32, heads=8, kv_heads=2, mlp_width=43, vocab_size=51, vocab_multiple=1, positions='rope', norm='rmsnorm',
-                  mlp='swiglu', bias=False, tied=False, dropout=0.1)
+                  mlp='swiglu', bias=False, tied=False, dropout=0.1, mup_base=16)
 """Its vocabulary, its feed-forward width and, from 4 devices on, its key heads do not divide."""
 
 EXPERTS = ModelConfig(layers=2, width=32, heads=8, kv_heads=2, vocab_size=51, vocab_multiple=1, positions='rope', norm='rmsnorm',

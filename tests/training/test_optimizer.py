@@ -100,9 +100,9 @@ def rates_of(config):
   return learning_rates(config, **NOW)
 
 
-def first_update(config, gradients, parameters):
+def first_update(config, gradients, parameters, width_ratio=1.0):
   """The updates and the state after the first of the optimizer's steps."""
-  transformation = make_optimizer(config)
+  transformation = make_optimizer(config, width_ratio)
   return jax.jit(transformation.update)(gradients, transformation.init(parameters), parameters, rates=rates_of(config)(0))
 
 
@@ -115,6 +115,23 @@ def test_only_matrices_and_embeddings_decay(optimizer, one_device):
     rate = 0.25 if optimizer == 'muon' and uses_muon(name) else 0.5
     share = rate * 0.1 if has_weight_decay(name) else 0.0
     np.testing.assert_allclose(change, -share * parameters[name], rtol=1e-6, atol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_by_mup_updates_shrink_as_the_width_grows_and_decay_does_not(optimizer, one_device):
+  config = OptimizerConfig(**CONSTANT, name=optimizer, weight_decay=0.1)
+  parameters = some(0)
+  change = lambda gradients, *ratio: first_update(config, gradients, parameters, *ratio)[0]
+  states = [jax.tree.structure(make_optimizer(config, ratio).init(parameters)) for ratio in (1.0, 4.0)]
+  assert states[0] == states[1]  # so that checkpoints are alike
+  decay = change(jax.tree.map(jnp.zeros_like, parameters))
+  base, same, wide = change(some(1)), change(some(1), 1.0), change(some(1), 4.0)
+  for name in parameters:
+    np.testing.assert_array_equal(same[name], base[name], err_msg=name)
+    # Of blocks the matrices, whose inputs grow, and the gains that stand for the factor of the logits (arXiv:2203.03466, table 8); Muon's
+    # updates have the right size for every shape.
+    shrinks = name.startswith('norm/') or (name.endswith('kernel') and name.startswith('blocks/') and optimizer == 'adamw')
+    np.testing.assert_allclose(wide[name] - decay[name], (base[name] - decay[name]) / (4 if shrinks else 1), 1e-4, 1e-9, err_msg=name)
 
 
 def test_each_learning_rate_moves_its_own_parameters(one_device):

@@ -1,0 +1,66 @@
+"""Slots grow as texts do alone, on every mesh."""
+
+import jax
+import numpy as np
+import pytest
+from conftest import drawn  # tests/serving
+from tiers import full
+
+from gptjax.config import ComputeConfig, MeshConfig, ModelConfig, TokenizerConfig
+from gptjax.data import train_tokenizer
+from gptjax.inference import Generator, Sampling, suppressed_ids
+from gptjax.model import abstract_model
+from gptjax.serving.engine import Engine, Settings
+from gptjax.sharding import make_mesh
+
+SETTINGS = Settings(0.0), Settings(0.9, 10, 0.9, 0.01, 1.2)
+
+
+def read(engine, slot, tokens):
+  for at in range(0, len(tokens), engine.chunks[-1]):
+    engine.extend({slot: tokens[at:at + engine.chunks[-1]]})
+
+
+@pytest.mark.parametrize('sizes, architecture', [
+  ((1, 1), {'positions': 'rope', 'window': 8, 'global_every': 2, 'layers': 2}), full((2, 2), {'positions': 'rope'}),
+  full((4, 1), {'positions': 'learned'}), full((1, 4), {'positions': 'rope', 'kv_heads': 2})])
+def test_slots_draw_what_the_generator_draws(sizes, architecture):
+  tokenizer = train_tokenizer(TokenizerConfig(kind='bytes'), [])
+  config = ModelConfig(**{'layers': 1, 'width': 32, 'heads': 4, 'vocab_size': tokenizer.vocab_size, **architecture})
+  mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:sizes[0] * sizes[1]])
+  with jax.set_mesh(mesh):
+    model = abstract_model(config, ComputeConfig(), 64)
+    generator = Generator(model, mesh, tokenizer)
+    weights = generator.prepare(drawn(model))
+    engine = Engine(model, mesh, weights, suppressed_ids(tokenizer, config), 4)
+    prompts = [generator.prompt(text) for text in ('hello world, what', 'a', 'a prompt that is longer than a chunk of a prompt')]
+    for settings in SETTINGS:
+      expected = generator(weights, prompts, max_tokens=12, sampling=Sampling(*settings[:5]), seeds=[5, 6, 7], stop_ids=())
+      order = [2, 0, 3]  # texts begin one after another, in other slots than their numbers
+      found = {slot: [] for slot in order}
+      for tick in range(16):
+        if tick < 3:
+          engine.admit(order[tick], prompts[tick], 0, settings, 5 + tick, {})
+          read(engine, order[tick], prompts[tick][:-1])
+        active = [slot for slot in order[:tick + 1] if len(found[slot]) < 12]
+        for slot, drawn_ in (engine.decode(active) if active else {}).items():
+          found[slot].append((int(drawn_.ids), float(drawn_.logprobs)))
+      for row, slot in zip(expected, order, strict=True):
+        ids, logprobs = zip(*found[slot], strict=True)
+        assert list(ids) == row.ids and np.allclose(logprobs, row.logprobs, atol=1e-5)
+
+
+def test_a_cache_grows_and_keeps_what_was_read(parts):
+  generator, weights, engine, mesh = parts
+  prompt = generator.prompt('some text that is longer than sixteen tokens')
+  with jax.set_mesh(mesh):
+    small = Engine(engine._model, mesh, weights, (), 3)
+    small.sizes, small.size = [48, 96], 48
+    small._texts = small._programs.fresh(size=48)
+    small.admit(1, prompt, 0, Settings(0.0), 0, {})
+    read(small, 1, prompt[:-1])
+    drawn_ids = [int(small.decode([1])[1].ids) for _ in range(20)]
+    assert small.size == 96 and small.slots[1].tokens == [*prompt, *drawn_ids[:-1]]
+    assert drawn_ids == generator(weights, [prompt], max_tokens=20, sampling=Sampling(0.0), stop_ids=())[0].ids
+    small.shrink()
+    assert small.size == 48 and not small.slots[1].tokens
