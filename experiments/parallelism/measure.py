@@ -33,7 +33,7 @@ def main(_: object) -> None:
   from gptjax.planning import parse
   path = writable(_OUT.value, '--out')
   topology = parse(_TOPOLOGY.value) if _TOPOLOGY.value else None
-  flags.FLAGS.cpu_devices = DEVICES
+  flags.FLAGS['cpu_devices'].value = DEVICES
   start()
   found = resolved(large.get_sweep(), large.LAYOUTS) if topology else resolved(sweep.get_sweep(), sweep.LAYOUTS)
   if wrong := [name for name in _ONLY.value or () if name not in found]:

@@ -54,5 +54,6 @@ def test_the_slice_compiled_again_is_the_committed_row(tmp_path):
   with (FOLDER / 'layouts.csv').open() as committed, (tmp_path / 'layouts.csv').open() as again:
     expected, = (row for row in csv.DictReader(committed) if row['layout'] == 'ZeRO 3')
     found, = csv.DictReader(again)
-  assert float(found.pop('loss')) == pytest.approx(float(expected.pop('loss')), abs=2e-6)
+  for column, tolerance in (('loss', 1e-6), ('compiled rest', 1e-3)):  # tests compile with fewer optimizations
+    assert float(found.pop(column)) == pytest.approx(float(expected.pop(column)), rel=tolerance)
   assert found == expected
