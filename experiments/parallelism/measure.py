@@ -7,7 +7,6 @@ tokens, so that their losses can be compared. With `--topology`, the layouts of 
 import csv
 import io
 import math
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -15,8 +14,6 @@ from absl import flags
 from gptjax import config as configs
 from gptjax.config import LAYERS_AXIS, Config
 from gptjax.start import start
-from gptjax.sweeps import Sweep, make_trials
-from gptjax.sweeps.points import Point
 
 _OUT = flags.DEFINE_string('out', None, 'CSV file to write', required=True)
 _ONLY = flags.DEFINE_multi_string('only', None, 'name of a layout, as often as there are some; default: all')
@@ -28,6 +25,7 @@ SMALL = 64
 
 def main(_: object) -> None:
   from experiments.parallelism import large, sweep
+  from experiments.parallelism.sweep import resolved
   from gptjax.data import ProgressBar
   from gptjax.files import writable, write_atomic
   from gptjax.planning import parse
@@ -49,12 +47,6 @@ def main(_: object) -> None:
       table.writerows(rows)
       write_atomic(path, text.getvalue())  # as far as it is
       bar.advance(1)
-
-
-def resolved(sweep: Sweep, layouts: dict[str, Point]) -> dict[str, Config]:
-  """The checked config of each layout."""
-  trials = make_trials(sweep, layouts.values(), Path(__file__))
-  return {name: trial.config for name, trial in zip(layouts, trials, strict=True)}
 
 
 def planned(config: Config, topology: Any) -> dict[str, Any]:

@@ -3,7 +3,10 @@
 `measure.py` compiles them. As any sweep they can be trained too, with --train_flags=--cpu_devices=8.
 """
 
-from gptjax.sweeps import Sweep
+from pathlib import Path
+
+from gptjax.config import Config
+from gptjax.sweeps import Sweep, make_trials
 from gptjax.sweeps.points import Point
 
 MODEL: Point = {
@@ -37,3 +40,9 @@ LAYOUTS = layouts(4, 2, expert_width=176)
 
 def get_sweep() -> Sweep:
   return Sweep('configs/experiment.py', list(LAYOUTS.values()), overrides=MODEL)
+
+
+def resolved(sweep: Sweep, layouts: dict[str, Point]) -> dict[str, Config]:
+  """The checked config of each layout."""
+  trials = make_trials(sweep, layouts.values(), Path(__file__))
+  return {name: trial.config for name, trial in zip(layouts, trials, strict=True)}

@@ -8,7 +8,7 @@ import pytest
 from commands import ROOT, run_module
 
 from experiments.parallelism import large, sweep
-from experiments.parallelism.measure import resolved
+from experiments.parallelism.sweep import resolved
 from gptjax.sweeps import make_trials
 
 FOLDER = ROOT / 'experiments/parallelism'
