@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from scipy import stats
 
 from gptjax.config import UserError
 from gptjax.config.fields import FIELDS
+from gptjax.files import complete_lines, write_atomic
 
 CONFIDENCE = 0.95
 """of every interval over seeds"""
@@ -26,6 +28,8 @@ class Run:
   seed: int
   metrics: dict[str, float]
   """its last step, losses and seconds, by column"""
+  trial: str = ''
+  """its name, which is that of its folder"""
 
 
 def read(path: Path) -> list[Run]:
@@ -45,7 +49,42 @@ def read(path: Path) -> list[Run]:
 def _run(row: dict[str, str]) -> Run:
   fields = {name: value for name, value in row.items() if name in FIELDS and name != 'seed' and value != ''}
   metrics = {name: float(value) for name, value in row.items() if name not in FIELDS and name not in ('trial', 'status') and value}
-  return Run(fields, int(row.get('seed') or 0), metrics)
+  return Run(fields, int(row.get('seed') or 0), metrics, row['trial'])
+
+
+Curves = dict[str, np.ndarray]
+"""By trial: metrics [lines, columns] during the training."""
+
+
+def logged(out: Path, runs: Iterable[Run], columns: Sequence[str]) -> Curves:
+  """From the metrics.jsonl of a sweep's trials in `out`, the lines that have all columns. Raises a UserError where there is none."""
+  found = {}
+  for run in runs:
+    path = out / 'trials' / run.trial / 'metrics.jsonl'
+    lines = [[line[name] for name in columns] for line in map(json.loads, complete_lines(path)) if {*columns} <= line.keys()]
+    if not lines:
+      raise UserError('--out', str(out), f'the folder of the sweep: {path} has no {", ".join(columns)}')
+    found[run.trial] = np.array(lines, float)
+  return found
+
+
+def write_curves(path: Path, curves: Curves, columns: Sequence[str]) -> None:
+  """Writes curves as a CSV with four decimals or significant digits, whichever are more."""
+  lines = [','.join([f'"{trial}"', *(f'{value:.4f}'.rstrip('0').rstrip('.') if abs(value) >= 1 else f'{value:.4g}' for value in row)])
+           for trial, rows in curves.items() for row in rows]
+  write_atomic(path, '\n'.join([','.join(['trial', *columns]), *lines]) + '\n')
+
+
+def read_curves(path: Path, runs: Iterable[Run], columns: Sequence[str]) -> Curves:
+  """What `write_curves` wrote, of these runs. Raises a UserError for a file that is not such a table, or that lacks a run."""
+  found: dict[str, list[list[float]]] = {}
+  try:
+    with path.open(newline='', encoding='utf-8') as file:
+      for row in csv.DictReader(file, strict=True):
+        found.setdefault(row['trial'], []).append([float(row[name]) for name in columns])
+    return {run.trial: np.array(found[run.trial]) for run in runs}
+  except (OSError, UnicodeDecodeError, csv.Error, TypeError, ValueError, KeyError) as error:
+    raise UserError(str(path), str(error), f'a table with trial, {", ".join(columns)} of all runs') from None
 
 
 def interval(values: Iterable[float]) -> Interval:

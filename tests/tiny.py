@@ -70,7 +70,7 @@ def drawn_state(described, initialize, mesh):
 
 
 def trainer(model, optimizer=None, *, compute=ComputeConfig(), context=16, zero_stage=0, microbatches=1, seed=0, z_loss=0.0,
-            frozen=(), pipeline=PipelineConfig(), objective=None, drawn=True):
+            frozen=(), pipeline=PipelineConfig(), objective=None, drawn=True, gradient_noise=False):
   """(fresh state, train step) on the mesh in force; `optimizer` is a config or one of optax's, `objective` by default next_token.
 
   The initial parameters are `drawn_state`'s, or those of a run of seed 0, whatever `seed`.
@@ -86,7 +86,7 @@ def trainer(model, optimizer=None, *, compute=ComputeConfig(), context=16, zero_
   initialize = initializer(described, optimizer, zero_stage, mesh, 0, described.matching('frozen', frozen))
   state = drawn_state(described, initialize, mesh) if drawn else initialize()
   return state, train_step(described, objective or next_token(z_loss), optimizer, rates, zero_stage=zero_stage, mesh=mesh,
-                           microbatches=microbatches, seed=seed, pipeline=pipeline)
+                           microbatches=microbatches, seed=seed, pipeline=pipeline, gradient_noise=gradient_noise)
 
 
 def write_text(path, sentences=300, seed=0):

@@ -7,24 +7,14 @@ The sample of a seed for k passes is the first 1/k of its sample for one pass, s
 
 import json
 import random
-from collections.abc import Iterator
 
 from absl import flags
 
-from experiments.data_mixture.sweep import ALL, PASSES, SEEDS
+from experiments.data_mixture.sweep import ALL, PASSES, PIECE, SEEDS, pieces
 from gptjax import config as configs
 
 _STORE = flags.DEFINE_string('store', None, 'folder of a token store of bytes', required=True)
 _OUT = flags.DEFINE_string('out', None, 'folder for code_PASSES_SEED.jsonl', required=True)
-_TOKENS = 512
-"""of a piece, its start included: 4 rows of the small recipe, and small beside the 25,600 tokens of 16 passes"""
-
-
-def pieces(text: str) -> Iterator[str]:
-  """All pieces of a text that have a byte per character."""
-  for start in range(0, len(text) - _TOKENS + 2, _TOKENS - 1):
-    if (piece := text[start:start + _TOKENS - 1]).isascii():
-      yield piece
 
 
 def main(_: object) -> None:
@@ -37,12 +27,12 @@ def main(_: object) -> None:
     raise configs.UserError('--store', _STORE.value, 'a store of bytes, by --tokenizer=bytes')
   texts = (tokenizer.decode(store.read([start], [stop - start]).tolist()) for start, stop in zip(starts, starts[1:]))
   found = [piece for text in texts for piece in pieces(text)]
-  if len(found) < ALL // _TOKENS:
-    raise configs.UserError('--store', _STORE.value, f'{ALL:,} tokens or more in complete pieces of {_TOKENS}; it has {len(found)} pieces')
+  if len(found) < ALL // PIECE:
+    raise configs.UserError('--store', _STORE.value, f'{ALL:,} tokens or more in complete pieces of {PIECE}; it has {len(found)} pieces')
   out = expanded(_OUT.value, '--out')
   out.mkdir(parents=True, exist_ok=True)
   for seed in range(SEEDS):
-    chosen = random.Random(seed).sample(found, ALL // _TOKENS)
+    chosen = random.Random(seed).sample(found, ALL // PIECE)
     for passes in PASSES:
       lines = [json.dumps({'text': piece}) for piece in chosen[:len(chosen) // passes]]
       write_atomic(out / f'code_{passes}_{seed}.jsonl', '\n'.join([*lines, '']))

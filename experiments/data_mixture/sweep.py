@@ -3,6 +3,8 @@
 python -m gptjax.sweep --sweep=experiments/data_mixture/sweep.py --out=sweeps/data_mixture --workers=2
 """
 
+from collections.abc import Iterator
+
 from gptjax.sweeps import Point, Points, Sweep, chain, product, seeds, values
 
 SHARES = 0.0, 0.25, 0.5, 0.75, 1.0
@@ -12,6 +14,8 @@ PASSES = 1, 2, 4, 8, 16
 ALL = 400 * 8 * 128
 """tokens of a run of the recipe"""
 SEEDS = 3
+PIECE = 512
+"""tokens of a piece of text, its start included: 4 rows of the small recipe, and small beside the 25,600 tokens of 16 passes"""
 STORES = 'stores/mixture'
 Mixture = list[Point]
 """A value of data.train."""
@@ -33,6 +37,13 @@ def points(folder: str) -> Points:
   shares = product(seeds(SEEDS), values('data.train', *(mixture(folder, share) for share in SHARES)))
   repeats = [{'seed': seed, 'data.train': repeated(folder, passes, seed)} for seed in range(SEEDS) for passes in PASSES]
   return chain(shares, repeats)
+
+
+def pieces(text: str) -> Iterator[str]:
+  """All pieces of a text that have a byte per character."""
+  for start in range(0, len(text) - PIECE + 2, PIECE - 1):
+    if (piece := text[start:start + PIECE - 1]).isascii():
+      yield piece
 
 
 def valid(folder: str) -> Mixture:

@@ -16,10 +16,11 @@ from gptjax.config.objective import LoraConfig, ObjectiveConfig, check_objective
 class OptimizerConfig(Group, prefix='optimizer.'):
   """The optimizer and the learning rate."""
 
-  name: Literal['adamw', 'muon'] = 'adamw'
-  """adamw (arXiv:1711.05101), or muon for the matrices of blocks with adamw for all other parameters"""
+  name: Literal['adamw', 'muon', 'lion'] = 'adamw'
+  """adamw (arXiv:1711.05101), muon for the matrices of blocks with adamw for all other parameters, or lion (arXiv:2302.06675), which \
+moves every parameter by a sign and keeps one moment"""
   peak_lr: NonNegativeFloat = 1e-3
-  """peak learning rate of adamw"""
+  """peak learning rate of adamw and lion; that of lion is 3 to 10 times lower"""
   muon_lr: NonNegativeFloat = 0.02
   """peak learning rate of muon, scaled per matrix by max(1, outputs/inputs)^0.5; same schedule as peak_lr; logged as muon_learning_rate"""
   schedule: Literal['cosine', 'linear', 'wsd', 'constant'] = 'cosine'
@@ -31,9 +32,9 @@ class OptimizerConfig(Group, prefix='optimizer.'):
   final_fraction: Fraction = 0.1
   """final learning rate as a fraction of the peak; ignored by constant"""
   b1: FractionBelow1 = 0.9
-  """adamw: decay of the first moment, per step"""
+  """adamw: decay of the first moment, per step; lion: share of the moment in the update, beside the gradient"""
   b2: FractionBelow1 = 0.95
-  """adamw: decay of the second moment, per step"""
+  """adamw: decay of the second moment, per step; lion: of its moment, 0.98 or 0.99 in the paper"""
   eps: NonNegativeFloat = 1e-8
   """adamw: added to the square root of the second moment"""
   momentum: FractionBelow1 = 0.95
@@ -44,6 +45,11 @@ class OptimizerConfig(Group, prefix='optimizer.'):
   """decoupled weight decay of matrices and embeddings, times the learning rate; none for norms and biases"""
   clip: NonNegativeFloat = 1.0
   """global gradient norm to clip to; 0: no clipping"""
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.name == 'lion' and not self.b2:
+      raise UserError('optimizer.b2', self.b2, 'a number above 0 with optimizer.name=lion')
 
 
 def schedule_warning(config: OptimizerConfig, *, steps: int, warmup: int, decay: int) -> str:
@@ -136,6 +142,9 @@ class Config(Group):
   """rows (sequences) per step, over all devices"""
   microbatches: Positive = 1
   """number of microbatches per batch (gradient accumulation), which saves memory"""
+  gradient_noise: bool = False
+  """log gradient_square and gradient_variance, unbiased estimates; the ratio of their means over steps, variance over square, is the \
+gradient noise scale in targets (arXiv:1812.06162); measured between microbatches or devices, of which there must be two"""
   objective: ObjectiveConfig = ObjectiveConfig()
   """what is trained for"""
   z_loss: NonNegativeFloat = 0.0
@@ -180,7 +189,7 @@ class Config(Group):
     if self.lora.rank and not self.init_from:
       raise UserError('init_from', '', 'the run whose model lora.rank adapts')
     if self.lora.rank and self.optimizer.name == 'muon':
-      raise UserError('optimizer.name', 'muon', 'adamw with lora.rank')
+      raise UserError('optimizer.name', 'muon', 'adamw or lion with lora.rank')
     if self.lora.rank and (self.init_partial or self.frozen):
       field, value = ('init_partial', True) if self.init_partial else ('frozen', list(self.frozen))
       raise UserError(field, value, 'its default with lora.rank: all of init_from is read, and adapters alone are trained')

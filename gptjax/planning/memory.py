@@ -10,7 +10,7 @@ from jax.sharding import use_abstract_mesh
 
 from gptjax import config as configs
 from gptjax.config import (
-  BATCH_AXES, LAYERS_AXIS, STATE_AXIS, TENSOR_AXIS, TOKENS_AXIS, ComputeConfig, Config, LoraConfig, ModelConfig,
+  BATCH_AXES, EXPERTS_AXIS, LAYERS_AXIS, STATE_AXIS, TENSOR_AXIS, TOKENS_AXIS, ComputeConfig, Config, LoraConfig, ModelConfig,
   OptimizerConfig)
 from gptjax.model import Slots, abstract_model, slots_of
 from gptjax.model.head import CHUNK_BYTES, CHUNK_ROWS
@@ -67,7 +67,8 @@ def analytic_memory(config: Config, sizes: dict[str, int]) -> Memory:
   if stage == 3 and sizes[STATE_AXIS] > 1:
     layers, experts, rest, _ = elements(config, sizes)
     gathered = item * (GATHERED_LAYERS * (layers + experts) * sizes[LAYERS_AXIS] / config.model.layers + rest)
-  one_layer = dataclasses.replace(config.model, layers=1)
+  model = _with_room(config.model, sizes[EXPERTS_AXIS])
+  one_layer = dataclasses.replace(model, layers=1)
   kept = dataclasses.replace(config.compute, remat='none', saved=(), offloaded=())
   # The logits of a chunk in float32, and their gradient in the compute dtype.
   ids = config.model.outputs / sizes[TENSOR_AXIS]
@@ -76,8 +77,15 @@ def analytic_memory(config: Config, sizes: dict[str, int]) -> Memory:
     parameters=state['parameters'], optimizer=state['optimizer'], gathered=gathered,
     gradients=state['gradients'] * (2 if config.microbatches > 1 else 1),
     activations=rows * kept_parts(config, sizes) * row_bytes(
-      config.model, dataclasses.replace(config.compute, offloaded=()), tokens, sizes[TENSOR_AXIS]),
+      model, dataclasses.replace(config.compute, offloaded=()), tokens, sizes[TENSOR_AXIS]),
     temporaries=rows * row_bytes(one_layer, kept, tokens, sizes[TENSOR_AXIS]) + logits)
+
+
+def _with_room(model: ModelConfig, devices: int) -> ModelConfig:
+  """A model whose rows keep on one device what those of `model` keep where `devices` share the experts: a device has room for the tokens of
+  all of them, since all may choose its experts (gptjax/model/dispatch.py)."""
+  count = model.experts_per_token * devices
+  return dataclasses.replace(model, experts_per_token=count, experts=max(model.experts, count)) if model.experts and devices > 1 else model
 
 
 def kept_parts(config: Config, sizes: dict[str, int]) -> float:

@@ -107,7 +107,7 @@ def compile_on(mesh: Mesh, config: Config, options: dict[str, str | bool] | None
     state = abstract(initializer(model, optimizer, config.zero_stage, mesh, config.seed, frozen_names(model, config)), mesh)
     step: Any = train_step(model, make_objective(config), optimizer, learning_rates(config.optimizer, **steps),
                            zero_stage=config.zero_stage, mesh=mesh, microbatches=config.microbatches, seed=config.seed,
-                           pipeline=config.pipeline)
+                           pipeline=config.pipeline, gradient_noise=config.gradient_noise)
     isolated = ['positions', 'segments'] if config.data.isolate_documents else []
     array = lambda dtype: jax.ShapeDtypeStruct((config.batch_size, config.data.context), dtype, sharding=NamedSharding(mesh, TOKENS_SPEC))
     batch = {name: array(jnp.int32) for name in ('tokens', 'targets', *isolated)} | {'mask': array(jnp.float32)}

@@ -10,8 +10,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gptjax.config import (
-  AXES, AXIS_NAMES, BATCH_AXES, EXPERTS_AXIS, LOCAL_AXES, REST_AXIS, SLICE_AXES, STATE_AXIS, TENSOR_AXIS, TOKENS_AXIS, Config, MeshConfig,
-  ModelConfig, UserError, divisors)
+  AXES, AXIS_NAMES, BATCH_AXES, EXPERTS_AXIS, LAYERS_AXIS, LOCAL_AXES, REST_AXIS, SLICE_AXES, STATE_AXIS, TENSOR_AXIS, TOKENS_AXIS,
+  Config, MeshConfig, ModelConfig, UserError, divisors)
 
 AnyMesh = Mesh | AbstractMesh
 """A mesh of devices, or only its sizes, which is enough to describe a state and to plan."""
@@ -145,6 +145,21 @@ def check_sizes(config: Config, mesh: AnyMesh) -> None:
   if config.compute.sequence_parallel and tokens % model:
     raise UserError('compute.sequence_parallel', True,
                     f'false, or a multiple of mesh.{TENSOR_AXIS}={model} tokens on a device, not {tokens}')
+  if config.gradient_noise:
+    check_gradient_noise(config, mesh)
+
+
+def check_gradient_noise(config: Config, mesh: AnyMesh) -> None:
+  """Raises a UserError where a step has no gradients of parts of its batch to compare, each of rows of their own."""
+  for name in (LAYERS_AXIS, TOKENS_AXIS, EXPERTS_AXIS):
+    if mesh.shape[name] > 1:
+      raise UserError(f'mesh.{name}', mesh.shape[name], '1 with gradient_noise')
+  if config.model.experts:
+    raise UserError('model.experts', config.model.experts, '0 with gradient_noise: the gradient of their balance is no mean over targets')
+  at_once = mesh.shape[STATE_AXIS] if config.zero_stage >= 2 else 1
+  if config.microbatches * batch_shards(mesh) == at_once:
+    raise UserError('microbatches', config.microbatches, '2 or more with gradient_noise, which compares gradients of parts of a batch' + (
+      f'; zero_stage={config.zero_stage} sums those of mesh.{STATE_AXIS} at once' if at_once > 1 else ''))
 
 
 def check_context(config: Config, mesh: AnyMesh) -> None:

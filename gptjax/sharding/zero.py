@@ -183,6 +183,18 @@ class Zero:
       return batch_psum(gradient, tuple(axes))
     return {name: reduced(name, gradient) for name, gradient in gradients.items()}
 
+  @property
+  def summed_axes(self) -> tuple[str, ...]:
+    """Mesh axes along which the gradient of each microbatch is summed at once, in place of the sum over all microbatches."""
+    return (STATE_AXIS,) if self.stage >= 2 else ()
+
+  def squared_norm(self, gradients: Mapping[str, Float[Array, '...']]) -> Float[Array, '']:
+    """Inside the shard_map: that of the gradient of one microbatch, summed over the devices along `summed_axes`."""
+    sharded = {name for name in gradients if self.summed_axes and self.specs[name].shard is not None}
+    complete = batch_psum({name: g for name, g in gradients.items() if name not in sharded}, self.summed_axes)
+    square = lambda arrays: sum((jnp.sum(jnp.square(g.astype(jnp.float32))) for g in arrays), jnp.float32(0))
+    return square(complete.values()) + batch_psum(square(gradients[name] for name in sharded), self.summed_axes)
+
   def out_specs(self, names: Iterable[str]) -> dict[str, PartitionSpec]:
     """Specs of the gradients that `reduce` returns for these parameters."""
     return {name: self._local(name, self.specs[name].optimizer) for name in names}

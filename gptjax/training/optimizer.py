@@ -1,4 +1,4 @@
-"""Learning rate, optimizers and their update: AdamW and Muon from optax, applied by the role of each parameter."""
+"""Learning rate, optimizers and their update: AdamW, Muon and Lion from optax, applied by the role of each parameter."""
 
 import functools
 import math
@@ -23,7 +23,7 @@ SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 Rates = dict[str, jax.Array]
-"""Learning rates of one step by name: learning_rate is adamw's, muon_learning_rate muon's."""
+"""Learning rates of one step by name: learning_rate is adamw's and lion's, muon_learning_rate muon's."""
 
 
 @functools.lru_cache(maxsize=16)
@@ -62,8 +62,8 @@ def uses_muon(name: str) -> bool:
 
 
 def follows_width(name: str) -> bool:
-  """Whether AdamW's rate of a parameter falls as the width grows by muP: of the matrices inside blocks, as their inputs grow, and of the
-  final norm, whose gains scale the logits; embeddings, head, biases and other gains keep theirs (arXiv:2203.03466, table 8)."""
+  """Whether the rate of AdamW or Lion for a parameter falls as the width grows by muP: of the matrices inside blocks, as their inputs grow,
+  and of the final norm, whose gains scale the logits; embeddings, head, biases and other gains keep theirs (arXiv:2203.03466, table 8)."""
   return uses_muon(name) or name.startswith('norm/')
 
 
@@ -91,12 +91,17 @@ def _balancing(optimizer: optax.GradientTransformation, rate: float) -> optax.Gr
 
 
 def _adamw(config: OptimizerConfig, width_ratio: float) -> optax.GradientTransformation:
+  return _by_element(('adam', _scale_by_adam(config.b1, config.b2, config.eps)), config, width_ratio)
+
+
+def _by_element(direction: tuple[str, optax.GradientTransformation], config: OptimizerConfig, width_ratio: float):
+  """An optimizer whose direction has elements of about 1, whatever the gradient's size, so that it follows muP as Adam does."""
   def by_width(updates, _):
     return {name: jax.tree.map(lambda x: x / width_ratio, update) if follows_width(name) else update for name, update in updates.items()}
 
   # Names of links become parts of the names of a checkpoint's arrays.
   return optax.named_chain(
-    ('adam', _scale_by_adam(config.b1, config.b2, config.eps)),
+    direction,
     ('width', optax.stateless(by_width)),  # before the decay, whose strength shall not depend on the width (arXiv:2510.19093)
     ('decay', optax.add_decayed_weights(config.weight_decay, _by_name(has_weight_decay))),
     ('rate', _scale_by_rate('learning_rate')))
@@ -116,7 +121,11 @@ def _muon(config: OptimizerConfig, width_ratio: float) -> optax.GradientTransfor
                          _by_name(lambda name: 'muon' if uses_muon(name) else 'adamw'))
 
 
-OPTIMIZERS: dict[str, Callable[[OptimizerConfig, float], optax.GradientTransformation]] = {'adamw': _adamw, 'muon': _muon}
+def _lion(config: OptimizerConfig, width_ratio: float) -> optax.GradientTransformation:
+  return _by_element(('lion', _scale_by_lion(config.b1, config.b2)), config, width_ratio)
+
+
+OPTIMIZERS: dict[str, Callable[[OptimizerConfig, float], optax.GradientTransformation]] = {'adamw': _adamw, 'muon': _muon, 'lion': _lion}
 """Functions that make an optimizer from a config, by config.name."""
 
 
@@ -127,7 +136,7 @@ def update(optimizer: optax.GradientTransformation, gradient: Any, norm: jax.Arr
   A step that is not `good` leaves both bitwise unchanged.
   """
   updates, new = optax.with_extra_args_support(optimizer).update(gradient, state, parameters, norm=norm, good=good, rates=rates)
-  selected = lambda node: isinstance(node, optax.ScaleByAdamState)  # by `_scale_by_adam`
+  selected = lambda node: isinstance(node, (optax.ScaleByAdamState, optax.ScaleByLionState))  # by `_scale_by_adam`, `_scale_by_lion`
   state = jax.tree.map(lambda new, old: new if selected(new) else optax.tree.where(good, new, old), new, state, is_leaf=selected)
   return optax.tree.where(good, optax.apply_updates(parameters, updates), parameters), state
 
@@ -147,6 +156,22 @@ def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransforma
     return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square), new
 
   return optax.GradientTransformationExtraArgs(adam.init, update)
+
+
+def _scale_by_lion(b1: float, b2: float) -> optax.GradientTransformationExtraArgs:
+  """optax.scale_by_lion (arXiv:2302.06675), selected as `_scale_by_adam` does and for the same reason.
+
+  The direction is the sign of b1 m + (1 - b1) g. The new moment n = b2 m + (1 - b2) g gives the same as r n + (1 - r) g with r = b1 / b2,
+  so that nothing reads the old moment m once it is replaced.
+  """
+  lion, r = optax.scale_by_lion(b1, b2), b1 / b2
+
+  def update(updates, state, parameters=None, *, good=True, **_):
+    _, new = lion.update(updates, state)
+    new = optax.tree.where(good, new, state)
+    return jax.tree.map(lambda moment, g: jnp.sign(r * moment + (1 - r) * g), new.mu, updates), new
+
+  return optax.GradientTransformationExtraArgs(lion.init, update)
 
 
 def _scale_by_rate(name: str) -> optax.GradientTransformationExtraArgs:

@@ -119,7 +119,7 @@ def resolve(config: Config, data: Prepared, mesh: Mesh) -> Run:
     initialize=initializer(model, optimizer, config.zero_stage, mesh, config.seed, frozen),
     step=train_step(model, objective, optimizer, learning_rates(opt, **durations),
                     zero_stage=config.zero_stage, mesh=mesh, microbatches=config.microbatches, seed=config.seed, spike=config.faults.spike,
-                    pipeline=config.pipeline),
+                    pipeline=config.pipeline, gradient_noise=config.gradient_noise),
     valid=data.valid_rows,
     eval_every=steps_of('eval.every'), checkpoint_every=steps_of('checkpoint.every'), keep_every=steps_of('checkpoint.keep_every'),
     compare_every=steps_of('faults.compare_every'), warning=warning)

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 
 from gptjax.config import LAYERS_AXIS, Config, PipelineConfig, UserError
-from gptjax.model import AbstractModel, Parameters, load_metrics, positions_of
-from gptjax.sharding import TOKENS_SPEC, AnyMesh, ParameterSpecs, batch_psum, batch_shard_map, make_schedule, row_numbers
+from gptjax.model import AbstractModel, Parameters, Sums, load_metrics, positions_of
+from gptjax.sharding import TOKENS_SPEC, AnyMesh, ParameterSpecs, Zero, batch_psum, batch_shard_map, make_schedule, row_numbers
 from gptjax.training.guard import LossStatistics, initial_statistics, is_good_step
 from gptjax.training.sums import Batch, ObjectiveFunction
 from gptjax.training.optimizer import Rates, is_balance, update
@@ -81,12 +82,12 @@ def abstract(initialize: Callable[[], TrainState], mesh: AnyMesh) -> TrainState:
 
 
 def summed_gradients(model: AbstractModel, objective: ObjectiveFunction, zero_stage: int, mesh: AnyMesh,
-                     microbatches: int, pipeline: PipelineConfig = PipelineConfig(),
+                     microbatches: int, pipeline: PipelineConfig = PipelineConfig(), gradient_noise: bool = False,
                      ) -> Callable[[Parameters, Parameters, Batch, jax.Array], tuple[Parameters, dict[str, jax.Array]]]:
   """A function (trained, frozen, batch, key) -> (gradient of the summed loss, sums of targets and metrics), over all rows of the batch.
 
   The gradients are sharded as the optimizer state is. Dropout keys are folded from (key, row, layer), so that the masks depend neither
-  on the mesh nor on the number of microbatches.
+  on the mesh nor on the number of microbatches. With `gradient_noise` the sums have those of `_noise_sums`.
   """
   zero, stages = model.zero(zero_stage, mesh), mesh.shape[LAYERS_AXIS]
 
@@ -112,7 +113,7 @@ def summed_gradients(model: AbstractModel, objective: ObjectiveFunction, zero_st
 
     def gradients(rows, keys):
       (_, sums), gradient = jax.value_and_grad(loss, has_aux=True)(variables, weights, rows, keys, complete)
-      return gradient, sums
+      return gradient, sums | (_noise_sums(zero, gradient, sums) if gradient_noise else {})
 
     if microbatches == 1:
       gradient, sums = gradients(batch, keys)
@@ -134,6 +135,30 @@ def summed_gradients(model: AbstractModel, objective: ObjectiveFunction, zero_st
   return summed
 
 
+def _noise_sums(zero: Zero, gradient: Parameters, sums: Sums) -> Sums:
+  """What a part of the batch, which is a microbatch of the devices that sum its gradient at once, adds to the sums of `noise_estimates`."""
+  terms = batch_psum(sums.get('terms', sums['targets']), zero.summed_axes)
+  copies = math.prod(jax.lax.axis_size(name) for name in zero.summed_axes)  # all of these devices add it
+  has_some = (terms > 0).astype(jnp.float32) / copies
+  return {'parts': has_some, 'squares': has_some * zero.squared_norm(gradient) / jnp.where(terms > 0, terms, 1)}
+
+
+def noise_estimates(parts: Float[Array, ''], squares: Float[Array, ''], norm: Float[Array, ''], terms: Float[Array, ''],
+                    ) -> dict[str, Float[Array, '']]:
+  """Unbiased estimates of |G|^2 and tr(S), for the mean G and the covariance S of the gradients of single terms (targets).
+
+  The summed gradient s of a part with n terms has E|s|^2 = n^2 |G|^2 + n tr(S), and that of the complete batch likewise. For parts of
+  equal size these are the estimates of McCandlish et al. (arXiv:1812.06162, appendix A.1). They are nan for less than two parts.
+
+  Args:
+    parts: number of parts that have terms.
+    squares: sum of |s|^2 / n over them.
+    norm, terms: norm of the batch's mean gradient, and its number of terms.
+  """
+  variance = (squares - terms * norm**2) / jnp.where(parts > 1, parts - 1, jnp.nan)
+  return {'gradient_square': norm**2 - variance / terms, 'gradient_variance': variance}
+
+
 def _split(rows: Any, microbatches: int) -> Any:
   return jax.tree.map(lambda x: x.reshape(microbatches, x.shape[0] // microbatches, *x.shape[1:]), rows)
 
@@ -142,15 +167,15 @@ def _split(rows: Any, microbatches: int) -> Any:
 def train_step(model: AbstractModel, objective: ObjectiveFunction, optimizer: optax.GradientTransformation,
                rates: Callable[[jax.Array], Rates],
                *, zero_stage: int, mesh: AnyMesh, microbatches: int, seed: int, spike: float = 0.0,
-               pipeline: PipelineConfig = PipelineConfig()) -> Callable[[TrainState, Batch], tuple]:
+               pipeline: PipelineConfig = PipelineConfig(), gradient_noise: bool = False) -> Callable[[TrainState, Batch], tuple]:
   """The jitted step: (state, batch) -> (state, metrics), with the old state's memory reused.
 
   The gradient is that of the summed loss, divided by the number of target tokens (or terms) of the complete batch, regardless of
-  microbatches and devices; `pipeline` is for several stages. A bad step, by `is_good_step`, or one without targets leaves parameters and
-  optimizer state as they were, bit by bit.
+  microbatches and devices; `pipeline` is for several stages; `gradient_noise` adds `noise_estimates` to the metrics. A bad step, by
+  `is_good_step`, or one without targets leaves parameters and optimizer state as they were, bit by bit.
   """
   specs = model.specs(zero_stage, mesh)
-  gradients = summed_gradients(model, objective, zero_stage, mesh, microbatches, pipeline)
+  gradients = summed_gradients(model, objective, zero_stage, mesh, microbatches, pipeline, gradient_noise)
 
   def step(state: TrainState, batch: Batch):
     key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -162,8 +187,9 @@ def train_step(model: AbstractModel, objective: ObjectiveFunction, optimizer: op
     norm = optax.tree.norm({name: g for name, g in gradient.items() if not is_balance(name)}) / divisor
     gradient = {name: g * (1 / divisor) for name, g in gradient.items()}  # XLA would write g / divisor to memory
     parameters = _put(state.trained, specs, 'optimizer')
+    noise = noise_estimates(sums.pop('parts'), sums.pop('squares'), norm, divisor) if gradient_noise else {}
     load = load_metrics(sums.pop('load')) if 'load' in sums else {}
-    metrics = load | {name: value / divisor for name, value in sums.items()}
+    metrics = load | noise | {name: value / divisor for name, value in sums.items()}
     metrics |= {'grad_norm': norm, **(now := rates(state.step)), 'targets': targets}
     good, statistics = is_good_step(state.statistics, metrics['loss'], norm, spike)
     statistics = optax.tree.where(empty, state.statistics, statistics)

@@ -26,8 +26,8 @@ from gptjax.model import AbstractModel, stack_layers, stored_model, unstack_laye
 from gptjax.training.run import Run, in_steps
 from gptjax.training.step import TrainState
 
-FREE = ('batch_size', 'microbatches', 'zero_stage', 'mesh.', 'pipeline.', 'compute.', 'eval.', 'checkpoint.', 'faults.', 'data.source.path',
-        'data.source.skip', 'data.tokenizer.path', 'data.prefetch', 'data.workers')
+FREE = ('batch_size', 'microbatches', 'gradient_noise', 'zero_stage', 'mesh.', 'pipeline.', 'compute.', 'eval.', 'checkpoint.', 'faults.',
+        'data.source.path', 'data.source.skip', 'data.tokenizer.path', 'data.prefetch', 'data.workers')
 """Fields that a resumed run may change: they affect neither the results, up to rounding, nor the order of the rows."""
 _PRECISION = 'compute.dtype'
 """Changes the rounding, so a change takes --accept_changes."""

@@ -52,6 +52,7 @@ def test_an_invalid_duration_is_an_error_that_names_its_field(value):
     (DataConfig, {'valid_fraction': 0.0}, 'data.valid_fraction: 0.0, expected: above 0 and below 1'),
     (OptimizerConfig, {'peak_lr': -1.0}, 'optimizer.peak_lr: -1.0, expected: 0 or more'),
     (OptimizerConfig, {'b2': 1.0}, 'optimizer.b2: 1.0, expected: at least 0 and below 1'),
+    (OptimizerConfig, {'name': 'lion', 'b2': 0.0}, 'optimizer.b2: 0.0, expected: a number above 0 with optimizer.name=lion'),
     (OptimizerConfig, {'final_fraction': 2.0}, 'optimizer.final_fraction: 2.0, expected: 0 to 1'),
     (MeshConfig, {'data': 0}, 'mesh.data: 0, expected: 1 or more'),
     (MeshConfig, {'model': 0}, 'mesh.model: 0, expected: 1 or more'),

@@ -12,8 +12,7 @@ from slices import needs_the_same_library, rerun
 from small_stores import make_store
 
 from experiments.data_mixture import large
-from experiments.data_mixture.pieces import pieces
-from experiments.data_mixture.sweep import STORES, get_sweep, mixture, repeated, sweep
+from experiments.data_mixture.sweep import STORES, get_sweep, mixture, pieces, repeated, sweep
 from experiments.runs import interval, read
 from gptjax.sweeps import make_trials
 

@@ -57,3 +57,16 @@ def test_tensor_parallelism_splits_a_row_and_sequence_parallelism_all_of_it(styl
   per_layer = lambda model: (size(style, model, layers=8, scan=True, remat='full', sequence_parallel=True)
                              - size(style, model, layers=7, scan=True, remat='full', sequence_parallel=True))
   assert 2 * per_layer(2) == per_layer(1) == 24 * style.width * 4
+
+
+def test_lion_keeps_one_moment_where_adam_keeps_two(tiny):
+  of = lambda name: memory.analytic_memory(configs.override(tiny, {'optimizer.name': name}), tiny.mesh.sizes)
+  assert of('lion').optimizer == pytest.approx(of('adamw').optimizer / 2, rel=1e-4) and of('lion').parameters == of('adamw').parameters
+
+
+def test_a_device_has_room_for_the_tokens_of_all_that_share_its_experts(tiny):
+  experts = configs.override(tiny, {'model.experts': 8, 'model.experts_per_token': 2, 'model.expert_width': 512, 'mesh.model': 1,
+                                    'compute.remat': 'none'})
+  kept = lambda config, **sizes: memory.analytic_memory(config, MeshConfig(model=1, **sizes).sizes).activations
+  more = kept(configs.override(experts, {'model.experts_per_token': 8}), data=8) - kept(experts, data=8)
+  assert kept(experts, data=2, expert=4) - kept(experts, data=8) == pytest.approx(more) and more > 0

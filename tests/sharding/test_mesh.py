@@ -65,13 +65,17 @@ MODEL = {'width': 32, 'heads': 4, 'vocab_size': 64}
     ({'width': 9, 'heads': 3}, {}, 'mesh.model: 2, expected: a divisor of model.heads=3 and of the 8 devices: 1'),
     ({}, {'compute': ComputeConfig(sequence_parallel=True), 'batch_size': 4, 'data': DataConfig(context=7)},
      'compute.sequence_parallel: True, expected: false, or a multiple of mesh.model=2 tokens on a device, not 7'),
+    ({}, {'gradient_noise': True, 'zero_stage': 2}, 'microbatches: 1, expected: 2 or more with gradient_noise, which compares gradients of '
+     'parts of a batch; zero_stage=2 sums those of mesh.data at once'),
+    ({'experts': 4}, {'gradient_noise': True},
+     'model.experts: 4, expected: 0 with gradient_noise: the gradient of their balance is no mean over targets'),
 ])
 def test_sizes_that_the_mesh_does_not_divide_are_refused(model, rest, message):
   config = Config(model=ModelConfig(**MODEL | model), **{'batch_size': 8} | rest)
   with pytest.raises(UserError) as caught:
     check_sizes(config, make_mesh(MeshConfig(4, 2)))
   assert str(caught.value) == message
-  check_sizes(config, make_mesh(MeshConfig(1, 1)))
+  check_sizes(dataclasses.replace(config, gradient_noise=False), make_mesh(MeshConfig(1, 1)))
 
 
 def test_rows_are_shared_by_replicas_too():

@@ -60,6 +60,7 @@ CASES = [
   full(ODD, SPLIT, 'adamw', 1e-5, ['2x2x2', '4x2', '2x4'], id='tokens split, other layouts'),
   full(UNROLLED, ComputeConfig(), 'adamw', 1e-5, ['8x1', '4x1x2'], id='unrolled'),
   full(ODD, ComputeConfig(scan=True, remat='dots'), 'muon', 1e-4, ['1x8'], id='muon'),
+  full(ODD, ComputeConfig(), 'lion', 1e-5, ['2x2x2', '4x2', '2x4'], id='lion'),
   full(windowed(ODD), SPLIT, 'adamw', 1e-5, CONTEXTS, id='ring'),
   full(windowed(ODD), ComputeConfig(scan=True, remat='full', context_attention='all_gather'), 'adamw', 1e-5, CONTEXTS, id='all_gather'),
   full(UNROLLED, ComputeConfig(), 'adamw', 1e-5, CONTEXTS, id='ring, unrolled'),

@@ -106,7 +106,7 @@ def first_update(config, gradients, parameters, width_ratio=1.0):
   return jax.jit(transformation.update)(gradients, transformation.init(parameters), parameters, rates=rates_of(config)(0))
 
 
-@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon', 'lion'])
 def test_only_matrices_and_embeddings_decay(optimizer, one_device):
   config = OptimizerConfig(**CONSTANT, name=optimizer, peak_lr=0.5, muon_lr=0.25, weight_decay=0.1)
   parameters = some(0)
@@ -204,13 +204,17 @@ def sharded(tree):
   return jax.device_put(tree, {name: jax.NamedSharding(jax.sharding.get_mesh(), spec(x)) for name, x in tree.items()})
 
 
-@pytest.mark.parametrize('clip, mesh', [(0.5, '4x2'), (0.0, '1x1'), full(0.5, '1x1'), full(0.0, '4x2'), full(1e3, '1x1'), full(1e3, '4x2')],
-                         indirect=['mesh'])
-def test_adamw_is_that_of_optax(clip, mesh):
-  config = OptimizerConfig(clip=clip, peak_lr=0.1, schedule='linear', weight_decay=0.3)
+THEIRS = {'adamw': functools.partial(optax.adamw, eps=OptimizerConfig().eps), 'lion': optax.lion}
+
+
+@pytest.mark.parametrize('name, clip, mesh', [
+  ('adamw', 0.5, '4x2'), ('adamw', 0.0, '1x1'), ('lion', 0.5, '1x1'), full('adamw', 0.5, '1x1'), full('adamw', 0.0, '4x2'),
+  full('adamw', 1e3, '1x1'), full('adamw', 1e3, '4x2'), full('lion', 0.0, '4x2')], indirect=['mesh'])
+def test_adamw_and_lion_are_those_of_optax(name, clip, mesh):
+  config = OptimizerConfig(name=name, clip=clip, peak_lr=0.1, schedule='linear', weight_decay=0.3)
   rate = schedule(config, 0.1, **NOW)
-  theirs = optax.chain(optax.clip_by_global_norm(clip) if clip else optax.identity(), optax.adamw(
-    rate, config.b1, config.b2, config.eps, weight_decay=0.3, mask=lambda tree: {name: has_weight_decay(name) for name in tree}))
+  theirs = optax.chain(optax.clip_by_global_norm(clip) if clip else optax.identity(), THEIRS[name](
+    rate, config.b1, config.b2, weight_decay=0.3, mask=lambda tree: {name: has_weight_decay(name) for name in tree}))
   ours, rates = make_optimizer(config), rates_of(config)
   expected = parameters = sharded(some(0))
   state, theirs_state = jax.jit(ours.init)(parameters), theirs.init(expected)
@@ -223,15 +227,17 @@ def test_adamw_is_that_of_optax(clip, mesh):
     parameters, state = step(gradient, True, seed - 1, state, parameters)
     updates, theirs_state = jax.jit(theirs.update)(gradient, theirs_state, expected)
     expected = optax.apply_updates(expected, updates)
-  for name in parameters:
-    np.testing.assert_allclose(parameters[name], expected[name], rtol=2e-6, atol=1e-6, err_msg=name)
-  for moment in ('mu', 'nu', 'count'):
-    got, want = optax.tree.get(state['update']['adam']._asdict(), moment), optax.tree.get(theirs_state[1][0]._asdict(), moment)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-9, err_msg=moment), got, want)
+  for one in parameters:
+    np.testing.assert_allclose(parameters[one], expected[one], rtol=2e-6, atol=1e-6, err_msg=one)
+  got, want = state['update']['adam' if name == 'adamw' else name]._asdict(), theirs_state[1][0]._asdict()
+  assert [*want] == ['count', 'mu'] + ['nu'] * (name == 'adamw')
+  for moment in want:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-9, err_msg=moment), got[moment], want[moment])
 
 
 @pytest.mark.parametrize('transformation', [make_optimizer(OptimizerConfig()), make_optimizer(OptimizerConfig(name='muon')),
-                                            optax.sgd(0.1, momentum=0.9)], ids=['adamw', 'muon', 'of optax'])
+                                            make_optimizer(OptimizerConfig(name='lion')), optax.sgd(0.1, momentum=0.9)],
+                         ids=['adamw', 'muon', 'lion', 'of optax'])
 def test_a_bad_step_changes_no_bit(transformation, one_device):
   rates = rates_of(OptimizerConfig(name='muon'))(0)
   step = jax.jit(lambda gradient, norm, good, *args: update(transformation, gradient, norm, good, rates, *args))
@@ -241,9 +247,10 @@ def test_a_bad_step_changes_no_bit(transformation, one_device):
     assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
-def test_an_update_makes_no_temporary_of_the_size_of_a_parameter(one_device):
+@pytest.mark.parametrize('name', ['adamw', 'lion'])
+def test_an_update_makes_no_temporary_of_the_size_of_a_parameter(name, one_device):
   """The compiled update of a matrix has no array of its size but the gradient, and what it puts in place of moments and parameter."""
-  transformation, shape = make_optimizer(OptimizerConfig()), (64, 96)
+  transformation, shape = make_optimizer(OptimizerConfig(name=name)), (64, 96)
   parameters = some(0, {'head/kernel': shape})
 
   def step(gradient, targets, state):
