@@ -1,5 +1,6 @@
 """The experiment scaling_law: its sweeps, its prediction, which was made before its run, and one trial again."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -38,6 +39,17 @@ def test_the_trials_are_those_of_the_sweep_and_the_predicted_run_is_twice_as_lar
   points = [point for point in sweep.get_sweep().points if point['steps'] >= LEAST_STEPS]
   assert sorted(runs.compute) == sorted(counted(override(RECIPE, point), '')[2] for point in points) and runs.left_out == 10
   assert PREDICTION['fields'] == predicted.get_sweep().points[0] and 2 < PREDICTION['parameters'] / runs.parameters.max() < 2.5
+
+
+def test_the_page_has_the_prediction_the_measurement_and_all_runs():
+  page = (FOLDER / 'README.md').read_text()
+  with (FOLDER / 'predicted.csv').open(newline='') as file:
+    measured, = [float(row['eval/valid/loss']) for row in csv.DictReader(file)]
+  error = measured / PREDICTION['eval/valid/loss'] - 1
+  assert abs(error) < 0.02 and f'{-error:.2%}'.replace('%', ' %') + ' below the prediction' in page
+  assert f'| {measured:.4f} |' in page and '| {eval/valid/loss:.4f}, {low:.3f} to {high:.3f} |'.format(**PREDICTION) in page
+  with (FOLDER / 'trials.csv').open(newline='') as file:
+    assert all(f'| {row["steps"]} | {float(row["eval/valid/loss"]):.4f} |' in page for row in csv.DictReader(file))
 
 
 @pytest.mark.full
