@@ -8,7 +8,8 @@ import pytest
 from commands import ROOT
 from slices import on_books, rerun
 
-from experiments.scaling_law import large, predicted, sweep
+from experiments.runs import interval, told
+from experiments.scaling_law import large, predicted, repeated, sweep
 from experiments.scaling_law.fit import fit
 from experiments.scaling_law.trials import counted, read
 from gptjax.config import load, override
@@ -20,7 +21,7 @@ RECIPE = load(sweep.RECIPE)
 PREDICTION = json.loads((FOLDER / 'prediction.json').read_text())
 
 
-@pytest.mark.parametrize('module, heads', [(sweep, 16), (large, 64), (predicted, 16)])
+@pytest.mark.parametrize('module, heads', [(sweep, 16), (large, 64), (predicted, 16), (repeated, 16)])
 def test_every_trial_resolves_with_heads_of_one_size(module, heads):
   found = module.get_sweep()
   trials = make_trials(found, found.points, Path('sweep.py'))
@@ -61,5 +62,11 @@ def test_the_prediction_follows_from_the_trials():
 
 @pytest.mark.full
 def test_the_slice_finds_the_stated_loss(tmp_path):
+  losses = []
+  for name in ('trials.csv', 'repeated.csv'):
+    with (FOLDER / name).open(newline='') as file:
+      losses += [float(row['eval/valid/loss']) for row in csv.DictReader(file) if row['steps'] == '779']
+  mean, half = interval(losses)
+  assert told((mean, half)) in (FOLDER / 'README.md').read_text() and len(losses) == 3
   found = rerun(on_books(sweep.get_sweep()), tmp_path, {'model.width': 32, 'steps': 779})
-  assert found['eval/valid/loss'] == pytest.approx(2.1435, rel=0.02)
+  assert abs(found['eval/valid/loss'] - mean) <= half
