@@ -173,7 +173,7 @@ def test_overrides_are_checked_together(command):
     ('--config.kv_heads=3', "--config.kv_heads: '3', expected: model, *; did you mean --config.model.kv_heads?"),
     ('--config.lr=3', "--config.lr: '3', expected: model, *; did you mean --config.optimizer.peak_lr?"),
     ('--config.model.context=3', "--config.model.context: '3', *; did you mean --config.data.context?"),
-    ('--config.model.layers.x=3', "--config.model.layers.x: '3', expected: layers, *, dropout; did you mean *"),
+    ('--config.model.layers.x=3', "--config.model.layers.x: '3', expected: layers, *, mup_base; did you mean *"),
     ('--config.zzzzzz=3', "--config.zzzzzz: '3', expected: model, *, seed"),
     ('--config.=3', "--config.: '3', expected: model, *, seed"),
     ('--config.model=3', "--config.model: '3', expected: one of its fields, since it is a group: layers, *"),
@@ -598,6 +598,10 @@ def configs(draw):
   values['optimizer.decay'] = draw(st.integers(1, 10**6)) if values['optimizer.schedule'] == 'wsd' else 0
   if values['checkpoint.keep_best']:
     values['eval.rows'] = 0
+  if values['model.mup_base']:
+    values['model.scaled_embedding'] = False
+  if values['optimizer.name'] == 'lion':
+    values['optimizer.b2'] = 0.98
   return override(Config(), values)
 
 
