@@ -3,7 +3,7 @@
 import csv
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +125,7 @@ class Groups(dict[str, dict[int, Run]]):
     return min(self, key=lambda name: self.mean(name, metric)[0])
 
 
-def label(point: dict[str, str]) -> str:
+def label(point: Mapping[str, object]) -> str:
   """'norm=rmsnorm, peak_lr=0.003': the last parts of the names, or 'recipe' for a point that changes nothing."""
   return ', '.join(f'{name.rpartition(".")[2]}={value}' for name, value in point.items()) or 'recipe'
 

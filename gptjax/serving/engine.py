@@ -273,7 +273,8 @@ def _programs(model: AbstractModel, mesh: Mesh, forbidden: tuple[int, ...], zero
         changed = _penalized(changed, texts, rows)
       keys = jax.vmap(lambda seed, drawn: jax.random.fold_in(jax.random.key(seed), drawn))(rows['seed'], rows['drawn'])
       ids = _sample(changed, rows, keys, filters).astype(jnp.int32)
-      counts = texts.counts.at[jnp.arange(local), ids].add(1)
+      is_active = rows['position'] < texts.cache[0].keys.shape[2]  # the prompts of others are still being read
+      counts = texts.counts.at[jnp.arange(local), ids].add(is_active.astype(jnp.int32))
       return texts._replace(cache=cache, counts=counts), known(logits, ids)
     return run(step, (specs, BATCH_SPEC), parameters, texts, rows)
 

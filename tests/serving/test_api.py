@@ -10,7 +10,7 @@ import urllib.parse
 import jax
 import numpy as np
 import pytest
-from conftest import CONTEXT, Server  # tests/serving
+from served import CONTEXT, Server
 from tiers import full
 
 from gptjax.inference import Sampling

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from conftest import drawn  # tests/serving
+from served import drawn
 from tiers import full
 
 from gptjax.config import ComputeConfig, MeshConfig, ModelConfig, TokenizerConfig
