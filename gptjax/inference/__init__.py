@@ -2,5 +2,5 @@
 
 from gptjax.inference.classifier import Classifier
 from gptjax.inference.decoding import Decoder
-from gptjax.inference.generator import Generator, read_prompts
+from gptjax.inference.generator import Generator, Text, read_prompts
 from gptjax.inference.sampling import Sampling, suppressed_ids, sample

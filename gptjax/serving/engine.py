@@ -19,6 +19,8 @@ ALTERNATIVES = 20
 """Most likely tokens that are known of each place: as many as OpenAI's interface allows."""
 BIASES = 300
 """Tokens that a text may be given a bias for."""
+SIZES = 256, 1024, 4096, 16384, 65536
+"""Places per slot that the cache may have, besides the complete context."""
 
 
 class Settings(NamedTuple):
@@ -89,14 +91,13 @@ class Engine:
   """
 
   def __init__(self, model: AbstractModel, mesh: Mesh, parameters: Parameters, forbidden: tuple[int, ...], slots: int, zero_stage: int = 0):
-    compute = dataclasses.replace(model.compute.plain)
-    self._model = abstract_model(dataclasses.replace(model.config, dropout=0.0), compute, model.context).transposed()
+    self._model = abstract_model(dataclasses.replace(model.config, dropout=0.0), model.compute.plain, model.context).transposed()
     self.mesh, self.context, self._parameters = mesh, model.context, parameters
     self.groups = batch_shards(mesh)
     count = -(-slots // self.groups) * self.groups
     self._programs = _programs(self._model, mesh, forbidden, zero_stage, count)
     self.slots = [Slot() for _ in range(count)]
-    self.sizes = [size for size in (256, 1024, 4096, 16384, 65536) if size < self.context] + [self.context]
+    self.sizes = [size for size in SIZES if size < self.context] + [self.context]
     self.chunks = [size for size in (32, 256) if size < self.context] or [self.context]
     self.size = self.sizes[0]
     """places per slot in the cache"""
@@ -106,14 +107,14 @@ class Engine:
     """Compiles and runs every program once."""
     for number, size in enumerate(self.sizes, 1):
       say(f'compiling for texts of up to {size:,} tokens ({number} of {len(self.sizes)})')
-      self._resize(size)
+      self._grow(size)
       for chunk in self.chunks:
         self._extend({}, chunk, False, {})
       self._extend({}, self.chunks[-1], True, {})
       for filters in (False, True):
         self._decode([], filters)
-    self._texts = self._programs.admit(self._texts, **self._admission(len(self.slots), [], {}))
-    self._resize(self.sizes[0])
+      self._texts = self._programs.admit(self._texts, **self._admission(len(self.slots), [], {}))
+    self.size, self._texts = self.sizes[0], self._programs.fresh(size=self.sizes[0])
 
   def admit(self, slot: int, prompt: Sequence[int], kept: int, settings: Settings, seed: int, bias: dict[int, float]) -> None:
     """Gives a slot a new text, whose first `kept` tokens are in its cache already."""
@@ -151,20 +152,14 @@ class Engine:
     return slot * self.groups // len(self.slots)
 
   def _fit(self, tokens: int) -> None:
-    """Makes place for this many tokens per slot; gives back what is not needed if it is much."""
-    needed = max([tokens, *(len(slot.tokens) for slot in self.slots)])
-    if needed > self.size:
-      self._resize(next(size for size in self.sizes if size >= needed))
+    """Makes place for this many tokens per slot, size by size: each of these steps has been compiled."""
+    for size in self.sizes:
+      if self.size < size and self.size < tokens:
+        self._grow(size)
 
-  def shrink(self) -> None:
-    """Forgets what is in all slots, and makes the cache as small as it can be."""
-    for slot in self.slots:
-      slot.tokens = []
-    self._resize(self.sizes[0])
-
-  def _resize(self, size: int) -> None:
-    if size != self.size:
-      self._texts, self.size = self._programs.resize(self._texts, size=size), size
+  def _grow(self, size: int) -> None:
+    if size > self.size:
+      self._texts, self.size = self._programs.grow(self._texts, size=size), size
 
   def _extend(self, reads: dict[int, Sequence[int]], chunk: int, score: bool, following: dict[int, int]) -> Drawn | None:
     per_group = len(self.slots) // self.groups
@@ -201,7 +196,7 @@ class Engine:
 
 class _Programs(NamedTuple):
   fresh: Callable[..., _Texts]
-  resize: Callable[..., _Texts]
+  grow: Callable[..., _Texts]
   admit: Callable[..., _Texts]
   extend: Callable[..., tuple[_Texts, Any]]
   decode: Callable[..., tuple[_Texts, Any]]
@@ -226,30 +221,6 @@ def _programs(model: AbstractModel, mesh: Mesh, forbidden: tuple[int, ...], zero
   def read(head, hidden, rows):
     logits = jax.reshard(head.logits(hidden), PartitionSpec(None, None)).reshape(*rows['tokens'].shape, -1)
     return known(logits, rows['following'])
-
-  @functools.partial(jax.jit, static_argnames='size')
-  def fresh(size):
-    def make(_):
-      flat = jnp.zeros((local, model.config.table_rows))
-      return _Texts(empty_cache(model.config, model.compute, local, size, complete=True), flat > 0, flat.astype(jnp.int32), flat), _
-    return batch_shard_map(make, (BATCH_SPEC,), (specs, BATCH_SPEC))(jnp.zeros(count, out_sharding=BATCH_SPEC))[0]
-
-  @functools.partial(jax.jit, static_argnames='size')
-  def resize(texts, size):
-    def fit(x):
-      kept = jax.lax.slice_in_dim(x, 0, min(size, x.shape[2]), axis=2)
-      return jnp.pad(kept, [(0, 0), (0, 0), (0, size - kept.shape[2]), (0, 0)])
-    return texts._replace(cache=jax.tree.map(fit, texts.cache))
-
-  @functools.partial(jax.jit, donate_argnames='texts')
-  def admit(texts, slot, ids, biased, values):
-    mine = (jnp.arange(count) == slot)[:, None]
-    mine = jax.reshard(mine, BATCH_SPEC)
-    vocab = model.config.table_rows
-    prompted = jnp.zeros(vocab, bool).at[ids].set(True, mode='drop')
-    bias = jnp.zeros(vocab).at[biased].set(values, mode='drop')
-    return texts._replace(prompted=jnp.where(mine, prompted, texts.prompted), counts=jnp.where(mine, 0, texts.counts),
-                          bias=jnp.where(mine, bias, texts.bias))
 
   @functools.partial(jax.jit, static_argnames='score', donate_argnames='texts')
   def extend(parameters, texts, rows, score):
@@ -278,7 +249,32 @@ def _programs(model: AbstractModel, mesh: Mesh, forbidden: tuple[int, ...], zero
       return texts._replace(cache=cache, counts=counts), known(logits, ids)
     return run(step, (specs, BATCH_SPEC), parameters, texts, rows)
 
-  return _Programs(fresh, resize, admit, extend, decode)
+  @functools.partial(jax.jit, static_argnames='size')
+  def fresh(size):
+    def make(_):
+      flat = jnp.zeros((local, model.config.table_rows))
+      return _Texts(empty_cache(model.config, model.compute, local, size, complete=True), flat > 0, flat.astype(jnp.int32), flat), _
+    return batch_shard_map(make, (BATCH_SPEC,), (specs, BATCH_SPEC))(jnp.zeros(count, out_sharding=BATCH_SPEC))[0]
+
+  return _Programs(fresh, _grow, _admit, extend, decode)
+
+
+@functools.partial(jax.jit, static_argnames='size')
+def _grow(texts: _Texts, size: int) -> _Texts:
+  """With a cache of `size` places per slot, which is more than it has."""
+  pad = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, size - x.shape[2]), (0, 0)])
+  return texts._replace(cache=jax.tree.map(pad, texts.cache))
+
+
+@functools.partial(jax.jit, donate_argnames='texts')
+def _admit(texts: _Texts, slot: Int[Array, ''], ids: Int[Array, 'T'], biased: Int[Array, 'N'], values: Float[Array, 'N']) -> _Texts:
+  """With a new text in a slot, of a prompt with these `ids` and biases; ids beyond the table count for nothing."""
+  count, vocab = texts.bias.shape
+  mine = jax.reshard((jnp.arange(count) == slot)[:, None], BATCH_SPEC)
+  prompted = jnp.zeros(vocab, bool).at[ids].set(True, mode='drop')
+  bias = jnp.zeros(vocab).at[biased].set(values, mode='drop')
+  return texts._replace(prompted=jnp.where(mine, prompted, texts.prompted), counts=jnp.where(mine, 0, texts.counts),
+                        bias=jnp.where(mine, bias, texts.bias))
 
 
 def _penalized(logits: Float[Array, 'B V'], texts: _Texts, rows: dict[str, Array]) -> Float[Array, 'B V']:

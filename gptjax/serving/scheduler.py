@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from gptjax.data import TextStream, Tokenizer
-from gptjax.inference.generator import Text
+from gptjax.inference import Text
 from gptjax.serving.engine import Drawn, Engine, Settings, Slot
 
 
@@ -171,21 +171,21 @@ class Scheduler:
         self._draw(one, found[one.slot])
 
   def _read(self) -> None:
-    """Reads a piece of a prompt per group of devices."""
+    """Reads a piece of a prompt per group of devices: of prompts that are all scored, or none of which is."""
     reads: dict[int, tuple[_Active, list[int]]] = {}
-    first: bool | None = None
+    scored: bool | None = None
     for one in self._active.values():
-      if one.unread and self._engine.group(one.slot) not in reads and first in (None, one.request.scored):
-        first = one.request.scored
+      if one.unread and self._engine.group(one.slot) not in reads and scored in (None, one.request.scored):
+        scored = one.request.scored
         reads[self._engine.group(one.slot)] = one, one.unread[:self._engine.chunks[-1]]
     if not reads:
       return
     following = {one.slot: [*one.unread, one.request.prompt[-1]][len(tokens)] for one, tokens in reads.values()}
-    found = self._engine.extend({one.slot: tokens for one, tokens in reads.values()}, following if first else None)
+    found = self._engine.extend({one.slot: tokens for one, tokens in reads.values()}, following if scored else None)
     for one, tokens in reads.values():
       one.unread = one.unread[len(tokens):]
       self.counts['read'] += len(tokens)
-      if first:
+      if scored:
         one.request.send(Piece(tokens=_tokens([*tokens[1:], following[one.slot]], found[one.slot])))
 
   def _draw(self, one: _Active, found: Drawn) -> None:

@@ -1,5 +1,7 @@
 """Slots grow as texts do alone, on every mesh."""
 
+import contextlib
+
 import jax
 import numpy as np
 import pytest
@@ -10,8 +12,10 @@ from gptjax.config import ComputeConfig, MeshConfig, ModelConfig, TokenizerConfi
 from gptjax.data import train_tokenizer
 from gptjax.inference import Generator, Sampling, suppressed_ids
 from gptjax.model import abstract_model
+from gptjax.serving import engine as engines
 from gptjax.serving.engine import Engine, Settings
 from gptjax.sharding import make_mesh
+from gptjax.training.loop import CompileCounter
 
 SETTINGS = Settings(0.0), Settings(0.9, 10, 0.9, 0.01, 1.2)
 
@@ -50,17 +54,20 @@ def test_slots_draw_what_the_generator_draws(sizes, architecture):
         assert list(ids) == row.ids and np.allclose(logprobs, row.logprobs, atol=1e-5)
 
 
-def test_a_cache_grows_and_keeps_what_was_read(parts):
+def test_a_cache_grows_keeps_what_was_read_and_compiles_nothing_more(parts, monkeypatch):
   generator, weights, engine, mesh = parts
+  monkeypatch.setattr(engines, 'SIZES', (24, 48))
   prompt = generator.prompt('some text that is longer than sixteen tokens')
   with jax.set_mesh(mesh):
     small = Engine(engine._model, mesh, weights, (), 3)
-    small.sizes, small.size = [48, 96], 48
-    small._texts = small._programs.fresh(size=48)
-    small.admit(1, prompt, 0, Settings(0.0), 0, {})
-    read(small, 1, prompt[:-1])
-    drawn_ids = [int(small.decode([1])[1].ids) for _ in range(20)]
+    small.compile()
+    assert (small.sizes, small.size) == ([24, 48, 96], 24)
+    with contextlib.closing(CompileCounter()) as compiled:
+      small.admit(1, prompt, 0, Settings(0.0), 0, {})
+      read(small, 1, prompt[:-1])  # from the first size to the last one, in steps
+      small.admit(0, prompt[:3], 0, Settings(0.5, top_k=3), 0, {70: 1.0})
+      read(small, 0, prompt[:2])
+      drawn_ids = [int(small.decode([0, 1])[1].ids) for _ in range(20)]
+    assert compiled.count == 0
     assert small.size == 96 and small.slots[1].tokens == [*prompt, *drawn_ids[:-1]]
     assert drawn_ids == generator(weights, [prompt], max_tokens=20, sampling=Sampling(0.0), stop_ids=())[0].ids
-    small.shrink()
-    assert small.size == 48 and not small.slots[1].tokens
