@@ -71,3 +71,15 @@ def test_a_cache_grows_keeps_what_was_read_and_compiles_nothing_more(parts, monk
     assert compiled.count == 0
     assert small.size == 96 and small.slots[1].tokens == [*prompt, *drawn_ids[:-1]]
     assert drawn_ids == generator(weights, [prompt], max_tokens=20, sampling=Sampling(0.0), stop_ids=())[0].ids
+
+
+def test_a_slot_counts_no_tokens_while_its_prompt_is_read(parts):
+  generator, _, engine, mesh = parts
+  prompt = generator.prompt('abc')
+  with jax.set_mesh(mesh):
+    for slot in (0, 1):
+      engine.admit(slot, prompt, 0, Settings(), slot, {})
+    read(engine, 0, prompt[:-1])
+    drawn_ids = [int(engine.decode([0])[0].ids) for _ in range(5)]
+    counts = np.asarray(engine._texts.counts)
+  assert not counts[1].any() and counts[0].sum() == 5 and set(np.flatnonzero(counts[0])) == set(drawn_ids)
