@@ -8,6 +8,7 @@ import time
 import urllib.parse
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from served import CONTEXT, Server
@@ -71,7 +72,7 @@ def test_log_probabilities_of_a_prompt_are_those_of_a_forward_pass(server):
   found = server.text(prompt=ids, max_tokens=0, echo=True, logprobs=3)
   model = server.api._scheduler._engine._model
   with jax.set_mesh(server.mesh):
-    logits = model.merge(server.weights)(np.array([ids]))[0]
+    logits = model.merge(server.weights)(jnp.array([ids]))[0]
     expected = jax.nn.log_softmax(logits)
   known = found['logprobs']
   assert known['token_logprobs'][0] is None and known['top_logprobs'][0] is None
