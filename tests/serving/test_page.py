@@ -1,0 +1,97 @@
+"""The page to chat on, in a real browser."""
+
+import shutil
+import time
+
+import pytest
+from test_api import wait
+
+playwright = pytest.importorskip('playwright.sync_api')
+CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
+pytestmark = [pytest.mark.full, pytest.mark.skipif(not CHROMIUM, reason='no Chromium on this machine')]
+
+
+@pytest.fixture(scope='module')
+def browser():
+  with playwright.sync_playwright() as started:
+    browser = started.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])  # containers run as root
+    yield browser
+    browser.close()
+
+
+@pytest.fixture(params=[1280, 400])
+def page(server, browser, request):
+  """The page at a width, with short answers; it may ask this server alone, and has no errors."""
+  context = browser.new_context(viewport={'width': request.param, 'height': 800})
+  page = context.new_page()
+  asked, errors = [], []
+  page.on('request', lambda one: asked.append(one.url))
+  page.on('pageerror', lambda error: errors.append(error))
+  page.goto(server.url)
+  page.wait_for_function("document.getElementById('model').textContent === 'tiny'")
+  page.get_by_text('Settings').click()
+  page.get_by_label('max_tokens').fill('8')
+  page.get_by_label('seed').fill('1')
+  yield page
+  context.close()
+  assert not errors and all(url.startswith((server.url, 'data:')) for url in asked)
+
+
+def messages(page):
+  return [(one.get_attribute('class'), one.evaluate('box => box.firstChild.textContent')) for one in page.locator('article').all()]
+
+
+def say(page, text):
+  page.get_by_label('Message').fill(text)
+  page.get_by_label('Message').press('Enter')
+
+
+def answered(page, count):
+  page.wait_for_function('count => document.querySelectorAll("article").length === count'
+                         ' && document.getElementById("send").textContent === "Send"', arg=count)
+
+
+def test_a_conversation_is_answered_kept_and_edited(server, page):
+  say(page, 'Hi')
+  answered(page, 2)
+  expected = server.ask('/v1/chat/completions', {'messages': [{'role': 'user', 'content': 'Hi'}], 'max_tokens': 8, 'seed': 1,
+                                                 'temperature': 0.8})[1]['choices'][0]['message']['content']
+  assert messages(page) == [('user', 'Hi'), ('assistant', expected)]
+  page.reload()
+  assert messages(page) == [('user', 'Hi'), ('assistant', expected)]  # and the settings are kept
+  say(page, 'A')
+  answered(page, 4)
+  page.get_by_role('button', name='Edit').last.click()
+  assert page.get_by_label('Message').input_value() == 'A' and len(messages(page)) == 2
+  say(page, 'B')
+  answered(page, 4)
+  assert messages(page)[2] == ('user', 'B')
+  wide = page.evaluate('document.documentElement.scrollWidth <= document.documentElement.clientWidth')
+  assert wide, 'the page scrolls sideways'
+  page.get_by_role('button', name='New').click()
+  assert not messages(page)
+  page.reload()
+  assert not messages(page)
+
+
+def test_an_answer_is_streamed_and_stopped(server, page, monkeypatch):
+  wait(lambda: not server.scheduler.running)
+  cancelled, decode = server.scheduler.counts['cancelled'], server.scheduler._engine.decode
+  monkeypatch.setattr(server.scheduler._engine, 'decode', lambda active: time.sleep(0.05) or decode(active))
+  page.get_by_label('max_tokens').fill('60')
+  say(page, 'Hi')
+  page.wait_for_function('document.querySelector("article.assistant")?.textContent')
+  page.get_by_role('button', name='Stop').click()
+  answered(page, 2)
+  wait(lambda: server.scheduler.counts['cancelled'] > cancelled and not server.scheduler.running)
+  assert 0 < len(messages(page)[1][1]) < 60
+
+
+def test_a_text_is_continued_and_a_mistake_is_told(page):
+  page.get_by_label('continue a text').check()
+  say(page, 'Once')
+  answered(page, 2)
+  page.get_by_label('temperature').fill('3')
+  say(page, 'more')
+  answered(page, 4)
+  assert messages(page)[3][0] == 'error' and 'from 0 to 2' in messages(page)[3][1]
