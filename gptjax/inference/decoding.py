@@ -12,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Int
 
 from gptjax.inference.forward import bucket, forward, dispatch_ahead, padded_batch, power_of_two, put_batch
-from gptjax.inference.sampling import Sampling, penalized, sample
+from gptjax.inference.sampling import Sampling, penalized, per_row, sample
 from gptjax.model import AbstractModel, Caches, Parameters, Positions, abstract_model, empty_cache, left_padded, unstack_layers
 from gptjax.sharding import BATCH_SPEC, padded_batch_size
 
@@ -30,6 +30,7 @@ class _State(NamedTuple):
   token: Int[Array, 'B']
   """the last one, which the model has not read"""
   seeds: Int[Array, 'B']
+  settings: dict[str, Array]
   seen: Bool[Array, 'B V'] | None
   """ids in each row's text, if there is a repetition penalty"""
 
@@ -79,7 +80,7 @@ class Decoder:
       space = min(max_tokens - drawn, context - max(windows) + 1)
       rows = [text[-window:] for text, window in zip(texts, windows, strict=True)]
       batch = self._batch(rows, texts, seeds, sampling)
-      for out in dispatch_ahead(self._steps(parameters, batch, drawn, space, sampling)):
+      for out in dispatch_ahead(self._steps(parameters, batch, drawn, space)):
         ids, logprobs = (np.asarray(x)[:count] for x in out)
         drawn += 1
         for text, token in zip(texts, ids.tolist(), strict=True):
@@ -87,15 +88,15 @@ class Decoder:
         yield ids, logprobs
       windows = [window + space if window + space <= context else max(context // 2, 1) for window in windows]
 
-  def _steps(self, parameters: Parameters, batch: dict[str, jax.Array], drawn: int, space: int, sampling: Sampling) -> Iterator[tuple]:
+  def _steps(self, parameters: Parameters, batch: dict[str, jax.Array], drawn: int, space: int) -> Iterator[tuple]:
     length = min(bucket(space), self._model.context)
-    state, out = self._prefill(parameters, batch, np.int32(drawn), space=length, sampling=sampling)
+    state, out = self._prefill(parameters, batch, np.int32(drawn), space=length)
     yield out
     for _ in range(space - 1):
-      state, out = self._decode(parameters, state, sampling=sampling)
+      state, out = self._decode(parameters, state)
       yield out
 
-  def _batch(self, rows: list[list[int]], texts: list[list[int]], seeds: Sequence[int], sampling: Sampling) -> dict[str, jax.Array]:
+  def _batch(self, rows: list[list[int]], texts: list[list[int]], seeds: Sequence[int], sampling: Sampling) -> dict[str, Any]:
     count = padded_batch_size(self._mesh, power_of_two(len(rows)))
     batch = padded_batch(rows, count, min(bucket(max(map(len, rows))), self._model.context))
     batch['seeds'] = np.zeros(count, np.uint32)
@@ -104,7 +105,7 @@ class Decoder:
       batch['seen'] = np.zeros((count, self._model.config.table_rows), bool)
       for index, text in enumerate(texts):
         batch['seen'][index, text] = True
-    return put_batch(self._mesh, batch)
+    return {**put_batch(self._mesh, batch), 'settings': put_batch(self._mesh, per_row(sampling, count))}
 
 
 @functools.lru_cache(maxsize=16)
@@ -113,39 +114,40 @@ def _programs(model: AbstractModel, mesh: Mesh, forbidden: tuple[int, ...], zero
   banned = np.zeros(model.config.table_rows, bool)
   banned[list(forbidden)] = True
   one = PartitionSpec()
-  specs: Any = _State(BATCH_SPEC, one, BATCH_SPEC, one, BATCH_SPEC, BATCH_SPEC, BATCH_SPEC)  # type: ignore[arg-type]
+  specs: Any = _State(BATCH_SPEC, one, BATCH_SPEC, one, *(BATCH_SPEC,) * 4)  # type: ignore[arg-type]
 
   def run(function, in_specs, parameters, *inputs):
     state, drawn = forward(model, mesh, zero_stage, function, in_specs, (specs, BATCH_SPEC))(parameters, *inputs)
     return state, jax.reshard(drawn, PartitionSpec(None))
 
-  def draw(head, hidden, state, sampling):
+  def draw(head, hidden, state):
     logits = jax.reshard(head.logits(hidden), PartitionSpec(None, None))
     logprobs = jax.nn.log_softmax(logits)
     logits = jnp.where(banned, -jnp.inf, logits)
     if state.seen is not None:
-      logits = penalized(logits, state.seen, sampling)
+      logits = penalized(logits, state.seen, state.settings['repetition_penalty'])
     keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), state.drawn))(state.seeds)
-    ids = sample(logits, sampling, keys).astype(jnp.int32)
+    ids = sample(logits, state.settings, keys).astype(jnp.int32)
     seen = None if state.seen is None else state.seen | (ids[:, None] == jnp.arange(state.seen.shape[1]))
     return state._replace(token=ids, drawn=state.drawn + 1, seen=seen), (ids, jnp.take_along_axis(logprobs, ids[:, None], -1)[:, 0])
 
-  @functools.partial(jax.jit, static_argnames=('space', 'sampling'))
-  def prefill(parameters, rows, drawn, space, sampling):
+  @functools.partial(jax.jit, static_argnames='space')
+  def prefill(parameters, rows, drawn, space):
     def local(module, rows, drawn):
       batch, length = rows['tokens'].shape
       cache = empty_cache(model.config, model.compute, batch, length + space)
       hidden, cache, _ = module.hidden(rows['tokens'], left_padded(length, rows['padding']), cache)
-      state = _State(cache, jnp.int32(length), rows['padding'], drawn, rows['tokens'][:, -1], rows['seeds'], rows.get('seen'))
-      return draw(module.head, hidden.reshape(batch, length, -1)[:, -1], state, sampling)
+      state = _State(cache, jnp.int32(length), rows['padding'], drawn, rows['tokens'][:, -1], rows['seeds'], rows['settings'],
+                     rows.get('seen'))
+      return draw(module.head, hidden.reshape(batch, length, -1)[:, -1], state)
     return run(local, (BATCH_SPEC, one), parameters, rows, drawn)
 
-  @functools.partial(jax.jit, static_argnames='sampling', donate_argnames='state')
-  def decode(parameters, state, sampling):
+  @functools.partial(jax.jit, donate_argnames='state')
+  def decode(parameters, state):
     def local(module, state):
       positions = Positions((state.cached - state.padding)[:, None], cached=state.cached, padding=state.padding)
       hidden, cache, _ = module.hidden(state.token[:, None], positions, state.cache)
-      return draw(module.head, hidden, state._replace(cache=cache, cached=state.cached + 1), sampling)
+      return draw(module.head, hidden, state._replace(cache=cache, cached=state.cached + 1))
     return run(local, (specs,), parameters, state)
 
   @functools.partial(jax.jit, out_shardings=model.shardings(zero_stage, mesh))

@@ -2,15 +2,20 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from gptjax.config import ModelConfig
 from gptjax.config.checks import Fraction, Group, Limit, at_least
 from gptjax.data import Tokenizer
+
+_FIRST = 1024
+"""Most likely ids that top_k and top_p look at first; at the others only if these do not suffice."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,30 +34,59 @@ class Sampling(Group, prefix='--'):
   """positive logits of tokens that the text contains are divided by it, negative ones multiplied (arXiv:1909.05858); 1: no penalty"""
 
 
-def penalized(logits: Float[Array, 'B V'], seen: Bool[Array, 'B V'], sampling: Sampling) -> Float[Array, 'B V']:
-  """Logits with the repetition penalty applied to the tokens in `seen`."""
-  penalty = sampling.repetition_penalty
+def per_row(sampling: Sampling, rows: int) -> dict[str, Float[np.ndarray, 'B']]:
+  """Settings as `sample` takes them, alike for all rows."""
+  return {field.name: np.full(rows, getattr(sampling, field.name), np.float32) for field in dataclasses.fields(sampling)}
+
+
+def penalized(logits: Float[Array, 'B V'], seen: Bool[Array, 'B V'], penalty: Float[Array, 'B']) -> Float[Array, 'B V']:
+  """Logits with the repetition penalty of each row applied to the tokens in `seen`."""
+  penalty = penalty[:, None]
   return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def sample(logits: Float[Array, 'B V'], sampling: Sampling, keys: Key[Array, 'B']) -> Int[Array, 'B']:
-  """One token id per row, each drawn with its own key."""
-  if sampling.temperature == 0:
-    return jnp.argmax(logits, -1)
-  # The maximum is subtracted first, and 1e-30 is still above 0 in float32: tiny temperatures give no NaN.
-  logits = (logits - logits.max(-1, keepdims=True)) / max(sampling.temperature, 1e-30)
-  narrow = 0 < sampling.top_k < logits.shape[-1]
-  if narrow or sampling.top_p < 1:
-    ordered = jax.lax.top_k(logits, sampling.top_k)[0] if narrow else jnp.sort(logits, -1, descending=True)
-    lowest = ordered[:, -1:] if narrow else -jnp.inf
-    if sampling.top_p < 1:
-      probabilities = jax.nn.softmax(ordered, -1)
-      before = jnp.cumsum(probabilities, -1) - probabilities  # keep a token if the more likely ones sum to less than top_p
-      lowest = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), -1, keepdims=True)
-    logits = jnp.where(logits < lowest, -jnp.inf, logits)
-  if sampling.min_p:
-    logits = jnp.where(logits < logits.max(-1, keepdims=True) + math.log(sampling.min_p), -jnp.inf, logits)
-  return jax.vmap(jax.random.categorical)(keys, logits)
+def sample(logits: Float[Array, 'B V'], settings: Mapping[str, Float[Array, 'B']], keys: Key[Array, 'B']) -> Int[Array, 'B']:
+  """One token id per row, each drawn with its own key and by its own settings.
+
+  Args:
+    logits: after the repetition penalty.
+    settings: by the names of Sampling; see `per_row`.
+    keys: of the rows.
+  """
+  best = jnp.argmax(logits, -1)
+  temperature = settings['temperature']
+
+  def draw():
+    # The maximum is subtracted first, and 1e-30 is still above 0 in float32: tiny temperatures give no NaN.
+    scaled = (logits - logits.max(-1, keepdims=True)) / jnp.maximum(temperature, 1e-30)[:, None]
+    narrow = (settings['top_k'] > 0) | (settings['top_p'] < 1) | (settings['min_p'] > 0)
+    scaled = jax.lax.cond(narrow.any(), _narrowed, lambda scaled, settings: scaled, scaled, settings)
+    return jnp.where(temperature == 0, best, jax.vmap(jax.random.categorical)(keys, scaled))
+  return jax.lax.cond((temperature > 0).any(), draw, lambda: best)
+
+
+def _narrowed(scaled: Float[Array, 'B V'], settings: Mapping[str, Float[Array, 'B']]) -> Float[Array, 'B V']:
+  """Logits, whose maxima are 0, with -inf for ids that top_k, top_p and min_p of their row leave out."""
+  vocab = scaled.shape[-1]
+  top_k, top_p, min_p = (settings[name][:, None] for name in ('top_k', 'top_p', 'min_p'))
+  count = jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab)
+  total = jnp.exp(scaled).sum(-1, keepdims=True)
+
+  def lowest(ordered):
+    """The lowest logit of each row that top_k and top_p leave, and whether these most likely ones suffice to know it."""
+    width = ordered.shape[-1]
+    weights = jnp.where(jnp.arange(width) < count, jnp.exp(ordered), 0)
+    mass = jnp.cumsum(weights, -1)
+    whole = jnp.where(count <= width, mass[:, -1:], total)
+    kept = (jnp.arange(width) < count) & (mass - weights < top_p * whole)  # the more likely ones have less than top_p together
+    least = jnp.min(jnp.where(kept, ordered, jnp.inf), -1, keepdims=True)
+    all_ids = (count == vocab) & (top_p == 1)
+    return jnp.where(all_ids, -jnp.inf, least), (all_ids | (count <= width) | (mass[:, -1:] >= top_p * whole)).all()
+
+  least, suffice = lowest(jax.lax.top_k(scaled, min(_FIRST, vocab))[0])
+  if vocab > _FIRST:  # sorting all of 50,000 ids takes twenty times as long
+    least = jax.lax.cond(suffice, lambda: least, lambda: lowest(jnp.sort(scaled, -1, descending=True))[0])
+  return jnp.where((scaled < least) | (scaled < jnp.log(min_p)), -jnp.inf, scaled)
 
 
 def suppressed_ids(tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, ...]:

@@ -142,12 +142,12 @@ def test_a_step_copies_no_cache_and_devices_hold_the_keys_of_their_queries(shall
   decoder = Decoder(model, mesh)
   parameters = decoder.prepare(random_parameters(model))
   batch = decoder._batch(prompts_of(*[3] * rows), [[1]] * rows, range(rows), GREEDY)
-  state = jax.eval_shape(functools.partial(decoder._prefill, space=496, sampling=GREEDY), parameters, batch, np.int32(0))[0]
+  state = jax.eval_shape(functools.partial(decoder._prefill, space=496), parameters, batch, np.int32(0))[0]
   keys = state.cache[0].keys
   data, split = (mesh.shape[axis] for axis in ('data', 'model'))
   held = keys.sharding.shard_shape(keys.shape)
   assert held == (rows // data, kv_heads // math.gcd(kv_heads, split), 512, 16)
-  compiled = decoder._decode.lower(parameters, state, sampling=GREEDY).compile()
+  compiled = decoder._decode.lower(parameters, state).compile()
   size = math.prod(held)
   assert compiled.memory_analysis().temp_size_in_bytes < 4 * size
   assert all(one.payload < 4 * size for one in collectives(compiled.as_text(), mesh.shape))
