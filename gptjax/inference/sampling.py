@@ -78,10 +78,11 @@ def _narrowed(scaled: Float[Array, 'B V'], settings: Mapping[str, Float[Array, '
     weights = jnp.where(jnp.arange(width) < count, jnp.exp(ordered), 0)
     mass = jnp.cumsum(weights, -1)
     whole = jnp.where(count <= width, mass[:, -1:], total)
-    kept = (jnp.arange(width) < count) & (mass - weights < top_p * whole)  # the more likely ones have less than top_p together
+    nucleus = (top_p == 1) | (mass - weights < top_p * whole)  # the more likely ones have less than top_p together
+    kept = (jnp.arange(width) < count) & nucleus
     least = jnp.min(jnp.where(kept, ordered, jnp.inf), -1, keepdims=True)
     all_ids = (count == vocab) & (top_p == 1)
-    return jnp.where(all_ids, -jnp.inf, least), (all_ids | (count <= width) | (mass[:, -1:] >= top_p * whole)).all()
+    return jnp.where(all_ids, -jnp.inf, least), (all_ids | (count <= width) | ((top_p < 1) & (mass[:, -1:] >= top_p * whole))).all()
 
   least, suffice = lowest(jax.lax.top_k(scaled, min(_FIRST, vocab))[0])
   if vocab > _FIRST:  # sorting all of 50,000 ids takes twenty times as long
