@@ -12,6 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from gptjax.inference.forward import forward, put_batch
+from gptjax.inference.sampling import penalized, sample
 from gptjax.model import AbstractModel, Caches, Parameters, Positions, abstract_model, empty_cache
 from gptjax.sharding import BATCH_SPEC, batch_shard_map, batch_shards
 
@@ -36,11 +37,6 @@ class Settings(NamedTuple):
   presence_penalty: float = 0.0
   """subtracted from the logit of every token that is in the continuation"""
 
-  @property
-  def filters(self) -> bool:
-    """Whether it takes more than a temperature."""
-    return self[1:] != Settings()[1:]
-
 
 class _Texts(NamedTuple):
   """What is on the device: per slot."""
@@ -56,11 +52,11 @@ class _Texts(NamedTuple):
 class Drawn(NamedTuple):
   """Tokens that were drawn or read, with log-probabilities under the model, in nats, before any setting."""
 
-  ids: Int[np.ndarray, '...']
-  logprobs: Float[np.ndarray, '...']
-  best: Int[np.ndarray, '... A']
+  ids: Int[np.ndarray, 'T']
+  logprobs: Float[np.ndarray, 'T']
+  best: Int[np.ndarray, 'T A']
   """the most likely ids"""
-  best_logprobs: Float[np.ndarray, '... A']
+  best_logprobs: Float[np.ndarray, 'T A']
 
 
 @dataclasses.dataclass
@@ -69,14 +65,14 @@ class Slot:
 
   tokens: list[int] = dataclasses.field(default_factory=list)
   """whose keys and values are in the cache; they stay after the text has ended, for another that begins like it"""
+  unread: list[int] = dataclasses.field(default_factory=list)
+  """the rest of the prompt"""
   next: int = 0
   """the text's last token, which the model has not read"""
   drawn: int = 0
   """tokens of the continuation so far"""
   seed: int = 0
   settings: Settings = Settings()
-  special: bool = False
-  """whether its tokens have a bias"""
 
 
 class Engine:
@@ -109,43 +105,43 @@ class Engine:
       say(f'compiling for texts of up to {size:,} tokens ({number} of {len(self.sizes)})')
       self._grow(size)
       for chunk in self.chunks:
-        self._extend({}, chunk, False, {})
-      self._extend({}, self.chunks[-1], True, {})
-      for filters in (False, True):
-        self._decode([], filters)
+        self._extend({}, chunk, scored=False)
+      self._extend({}, self.chunks[-1], scored=True)
+      self._decode([])
       self._texts = self._programs.admit(self._texts, **self._admission(len(self.slots), [], {}))
     self.size, self._texts = self.sizes[0], self._programs.fresh(size=self.sizes[0])
 
   def admit(self, slot: int, prompt: Sequence[int], kept: int, settings: Settings, seed: int, bias: dict[int, float]) -> None:
-    """Gives a slot a new text, whose first `kept` tokens are in its cache already."""
+    """Gives a slot a new text, of whose prompt the first `kept` tokens are in its cache already, but not all."""
     self._texts = self._programs.admit(self._texts, **self._admission(slot, prompt, bias))
-    self.slots[slot] = Slot(list(prompt[:kept]), prompt[-1], 0, seed, settings, bool(bias))
+    self.slots[slot] = Slot(list(prompt[:kept]), list(prompt[kept:]), seed=seed, settings=settings)
 
-  def extend(self, reads: dict[int, Sequence[int]], following: dict[int, int] | None = None) -> dict[int, Drawn]:
-    """Reads tokens of prompts into slots, at most chunks[-1] each and one slot per group. With the token after the last one of each,
-    returns what the model knows of the token after each."""
-    score = following is not None
-    assert all(reads.values()) and len({self.group(slot) for slot in reads}) == len(reads)
-    longest = max(map(len, reads.values()))
+  def read(self, slots: Sequence[int], scored: bool) -> dict[int, Drawn]:
+    """Reads the next piece of the prompts of slots, one slot per group at most. Returns the tokens that follow those that were read: for
+    a prompt that is read to its end the first token of its continuation, and if they are `scored` the tokens of the prompt before it."""
+    assert len({self.group(slot) for slot in slots}) == len(slots)
+    reads = {slot: self.slots[slot].unread[:self.chunks[-1]] for slot in slots}
     self._fit(max(len(self.slots[slot].tokens) + len(tokens) for slot, tokens in reads.items()))
-    chunk = self.chunks[-1] if score else next(size for size in self.chunks if longest <= size)
-    found = self._extend(reads, chunk, score, following or {})
+    chunk = self.chunks[-1] if scored else next(size for size in self.chunks if max(map(len, reads.values())) <= size)
+    found, drawn = self._extend(reads, chunk, scored), {}
     for slot, tokens in reads.items():
-      self.slots[slot].tokens += tokens
-    if found is None:
-      return {}
-    return {slot: Drawn(*(part[self.group(slot), :len(tokens)] for part in found)) for slot, tokens in reads.items()}
+      text = self.slots[slot]
+      text.tokens, text.unread = text.tokens + tokens, text.unread[len(tokens):]
+      if scored or not text.unread:
+        drawn[slot] = Drawn(*(np.asarray(part)[self.group(slot), :len(tokens)] for part in found))
+      if not text.unread:
+        text.next, text.drawn = int(drawn[slot].ids[-1]), 1
+    return drawn
 
-  def decode(self, active: Sequence[int]) -> dict[int, Drawn]:
-    """The next token of each of these slots."""
-    slots = self.slots
-    self._fit(max(len(slots[slot].tokens) + 1 for slot in active))
-    found = self._decode(active, any(slots[slot].settings.filters or slots[slot].special for slot in active))
-    for slot in active:
-      slots[slot].tokens.append(slots[slot].next)
-      slots[slot].next = int(found.ids[slot])
-      slots[slot].drawn += 1
-    return {slot: Drawn(*(part[slot] for part in found)) for slot in active}
+  def decode(self, slots: Sequence[int]) -> dict[int, Drawn]:
+    """The next token of each of these slots, whose prompts have been read."""
+    self._fit(max(len(self.slots[slot].tokens) + 1 for slot in slots))
+    found = Drawn(*map(np.asarray, self._decode(slots)))
+    for text in map(self.slots.__getitem__, slots):
+      text.tokens.append(text.next)
+    for slot in slots:
+      self.slots[slot].next, self.slots[slot].drawn = int(found.ids[slot]), self.slots[slot].drawn + 1
+    return {slot: Drawn(*(part[slot:slot + 1] for part in found)) for slot in slots}
 
   def group(self, slot: int) -> int:
     """The group of devices that has a slot."""
@@ -161,30 +157,34 @@ class Engine:
     if size > self.size:
       self._texts, self.size = self._programs.grow(self._texts, size=size), size
 
-  def _extend(self, reads: dict[int, Sequence[int]], chunk: int, score: bool, following: dict[int, int]) -> Drawn | None:
-    per_group = len(self.slots) // self.groups
-    rows = {'slot': np.zeros(self.groups, np.int32), 'start': np.full(self.groups, self.size, np.int32),  # no place: nothing is written
-            'tokens': np.zeros((self.groups, chunk), np.int32), 'following': np.zeros((self.groups, chunk), np.int32)}
-    for slot, tokens in reads.items():
-      group = self.group(slot)
-      rows['slot'][group], rows['start'][group] = slot % per_group, len(self.slots[slot].tokens)
+  def _extend(self, reads: dict[int, list[int]], chunk: int, scored: bool) -> Drawn:
+    groups, per_group = range(self.groups), len(self.slots) // self.groups
+    at = {self.group(slot): slot for slot in reads}
+    rows = self._rows([at.get(group) for group in groups])
+    rows |= {'slot': np.array([at.get(group, 0) % per_group for group in groups], np.int32),
+             'tokens': np.zeros((self.groups, chunk), np.int32), 'following': np.zeros((self.groups, chunk), np.int32),
+             'last': np.zeros(self.groups, np.int32), 'ends': np.zeros(self.groups, bool)}
+    for group, slot in at.items():
+      tokens, unread = reads[slot], self.slots[slot].unread
       rows['tokens'][group, :len(tokens)] = tokens
-      rows['following'][group, :len(tokens)] = [*tokens[1:], following.get(slot, 0)]
-    self._texts, found = self._programs.extend(self._parameters, self._texts, put_batch(self.mesh, rows), score=score)
-    return Drawn(*map(np.asarray, found)) if score else None
+      rows['following'][group, :len(tokens)] = [*unread[1:], 0][:len(tokens)]
+      rows['last'][group], rows['ends'][group] = len(tokens) - 1, len(tokens) == len(unread)
+    self._texts, found = self._programs.extend(self._parameters, self._texts, put_batch(self.mesh, rows), scored=scored)
+    return found
 
-  def _decode(self, active: Sequence[int], filters: bool) -> Drawn:
-    count = len(self.slots)
-    rows = {'token': np.zeros(count, np.int32), 'position': np.full(count, self.size, np.int32), 'drawn': np.zeros(count, np.int32),
-            'seed': np.zeros(count, np.uint32), **{name: np.full(count, value, np.float32) for name, value in Settings()._asdict().items()}}
-    for slot in active:
-      text = self.slots[slot]
-      rows['token'][slot], rows['position'][slot], rows['drawn'][slot] = text.next, len(text.tokens), text.drawn
-      rows['seed'][slot] = text.seed
-      for name, value in text.settings._asdict().items():
-        rows[name][slot] = value
-    self._texts, found = self._programs.decode(self._parameters, self._texts, put_batch(self.mesh, rows), filters=filters)
-    return Drawn(*map(np.asarray, found))
+  def _decode(self, slots: Sequence[int]) -> Drawn:
+    rows = self._rows([slot if slot in slots else None for slot in range(len(self.slots))])
+    rows['token'] = np.array([slot.next for slot in self.slots], np.int32)
+    self._texts, found = self._programs.decode(self._parameters, self._texts, put_batch(self.mesh, rows))
+    return found
+
+  def _rows(self, slots: Sequence[int | None]) -> dict[str, np.ndarray]:
+    """What a program needs to know of slots; None: a row without a text, for which nothing is written."""
+    texts = [None if slot is None else self.slots[slot] for slot in slots]
+    column = lambda dtype, value, none=0: np.array([value(text) if text else none for text in texts], dtype)
+    return {'start': column(np.int32, lambda text: len(text.tokens), self.size), 'drawn': column(np.int32, lambda text: text.drawn),
+            'seed': column(np.uint32, lambda text: text.seed),
+            **{name: column(np.float32, lambda text: getattr(text.settings, name), one) for name, one in Settings()._asdict().items()}}
 
   def _admission(self, slot: int, prompt: Sequence[int], bias: dict[int, float]) -> dict[str, Any]:
     none = self._model.config.table_rows  # beyond the table: dropped
@@ -213,38 +213,46 @@ def _programs(model: AbstractModel, mesh: Mesh, forbidden: tuple[int, ...], zero
     texts, found = forward(model, mesh, zero_stage, function, in_specs, (specs, BATCH_SPEC))(parameters, *inputs)
     return texts, jax.tree.map(lambda x: jax.reshard(x, PartitionSpec(*(None,) * x.ndim)), found)
 
+  def logits_of(head, hidden):
+    return jax.reshard(head.logits(hidden), PartitionSpec(None, None))
+
+  def draw(logits, prompted, counts, bias, rows):
+    logits = penalized(jnp.where(banned, -jnp.inf, logits), prompted | (counts > 0), rows['repetition_penalty'])
+    column = lambda name: rows[name][:, None]
+    logits = logits + bias - column('frequency_penalty') * counts - column('presence_penalty') * (counts > 0)
+    keys = jax.vmap(lambda seed, drawn: jax.random.fold_in(jax.random.key(seed), drawn))(rows['seed'], rows['drawn'])
+    return sample(logits, rows, keys).astype(jnp.int32)
+
   def known(logits, ids):
     logprobs = jax.nn.log_softmax(logits)
     best_logprobs, best = jax.lax.top_k(logprobs, min(ALTERNATIVES, logits.shape[-1]))
-    return ids, jnp.take_along_axis(logprobs, ids[..., None], -1)[..., 0], best, best_logprobs
+    return Drawn(ids, jnp.take_along_axis(logprobs, ids[:, None], -1)[:, 0], best, best_logprobs)  # type: ignore[arg-type]
 
-  def read(head, hidden, rows):
-    logits = jax.reshard(head.logits(hidden), PartitionSpec(None, None)).reshape(*rows['tokens'].shape, -1)
-    return known(logits, rows['following'])
-
-  @functools.partial(jax.jit, static_argnames='score', donate_argnames='texts')
-  def extend(parameters, texts, rows, score):
+  @functools.partial(jax.jit, static_argnames='scored', donate_argnames='texts')
+  def extend(parameters, texts, rows, scored):
     def step(module, texts, rows):
-      slot, start = rows['slot'][0], rows['start']
-      row = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1, 0), texts.cache)
+      slot, start, last = rows['slot'][0], rows['start'], rows['last'][0]
+      row = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1, 0), texts)
       positions = Positions(start[:, None] + jnp.arange(rows['tokens'].shape[1]), cached=start)
-      hidden, row, _ = module.hidden(rows['tokens'], positions, row)
+      hidden, cache, _ = module.hidden(rows['tokens'], positions, row.cache)
+      following = rows['following'][0]
+      if not scored:
+        hidden, following, last = jax.lax.dynamic_slice_in_dim(hidden, last, 1, 0), jax.lax.dynamic_slice_in_dim(following, last, 1, 0), 0
+      logits = logits_of(module.head, hidden)
+      ids = draw(jax.lax.dynamic_slice_in_dim(logits, last, 1, 0), row.prompted, row.counts, row.bias, rows)
+      following = jnp.where((jnp.arange(len(following)) == last) & rows['ends'], ids, following)
+      row = row._replace(cache=cache, counts=row.counts.at[0, ids[0]].add(rows['ends'][0].astype(jnp.int32)))
       put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, slot, 0)
-      found = read(module.head, hidden, rows) if score else start
-      return texts._replace(cache=jax.tree.map(put, texts.cache, row)), found
+      return jax.tree.map(put, texts, row), jax.tree.map(lambda x: x[None], known(logits, following))
     return run(step, (specs, BATCH_SPEC), parameters, texts, rows)
 
-  @functools.partial(jax.jit, static_argnames='filters', donate_argnames='texts')
-  def decode(parameters, texts, rows, filters):
+  @functools.partial(jax.jit, donate_argnames='texts')
+  def decode(parameters, texts, rows):
     def step(module, texts, rows):
-      hidden, cache, _ = module.hidden(rows['token'][:, None], Positions(rows['position'][:, None], cached=rows['position']), texts.cache)
-      logits = jax.reshard(module.head.logits(hidden), PartitionSpec(None, None))
-      changed = jnp.where(banned, -jnp.inf, logits)
-      if filters:
-        changed = _penalized(changed, texts, rows)
-      keys = jax.vmap(lambda seed, drawn: jax.random.fold_in(jax.random.key(seed), drawn))(rows['seed'], rows['drawn'])
-      ids = _sample(changed, rows, keys, filters).astype(jnp.int32)
-      is_active = rows['position'] < texts.cache[0].keys.shape[2]  # the prompts of others are still being read
+      hidden, cache, _ = module.hidden(rows['token'][:, None], Positions(rows['start'][:, None], cached=rows['start']), texts.cache)
+      logits = logits_of(module.head, hidden)
+      ids = draw(logits, texts.prompted, texts.counts, texts.bias, rows)
+      is_active = rows['start'] < cache[0].keys.shape[2]  # the prompts of others are still being read
       counts = texts.counts.at[jnp.arange(local), ids].add(is_active.astype(jnp.int32))
       return texts._replace(cache=cache, counts=counts), known(logits, ids)
     return run(step, (specs, BATCH_SPEC), parameters, texts, rows)
@@ -275,30 +283,3 @@ def _admit(texts: _Texts, slot: Int[Array, ''], ids: Int[Array, 'T'], biased: In
   bias = jnp.zeros(vocab).at[biased].set(values, mode='drop')
   return texts._replace(prompted=jnp.where(mine, prompted, texts.prompted), counts=jnp.where(mine, 0, texts.counts),
                         bias=jnp.where(mine, bias, texts.bias))
-
-
-def _penalized(logits: Float[Array, 'B V'], texts: _Texts, rows: dict[str, Array]) -> Float[Array, 'B V']:
-  """Logits after the penalties and biases of each row."""
-  column = lambda name: rows[name][:, None]
-  penalty = column('repetition_penalty')
-  seen = texts.prompted | (texts.counts > 0)
-  logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
-  return (logits + texts.bias - column('frequency_penalty') * texts.counts - column('presence_penalty') * (texts.counts > 0))
-
-
-def _sample(logits: Float[Array, 'B V'], rows: dict[str, Array], keys: Array, filters: bool) -> Int[Array, 'B']:
-  """An id per row, as `gptjax.inference.sample` draws it, with settings of each row."""
-  column = lambda name: rows[name][:, None]
-  scaled = (logits - logits.max(-1, keepdims=True)) / jnp.maximum(column('temperature'), 1e-30)
-  if filters:
-    ordered = jnp.sort(scaled, -1, descending=True)
-    index = jnp.arange(ordered.shape[1])
-    count = jnp.where(column('top_k') > 0, column('top_k'), ordered.shape[1])
-    kth = jnp.take_along_axis(ordered, jnp.minimum(count, ordered.shape[1]).astype(jnp.int32) - 1, -1)
-    likely = jnp.where(index < count, ordered, -jnp.inf)
-    probabilities = jax.nn.softmax(likely, -1)
-    before = jnp.cumsum(probabilities, -1) - probabilities
-    nucleus = jnp.min(jnp.where(before < column('top_p'), likely, jnp.inf), -1, keepdims=True)
-    lowest = jnp.maximum(jnp.where(column('top_p') < 1, nucleus, -jnp.inf), kth)
-    scaled = jnp.where((scaled < lowest) | (scaled < jnp.log(column('min_p'))), -jnp.inf, scaled)
-  return jnp.where(rows['temperature'] == 0, jnp.argmax(logits, -1), jax.vmap(jax.random.categorical)(keys, scaled))

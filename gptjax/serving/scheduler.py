@@ -64,9 +64,8 @@ class Full(Exception):
 class _Active:
   """A request that has a slot."""
 
-  def __init__(self, request: Request, slot: int, kept: int, tokenizer: Tokenizer):
+  def __init__(self, request: Request, slot: int, tokenizer: Tokenizer):
     self.request, self.slot = request, slot
-    self.unread = list(request.prompt[kept:-1])
     continues = any(tokenizer.pieces[i] for i in request.prompt)
     self.text = Text(TextStream(tokenizer, continues), request.stop, set(request.stop_ids))
 
@@ -153,7 +152,7 @@ class Scheduler:
 
   def _admit(self, request: Request, slot: int, kept: int) -> None:
     self._engine.admit(slot, request.prompt, kept, request.settings, request.seed, request.bias)
-    self._active[slot] = _Active(request, slot, kept, self._tokenizer)
+    self._active[slot] = _Active(request, slot, self._tokenizer)
     self.counts['reused'] += kept
     if request.scored:
       request.send(Piece(tokens=(Token(request.prompt[0], None),)))
@@ -162,37 +161,37 @@ class Scheduler:
     for one in [one for one in self._active.values() if one.request.cancelled]:
       self._leave(one, 'cancelled')
     self._read()
-    for one in [one for one in self._active.values() if not one.unread and not one.request.max_tokens]:
-      one.request.send(Piece(ended='length'))
-      self._leave(one, 'length')
-    if drawing := [one for one in self._active.values() if not one.unread]:
+    if drawing := [one for one in self._active.values() if not self._engine.slots[one.slot].unread]:
       found = self._engine.decode([one.slot for one in drawing])
       for one in drawing:
-        self._draw(one, found[one.slot])
+        self._draw(one, _tokens(found[one.slot])[0])
 
   def _read(self) -> None:
     """Reads a piece of a prompt per group of devices: of prompts that are all scored, or none of which is."""
-    reads: dict[int, tuple[_Active, list[int]]] = {}
-    scored: bool | None = None
+    reads: dict[int, _Active] = {}
+    unread = lambda one: len(self._engine.slots[one.slot].unread)
     for one in self._active.values():
-      if one.unread and self._engine.group(one.slot) not in reads and scored in (None, one.request.scored):
-        scored = one.request.scored
-        reads[self._engine.group(one.slot)] = one, one.unread[:self._engine.chunks[-1]]
+      if unread(one) and all(one.request.scored == other.request.scored for other in reads.values()):
+        reads.setdefault(self._engine.group(one.slot), one)
     if not reads:
       return
-    following = {one.slot: [*one.unread, one.request.prompt[-1]][len(tokens)] for one, tokens in reads.values()}
-    found = self._engine.extend({one.slot: tokens for one, tokens in reads.values()}, following if scored else None)
-    for one, tokens in reads.values():
-      one.unread = one.unread[len(tokens):]
-      self.counts['read'] += len(tokens)
-      if scored:
-        one.request.send(Piece(tokens=_tokens([*tokens[1:], following[one.slot]], found[one.slot])))
+    self.counts['read'] += sum(map(unread, reads.values()))
+    found = self._engine.read([one.slot for one in reads.values()], any(one.request.scored for one in reads.values()))
+    self.counts['read'] -= sum(map(unread, reads.values()))
+    for one in reads.values():
+      tokens = _tokens(found[one.slot]) if one.slot in found else ()
+      if one.request.scored:
+        one.request.send(Piece(tokens=tokens if unread(one) else tokens[:-1]))
+      if not unread(one) and one.request.max_tokens:
+        self._draw(one, tokens[-1])
+      elif not unread(one):
+        one.request.send(Piece(ended='length'))
+        self._leave(one, 'length')
 
-  def _draw(self, one: _Active, found: Drawn) -> None:
+  def _draw(self, one: _Active, token: Token) -> None:
     request, text = one.request, one.text
     self.counts['drawn'] += 1
-    token = _token(int(found.ids), found)
-    piece = text.push(token.id, float(found.logprobs))
+    piece = text.push(token.id, token.logprob or 0.0)
     if text.ended == 'length' and len(text.ids) == request.max_tokens:
       piece += text.finish()
       ended = 'stop' if text.ended == 'text' else 'length'
@@ -215,11 +214,6 @@ def _common(slot: Slot, prompt: Sequence[int]) -> int:
   return int(differing[0]) if len(differing) else count
 
 
-def _tokens(ids: Sequence[int], found: Drawn) -> tuple[Token, ...]:
-  """The tokens after those that were read, of which the last one was not."""
-  return tuple(_token(token, Drawn(*(part[index] for part in found))) for index, token in enumerate(ids))
-
-
-def _token(token: int, found: Drawn) -> Token:
-  best = tuple(zip(found.best.tolist(), found.best_logprobs.tolist()))
-  return Token(token, float(found.logprobs), best)
+def _tokens(found: Drawn) -> tuple[Token, ...]:
+  parts = (part.tolist() for part in found)
+  return tuple(Token(token, logprob, tuple(zip(*best))) for token, logprob, *best in zip(*parts))

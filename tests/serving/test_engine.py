@@ -20,9 +20,16 @@ from gptjax.training.loop import CompileCounter
 SETTINGS = Settings(0.0), Settings(0.9, 10, 0.9, 0.01, 1.2)
 
 
-def read(engine, slot, tokens):
-  for at in range(0, len(tokens), engine.chunks[-1]):
-    engine.extend({slot: tokens[at:at + engine.chunks[-1]]})
+def begin(engine, slot, prompt, settings, seed, bias=None):
+  """Reads a prompt into a slot; returns the first token of its continuation."""
+  engine.admit(slot, prompt, 0, settings, seed, bias or {})
+  while engine.slots[slot].unread:
+    found = engine.read([slot], scored=False)
+  return found[slot]
+
+
+def one(found):
+  return int(found.ids[0]), float(found.logprobs[0])
 
 
 @pytest.mark.parametrize('sizes, architecture', [
@@ -44,11 +51,10 @@ def test_slots_draw_what_the_generator_draws(sizes, architecture):
       found = {slot: [] for slot in order}
       for tick in range(16):
         if tick < 3:
-          engine.admit(order[tick], prompts[tick], 0, settings, 5 + tick, {})
-          read(engine, order[tick], prompts[tick][:-1])
+          found[order[tick]].append(one(begin(engine, order[tick], prompts[tick], settings, 5 + tick)))
         active = [slot for slot in order[:tick + 1] if len(found[slot]) < 12]
         for slot, drawn_ in (engine.decode(active) if active else {}).items():
-          found[slot].append((int(drawn_.ids), float(drawn_.logprobs)))
+          found[slot].append(one(drawn_))
       for row, slot in zip(expected, order, strict=True):
         ids, logprobs = zip(*found[slot], strict=True)
         assert list(ids) == row.ids and np.allclose(logprobs, row.logprobs, atol=1e-5)
@@ -63,11 +69,9 @@ def test_a_cache_grows_keeps_what_was_read_and_compiles_nothing_more(parts, monk
     small.compile()
     assert (small.sizes, small.size) == ([24, 48, 96], 24)
     with contextlib.closing(CompileCounter()) as compiled:
-      small.admit(1, prompt, 0, Settings(0.0), 0, {})
-      read(small, 1, prompt[:-1])  # from the first size to the last one, in steps
-      small.admit(0, prompt[:3], 0, Settings(0.5, top_k=3), 0, {70: 1.0})
-      read(small, 0, prompt[:2])
-      drawn_ids = [int(small.decode([0, 1])[1].ids) for _ in range(20)]
+      drawn_ids = [one(begin(small, 1, prompt, Settings(0.0), 0))[0]]  # from the first size to the last one, in steps
+      begin(small, 0, prompt[:3], Settings(0.5, top_k=3), 0, {70: 1.0})
+      drawn_ids += [one(small.decode([0, 1])[1])[0] for _ in range(19)]
     assert compiled.count == 0
     assert small.size == 96 and small.slots[1].tokens == [*prompt, *drawn_ids[:-1]]
     assert drawn_ids == generator(weights, [prompt], max_tokens=20, sampling=Sampling(0.0), stop_ids=())[0].ids
@@ -77,9 +81,7 @@ def test_a_slot_counts_no_tokens_while_its_prompt_is_read(parts):
   generator, _, engine, mesh = parts
   prompt = generator.prompt('abc')
   with jax.set_mesh(mesh):
-    for slot in (0, 1):
-      engine.admit(slot, prompt, 0, Settings(), slot, {})
-    read(engine, 0, prompt[:-1])
-    drawn_ids = [int(engine.decode([0])[0].ids) for _ in range(5)]
+    engine.admit(1, prompt, 0, Settings(), 1, {})
+    drawn_ids = [one(begin(engine, 0, prompt, Settings(), 0))[0], *(one(engine.decode([0])[0])[0] for _ in range(4))]
     counts = np.asarray(engine._texts.counts)
   assert not counts[1].any() and counts[0].sum() == 5 and set(np.flatnonzero(counts[0])) == set(drawn_ids)
