@@ -37,21 +37,29 @@ def _named(run: Run) -> Run:
 
 
 def shares(runs: Groups) -> str:
-  """Bits per byte of both held-out sets by the share of books."""
-  rows = [[f'{share:.0%}', *(told(runs.mean(f'books={share:g}', name), 3) for name in _SETS)] for share in SHARES]
-  return table(['books', 'bits per byte of code', 'bits per byte of books'], rows)
+  """Bits per byte of both held-out sets by the share of books, and the differences from code alone with the same seeds."""
+  rows = []
+  for share in SHARES:
+    name = f'books={share:g}'
+    rows.append([f'{share:.0%}', *(cell for held_out in _SETS for cell in (told(runs.mean(name, held_out), 3),
+                                                                          _difference(runs, name, f'books={SHARES[0]:g}', held_out)))])
+  return table(['books', 'bits per byte of code', 'more than without books', 'bits per byte of books', 'more than without books'], rows)
 
 
 def repeats(runs: Groups) -> str:
-  """Bits per byte of held-out code by the passes over the same text, and what they cost; in bold where the interval does not include 0."""
-  rows = []
-  for passes in PASSES:
-    name = f'passes={passes}'
-    mean, half = runs.difference(name, 'passes=1', 'code')
-    words = f'{mean:+.3f} ± {half:.3f}'
-    cost = '' if passes == 1 else f'**{words}**' if abs(mean) > half else words
-    rows.append([f'{passes}', f'{ALL // passes:,}', told(runs.mean(name, 'code'), 3), cost])
+  """Bits per byte of held-out code by the passes over the same text, and what they cost."""
+  rows = [[f'{passes}', f'{ALL // passes:,}', told(runs.mean(f'passes={passes}', 'code'), 3),
+           _difference(runs, f'passes={passes}', 'passes=1', 'code')] for passes in PASSES]
   return table(['passes', 'different tokens', 'bits per byte of code', 'more than one pass'], rows)
+
+
+def _difference(runs: Groups, name: str, base: str, held_out: str) -> str:
+  """In bold where the interval does not include 0."""
+  if name == base:
+    return ''
+  mean, half = runs.difference(name, base, held_out)
+  words = f'{mean:+.3f} ± {half:.3f}'
+  return f'**{words}**' if abs(mean) > half else words
 
 
 def draw(runs: Groups, path: Path) -> None:

@@ -1,15 +1,25 @@
-"""The experiment batch_size: its sweeps and its averages."""
+"""The experiment batch_size: its sweeps, its averages, its tables and one trial again."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import ROOT, run_module
+from slices import needs_the_same_library, rerun
 
 from experiments.batch_size import large
-from experiments.batch_size.report import PARTS, averaged, scale
-from experiments.batch_size.sweep import get_sweep, rate
+from experiments.batch_size.report import LOSS, PARTS, at_rule, averaged, scale
+from experiments.batch_size.sweep import RATE, get_sweep, rate
+from experiments.runs import read
 from gptjax.config import duration_in_steps
 from gptjax.sweeps import make_trials
+
+FOLDER = ROOT / 'experiments/batch_size'
+
+
+def analysed(folder):
+  return run_module('experiments.batch_size.analyse', f'--trials={folder}/trials.csv')
 
 
 @pytest.mark.parametrize('sweep', [get_sweep(), large.get_sweep()], ids=['small', 'large'])
@@ -30,3 +40,26 @@ def test_the_noise_scale_is_the_ratio_of_means():
   assert found.shape == (PARTS, 3) and found[-1, 0] == 99 and found[-1, 1] == pytest.approx(2.2)
   assert scale(lines) == 15 and scale(averaged(lines[:80])) == pytest.approx(15)
   assert rate(8, 5e-3, 8) == 5e-3 and rate(32, 5e-3, 8) == 1e-2
+
+
+def test_the_tables_are_those_of_the_trials():
+  done = analysed(FOLDER)
+  assert done.returncode == 0, done.stderr
+  assert all(table in (FOLDER / 'README.md').read_text() for table in done.stdout.strip().split('\n\n'))
+
+
+@pytest.mark.parametrize('text, words', [('trial,tokens\na,1\n', 'noise.csv'), (None, 'noise.csv')])
+def test_a_wrong_table_is_reported(tmp_path, text, words):
+  shutil.copy(FOLDER / 'trials.csv', tmp_path)
+  if text:
+    (tmp_path / 'noise.csv').write_text(text)
+  done = analysed(tmp_path)
+  assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr
+
+
+@pytest.mark.full
+@needs_the_same_library
+def test_the_slice_finds_the_stated_loss(tmp_path):
+  mean, half = at_rule(read(FOLDER / 'trials.csv')).mean('batch_size=32', LOSS)
+  found = rerun(get_sweep(), tmp_path, {'seed': 0, 'batch_size': 32, 'optimizer.peak_lr': rate(32, RATE, 8)})
+  assert abs(found[LOSS] - mean) <= half

@@ -17,7 +17,6 @@ from experiments.runs import interval, read
 from gptjax.sweeps import make_trials
 
 FOLDER = ROOT / 'experiments/data_mixture'
-measured = pytest.mark.skipif(not (FOLDER / 'trials.csv').exists(), reason='the sweep has not been run yet')
 BOOKS = Path(os.environ.get('GPTJAX_DATA', ROOT / 'data')) / 'books'
 
 
@@ -27,14 +26,12 @@ def test_every_trial_resolves(found):
   assert len(trials) == 30 and all([one.name for one in trial.config.data.valid] == ['code', 'books'] for trial in trials)
 
 
-@measured
 def test_the_tables_are_those_of_the_trials():
   done = run_module('experiments.data_mixture.analyse', f'--trials={FOLDER}/trials.csv')
   assert done.returncode == 0, done.stderr
   assert all(table in (FOLDER / 'README.md').read_text() for table in done.stdout.strip().split('\n\n'))
 
 
-@measured
 def test_another_mixture_is_reported(tmp_path):
   (tmp_path / 'trials.csv').write_text((FOLDER / 'trials.csv').read_text().replace("'weight': 0.25", "'weight': 0.3"))
   done = run_module('experiments.data_mixture.analyse', f'--trials={tmp_path}/trials.csv')
@@ -69,7 +66,6 @@ def stated(*mixtures):
 
 
 @pytest.mark.full
-@measured
 @needs_the_same_library
 def test_the_slice_of_repeats_finds_the_stated_bits(tmp_path):
   for side, name in (('train', 'code'), ('valid', 'code_valid')):
@@ -85,7 +81,6 @@ def test_the_slice_of_repeats_finds_the_stated_bits(tmp_path):
 
 
 @pytest.mark.full
-@measured
 @needs_the_same_library
 @pytest.mark.skipif(not BOOKS.is_dir(), reason=f'there are no books in {BOOKS}; GPTJAX_DATA names the folder of data')
 def test_the_slice_of_shares_finds_the_stated_bits(tmp_path):
