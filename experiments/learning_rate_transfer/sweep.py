@@ -14,7 +14,8 @@ def get_sweep() -> Sweep:
   points = points_of({64: (0.5, 1, 2, 4, 8), 512: (0.125, 0.25, 0.5, 1, 2), 256: (0.25, 0.5, 1, 2, 4), 128: (0.5, 1, 2, 4, 8)},
                      dict.fromkeys((512, 256, 128), (0.5, 1, 2, 4, 8)),  # at the base width, muP is standard
                      dict.fromkeys(WIDTHS, (8, 16, 32, 64)), BASE, HEAD)
-  return Sweep('configs/experiment.py', product(points, seeds(1)), overrides={
+  near = points_of({64: (2, 4, 8)}, dict.fromkeys((512, 256, 128), (2, 4, 8)), {}, BASE, HEAD)  # where one seed does not tell rates apart
+  return Sweep('configs/experiment.py', chain(product(points, seeds(1)), product(near, values('seed', 1, 2))), overrides={
     'batch_size': 2, 'steps': 160, 'optimizer.warmup': 16, 'optimizer.peak_lr': 0.002, 'data.valid_fraction': 0.004,
     'model.qk_norm': 'none',  # which would make the loss less sensitive to the rate (arXiv:2309.14322)
     'model.tied': False})

@@ -6,14 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import run_module
+from commands import ROOT, run_module
+from slices import needs_the_same_library, rerun
 
 from experiments.learning_rate_transfer import activations, large, sweep
 from experiments.learning_rate_transfer.rates import LOSS, MUON, MUP, STANDARD, best, bracketed, described, losses, moves
-from experiments.runs import Run
+from experiments.runs import Run, read
 from gptjax.config import ComputeConfig, ModelConfig
 from gptjax.model import abstract_model
 from gptjax.sweeps import make_trials
+
+
+FOLDER = ROOT / 'experiments/learning_rate_transfer'
 
 
 @pytest.mark.parametrize('module', [sweep, large])
@@ -48,6 +52,20 @@ def test_the_best_rates_of_known_losses_are_found():
   text = described(found)
   assert '| AdamW, standard | 0.008 | 0.001 (at the edge) | 3 | 0.9000 |' in text
   assert '| AdamW, muP | 0.008 | 0.004 | 1 | 0.1000 |' in text
+
+
+def test_the_tables_are_those_of_the_trials():
+  done = run_module('experiments.learning_rate_transfer.analyse', f'--trials={FOLDER}/trials.csv')
+  assert done.returncode == 0, done.stderr
+  assert all(table in (FOLDER / 'README.md').read_text() for table in done.stdout.strip().split('\n\n'))
+
+
+@pytest.mark.full
+@needs_the_same_library
+def test_the_slice_finds_the_stated_loss(tmp_path):
+  mean, half = losses(read(FOLDER / 'trials.csv'))[MUP][128][0.002]
+  found = rerun(sweep.get_sweep(), tmp_path, {'seed': 0, 'model.width': 128, 'model.mup_base': 64, 'optimizer.peak_lr': 0.002})
+  assert abs(found[LOSS] - mean) <= half
 
 
 def test_the_check_reads_what_the_model_computes(one_device):
