@@ -17,7 +17,7 @@ from commands import cpu_seconds, end_server
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-WITHOUT_JAX = ('config', 'data', 'launch', 'distributed', 'sources', 'tools')
+WITHOUT_JAX = ('config', 'data', 'launch', 'distributed', 'sources', 'tools', 'guide')
 """Rooms whose tests start without JAX, which takes seconds to import."""
 
 STYLES = {
