@@ -120,11 +120,18 @@ def _prose(text: str) -> str:
 
 
 def built_lines(text: str) -> int:
-  """Lines of code before the comparison, without empty ones and comments, and without blocks that draw."""
-  steps = [block for block, _ in steps_of(text)]
-  before = itertools.takewhile(lambda block: block.heading != COMPARISON, steps)
-  lines = (line.strip() for block in before if 'matplotlib' not in block.code for line in block.code.splitlines())
+  """Lines of code before the comparison: of its statements, without imports, those that print, comments, and blocks that draw."""
+  before = itertools.takewhile(lambda block: block.heading != COMPARISON, [block for block, _ in steps_of(text)])
+  lines = (line.strip() for block in before if 'matplotlib' not in block.code for statement in ast.parse(block.code).body
+           if not isinstance(statement, ast.Import | ast.ImportFrom) and not _prints(statement)
+           for line in block.code.splitlines()[statement.lineno - 1:statement.end_lineno])
   return sum(bool(line) and not line.startswith('#') for line in lines)
+
+
+def _prints(statement: ast.stmt) -> bool:
+  if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+    return False
+  return any(isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'print' for node in ast.walk(statement))
 
 
 def committed_mistakes(picture: Path) -> Iterator[str]:

@@ -4,7 +4,6 @@ import re
 
 import pytest
 from chapters import COMPARISON, COUNT, GUIDE, broken_links, built_lines, chapters, difference, form_mistakes, run_mistakes
-from tools.run_page import steps_of
 
 
 @pytest.mark.parametrize('name', chapters())
@@ -74,6 +73,9 @@ def test_a_mistake_is_named_with_its_block(tmp_path):
 
 
 def test_lines_that_build_are_counted():
-  assert built_lines(WRONG) == 2 and len(steps_of(WRONG)) == 2
-  assert built_lines(WRONG.replace('total =', '# a comment\n\ntotal =').replace('import matplotlib', 'import math')) == 4
-  assert built_lines(WRONG.replace('## More', f'## {COMPARISON}').replace('import matplotlib', 'import math')) == 2
+  assert built_lines(WRONG) == 1
+  plain = WRONG.replace('import matplotlib', 'import math')  # no picture
+  assert built_lines(plain) == 2
+  assert built_lines(plain.replace('## More', f'## {COMPARISON}')) == 1
+  longer = 'def three():\n  # a comment\n\n  print(3)\n  return 3\nfor one in range(3):\n  print(one)\ntotal ='
+  assert built_lines(WRONG.replace('total =', longer)) == 4
