@@ -76,9 +76,8 @@ def form_mistakes(page: Path) -> Iterator[str]:
   text = page.read_text()
   blocks, steps = blocks_of(text), steps_of(text)
   shown = {found.line for _, found in steps if found}
-  number = int(page.name[:2])
-  if not text.startswith(f'# {number} '):
-    yield f'the first line is no heading with its number: {text.splitlines()[0]}'
+  if not text.startswith('# '):
+    yield f'the first line is no heading: {text.splitlines()[0]}'
   for block in blocks:
     if not block.end:
       yield f'{block.place}: the fence does not end'

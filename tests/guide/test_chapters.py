@@ -36,7 +36,7 @@ def test_words_are_compared_exactly_and_numbers_to_2_percent(shown, printed, is_
   assert (found == '') == is_same and (is_same or (repr((shown.splitlines() or [None])[-1]) in found))
 
 
-WRONG = '''# 3 Sums
+WRONG = '''# Sums
 
 ```python
 total = 1 + 1
@@ -62,14 +62,14 @@ def test_a_mistake_is_named_with_its_block(tmp_path):
   folder = tmp_path / 'empty'
   folder.mkdir()
   wrong, raised = run_mistakes(page, folder)
-  assert wrong == "03_sums.md, line 4, '3 Sums': the page shows 'total 3', the block prints 'total 2'"
+  assert wrong == "03_sums.md, line 4, 'Sums': the page shows 'total 3', the block prints 'total 2'"
   assert raised.startswith("03_sums.md, line 15, 'More': ") and f'{page}", line 16' in raised and raised.endswith('ValueError: never\n')
   found = '\n'.join(form_mistakes(page))
   for words in (COMPARISON, '1e-5', '0 exercises', 'pictures/03_sums.png', '03_sums.png is not in'):
     assert words in found, found
   page.write_text(WRONG.replace('```text', '\nIt prints:\n\n```text') + '```python\n')
   found = '\n'.join(form_mistakes(page))
-  assert "line 12, '3 Sums': not a python block, nor a text block right after one" in found and 'the fence does not end' in found
+  assert "line 12, 'Sums': not a python block, nor a text block right after one" in found and 'the fence does not end' in found
 
 
 def test_lines_that_build_are_counted():
