@@ -14,6 +14,7 @@ from gptjax.checkpoint import PARAMETERS, Checkpoints, Progress, Retention
 from gptjax.config import ComputeConfig, Config, DataConfig, MeshConfig, UserError
 from gptjax.data import Prepared, Tokenizer, export, load_tokenizer
 from gptjax.data.progress import ProgressBar, announce
+from gptjax.data.tokenizers.subwords import OPENAI_FILES
 from gptjax.files import atomic_directory, read_json, write_json
 from gptjax.interop.comparison import Check, compare_logits, compare_tensors, our_logits, their_logits
 from gptjax.interop.families import ignored_fields, parse_config
@@ -27,8 +28,9 @@ KEPT, RECORD, BUFFERS = 'hf', 'gptjax.json', 'buffers.safetensors'
 """In a workdir: the folder of everything that config and checkpoint cannot represent; in it, the tensors' dtypes, and the tensors that
 hold no parameter."""
 
-_VOCABULARY = ('tokenizer.json', 'vocab*', 'encoder.json', '*.model', '*.tiktoken')
-"""Patterns of files; every tokenizer has at least one of them."""
+_VOCABULARY = ('tokenizer.json', 'vocab.json', 'vocab.txt', '*.model', '*.tiktoken')
+"""Patterns of files; every tokenizer that transformers reads has at least one of them. OpenAI's own names are not among them: it would
+read a folder that has only these as an empty tokenizer, so exports have the tokenizer's files under Hugging Face's names."""
 _TOKENIZER = (*_VOCABULARY, 'merges.txt', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'chat_template*')
 _TEXTS = (CONFIG, GENERATION, 'README.md', 'LICENSE*', 'USE_POLICY*')
 
@@ -78,9 +80,10 @@ def import_folder(folder: Path, workdir: Path, *, context: int = 0, scan: bool =
     export(Prepared(loaded, {}, {}, (), loaded.sha256, 'none: imported'), out / 'data')
     kept = out / KEPT
     kept.mkdir()
-    copy_text_files(folder, kept, tokenizer=tokenizer is None)
+    own = tokenizer is None and bool(_matching(folder, _VOCABULARY))
+    copy_text_files(folder, kept, tokenizer=own)
     dtypes = {tensor.name: entries[tensor.name].dtype for tensor in matched.tensors}
-    write_json(kept / RECORD, {'dtypes': dtypes, 'tokenizer': tokenizer is None})
+    write_json(kept / RECORD, {'dtypes': dtypes, 'tokenizer': own})
     if buffers:
       save_file({name: entries[name].view() for name in buffers}, kept / BUFFERS)
     parameters = load(matched, devices, entries)
@@ -99,7 +102,7 @@ def import_folder(folder: Path, workdir: Path, *, context: int = 0, scan: bool =
 
 def _load_tokenizer(folder: Path, other: Path | None, vocab_size: int) -> Tokenizer:
   """The tokenizer of a model's folder, or of another one; raises a UserError if its texts have ids that the model lacks."""
-  if other is None and not _matching(folder, _VOCABULARY):
+  if other is None and not _matching(folder, (*_VOCABULARY, *OPENAI_FILES)):
     raise UserError('--tokenizer', None, f"a tokenizer's folder: {folder} has no tokenizer")
   tokenizer = load_tokenizer(other or folder)
   if tokenizer.largest_id >= vocab_size:

@@ -32,6 +32,7 @@ from tests.acceptance import (  # noqa: F401  (they register their bars)
   sweeping,
   restoring,
   scaling,
+  serving,
   sharding,
   training,
 )

@@ -4,10 +4,12 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 from tiny import config as tiny_config
 from tiny import files_below, run, write_text
 
 from gptjax.config import UserError
+from gptjax.data import load_tokenizer
 from gptjax.data.tokenizers import ByteTokenizer
 from gptjax.interop import Check, comparison, export_run, import_folder, importing
 from gptjax.interop.matching import bits
@@ -46,6 +48,25 @@ def test_a_folder_of_transformers_is_imported_and_exported(saved, tmp_path):
   assert theirs[0].dtype == theirs[1].dtype == torch.bfloat16
   same = zip(*(model.state_dict().items() for model in theirs), strict=True)
   assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in same)
+
+
+def test_a_tokenizer_under_openais_names_is_exported_for_transformers(tmp_path):
+  source = tmp_path / 'in'
+  shape = transformers.GPT2Config(vocab_size=400, n_positions=16, n_embd=8, n_layer=1, n_head=1)
+  transformers.GPT2LMHeadModel(shape).save_pretrained(source)
+  trained = tokenizers.ByteLevelBPETokenizer()
+  trained.train_from_iterator(['the reader reads what the writer writes'] * 9, vocab_size=280, min_frequency=2, show_progress=False)
+  trained.save_model(str(source))
+  ids = json.loads((source / 'vocab.json').read_text('utf-8'))
+  (source / 'encoder.json').write_text(json.dumps({**ids, '<|endoftext|>': len(ids)}))
+  (source / 'merges.txt').rename(source / 'vocab.bpe')
+  (source / 'vocab.json').unlink()
+  import_folder(source, tmp_path / 'run', check=Check('none'))
+  export_run(tmp_path / 'run', tmp_path / 'out', check=Check('none'))
+  text = 'the writer reads'
+  ours = load_tokenizer(tmp_path / 'run/data/tokenizer').encode(text).tolist()
+  assert transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')(text)['input_ids'] == ours == trained.encode(text).ids
+  assert not (tmp_path / 'out/encoder.json').exists()
 
 
 def test_logits_that_differ_leave_nothing(saved, tmp_path, monkeypatch):
