@@ -4,6 +4,8 @@
   python -m gptjax.classify --workdir=DIR --texts=FILE --out=FILE.jsonl
 """
 
+import gptjax.program  # noqa: F401  (first: it handles signals)
+
 import json
 import sys
 from typing import Any

@@ -4,6 +4,8 @@
   python -m gptjax.evaluate --workdir=DIR --step=all --tasks=lambada,piqa --task_data=FOLDER
 """
 
+import gptjax.program  # noqa: F401  (first: it handles signals)
+
 import contextlib
 import dataclasses
 import json

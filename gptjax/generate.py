@@ -5,6 +5,8 @@
   python -m gptjax.generate --workdir=DIR --chat
 """
 
+import gptjax.program  # noqa: F401  (first: it handles signals)
+
 import json
 import signal
 import sys

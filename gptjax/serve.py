@@ -5,6 +5,8 @@
 A page to chat on is at http://127.0.0.1:8000/. Clients must send the key that the environment variable GPTJAX_API_KEY has, if there is one.
 """
 
+import gptjax.program  # noqa: F401  (first: it handles signals)
+
 import os
 import socket
 import sys

@@ -1,7 +1,7 @@
 """How SIGINT and SIGTERM end a program: with one line and status 130 or 143, from the first import on.
 
 Python's own way would be a traceback for SIGINT, or a crash where it falls into the import of an extension module, and nothing at all for
-SIGTERM. This module is imported before all others, so it imports little itself.
+SIGTERM. Programs import this module before all others, so it imports little itself.
 """
 
 import atexit
@@ -36,9 +36,12 @@ class Interrupted(KeyboardInterrupt):
 def install_handlers() -> None:
   """Handles SIGINT and SIGTERM from now on, except those that the program's caller has it ignore, as a shell does for a background job.
 
-  Only in a program: the package is imported by `python -m`, or by an installed script; not by a worker of either.
+  Only in a program of this project: `python -m gptjax.NAME`, `python -m tools.NAME` or an installed script; not in a worker of one, nor in
+  a process that imports one.
   """
-  if sys.argv[0] != '-m' and not any(os.path.basename(path).startswith('gptjax-') for path in sys.orig_argv[1:2]):
+  command = [*sys.orig_argv, '', '']
+  name = command[command.index('-m') + 1] if '-m' in command else os.path.basename(command[1])
+  if not name.startswith(('gptjax.', 'gptjax-', 'tools.')):
     return
   for number in _SIGNALS:
     if signal.getsignal(number) is not signal.SIG_IGN:

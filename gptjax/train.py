@@ -1,5 +1,7 @@
 """Trains a model: python -m gptjax.train --config=configs/NAME.py --workdir=DIR [--config.FIELD=VALUE ...]"""
 
+import gptjax.program  # noqa: F401  (first: it handles signals)
+
 import os
 import re
 import sys

@@ -37,6 +37,7 @@ os.environ.update(request['environment'])
 for stream, path in enumerate(request['streams']):
   os.dup2(os.open(path, os.O_RDWR | os.O_APPEND), stream)
 sys.argv = ['-m', *request['arguments']]
+sys.orig_argv = [sys.executable, '-m', request['module'], *request['arguments']]
 if request['only_parse']:
   import gptjax.config
   parse = gptjax.config.run

@@ -1,3 +1,3 @@
 """Tools around training: data preparation, inspection, conversion, launchers, reports, the benchmark."""
 
-import gptjax  # noqa: F401  (first: it handles signals)
+import gptjax.program  # noqa: F401  (first: it handles signals)

@@ -153,8 +153,8 @@ folder = dict(one.lstrip('-').partition('=')[::2] for one in sys.argv[1:])['work
 pathlib.Path(folder, 'metrics.jsonl').write_text('{"step": 1, "loss": 1.0}\\n')
 ''')
   path = _sweep(folder, 'short', 'seeds(60)', ', metric="loss"')
-  program = ('import sys\nsys.argv[0] = "-m"\nfrom gptjax.sweeps import worker\nworker.PROGRAM = (sys.argv.pop(1),)\n'
-             'from gptjax import sweep\nsweep.script()')
+  program = ('import sys\nsys.orig_argv[1:] = ["-m", "gptjax.sweep"]\nfrom gptjax.sweeps import worker\n'
+             'worker.PROGRAM = (sys.argv.pop(1),)\nfrom gptjax import sweep\nsweep.script()')
   begun = time.monotonic()
   subprocess.run([sys.executable, '-c', program, str(folder / 'ends.py'), f'--sweep={path}', f'--out={folder}/short'], check=True,
                  cwd=os.getcwd(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

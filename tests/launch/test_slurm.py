@@ -218,7 +218,7 @@ def test_the_tasks_of_an_array_share_the_trials_of_a_sweep(cluster, tmp_path):
   (tmp_path / 'trial.py').write_text(TRIAL)
   (tmp_path / 'sweep.py').write_text('from gptjax.sweeps import Sweep, seeds\n'
                                      'def get_sweep():\n  return Sweep("configs/default.py", seeds(24), metric="loss")\n')
-  (tmp_path / 'program.py').write_text('import sys\nsys.argv[0] = "-m"\nfrom gptjax.sweeps import worker\n'
+  (tmp_path / 'program.py').write_text('import sys\nsys.orig_argv[1:] = ["-m", "gptjax.sweep"]\nfrom gptjax.sweeps import worker\n'
                                        'worker.PROGRAM = (sys.argv.pop(1),)\nfrom gptjax import sweep\nsweep.script()')
   number = cluster.ask(
     'sbatch', '--parsable', '--array=0-5', f'--output={tmp_path}/%a.out', f'--chdir={ROOT}', ROOT / 'tools/launch/sweep.sbatch',

@@ -151,10 +151,10 @@ def test_of_many_workers_one_gets_a_claim(tmp_path):
 
 SCRIPT = '''
 import sys
-sys.argv[0] = '-m'  # as of python -m, which handles signals
+sys.orig_argv[1:] = ['-m', 'gptjax.sweep']  # as of the program, which handles signals
+from gptjax import sweep
 from gptjax.sweeps import worker
 worker.PROGRAM = (sys.argv.pop(1),)
-from gptjax import sweep
 sweep.script()
 '''
 
