@@ -1,6 +1,6 @@
 """Configs of runs as typed, frozen dataclasses, their command-line flags, and the errors that users see."""
 
-from gptjax.config.checks import INT32_MAX, Fault, UserError, divisors, operation, os_mistake
+from gptjax.config.checks import INT32_MAX, Fault, UserError, divisors, entry, operation, os_mistake
 from gptjax.config.data import (
   LEAST_VOCABULARY, Component, DataConfig, Phase, SourceConfig, TokenizerConfig, ValidationSet)
 from gptjax.config.durations import Duration, duration_in_steps, in_unit_of_steps

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import errno
+import importlib
 import math
 import os
 import sys
@@ -134,6 +135,20 @@ class Group:
     for name, limit in self._limits:
       if not limit.holds(value := getattr(self, name)):
         raise UserError(f'{self._prefix}{name}', value, limit.expected)
+
+
+def entry(table: Mapping[str, Any], field: str, name: str) -> Any:
+  """The entry of a table that a field names, or with MODULE:NAME your own, which is imported. Raises a UserError if there is none."""
+  if name in table:
+    return table[name]
+  why, (module, _, own) = 'no such entry', name.partition(':')
+  if module and own:
+    try:
+      return getattr(importlib.import_module(module), own)
+    except (ImportError, AttributeError) as error:
+      why = str(error)
+  expected = f'{", ".join(table)}, or MODULE:NAME of a module in the current folder or on PYTHONPATH ({why})'
+  raise UserError(field, name, expected, () if own else list(table))
 
 
 def divisors(n: int) -> str:

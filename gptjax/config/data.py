@@ -16,8 +16,8 @@ class SourceConfig(Group, prefix='data.source.'):
   """Source of the documents."""
 
   path: str = ''
-  """text, .jsonl or .parquet files (also .gz, .zst): a path, folder or glob, local or on s3:// or gs://; or tfds:NAME or hf:NAME;
-  empty: the built-in corpus, Python's standard library"""
+  """text, .jsonl or .parquet files (also .gz, .zst): a path, folder or glob, local or on s3:// or gs://; tfds:NAME or hf:NAME; or
+  python:MODULE:NAME of your own, as in examples/own_source.py; empty: the built-in corpus, Python's standard library"""
   split: str = 'train'
   """split of a tfds: or hf: dataset"""
   text: str = 'text'

@@ -146,7 +146,8 @@ def _words(text: str) -> list[str]:
 
 
 def choices(hint: Any) -> tuple[Any, ...]:
-  """Returns the values of a Literal, else ()."""
+  """Returns the values of a Literal, else (); that of an open one, `Literal[...] | str`, also has MODULE:NAME."""
+  hint = typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Union else hint
   return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
 
 
@@ -157,7 +158,7 @@ def item_type(hint: Any) -> Any:
 
 def _accepts(hint: Any, value: object) -> bool:
   if choices(hint):
-    return value in choices(hint)
+    return value in choices(hint) or (typing.get_origin(hint) is typing.Union and isinstance(value, str) and ':' in value)
   if isinstance(value, bool) or hint is bool:
     return isinstance(value, bool) and hint is bool
   if hint is float:
@@ -168,7 +169,7 @@ def _accepts(hint: Any, value: object) -> bool:
 def expected(hint: Any) -> str:
   """Describes the valid values of a hint, for an error."""
   if choices(hint):
-    return ', '.join(map(str, choices(hint)))
+    return ', '.join(map(str, choices(hint))) + (', or MODULE:NAME of your own' if typing.get_origin(hint) is typing.Union else '')
   if item := item_type(hint):
     if not dataclasses.is_dataclass(item):
       return 'a JSON list'

@@ -129,6 +129,8 @@ head"""
   mup_base: NonNegative = 0
   """width at which learning rates were chosen: initial values and AdamW's rates follow the maximal update parametrization (muP, \
 arXiv:2203.03466), so that the rates suit model.width too; 0: standard parametrization"""
+  block: Literal['standard'] | str = 'standard'
+  """standard, or MODULE:NAME of your own subclass of gptjax.model.Block, as in examples/own_block.py"""
 
   def __post_init__(self):
     super().__post_init__()

@@ -40,10 +40,10 @@ class Reward(Group, prefix='objective.rewards: '):
 class ObjectiveConfig(Group, prefix='objective.'):
   """The training objective."""
 
-  kind: str = 'next_token'
+  kind: Literal['next_token', 'sft', 'classification', 'preference', 'grpo', 'distillation'] | str = 'next_token'
   """next_token: all tokens of documents; sft: the answers of examples (supervised fine-tuning); classification: the classes of texts;
-  preference: pairs of answers; grpo: rewards of completions that the model draws; distillation: the probabilities of a teacher; or another
-  name in OBJECTIVES of gptjax/training/objective.py"""
+  preference: pairs of answers; grpo: rewards of completions that the model draws; distillation: the probabilities of a teacher; or
+  MODULE:NAME of your own, as in examples/own_objective.py"""
   loss: Literal['', _PreferenceLoss, _PolicyLoss, _DistillationLoss] = ''
   """of preference (empty: dpo; simpo and orpo need no reference, the model of init_from), of grpo (empty: grpo) or of distillation (empty:
   forward_kl, KL(teacher || model); reverse_kl: KL(model || teacher))"""

@@ -16,9 +16,9 @@ from gptjax.config.objective import LoraConfig, ObjectiveConfig, check_objective
 class OptimizerConfig(Group, prefix='optimizer.'):
   """The optimizer and the learning rate."""
 
-  name: Literal['adamw', 'muon', 'lion'] = 'adamw'
-  """adamw (arXiv:1711.05101), muon for the matrices of blocks with adamw for all other parameters, or lion (arXiv:2302.06675), which \
-moves every parameter by a sign and keeps one moment"""
+  name: Literal['adamw', 'muon', 'lion'] | str = 'adamw'
+  """adamw (arXiv:1711.05101), muon for the matrices of blocks with adamw for all other parameters, lion (arXiv:2302.06675), which \
+moves every parameter by a sign and keeps one moment, or MODULE:NAME of your own, as in examples/own_optimizer.py"""
   peak_lr: NonNegativeFloat = 1e-3
   """peak learning rate of adamw and lion; that of lion is 3 to 10 times lower"""
   muon_lr: NonNegativeFloat = 0.02

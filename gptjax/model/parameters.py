@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gptjax.config import LAYERS_AXIS, ComputeConfig, Config, LoraConfig, ModelConfig, UserError
 from gptjax.model.layout import Slots, deal_layers, stack_layers, unstack_layers
 from gptjax.model.layers import Linear
-from gptjax.model.transformer import Transformer
+from gptjax.model.transformer import Block, Transformer, block_of
 from gptjax.model.weights import initial_values
 from gptjax.sharding import AnyMesh, Axis, ParameterSpecs, Weight, Zero, parameter_specs, shared, unsharded_axes
 
@@ -37,6 +37,7 @@ class AbstractModel:
   variables: dict[str, tuple[tuple, nnx.Param]] = dataclasses.field(compare=False)
   is_transposed: bool = False
   lora: LoraConfig = LoraConfig()
+  block: type[Block] = Block
 
   @property
   def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -183,19 +184,23 @@ def _merged(w: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array
   return (w.astype('float32') + scale * product).astype(w.dtype)
 
 
-@functools.lru_cache(maxsize=64)  # a run asks some times, the search for a layout hundreds of times, and each takes 0.1 s
 def abstract_model(config: ModelConfig, compute: ComputeConfig, context: int, slots: Slots = (),
                    lora: LoraConfig = LoraConfig()) -> AbstractModel:
   """Describes the transformer of a config; nothing is computed or allocated. `slots`: those of layers that pipeline stages share out.
 
-  Raises a UserError for a pattern of lora.targets that matches no linear layer inside blocks.
+  Raises a UserError for a pattern of lora.targets that matches no linear layer inside blocks, and if there is no block of this name.
   """
+  return _abstract_model(config, compute, context, slots, lora, block_of(config))
+
+
+@functools.lru_cache(maxsize=64)  # a run asks some times, the search for a layout hundreds of times, and each takes 0.1 s
+def _abstract_model(config, compute, context, slots, lora, block) -> AbstractModel:
   module = Transformer(config, compute, context, slots)
   if lora.rank:
     _adapt(module, abstract_model(config, compute, context, slots), lora)
   graph, state = nnx.split(module)
   return AbstractModel(config, compute, context, slots, graph,
-                       {'/'.join(map(str, path)): (path, v) for path, v in nnx.to_flat_state(state)}, lora=lora)
+                       {'/'.join(map(str, path)): (path, v) for path, v in nnx.to_flat_state(state)}, lora=lora, block=block)
 
 
 def _adapt(module: Transformer, described: AbstractModel, lora: LoraConfig) -> None:

@@ -7,7 +7,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
-from gptjax.config import TENSOR_AXIS, ComputeConfig, ModelConfig
+from gptjax.config import TENSOR_AXIS, ComputeConfig, ModelConfig, entry
 from gptjax.model.attention import Attention, Cache, Caches, Positions, positions_of
 from gptjax.model.head import Head
 from gptjax.model.experts import Experts, no_sums
@@ -60,7 +60,7 @@ class Transformer(nnx.Module):
     vocab = ('vocab', config.table_rows)
     self.tokens = Embedding(config.table_rows, config.width, vocab, compute, config.scaled_embedding)
     self.positions = Embedding(context, config.width, 'positions', compute) if config.positions == 'learned' else None
-    block = lambda layer, stack=(): Block(config, compute, stack, config.has_experts(layer))
+    block = lambda layer, stack=(): block_of(config)(config, compute, stack, config.has_experts(layer))
     self.is_stacked = compute.scan or bool(slots)
     self.blocks = block(config.layers - 1, (len(self.slots),)) if self.is_stacked else nnx.List(map(block, range(config.layers)))
     # By muP logits shrink as the width grows; gains that start lower are the same as a factor, and the function stays that of the family.
@@ -159,6 +159,11 @@ class Transformer(nnx.Module):
     """Logits of the next token, or of the classes, at every position."""
     logits = self.head.logits(self.hidden(tokens, positions)[0])
     return jax.lax.reshape(logits, (*tokens.shape, logits.shape[-1]), out_sharding=PartitionSpec(None, *jax.typeof(logits).sharding.spec))
+
+
+def block_of(config: ModelConfig) -> type[Block]:
+  """The class of the blocks; raises a UserError if there is none of this name."""
+  return entry({'standard': Block}, 'model.block', config.block)
 
 
 def _kept(compute: ComputeConfig):

@@ -2,7 +2,7 @@
 
 from gptjax.training.loop import Options, train
 from gptjax.training.objective import classification, make_objective, next_token
-from gptjax.training.optimizer import learning_rates, make_optimizer
+from gptjax.training.optimizer import learning_rates, make_optimizer, scale_by_rate
 from gptjax.training.reference import use_columns, write_columns
 from gptjax.training.rewards import make_rewards
 from gptjax.training.run import Run, check_unsharded, resolve

@@ -1,7 +1,7 @@
 """Objectives: functions of the head, the hidden states and the batch, which a step minimizes.
 
 An objective sees the tokens of one device and returns sums over them; the step adds them up over microbatches and devices and divides by
-the number of targets, or of other terms. A new one is a function and a name in OBJECTIVES.
+the number of targets, or of other terms. A new one is a function and a name in OBJECTIVES, or in a module of your own.
 """
 
 import functools
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gptjax.config import Config, ObjectiveConfig, UserError
+from gptjax.config import Config, ObjectiveConfig, entry
 from gptjax.model import Head
 from gptjax.training.policy import policy_gradient
 from gptjax.training.preferences import preference
@@ -76,8 +76,5 @@ OBJECTIVES: dict[str, Callable[[Config], ObjectiveFunction]] = {
 
 
 def make_objective(config: Config) -> ObjectiveFunction:
-  """The objective of a config; raises a UserError if it has no such name."""
-  kind = config.objective.kind
-  if kind not in OBJECTIVES:
-    raise UserError('objective.kind', kind, ', '.join(OBJECTIVES), list(OBJECTIVES))
-  return OBJECTIVES[kind](config)
+  """The objective of a config; raises a UserError if there is none of this name."""
+  return entry(OBJECTIVES, 'objective.kind', config.objective.kind)(config)

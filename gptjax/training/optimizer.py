@@ -11,7 +11,7 @@ import optax
 from jax.sharding import PartitionSpec
 from optax import contrib
 
-from gptjax.config import TENSOR_AXIS, STATE_AXIS, OptimizerConfig
+from gptjax.config import TENSOR_AXIS, STATE_AXIS, OptimizerConfig, entry
 
 SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
   'constant': jnp.ones_like,
@@ -72,11 +72,18 @@ def is_balance(name: str) -> bool:
   return name.endswith('mlp/balance')
 
 
-@functools.lru_cache(maxsize=16)
 def make_optimizer(config: OptimizerConfig, width_ratio: float = 1.0) -> optax.GradientTransformation:
-  """Clipping by global norm (arXiv:1211.5063), then the optimizer of the config, for `update`; `width_ratio`: that of the ModelConfig."""
+  """Clipping by global norm (arXiv:1211.5063), then the optimizer of the config, for `update`; `width_ratio`: that of the ModelConfig.
+
+  Raises a UserError if there is no optimizer of this name.
+  """
+  return _clipped(entry(OPTIMIZERS, 'optimizer.name', config.name), config, width_ratio)
+
+
+@functools.lru_cache(maxsize=16)
+def _clipped(make: Callable, config: OptimizerConfig, width_ratio: float) -> optax.GradientTransformation:
   clip = _clip_by_global_norm(config.clip) if config.clip else optax.identity()  # a resumed run may switch it
-  return _balancing(optax.named_chain(('clip', clip), ('update', OPTIMIZERS[config.name](config, width_ratio))), config.balance_rate)
+  return _balancing(optax.named_chain(('clip', clip), ('update', make(config, width_ratio))), config.balance_rate)
 
 
 def _balancing(optimizer: optax.GradientTransformation, rate: float) -> optax.GradientTransformationExtraArgs:
@@ -104,7 +111,7 @@ def _by_element(direction: tuple[str, optax.GradientTransformation], config: Opt
     direction,
     ('width', optax.stateless(by_width)),  # before the decay, whose strength shall not depend on the width (arXiv:2510.19093)
     ('decay', optax.add_decayed_weights(config.weight_decay, _by_name(has_weight_decay))),
-    ('rate', _scale_by_rate('learning_rate')))
+    ('rate', scale_by_rate('learning_rate')))
 
 
 def _muon(config: OptimizerConfig, width_ratio: float) -> optax.GradientTransformation:
@@ -116,7 +123,7 @@ def _muon(config: OptimizerConfig, width_ratio: float) -> optax.GradientTransfor
     ('muon', _complete_matrices(contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=matrix_axes))),
     ('shape', optax.stateless(scale_by_shape)),
     ('decay', optax.add_decayed_weights(config.weight_decay)),
-    ('rate', _scale_by_rate('muon_learning_rate')))
+    ('rate', scale_by_rate('muon_learning_rate')))
   return optax.partition({'muon': muon, 'adamw': _adamw(config, width_ratio)},
                          _by_name(lambda name: 'muon' if uses_muon(name) else 'adamw'))
 
@@ -174,7 +181,7 @@ def _scale_by_lion(b1: float, b2: float) -> optax.GradientTransformationExtraArg
   return optax.GradientTransformationExtraArgs(lion.init, update)
 
 
-def _scale_by_rate(name: str) -> optax.GradientTransformationExtraArgs:
+def scale_by_rate(name: str) -> optax.GradientTransformationExtraArgs:
   """Descends at the rate that the step hands over. A count of its own would stand still at bad steps, and the schedule would not end."""
   def update(updates, state, parameters=None, *, rates, **_):
     return jax.tree.map(lambda update: -rates[name] * update, updates), state

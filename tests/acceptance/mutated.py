@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from gptjax import config as configs
 from gptjax.config import Config, Duration
-from gptjax.config.fields import FIELDS
+from gptjax.config.fields import FIELDS, choices
 from tests.acceptance import in_process
 
 _RECIPE = '''
@@ -80,8 +80,8 @@ class Mutated:
 
 def _plausible(hint: Any) -> st.SearchStrategy[str]:
   """What a field's type accepts, as the text of a flag: good values meet others here that they do not go with."""
-  if typing.get_origin(hint) is Literal:
-    return st.sampled_from(list(map(str, typing.get_args(hint))))
+  if choices(hint):
+    return st.sampled_from([*map(str, choices(hint))])
   if hint is int:
     return st.sampled_from(['0', '1', '2', '3', '4', '6', '8', '12', '16', '32', '1000', str(2**31 - 1)])
   if hint is float:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from gptjax.config import (
     Component, Config, Duration, ModelConfig, Phase, Reward, RopeConfig, UserError, ValidationSet, describe, differences, flatten,
     from_json, load, override, read_config, run, to_json, unescaped)
-from gptjax.config.fields import FIELDS, item_type
+from gptjax.config.fields import FIELDS, choices, item_type
 from gptjax.config.objective import LOSSES
 from gptjax.files import atomic_directory, atomic_file, sync, write_atomic
 
@@ -173,7 +173,7 @@ def test_overrides_are_checked_together(command):
     ('--config.kv_heads=3', "--config.kv_heads: '3', expected: model, *; did you mean --config.model.kv_heads?"),
     ('--config.lr=3', "--config.lr: '3', expected: model, *; did you mean --config.optimizer.peak_lr?"),
     ('--config.model.context=3', "--config.model.context: '3', *; did you mean --config.data.context?"),
-    ('--config.model.layers.x=3', "--config.model.layers.x: '3', expected: layers, *, mup_base; did you mean *"),
+    ('--config.model.layers.x=3', "--config.model.layers.x: '3', expected: layers, *, block; did you mean *"),
     ('--config.zzzzzz=3', "--config.zzzzzz: '3', expected: model, *, seed"),
     ('--config.=3', "--config.: '3', expected: model, *, seed"),
     ('--config.model=3', "--config.model: '3', expected: one of its fields, since it is a group: layers, *"),
@@ -507,8 +507,9 @@ def test_an_error_in_json_names_its_file(edit, error):
 
 
 def _values(hint):
-  if typing.get_origin(hint) is typing.Literal:
-    return st.sampled_from(typing.get_args(hint))
+  if choices(hint):
+    own = ['mine:thing'] if typing.get_origin(hint) is typing.Union else []
+    return st.sampled_from([*choices(hint), *own])
   if item := item_type(hint):
     return st.just(()) if dataclasses.is_dataclass(item) else st.lists(_values(item), max_size=3).map(tuple)
   counts = st.integers(1, 10**9)
@@ -573,6 +574,8 @@ def configs(draw):
     values |= {'data.rows': 'pack', 'data.isolate_documents': True, 'data.tokenizer.path': 'tokenizer',
                'objective.kind': {'label': 'classification', 'pairs': 'preference', 'grpo': 'grpo',
                                   'messages': 'distillation'}.get(examples, 'sft')}
+  elif values['objective.kind'] in LOSSES:
+    values['objective.kind'] = 'next_token'
   values |= draw(_objectives(values, examples))
   if draw(st.booleans()):
     stores = draw(st.lists(st.text(min_size=1), min_size=1, max_size=3, unique=True))

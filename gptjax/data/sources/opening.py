@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from gptjax.config import SourceConfig, UserError
+from gptjax.config import SourceConfig, UserError, entry
 from gptjax.data.sources.files import File, find, opened, packing, title
 from gptjax.data.sources.source import Document, Part, Source
 from gptjax.data.sources.tables import HuggingFace, Parquet
@@ -69,6 +69,8 @@ def open_source(config: SourceConfig, cache_dir: Path | None = None) -> Source:
     return Stdlib(cache_dir)
   if config.path.startswith(('tfds:', 'hf:')):
     _check_unused(config, 'datasets', 'separator')
+  if config.path.startswith('python:'):
+    return entry({}, 'data.source.path', config.path.removeprefix('python:'))(config)
   if config.path.startswith('tfds:'):
     from gptjax.data.sources.tfds_source import TfdsRecords  # takes half a second to import
     return TfdsRecords(config)
