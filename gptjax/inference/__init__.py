@@ -1,5 +1,6 @@
-"""Text generation and classification with a trained model."""
+"""Text generation, classification and activations of a trained model."""
 
+from gptjax.inference.activations import Activations, activations
 from gptjax.inference.classifier import Classifier
 from gptjax.inference.decoding import Decoder
 from gptjax.inference.generator import Generator, Text, read_prompts

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -91,8 +92,8 @@ def rotate(x: Float[Array, 'B H T C'], positions: Int[Array, 'B T'], frequency: 
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
-def attend(score: ScoreConfig, q: Float[Array, 'B K G T C'], k: Float[Array, 'B K S C'], v: Float[Array, 'B K S C'],
-           mask: Bool[Array, '#B T S'], kept: Bool[Array, 'B K S G T'] | None = None, rate: float = 0.0) -> Float[Array, 'B K G T C']:
+def attend(score: ScoreConfig, q: Float[Array, 'B K G T C'], k: Float[Array, 'B K S C'], v: Float[Array, 'B K S V'],
+           mask: Bool[Array, '#B T S'], kept: Bool[Array, 'B K S G T'] | None = None, rate: float = 0.0) -> Float[Array, 'B K G T V']:
   """softmax(scale q k) v, in float32, over keys in `mask` (arXiv:1706.03762, equation 1), with G queries per key (arXiv:2305.13245);
   of dropout at a `rate`, the weights that are `kept`."""
   # Keys come before queries, because then most products of the two passes read their operands as they lie in memory.
@@ -135,9 +136,9 @@ def _softmax_average_backward(rate, saved, gradient):
 _softmax_average.defvjp(_softmax_average_forward, _softmax_average_backward)
 
 
-def causal_attention(score: ScoreConfig, q: Float[Array, 'B H T C'], k: Float[Array, 'B K T C'], v: Float[Array, 'B K T C'],
+def causal_attention(score: ScoreConfig, q: Float[Array, 'B H T C'], k: Float[Array, 'B K T C'], v: Float[Array, 'B K T V'],
                      segments: Int[Array, 'B T'] | None, rate: float, dropout_keys: Key[Array, 'B'] | None,
-                     rows: int) -> Float[Array, 'B H T C']:
+                     rows: int) -> Float[Array, 'B H T V']:
   """Attention of each token to itself and those before it in its segment and window, `rows` query rows at a time.
 
   A block of rows reads only the keys up to its own end, or in rows of more than PARTS blocks up to the end of its part: nearly half of the
@@ -214,8 +215,21 @@ def _ungrouped(x: Float[Array, 'B K G T C']) -> Float[Array, 'B H T C']:
   return jax.lax.reshape(x, (b, k * g, t, c), out_sharding=spec(None, ('heads', k * g), None, None))
 
 
+def attention_weights(score: ScoreConfig, q: Float[Array, 'B H T C'], k: Float[Array, 'B K T C'],
+                      segments: Int[Array, 'B T'] | None) -> Float[Array, 'B H T T']:
+  """The weight of every key for each query: what attention makes of values that are unit vectors."""
+  length = q.shape[2]
+  unit = jnp.zeros((*k.shape[:2], length, length), out_sharding=jax.typeof(k).sharding.spec) + jnp.eye(length)
+  return causal_attention(score, q, k, unit, segments, 0.0, None, length)
+
+
 class Attention(nnx.Module):
-  """Multi-head causal self-attention; activations enter and leave with batch and sequence flattened to one axis."""
+  """Multi-head causal self-attention; activations enter and leave with batch and sequence flattened to one axis.
+
+  `watch`, if it is set, gets the `attention_weights` of each call without a cache; without it nothing computes them.
+  """
+
+  watch: Callable[[Array], object] | None = None
 
   def __init__(self, config: ModelConfig, compute: ComputeConfig, stack: Stack = ()):
     queries, keys = config.heads * config.head_width, config.key_heads * config.head_width
@@ -254,6 +268,8 @@ class Attention(nnx.Module):
       score = ScoreConfig(scale, config.attention_cap, 0 if sees_all else config.window)
       k, v = _for_queries(k), _for_queries(v)
       if positions.cached is None:
+        if self.watch is not None:
+          self.watch(attention_weights(score, q, k, positions.segments))
         y = attention(config, self.compute, score, q, k, v, positions.segments, keys)
         return y, None if cache is None else Cache(_prefilled(cache.keys, k), _prefilled(cache.values, v))
       return (_extend if positions.cached.ndim else _decode)(score, q, k, v, positions, cache)
