@@ -7,7 +7,8 @@ from absl import flags
 from gptjax.config import UserError
 from gptjax.files import expanded
 
-_CACHE_DIR = flags.DEFINE_string('cache_dir', '~/.cache/gptjax', 'folder of prepared data and compiled programs')
+CACHE = '~/.cache/gptjax'
+_CACHE_DIR = flags.DEFINE_string('cache_dir', CACHE, 'folder of prepared data and compiled programs')
 
 
 def cache_dir() -> Path:

@@ -5,7 +5,6 @@
 """
 
 import gptjax.program  # noqa: F401  (first: it handles signals)
-
 import json
 import sys
 from typing import Any

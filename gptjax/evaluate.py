@@ -5,7 +5,6 @@
 """
 
 import gptjax.program  # noqa: F401  (first: it handles signals)
-
 import contextlib
 import dataclasses
 import json
@@ -102,8 +101,7 @@ def _documents(restorer, tokenizer, sets, tags, cache) -> Callable[[Any], Any]:
   """Returns a function from parameters to the scores of the sets."""
   from gptjax import data, evaluation, training
   config = restorer.config
-  rows = {name: data.EvalRows(store, config.data.context, config.data.isolate_documents, cache, config.data.long_examples == 'cut')
-          for name, store in sets.items()}
+  rows = data.eval_rows(config.data, sets, cache)
   scorer: Any
   if _REWARDS.value or config.objective.kind == 'grpo':
     _check_sets(sets, 1, '--rewards' if _REWARDS.value else '--sets')

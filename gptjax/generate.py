@@ -6,7 +6,6 @@
 """
 
 import gptjax.program  # noqa: F401  (first: it handles signals)
-
 import json
 import signal
 import sys

@@ -1,7 +1,6 @@
 """Does it fit, how fast is it, what does it cost: python -m gptjax.plan --config=configs/NAME.py --topology=v5p:4x4x4"""
 
 import gptjax.program  # noqa: F401  (first: it handles signals)
-
 from importlib.util import find_spec
 
 from absl import flags

@@ -6,7 +6,6 @@ A page to chat on is at http://127.0.0.1:8000/. Clients must send the key that t
 """
 
 import gptjax.program  # noqa: F401  (first: it handles signals)
-
 import os
 import socket
 import sys

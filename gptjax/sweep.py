@@ -1,7 +1,6 @@
 """Trains every config of a sweep: python -m gptjax.sweep --sweep=experiments/NAME/sweep.py --out=DIR --workers=4"""
 
 import gptjax.program  # noqa: F401  (first: it handles signals)
-
 import collections
 import json
 import os

@@ -1,7 +1,6 @@
 """Trains a model: python -m gptjax.train --config=configs/NAME.py --workdir=DIR [--config.FIELD=VALUE ...]"""
 
 import gptjax.program  # noqa: F401  (first: it handles signals)
-
 import os
 import re
 import sys

@@ -3,4 +3,4 @@
 from gptjax.checkpoint.adapters import BASE, REFERENCE, TEACHER, base_of, keep_run, parameter_reader
 from gptjax.checkpoint.arrays import PARAMETERS, by_name
 from gptjax.checkpoint.checkpoints import DAMAGED, Checkpoints, Progress, Retention
-from gptjax.checkpoint.trained import Contents, Restorer, Trained, load_trained
+from gptjax.checkpoint.trained import Contents, Restorer, Trained, load_trained, on_devices

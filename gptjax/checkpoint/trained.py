@@ -46,18 +46,22 @@ def load_trained(workdir: Path, step: str = 'latest', model_axis: int = 0) -> Tr
   return restorer.restore(restorer.checkpoints.resolve(step))
 
 
+def on_devices(config: Config, model_axis: int = 0) -> tuple[AbstractModel, Mesh]:
+  """The model of a config without adapters, and the mesh of all devices. These decide how it is computed, but not how layers are stored."""
+  compute = dataclasses.replace(config.compute, attention='auto', sequence_parallel=False)
+  trained_on = config.mesh.sizes[TENSOR_AXIS]
+  mesh = make_mesh(MeshConfig(**{TENSOR_AXIS: model_axis or (1 if jax.device_count() % trained_on else trained_on)}))
+  check_heads(config.model, mesh)
+  return stored_model(dataclasses.replace(config, compute=compute)).base, mesh
+
+
 class Restorer:
   """Restores several checkpoints of a run, as `load_trained` does, onto the same mesh: a program compiled for one serves all. Adapters are
   merged into the matrices that they adapt."""
 
   def __init__(self, workdir: Path, model_axis: int = 0):
     self.config = read_config(workdir)
-    # The devices that are present decide how the model is computed, but not how its layers are stored.
-    compute = dataclasses.replace(self.config.compute, attention='auto', sequence_parallel=False)
-    self.model = stored_model(dataclasses.replace(self.config, compute=compute)).base
-    trained_on = self.config.mesh.sizes[TENSOR_AXIS]
-    self.mesh = make_mesh(MeshConfig(**{TENSOR_AXIS: model_axis or (1 if jax.device_count() % trained_on else trained_on)}))
-    check_heads(self.config.model, self.mesh)
+    self.model, self.mesh = on_devices(self.config, model_axis)
     self.checkpoints = parameter_reader(workdir / 'checkpoints', self.config)
 
   def restore(self, step: int) -> Trained:

@@ -59,6 +59,13 @@ def load(path: str) -> Config:
   return override(config, flatten(config), where=f'{path}: ')  # dataclasses do not check types
 
 
+def load_config(path: str | pathlib.Path = '', values: Mapping[str, object] | None = None, **more: object) -> Config:
+  """The config of a recipe, of a run's config.json or of its workdir, by default the default one; with some values by their names, as
+  load_config('configs/default.py', {'model.width': 96}, steps=100). Raises a UserError for a config that is not valid."""
+  base = read_config(pathlib.Path(path)) if path and pathlib.Path(path).is_dir() else load(str(path)) if path else Config()
+  return resolved(base, {**(values or {}), **more})
+
+
 def returned(path: str, file: pathlib.Path, function: str, kind: type, expected: str) -> Any:
   """What a function of a Python file returns, which is to be of this kind; a UserError, with the line, if that fails.
 

@@ -91,13 +91,17 @@ def prepare(config: DataConfig, cache_dir: Path, processes: int = 1) -> Prepared
   tags = {tag: [one.name for one in config.valid if tag in one.tags] for each in config.valid for tag in each.tags}
   layouts = [Windows(store, config.context) if config.rows == 'concat' else
              Packed(store, config.context, config.rows, cache_dir, config.long_examples == 'cut') for store in train.values()]
-  rows = {name: EvalRows(store, config.context, config.isolate_documents, cache_dir, config.long_examples == 'cut')
-          for name, store in valid.items()}
   parts = [[store.sha256 for store in train.values()], {name: store.sha256 for name, store in valid.items()}, tags, tokenizer.sha256,
            *first.labels]
   return Prepared(tokenizer, valid, tags, layouts, hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16],
-                  _description(config, tokenizer, dict(zip(train, layouts)), valid), rows,
+                  _description(config, tokenizer, dict(zip(train, layouts)), valid), eval_rows(config, valid, cache_dir),
                   next((marked_example(store, tokenizer) for store in train.values() if store.weighted), ''))
+
+
+def eval_rows(config: DataConfig, stores: Mapping[str, TokenStore], cache_dir: Path) -> dict[str, EvalRows]:
+  """The rows of validation sets."""
+  return {name: EvalRows(store, config.context, config.isolate_documents, cache_dir, config.long_examples == 'cut')
+          for name, store in stores.items()}
 
 
 def train_rows(config: Config, data: Prepared) -> TrainRows:

@@ -3,5 +3,5 @@
 from gptjax.inference.activations import Activations, activations
 from gptjax.inference.classifier import Classifier
 from gptjax.inference.decoding import Decoder
-from gptjax.inference.generator import Generator, Text, read_prompts
+from gptjax.inference.generator import Continuation, Generator, Prompt, Text, read_prompts
 from gptjax.inference.sampling import Sampling, suppressed_ids, sample

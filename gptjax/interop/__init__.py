@@ -10,4 +10,4 @@ from gptjax.interop.comparison import Check
 from gptjax.interop.exporting import export_run
 from gptjax.interop.families import FAMILIES, parse_config
 from gptjax.interop.fields import Fields
-from gptjax.interop.importing import import_folder
+from gptjax.interop.importing import import_folder, load_parameters, open_folder

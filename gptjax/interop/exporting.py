@@ -11,7 +11,7 @@ from gptjax.data.tokenizers.export import write_plain_chat
 from gptjax.files import atomic_directory, read_json, write_json
 from gptjax.interop.comparison import Check, compare_logits, compare_tensors, for_each_tensor, our_logits, their_logits
 from gptjax.interop.families import Family, comparable, family_for, parse_config
-from gptjax.interop.importing import BUFFERS, CONFIG, GENERATION, KEPT, RECORD, copy_text_files, load
+from gptjax.interop.importing import BUFFERS, CONFIG, GENERATION, KEPT, RECORD, copy_text_files, load_parameters
 from gptjax.interop.matching import match
 from gptjax.interop.tensor_files import Entry, Writer, read_header, read_tensors
 from gptjax.model import stored_model
@@ -70,7 +70,7 @@ def export_run(workdir: Path, folder: Path, *, step: str = 'latest', dtype: str 
     if chosen.kind != 'none':
       summary.append(compare_tensors(checkpoints, number, matched, mesh, entries))
     if chosen.kind == 'transformers':
-      ours = our_logits(matched.model, load(matched, mesh, entries), mesh, tokens)
+      ours = our_logits(matched.model, load_parameters(matched, mesh, entries), mesh, tokens)
       summary.append(compare_logits(ours, their_logits(out, tokens), chosen.tolerance))
   return '\n'.join(summary)
 

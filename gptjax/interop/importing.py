@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -55,6 +55,51 @@ def import_folder(folder: Path, workdir: Path, *, context: int = 0, scan: bool =
   """
   if workdir.exists():
     raise UserError('--workdir', str(workdir), 'a folder that does not exist yet')
+  config, matched, entries, buffers, loaded, architecture = open_folder(folder, context, scan, dtype, mesh, tokenizer)
+  chosen = check.resolved()
+  tokens = chosen.tokens(loaded, matched.model, read_json(folder / CONFIG))
+  devices = make_mesh(mesh)
+  check_heads(config.model, devices)
+  with atomic_directory(workdir, resumes=False) as out:
+    assert out, 'the workdir did not exist'
+    (out / 'config.json').write_text(configs.to_json(config))
+    export(Prepared(loaded, {}, {}, (), loaded.sha256, 'none: imported'), out / 'data')
+    kept = out / KEPT
+    kept.mkdir()
+    own = tokenizer is None and bool(_matching(folder, _VOCABULARY))
+    copy_text_files(folder, kept, tokenizer=own)
+    dtypes = {tensor.name: entries[tensor.name].dtype for tensor in matched.tensors}
+    write_json(kept / RECORD, {'dtypes': dtypes, 'tokenizer': own})
+    if buffers:
+      save_file({name: entries[name].view() for name in buffers}, kept / BUFFERS)
+    parameters = load_parameters(matched, devices, entries)
+    ours = our_logits(matched.model, parameters, devices, tokens) if chosen.kind == 'transformers' else None
+    summary = [f'{architecture}, {sum(value.size for value in parameters.values()):,} parameters, context {config.data.context:,}']
+    with contextlib.closing(Checkpoints(out / 'checkpoints', Retention())) as checkpoints:
+      checkpoints.save(Progress(), {'trained': parameters}, None, waits=True)  # which needs no second copy in memory
+      del parameters
+    if chosen.kind != 'none':
+      with contextlib.closing(Checkpoints(out / 'checkpoints', folders=(PARAMETERS,))) as checkpoints:
+        summary.append(compare_tensors(checkpoints, 0, matched, devices, entries))
+    if ours is not None:
+      summary.append(compare_logits(ours, their_logits(folder, tokens), chosen.tolerance))
+  return '\n'.join(summary)
+
+
+class Opened(NamedTuple):
+  """A folder whose files fit each other, before its tensors are read."""
+
+  config: Config
+  matched: Match
+  entries: dict[str, Entry]
+  buffers: list[str]  # tensors that hold no parameter
+  tokenizer: Tokenizer
+  architecture: str  # its name in transformers
+
+
+def open_folder(folder: Path, context: int = 0, scan: bool = False, dtype: Literal['float32', 'bfloat16'] = 'float32',
+                mesh: MeshConfig = MeshConfig(), tokenizer: Path | None = None) -> Opened:
+  """Opens a folder for `load_parameters`, with the arguments and errors of `import_folder`."""
   if not folder.is_dir():
     raise UserError('--folder', str(folder), f'a folder with {CONFIG} and safetensors')
   values = read_json(folder / CONFIG)
@@ -69,35 +114,7 @@ def import_folder(folder: Path, workdir: Path, *, context: int = 0, scan: bool =
   entries = read_tensors(folder)
   matched = match(family, abstract_model(model, config.compute, context), positions, entries)
   buffers = check_tensors(matched, family, str(folder), entries)
-  loaded = _load_tokenizer(folder, tokenizer, model.vocab_size)
-  chosen = check.resolved()
-  tokens = chosen.tokens(loaded, matched.model, values)
-  devices = make_mesh(mesh)
-  check_heads(model, devices)
-  with atomic_directory(workdir, resumes=False) as out:
-    assert out, 'the workdir did not exist'
-    (out / 'config.json').write_text(configs.to_json(config))
-    export(Prepared(loaded, {}, {}, (), loaded.sha256, 'none: imported'), out / 'data')
-    kept = out / KEPT
-    kept.mkdir()
-    own = tokenizer is None and bool(_matching(folder, _VOCABULARY))
-    copy_text_files(folder, kept, tokenizer=own)
-    dtypes = {tensor.name: entries[tensor.name].dtype for tensor in matched.tensors}
-    write_json(kept / RECORD, {'dtypes': dtypes, 'tokenizer': own})
-    if buffers:
-      save_file({name: entries[name].view() for name in buffers}, kept / BUFFERS)
-    parameters = load(matched, devices, entries)
-    ours = our_logits(matched.model, parameters, devices, tokens) if chosen.kind == 'transformers' else None
-    summary = [f'{family.architecture}, {sum(value.size for value in parameters.values()):,} parameters, context {context:,}']
-    with contextlib.closing(Checkpoints(out / 'checkpoints', Retention())) as checkpoints:
-      checkpoints.save(Progress(), {'trained': parameters}, None, waits=True)  # which needs no second copy in memory
-      del parameters
-    if chosen.kind != 'none':
-      with contextlib.closing(Checkpoints(out / 'checkpoints', folders=(PARAMETERS,))) as checkpoints:
-        summary.append(compare_tensors(checkpoints, 0, matched, devices, entries))
-    if ours is not None:
-      summary.append(compare_logits(ours, their_logits(folder, tokens), chosen.tolerance))
-  return '\n'.join(summary)
+  return Opened(config, matched, entries, buffers, _load_tokenizer(folder, tokenizer, model.vocab_size), family.architecture)
 
 
 def _load_tokenizer(folder: Path, other: Path | None, vocab_size: int) -> Tokenizer:
@@ -111,7 +128,7 @@ def _load_tokenizer(folder: Path, other: Path | None, vocab_size: int) -> Tokeni
   return tokenizer
 
 
-def load(matched: Match, mesh: Mesh, entries: Mapping[str, Entry]) -> Parameters:
+def load_parameters(matched: Match, mesh: Mesh, entries: Mapping[str, Entry]) -> Parameters:
   """Builds all parameters on the mesh; each device's part is read from the corresponding part of the files."""
   shapes, shardings = matched.model.shapes, matched.model.shardings(3, mesh)
   parameters = {}

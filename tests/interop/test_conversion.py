@@ -17,7 +17,7 @@ from gptjax.data.tokenizers import ByteTokenizer
 from gptjax.inference import Generator
 from gptjax.interop import FAMILIES, Check, Fields, export_run, import_folder, parse_config
 from gptjax.interop.comparison import compare_logits
-from gptjax.interop.importing import load
+from gptjax.interop.importing import load_parameters
 from gptjax.interop.matching import Match, bits, match
 from gptjax.interop.tensor_files import DTYPES, Entry, Writer, read_tensors
 from gptjax.model import abstract_model
@@ -109,10 +109,10 @@ def test_each_device_reads_its_own_part(tmp_path, monkeypatch, scan):
   config, context = kind.read(Fields(DECODER))
   entries = read_tensors(source)
   matched = match(kind, abstract_model(config, ComputeConfig(scan=scan), context), context, entries)
-  complete = load(matched, make_mesh(MeshConfig(1, 1), jax.devices()[:1]), entries)
+  complete = load_parameters(matched, make_mesh(MeshConfig(1, 1), jax.devices()[:1]), entries)
   read, sizes = Match.read, []
   monkeypatch.setattr(Match, 'read', lambda *args: sizes.append(read(*args)) or sizes[-1])
-  parts = load(matched, make_mesh(MeshConfig(4, 2)), entries)
+  parts = load_parameters(matched, make_mesh(MeshConfig(4, 2)), entries)
   for name, parameter in parts.items():
     np.testing.assert_array_equal(parameter, complete[name])
   matrices = [name for name in parts if parts[name].ndim == 2 + (scan and name.startswith('blocks'))]
