@@ -8,6 +8,7 @@ import pytest
 from tiers import full
 
 from gptjax.config import ComputeConfig, UserError
+from gptjax.inference import activations
 from gptjax.interop import FAMILIES, Fields, parse_config
 from gptjax.model import abstract_model, stack_layers
 from gptjax.training import next_token
@@ -144,6 +145,24 @@ def test_logits_and_gradients_are_those_of_transformers(name, shape, scan, lengt
       np.testing.assert_allclose(gradient, theirs[key], 1e-3, 1e-4 * scale, err_msg=key)
       worst[1] = max(worst[1], np.abs(gradient - theirs[key]).max() / scale)
   print(f'worst of {name}: logits {worst[0]:.1e}, gradients {worst[1]:.1e}')  # for the bar of this name
+
+
+@pytest.mark.parametrize('name', ['gpt2', 'llama', 'gemma2', full('qwen3'), full('olmo2'), full('mixtral')])
+def test_hidden_states_and_attention_weights_are_those_of_transformers(name, one_device):
+  model = reference(name, SHAPES[name][-1])
+  _, config, context = parse_config(model.config.to_dict() | {'architectures': [type(model).__name__]})
+  described = abstract_model(config, ComputeConfig(), context)
+  parameters = ours(name, config, {key: p.detach().numpy() for key, p in model.named_parameters()})
+  tokens = np.random.default_rng(0).integers(2, VOCABULARY, (2, 19), np.int32)
+  found = activations(described, one_device, True, True)(jax.device_put(parameters, described.shardings(0, one_device)), tokens)
+  with torch.no_grad():
+    theirs = model(torch.from_numpy(tokens.astype(np.int64)), output_attentions=True, output_hidden_states=True)
+  assert len(found.attentions) == len(theirs.attentions) == config.layers and len(found.hidden_states) == len(theirs.hidden_states)
+  np.testing.assert_allclose(found.logits, theirs.logits, rtol=0, atol=1e-4)
+  for a, b in zip(found.attentions, theirs.attentions):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+  for a, b in zip(found.hidden_states[:-1], theirs.hidden_states[:-1]):  # theirs is normalized at the end
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize('name, shape', CASES)
