@@ -3,6 +3,7 @@
 import json
 import shlex
 import subprocess
+import sys
 
 import pytest
 from documented import OUTPUTS, ROOT, WRITES, commands_of, resolve, run
@@ -44,3 +45,6 @@ def test_commands_of_the_readme_run_as_written(tmp_path):
   assert 0 < rates[-1] < max(rates) and steps[-1]['eval/valid/loss'] < 2.4  # beyond warmup, and words: 4.4 nats for random characters
   assert any('model.layers = 12' in text for text in printed.values()) and (tmp_path / 'runs/mesh/metrics.jsonl').exists()
   assert (tmp_path / 'stores/first/manifest.json').exists()
+  notebook = '\n'.join([*commands_of('README.md', 'python'), 'print(len(out.attentions), out.logits.shape)'])
+  done = subprocess.run([sys.executable, '-c', notebook], cwd=tmp_path, capture_output=True, text=True)
+  assert done.returncode == 0 and '\n1 (1, 11, ' in done.stdout, done.stderr
