@@ -50,7 +50,7 @@ def harness_over_http(folder: Path) -> Result:
            f'--samples={folder}/theirs.jsonl')
   off, count, other = farthest(samples(folder / 'ours.jsonl'), samples(folder / 'theirs.jsonl'))
   return Result('the lm-evaluation-harness through its local-completions client: 200 log-likelihoods as in the same process, within 1e-5 '
-                'relative', f'{count} log-likelihoods, largest difference {off:.1e}, {other} others greedy', count == 200 and off <= 1e-5
+                'nats', f'{count} log-likelihoods, largest difference {off:.1e}, {other} others greedy', count == 200 and off <= 1e-5
                 and not other, 'python -m tests.acceptance.harness_client --port=PORT')
 
 
