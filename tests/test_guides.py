@@ -65,7 +65,7 @@ def test_commands_of_the_guide_to_clusters_run_as_written(tmp_path):
 @pytest.mark.full
 def test_commands_of_the_guide_to_finetuning_run_as_written(tmp_path, monkeypatch):
   monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path / 'tfds'))
-  words = (ROOT / 'README.md').read_text().split()
+  words = (ROOT / 'docs/finetuning.md').read_text().split()
   messages = (f'{"spam" if i % 3 == 2 else "ham"}\t{" ".join(words[8 * i:8 * i + 8])}{" WIN CASH NOW" * (i % 3 == 2)}' for i in range(180))
   (tmp_path / 'SMSSpamCollection').write_text('\n'.join(messages))
   (tmp_path / 'data/books').mkdir(parents=True)
@@ -141,9 +141,15 @@ def test_commands_for_clusters_name_what_is_there():
   assert linked and all((ROOT / path).is_file() for path in linked)
 
 
-def test_recipes_of_the_readme_are_those_of_the_folder():
-  listed = set(re.findall(r'`(configs/\w+\.py)`', (ROOT / 'README.md').read_text()))
+def test_recipes_of_the_page_are_those_of_the_folder():
+  listed = set(re.findall(r'`(configs/\w+\.py)`', (ROOT / 'docs/recipes.md').read_text()))
   assert listed == {f'configs/{path.name}' for path in (ROOT / 'configs').glob('*.py')}
+
+
+@pytest.mark.full
+def test_commands_of_the_page_of_recipes_run_as_written(tmp_path):
+  helped, config = run(commands_of('docs/recipes.md'), tmp_path).values()
+  assert '--config.model.layers' in helped and 'model.layers = 12' in config
 
 
 @pytest.mark.full
