@@ -76,7 +76,7 @@ class Fit:
     Its width comes from the constants, by the resampled laws, and from the run itself, by the residuals; these are smaller than the noise
     by the five constants, which they are corrected for.
     """
-    n, d = np.array([parameters]), np.array([tokens])
+    n, d = np.array([parameters], float), np.array([tokens], float)
     noise = self.residuals * np.sqrt(len(self.residuals) / (len(self.residuals) - 5))
     draws = np.random.default_rng(seed).choice(noise, len(self.resampled))
     losses = [law.loss(n, d)[0] * np.exp(draw) for law, draw in zip(self.resampled, draws)]
