@@ -92,6 +92,8 @@ def _listener() -> socket.socket:
   listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
   try:
     listener.bind((_HOST.value, _PORT.value))
+  except socket.gaierror as error:
+    raise UserError('--host', _HOST.value, f'an address of this machine ({error.strerror})') from None
   except OSError as error:
     field, address = '--port' if _PORT.value else '--host', f'{_HOST.value}:{_PORT.value}'
     raise UserError(field, address, f'an address that is free ({error.strerror})') from None
