@@ -36,7 +36,7 @@ def main(config: configs.Config) -> int:
   if not _WORKDIR.value:
     raise configs.UserError('--workdir', _WORKDIR.value, 'the folder of the run')
   workdir = expanded(_WORKDIR.value, '--workdir')
-  if workdir.exists() and not workdir.is_dir():
+  if not next(path for path in (workdir, *workdir.absolute().parents) if path.exists()).is_dir():
     raise configs.UserError('--workdir', str(workdir), 'a folder, not a file')
   profile = re.fullmatch(r'(\d+):(\d+)', _PROFILE.value or '')
   profile_steps = (int(profile[1]), int(profile[2])) if profile else None

@@ -242,9 +242,10 @@ def _pictures(config: Config, rows: Sequence[Row], baselines: Mapping[str, float
     if kind is _KINDS['reward']:
       _curve(ax, *series(rows, 'reward'), label='training')
     scores(ax, kind.measure[0])
-    for value, name in sorted((value, name) for name, value in baselines.items() if math.isfinite(value)):
+    for index, (value, name) in enumerate(sorted((value, name) for name, value in baselines.items() if math.isfinite(value))):
       ax.axhline(value, color=_COLORS['muted'], linestyle='--', linewidth=0.8)
-      ax.text(1, value, f'{name}\n', transform=ax.get_yaxis_transform(), ha='right', va='center', in_layout=False)
+      ax.text(1 - 0.2 * index, value, f'{name}\n',  # beside each other, since their values may be close
+              transform=ax.get_yaxis_transform(), ha='right', va='center', in_layout=False)
 
   def metric(name: str, *, smoothed: bool = True) -> Callable[[axes.Axes], None]:
     return lambda ax: _curve(ax, *series(rows, name), smoothed=smoothed)
@@ -353,7 +354,9 @@ def page(workdir: pathlib.Path) -> str:
 
 def main(_: None) -> None:
   """Writes the report of --workdir."""
-  workdir = expanded(flags.FLAGS.workdir)
+  workdir = expanded(flags.FLAGS.workdir, '--workdir')
+  if not workdir.is_dir():
+    raise UserError('--workdir', str(workdir), 'a folder that gptjax.train made')
   out = writable(flags.FLAGS.out or workdir / 'report.html', '--out' if flags.FLAGS.out else '--workdir')
   data = page(workdir).encode(errors='replace')
   try:

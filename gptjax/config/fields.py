@@ -206,6 +206,8 @@ def from_json(text: str, file: str = 'config.json') -> Config:
     raise UserError(file, text[:80], f'JSON of a config ({error})') from error
   if not isinstance(tree, dict):
     raise UserError(file, tree, 'an object of config fields')
+  if 'model_type' in tree:
+    raise UserError(f'{file}: model_type', tree['model_type'], 'the config of a run, which tools.import_hf makes of a Hugging Face folder')
   values = flatten(tree)
   config = override(Config(), values, where=f'{file}: ')
   for name, hint in FIELDS.items():
