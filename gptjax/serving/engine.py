@@ -22,6 +22,8 @@ BIASES = 300
 """Tokens that a text may be given a bias for."""
 SIZES = 256, 1024, 4096, 16384, 65536
 """Places per slot that the cache may have, besides the complete context."""
+CHUNKS = 32, 64, 128, 256
+"""Tokens of a prompt that a program reads; a shorter piece is padded, to less than twice its length from 33 tokens on."""
 
 
 class Settings(NamedTuple):
@@ -94,7 +96,7 @@ class Engine:
     self._programs = _programs(self._model, mesh, forbidden, zero_stage, count)
     self.slots = [Slot() for _ in range(count)]
     self.sizes = [size for size in SIZES if size < self.context] + [self.context]
-    self.chunks = [size for size in (32, 256) if size < self.context] or [self.context]
+    self.chunks = [size for size in CHUNKS if size < self.context] or [self.context]
     self.size = self.sizes[0]
     """places per slot in the cache"""
     self._texts = self._programs.fresh(size=self.size)

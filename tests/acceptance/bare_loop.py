@@ -16,7 +16,7 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a run', required=True
 _BATCHES = flags.DEFINE_list('batches', ['8', '32'], 'texts at a time')
 _PROMPT = flags.DEFINE_integer('prompt', 32, 'tokens of their prompts')
 _TOKENS = flags.DEFINE_integer('tokens', 128, 'new tokens of each')
-_PREFILLS = flags.DEFINE_list('prefills', ['32', '256'], 'lengths of prompts whose first token is timed')
+_PREFILLS = flags.DEFINE_list('prefills', ['32', '100', '256'], 'lengths of prompts whose first token is timed')
 _REPEATS = 5
 
 

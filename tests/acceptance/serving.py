@@ -14,7 +14,7 @@ from tests.acceptance.record import Result, bar, evaluate, given, python
 
 CLIENTS = 8, 32
 NEW = 128
-PROMPTS = 32, 256
+PROMPTS = 32, 100, 256
 
 
 def gpt2(folder: Path, **changes: int) -> Path:
