@@ -120,6 +120,9 @@ def test_a_plan_in_words_and_as_json_and_as_a_picture(ranked, tmp_path):
     assert word in text
   assert ranking(ranked).count('\n') == 12 and f'{len(ranked)} layouts' in ranking(ranked)
   data = json.loads(json.dumps(as_json(one)))
+  days = data['bounds']['usual']['days']
+  assert f'expect about {days:.1f} days, at {min(one.bounds.mfu(one.bounds.overlapped), 0.4):.0%} MFU' in text
+  assert days == pytest.approx(max(one.days(one.bounds.overlapped), one.days(one.bounds.flops / one.topology.chip.flops / 0.4)))
   assert data['memory']['total'] == one.needed and data['fits'] and data['bounds']['overlapped']['seconds'] == one.bounds.overlapped
   draw(ranked[:4], tmp_path / 'memory.png')
   assert (tmp_path / 'memory.png').read_bytes().startswith(b'\x89PNG')
