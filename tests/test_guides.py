@@ -147,6 +147,14 @@ def test_recipes_of_the_page_are_those_of_the_folder():
 
 
 @pytest.mark.full
+def test_commands_of_the_page_of_reports_run_as_written(tmp_path):
+  run(commands_of('docs/reports.md'), tmp_path)
+  one, both = ((tmp_path / name).read_text() for name in ('runs/narrow/report.html', 'runs/both.html'))
+  assert 'bits per byte at step 30' in one and re.search(r'<td>started</td><td>20\d\d-', one)
+  assert 'narrow is the best of 2 runs' in both and '<td>model.width</td><td>64</td><td>96</td>' in both
+
+
+@pytest.mark.full
 def test_commands_of_the_page_of_recipes_run_as_written(tmp_path):
   helped, config = run(commands_of('docs/recipes.md'), tmp_path).values()
   assert '--config.model.layers' in helped and 'model.layers = 12' in config

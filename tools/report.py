@@ -1,31 +1,39 @@
-"""Writes a report of a training run as one self-contained HTML file: python -m tools.report --workdir=DIR
+"""Writes a report of one or more training runs as one HTML file that needs no network: python -m tools.report --workdir=DIR
 
-The page depends only on the files in the workdir: equal runs give equal pages. Figures are inline SVG in the colours and fonts of the
-page's style sheet, so they follow the reader's light or dark theme.
+With --workdir given several times, the runs are drawn over each other.
+
+The page follows from the files in the workdirs alone: equal runs give equal pages. Its charts are drawn by a script in the page
+(report.js), which smooths, changes axes and shows the values under the pointer.
 """
 
 import dataclasses
 import html
-import io
 import json
 import math
+import os
 import pathlib
 import re
+import string
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import urllib.parse
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 from absl import flags
 from jaxtyping import Float
-from matplotlib import axes, figure, ticker
 
 from gptjax.config import INT32_MAX, Config, UserError, describe, differences, from_json, run
 from gptjax.files import expanded, writable
 
 Row = Mapping[str, Any]
+COLORS = 8
+"""of lines, by number in report.css"""
+MOST_POINTS = 1000
+"""of a line: the lowest and highest points of narrow columns suffice to draw it"""
+SAMPLES = 5
+"""that are shown at once; earlier ones are folded"""
 
 
 class _Kind(NamedTuple):
@@ -50,52 +58,55 @@ _KINDS = {
                   'of the policy')}
 """By a field that only results of this kind have; of documents none."""
 
-# matplotlib has no CSS variables: each of these colours is a placeholder that is replaced by a variable in the SVG.
-_COLORS = {name: f'#0a0b{n:02x}' for n, name in enumerate(
-    ('ink', 'muted', 'line', 'bad', 'train', 'set0', 'set1', 'set2', 'set3'))}
-_STYLE: Any = {
-    'axes.edgecolor': _COLORS['muted'], 'axes.grid': True, 'axes.grid.axis': 'y', 'axes.labelcolor': _COLORS['muted'],
-    'axes.linewidth': 0.6, 'axes.spines.left': False, 'axes.spines.right': False, 'axes.spines.top': False,
-    'font.size': 9, 'grid.color': _COLORS['line'], 'grid.linewidth': 0.6, 'svg.fonttype': 'none',
-    'text.color': _COLORS['ink'], 'text.parse_math': False, 'xtick.color': _COLORS['muted'],
-    'ytick.color': _COLORS['muted'], 'ytick.left': False}
-_CSS = '''
-:root { color-scheme: light dark; --paper: #fdfdfb; --ink: #1e2124; --muted: #686d73; --line: #e4e4de; --bad: #d8392f;
-  --shade: #f3f3ee; --mark: #fec; --train: #2b7bc0; --set0: #d4611f; --set1: #35935c; --set2: #9461bd; --set3: #97720f }
-@media (prefers-color-scheme: dark) { :root { --paper: #16181b; --ink: #e4e4e0; --muted: #9a9fa5; --line: #2e3237;
-  --shade: #1f2226; --mark: #4a3d14; --train: #4d9be0; --set0: #e87a3c; --set1: #45ab70; --set2: #b184d8 } }
-body { margin: 0 auto; padding: 2rem 1.1rem 4rem; max-width: 50rem; background: var(--paper); color: var(--ink);
-  font: 1rem/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; overflow-wrap: anywhere }
-h1, figure, dd { margin: 0; min-width: 0 }
-h1 { font-size: 1rem; font-weight: 500; color: var(--muted) } h2 { margin: 2.8rem 0 .8rem; font-size: 1.2rem }
-.verdict { margin: .2rem 0 1.4rem; font-size: 1.5rem; line-height: 1.3; font-weight: 600; text-wrap: pretty }
-dl, .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1.6rem 1.4rem }
-dl { grid-template-columns: repeat(auto-fit, minmax(7rem, 1fr)); gap: .9rem; margin: 0 0 1.6rem; padding: .9rem 0;
-  border: solid var(--line); border-width: 1px 0 }
-dd { font-size: 1.2rem; font-weight: 600 }
-dt, figcaption, th, summary, .samples { color: var(--muted); font-size: .85rem; font-weight: 400 }
-figcaption * { display: inline-block; margin-right: .6em } figcaption b { color: var(--ink) }
-svg { display: block; width: 100%; height: auto } svg text { font-family: system-ui, sans-serif !important }
-.wide, .narrow { margin-bottom: 1.6rem } .narrow { display: none }
-@media (max-width: 40rem) { .narrow { display: block } .wide { display: none } .verdict { font-size: 1.3rem } }
-table { width: 100%; border-collapse: collapse; font-size: .9em } td:first-child { color: var(--muted); min-width: 7em }
-th, td { padding: .32rem .9rem .32rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
-.bars * { min-width: 0 !important; white-space: nowrap; vertical-align: middle } .bars td:nth-child(3) { width: 99% }
-i { display: block; height: .9rem; border-radius: 2px; background: var(--muted); opacity: .4 }
-.model td { color: var(--ink) !important; font-weight: 600 } .model i { background: var(--train); opacity: 1 }
-pre { margin: .3rem 0 1.3rem; padding: .8rem 1rem; overflow-y: auto; background: var(--shade); border-radius: 4px;
-  font: .8rem/1.5 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap }
-.samples pre { max-height: 18rem; color: var(--ink) } pre b { color: var(--train) }
-mark { background: var(--mark); color: inherit; border-radius: 2px } summary { margin-top: .9rem; cursor: pointer }
-'''
-_PAGE = '''<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title}</title><style>{css}</style></head><body><h1>{title}</h1><p class="verdict">{verdict}</p>{scores}
-<h2>Training</h2>{pictures}
-<h2>Samples</h2><div class="samples">{samples}</div><h2>Run</h2>{run}
-<h2>Config</h2>{changed}<details><summary>all fields</summary><pre>{config}</pre></details></body></html>
-'''
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What the files of a workdir say."""
+
+  name: str
+  folder: pathlib.Path
+  config: Config
+  rows: list[dict[str, Any]]
+  """of metrics.jsonl"""
+  facts: dict[str, Any]
+  """of run.json"""
+  evaluation: dict[str, Any]
+  samples: list[dict[str, Any]]
+
+  @property
+  def kind(self) -> _Kind:
+    return _kind(self.evaluation, self.config.objective.kind)
+
+  @property
+  def baselines(self) -> dict[str, float]:
+    """Scores of other methods on the same documents."""
+    found = {name: value for name, value in self.evaluation.get('baselines', {}).items() if not math.isnan(value)}
+    for name, groups in self.evaluation.get('class_baselines', {}).items():  # all sets together, or the only one
+      found[name] = [*groups.values()][-1]['accuracy']
+    return found
+
+  @property
+  def clock(self) -> dict[str, list[float]]:
+    """Tokens and hours by step. Hours are those of the steps alone, from their speed."""
+    steps, tokens = series(self.rows, 'tokens')
+    speeds = dict(zip(*map(np.ndarray.tolist, series(self.rows, 'tokens_per_second'))))
+    hours, before = [], 0.0
+    for step, count in zip(steps.tolist(), tokens.tolist()):
+      speed = speeds.get(step, math.nan)
+      hours.append((hours[-1] if hours else 0.0) + ((count - before) / speed / 3600 if speed > 0 else 0.0))
+      before = count
+    return {'step': [0.0, *steps.tolist()], 'tokens': [0.0, *tokens.tolist()], 'hours': [0.0, *hours]}
+
+
+def read(workdir: pathlib.Path, name: str) -> Run:
+  """Reads a workdir, with a name for it. Raises a UserError for a file that is damaged, or missing; then the error names the command that
+  writes it."""
+  path = workdir / 'config.json'
+  config, rows = from_json(_read(path), str(path)), _objects(workdir / 'metrics.jsonl', 'step')
+  for n, row in enumerate(rows, 1):
+    _check_numbers(row, row, f'{workdir / "metrics.jsonl"}:{n}')
+  [facts], evaluation = _objects(workdir / 'run.json'), _evaluation(workdir / 'evaluation.json')
+  samples = _objects(workdir / 'samples.jsonl', 'step') if (workdir / 'samples.jsonl').is_file() else []
+  return Run(name, workdir, config, rows, facts, evaluation, samples)
 
 
 def _read(path: pathlib.Path) -> str:
@@ -165,102 +176,75 @@ def series(rows: Iterable[Row], name: str) -> tuple[Float[np.ndarray, ' N'], Flo
   return steps, values
 
 
-def smooth(values: Float[np.ndarray, ' N']) -> Float[np.ndarray, ' N']:
-  """Returns means over 1 % of the curve to either side, fewer near its start, where a wide window would lag."""
-  index = np.arange(len(values))
-  width = np.minimum(index, len(values) // 100)
-  first, end = index - width, np.minimum(index + width + 1, len(values))
-  sums = np.concatenate([[0.0], np.cumsum(values)])
-  return (sums[end] - sums[first]) / (end - first)
+# Charts
+
+def charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
+  """The charts for report.js: a title, a note, a unit, whether the axis begins at 0, and lines of all runs."""
+  kind = runs[0].kind
+  found = [_chart(runs, 'Loss', '', kind.loss, late=True, metrics={'loss': 'training'},
+                  scores='loss' if kind is not _KINDS['reward'] else '')]  # whose validation loss is another figure
+  found.append(_chart(runs, 'Validation', 'while training', kind.measure[1], scores=kind.measure[0],
+                      metrics={'reward': 'training'} if kind is _KINDS['reward'] else {}))
+  if len(runs) == 1:
+    found[-1]['baselines'] = [{'label': name, 'value': value} for name, value in runs[0].baselines.items() if math.isfinite(value)]
+  rates = {name: name.removesuffix('learning_rate').strip('_') or 'all' for one in runs for row in one.rows for name in row
+           if name.endswith('learning_rate')}
+  if len(rates) > 1:
+    rates['learning_rate'] = 'other'
+  schedules = {one.config.optimizer.schedule for one in runs}
+  clips = {f'before clipping to {one.config.optimizer.clip:g}' if one.config.optimizer.clip else 'never clipped' for one in runs}
+  found.append(_chart(runs, 'Learning rate', ', '.join(sorted(schedules)), 'rate', zero=True, metrics=rates, smoothed=False))
+  found.append(_chart(runs, 'Gradient norm', ', '.join(sorted(clips)), 'global L2 norm', metrics={'grad_norm': ''}))
+  found.append(_chart(runs, 'Speed', 'all devices', 'tokens per second', zero=True, metrics={'tokens_per_second': ''}))
+  for title, note, unit, name in (
+      ('Divergence', 'from the teacher', 'nats per token', 'kl'), ('Model FLOPs utilization', '', 'fraction of the peak', 'mfu'),
+      ('Waiting for data', '', 'fraction of the time', 'data_wait'), ('Memory', 'peak of a device', 'bytes', 'peak_bytes')):
+    if any(name in row for one in runs for row in one.rows):
+      found.append(_chart(runs, title, note, unit, zero=True, metrics={name: ''}))
+  return found
 
 
-def _curve(ax: axes.Axes, steps: np.ndarray, values: np.ndarray, *, smoothed: bool = True, label: str = '') -> None:
-  def plot(heights: np.ndarray, **style: Any) -> None:
-    # The lowest and highest point of each narrow column suffice to draw it.
-    columns = [part for part in np.array_split(np.arange(len(heights)), 500) if part.size]
-    keep = sorted({part[pick(heights[part])] for part in columns for pick in (np.argmin, np.argmax)})
-    ax.plot(steps[keep], heights[keep], color=_COLORS['train'], marker='o' if len(keep) == 1 else '', **style)
+def _chart(runs: Sequence[Run], title: str, note: str, unit: str, *, metrics: Mapping[str, str], scores: str = '', zero: bool = False,
+           late: bool = False, smoothed: bool = True) -> dict[str, Any]:
+  """A chart of metrics of the steps, by the name of their lines, and of a score of the validation sets.
 
-  steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
-  if smoothed and len(values) >= 100:
-    plot(values, alpha=0.3, linewidth=0.7)
-    values = smooth(smooth(values))
-  plot(values, linewidth=1.5, label=label)
+  late: the axis fits what comes after the first steps, whose decrease would use most of the height.
+  """
+  lines: list[dict[str, Any]] = []
 
+  def add(number: int, metric: str, words: str, **style: Any) -> None:
+    steps, values = _thinned(*series(runs[number].rows, metric))
+    if len(steps):
+      several = len(runs) > 1
+      label = ', '.join(filter(None, (runs[number].name if several else '', words))) or title
+      lines.append({'run': number, 'label': label, 'key': runs[number].name if several else label, 'steps': steps.tolist(),
+                    'color': (number if several else len(lines)) % COLORS, 'named': bool(words) and not several,
+                    'values': [float(f'{value:.6g}') if math.isfinite(value) else None for value in values.tolist()],
+                    'smoothed': smoothed, 'points': False, 'dashed': False} | style)
 
-def _tick(value: float, _: float) -> str:
-  return f'{value:g}' if abs(value) < 1000 else ticker.EngFormatter(sep=' ')(value)
-
-
-def _figure(name: str, note: str, unit: str, draw: Callable[[axes.Axes], None],
-            inches: tuple[float, float] = (3.7, 2.2), *, zero: bool = False, kind: str = '') -> str:
-  """Returns a plot over steps; its vertical axis starts at zero if `zero`, and is logarithmic for a wide range of values."""
-  with matplotlib.rc_context(_STYLE | {'svg.hashsalt': kind + name}):  # ids are reproducible, and unique to a figure
-    sheet = figure.Figure(figsize=inches, layout='constrained')
-    ax = sheet.add_subplot(xlabel='step', ylabel=unit)
-    draw(ax)
-    (low, high), last, steps = ax.dataLim.intervaly, max(ax.dataLim.x1, 1), (1, 2, 5, 10)
-    log = not zero and 0 < low < high / 20
-    ax.set(yscale='log' if log else 'linear', ylim=(0 if zero else None, None), xlim=(-0.02 * last, 1.02 * last))
-    ax.yaxis.set_major_locator(ticker.LogLocator(subs=steps[:3]) if log else ticker.MaxNLocator(5, steps=steps))
-    ax.yaxis.set_minor_locator(ticker.NullLocator())
-    ax.xaxis.set_major_locator(ticker.MaxNLocator(5, steps=steps, integer=True))
-    for axis in (ax.xaxis, ax.yaxis):
-      axis.set_major_formatter(_tick)
-    sheet.savefig(out := io.StringIO(), format='svg', transparent=True)
-    keys = ''.join(f'<span style="color: {line.get_color()}">\u25cf {html.escape(label)}</span> '
-                   for line in ax.get_lines() if re.match('[^_]', label := str(line.get_label())))
-  svg = re.sub(r'.*?<svg[^>]*(viewBox="[^"]*")[^>]*>\s*<metadata>.*?</metadata>',
-               rf'<svg \1 role="img" aria-label="{name}, {unit}">', out.getvalue(), count=1, flags=re.DOTALL)
-  text = f'<figure class="{kind}"><figcaption><b>{name}</b> {keys}<span>{note}</span></figcaption>{svg}</figure>'
-  for color, value in _COLORS.items():
-    text = text.replace(value, f'var(--{color})')
-  return re.sub('<g id="[^"]*"', '<g', text)
+  for number, one in enumerate(runs):
+    for place, (metric, words) in enumerate(metrics.items()):
+      add(number, metric, words, dashed=len(runs) > 1 and place > 0)
+    if scores:
+      sets = sorted({found[1] for row in one.rows for key in row if (found := re.fullmatch(f'eval/(?!tag/)(.+)/{scores}', key))})
+      for name in sets:
+        add(number, f'eval/{name}/{scores}', name, points=True, smoothed=False)
+  return {'title': title, 'note': note, 'unit': unit, 'zero': zero, 'late': late, 'lines': lines, 'baselines': []}
 
 
-def _pictures(config: Config, rows: Sequence[Row], baselines: Mapping[str, float], kind: _Kind) -> str:
-  def scores(ax: axes.Axes, metric: str) -> None:
-    names = sorted({found[1] for row in rows for key in row if (found := re.fullmatch(f'eval/(?!tag/)(.+)/{metric}', key))})
-    for n, name in enumerate(names):
-      steps, values = series(rows, f'eval/{name}/{metric}')
-      ax.plot(steps, values, 'o-', color=_COLORS[f'set{n % 4}'], markersize=3, linewidth=0.8, label=name)
+def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  if len(steps) <= MOST_POINTS:
+    return steps, values
+  keep: set[int] = {0, len(steps) - 1}
+  for part in np.array_split(np.arange(len(steps)), MOST_POINTS // 3):
+    finite = np.where(np.isfinite(values[part]), values[part], math.inf)
+    keep |= {int(part[finite.argmin()]), int(part[np.where(np.isfinite(values[part]), values[part], -math.inf).argmax()])}
+    keep |= {int(part[np.isfinite(values[part]).argmin()])} if not np.isfinite(values[part]).all() else set()
+  chosen = sorted(keep)
+  return steps[chosen], values[chosen]
 
-  def losses(ax: axes.Axes) -> None:
-    steps, values = series(rows, 'loss')
-    _curve(ax, steps, values, label='training')
-    if kind is not _KINDS['reward']:  # whose validation loss is another figure
-      scores(ax, 'loss')
-    xy = np.concatenate([np.empty((0, 2)), *(line.get_xydata() for line in ax.get_lines())])
-    late = xy[np.isfinite(xy[:, 1]) & (xy[:, 0] > 0.02 * steps.max(initial=0)), 1]
-    if len(late) >= 100 and np.ptp(late):  # the initial decrease would use most of the height
-      low, margin = late.min(), 0.05 * np.ptp(late)
-      ax.set_ylim(low - min(margin, abs(low) / 2), late.max() + margin)
-    for first in steps[~np.isfinite(values)][:1]:
-      ax.axvline(first, color=_COLORS['bad'], linestyle=':', label='not finite from here')
 
-  def measured(ax: axes.Axes) -> None:
-    if kind is _KINDS['reward']:
-      _curve(ax, *series(rows, 'reward'), label='training')
-    scores(ax, kind.measure[0])
-    for index, (value, name) in enumerate(sorted((value, name) for name, value in baselines.items() if math.isfinite(value))):
-      ax.axhline(value, color=_COLORS['muted'], linestyle='--', linewidth=0.8)
-      ax.text(1 - 0.2 * index, value, f'{name}\n',  # beside each other, since their values may be close
-              transform=ax.get_yaxis_transform(), ha='right', va='center', in_layout=False)
-
-  def metric(name: str, *, smoothed: bool = True) -> Callable[[axes.Axes], None]:
-    return lambda ax: _curve(ax, *series(rows, name), smoothed=smoothed)
-
-  schedule, clip = config.optimizer.schedule, config.optimizer.clip
-  clipped = f'before clipping to {clip:g}' if clip else 'never clipped'
-  loss = 'Loss', '', kind.loss, losses
-  return (_figure(*loss, (7.4, 3.3), kind='wide') + _figure(*loss, (3.7, 2.9), kind='narrow') + '<div class="grid">'
-          + _figure('Validation', 'while training', kind.measure[1], measured)
-          + _figure('Learning rate', schedule, 'rate', metric('learning_rate', smoothed=False), zero=True)
-          + (_figure('Divergence', 'from the teacher', 'nats per token', metric('kl'), zero=True)
-             if config.objective.kind == 'distillation' else '')
-          + _figure('Gradient norm', clipped, 'global L2 norm', metric('grad_norm'))
-          + _figure('Speed', 'all devices', 'tokens per second', metric('tokens_per_second'), zero=True) + '</div>')
-
+# Words and tables
 
 def _shown(value: object) -> str:
   """Formats a value: four digits of a float, thousands separators."""
@@ -321,44 +305,110 @@ def _scores(evaluation: Row, baselines: Mapping[str, float], rows: Sequence[Row]
     bars += f'<tr class="{kind}">{cells}</tr>'
   named = [(name, *(one[metric] for metric in shown))
            for group in ('sets', 'tags') for name, one in evaluation.get(group, {}).items()]
-  sets = _table(named, 'set or tag', *names) if named else ''
+  sets = f'<div class="scroll">{_table(named, "set or tag", *names)}</div>' if named else ''
   return f'<dl>{tiles}</dl>' + f'<table class="bars">{bars}</table>' * bool(baselines) + sets
 
 
-def page(workdir: pathlib.Path) -> str:
-  """Returns the report as HTML.
+def _hours(run: Run) -> str:
+  hours = run.clock['hours'][-1]
+  return f'{hours:.1f} h' if hours >= 1 else f'{60 * hours:.1f} min'
+
+
+def _compared(runs: Sequence[Run]) -> str:
+  """A table with a row per run: final scores, size and speed."""
+  field, unit = runs[0].kind.measure
+  rows = []
+  for one in runs:
+    speed = series(one.rows, 'tokens_per_second')[1]
+    steps = series(one.rows, 'loss')[0]
+    rows.append((one.name, one.evaluation.get(field, math.nan), one.evaluation.get('loss', math.nan), steps[-1] if len(steps) else 0,
+                 one.clock['tokens'][-1], one.facts.get('parameters', ''),
+                 float(np.nanmedian(speed)) if np.isfinite(speed).any() else math.nan, _hours(one)))
+  cells = [tuple('' if isinstance(cell, float) and math.isnan(cell) else cell for cell in row) for row in rows]
+  head = 'run', unit, 'loss', 'step', 'tokens', 'parameters', 'median tokens/s', 'training'
+  return f'<div class="scroll scores">{_table(cells, *head)}</div>'
+
+
+def _best(runs: Sequence[Run]) -> str:
+  """One sentence on several runs."""
+  field, unit = runs[0].kind.measure
+  scored = [one for one in runs if math.isfinite(one.evaluation.get(field, math.nan))]
+  if not scored:
+    return f'{len(runs)} runs, none of them evaluated; python -m gptjax.evaluate scores the held-out documents.'
+  pick = min if unit == 'bits per byte' else max
+  first = pick(scored, key=lambda one: one.evaluation[field])
+  return f'{first.name} is the best of {len(runs)} runs: validation {first.evaluation[field]:.3f} {unit}.'
+
+
+def _changed(runs: Sequence[Run]) -> str:
+  """The fields of one run that are not the default, or those in which runs differ."""
+  if len(runs) == 1:
+    changed = differences(Config(), runs[0].config)
+    return _table([(name, *values[::-1]) for name, values in changed.items()], 'field', 'this run', 'default')
+  names = dict.fromkeys(name for one in runs[1:] for name in differences(runs[0].config, one.config))
+  value = lambda one, name: (differences(runs[0].config, one.config).get(name) or (None, first[name]))[1]
+  first = {name: next(values[0] for one in runs[1:] if (values := differences(runs[0].config, one.config).get(name))) for name in names}
+  rows = [(name, first[name], *(value(one, name) for one in runs[1:])) for name in names]
+  return f'<div class="scroll">{_table(rows, "field", *(one.name for one in runs))}</div>' if rows else 'The runs have equal configs.'
+
+
+def _fields(run: Run) -> str:
+  changed = differences(Config(), run.config)
+  lines = [(line.partition(' = ')[0] in changed, html.escape(line)) for line in describe(run.config).split('\n')]
+  marked = '\n'.join(f'<mark>{line}</mark>' if differs else line for differs, line in lines)
+  return f'<details><summary>all fields of {html.escape(run.name)}</summary><pre>{marked}</pre></details>'
+
+
+def _texts(run: Run) -> str:
+  shown = [[html.escape(_shown(sample.get(name, ''))) for name in ('step', 'prompt', 'text')] for sample in run.samples[::-1]]
+  found = [f'step {step}<pre><b>{prompt}</b>{text}</pre>' for step, prompt, text in shown]
+  earlier = f'<details><summary>{len(found) - SAMPLES} earlier ones</summary>{"".join(found[SAMPLES:])}</details>' * (len(found) > SAMPLES)
+  return ''.join(found[:SAMPLES]) + earlier or 'none'
+
+
+def _checkpoints(run: Run, out: pathlib.Path) -> str:
+  """Links to the folders of checkpoints, relative to the page's folder."""
+  folder = run.folder / 'checkpoints'
+  steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
+  link = lambda step: urllib.parse.quote(os.path.relpath(folder / str(step), out).replace(os.sep, '/'))
+  return ', '.join(f'<a href="./{link(step)}">{step:,}</a>' for step in steps) or 'none'
+
+
+def page(workdirs: Sequence[pathlib.Path], out: pathlib.Path | None = None) -> str:
+  """Returns the report of runs as HTML.
+
+  Args:
+    workdirs: folders of runs.
+    out: the folder of the page, to which its links are relative; by default that of the first run.
 
   Raises:
     UserError: a file is damaged, or missing; then the error names the command that writes it.
   """
-  path = workdir / 'config.json'
-  config, rows = from_json(_read(path), str(path)), _objects(workdir / 'metrics.jsonl', 'step')
-  for n, row in enumerate(rows, 1):
-    _check_numbers(row, row, f'{workdir / "metrics.jsonl"}:{n}')
-  [header], evaluation = _objects(workdir / 'run.json'), _evaluation(workdir / 'evaluation.json')
-  samples = _objects(workdir / 'samples.jsonl', 'step') if (workdir / 'samples.jsonl').is_file() else []
-  baselines = {name: value for name, value in evaluation.get('baselines', {}).items() if not math.isnan(value)}
-  for name, groups in evaluation.get('class_baselines', {}).items():  # all sets together, or the only one
-    baselines[name] = [*groups.values()][-1]['accuracy']
-  changed = differences(Config(), config)
-  fields = [(line.partition(' = ')[0] in changed, html.escape(line)) for line in describe(config).split('\n')]
-  texts = [[html.escape(_shown(sample.get(name, ''))) for name in ('step', 'prompt', 'text')] for sample in samples]
-  return _PAGE.format(
-      title=html.escape(workdir.resolve().name), css=_CSS, verdict=html.escape(verdict(evaluation, baselines, rows)),
-      scores=_scores(evaluation, baselines, rows), pictures=_pictures(config, rows, baselines, _kind(evaluation, config.objective.kind)),
-      samples=''.join(f'step {step}<pre><b>{prompt}</b>{text}</pre>' for step, prompt, text in texts[:-6:-1]) or 'none',
-      run=_table((name.replace('_', ' '), value) for name, value in header.items()),
-      changed=_table([(name, *values[::-1]) for name, values in changed.items()], 'field', 'this run', 'default'),
-      config='\n'.join(f'<mark>{line}</mark>' if differs else line for differs, line in fields))
+  names = [workdir.resolve().name for workdir in workdirs]
+  runs = [read(workdir, str(workdir) if names.count(name) > 1 else name) for workdir, name in zip(workdirs, names)]
+  one = runs[0]
+  headed = lambda part: ''.join(f'<h3>{html.escape(run.name)}</h3>' * (len(runs) > 1) + part(run) for run in runs)
+  facts = lambda run: (_table([*((name.replace('_', ' '), value) for name, value in run.facts.items()), ('training', _hours(run))])
+                       + f'<p>Checkpoints: {_checkpoints(run, out or one.folder)}</p>')
+  keys = [{'key': run.name, 'color': number % COLORS} for number, run in enumerate(runs)] if len(runs) > 1 else []
+  data = json.dumps({'charts': charts(runs), 'clocks': [run.clock for run in runs], 'keys': keys}, allow_nan=False).replace('<', '\\u003c')
+  here = pathlib.Path(__file__).parent
+  part = lambda ending: (here / f'report.{ending}').read_text(encoding='utf-8')
+  title = one.name if len(runs) == 1 else f'{len(runs)} runs: {", ".join(run.name for run in runs)}'
+  return string.Template(part('html')).substitute(
+    title=html.escape(title), css=part('css'), js=part('js'), data=data,
+    verdict=html.escape(verdict(one.evaluation, one.baselines, one.rows) if len(runs) == 1 else _best(runs)),
+    scores=_scores(one.evaluation, one.baselines, one.rows) if len(runs) == 1 else _compared(runs), samples=headed(_texts),
+    run=headed(facts), changed=_changed(runs), config=''.join(map(_fields, runs)))
 
 
 def main(_: None) -> None:
   """Writes the report of --workdir."""
-  workdir = expanded(flags.FLAGS.workdir, '--workdir')
-  if not workdir.is_dir():
-    raise UserError('--workdir', str(workdir), 'a folder that gptjax.train made')
-  out = writable(flags.FLAGS.out or workdir / 'report.html', '--out' if flags.FLAGS.out else '--workdir')
-  data = page(workdir).encode(errors='replace')
+  workdirs = [expanded(workdir) for workdir in flags.FLAGS.workdir]
+  if len(workdirs) > 1 and not flags.FLAGS.out:
+    raise UserError('--out', None, 'the HTML file to write; with several runs it has no default')
+  out = writable(flags.FLAGS.out or workdirs[0] / 'report.html', '--out' if flags.FLAGS.out else '--workdir')
+  data = page(workdirs, out.parent).encode(errors='replace')
   try:
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:  # so that the page is written atomically
       pathlib.Path(folder, 'report.html').write_bytes(data)
@@ -369,6 +419,6 @@ def main(_: None) -> None:
 
 
 if __name__ == '__main__':
-  flags.DEFINE_string('workdir', None, 'folder of the run', required=True)
-  flags.DEFINE_string('out', None, 'HTML file to write; default: DIR/report.html')
+  flags.DEFINE_multi_string('workdir', None, 'folder of a run; given several times, the runs are drawn over each other', required=True)
+  flags.DEFINE_string('out', None, 'HTML file to write; default for one run: DIR/report.html')
   run(main, needs_config=False)

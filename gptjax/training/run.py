@@ -1,6 +1,7 @@
 """A run, built once from config, data and devices, and its steps: the rows that each one takes, and its dispatch."""
 
 import dataclasses
+import datetime
 import functools
 import math
 import subprocess
@@ -22,6 +23,7 @@ from gptjax.data import EvalRows, Prepared, TrainRows, batches, train_rows
 from gptjax.model import (
   AbstractModel, active_parameters, attention_backend, expert_backend, model_of, parameter_count)
 from gptjax.distributed import all_gather, process_group
+from gptjax.machine import processor
 from gptjax.sharding import AnyMesh, check_sizes, describe, process_rows
 from gptjax.training.guard import BadSteps
 from gptjax.training.objective import make_objective
@@ -156,6 +158,7 @@ def header(run: Run, data: Prepared, begun: str, peak: tuple[float, str] | None,
   fraction, reasons = run.model.unsharded(config.zero_stage, mesh)
   return {
     'device': f'{len(devices)} of {jax.device_count()} {devices[0].device_kind}',
+    'processor': processor(),
     'processes': process_group().description,
     'mesh': f'{describe(mesh)}, ZeRO stage {config.zero_stage}',
     **({'unsharded': f'{fraction:.1%} of the parameters; ' + '; '.join(reasons)} if reasons else {}),
@@ -176,6 +179,7 @@ def header(run: Run, data: Prepared, begun: str, peak: tuple[float, str] | None,
     'precision': f'{config.compute.dtype} compute, float32 parameters',
     'versions': ', '.join(f'{name} {metadata.version(name)}' for name in ('jax', 'flax', 'optax', 'orbax-checkpoint')),
     'commit': _commit(),
+    'started': datetime.datetime.now().isoformat(' ', 'minutes'),
     'initial state': begun,
     **({'warning': run.warning} if run.warning else {}),
   }
