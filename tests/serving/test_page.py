@@ -1,40 +1,33 @@
 """The page to chat on, in a real browser."""
 
-import shutil
 import time
 
 import pytest
+from browser import needs_a_browser, opened, started
 from test_api import wait
 
-playwright = pytest.importorskip('playwright.sync_api')
-CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
-pytestmark = [pytest.mark.full, pytest.mark.skipif(not CHROMIUM, reason='no Chromium on this machine')]
+pytestmark = needs_a_browser
 
 
 @pytest.fixture(scope='module')
 def browser():
-  with playwright.sync_playwright() as started:
-    browser = started.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])  # containers run as root
+  with started() as browser:
     yield browser
-    browser.close()
 
 
 @pytest.fixture(params=[1280, 400])
 def page(server, browser, request):
-  """The page at a width, with short answers; it may ask this server alone, and has no errors."""
-  context = browser.new_context(viewport={'width': request.param, 'height': 800})
-  page = context.new_page()
-  asked, errors = [], []
-  page.on('request', lambda one: asked.append(one.url))
-  page.on('pageerror', lambda error: errors.append(error))
-  page.goto(server.url)
-  page.wait_for_function("document.getElementById('model').textContent === 'tiny'")
-  page.get_by_text('Settings').click()
-  page.get_by_label('max_tokens').fill('8')
-  page.get_by_label('seed').fill('1')
-  yield page
-  context.close()
-  assert not errors and all(url.startswith((server.url, 'data:')) for url in asked)
+  """The page at a width, with short answers; it may ask this server alone."""
+  with opened(browser, request.param) as page:
+    asked = []
+    page.on('request', lambda one: asked.append(one.url))
+    page.goto(server.url)
+    page.wait_for_function("document.getElementById('model').textContent === 'tiny'")
+    page.get_by_text('Settings').click()
+    page.get_by_label('max_tokens').fill('8')
+    page.get_by_label('seed').fill('1')
+    yield page
+  assert all(url.startswith((server.url, 'data:')) for url in asked)
 
 
 def messages(page):

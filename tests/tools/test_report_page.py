@@ -2,16 +2,14 @@
 
 import json
 import math
-import shutil
 
 import pytest
+from browser import needs_a_browser, opened, started
 
 from gptjax.config import Config, override, to_json
 from tools.report import page as report
 
-playwright = pytest.importorskip('playwright.sync_api')
-CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
-pytestmark = [pytest.mark.full, pytest.mark.skipif(not CHROMIUM, reason='no Chromium on this machine')]
+pytestmark = needs_a_browser
 
 
 def write(folder, width, count=400):
@@ -38,22 +36,15 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def browser():
-  with playwright.sync_playwright() as started:
-    browser = started.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])  # containers run as root
+  with started() as browser:
     yield browser
-    browser.close()
 
 
 @pytest.fixture(params=[1280, 400])
 def page(browser, request):
-  """An empty page at a width, that opens files without a network and has no errors."""
-  context = browser.new_context(viewport={'width': request.param, 'height': 900}, offline=True)
-  page, errors = context.new_page(), []
-  page.on('pageerror', lambda error: errors.append(error))
-  page.on('console', lambda message: errors.append(message.text) if message.type == 'error' else None)
-  yield page
-  context.close()
-  assert not errors
+  """An empty page at a width, without a network."""
+  with opened(browser, request.param, offline=True) as page:
+    yield page
 
 
 def heights(page, figure=0):
