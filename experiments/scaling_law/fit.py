@@ -95,6 +95,10 @@ def objective(constants: Float[np.ndarray, '5'], log_parameters: Runs, log_token
 
   The constants are log A, log B, log E, alpha and beta: the log of the law is a log-sum-exp of its terms (arXiv:2203.15556, equation 3).
   """
+  return _objective(constants, log_parameters, log_tokens, log_loss)
+
+
+def _objective(constants, log_parameters, log_tokens, log_loss):  # a fit calls it so often that checks of types would take most of the time
   a, b, e, alpha, beta = constants
   terms = np.stack([a - alpha * log_parameters, b - beta * log_tokens, np.full_like(log_loss, e)])
   predicted = np.logaddexp.reduce(terms)
@@ -132,7 +136,7 @@ def minimized(parameters: Runs, tokens: Runs, loss: Runs, starts: Iterable[Law])
   # In units of the geometric means of N and D, where log A and alpha, and log B and beta, hardly depend on each other.
   n, d = logs[0].mean(), logs[1].mean()
   centered = lambda constants: constants + np.array([-1, -1, 0, 0, 0]) * [constants[3] * n, constants[4] * d, 0, 0, 0]
-  scaled = lambda constants: tuple(part / DELTA for part in objective(constants, logs[0] - n, logs[1] - d, logs[2]))
+  scaled = lambda constants: tuple(part / DELTA for part in _objective(constants, logs[0] - n, logs[1] - d, logs[2]))
   bounds = [(None, None)] * 3 + [(_LEAST_EXPONENT, None)] * 2
   options = {'maxiter': 2000, 'maxcor': 20, 'ftol': 1e-14, 'gtol': 1e-8}
   found = [minimize(scaled, centered(_constants(start)), jac=True, method='L-BFGS-B', bounds=bounds, options=options) for start in starts]
