@@ -4,6 +4,7 @@ import datetime
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,9 @@ class Logbook:
     self._first: tuple[float, int] | None = None  # seconds and step of the first logged step, from which the time left is estimated
     self._bar.start()
 
-  def header(self, facts: dict[str, Any]) -> None:
-    """Prints the facts of a run, one per line."""
+  def header(self, facts: dict[str, Any], fields: Mapping[str, Any]) -> None:
+    """Prints the facts of a run, one per line; TensorBoard gets the fields of its config as hyperparameters."""
+    self._board.hyperparameters(fields)
     width = max(map(len, facts))
     for name, value in facts.items():
       self.say(f'{name:>{width}}  {value}')
@@ -144,6 +146,12 @@ class _Board:
 
   def scalars(self, step: int, figures: dict[str, float]) -> None:
     self._add(step, summary=Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in figures.items()]))
+
+  def hyperparameters(self, fields: Mapping[str, Any]) -> None:
+    plain = lambda value: value if isinstance(value, (bool, int, float, str)) else json.dumps(value, default=vars)
+    known = {name: plain(value) for name, value in fields.items()}
+    for part in summary.hparams(known, {'train/loss': None})[:2]:  # without the end of the run, which is not known yet
+      self._add(0, summary=part)
 
   def text(self, step: int, name: str, text: str) -> None:
     indented = f'    {text}'.replace('\n', '\n    ')  # a code block in Markdown

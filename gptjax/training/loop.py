@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 
+from gptjax import config as configs
 from gptjax.checkpoint import Checkpoints, Progress, Retention
 from gptjax.config import Config, Fault, UserError
 from gptjax.data import Prepared, cores, prepare
@@ -96,7 +97,7 @@ def train(config: Config, options: Options) -> int:
     book = stack.enter_context(contextlib.closing(Logbook(folder, progress.step, run.steps) if is_primary() else NullLogbook()))
     flops = step_flops(run.model, run.abstract_state.frozen) + teacher_flops(run, folder)
     facts = header(run, data, begun, peak, flops)
-    book.header(facts | ({'changed': '; '.join(changed)} if changed else {}))
+    book.header(facts | ({'changed': '; '.join(changed)} if changed else {}), configs.flatten(run.config))
     if progress.step >= last:
       book.say(f'nothing to do: step {progress.step} of {last} is done')
       return 0

@@ -6,10 +6,11 @@ import re
 import sys
 
 import pytest
-from tensorboardX.proto import event_pb2
+from tensorboardX.proto import event_pb2, plugin_hparams_pb2
 from tiny import small_disk
 
-from gptjax.config import UserError
+from gptjax import config as configs
+from gptjax.config import Config, UserError
 from gptjax.evaluation import Score
 from gptjax.files import complete_lines
 from gptjax.training.logbook import Logbook
@@ -92,6 +93,7 @@ def events(folder):
 @pytest.mark.parametrize('checkpoint', [0, 2])
 def test_tensorboard_gets_the_same_values_and_discards_repeated_steps(checkpoint, tmp_path, open_book):
   book = open_book()
+  book.header({'device': 'cpu'}, configs.flatten(Config()))
   for step in (1, 2, 3):
     book.step(step, METRICS)
   book.close()
@@ -104,6 +106,10 @@ def test_tensorboard_gets_the_same_values_and_discards_repeated_steps(checkpoint
   assert found == [(1, 2.5), (2, 2.5), (3, 2.5), (3, 2.5)]
   text, = (value for event in events(tmp_path) for value in event.summary.value if value.tag.startswith('sample'))
   assert text.metadata.plugin_data.plugin_name == 'text' and text.tensor.string_val == [b'    to be\n    or']
+  told = [value.metadata.plugin_data for event in events(tmp_path) for value in event.summary.value
+          if value.tag == '_hparams_/session_start_info']
+  given = plugin_hparams_pb2.HParamsPluginData.FromString(told[0].content).session_start_info.hparams
+  assert given['model.layers'].number_value == 4 and given['optimizer.name'].string_value == 'adamw' and len(given) > 50
   starts = [event.step for event in events(tmp_path) if event.HasField('session_log')]
   assert starts[-1] == checkpoint + 1  # TensorBoard drops what earlier processes wrote from this step on
 
@@ -126,7 +132,7 @@ def test_lines_wait_in_memory_for_a_full_disk(tmp_path, capsys):
 
 def test_stderr_gets_one_line_per_step(open_book, capsys):
   book = open_book()
-  book.header({'mesh': 'data 1 x model 1', 'steps': 10})
+  book.header({'mesh': 'data 1 x model 1', 'steps': 10}, {})
   book.step(1, METRICS)
   book.step(5, {'loss': 2.25})
   book.say('[bold] is no markup')
