@@ -223,7 +223,7 @@ def _programs(model: AbstractModel, mesh: Mesh, forbidden: tuple[int, ...], zero
     column = lambda name: rows[name][:, None]
     logits = logits + bias - column('frequency_penalty') * counts - column('presence_penalty') * (counts > 0)
     keys = jax.vmap(lambda seed, drawn: jax.random.fold_in(jax.random.key(seed), drawn))(rows['seed'], rows['drawn'])
-    return sample(logits, rows, keys).astype(jnp.int32)
+    return sample(logits, {name: rows[name] for name in Settings._fields}, keys).astype(jnp.int32)
 
   def known(logits, ids):
     logprobs = jax.nn.log_softmax(logits)
