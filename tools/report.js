@@ -99,10 +99,10 @@ function draw(chart, figure) {
   const id = `clip${charts.indexOf(chart)}`, clip = element(element(svg, 'defs', {}), 'clipPath', {id});
   element(clip, 'rect', {x: left, y: 0, width: width - left - right, height: height - bottom});
   const inside = element(svg, 'g', {'clip-path': `url(#${id})`});
-  for (const {label, value} of chart.baselines) {
+  chart.baselines.forEach(({label, value}, i) => {  // names beside each other, since values may be close
     element(inside, 'line', {x1: left, x2: width - right, y1: y(value), y2: y(value), stroke: 'var(--muted)', 'stroke-dasharray': '5 4'});
-    element(svg, 'text', {x: width - right, y: y(value) - 4, 'text-anchor': 'end'}, label);
-  }
+    element(svg, 'text', {x: width - right - 70 * i, y: y(value) - 4, 'text-anchor': 'end'}, label);
+  });
   const path = (line, ys, attributes) => {
     let pen = 'M';
     const parts = ys.map((value, i) => {

@@ -404,7 +404,9 @@ def page(workdirs: Sequence[pathlib.Path], out: pathlib.Path | None = None) -> s
 
 def main(_: None) -> None:
   """Writes the report of --workdir."""
-  workdirs = [expanded(workdir) for workdir in flags.FLAGS.workdir]
+  workdirs = [expanded(workdir, '--workdir') for workdir in flags.FLAGS.workdir]
+  if missing := [workdir for workdir in workdirs if not workdir.is_dir()]:
+    raise UserError('--workdir', str(missing[0]), 'a folder that gptjax.train made')
   if len(workdirs) > 1 and not flags.FLAGS.out:
     raise UserError('--out', None, 'the HTML file to write; with several runs it has no default')
   out = writable(flags.FLAGS.out or workdirs[0] / 'report.html', '--out' if flags.FLAGS.out else '--workdir')
