@@ -16,6 +16,7 @@ from gptjax.cache import CACHE
 from gptjax.checkpoint import Trained, load_trained, on_devices
 from gptjax.config import Config, TokenizerConfig, UserError
 from gptjax.data import HeldOut, Tokenizer
+from gptjax.data.progress import announce
 from gptjax.evaluation import Scorer, Scores, choose_sets
 from gptjax.files import expanded, read_json
 from gptjax.inference import Activations, Continuation, Generator, Prompt, Sampling, activations
@@ -66,6 +67,9 @@ class Model(Trained):
     with jax.set_mesh(self.mesh):
       generator, weights = self._generator
       rows = [generator.prompt(prompt, 'prompt') for prompt in prompts]
+      for row in rows:
+        if len(row) > self.model.context:
+          announce(f'prompt: {len(row):,} tokens, truncated to the last {self.model.context:,}')
       return generator(weights, rows, max_tokens=max_tokens, sampling=Sampling(**sampling), seeds=range(seed, seed + len(rows)),
                        stop=tuple(stop)) if rows else []
 

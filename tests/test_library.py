@@ -95,7 +95,7 @@ def test_steps_one_by_one_are_those_of_a_run(settings, home, fitted):
   assert not np.array_equal(before, trainer.model.forward(ids).logits)
 
 
-def test_a_run_is_loaded_evaluated_and_sampled_from(settings, home, fitted):
+def test_a_run_is_loaded_evaluated_and_sampled_from(settings, home, fitted, capsys):
   model = gptjax.load(home / 'run')
   tokens = model.tokenizer.encode('a lazy dog')
   np.testing.assert_array_equal(model.forward(tokens).logits, fitted.forward(tokens).logits)
@@ -107,6 +107,8 @@ def test_a_run_is_loaded_evaluated_and_sampled_from(settings, home, fitted):
   one, two = model.generate('a lazy', 'the', max_tokens=5, temperature=0.5, seed=3)
   [again] = model.generate('the', max_tokens=5, temperature=0.5, seed=4)
   assert len(one.ids) == 5 and two.ids == again.ids and not model.generate()
+  capsys.readouterr()
+  assert model.generate('a' * 999, max_tokens=1) and 'tokens, truncated to the last' in capsys.readouterr().err
   ids = [*model.tokenizer.start_ids, *model.tokenizer.encode('a lazy'), *one.ids]
   logs = jax.nn.log_softmax(model.forward(ids).logits[0])
   np.testing.assert_allclose(one.logprobs, [logs[place - 1, ids[place]] for place in range(len(ids) - 5, len(ids))], 1e-4)
