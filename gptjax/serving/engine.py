@@ -75,6 +75,8 @@ class Slot:
   """tokens of the continuation so far"""
   seed: int = 0
   settings: Settings = Settings()
+  changes: bool = False
+  """whether penalties or biases change its logits"""
 
 
 class Engine:
@@ -116,7 +118,8 @@ class Engine:
   def admit(self, slot: int, prompt: Sequence[int], kept: int, settings: Settings, seed: int, bias: dict[int, float]) -> None:
     """Gives a slot a new text, of whose prompt the first `kept` tokens are in its cache already, but not all."""
     self._texts = self._programs.admit(self._texts, **self._admission(slot, prompt, bias))
-    self.slots[slot] = Slot(list(prompt[:kept]), list(prompt[kept:]), seed=seed, settings=settings)
+    self.slots[slot] = Slot(list(prompt[:kept]), list(prompt[kept:]), seed=seed, settings=settings,
+                             changes=bool(bias) or settings[4:] != Settings()[4:])
 
   def read(self, slots: Sequence[int], scored: bool) -> dict[int, Drawn]:
     """Reads the next piece of the prompts of slots, one slot per group at most. Returns the tokens that follow those that were read: for
@@ -185,7 +188,7 @@ class Engine:
     texts = [None if slot is None else self.slots[slot] for slot in slots]
     column = lambda dtype, value, none=0: np.array([value(text) if text else none for text in texts], dtype)
     return {'start': column(np.int32, lambda text: len(text.tokens), self.size), 'drawn': column(np.int32, lambda text: text.drawn),
-            'seed': column(np.uint32, lambda text: text.seed),
+            'seed': column(np.uint32, lambda text: text.seed), 'changes': column(bool, lambda text: text.changes),
             **{name: column(np.float32, lambda text: getattr(text.settings, name), one) for name, one in Settings()._asdict().items()}}
 
   def _admission(self, slot: int, prompt: Sequence[int], bias: dict[int, float]) -> dict[str, Any]:
@@ -218,10 +221,15 @@ def _programs(model: AbstractModel, mesh: Mesh, forbidden: tuple[int, ...], zero
   def logits_of(head, hidden):
     return jax.reshard(head.logits(hidden), PartitionSpec(None, None))
 
-  def draw(logits, prompted, counts, bias, rows):
-    logits = penalized(jnp.where(banned, -jnp.inf, logits), prompted | (counts > 0), rows['repetition_penalty'])
+  def changed(logits, prompted, counts, bias, rows):
+    logits = penalized(logits, prompted | (counts > 0), rows['repetition_penalty'])
     column = lambda name: rows[name][:, None]
-    logits = logits + bias - column('frequency_penalty') * counts - column('presence_penalty') * (counts > 0)
+    return logits + bias - column('frequency_penalty') * counts - column('presence_penalty') * (counts > 0)
+
+  def draw(logits, prompted, counts, bias, rows):
+    logits = jnp.where(banned, -jnp.inf, logits)
+    # Most texts have no penalties and biases, whose tables take time to read.
+    logits = jax.lax.cond(rows['changes'].any(), changed, lambda logits, *_: logits, logits, prompted, counts, bias, rows)
     keys = jax.vmap(lambda seed, drawn: jax.random.fold_in(jax.random.key(seed), drawn))(rows['seed'], rows['drawn'])
     return sample(logits, {name: rows[name] for name in Settings._fields}, keys).astype(jnp.int32)
 
