@@ -67,8 +67,8 @@ def main(_: object) -> None:
       with jax.set_mesh(engine.mesh):
         engine.compile(lambda text: print(text, file=sys.stderr, flush=True))
         host, port = listener.getsockname()[:2]
+        api.ready.set()  # before it is told: clients wait for the line
         print(f'ready: http://{host}:{port}', flush=True)
-        api.ready.set()
         scheduler.run()
     except BaseException as error:
       failures.append(error)
