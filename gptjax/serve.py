@@ -41,6 +41,7 @@ def main(_: object) -> None:
   import jax
 
   from gptjax import checkpoint, data, inference
+  from gptjax.compilations import CompileCounter
   from gptjax.serving.api import Api
   from gptjax.serving.engine import Engine
   from gptjax.serving.scheduler import Scheduler
@@ -58,7 +59,7 @@ def main(_: object) -> None:
   context, created = trained.model.context, int(time.time())
   del trained  # frees the restored parameters
   scheduler = Scheduler(engine, tokenizer, _WAITING.value)
-  api = Api(scheduler, generator, _NAME.value or workdir.name, context, created, os.environ.get(KEY, ''))
+  api = Api(scheduler, generator, CompileCounter(), _NAME.value or workdir.name, context, created, os.environ.get(KEY, ''))
   server = uvicorn.Server(uvicorn.Config(api.app(), log_level='warning', timeout_graceful_shutdown=5))
   failures: list[BaseException] = []
 

@@ -13,6 +13,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from gptjax.compilations import CompileCounter
 from gptjax.inference import Generator
 from gptjax.serving.protocol import Answer, Call, Refused, read
 from gptjax.serving.scheduler import Full, Piece, Request, Scheduler
@@ -27,12 +28,15 @@ class Api:
   """The application.
 
   Args:
+    compiled: counts programs, for the metrics.
     model: its name for clients.
     key: that clients must send; '': none.
     context: tokens of a prompt and its continuation.
   """
 
-  def __init__(self, scheduler: Scheduler, generator: Generator, model: str, context: int, created: int, key: str = ''):
+  def __init__(self, scheduler: Scheduler, generator: Generator, compiled: CompileCounter, model: str, context: int, created: int,
+               key: str = ''):
+    self._compiled = compiled
     self._scheduler, self._generator, self._model, self._context, self._key = scheduler, generator, model, context, key
     self._card = {'id': model, 'object': 'model', 'created': created, 'owned_by': 'gptjax', 'max_model_len': context}
     self.ready = threading.Event()
@@ -80,6 +84,7 @@ class Api:
     lines += [f'gptjax_requests_total{{end="{end}"}} {counts.get(end, 0)}' for end in ('stop', 'length', 'cancelled', 'refused')]
     lines += ['# TYPE gptjax_tokens_total counter']
     lines += [f'gptjax_tokens_total{{kind="{kind}"}} {counts.get(kind, 0)}' for kind in ('read', 'reused', 'drawn')]
+    lines += ['# TYPE gptjax_programs_compiled_total counter', f'gptjax_programs_compiled_total {self._compiled.count}']
     return PlainTextResponse('\n'.join(lines) + '\n', media_type='text/plain; version=0.0.4')
 
   async def _texts(self, request: HttpRequest) -> Response:

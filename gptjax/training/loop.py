@@ -12,6 +12,7 @@ import jax
 
 from gptjax import config as configs
 from gptjax.checkpoint import Checkpoints, Progress, Retention
+from gptjax.compilations import CompileCounter
 from gptjax.config import Config, Fault, UserError
 from gptjax.data import Prepared, cores, prepare
 from gptjax.distributed import all_gather, broadcast, is_primary, process_group
@@ -372,18 +373,3 @@ class _Loop:
       self.tracing = False
       self.book.say(f'trace up to step {self.steps.step} in {self.options.workdir / "profile"}')
       self.clock = self._now()
-
-
-class CompileCounter:
-  """Counts the programs that XLA compiles or loads from the persistent cache, until `close`."""
-
-  def __init__(self):
-    self.count = 0
-    jax.monitoring.register_event_duration_secs_listener(self._count)
-
-  def _count(self, event: str, duration_secs: float, **_: str | int) -> None:
-    self.count += event == '/jax/core/compile/backend_compile_duration'
-
-  def close(self) -> None:
-    """Stops counting."""
-    jax.monitoring.unregister_event_duration_listener(self._count)

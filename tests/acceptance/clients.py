@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-import os
 import random
 import re
 import subprocess
@@ -21,8 +20,8 @@ class Served:
 
   port: int
   pid: int
-  _log: Path
-  _ready: int
+  before: int
+  """programs that were compiled until it was ready"""
 
   @property
   def url(self) -> str:
@@ -31,7 +30,7 @@ class Served:
   @property
   def compiled(self) -> int:
     """Programs that were compiled, or read from the cache of programs, since it is ready."""
-    return self._log.read_text()[self._ready:].count('Compiling ')
+    return int(self.metrics()['gptjax_programs_compiled_total']) - self.before
 
   @property
   def memory(self) -> int:
@@ -50,12 +49,14 @@ def serve(workdir: Path, *args: str) -> Iterator[Served]:
   log = workdir.parent / 'server.log'
   with log.open('w') as file:
     server = subprocess.Popen([sys.executable, '-m', 'gptjax.serve', f'--workdir={workdir}', '--port=0', *args], stdout=subprocess.PIPE,
-                              stderr=file, text=True, env={**os.environ, 'JAX_LOG_COMPILES': '1'})
+                              stderr=file, text=True)
     try:
       line = server.stdout.readline()
       if not line.startswith('ready'):
         raise RuntimeError(f'no server: {log.read_text()[-2000:]}')
-      yield Served(int(line.rsplit(':', 1)[1]), server.pid, log, len(log.read_text()))
+      ready = Served(int(line.rsplit(':', 1)[1]), server.pid, 0)
+      assert ready.compiled > 0, 'programs are counted'
+      yield dataclasses.replace(ready, before=ready.compiled)
     finally:
       server.terminate()
       server.wait(timeout=60)

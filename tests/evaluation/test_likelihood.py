@@ -11,7 +11,7 @@ from gptjax.config import ComputeConfig, MeshConfig
 from gptjax.evaluation import LikelihoodScorer, Request
 from gptjax.model import abstract_model
 from gptjax.sharding import make_mesh
-from gptjax.training.loop import CompileCounter
+from gptjax.compilations import CompileCounter
 
 CONTEXT = 20
 

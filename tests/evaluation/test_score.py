@@ -18,7 +18,7 @@ from gptjax.evaluation import Scorer, pooled
 from gptjax.model import abstract_model
 from gptjax.sharding import make_mesh
 from gptjax.training import next_token
-from gptjax.training.loop import CompileCounter
+from gptjax.compilations import CompileCounter
 
 CONTEXT = 16
 LENGTHS = [40, 3, 0, 14, 15, 1, 7, 45]

@@ -13,7 +13,7 @@ from gptjax.data import EvalRows
 from gptjax.evaluation import LikelihoodScorer, Request, Scorer
 from gptjax.model import abstract_model
 from gptjax.training import next_token
-from gptjax.training.loop import CompileCounter
+from gptjax.compilations import CompileCounter
 
 MODEL = ModelConfig(layers=1, width=32, heads=4, vocab_size=259)
 ASKED = [Request([1, 20, 30], [40, 50]), Request([1], [60] * 12)]

@@ -15,7 +15,7 @@ from gptjax.inference import Decoder, Sampling
 from gptjax.model import abstract_model
 from gptjax.planning import collectives
 from gptjax.sharding import make_mesh
-from gptjax.training.loop import CompileCounter
+from gptjax.compilations import CompileCounter
 
 GREEDY = Sampling(temperature=0.0)
 

@@ -10,6 +10,7 @@ import urllib.request
 import jax
 import numpy as np
 
+from gptjax.compilations import CompileCounter
 from gptjax.serving.scheduler import Scheduler
 
 CONTEXT = 96
@@ -24,7 +25,8 @@ class Server:
     from gptjax.serving.api import Api
     self.generator, self.weights, self.mesh, self.tokenizer = generator, weights, mesh, generator.tokenizer
     self.scheduler = Scheduler(engine, generator.tokenizer, waiting)
-    self.api = Api(self.scheduler, generator, 'tiny', CONTEXT, 1, key)
+    self._compiled = CompileCounter()
+    self.api = Api(self.scheduler, generator, self._compiled, 'tiny', CONTEXT, 1, key)
     listener = socket.create_server(('127.0.0.1', 0))
     self.url = f'http://127.0.0.1:{listener.getsockname()[1]}'
     self._server = uvicorn.Server(uvicorn.Config(self.api.app(), log_level='critical'))
@@ -43,6 +45,7 @@ class Server:
     self._server.should_exit = True
     for thread in self._threads:
       thread.join()
+    self._compiled.close()
 
   def open(self, path, body=None, **headers):
     data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()

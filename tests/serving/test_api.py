@@ -167,7 +167,8 @@ def test_a_full_queue_asks_to_come_again_and_a_key_is_needed(parts, server):
       other.open('/v1/completions', {'prompt': 'a'}, **key)
     assert refused.value.code == 429 and refused.value.headers['Retry-After'] == '1'
     with other.open('/metrics', **key) as answer:
-      assert 'gptjax_requests_total{end="refused"} 1\n' in answer.read().decode()
+      told = answer.read().decode()
+      assert 'gptjax_requests_total{end="refused"} 1\n' in told and '\ngptjax_programs_compiled_total ' in told
   finally:
     other.close()
 

@@ -15,7 +15,7 @@ from gptjax.model import abstract_model
 from gptjax.serving import engine as engines
 from gptjax.serving.engine import Engine, Settings
 from gptjax.sharding import make_mesh
-from gptjax.training.loop import CompileCounter
+from gptjax.compilations import CompileCounter
 
 SETTINGS = Settings(0.0), Settings(0.9, 10, 0.9, 0.01, 1.2)
 

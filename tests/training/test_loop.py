@@ -18,7 +18,7 @@ from gptjax.config import UserError
 from gptjax.data import train_rows, prepare
 from gptjax.training import loop, train
 from gptjax.training.logbook import Logbook
-from gptjax.training.loop import CompileCounter
+from gptjax.compilations import CompileCounter
 from gptjax.training.run import Steps
 
 
