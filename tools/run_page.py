@@ -98,7 +98,7 @@ def main(_: None) -> int:
   try:
     text = path.read_text('utf-8')
   except (OSError, UnicodeDecodeError) as error:
-    raise UserError('--page', str(path), f'a Markdown file ({error})') from None
+    raise UserError('--page', str(path), f'a Markdown file ({getattr(error, "strerror", None) or error})') from None
   steps, printed, failure = steps_of(text), [], ''
   with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder if _WRITE.value else '.'):
     try:

@@ -89,7 +89,7 @@ def _verdict(one: Estimate) -> str:
   return (f'{fits}\n{bounds.flops:.4g} FLOPs per step and device ({bounds.executed:.4g} with recomputation); {bounds.bottleneck} is the '
           f'bottleneck\nat best {per_day:.3g} tokens per day: {one.tokens:.4g} tokens take {days:.1f} days on {chips} '
           f'chip{"s" * (chips > 1)}, {days * 24 * chips:,.0f} chip-hours ({one.days(bounds.sequential):.1f} days if nothing overlaps)\n'
-          f'expect about {one.days(bounds.usual):.1f} days, at {bounds.mfu(bounds.usual):.0%} MFU: published runs reach 30 to 50 %')
+          f'expect about {one.days(bounds.usual):.1f} days, at {bounds.mfu(bounds.usual):.0%} MFU: published runs reach 28 to 46 %')
 
 
 def ranking(ranked: Sequence[Estimate], count: int = 10) -> str:

@@ -12,7 +12,7 @@ from gptjax.planning.volumes import COMPUTE, elements, schedule_of
 DAY = 86_400
 USUAL_MFU = 0.4
 """Of published runs: PaLM 46 % on TPU v4 (arXiv:2204.02311), Llama 3 405B 38 to 43 % on H100 (arXiv:2407.21783), nanoGPT's 124 million
-parameters 30 % on A100 (its 4 days)."""
+parameters 28 % on A100 (4 days on 8 of them)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,6 +39,11 @@ class Settings(NamedTuple):
   presence_penalty: float = 0.0
   """subtracted from the logit of every token that is in the continuation"""
 
+  @property
+  def penalizes(self) -> bool:
+    """Whether any of its penalties changes logits."""
+    return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1, 0, 0)
+
 
 class _Texts(NamedTuple):
   """What is on the device: per slot."""
@@ -119,7 +124,7 @@ class Engine:
     """Gives a slot a new text, of whose prompt the first `kept` tokens are in its cache already, but not all."""
     self._texts = self._programs.admit(self._texts, **self._admission(slot, prompt, bias))
     self.slots[slot] = Slot(list(prompt[:kept]), list(prompt[kept:]), seed=seed, settings=settings,
-                             changes=bool(bias) or settings[4:] != Settings()[4:])
+                             changes=bool(bias) or settings.penalizes)
 
   def read(self, slots: Sequence[int], scored: bool) -> dict[int, Drawn]:
     """Reads the next piece of the prompts of slots, one slot per group at most. Returns the tokens that follow those that were read: for
@@ -221,22 +226,12 @@ def _programs(model: AbstractModel, mesh: Mesh, forbidden: tuple[int, ...], zero
   def logits_of(head, hidden):
     return jax.reshard(head.logits(hidden), PartitionSpec(None, None))
 
-  def changed(logits, prompted, counts, bias, rows):
-    logits = penalized(logits, prompted | (counts > 0), rows['repetition_penalty'])
-    column = lambda name: rows[name][:, None]
-    return logits + bias - column('frequency_penalty') * counts - column('presence_penalty') * (counts > 0)
-
   def draw(logits, prompted, counts, bias, rows):
     logits = jnp.where(banned, -jnp.inf, logits)
     # Most texts have no penalties and biases, whose tables take time to read.
-    logits = jax.lax.cond(rows['changes'].any(), changed, lambda logits, *_: logits, logits, prompted, counts, bias, rows)
+    logits = jax.lax.cond(rows['changes'].any(), _changed, lambda logits, *_: logits, logits, prompted, counts, bias, rows)
     keys = jax.vmap(lambda seed, drawn: jax.random.fold_in(jax.random.key(seed), drawn))(rows['seed'], rows['drawn'])
     return sample(logits, {name: rows[name] for name in Settings._fields}, keys).astype(jnp.int32)
-
-  def known(logits, ids):
-    logprobs = jax.nn.log_softmax(logits)
-    best_logprobs, best = jax.lax.top_k(logprobs, min(ALTERNATIVES, logits.shape[-1]))
-    return Drawn(ids, jnp.take_along_axis(logprobs, ids[:, None], -1)[:, 0], best, best_logprobs)  # type: ignore[arg-type]
 
   @functools.partial(jax.jit, static_argnames='scored', donate_argnames='texts')
   def extend(parameters, texts, rows, scored):
@@ -253,7 +248,7 @@ def _programs(model: AbstractModel, mesh: Mesh, forbidden: tuple[int, ...], zero
       following = jnp.where((jnp.arange(len(following)) == last) & rows['ends'], ids, following)
       row = row._replace(cache=cache, counts=row.counts.at[0, ids[0]].add(rows['ends'][0].astype(jnp.int32)))
       put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, slot, 0)
-      return jax.tree.map(put, texts, row), jax.tree.map(lambda x: x[None], known(logits, following))
+      return jax.tree.map(put, texts, row), jax.tree.map(lambda x: x[None], _known(logits, following))
     return run(step, (specs, BATCH_SPEC), parameters, texts, rows)
 
   @functools.partial(jax.jit, donate_argnames='texts')
@@ -264,7 +259,7 @@ def _programs(model: AbstractModel, mesh: Mesh, forbidden: tuple[int, ...], zero
       ids = draw(logits, texts.prompted, texts.counts, texts.bias, rows)
       is_active = rows['start'] < cache[0].keys.shape[2]  # the prompts of others are still being read
       counts = texts.counts.at[jnp.arange(local), ids].add(is_active.astype(jnp.int32))
-      return texts._replace(cache=cache, counts=counts), known(logits, ids)
+      return texts._replace(cache=cache, counts=counts), _known(logits, ids)
     return run(step, (specs, BATCH_SPEC), parameters, texts, rows)
 
   @functools.partial(jax.jit, static_argnames='size')
@@ -293,3 +288,18 @@ def _admit(texts: _Texts, slot: Int[Array, ''], ids: Int[Array, 'T'], biased: In
   bias = jnp.zeros(vocab).at[biased].set(values, mode='drop')
   return texts._replace(prompted=jnp.where(mine, prompted, texts.prompted), counts=jnp.where(mine, 0, texts.counts),
                         bias=jnp.where(mine, bias, texts.bias))
+
+
+def _changed(logits: Float[Array, 'B V'], prompted: Bool[Array, 'B V'], counts: Int[Array, 'B V'], bias: Float[Array, 'B V'],
+             rows: dict[str, Array]) -> Float[Array, 'B V']:
+  """Logits after the penalties and biases of each row."""
+  logits = penalized(logits, prompted | (counts > 0), rows['repetition_penalty'])
+  column = lambda name: rows[name][:, None]
+  return logits + bias - column('frequency_penalty') * counts - column('presence_penalty') * (counts > 0)
+
+
+def _known(logits, ids) -> Drawn:
+  """What the model, by its logits [T, V], knows of the tokens [T]."""
+  logprobs = jax.nn.log_softmax(logits)
+  best_logprobs, best = jax.lax.top_k(logprobs, min(ALTERNATIVES, logits.shape[-1]))
+  return Drawn(ids, jnp.take_along_axis(logprobs, ids[:, None], -1)[:, 0], best, best_logprobs)  # type: ignore[arg-type]

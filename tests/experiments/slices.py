@@ -36,3 +36,12 @@ def rerun(sweep, folder, point):
   for line in (folder / trial.name / 'metrics.jsonl').read_text().splitlines():
     found |= json.loads(line)
   return found
+
+
+def assert_the_page_has_the_tables(name):
+  """The README of an experiment shows the tables that its analysis makes of its trials."""
+  folder = ROOT / 'experiments' / name
+  done = run_module(f'experiments.{name}.analyse', f'--trials={folder}/trials.csv')
+  assert done.returncode == 0, done.stderr
+  page, tables = (folder / 'README.md').read_text(), done.stdout.strip().split('\n\n')
+  assert tables[0] and all(table in page for table in tables)

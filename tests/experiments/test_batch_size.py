@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import ROOT, run_module
-from slices import needs_the_same_library, rerun
+from slices import assert_the_page_has_the_tables, needs_the_same_library, rerun
 
 from experiments.batch_size import large
 from experiments.batch_size.report import LOSS, PARTS, at_rule, averaged, scale
@@ -43,9 +43,7 @@ def test_the_noise_scale_is_the_ratio_of_means():
 
 
 def test_the_tables_are_those_of_the_trials():
-  done = analysed(FOLDER)
-  assert done.returncode == 0, done.stderr
-  assert all(table in (FOLDER / 'README.md').read_text() for table in done.stdout.strip().split('\n\n'))
+  assert_the_page_has_the_tables('batch_size')
 
 
 @pytest.mark.parametrize('text, words', [('trial,tokens\na,1\n', 'noise.csv'), (None, 'noise.csv')])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT, run_module
-from slices import needs_the_same_library, rerun
+from slices import assert_the_page_has_the_tables, needs_the_same_library, rerun
 from small_stores import make_store
 
 from experiments.data_mixture import large
@@ -27,9 +27,7 @@ def test_every_trial_resolves(found):
 
 
 def test_the_tables_are_those_of_the_trials():
-  done = run_module('experiments.data_mixture.analyse', f'--trials={FOLDER}/trials.csv')
-  assert done.returncode == 0, done.stderr
-  assert all(table in (FOLDER / 'README.md').read_text() for table in done.stdout.strip().split('\n\n'))
+  assert_the_page_has_the_tables('data_mixture')
 
 
 def test_another_mixture_is_reported(tmp_path):

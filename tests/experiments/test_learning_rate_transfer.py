@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import ROOT, run_module
-from slices import needs_the_same_library, rerun
+from slices import assert_the_page_has_the_tables, needs_the_same_library, rerun
 
 from experiments.learning_rate_transfer import activations, large, sweep
 from experiments.learning_rate_transfer.rates import LOSS, MUON, MUP, STANDARD, best, bracketed, described, losses, moves
@@ -55,9 +55,7 @@ def test_the_best_rates_of_known_losses_are_found():
 
 
 def test_the_tables_are_those_of_the_trials():
-  done = run_module('experiments.learning_rate_transfer.analyse', f'--trials={FOLDER}/trials.csv')
-  assert done.returncode == 0, done.stderr
-  assert all(table in (FOLDER / 'README.md').read_text() for table in done.stdout.strip().split('\n\n'))
+  assert_the_page_has_the_tables('learning_rate_transfer')
 
 
 @pytest.mark.full

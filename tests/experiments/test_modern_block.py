@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT, run_module
-from slices import needs_the_same_library, rerun
+from slices import assert_the_page_has_the_tables, needs_the_same_library, rerun
 
 from experiments.modern_block import large
 from experiments.modern_block.sweep import MODELS, get_sweep
@@ -27,9 +27,7 @@ def test_every_trial_resolves_and_swiglu_has_the_parameters_of_gelu(sweep, width
 
 
 def test_the_tables_are_those_of_the_trials():
-  done = run_module('experiments.modern_block.analyse', f'--trials={FOLDER}/trials.csv')
-  assert done.returncode == 0, done.stderr
-  assert all(table in (FOLDER / 'README.md').read_text() for table in done.stdout.strip().split('\n\n'))
+  assert_the_page_has_the_tables('modern_block')
 
 
 def test_a_table_without_a_model_is_reported(tmp_path):

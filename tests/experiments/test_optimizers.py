@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import ROOT, run_module
-from slices import needs_the_same_library, rerun
+from slices import assert_the_page_has_the_tables, needs_the_same_library, rerun
 
 from experiments.optimizers import large
 from experiments.optimizers.report import LOSS, best, reached
@@ -32,9 +32,7 @@ def test_every_optimizer_has_all_its_rates_and_three_seeds_at_one(sweep, rates):
 
 
 def test_the_tables_are_those_of_the_trials():
-  done = analysed(FOLDER)
-  assert done.returncode == 0, done.stderr
-  assert all(table in (FOLDER / 'README.md').read_text() for table in done.stdout.strip().split('\n\n'))
+  assert_the_page_has_the_tables('optimizers')
 
 
 def test_the_chosen_rates_are_the_best_of_seed_0():

@@ -12,7 +12,8 @@ import pytest
 from commands import run_module
 
 from gptjax.config import Config, UserError, override, to_json
-from tools.report import MOST_POINTS, Run, _thinned, page, series, verdict
+from tools.report import MOST_POINTS, _thinned, page, verdict
+from tools.run_files import Run, series
 
 EVIL = '</pre></style><script>alert(1)</script><img src=https://example.com/x onerror=alert(1)>"\'&$\\frac{'
 SCORE = {'loss': 2.25, 'perplexity': 9.49, 'bits_per_byte': 1.43, 'tokens': 1_203_456, 'step': 200}
