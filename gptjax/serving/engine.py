@@ -20,10 +20,11 @@ ALTERNATIVES = 20
 """Most likely tokens that are known of each place: as many as OpenAI's interface allows."""
 BIASES = 300
 """Tokens that a text may be given a bias for."""
-SIZES = 256, 1024, 4096, 16384, 65536
-"""Places per slot that the cache may have, besides the complete context."""
+SIZES = 192, 768, 3072, 12288, 49152
+"""Places per slot that the cache may have: those up to half of the context, and the context."""
 CHUNKS = 32, 64, 128, 256
-"""Tokens of a prompt that a program reads; a shorter piece is padded, to less than twice its length from 33 tokens on."""
+"""Tokens of a prompt that a program reads; a shorter piece is padded, to less than twice its length from 33 tokens on. The beginnings of
+several prompts are read together, up to the largest of these numbers: on a CPU 256 tokens take three times as long as 32."""
 
 
 class Settings(NamedTuple):
@@ -45,10 +46,9 @@ class Settings(NamedTuple):
     return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1, 0, 0)
 
 
-class _Texts(NamedTuple):
-  """What is on the device: per slot."""
+class _Tables(NamedTuple):
+  """What changes the logits of each slot."""
 
-  cache: Caches
   prompted: Bool[Array, 'B V']
   """ids in the prompt"""
   counts: Int[Array, 'B V']
@@ -102,11 +102,11 @@ class Engine:
     count = -(-slots // self.groups) * self.groups
     self._programs = _programs(self._model, mesh, forbidden, zero_stage, count)
     self.slots = [Slot() for _ in range(count)]
-    self.sizes = [size for size in SIZES if size < self.context] + [self.context]
+    self.sizes = [size for size in SIZES if 2 * size <= self.context] + [self.context]
     self.chunks = [size for size in CHUNKS if size < self.context] or [self.context]
     self.size = self.sizes[0]
     """places per slot in the cache"""
-    self._texts = self._programs.fresh(size=self.size)
+    self._cache, self._tables = self._programs.empty(size=self.size)
 
   def compile(self, say: Callable[[str], None] = lambda text: None) -> None:
     """Compiles and runs every program once."""
@@ -114,39 +114,52 @@ class Engine:
       say(f'compiling for texts of up to {size:,} tokens ({number} of {len(self.sizes)})')
       self._grow(size)
       for chunk in self.chunks:
-        self._extend({}, chunk, scored=False)
-      self._extend({}, self.chunks[-1], scored=True)
+        for count in sorted({1, self._together(chunk)}):
+          self._read([], chunk, count, begin=True, scored=False)
+        self._read([], chunk, 1, begin=False, scored=False)
+      self._read([], self.chunks[-1], 1, begin=False, scored=True)
       self._decode([])
-      self._texts = self._programs.admit(self._texts, **self._admission(len(self.slots), [], {}))
-    self.size, self._texts = self.sizes[0], self._programs.fresh(size=self.sizes[0])
+      self._tables = self._programs.admit(self._tables, **self._admission(len(self.slots), [], {}))
+    self.size = self.sizes[0]
+    self._cache, self._tables = self._programs.empty(size=self.size)
 
   def admit(self, slot: int, prompt: Sequence[int], kept: int, settings: Settings, seed: int, bias: dict[int, float]) -> None:
     """Gives a slot a new text, of whose prompt the first `kept` tokens are in its cache already, but not all."""
-    self._texts = self._programs.admit(self._texts, **self._admission(slot, prompt, bias))
+    self._tables = self._programs.admit(self._tables, **self._admission(slot, prompt, bias))
     self.slots[slot] = Slot(list(prompt[:kept]), list(prompt[kept:]), seed=seed, settings=settings,
                              changes=bool(bias) or settings.penalizes)
 
-  def read(self, slots: Sequence[int], scored: bool) -> dict[int, Drawn]:
-    """Reads the next piece of the prompts of slots, one slot per group at most. Returns the tokens that follow those that were read: for
-    a prompt that is read to its end the first token of its continuation, and if they are `scored` the tokens of the prompt before it."""
-    assert len({self.group(slot) for slot in slots}) == len(slots)
-    reads = {slot: self.slots[slot].unread[:self.chunks[-1]] for slot in slots}
-    self._fit(max(len(self.slots[slot].tokens) + len(tokens) for slot, tokens in reads.items()))
-    chunk = self.chunks[-1] if scored else next(size for size in self.chunks if max(map(len, reads.values())) <= size)
-    found, drawn = self._extend(reads, chunk, scored), {}
-    for slot, tokens in reads.items():
-      text = self.slots[slot]
-      text.tokens, text.unread = text.tokens + tokens, text.unread[len(tokens):]
-      if scored or not text.unread:
-        drawn[slot] = Drawn(*(np.asarray(part)[self.group(slot), :len(tokens)] for part in found))
-      if not text.unread:
-        text.next, text.drawn = int(drawn[slot].ids[-1]), 1
-    return drawn
+  def read(self, slots: Sequence[int], scored: bool) -> dict[int, Drawn | None]:
+    """Reads the next pieces of the prompts of some of these slots: of the first one, and of as many others as the same program takes.
+    Returns for each slot that was read the tokens that follow those that were read: for a prompt that is read to its end the first token
+    of its continuation, if they are `scored` after the tokens of the prompt before it; None if there are none."""
+    begins = lambda slot: not (scored or self.slots[slot].tokens)
+    pieces = {slot: self.slots[slot].unread[:self.chunks[-1]] for slot in slots}
+    begin, chunk = begins(slots[0]), next(size for size in self.chunks if scored or len(pieces[slots[0]]) <= size)
+    chunk = self.chunks[-1] if scored else chunk
+    queues: list[list[int]] = [[] for _ in range(self.groups)]
+    for slot in slots:
+      if begins(slot) == begin and len(pieces[slot]) <= chunk:
+        queues[self.group(slot)].append(slot)
+    together = self._together(chunk) if begin else 1
+    count = together if 2 * max(map(len, queues)) > together else 1
+    queues, read = [queue[:count] for queue in queues], dict[int, Drawn | None]()
+    self._fit(max(len(self.slots[slot].tokens) + len(pieces[slot]) for queue in queues for slot in queue))
+    found = self._read(queues, chunk, count, begin, scored)
+    for group, queue in enumerate(queues):
+      for row, slot in enumerate(queue, group * count):
+        text, piece = self.slots[slot], pieces[slot]
+        text.tokens, text.unread = text.tokens + piece, text.unread[len(piece):]
+        known = Drawn(*(part[row, :len(piece)] for part in found))
+        read[slot] = known if scored or not text.unread else None
+        if not text.unread:
+          text.next, text.drawn = int(known.ids[-1]), 1
+    return read
 
   def decode(self, slots: Sequence[int]) -> dict[int, Drawn]:
     """The next token of each of these slots, whose prompts have been read."""
     self._fit(max(len(self.slots[slot].tokens) + 1 for slot in slots))
-    found = Drawn(*map(np.asarray, self._decode(slots)))
+    found = self._decode(slots)
     for text in map(self.slots.__getitem__, slots):
       text.tokens.append(text.next)
     for slot in slots:
@@ -165,28 +178,39 @@ class Engine:
 
   def _grow(self, size: int) -> None:
     if size > self.size:
-      self._texts, self.size = self._programs.grow(self._texts, size=size), size
+      self._cache, self.size = self._programs.grow(self._cache, size=size), size
 
-  def _extend(self, reads: dict[int, list[int]], chunk: int, scored: bool) -> Drawn:
-    groups, per_group = range(self.groups), len(self.slots) // self.groups
-    at = {self.group(slot): slot for slot in reads}
-    rows = self._rows([at.get(group) for group in groups])
-    rows |= {'slot': np.array([at.get(group, 0) % per_group for group in groups], np.int32),
-             'tokens': np.zeros((self.groups, chunk), np.int32), 'following': np.zeros((self.groups, chunk), np.int32),
-             'last': np.zeros(self.groups, np.int32), 'ends': np.zeros(self.groups, bool)}
-    for group, slot in at.items():
-      tokens, unread = reads[slot], self.slots[slot].unread
-      rows['tokens'][group, :len(tokens)] = tokens
-      rows['following'][group, :len(tokens)] = [*unread[1:], 0][:len(tokens)]
-      rows['last'][group], rows['ends'][group] = len(tokens) - 1, len(tokens) == len(unread)
-    self._texts, found = self._programs.extend(self._parameters, self._texts, put_batch(self.mesh, rows), scored=scored)
-    return found
+  def _together(self, chunk: int) -> int:
+    """Prompts per group of devices whose beginnings are read together, if these have up to `chunk` tokens."""
+    return min(self.chunks[-1] // chunk, len(self.slots) // self.groups)
+
+  def _read(self, queues: list[list[int]], chunk: int, count: int, begin: bool, scored: bool) -> Drawn:
+    """Reads a piece of the prompts of these slots, at most `count` in each group."""
+    slots = sum(([*queue, *[None] * (count - len(queue))] for queue in queues or [[] for _ in range(self.groups)]), [])
+    rows = self._rows(slots)
+    rows |= {'slot': np.array([(slot or 0) % (len(self.slots) // self.groups) for slot in slots], np.int32),
+             'tokens': np.zeros((len(slots), chunk), np.int32), 'following': np.zeros((len(slots), chunk), np.int32),
+             'last': np.zeros(len(slots), np.int32), 'ends': np.zeros(len(slots), bool)}
+    for row, slot in enumerate(slots):
+      if slot is not None:
+        unread = self.slots[slot].unread
+        tokens = unread[:chunk]
+        rows['tokens'][row, :len(tokens)] = tokens
+        rows['following'][row, :len(tokens)] = [*unread[1:], 0][:len(tokens)]
+        rows['last'][row], rows['ends'][row] = len(tokens) - 1, len(tokens) == len(unread)
+    put = put_batch(self.mesh, rows)
+    if begin:
+      (new, self._tables), found = self._programs.begin(self._parameters, self._tables, put)
+      self._cache = self._programs.put(self._cache, new, put['slot'], put['start'])
+    else:
+      (self._cache, self._tables), found = self._programs.extend(self._parameters, self._cache, self._tables, put, scored=scored)
+    return Drawn(*map(np.asarray, found))
 
   def _decode(self, slots: Sequence[int]) -> Drawn:
     rows = self._rows([slot if slot in slots else None for slot in range(len(self.slots))])
     rows['token'] = np.array([slot.next for slot in self.slots], np.int32)
-    self._texts, found = self._programs.decode(self._parameters, self._texts, put_batch(self.mesh, rows))
-    return found
+    (self._cache, self._tables), found = self._programs.decode(self._parameters, self._cache, self._tables, put_batch(self.mesh, rows))
+    return Drawn(*map(np.asarray, found))
 
   def _rows(self, slots: Sequence[int | None]) -> dict[str, np.ndarray]:
     """What a program needs to know of slots; None: a row without a text, for which nothing is written."""
@@ -205,97 +229,125 @@ class Engine:
 
 
 class _Programs(NamedTuple):
-  fresh: Callable[..., _Texts]
-  grow: Callable[..., _Texts]
-  admit: Callable[..., _Texts]
-  extend: Callable[..., tuple[_Texts, Any]]
-  decode: Callable[..., tuple[_Texts, Any]]
+  empty: Callable[..., tuple[Caches, _Tables]]
+  grow: Callable[..., Caches]
+  admit: Callable[..., _Tables]
+  begin: Callable[..., tuple[tuple[Caches, _Tables], Any]]
+  put: Callable[..., Caches]
+  extend: Callable[..., tuple[tuple[Caches, _Tables], Any]]
+  decode: Callable[..., tuple[tuple[Caches, _Tables], Any]]
 
 
 @functools.lru_cache(maxsize=4)
 def _programs(model: AbstractModel, mesh: Mesh, forbidden: tuple[int, ...], zero_stage: int, count: int) -> _Programs:
   banned = np.zeros(model.config.table_rows, bool)
   banned[list(forbidden)] = True
-  specs: Any = _Texts(BATCH_SPEC, BATCH_SPEC, BATCH_SPEC, BATCH_SPEC)  # type: ignore[arg-type]
   local = count // batch_shards(mesh)
 
-  def run(function, in_specs, parameters, *inputs):
-    texts, found = forward(model, mesh, zero_stage, function, in_specs, (specs, BATCH_SPEC))(parameters, *inputs)
-    return texts, jax.tree.map(lambda x: jax.reshard(x, PartitionSpec(*(None,) * x.ndim)), found)
+  def run(function, parameters, *inputs):
+    specs = (BATCH_SPEC,) * len(inputs)
+    state, found = forward(model, mesh, zero_stage, function, specs, (BATCH_SPEC, BATCH_SPEC))(parameters, *inputs)
+    return state, jax.tree.map(lambda x: jax.reshard(x, PartitionSpec(*(None,) * x.ndim)), found)
 
   def logits_of(head, hidden):
     return jax.reshard(head.logits(hidden), PartitionSpec(None, None))
 
-  def draw(logits, prompted, counts, bias, rows):
+  def draw(logits, tables, rows):
     logits = jnp.where(banned, -jnp.inf, logits)
     # Most texts have no penalties and biases, whose tables take time to read.
-    logits = jax.lax.cond(rows['changes'].any(), _changed, lambda logits, *_: logits, logits, prompted, counts, bias, rows)
+    logits = jax.lax.cond(rows['changes'].any(), _changed, lambda logits, *_: logits, logits, tables, rows)
     keys = jax.vmap(lambda seed, drawn: jax.random.fold_in(jax.random.key(seed), drawn))(rows['seed'], rows['drawn'])
     return sample(logits, {name: rows[name] for name in Settings._fields}, keys).astype(jnp.int32)
 
-  @functools.partial(jax.jit, static_argnames='scored', donate_argnames='texts')
-  def extend(parameters, texts, rows, scored):
-    def step(module, texts, rows):
-      slot, start, last = rows['slot'][0], rows['start'], rows['last'][0]
-      row = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1, 0), texts)
-      positions = Positions(start[:, None] + jnp.arange(rows['tokens'].shape[1]), cached=start)
-      hidden, cache, _ = module.hidden(rows['tokens'], positions, row.cache)
-      following = rows['following'][0]
-      if not scored:
-        hidden, following, last = jax.lax.dynamic_slice_in_dim(hidden, last, 1, 0), jax.lax.dynamic_slice_in_dim(following, last, 1, 0), 0
-      logits = logits_of(module.head, hidden)
-      ids = draw(jax.lax.dynamic_slice_in_dim(logits, last, 1, 0), row.prompted, row.counts, row.bias, rows)
-      following = jnp.where((jnp.arange(len(following)) == last) & rows['ends'], ids, following)
-      row = row._replace(cache=cache, counts=row.counts.at[0, ids[0]].add(rows['ends'][0].astype(jnp.int32)))
-      put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, slot, 0)
-      return jax.tree.map(put, texts, row), jax.tree.map(lambda x: x[None], _known(logits, following))
-    return run(step, (specs, BATCH_SPEC), parameters, texts, rows)
+  def follow(module, hidden, tables, rows, scored):
+    """What is known of the tokens after those that were read, and tables with the first token of each prompt that was read to its end."""
+    slots, ends, (count, length) = rows['slot'], rows['ends'], rows['tokens'].shape
+    following, last = rows['following'].reshape(-1), rows['last'] + length * jnp.arange(count)
+    if not scored:
+      hidden, following, last = hidden[last], following[last], jnp.arange(count)
+    logits = logits_of(module.head, hidden)
+    ids = draw(logits[last], jax.tree.map(lambda x: x[slots], tables), rows)
+    following = following.at[last].set(jnp.where(ends, ids, following[last]))
+    known = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), _known(logits, following))
+    return tables._replace(counts=tables.counts.at[slots, ids].add(ends.astype(jnp.int32))), known
 
-  @functools.partial(jax.jit, donate_argnames='texts')
-  def decode(parameters, texts, rows):
-    def step(module, texts, rows):
-      hidden, cache, _ = module.hidden(rows['token'][:, None], Positions(rows['start'][:, None], cached=rows['start']), texts.cache)
-      logits = logits_of(module.head, hidden)
-      ids = draw(logits, texts.prompted, texts.counts, texts.bias, rows)
+  @functools.partial(jax.jit, donate_argnames='tables')
+  def begin(parameters, tables, rows):
+    def step(module, tables, rows):
+      count, length = rows['tokens'].shape
+      cache = empty_cache(model.config, model.compute, count, length, complete=True)
+      hidden, cache, _ = module.hidden(rows['tokens'], Positions(jnp.broadcast_to(jnp.arange(length), (count, length))), cache)
+      tables, known = follow(module, hidden, tables, rows, scored=False)
+      return (cache, tables), known
+    return run(step, parameters, tables, rows)
+
+  @functools.partial(jax.jit, donate_argnames='cache')
+  def put(cache, new, slots, start):
+    take = lambda x, index: jax.lax.dynamic_slice_in_dim(x, index, 1, 0)
+
+    def step(cache, new, slots, start):
+      def put_row(row, cache):
+        def put_in(old, new):
+          places = min(old.shape[2], new.shape[2])
+          written = jnp.where(start[row] < old.shape[2], take(new, row)[:, :, :places], take(old, slots[row])[:, :, :places])
+          return jax.lax.dynamic_update_slice(old, written, (slots[row], 0, 0, 0))
+        return jax.tree.map(put_in, cache, new)
+      return jax.lax.fori_loop(0, len(slots), put_row, cache)
+    return batch_shard_map(step, (BATCH_SPEC,) * 4, BATCH_SPEC)(cache, new, slots, start)
+
+  @functools.partial(jax.jit, static_argnames='scored', donate_argnames=('cache', 'tables'))
+  def extend(parameters, cache, tables, rows, scored):
+    def step(module, cache, tables, rows):
+      slot, start = rows['slot'][0], rows['start']
+      positions = Positions(start[:, None] + jnp.arange(rows['tokens'].shape[1]), cached=start)
+      row = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1, 0), cache)
+      hidden, row, _ = module.hidden(rows['tokens'], positions, row)
+      tables, known = follow(module, hidden, tables, rows, scored)
+      return (jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, slot, 0), cache, row), tables), known
+    return run(step, parameters, cache, tables, rows)
+
+  @functools.partial(jax.jit, donate_argnames=('cache', 'tables'))
+  def decode(parameters, cache, tables, rows):
+    def step(module, cache, tables, rows):
       is_active = rows['start'] < cache[0].keys.shape[2]  # the prompts of others are still being read
-      counts = texts.counts.at[jnp.arange(local), ids].add(is_active.astype(jnp.int32))
-      return texts._replace(cache=cache, counts=counts), _known(logits, ids)
-    return run(step, (specs, BATCH_SPEC), parameters, texts, rows)
+      hidden, cache, _ = module.hidden(rows['token'][:, None], Positions(rows['start'][:, None], cached=rows['start']), cache)
+      logits = logits_of(module.head, hidden)
+      ids = draw(logits, tables, rows)
+      tables = tables._replace(counts=tables.counts.at[jnp.arange(local), ids].add(is_active.astype(jnp.int32)))
+      return (cache, tables), _known(logits, ids)
+    return run(step, parameters, cache, tables, rows)
 
   @functools.partial(jax.jit, static_argnames='size')
-  def fresh(size):
+  def empty(size):
     def make(_):
       flat = jnp.zeros((local, model.config.table_rows))
-      return _Texts(empty_cache(model.config, model.compute, local, size, complete=True), flat > 0, flat.astype(jnp.int32), flat), _
-    return batch_shard_map(make, (BATCH_SPEC,), (specs, BATCH_SPEC))(jnp.zeros(count, out_sharding=BATCH_SPEC))[0]
+      return empty_cache(model.config, model.compute, local, size, complete=True), _Tables(flat > 0, flat.astype(jnp.int32), flat)
+    return batch_shard_map(make, (BATCH_SPEC,), (BATCH_SPEC, BATCH_SPEC))(jnp.zeros(count, out_sharding=BATCH_SPEC))
 
-  return _Programs(fresh, _grow, _admit, extend, decode)
+  return _Programs(empty, _grow, _admit, begin, put, extend, decode)
 
 
 @functools.partial(jax.jit, static_argnames='size')
-def _grow(texts: _Texts, size: int) -> _Texts:
-  """With a cache of `size` places per slot, which is more than it has."""
-  pad = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, size - x.shape[2]), (0, 0)])
-  return texts._replace(cache=jax.tree.map(pad, texts.cache))
+def _grow(cache: Caches, size: int) -> Caches:
+  """With `size` places per slot, which is more than it has."""
+  return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, size - x.shape[2]), (0, 0)]), cache)
 
 
-@functools.partial(jax.jit, donate_argnames='texts')
-def _admit(texts: _Texts, slot: Int[Array, ''], ids: Int[Array, 'T'], biased: Int[Array, 'N'], values: Float[Array, 'N']) -> _Texts:
+@functools.partial(jax.jit, donate_argnames='tables')
+def _admit(tables: _Tables, slot: Int[Array, ''], ids: Int[Array, 'T'], biased: Int[Array, 'N'], values: Float[Array, 'N']) -> _Tables:
   """With a new text in a slot, of a prompt with these `ids` and biases; ids beyond the table count for nothing."""
-  count, vocab = texts.bias.shape
+  count, vocab = tables.bias.shape
   mine = jax.reshard((jnp.arange(count) == slot)[:, None], BATCH_SPEC)
   prompted = jnp.zeros(vocab, bool).at[ids].set(True, mode='drop')
   bias = jnp.zeros(vocab).at[biased].set(values, mode='drop')
-  return texts._replace(prompted=jnp.where(mine, prompted, texts.prompted), counts=jnp.where(mine, 0, texts.counts),
-                        bias=jnp.where(mine, bias, texts.bias))
+  return _Tables(jnp.where(mine, prompted, tables.prompted), jnp.where(mine, 0, tables.counts), jnp.where(mine, bias, tables.bias))
 
 
-def _changed(logits: Float[Array, 'B V'], prompted: Bool[Array, 'B V'], counts: Int[Array, 'B V'], bias: Float[Array, 'B V'],
-             rows: dict[str, Array]) -> Float[Array, 'B V']:
+def _changed(logits: Float[Array, 'B V'], tables: _Tables, rows: dict[str, Array]) -> Float[Array, 'B V']:
   """Logits after the penalties and biases of each row."""
-  logits = penalized(logits, prompted | (counts > 0), rows['repetition_penalty'])
+  logits = penalized(logits, tables.prompted | (tables.counts > 0), rows['repetition_penalty'])
   column = lambda name: rows[name][:, None]
-  return logits + bias - column('frequency_penalty') * counts - column('presence_penalty') * (counts > 0)
+  return logits + tables.bias - column('frequency_penalty') * tables.counts - column('presence_penalty') * (tables.counts > 0)
 
 
 def _known(logits, ids) -> Drawn:

@@ -278,13 +278,13 @@ class Answer:
   def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any]:
     most = self._call.alternatives or 0
     if self._call.chat:
-      return {'content': [{**self._named(token.id, token.logprob), 'top_logprobs': [self._named(*one) for one in token.best[:most]]}
+      return {'content': [{**self._named(token.id, token.logprob), 'top_logprobs': [self._named(*one) for one in token.best(most)]}
                           for token in tokens]}
     offsets = []
     for token in tokens:
       offsets.append(self._characters[index])
       self._characters[index] += len(self._offsets[index].push([token.id]))
-    best = [None if token.logprob is None or not most else {self._name(one): value for one, value in token.best[:most]} for token in tokens]
+    best = [None if token.logprob is None or not most else {self._name(one): value for one, value in token.best(most)} for token in tokens]
     return {'tokens': [self._name(token.id) for token in tokens], 'token_logprobs': [token.logprob for token in tokens],
             'top_logprobs': best, 'text_offset': offsets}
 

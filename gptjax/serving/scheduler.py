@@ -20,8 +20,13 @@ class Token:
   id: int
   logprob: float | None
   """in nats; None: of the first token of a prompt"""
-  best: tuple[tuple[int, float], ...] = ()
-  """the most likely ids with their log-probabilities"""
+  best_ids: Sequence[int] = ()
+  """the most likely ids"""
+  best_logprobs: Sequence[float] = ()
+
+  def best(self, most: int) -> list[tuple[int, float]]:
+    """The most likely ids with their log-probabilities."""
+    return [*zip(self.best_ids[:most], self.best_logprobs[:most])]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,20 +172,18 @@ class Scheduler:
         self._draw(one, _tokens(found[one.slot])[0])
 
   def _read(self) -> None:
-    """Reads a piece of a prompt per group of devices: of prompts that are all scored, or none of which is."""
-    reads: dict[int, _Active] = {}
+    """Reads pieces of prompts that are all scored, or none of which is."""
     unread = lambda one: len(self._engine.slots[one.slot].unread)
-    for one in self._active.values():
-      if unread(one) and all(one.request.scored == other.request.scored for other in reads.values()):
-        reads.setdefault(self._engine.group(one.slot), one)
-    if not reads:
+    waiting = {one.slot: one for one in self._active.values() if unread(one)}
+    if not waiting:
       return
-    self.counts['read'] += sum(map(unread, reads.values()))
-    found = self._engine.read([one.slot for one in reads.values()], any(one.request.scored for one in reads.values()))
-    self.counts['read'] -= sum(map(unread, reads.values()))
-    for one in reads.values():
-      tokens = _tokens(found[one.slot]) if one.slot in found else ()
-      if one.request.scored:
+    scored = next(iter(waiting.values())).request.scored
+    before = sum(map(unread, waiting.values()))
+    found = self._engine.read([slot for slot, one in waiting.items() if one.request.scored == scored], scored)
+    self.counts['read'] += before - sum(map(unread, waiting.values()))
+    for slot, drawn in found.items():
+      one, tokens = waiting[slot], () if drawn is None else _tokens(drawn)
+      if scored:
         one.request.send(Piece(tokens=tokens if unread(one) else tokens[:-1]))
       if not unread(one) and one.request.max_tokens:
         self._draw(one, tokens[-1])
@@ -215,5 +218,4 @@ def _common(slot: Slot, prompt: Sequence[int]) -> int:
 
 
 def _tokens(found: Drawn) -> tuple[Token, ...]:
-  parts = (part.tolist() for part in found)
-  return tuple(Token(token, logprob, tuple(zip(*best))) for token, logprob, *best in zip(*parts))
+  return tuple(Token(*parts) for parts in zip(*(part.tolist() for part in found)))

@@ -11,6 +11,7 @@ from pathlib import Path
 from absl import flags
 
 from gptjax import config as configs
+from gptjax.start import start
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a run', required=True)
 _BATCHES = flags.DEFINE_list('batches', ['8', '32'], 'texts at a time')
@@ -21,6 +22,7 @@ _REPEATS = 5
 
 
 def main(_) -> None:
+  start()  # with the memory of a server
   import jax
 
   from gptjax import checkpoint, data, inference

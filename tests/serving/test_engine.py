@@ -35,7 +35,8 @@ def one(found):
 @pytest.mark.parametrize('sizes, architecture', [
   ((1, 1), {'positions': 'rope', 'window': 8, 'global_every': 2, 'layers': 2}), full((2, 2), {'positions': 'rope'}),
   full((4, 1), {'positions': 'learned'}), full((1, 4), {'positions': 'rope', 'kv_heads': 2})])
-def test_slots_draw_what_the_generator_draws(sizes, architecture):
+def test_slots_draw_what_the_generator_draws(sizes, architecture, monkeypatch):
+  monkeypatch.setattr(engines, 'CHUNKS', (8, 32))
   tokenizer = train_tokenizer(TokenizerConfig(kind='bytes'), [])
   config = ModelConfig(**{'layers': 1, 'width': 32, 'heads': 4, 'vocab_size': tokenizer.vocab_size, **architecture})
   mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:sizes[0] * sizes[1]])
@@ -43,19 +44,29 @@ def test_slots_draw_what_the_generator_draws(sizes, architecture):
     model = abstract_model(config, ComputeConfig(), 64)
     generator = Generator(model, mesh, tokenizer)
     weights = generator.prepare(drawn(model))
-    engine = Engine(model, mesh, weights, suppressed_ids(tokenizer, config), 4)
-    prompts = [generator.prompt(text) for text in ('hello world, what', 'a', 'a prompt that is longer than a chunk of a prompt')]
+    engine = Engine(model, mesh, weights, suppressed_ids(tokenizer, config), 12)
+    texts = 'hello world, what', 'a', 'b c', 'short', 'a prompt that is longer than a chunk of a prompt', 'late'
+    prompts = [generator.prompt(text) for text in texts]
+    slots, begin_at = [2, 0, 3, 1, 11, 10], [0, 0, 0, 0, 1, 3]  # other slots than their numbers; some begin together, some later
     for settings in SETTINGS:
-      expected = generator(weights, prompts, max_tokens=12, sampling=Sampling(*settings[:5]), seeds=[5, 6, 7], stop_ids=())
-      order = [2, 0, 3]  # texts begin one after another, in other slots than their numbers
-      found = {slot: [] for slot in order}
-      for tick in range(16):
-        if tick < 3:
-          found[order[tick]].append(one(begin(engine, order[tick], prompts[tick], settings, 5 + tick)))
-        active = [slot for slot in order[:tick + 1] if len(found[slot]) < 12]
+      expected = generator(weights, prompts, max_tokens=12, sampling=Sampling(*settings[:5]), seeds=range(5, 11), stop_ids=())
+      found = {slot: [] for slot in slots}
+      together = 0
+      for tick in range(20):
+        for row, slot in enumerate(slots):
+          if begin_at[row] == tick:
+            engine.admit(slot, prompts[row], 0, settings, 5 + row, {})
+        begun = [slot for row, slot in enumerate(slots) if begin_at[row] <= tick]
+        if waiting := [slot for slot in begun if engine.slots[slot].unread]:
+          read = engine.read(waiting, scored=False)
+          together = max(together, len(read))
+          for slot, first in read.items():
+            found[slot] += [] if first is None else [one(first)]
+        active = [slot for slot in begun if not engine.slots[slot].unread and len(found[slot]) < 12]
         for slot, drawn_ in (engine.decode(active) if active else {}).items():
           found[slot].append(one(drawn_))
-      for row, slot in zip(expected, order, strict=True):
+      assert together > 1 or engine.groups == 4, 'prompts are read together'
+      for row, slot in zip(expected, slots, strict=True):
         ids, logprobs = zip(*found[slot], strict=True)
         assert list(ids) == row.ids and np.allclose(logprobs, row.logprobs, atol=1e-5)
 
@@ -83,5 +94,5 @@ def test_a_slot_counts_no_tokens_while_its_prompt_is_read(parts):
   with jax.set_mesh(mesh):
     engine.admit(1, prompt, 0, Settings(), 1, {})
     drawn_ids = [one(begin(engine, 0, prompt, Settings(), 0))[0], *(one(engine.decode([0])[0])[0] for _ in range(4))]
-    counts = np.asarray(engine._texts.counts)
+    counts = np.asarray(engine._tables.counts)
   assert not counts[1].any() and counts[0].sum() == 5 and set(np.flatnonzero(counts[0])) == set(drawn_ids)
