@@ -120,7 +120,7 @@ class _Pieces:
     scored = call.echo and call.alternatives is not None
     self._requests = [
       Request(prompt, context - len(prompt) if call.max_tokens is None else call.max_tokens, call.settings, (call.seed + copy) % 2**32,
-              call.stop, call.stop_ids, call.bias, scored, send(number * call.count + copy))
+              call.stop, call.stop_ids, call.bias, scored, bool(call.alternatives), send(number * call.count + copy))
       for number, prompt in enumerate(call.prompts) for copy in range(call.count)]
     self._expected = [len(request.prompt) if scored else 0 for request in self._requests]
     try:

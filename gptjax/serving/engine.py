@@ -62,7 +62,7 @@ class Drawn(NamedTuple):
   ids: Int[np.ndarray, 'T']
   logprobs: Float[np.ndarray, 'T']
   best: Int[np.ndarray, 'T A']
-  """the most likely ids"""
+  """the most likely ids; of a text that asks for these"""
   best_logprobs: Float[np.ndarray, 'T A']
 
 
@@ -82,6 +82,8 @@ class Slot:
   settings: Settings = Settings()
   changes: bool = False
   """whether penalties or biases change its logits"""
+  compared: bool = False
+  """whether the most likely tokens are asked for"""
 
 
 class Engine:
@@ -123,11 +125,13 @@ class Engine:
     self.size = self.sizes[0]
     self._cache, self._tables = self._programs.empty(size=self.size)
 
-  def admit(self, slot: int, prompt: Sequence[int], kept: int, settings: Settings, seed: int, bias: dict[int, float]) -> None:
-    """Gives a slot a new text, of whose prompt the first `kept` tokens are in its cache already, but not all."""
+  def admit(self, slot: int, prompt: Sequence[int], kept: int, settings: Settings, seed: int, bias: dict[int, float],
+            compared: bool = False) -> None:
+    """Gives a slot a new text, of whose prompt the first `kept` tokens are in its cache already, but not all; `compared`: with the most
+    likely tokens of each place."""
     self._tables = self._programs.admit(self._tables, **self._admission(slot, prompt, bias))
     self.slots[slot] = Slot(list(prompt[:kept]), list(prompt[kept:]), seed=seed, settings=settings,
-                             changes=bool(bias) or settings.penalizes)
+                             changes=bool(bias) or settings.penalizes, compared=compared)
 
   def read(self, slots: Sequence[int], scored: bool) -> dict[int, Drawn | None]:
     """Reads the next pieces of the prompts of some of these slots: of the first one, and of as many others as the same program takes.
@@ -218,6 +222,7 @@ class Engine:
     column = lambda dtype, value, none=0: np.array([value(text) if text else none for text in texts], dtype)
     return {'start': column(np.int32, lambda text: len(text.tokens), self.size), 'drawn': column(np.int32, lambda text: text.drawn),
             'seed': column(np.uint32, lambda text: text.seed), 'changes': column(bool, lambda text: text.changes),
+            'compared': column(bool, lambda text: text.compared),
             **{name: column(np.float32, lambda text: getattr(text.settings, name), one) for name, one in Settings()._asdict().items()}}
 
   def _admission(self, slot: int, prompt: Sequence[int], bias: dict[int, float]) -> dict[str, Any]:
@@ -268,7 +273,7 @@ def _programs(model: AbstractModel, mesh: Mesh, forbidden: tuple[int, ...], zero
     logits = logits_of(module.head, hidden)
     ids = draw(logits[last], jax.tree.map(lambda x: x[slots], tables), rows)
     following = following.at[last].set(jnp.where(ends, ids, following[last]))
-    known = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), _known(logits, following))
+    known = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), _known(logits, following, rows['compared'].any()))
     return tables._replace(counts=tables.counts.at[slots, ids].add(ends.astype(jnp.int32))), known
 
   @functools.partial(jax.jit, donate_argnames='tables')
@@ -314,7 +319,7 @@ def _programs(model: AbstractModel, mesh: Mesh, forbidden: tuple[int, ...], zero
       logits = logits_of(module.head, hidden)
       ids = draw(logits, tables, rows)
       tables = tables._replace(counts=tables.counts.at[jnp.arange(local), ids].add(is_active.astype(jnp.int32)))
-      return (cache, tables), _known(logits, ids)
+      return (cache, tables), _known(logits, ids, rows['compared'].any())
     return run(step, parameters, cache, tables, rows)
 
   @functools.partial(jax.jit, static_argnames='size')
@@ -350,8 +355,11 @@ def _changed(logits: Float[Array, 'B V'], tables: _Tables, rows: dict[str, Array
   return logits + tables.bias - column('frequency_penalty') * tables.counts - column('presence_penalty') * (tables.counts > 0)
 
 
-def _known(logits, ids) -> Drawn:
-  """What the model, by its logits [T, V], knows of the tokens [T]."""
-  logprobs = jax.nn.log_softmax(logits)
-  best_logprobs, best = jax.lax.top_k(logprobs, min(ALTERNATIVES, logits.shape[-1]))
-  return Drawn(ids, jnp.take_along_axis(logprobs, ids[:, None], -1)[:, 0], best, best_logprobs)  # type: ignore[arg-type]
+def _known(logits: Float[Array, 'T V'], ids: Int[Array, 'T'], compared: Bool[Array, '']) -> Drawn:
+  """What the model knows of these tokens, and if they are `compared` of the most likely ones, which are found on one core only."""
+  most, top = min(ALTERNATIVES, logits.shape[-1]), logits.max(-1, keepdims=True)
+  total = jnp.log(jnp.exp(logits - top).sum(-1, keepdims=True))
+  none = lambda logits: (jnp.zeros((len(ids), most)), jnp.zeros((len(ids), most), jnp.int32))
+  best_logits, best = jax.lax.cond(compared, lambda logits: tuple(jax.lax.top_k(logits, most)), none, logits)
+  logprobs = lambda logits: logits - top - total
+  return Drawn(ids, logprobs(jnp.take_along_axis(logits, ids[:, None], -1))[:, 0], best, logprobs(best_logits))  # type: ignore[arg-type]

@@ -56,6 +56,8 @@ class Request:
   bias: dict[int, float]
   scored: bool
   """whether the tokens of the prompt are to be reported too"""
+  compared: bool
+  """whether the most likely tokens of each place are to be reported"""
   send: Callable[[Piece], None]
   """is called in the scheduler's thread"""
   cancelled: bool = False
@@ -156,7 +158,7 @@ class Scheduler:
       yield request, slot, shared[slot]
 
   def _admit(self, request: Request, slot: int, kept: int) -> None:
-    self._engine.admit(slot, request.prompt, kept, request.settings, request.seed, request.bias)
+    self._engine.admit(slot, request.prompt, kept, request.settings, request.seed, request.bias, request.compared)
     self._active[slot] = _Active(request, slot, self._tokenizer)
     self.counts['reused'] += kept
     if request.scored:
@@ -169,7 +171,7 @@ class Scheduler:
     if drawing := [one for one in self._active.values() if not self._engine.slots[one.slot].unread]:
       found = self._engine.decode([one.slot for one in drawing])
       for one in drawing:
-        self._draw(one, _tokens(found[one.slot])[0])
+        self._draw(one, _tokens(found[one.slot], one.request.compared)[0])
 
   def _read(self) -> None:
     """Reads pieces of prompts that are all scored, or none of which is."""
@@ -182,7 +184,7 @@ class Scheduler:
     found = self._engine.read([slot for slot, one in waiting.items() if one.request.scored == scored], scored)
     self.counts['read'] += before - sum(map(unread, waiting.values()))
     for slot, drawn in found.items():
-      one, tokens = waiting[slot], () if drawn is None else _tokens(drawn)
+      one, tokens = waiting[slot], () if drawn is None else _tokens(drawn, waiting[slot].request.compared)
       if scored:
         one.request.send(Piece(tokens=tokens if unread(one) else tokens[:-1]))
       if not unread(one) and one.request.max_tokens:
@@ -217,5 +219,5 @@ def _common(slot: Slot, prompt: Sequence[int]) -> int:
   return int(differing[0]) if len(differing) else count
 
 
-def _tokens(found: Drawn) -> tuple[Token, ...]:
-  return tuple(Token(*parts) for parts in zip(*(part.tolist() for part in found)))
+def _tokens(found: Drawn, compared: bool) -> tuple[Token, ...]:
+  return tuple(Token(*parts) for parts in zip(*(part.tolist() for part in (found if compared else found[:2]))))

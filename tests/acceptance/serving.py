@@ -57,20 +57,25 @@ def harness_over_http(folder: Path) -> Result:
 @bar
 def server_load(folder: Path) -> Result:
   run = gpt2(folder)
-  bare = json.loads(python('tests.acceptance.bare_loop', f'--workdir={run}').stdout.splitlines()[-1])
+  # Measured before and after each server, because the speed of a shared machine changes within minutes.
+  bare = lambda *flags: json.loads(python('tests.acceptance.bare_loop', f'--workdir={run}', *flags).stdout.splitlines()[-1])
   told, met = [], True
   for clients in CLIENTS:
+    measure = lambda: bare(f'--batches={clients}', '--prefills=')['rates'][str(clients)]
+    rates = [measure()]
     with serve(run, f'--slots={clients}') as server:
       found, seconds = load(server.port, bodies(2 * clients, PROMPTS[0], NEW), clients)
       rate, compiled = sum(one.tokens for one in found) / seconds, server.compiled
-    ratio = rate / bare['rates'][str(clients)]
-    told.append(f'{clients} clients {rate:.1f} tokens/s of {bare["rates"][str(clients)]:.1f} ({ratio:.2f}), {compiled} compiled')
+    rates.append(measure())
+    ratio = rate / statistics.mean(rates)
+    told.append(f'{clients} clients {rate:.1f} tokens/s of {rates[0]:.1f} and {rates[1]:.1f} ({ratio:.2f}), {compiled} compiled')
     met &= ratio >= 0.85 and not compiled and len(found) == 2 * clients
+  firsts = bare('--batches=')['firsts']
   with serve(run) as server:
     for length in PROMPTS:
       first = statistics.median(one.first for one in load(server.port, bodies(5, length, 4), 1)[0])
-      ratio = first / bare['firsts'][str(length)]
-      told.append(f'first token after {length}: {first:.3f} s of {bare["firsts"][str(length)]:.3f} ({ratio:.2f})')
+      ratio = first / firsts[str(length)]
+      told.append(f'first token after {length}: {first:.3f} s of {firsts[str(length)]:.3f} ({ratio:.2f})')
       met &= ratio <= 1.3
   return Result(f"GPT-2 small's shape, prompts of {PROMPTS[0]} tokens, {NEW} new ones, 8 and 32 clients: output tokens per second at least "
                 '0.85 of the bare decode loop, the time to the first token of a single client at most 1.3 of a bare prefill, nothing '
