@@ -109,7 +109,7 @@ class _Pieces:
   """The news of the texts of a call, in the event loop that makes it. Raises Refused if they cannot be taken."""
 
   def __init__(self, call: Call, scheduler: Scheduler, context: int):
-    loop, self._queue, self.left = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece]](), False
+    loop, self._queue, self.left = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece] | None](), False
 
     def send(index: int) -> Callable[[Piece], None]:
       def put(piece: Piece) -> None:
@@ -132,15 +132,14 @@ class _Pieces:
   async def until(self, gone: asyncio.Future | None = None) -> AsyncIterator[tuple[int, Piece, bool]]:
     """The index of a text, its news, and whether they are of its prompt, until all texts have ended, or `gone` is done."""
     running = len(self._requests)
+    if gone:
+      gone.add_done_callback(lambda _: self._queue.put_nowait(None))
     try:
       while running:
-        news = asyncio.ensure_future(self._queue.get())
-        await asyncio.wait({news, gone} if gone else {news}, return_when=asyncio.FIRST_COMPLETED)
-        if not news.done():
-          news.cancel()
+        if (news := await self._queue.get()) is None:
           self.left = True
           return
-        index, piece = news.result()
+        index, piece = news
         if piece.ended == 'error':
           raise Refused(piece.text, status=500, code='engine', kind='server_error')
         running -= bool(piece.ended)

@@ -133,10 +133,11 @@ class Engine:
     self.slots[slot] = Slot(list(prompt[:kept]), list(prompt[kept:]), seed=seed, settings=settings,
                              changes=bool(bias) or settings.penalizes, compared=compared)
 
-  def read(self, slots: Sequence[int], scored: bool) -> dict[int, Drawn | None]:
+  def read(self, slots: Sequence[int], scored: bool, meanwhile: Callable[[], None] = lambda: None) -> dict[int, Drawn | None]:
     """Reads the next pieces of the prompts of some of these slots: of the first one, and of as many others as the same program takes.
     Returns for each slot that was read the tokens that follow those that were read: for a prompt that is read to its end the first token
-    of its continuation, if they are `scored` after the tokens of the prompt before it; None if there are none."""
+    of its continuation, if they are `scored` after the tokens of the prompt before it; None if there are none. `meanwhile` is called
+    while the device is at work."""
     begins = lambda slot: not (scored or self.slots[slot].tokens)
     pieces = {slot: self.slots[slot].unread[:self.chunks[-1]] for slot in slots}
     begin, chunk = begins(slots[0]), next(size for size in self.chunks if scored or len(pieces[slots[0]]) <= size)
@@ -150,6 +151,8 @@ class Engine:
     queues, read = [queue[:count] for queue in queues], dict[int, Drawn | None]()
     self._fit(max(len(self.slots[slot].tokens) + len(pieces[slot]) for queue in queues for slot in queue))
     found = self._read(queues, chunk, count, begin, scored)
+    meanwhile()
+    found = Drawn(*map(np.asarray, found))
     for group, queue in enumerate(queues):
       for row, slot in enumerate(queue, group * count):
         text, piece = self.slots[slot], pieces[slot]
@@ -160,10 +163,12 @@ class Engine:
           text.next, text.drawn = int(known.ids[-1]), 1
     return read
 
-  def decode(self, slots: Sequence[int]) -> dict[int, Drawn]:
-    """The next token of each of these slots, whose prompts have been read."""
+  def decode(self, slots: Sequence[int], meanwhile: Callable[[], None] = lambda: None) -> dict[int, Drawn]:
+    """The next token of each of these slots, whose prompts have been read; calls `meanwhile` while the device is at work."""
     self._fit(max(len(self.slots[slot].tokens) + 1 for slot in slots))
     found = self._decode(slots)
+    meanwhile()
+    found = Drawn(*map(np.asarray, found))
     for text in map(self.slots.__getitem__, slots):
       text.tokens.append(text.next)
     for slot in slots:
@@ -188,7 +193,7 @@ class Engine:
     """Prompts per group of devices whose beginnings are read together, if these have up to `chunk` tokens."""
     return min(self.chunks[-1] // chunk, len(self.slots) // self.groups)
 
-  def _read(self, queues: list[list[int]], chunk: int, count: int, begin: bool, scored: bool) -> Drawn:
+  def _read(self, queues: list[list[int]], chunk: int, count: int, begin: bool, scored: bool) -> Any:
     """Reads a piece of the prompts of these slots, at most `count` in each group."""
     slots = sum(([*queue, *[None] * (count - len(queue))] for queue in queues or [[] for _ in range(self.groups)]), [])
     rows = self._rows(slots)
@@ -208,13 +213,13 @@ class Engine:
       self._cache = self._programs.put(self._cache, new, put['slot'], put['start'])
     else:
       (self._cache, self._tables), found = self._programs.extend(self._parameters, self._cache, self._tables, put, scored=scored)
-    return Drawn(*map(np.asarray, found))
+    return found
 
-  def _decode(self, slots: Sequence[int]) -> Drawn:
+  def _decode(self, slots: Sequence[int]) -> Any:
     rows = self._rows([slot if slot in slots else None for slot in range(len(self.slots))])
     rows['token'] = np.array([slot.next for slot in self.slots], np.int32)
     (self._cache, self._tables), found = self._programs.decode(self._parameters, self._cache, self._tables, put_batch(self.mesh, rows))
-    return Drawn(*map(np.asarray, found))
+    return found
 
   def _rows(self, slots: Sequence[int | None]) -> dict[str, np.ndarray]:
     """What a program needs to know of slots; None: a row without a text, for which nothing is written."""

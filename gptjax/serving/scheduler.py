@@ -90,6 +90,8 @@ class Scheduler:
     self._active: dict[int, _Active] = {}
     self._used = dict.fromkeys(range(len(engine.slots)), 0.0)
     """when the last text of each slot ended"""
+    self._news: list[tuple[Request, Piece]] = []
+    """that are sent while the device draws the next tokens"""
     self._change, self._stopping = threading.Condition(), False
     self.error = ''
     """why no request can be served any more"""
@@ -138,6 +140,7 @@ class Scheduler:
       self.error = f'{type(error).__name__}: {error}'
       raise
     finally:
+      self._send()
       with self._change:
         for request in [*self._waiting, *(one.request for one in self._active.values())]:
           request.send(Piece(self.error, ended='error'))
@@ -162,16 +165,18 @@ class Scheduler:
     self._active[slot] = _Active(request, slot, self._tokenizer)
     self.counts['reused'] += kept
     if request.scored:
-      request.send(Piece(tokens=(Token(request.prompt[0], None),)))
+      self._news.append((request, Piece(tokens=(Token(request.prompt[0], None),))))
 
   def _step(self) -> None:
     for one in [one for one in self._active.values() if one.request.cancelled]:
       self._leave(one, 'cancelled')
     self._read()
     if drawing := [one for one in self._active.values() if not self._engine.slots[one.slot].unread]:
-      found = self._engine.decode([one.slot for one in drawing])
+      found = self._engine.decode([one.slot for one in drawing], self._send)
       for one in drawing:
         self._draw(one, _tokens(found[one.slot], one.request.compared)[0])
+    if not (drawing and self._active):
+      self._send()
 
   def _read(self) -> None:
     """Reads pieces of prompts that are all scored, or none of which is."""
@@ -181,16 +186,16 @@ class Scheduler:
       return
     scored = next(iter(waiting.values())).request.scored
     before = sum(map(unread, waiting.values()))
-    found = self._engine.read([slot for slot, one in waiting.items() if one.request.scored == scored], scored)
+    found = self._engine.read([slot for slot, one in waiting.items() if one.request.scored == scored], scored, self._send)
     self.counts['read'] += before - sum(map(unread, waiting.values()))
     for slot, drawn in found.items():
       one, tokens = waiting[slot], () if drawn is None else _tokens(drawn, waiting[slot].request.compared)
       if scored:
-        one.request.send(Piece(tokens=tokens if unread(one) else tokens[:-1]))
+        self._news.append((one.request, Piece(tokens=tokens if unread(one) else tokens[:-1])))
       if not unread(one) and one.request.max_tokens:
         self._draw(one, tokens[-1])
       elif not unread(one):
-        one.request.send(Piece(ended='length'))
+        self._news.append((one.request, Piece(ended='length')))
         self._leave(one, 'length')
 
   def _draw(self, one: _Active, token: Token) -> None:
@@ -202,9 +207,14 @@ class Scheduler:
       ended = 'stop' if text.ended == 'text' else 'length'
     else:
       ended = '' if text.ended == 'length' else 'stop'
-    request.send(Piece(piece, (token,), ended))
+    self._news.append((request, Piece(piece, (token,), ended)))
     if ended:
       self._leave(one, ended)
+
+  def _send(self) -> None:
+    for request, piece in self._news:
+      request.send(piece)
+    self._news.clear()
 
   def _leave(self, one: _Active, why: str) -> None:
     self._used[one.slot] = time.monotonic()

@@ -177,7 +177,7 @@ def test_an_error_of_the_engine_ends_all_requests(parts, server, monkeypatch):
   wait(lambda: not server.scheduler.running)
   other = Server(*parts)
   try:
-    def fail(active):
+    def fail(*args):
       raise RuntimeError('no device')
     monkeypatch.setattr(other.scheduler._engine, 'decode', fail)
     status, answer = other.ask('/v1/completions', {'prompt': 'a'})

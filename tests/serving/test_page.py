@@ -70,7 +70,7 @@ def test_a_conversation_is_answered_kept_and_edited(server, page):
 def test_an_answer_is_streamed_and_stopped(server, page, monkeypatch):
   wait(lambda: not server.scheduler.running)
   cancelled, decode = server.scheduler.counts['cancelled'], server.scheduler._engine.decode
-  monkeypatch.setattr(server.scheduler._engine, 'decode', lambda active: time.sleep(0.05) or decode(active))
+  monkeypatch.setattr(server.scheduler._engine, 'decode', lambda *args: time.sleep(0.05) or decode(*args))
   page.get_by_label('max_tokens').fill('60')
   say(page, 'Hi')
   page.wait_for_function('document.querySelector("article.assistant")?.textContent')
