@@ -49,5 +49,5 @@ lint: .venv/dev  ## style and types
 	$(RUN) ruff check .
 	$(RUN) mypy
 
-clean:  ## removes the environment, runs and caches of tests
-	rm -rf .venv runs .jax_cache .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage*
+clean:  ## removes the environment and the caches of tests; runs and data stay
+	rm -rf .venv .jax_cache .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage*

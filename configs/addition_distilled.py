@@ -6,7 +6,7 @@ that are right goes from 0.31, 0.31 and 0.40 to 0.79, 0.84 and 0.91 (the teacher
 """
 
 from gptjax.config import (
-  CheckpointConfig, Config, DataConfig, EvalConfig, ObjectiveConfig, OptimizerConfig, SourceConfig, TokenizerConfig)
+  CheckpointConfig, Config, DataConfig, EvalConfig, ObjectiveConfig, OptimizerConfig, SourceConfig)
 
 
 def get_config() -> Config:
@@ -18,7 +18,6 @@ def get_config() -> Config:
     init_from='runs/addition/checkpoints/180',
     data=DataConfig(
       source=SourceConfig('data/addition/train.jsonl', prompt='prompt', completion='completion'),
-      tokenizer=TokenizerConfig(path='runs/addition/data/tokenizer'),
       context=16, rows='document', valid_fraction=0.01),
     optimizer=OptimizerConfig(
       name='muon', muon_lr=0.005, peak_lr=1e-3,  # a quarter of those before

@@ -1,9 +1,8 @@
 """Reinforcement from a verifiable reward at its smallest: sums with reversed digits, rewarded if they are exactly right.
 
 Set the data and the start, a checkpoint of configs/addition_sft.py that is right about half the time:
---config.data.source.path=data/addition/train.jsonl --config.init_from=runs/addition/checkpoints/STEP
---config.data.tokenizer.path=runs/addition/data/tokenizer. Expected, for 3 seeds: the fraction of sampled answers to 2,500 unseen sums that
-are right goes from 0.30, 0.32 and 0.41 to 0.55, 0.65 and 0.73, in 50 CPU-seconds.
+--config.data.source.path=data/addition/train.jsonl --config.init_from=runs/addition/checkpoints/STEP. Expected, for 3 seeds: the
+fraction of sampled answers to 2,500 unseen sums that are right goes from 0.30, 0.32 and 0.41 to 0.55, 0.65 and 0.73, in 50 CPU-seconds.
 """
 
 from gptjax.config import (

@@ -1,8 +1,8 @@
 """Distillation of an imported model into a smaller one of its family (Llama 3.1 8B into 3.2 1B, Qwen 3 4B into 0.6B) on one accelerator.
 
 Import both with tools.import_hf. Set the small one, the teacher and the data: --config.init_from=runs/SMALL
---config.objective.teacher=runs/LARGE --config.data.tokenizer.path=runs/SMALL/data/tokenizer --config.data.source.path=FILE.jsonl
---config.data.source.messages=messages --config.data.source.chat=template. Expected: not trained yet.
+--config.objective.teacher=runs/LARGE --config.data.source.path=FILE.jsonl --config.data.source.messages=messages
+--config.data.source.chat=template. Expected: not trained yet.
 """
 
 from gptjax.config import (

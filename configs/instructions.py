@@ -6,7 +6,7 @@ Expected: 3.20 nats per token of held-out answers (the base: 5.79), and answers 
 rarely the right content.
 """
 
-from gptjax.config import CheckpointConfig, Config, DataConfig, EvalConfig, ObjectiveConfig, OptimizerConfig, SourceConfig, TokenizerConfig
+from gptjax.config import CheckpointConfig, Config, DataConfig, EvalConfig, ObjectiveConfig, OptimizerConfig, SourceConfig
 
 
 def get_config() -> Config:
@@ -17,7 +17,6 @@ def get_config() -> Config:
       source=SourceConfig(
         prompt='{instruction}\\n{input}', completion='output',
         chat='plain'),  # the run can be talked to: generate --chat
-      tokenizer=TokenizerConfig(path='runs/base/data/tokenizer'),
       valid_fraction=0.0555,  # 55 of 990 records
       context=256, rows='pack'),  # five records per row
     optimizer=OptimizerConfig(

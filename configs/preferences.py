@@ -4,7 +4,7 @@ The start and the reference is runs/instructions. Set the data: --config.data.so
 Expected: in 86 % of held-out pairs the chosen answer has the higher reward.
 """
 
-from gptjax.config import CheckpointConfig, Config, DataConfig, EvalConfig, ObjectiveConfig, OptimizerConfig, SourceConfig, TokenizerConfig
+from gptjax.config import CheckpointConfig, Config, DataConfig, EvalConfig, ObjectiveConfig, OptimizerConfig, SourceConfig
 
 
 def get_config() -> Config:
@@ -15,7 +15,6 @@ def get_config() -> Config:
       source=SourceConfig(
         prompt='{instruction}\\n{input}', chosen='chosen', rejected='rejected', chat='plain',
         skip=0.05),  # some pairs have equal answers
-      tokenizer=TokenizerConfig(path='runs/instructions/data/tokenizer'),
       valid_fraction=0.0555,
       context=256, rows='pack'),  # two pairs per row
     optimizer=OptimizerConfig(

@@ -1,7 +1,7 @@
 """Supervised fine-tuning of an imported model of up to a billion parameters (Qwen 3 0.6B, Llama 3.2 1B) on one accelerator.
 
-Set the model and the data: --config.init_from=runs/MODEL --config.data.tokenizer.path=runs/MODEL/data/tokenizer
---config.data.source.path=FILE.jsonl --config.data.source.messages=messages --config.data.source.chat=template.
+Set the model and the data: --config.init_from=runs/MODEL --config.data.source.path=FILE.jsonl
+--config.data.source.messages=messages --config.data.source.chat=template.
 Expected: not trained yet.
 """
 

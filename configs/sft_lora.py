@@ -1,12 +1,12 @@
 """Supervised fine-tuning of an imported model of up to a few billion parameters with LoRA on one accelerator.
 
-Set the model and the data as for configs/sft.py: --config.init_from=runs/MODEL --config.data.tokenizer.path=runs/MODEL/data/tokenizer
---config.data.source.path=FILE.jsonl --config.data.source.messages=messages --config.data.source.chat=template.
+Set the model and the data as for configs/sft.py: --config.init_from=runs/MODEL --config.data.source.path=FILE.jsonl
+--config.data.source.messages=messages --config.data.source.chat=template.
 Expected: not trained yet.
 """
 
 from gptjax.config import (
-  CheckpointConfig, ComputeConfig, Config, DataConfig, EvalConfig, LoraConfig, ObjectiveConfig, OptimizerConfig, TokenizerConfig)
+  CheckpointConfig, ComputeConfig, Config, DataConfig, EvalConfig, LoraConfig, ObjectiveConfig, OptimizerConfig)
 
 
 def get_config() -> Config:
@@ -16,7 +16,7 @@ def get_config() -> Config:
       rank=16),  # enough for some thousand examples; the base has neither gradients nor optimizer state
     init_from='runs/model',
     compute=ComputeConfig(dtype='bfloat16', scan=True, remat='full'),
-    data=DataConfig(context=2048, rows='pack', valid_fraction=0.05, tokenizer=TokenizerConfig(path='runs/model/data/tokenizer')),
+    data=DataConfig(context=2048, rows='pack', valid_fraction=0.05),
     optimizer=OptimizerConfig(
       peak_lr=2e-4,  # 10 times that of full fine-tuning: adapters start at 0, and need larger steps
       schedule='cosine', warmup=30, weight_decay=0.0),

@@ -1,8 +1,7 @@
 """Classification of texts from a base model: the spam of configs/spam.py, from the model of configs/base_small.py.
 
-Set the base, its tokenizer and the data: --config.init_from=runs/base --config.data.tokenizer.path=runs/base/data/tokenizer
---config.data.source.path=data/spam/train.jsonl. Expected: 97.0 % of the messages of the test right, the mean of five splits (standard
-deviation 0.6 %; from random weights 96.0 %, naive Bayes 97.1 %).
+Set the base and the data: --config.init_from=runs/base --config.data.source.path=data/spam/train.jsonl. Expected: 97.0 %
+of the messages of the test right, the mean of five splits (standard deviation 0.6 %; from random weights 96.0 %, naive Bayes 97.1 %).
 """
 
 from gptjax.config import CheckpointConfig, Config, DataConfig, EvalConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, SourceConfig

@@ -184,10 +184,11 @@ def _parse_command_line(argv: Sequence[str], *, needs_config: bool | None) -> Co
 
 
 def resolved(base: Config, values: Mapping[str, object], where: str = '', workdir: str = '') -> Config:
-  """`override`, after the architecture was taken from the run that init_from names, if one is there and must fit completely; or from
-  that in `workdir`, if it has begun."""
+  """`override`, after the architecture and the tokenizer were taken from the run that init_from names, if one is there and must fit
+  completely; or from that in `workdir`, if it has begun. A tokenizer that is named by its path stays."""
   if not values.get('init_partial', base.init_partial):
-    base = _with_architecture(base, str(values.get('init_from') or base.init_from), values, where, workdir)
+    init_from = str(values.get('init_from') or base.init_from)
+    base = _with_architecture(_with_tokenizer(base, init_from, values, workdir), init_from, values, where, workdir)
   return override(base, values, where=where)
 
 
@@ -206,6 +207,16 @@ def _with_architecture(config: Config, init_from: str, given: Mapping[str, objec
     if name in model and value != model[name] and not name.startswith(_ADAPTED):
       raise UserError(f'{where}{name}', value, f'{shown(model[name])}, as in {folder}, whose parameters the run starts from')
   return override(config, {name: value for name, value in model.items() if name not in TRAINING_ONLY})
+
+
+def _with_tokenizer(config: Config, init_from: str, given: Mapping[str, object], workdir: str) -> Config:
+  """A config with the tokenizer of the run or checkpoint in `init_from`, or if it is gone that of the run in `workdir`."""
+  of_data = config.data
+  if not init_from or of_data.tokenizer.path or of_data.train or any(name.startswith(('data.tokenizer.', 'data.train')) for name in given):
+    return config
+  runs = [pathlib.Path(os.path.expanduser(folder)) for folder in (init_from, workdir) if folder]
+  found = [folder for run in runs for folder in (run / 'data' / 'tokenizer', run / 'tokenizer') if folder.is_dir()]
+  return override(config, {'data.tokenizer.path': str(found[0])}) if found else config
 
 
 def _split(args: Sequence[str]) -> tuple[str | None, dict[str, str | None], list[str]]:

@@ -152,7 +152,7 @@ gradient noise scale in targets (arXiv:1812.06162); measured between microbatche
   zero_stage: Annotated[int, Limit(lambda stage: stage in range(4), '0, 1, 2 or 3')] = 0
   """sharded along mesh.data (arXiv:1910.02054): 0 nothing, 1 the optimizer state, 2 also gradients, 3 also parameters"""
   init_from: str = ''
-  """workdir, or one checkpoint in it, whose parameters a new run starts from; optimizer, step and data start fresh"""
+  """workdir, or one checkpoint in it, whose parameters and tokenizer a new run starts from; optimizer, step and data start fresh"""
   init_partial: bool = False
   """load what fits of init_from by name (larger or smaller tables: first rows; deeper models: first layers); initialize the rest"""
   frozen: tuple[str, ...] = ()

@@ -307,6 +307,26 @@ def test_the_architecture_is_that_of_the_run_whose_parameters_are_taken(command)
   assert command('--config=configs/wide.py', '--config.init_from=nowhere').config.model == ModelConfig(width=512)  # told by the run
 
 
+def test_the_tokenizer_is_that_of_the_run_whose_parameters_are_taken(command):
+  for folder, tokenizer in (('other', 'data/tokenizer'), ('other/checkpoints/3', 'tokenizer'), ('new', 'data/tokenizer')):
+    a_run(folder)
+    pathlib.Path(folder, tokenizer).mkdir(parents=True)
+  def path(*args):
+    found = command('--config=configs/wide.py', *args)
+    assert found.config, found.error
+    return found.config.data.tokenizer.path
+
+  assert path('--config.init_from=other') == 'other/data/tokenizer'
+  assert path('--config.init_from=other/checkpoints/3') == 'other/checkpoints/3/tokenizer'
+  assert path('--config.init_from=other', '--workdir=new') == 'other/data/tokenizer'
+  assert path('--config.init_from=gone', '--workdir=new') == 'new/data/tokenizer'  # a run that resumes needs no other
+  assert path('--config.init_from=other', '--config.data.tokenizer.path=mine') == 'mine'
+  stores = '--config.data.train=[{"store": "s"}]', '--config.data.valid=[{"name": "v", "store": "t"}]'
+  for own in (['--config.init_partial'], ['--config.data.tokenizer.kind=bytes'], stores):
+    assert path('--config.init_from=other', *own) == '', own
+  assert path('--workdir=new') == ''
+
+
 def test_a_run_that_resumes_keeps_its_architecture_without_the_other(command):
   a_run('new/checkpoints/3', width=96, heads=3)
   a_run('other', width=64)
