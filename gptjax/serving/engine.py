@@ -140,8 +140,8 @@ class Engine:
     while the device is at work."""
     begins = lambda slot: not (scored or self.slots[slot].tokens)
     pieces = {slot: self.slots[slot].unread[:self.chunks[-1]] for slot in slots}
-    begin, chunk = begins(slots[0]), next(size for size in self.chunks if scored or len(pieces[slots[0]]) <= size)
-    chunk = self.chunks[-1] if scored else chunk
+    begin = begins(slots[0])
+    chunk = self.chunks[-1] if scored else next(size for size in self.chunks if len(pieces[slots[0]]) <= size)
     queues: list[list[int]] = [[] for _ in range(self.groups)]
     for slot in slots:
       if begins(slot) == begin and len(pieces[slot]) <= chunk:
