@@ -90,7 +90,9 @@ def test_a_score_is_a_plain_loop_over_documents(model, plain, random_parameters,
   assert tokens == held.tokens == sum(LENGTHS) + len(LENGTHS)
   parameters = random_parameters(model)
   for batch_size in (1, 3, 8, 64):  # 9 rows: the last batch is full, has one row, or is mostly padding
-    assert_score(score(model, parameters, held, isolate=isolate, batch_size=batch_size), nats, tokens, held.bytes)
+    got = score(model, parameters, held, isolate=isolate, batch_size=batch_size)
+    assert_score(got, nats, tokens, held.bytes)
+    assert {type(got.tokens), type(got.bytes)} == {int}
 
 
 def test_isolation_matters_here(model, random_parameters, held, one_device):
