@@ -186,8 +186,6 @@ class to their end"""
       self.check_examples()
     if self.source.chosen and self.long_examples == 'cut':
       raise UserError('data.long_examples', 'cut', 'drop for pairs, which are not cut')
-    if self.source.chat == 'template' and not self.tokenizer.path:
-      raise UserError('data.tokenizer.path', '', 'a tokenizer with a chat template, or data.source.chat=plain')
     unweighted = [component.store for component in self.train if not component.weight]
     if 0 < len(unweighted) < len(self.train):
       raise UserError('data.train: weight', 0.0, f'a weight above 0 for {unweighted[0]} too, or 0 for all components')

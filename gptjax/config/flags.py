@@ -189,7 +189,10 @@ def resolved(base: Config, values: Mapping[str, object], where: str = '', workdi
   if not values.get('init_partial', base.init_partial):
     init_from = str(values.get('init_from') or base.init_from)
     base = _with_architecture(_with_tokenizer(base, init_from, values, workdir), init_from, values, where, workdir)
-  return override(base, values, where=where)
+  config = override(base, values, where=where)
+  if config.needs_chat_template:
+    raise UserError('init_from', config.init_from, 'the folder of a run, whose tokenizer has a chat template for data.source.chat=template')
+  return config
 
 
 def _with_architecture(config: Config, init_from: str, given: Mapping[str, object], where: str, workdir: str) -> Config:

@@ -325,6 +325,12 @@ def test_the_tokenizer_is_that_of_the_run_whose_parameters_are_taken(command):
   for own in (['--config.init_partial'], ['--config.data.tokenizer.kind=bytes'], stores):
     assert path('--config.init_from=other', *own) == '', own
   assert path('--workdir=new') == ''
+  chat = ('--config.data.source.chat=template', '--config.data.source.messages=m', '--config.objective.kind=sft',
+          '--config.data.rows=pack')
+  assert path('--config.init_from=other', *chat) == 'other/data/tokenizer'
+  found = [command('--config=configs/wide.py', *chat, *more).error
+           for more in ([], ['--config.init_from=gone'], ['--config.init_from=other', '--config.init_partial'])]
+  assert [one.partition(',')[0] for one in found] == ["data.tokenizer.path: ''", "init_from: 'gone'", "data.tokenizer.path: ''"]
 
 
 def test_a_run_that_resumes_keeps_its_architecture_without_the_other(command):

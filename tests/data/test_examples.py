@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from published_tokenizers import FAMILIES, TEXTS
 
-from gptjax.config import Component, DataConfig, SourceConfig, TokenizerConfig, UserError, ValidationSet
+from gptjax.config import Component, Config, DataConfig, ObjectiveConfig, SourceConfig, TokenizerConfig, UserError, ValidationSet
 from gptjax.data import EvalRows, Mixture, Packed, TokenStore, TrainRows, prepare, tokenizing
 from gptjax.data.examples import encode_example, marked_example
 from gptjax.data.sources import Document, Malformed, open_source, split_source
@@ -312,7 +312,8 @@ def test_rows_that_examples_cannot_have(values, field, tmp_path):
 
 def test_a_template_needs_a_tokenizer_that_has_one(tmp_path):
   with pytest.raises(UserError, match='^data.tokenizer.path: '):
-    DataConfig(SourceConfig('a.jsonl', **(KINDS['chat'] | {'chat': 'template'})), rows='pack')
+    Config(data=DataConfig(SourceConfig('a.jsonl', **(KINDS['chat'] | {'chat': 'template'})), rows='pack'),
+           objective=ObjectiveConfig('sft'))
 
 
 def test_a_mixture_has_the_tokenizer_of_its_examples(tmp_path):
