@@ -189,10 +189,7 @@ def resolved(base: Config, values: Mapping[str, object], where: str = '', workdi
   if not values.get('init_partial', base.init_partial):
     init_from = str(values.get('init_from') or base.init_from)
     base = _with_architecture(_with_tokenizer(base, init_from, values, workdir), init_from, values, where, workdir)
-  config = override(base, values, where=where)
-  if config.needs_chat_template:
-    raise UserError('init_from', config.init_from, 'the folder of a run, whose tokenizer has a chat template for data.source.chat=template')
-  return config
+  return override(base, values, where=where)
 
 
 def _with_architecture(config: Config, init_from: str, given: Mapping[str, object], where: str, workdir: str) -> Config:

@@ -120,7 +120,8 @@ def open_folder(folder: Path, context: int = 0, scan: bool = False, dtype: Liter
 def _load_tokenizer(folder: Path, other: Path | None, vocab_size: int) -> Tokenizer:
   """The tokenizer of a model's folder, or of another one; raises a UserError if its texts have ids that the model lacks."""
   if other is None and not _matching(folder, (*_VOCABULARY, *OPENAI_FILES)):
-    raise UserError(f'{folder}: tokenizer', 'none', f'one of {", ".join(_VOCABULARY)}; tools.import_hf takes that of another folder')
+    raise UserError(f'{folder}: tokenizer', None, f'one of {", ".join(_VOCABULARY)}, or that of another folder by --tokenizer of '
+                    'tools.import_hf')
   tokenizer = load_tokenizer(other or folder)
   if tokenizer.largest_id >= vocab_size:
     raise UserError(f'{other or folder}: largest token id of a text', tokenizer.largest_id,

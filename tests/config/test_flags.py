@@ -328,9 +328,9 @@ def test_the_tokenizer_is_that_of_the_run_whose_parameters_are_taken(command):
   chat = ('--config.data.source.chat=template', '--config.data.source.messages=m', '--config.objective.kind=sft',
           '--config.data.rows=pack')
   assert path('--config.init_from=other', *chat) == 'other/data/tokenizer'
-  found = [command('--config=configs/wide.py', *chat, *more).error
-           for more in ([], ['--config.init_from=gone'], ['--config.init_from=other', '--config.init_partial'])]
-  assert [one.partition(',')[0] for one in found] == ["data.tokenizer.path: ''", "init_from: 'gone'", "data.tokenizer.path: ''"]
+  assert path('--config.init_from=gone', *chat) == ''  # reported by the run
+  for more in ([], ['--config.init_from=other', '--config.init_partial']):
+    assert command('--config=configs/wide.py', *chat, *more).error.startswith("data.tokenizer.path: ''")
 
 
 def test_a_run_that_resumes_keeps_its_architecture_without_the_other(command):
