@@ -106,6 +106,14 @@ def test_a_folder_without_a_run_is_an_error(path, settings, cache, tmp_path):
     begun(configs.override(settings, {'init_from': str(tmp_path / path)}), cache)
 
 
+def test_a_missing_run_whose_template_is_needed_is_an_error(settings, cache, tmp_path):
+  changed = configs.override(settings, {'init_from': str(tmp_path / 'gone'), 'objective.kind': 'sft', 'data.rows': 'pack',
+                                        'data.source.messages': 'messages', 'data.source.chat': 'template'})
+  with pytest.raises(UserError, match='^init_from: .*gone.*a chat template'):
+    train(changed, options(tmp_path / 'run', cache))
+  assert not (tmp_path / 'run').exists()
+
+
 def test_a_damaged_checkpoint_is_an_error(settings, source, cache, tmp_path):
   import shutil
   copy = shutil.copytree(source, tmp_path / 'copy')
