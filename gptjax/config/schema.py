@@ -168,8 +168,8 @@ gradient noise scale in targets (arXiv:1812.06162); measured between microbatche
     return self.batch_size // self.microbatches
 
   @property
-  def needs_chat_template(self) -> bool:
-    """Whether conversations are to be written as a tokenizer has it that is not named."""
+  def lacks_chat_template(self) -> bool:
+    """Whether data.source.chat asks for a tokenizer's chat template and data.tokenizer.path names no tokenizer."""
     return self.data.source.chat == 'template' and not self.data.tokenizer.path
 
   def __post_init__(self):
@@ -179,7 +179,7 @@ gradient noise scale in targets (arXiv:1812.06162); measured between microbatche
       raise UserError('microbatches', self.microbatches, expected)
     if self.data.source.has_examples:
       check_objective(self.objective, parts=self.data.source.parts, has_classes=bool(self.data.source.label))
-    if self.needs_chat_template and (self.init_partial or not self.init_from):  # `resolved` takes that of init_from
+    if self.lacks_chat_template and (self.init_partial or not self.init_from):  # `resolved` takes that of init_from
       raise UserError('data.tokenizer.path', '', 'a tokenizer with a chat template, or data.source.chat=plain')
     if self.objective.needs_reference and not self.init_from:
       name = 'kl' if self.objective.kind == 'grpo' else f'loss={self.objective.loss or "dpo"}'

@@ -53,11 +53,11 @@ class Score:
 def score_of(nats: float, tokens: float, text_bytes: float, confusion: np.ndarray | int = 0) -> Score:
   """The score of a loss in nats, summed over tokens that stand for `text_bytes` bytes; both are above 0."""
   mean = nats / tokens
-  return Score(mean, math.exp(min(mean, 700.0)), nats / math.log(2) / text_bytes, _counted(tokens), _counted(text_bytes),
+  return Score(mean, math.exp(min(mean, 700.0)), nats / math.log(2) / text_bytes, _whole(tokens), _whole(text_bytes),
                () if isinstance(confusion, int) else counted(confusion))
 
 
-def _counted(number: float) -> float:
+def _whole(number: float) -> float:
   """A whole number as an integer; weights of examples, and the bytes of a part of a text, may be fractions."""
   return int(number) if number == int(number) else number
 
@@ -65,7 +65,7 @@ def _counted(number: float) -> float:
 def score_of_examples(sums: Mapping[str, float], examples: int, tokens: float, text_bytes: float) -> Score:
   """The score of sums over pairs or prompts of their figures, 'loss' among them."""
   means = {name: float(value) / examples for name, value in sums.items()}
-  return Score(means.pop('loss'), math.nan, math.nan, int(tokens), _counted(text_bytes), figures=means, examples=examples)
+  return Score(means.pop('loss'), math.nan, math.nan, int(tokens), _whole(text_bytes), figures=means, examples=examples)
 
 
 def pooled(scores: Iterable[Score]) -> Score:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gptjax.inference.forward import forward, put_batch
 from gptjax.inference.sampling import penalized, sample
-from gptjax.model import AbstractModel, Caches, Parameters, Positions, abstract_model, empty_cache
+from gptjax.model import AbstractModel, Caches, Head, Parameters, Positions, abstract_model, empty_cache
 from gptjax.sharding import BATCH_SPEC, batch_shard_map, batch_shards
 
 ALTERNATIVES = 20
@@ -24,7 +24,7 @@ SIZES = 192, 768, 3072, 12288, 49152
 """Places per slot that the cache may have: those up to half of the context, and the context."""
 CHUNKS = 32, 64, 128, 256
 """Tokens of a prompt that a program reads; a shorter piece is padded, to less than twice its length from 33 tokens on. The beginnings of
-several prompts are read together, up to the largest of these numbers: on a CPU 256 tokens take three times as long as 32."""
+several prompts are read together, up to the largest of these numbers in all: on a CPU 256 tokens take four times as long as 32."""
 
 
 class Settings(NamedTuple):
@@ -82,7 +82,7 @@ class Slot:
   settings: Settings = Settings()
   changes: bool = False
   """whether penalties or biases change its logits"""
-  compared: bool = False
+  top_logprobs: bool = False
   """whether the most likely tokens are asked for"""
 
 
@@ -126,12 +126,12 @@ class Engine:
     self._cache, self._tables = self._programs.empty(size=self.size)
 
   def admit(self, slot: int, prompt: Sequence[int], kept: int, settings: Settings, seed: int, bias: dict[int, float],
-            compared: bool = False) -> None:
-    """Gives a slot a new text, of whose prompt the first `kept` tokens are in its cache already, but not all; `compared`: with the most
-    likely tokens of each place."""
+            top_logprobs: bool = False) -> None:
+    """Gives a slot a new text, of whose prompt the first `kept` tokens are in its cache already, but not all; `top_logprobs`: the
+    most likely tokens of each place are asked for."""
     self._tables = self._programs.admit(self._tables, **self._admission(slot, prompt, bias))
     self.slots[slot] = Slot(list(prompt[:kept]), list(prompt[kept:]), seed=seed, settings=settings,
-                             changes=bool(bias) or settings.penalizes, compared=compared)
+                             changes=bool(bias) or settings.penalizes, top_logprobs=top_logprobs)
 
   def read(self, slots: Sequence[int], scored: bool, meanwhile: Callable[[], None] = lambda: None) -> dict[int, Drawn | None]:
     """Reads the next pieces of the prompts of some of these slots: of the first one, and of as many others as the same program takes.
@@ -227,7 +227,7 @@ class Engine:
     column = lambda dtype, value, none=0: np.array([value(text) if text else none for text in texts], dtype)
     return {'start': column(np.int32, lambda text: len(text.tokens), self.size), 'drawn': column(np.int32, lambda text: text.drawn),
             'seed': column(np.uint32, lambda text: text.seed), 'changes': column(bool, lambda text: text.changes),
-            'compared': column(bool, lambda text: text.compared),
+            'top_logprobs': column(bool, lambda text: text.top_logprobs),
             **{name: column(np.float32, lambda text: getattr(text.settings, name), one) for name, one in Settings()._asdict().items()}}
 
   def _admission(self, slot: int, prompt: Sequence[int], bias: dict[int, float]) -> dict[str, Any]:
@@ -259,51 +259,19 @@ def _programs(model: AbstractModel, mesh: Mesh, forbidden: tuple[int, ...], zero
     state, found = forward(model, mesh, zero_stage, function, specs, (BATCH_SPEC, BATCH_SPEC))(parameters, *inputs)
     return state, jax.tree.map(lambda x: jax.reshard(x, PartitionSpec(*(None,) * x.ndim)), found)
 
-  def logits_of(head, hidden):
-    return jax.reshard(head.logits(hidden), PartitionSpec(None, None))
-
-  def draw(logits, tables, rows):
-    logits = jnp.where(banned, -jnp.inf, logits)
-    # Most texts have no penalties and biases, whose tables take time to read.
-    logits = jax.lax.cond(rows['changes'].any(), _changed, lambda logits, *_: logits, logits, tables, rows)
-    keys = jax.vmap(lambda seed, drawn: jax.random.fold_in(jax.random.key(seed), drawn))(rows['seed'], rows['drawn'])
-    return sample(logits, {name: rows[name] for name in Settings._fields}, keys).astype(jnp.int32)
-
-  def follow(module, hidden, tables, rows, scored):
-    """What is known of the tokens after those that were read, and tables with the first token of each prompt that was read to its end."""
-    slots, ends, (count, length) = rows['slot'], rows['ends'], rows['tokens'].shape
-    following, last = rows['following'].reshape(-1), rows['last'] + length * jnp.arange(count)
-    if not scored:
-      hidden, following, last = hidden[last], following[last], jnp.arange(count)
-    logits = logits_of(module.head, hidden)
-    ids = draw(logits[last], jax.tree.map(lambda x: x[slots], tables), rows)
-    following = following.at[last].set(jnp.where(ends, ids, following[last]))
-    known = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), _known(logits, following, rows['compared'].any()))
-    return tables._replace(counts=tables.counts.at[slots, ids].add(ends.astype(jnp.int32))), known
-
   @functools.partial(jax.jit, donate_argnames='tables')
   def begin(parameters, tables, rows):
     def step(module, tables, rows):
       count, length = rows['tokens'].shape
       cache = empty_cache(model.config, model.compute, count, length, complete=True)
       hidden, cache, _ = module.hidden(rows['tokens'], Positions(jnp.broadcast_to(jnp.arange(length), (count, length))), cache)
-      tables, known = follow(module, hidden, tables, rows, scored=False)
+      tables, known = _follow(module.head, hidden, tables, rows, banned, scored=False)
       return (cache, tables), known
     return run(step, parameters, tables, rows)
 
   @functools.partial(jax.jit, donate_argnames='cache')
   def put(cache, new, slots, start):
-    take = lambda x, index: jax.lax.dynamic_slice_in_dim(x, index, 1, 0)
-
-    def step(cache, new, slots, start):
-      def put_row(row, cache):
-        def put_in(old, new):
-          places = min(old.shape[2], new.shape[2])
-          written = jnp.where(start[row] < old.shape[2], take(new, row)[:, :, :places], take(old, slots[row])[:, :, :places])
-          return jax.lax.dynamic_update_slice(old, written, (slots[row], 0, 0, 0))
-        return jax.tree.map(put_in, cache, new)
-      return jax.lax.fori_loop(0, len(slots), put_row, cache)
-    return batch_shard_map(step, (BATCH_SPEC,) * 4, BATCH_SPEC)(cache, new, slots, start)
+    return batch_shard_map(_put, (BATCH_SPEC,) * 4, BATCH_SPEC)(cache, new, slots, start)
 
   @functools.partial(jax.jit, static_argnames='scored', donate_argnames=('cache', 'tables'))
   def extend(parameters, cache, tables, rows, scored):
@@ -312,7 +280,7 @@ def _programs(model: AbstractModel, mesh: Mesh, forbidden: tuple[int, ...], zero
       positions = Positions(start[:, None] + jnp.arange(rows['tokens'].shape[1]), cached=start)
       row = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1, 0), cache)
       hidden, row, _ = module.hidden(rows['tokens'], positions, row)
-      tables, known = follow(module, hidden, tables, rows, scored)
+      tables, known = _follow(module.head, hidden, tables, rows, banned, scored)
       return (jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, slot, 0), cache, row), tables), known
     return run(step, parameters, cache, tables, rows)
 
@@ -321,10 +289,10 @@ def _programs(model: AbstractModel, mesh: Mesh, forbidden: tuple[int, ...], zero
     def step(module, cache, tables, rows):
       is_active = rows['start'] < cache[0].keys.shape[2]  # the prompts of others are still being read
       hidden, cache, _ = module.hidden(rows['token'][:, None], Positions(rows['start'][:, None], cached=rows['start']), cache)
-      logits = logits_of(module.head, hidden)
-      ids = draw(logits, tables, rows)
+      logits = _logits(module.head, hidden)
+      ids = _draw(logits, tables, rows, banned)
       tables = tables._replace(counts=tables.counts.at[jnp.arange(local), ids].add(is_active.astype(jnp.int32)))
-      return (cache, tables), _known(logits, ids, rows['compared'].any())
+      return (cache, tables), _known(logits, ids, rows['top_logprobs'].any())
     return run(step, parameters, cache, tables, rows)
 
   @functools.partial(jax.jit, static_argnames='size')
@@ -353,6 +321,46 @@ def _admit(tables: _Tables, slot: Int[Array, ''], ids: Int[Array, 'T'], biased: 
   return _Tables(jnp.where(mine, prompted, tables.prompted), jnp.where(mine, 0, tables.counts), jnp.where(mine, bias, tables.bias))
 
 
+def _put(cache: Caches, new: Caches, slots: Int[Array, 'R'], start: Int[Array, 'R']) -> Caches:
+  """A cache whose slots begin with new rows; rows that start beyond the cache have no text, and change nothing."""
+  take = lambda x, index: jax.lax.dynamic_slice_in_dim(x, index, 1, 0)
+
+  def put_row(row, cache):
+    def put_in(old, new):
+      places = min(old.shape[2], new.shape[2])
+      written = jnp.where(start[row] < old.shape[2], take(new, row)[:, :, :places], take(old, slots[row])[:, :, :places])
+      return jax.lax.dynamic_update_slice(old, written, (slots[row], 0, 0, 0))
+    return jax.tree.map(put_in, cache, new)
+  return jax.lax.fori_loop(0, len(slots), put_row, cache)
+
+
+def _logits(head: Head, hidden: Float[Array, 'N D']) -> Float[Array, 'N V']:
+  return jax.reshard(head.logits(hidden), PartitionSpec(None, None))
+
+
+def _draw(logits: Float[Array, 'B V'], tables: _Tables, rows: dict[str, Array], banned: Bool[np.ndarray, 'V']) -> Int[Array, 'B']:
+  """A token of each row, by its settings and keyed by its seed and the number of tokens drawn."""
+  logits = jnp.where(banned, -jnp.inf, logits)
+  # Most texts have no penalties and biases, whose tables take time to read.
+  logits = jax.lax.cond(rows['changes'].any(), _changed, lambda logits, *_: logits, logits, tables, rows)
+  keys = jax.vmap(lambda seed, drawn: jax.random.fold_in(jax.random.key(seed), drawn))(rows['seed'], rows['drawn'])
+  return sample(logits, {name: rows[name] for name in Settings._fields}, keys).astype(jnp.int32)
+
+
+def _follow(head: Head, hidden: Float[Array, 'N D'], tables: _Tables, rows: dict[str, Array], banned: Bool[np.ndarray, 'V'],
+            scored: bool) -> tuple[_Tables, Drawn]:
+  """What is known of the tokens after those that were read, and tables with the first token of each prompt that was read to its end."""
+  slots, ends, (count, length) = rows['slot'], rows['ends'], rows['tokens'].shape
+  following, last = rows['following'].reshape(-1), rows['last'] + length * jnp.arange(count)
+  if not scored:
+    hidden, following, last = hidden[last], following[last], jnp.arange(count)
+  logits = _logits(head, hidden)
+  ids = _draw(logits[last], jax.tree.map(lambda x: x[slots], tables), rows, banned)
+  following = following.at[last].set(jnp.where(ends, ids, following[last]))
+  known = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), _known(logits, following, rows['top_logprobs'].any()))
+  return tables._replace(counts=tables.counts.at[slots, ids].add(ends.astype(jnp.int32))), known
+
+
 def _changed(logits: Float[Array, 'B V'], tables: _Tables, rows: dict[str, Array]) -> Float[Array, 'B V']:
   """Logits after the penalties and biases of each row."""
   logits = penalized(logits, tables.prompted | (tables.counts > 0), rows['repetition_penalty'])
@@ -360,11 +368,11 @@ def _changed(logits: Float[Array, 'B V'], tables: _Tables, rows: dict[str, Array
   return logits + tables.bias - column('frequency_penalty') * tables.counts - column('presence_penalty') * (tables.counts > 0)
 
 
-def _known(logits: Float[Array, 'T V'], ids: Int[Array, 'T'], compared: Bool[Array, '']) -> Drawn:
-  """What the model knows of these tokens, and if they are `compared` of the most likely ones, which are found on one core only."""
+def _known(logits: Float[Array, 'T V'], ids: Int[Array, 'T'], top_logprobs: Bool[Array, '']) -> Drawn:
+  """What the model knows of these tokens, and of the most likely ones if they are asked for: their search takes a pass of its own."""
   most, top = min(ALTERNATIVES, logits.shape[-1]), logits.max(-1, keepdims=True)
   total = jnp.log(jnp.exp(logits - top).sum(-1, keepdims=True))
   none = lambda logits: (jnp.zeros((len(ids), most)), jnp.zeros((len(ids), most), jnp.int32))
-  best_logits, best = jax.lax.cond(compared, lambda logits: tuple(jax.lax.top_k(logits, most)), none, logits)
+  best_logits, best = jax.lax.cond(top_logprobs, lambda logits: tuple(jax.lax.top_k(logits, most)), none, logits)
   logprobs = lambda logits: logits - top - total
   return Drawn(ids, logprobs(jnp.take_along_axis(logits, ids[:, None], -1))[:, 0], best, logprobs(best_logits))  # type: ignore[arg-type]

@@ -56,7 +56,7 @@ class Request:
   bias: dict[int, float]
   scored: bool
   """whether the tokens of the prompt are to be reported too"""
-  compared: bool
+  top_logprobs: bool
   """whether the most likely tokens of each place are to be reported"""
   send: Callable[[Piece], None]
   """is called in the scheduler's thread"""
@@ -161,7 +161,7 @@ class Scheduler:
       yield request, slot, shared[slot]
 
   def _admit(self, request: Request, slot: int, kept: int) -> None:
-    self._engine.admit(slot, request.prompt, kept, request.settings, request.seed, request.bias, request.compared)
+    self._engine.admit(slot, request.prompt, kept, request.settings, request.seed, request.bias, request.top_logprobs)
     self._active[slot] = _Active(request, slot, self._tokenizer)
     self.counts['reused'] += kept
     if request.scored:
@@ -174,7 +174,7 @@ class Scheduler:
     if drawing := [one for one in self._active.values() if not self._engine.slots[one.slot].unread]:
       found = self._engine.decode([one.slot for one in drawing], self._send)
       for one in drawing:
-        self._draw(one, _tokens(found[one.slot], one.request.compared)[0])
+        self._draw(one, _tokens(found[one.slot], one.request.top_logprobs)[0])
     if not (drawing and self._active):
       self._send()
 
@@ -189,7 +189,7 @@ class Scheduler:
     found = self._engine.read([slot for slot, one in waiting.items() if one.request.scored == scored], scored, self._send)
     self.counts['read'] += before - sum(map(unread, waiting.values()))
     for slot, drawn in found.items():
-      one, tokens = waiting[slot], () if drawn is None else _tokens(drawn, waiting[slot].request.compared)
+      one, tokens = waiting[slot], () if drawn is None else _tokens(drawn, waiting[slot].request.top_logprobs)
       if scored:
         self._news.append((one.request, Piece(tokens=tokens if unread(one) else tokens[:-1])))
       if not unread(one) and one.request.max_tokens:
@@ -229,5 +229,5 @@ def _common(slot: Slot, prompt: Sequence[int]) -> int:
   return int(differing[0]) if len(differing) else count
 
 
-def _tokens(found: Drawn, compared: bool) -> tuple[Token, ...]:
-  return tuple(Token(*parts) for parts in zip(*(part.tolist() for part in (found if compared else found[:2]))))
+def _tokens(found: Drawn, top_logprobs: bool) -> tuple[Token, ...]:
+  return tuple(Token(*parts) for parts in zip(*(part.tolist() for part in (found if top_logprobs else found[:2]))))

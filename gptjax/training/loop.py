@@ -62,7 +62,7 @@ class Options:
 
 def train(config: Config, options: Options) -> int:
   """Trains, from the workdir's newest intact checkpoint on if it has one; returns the exit status, `REQUEUE_EXIT_CODE` if interrupted."""
-  if config.needs_chat_template:  # before a tokenizer is trained, which would have none
+  if config.lacks_chat_template:  # before a tokenizer is trained, which would have none
     raise UserError('init_from', config.init_from, 'the folder of a run, whose tokenizer has a chat template for data.source.chat=template')
   data = _prepare(config, options.cache_dir)
   mesh = make_mesh(config.mesh)
